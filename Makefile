@@ -1,0 +1,64 @@
+# Two commands matter: `make demo` and `make test`. Each sets everything up first.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test test-slow test-browser check format protos protos-check settings-docs bench train-demo clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## Create .venv with exact versions (no-op when up to date)
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
+	@touch $@
+
+demo: setup  ## Start everything, ask two pictures eight questions each, check every answer
+	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce demo $(ARGS)
+
+up: setup  ## Start the three processes (ARGS="--model DIR --port 8000")
+	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce up $(ARGS)
+
+test: setup  ## The test suite (under 6 minutes on 2 cores)
+	@$(PYTEST) -m "not slow and not browser" $(ARGS)
+
+test-slow: setup  ## The sweeps that `make test` leaves out
+	@$(PYTEST) -m "slow and not browser" --timeout 1800 $(ARGS)
+
+test-browser: setup  ## The playground in a real Chromium (Debian: apt-get install chromium; or CHROMIUM=path)
+	@$(PYTEST) -m browser $(ARGS)
+
+check: setup  ## Lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup  ## Format the code and sort imports
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+protos: setup  ## Generate the gRPC stubs
+	@$(BIN)/python scripts/protos.py
+
+protos-check: setup  ## Fail unless the committed stubs are what protos/ generates, byte for byte
+	@$(BIN)/python scripts/protos.py --check
+
+settings-docs: setup  ## Write docs/settings.md from the settings classes
+	@$(BIN)/python -m lookonce.cli.reference > docs/settings.md
+
+bench: setup  ## All benchmarks (ratios within one run; results in benchmarks/results)
+	@OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks $(ARGS)
+
+train-demo: setup  ## Train the bundled shapes checkpoint again, from nothing (hours)
+	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m training.shapes $(ARGS)
+
+clean:  ## Remove the virtual environment, caches and build output
+	@rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis benchmarks/results
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

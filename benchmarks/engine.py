@@ -1,0 +1,345 @@
+"""Many questions over one image: the packed engine against the same forwards called bare, in one process, interleaved.
+
+The floor is what transformers' own modules take for one prefix prefill, one prefill of all questions as one batch that
+sees no image, and 16 batched decode steps that see none either. The encoder is in neither. --json FILE keeps ratios.
+Usage: python -m benchmarks.engine [--size 50m] [--model DIR] [--threads 2] [--rounds 3] [--questions 1 8 32 128]
+Targets: wall <= 1.15x floor; decode step on an image <= 1.25x the step without; >= 3x faster than unshared prefixes;
+score <= 1.1x one packed prefill; scheduling <= 10% of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from lm_service.engine.answer import Answer
+from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.packed.content import prompt_content
+from lm_service.engine.packed.core import EngineCore
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.sampling import SamplerState
+from lm_service.engine.types import EmbeddingSource, Generation, ImageSpan, Prompt, Sampling, ScoreItem, Scoring
+from lm_service.positions import mrope_positions
+from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.checkpoint.modules import load_language_model
+from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.reference import EmbeddingReference
+
+ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
+SYSTEM, QUESTION, TOKENS = 20, 20, 16
+MIB = 1 << 20
+
+
+def image(number: int) -> EmbeddingReference:
+    """A reference to a picture of 999 tokens."""
+    key = number.to_bytes(32, "little")
+    return EmbeddingReference(key, "0" * 64, key, (1, 2 * ROWS, 2 * COLUMNS), ROWS * COLUMNS, COLUMNS * 28, ROWS * 28)
+
+
+def question(number: int, picture: EmbeddingReference | None) -> Prompt:
+    """A system prompt, maybe a picture, and a question; every question is another."""
+    generator = torch.Generator().manual_seed(number)
+    words = torch.randint(0, 400, (QUESTION,), generator=generator).tolist()
+    spans = [] if picture is None else [ImageSpan(SYSTEM, picture)]
+    ids = [7] * SYSTEM + [9] * (picture.tokens if picture else 0) + words if picture else words
+    positions, following = mrope_positions(len(ids), spans, 2)
+    return Prompt(tuple(ids), tuple(spans), positions, following)
+
+
+class Pictures:
+    """An EmbeddingLoader that has everything at hand."""
+
+    def __init__(self, hidden: int) -> None:
+        self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
+
+    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+        """The same rows for every picture."""
+        return self.rows, EmbeddingSource.L1
+
+
+class Timed:
+    """An adapter that adds up the time of its forwards."""
+
+    def __init__(self, adapter: Qwen2VLAdapter) -> None:
+        self.adapter, self.shape, self.embed = adapter, adapter.shape, adapter.embed
+        self.seconds = 0.0
+
+    def forward(self, *args: Any) -> torch.Tensor:
+        """As the adapter's, timed."""
+        began = time.perf_counter()
+        out = self.adapter.forward(*args)
+        self.seconds += time.perf_counter() - began
+        return out
+
+
+class Bare:
+    """transformers' modules, called as directly as can be."""
+
+    def __init__(self, model: Any, head: torch.nn.Linear, rows: torch.Tensor) -> None:
+        self.model, self.head, self.rows = model, head, rows
+
+    @torch.inference_mode()
+    def prefill(self, prompts: list[Prompt], cache: DynamicCache | None) -> DynamicCache:
+        """One batch of prompts of one length; logits of their last tokens."""
+        hidden = self.model.embed_tokens(torch.tensor([prompt.token_ids for prompt in prompts]))
+        for at, prompt in enumerate(prompts):
+            for span in prompt.images:
+                hidden[at, span.start : span.end] = self.rows
+        positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
+        cache = cache or DynamicCache()
+        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
+        self.head(out.last_hidden_state[:, -1]).argmax(-1)
+        return cache
+
+    @torch.inference_mode()
+    def decode(self, cache: DynamicCache, batch: int, position: int) -> None:
+        """One decode step."""
+        hidden = self.model.embed_tokens(torch.full((batch, 1), 5))
+        positions = torch.full((3, batch, 1), position)
+        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
+        self.head(out.last_hidden_state[:, -1]).argmax(-1)
+
+    @torch.inference_mode()
+    def look(self, rows: int) -> None:
+        """What the floor leaves out: attention of so many tokens over the image's KV, held once, in every layer."""
+        config = self.model.config
+        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        queries = torch.zeros(1, heads, rows * config.num_attention_heads // heads, size)
+        keys = torch.zeros(1, heads, SYSTEM + ROWS * COLUMNS, size)
+        for _ in range(config.num_hidden_layers):
+            torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
+
+    def looks(self, count: int) -> float:
+        """Seconds that all looks of `count` questions take."""
+        began = time.perf_counter()
+        self.look(count * QUESTION)
+        for _ in range(TOKENS - 1):
+            self.look(count)
+        return time.perf_counter() - began
+
+    def floor(self, count: int) -> float:
+        """Seconds of the least work that answers `count` questions on one image."""
+        whole = question(0, image(0))
+        prefix = Prompt(whole.token_ids[:-QUESTION], whole.images, whole.positions[:, :-QUESTION], whole.next_position)
+        questions = [question(number, None) for number in range(count)]
+        began = time.perf_counter()
+        self.prefill([prefix], None)
+        cache = self.prefill(questions, None)
+        for step in range(TOKENS - 1):
+            self.decode(cache, count, QUESTION + step)
+        return time.perf_counter() - began
+
+
+def run_engine(engine: PackedEngine, prompts: list[Prompt]) -> Any:
+    """All questions at once; every answer of full length."""
+
+    async def one(prompt: Prompt) -> None:
+        async for _ in engine.generate(Generation("q", prompt, Sampling(TOKENS, ignore_eos=True))):
+            pass
+
+    return asyncio.gather(*(one(prompt) for prompt in prompts))
+
+
+async def wall_times(
+    adapter: Qwen2VLAdapter, bare: Bare, table: TokenTable, options: PackedOptions, counts: list[int], rounds: int
+) -> dict[str, float]:
+    """Ratio of the engine's wall time to the floor's, cold prefix, for each number of questions."""
+    results = {}
+    for count in counts:
+        ratios, seeing, seconds = [], [], []
+        for round_ in range(rounds):
+            engine = PackedEngine(adapter, table, frozenset(), Pictures(adapter.shape.hidden), options)
+            await engine.start()
+            prompts = [question(number, image(round_)) for number in range(count)]
+            began = time.perf_counter()
+            await run_engine(engine, prompts)
+            wall = time.perf_counter() - began
+            await engine.close()
+            floor = await asyncio.to_thread(bare.floor, count)
+            ratios.append(wall / floor)
+            seeing.append(wall / (floor + await asyncio.to_thread(bare.looks, count)))
+            seconds.append(wall)
+        results[f"wall/floor N={count}"] = statistics.median(ratios)
+        results[f"wall/floor that sees the image N={count}"] = statistics.median(seeing)
+        print(f"  N={count:4}: wall {statistics.median(seconds):6.2f} s, wall/floor {ratios}", flush=True)
+    return results
+
+
+class Decoding:
+    """An engine core in which `count` sequences decode; each call to `step` is one decode step of all."""
+
+    def __init__(
+        self,
+        adapter: Any,
+        table: TokenTable,
+        options: PackedOptions,
+        pictures: list[EmbeddingReference | None],
+        donor: torch.Tensor | None = None,
+    ) -> None:
+        """`donor` is the KV of an image's prefix, taken for every picture's to spare the prefills."""
+        self.model = Timed(adapter)
+        fills: list[Any] = []
+        self.core = EngineCore(self.model, options, fills.append)
+        rows = Pictures(adapter.shape.hidden).rows
+        for number, picture in enumerate(pictures):
+            prompt = question(number, picture)
+            request, sampling = Request(str(number), "", kept=False), Sampling(4000, ignore_eos=True)
+            answer = Answer(0, sampling, table, frozenset(), 4000)
+            state = SamplerState(sampling, prompt.token_ids)
+            tokens = list(prompt.token_ids)
+            request.sequences = [Sequence(request, 0, prompt, prompt_content(prompt), tokens, answer, state)]
+            self.core.submit(request)
+        while not all(sequence.decoding for sequence in self.core.scheduler.running) or self.core.scheduler.queue:
+            self.core.step()
+            for fill in fills:
+                fill.rows = [(span, rows) for span in fill.node.images]
+                if donor is not None:
+                    fill.node.kv.copy_(donor)
+                    fill.node.filled = fill.node.length - 1  # the last token is fed, to end the fill
+                self.core.scheduler.loaded(fill, EmbeddingSource.L1, 0.0)
+            fills.clear()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        began = time.perf_counter()
+        self.core.step()
+        self.core.events.clear()
+        return time.perf_counter() - began
+
+
+def unshared_bare(bare: Bare, count: int) -> Callable[[], float]:
+    """A decode step of transformers where each of `count` sequences has the image's KV to itself."""
+    cache = bare.prefill([question(0, image(0))], None)
+    cache.batch_repeat_interleave(count)
+
+    def step() -> float:
+        began = time.perf_counter()
+        bare.decode(cache, count, 100)
+        elapsed = time.perf_counter() - began
+        cache.crop(-1)
+        return elapsed
+
+    return step
+
+
+def _prefix_kv(decoding: Decoding) -> torch.Tensor:
+    return next(node.kv for node in decoding.core.cache if node.images)
+
+
+def decode_ratios(
+    adapter: Qwen2VLAdapter, bare: Bare, table: TokenTable, options: PackedOptions, rounds: int
+) -> dict[str, float]:
+    """Decode steps of 32 sequences: on one image, on none, on an image each, and transformers' with unshared KV."""
+    count = 32
+    shared = Decoding(adapter, table, options, [image(0)] * count)
+    plain = Decoding(adapter, table, options, [None] * count)
+    own = Decoding(adapter, table, options, [image(number) for number in range(count)], _prefix_kv(shared))
+    unshared = unshared_bare(bare, count)
+    times: dict[str, list[float]] = {"shared": [], "plain": [], "own": [], "transformers": []}
+    for _ in range(2):
+        shared.step(), plain.step(), own.step(), unshared()
+    forward, began = shared.model.seconds, shared.core.step_seconds
+    for _ in range(12 * rounds):
+        for name, step in (
+            ("shared", shared.step),
+            ("plain", plain.step),
+            ("own", own.step),
+            ("transformers", unshared),
+        ):
+            times[name].append(step())
+    overhead = 1 - (shared.model.seconds - forward) / (shared.core.step_seconds - began)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    print("  decode step, ms:", {name: round(value * 1000, 1) for name, value in median.items()}, flush=True)
+    return {
+        "decode on one image / on none": median["shared"] / median["plain"],
+        "decode on an image each / on one": median["own"] / median["shared"],
+        "transformers unshared / decode on one image": median["transformers"] / median["shared"],
+        "share of the step outside the forward": overhead,
+    }
+
+
+async def score_ratio(
+    adapter: Qwen2VLAdapter, bare: Bare, table: TokenTable, options: PackedOptions, rounds: int
+) -> dict[str, float]:
+    """32 yes/no questions on a warm image against bare prefills of them: without it, and each with KV of it."""
+    timed = Timed(adapter)
+    engine = PackedEngine(timed, table, frozenset(), Pictures(adapter.shape.hidden), options)
+    await engine.start()
+    asked = [question(number, image(0)) for number in range(32)]
+    items = tuple(ScoreItem(prompt, ((1,), (2,))) for prompt in asked)
+    await engine.score(Scoring("s", items))
+    cut = SYSTEM + ROWS * COLUMNS
+    behind = [Prompt(prompt.token_ids[cut:], (), prompt.positions[:, cut:], prompt.next_position) for prompt in asked]
+    plain = [question(number, None) for number in range(32)]
+    first = Prompt(asked[0].token_ids[:cut], asked[0].images, asked[0].positions[:, :cut], 0)
+    prefix = await asyncio.to_thread(bare.prefill, [first], None)
+    prefix.batch_repeat_interleave(32)
+    without: list[float] = []
+    beside: list[float] = []
+    shares: list[float] = []
+    for _ in range(5 * rounds):
+        forward, began = timed.seconds, time.perf_counter()
+        await engine.score(Scoring("s", items))
+        scored = time.perf_counter()
+        shares.append((scored - began) / (timed.seconds - forward))
+        await asyncio.to_thread(bare.prefill, plain, None)
+        unseen = time.perf_counter()
+        await asyncio.to_thread(bare.prefill, behind, prefix)
+        seen = time.perf_counter()
+        prefix.crop(-QUESTION)
+        without.append((scored - began) / (unseen - scored))
+        beside.append((scored - began) / (seen - unseen))
+    await engine.close()
+    return {
+        "score of 32 / its packed forward": statistics.median(shares),
+        "score of 32 / bare prefill on the image": statistics.median(beside),
+        "score of 32 / bare prefill without image": statistics.median(without),
+    }
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="50m")
+    parser.add_argument("--model", type=Path, help="a checkpoint directory instead of a random one")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, nargs="*", default=[1, 8, 32, 128])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time, with one thread: for busy machines")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1 if arguments.cpu else arguments.threads)
+    if arguments.cpu:
+        time.perf_counter = time.process_time
+    with tempfile.TemporaryDirectory() as folder:
+        path = arguments.model or make_random_checkpoint(Path(folder) / "model", size=arguments.size)
+        checkpoint = open_checkpoint(str(path), needs=Half.LANGUAGE)
+        adapter = Qwen2VLAdapter(*load_language_model(checkpoint, torch.float32))
+        model, head = load_language_model(checkpoint, torch.float32)
+    bare = Bare(model, head, Pictures(adapter.shape.hidden).rows)
+    table = TokenTable([(number, b"a") for number in range(adapter.shape.vocabulary)])
+    options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=2048 * MIB)
+    results = decode_ratios(adapter, bare, table, options, arguments.rounds)
+    results |= asyncio.run(score_ratio(adapter, bare, table, options, arguments.rounds))
+    results |= asyncio.run(wall_times(adapter, bare, table, options, arguments.questions, arguments.rounds))
+    for name, value in results.items():
+        print(f"  {name:45} {value:6.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()

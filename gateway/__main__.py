@@ -1,0 +1,120 @@
+"""`python -m gateway`: builds the collaborators and serves."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+import structlog
+
+from gateway.answers import Answers
+from gateway.auth import Keyring, read_keys
+from gateway.batches.service import Batches
+from gateway.core import Gateway
+from gateway.encoding import Encoder
+from gateway.erasure import Eraser
+from gateway.fetching.fetcher import Fetcher
+from gateway.http.app import create_app
+from gateway.http.batch_lines import BatchEndpoints
+from gateway.images import ImageLibrary
+from gateway.limits import Quota
+from gateway.moderation.policy import read_policy
+from gateway.records import RecordShelf
+from gateway.replicas import Replicas
+from gateway.served_model import ServedModel
+from gateway.server import serve
+from gateway.settings import GatewaySettings
+from lookonce.errors import LookonceError
+from lookonce.process import leave_after
+from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.settings import command
+from lookonce.stores import open_store
+from lookonce.telemetry import configure_logging
+
+SPARE_BYTES = 64 << 20
+"""Image files kept in memory while the image store is out of order."""
+
+
+def build(settings: GatewaySettings) -> Gateway:
+    """The gateway of these settings. Call within the event loop that will run it.
+
+    Raises INVALID_ARGUMENT for a bad policy, that or CONFLICT for a data directory that can't be used."""
+    policy = read_policy(settings.policy) if settings.policy is not None else None
+    tls = settings.rpc_tls
+    vision = Replicas([VisionClient(address, tls=tls) for address in settings.vision_addresses])
+    language = Replicas([LanguageClient(address, tls=tls) for address in settings.lm_addresses])
+    ttl = settings.image_ttl
+    store = open_store(settings.store, namespace="images", max_bytes=settings.store_bytes, ttl=ttl)
+    spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
+    shelf = RecordShelf(store, spare)
+    eraser = Eraser(vision, language)
+    encoder = Encoder(vision, timeout=settings.encode_timeout)
+    images = ImageLibrary(store, spare, shelf, encoder, eraser, ttl=ttl)
+    answers = Answers(images, language, reconnect_wait=settings.reconnect_wait)
+    model = ServedModel(language, alias=settings.model_name)
+    fetcher = Fetcher(settings.fetch_policy)
+    batches = _open_batches(settings)
+    return Gateway(
+        settings, store, spare, shelf, vision, language, eraser, images, answers, model, fetcher, policy, batches
+    )
+
+
+def _open_batches(settings: GatewaySettings) -> Batches | None:
+    if settings.data_dir is None:
+        return None
+    return Batches(
+        settings.data_dir,
+        quota=settings.max_stored_bytes,
+        max_active=settings.max_batches,
+        max_lines=settings.max_batch_lines,
+        concurrency=settings.batch_concurrency,
+        grace=settings.drain_grace,
+    )
+
+
+def _start_batches(gateway: Gateway, keyring: Keyring) -> None:
+    async def reachable() -> bool:
+        vision, language = await asyncio.gather(gateway.vision.health(), gateway.language.health())
+        return any(vision.values()) and any(language.values())
+
+    if gateway.batches is not None:
+        endpoints = BatchEndpoints(gateway, keyring)
+        gateway.batches.start(endpoints, interactive=lambda: gateway.answers.interactive, reachable=reachable)
+
+
+def run(settings: GatewaySettings) -> int:
+    """Serve until told to stop; 1 with one line on stderr when that can't begin."""
+    import uvloop
+
+    configure_logging("gateway", settings.log_level, settings.log_format)
+    try:
+        uvloop.run(_serve(settings))
+    except LookonceError as error:
+        structlog.get_logger("gateway").error("cannot start", reason=error.message)
+        print(f"gateway: {error.message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _serve(settings: GatewaySettings) -> None:
+    keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
+    secret = settings.secret.get_secret_value()
+    quota = Quota(settings.key_rate, settings.key_concurrency)
+    keyring = Keyring(keys, secret=secret, share_embeddings=settings.share_embeddings, quota=quota)
+    gateway = build(settings)
+    try:
+        app, routes = create_app(gateway, keyring)
+
+        def drain() -> None:
+            routes.state.draining = True
+            if gateway.batches is not None:
+                gateway.batches.drain()
+
+        _start_batches(gateway, keyring)
+        await serve(app, settings, drain)
+    finally:
+        await gateway.close()
+
+
+if __name__ == "__main__":
+    leave_after(command(GatewaySettings, run))

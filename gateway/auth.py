@@ -1,0 +1,124 @@
+"""Who is asking: API keys, kept hashed, the tenant that each belongs to, and its limits. Knows nothing of HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from hmac import compare_digest
+from pathlib import Path
+
+from gateway.limits import Meter, Quota
+from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.identity import SHARED_TENANT_KEY, tenant_key
+
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_HASHED = re.compile(r"sha256:[0-9a-fA-F]{64}")
+_LIMIT = re.compile(r"[ \t]+(rate|concurrency)=([0-9]{1,9})(?=[ \t]|$)")
+DEFAULT_TENANT = "default"
+MIN_KEY_CHARS = 16
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """An owner of images. `digest_key` keys the ids of its images, `embedding_key` the digests of its embeddings."""
+
+    name: str
+    digest_key: bytes  # 32 bytes
+    embedding_key: bytes  # 32 bytes; equal among tenants that share embeddings
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose key it is, and what holds it to its limits."""
+
+    tenant: Tenant
+    meter: Meter
+
+
+NO_LIMITS = Quota()
+
+
+class Keyring:
+    """The configured keys. Without any, everyone is the one tenant "default" (the gateway is then on loopback only)."""
+
+    def __init__(
+        self, lines: list[str], *, secret: str = "", share_embeddings: bool = False, quota: Quota = NO_LIMITS
+    ) -> None:
+        """`quota` is that of keys which say nothing of their own, and of everyone together when there are no keys.
+
+        Raises INVALID_ARGUMENT on a malformed line (never showing it), and on several tenants without a secret."""
+        entries = [_parse(line, number, quota) for number, line in enumerate(lines, 1)]
+        names = {entry.tenant for entry in entries} or {DEFAULT_TENANT}
+        if len(names) > 1 and not secret:
+            raise invalid(
+                "several tenants need LOOKONCE_GATEWAY_SECRET: their image ids are derived from it", param="secret"
+            )
+        self._tenants = {name: _tenant(name, secret, share_embeddings) for name in names}
+        self._keys = tuple((entry.digest, Caller(self._tenants[entry.tenant], Meter(entry.quota))) for entry in entries)
+        self._anyone = Meter(quota)
+
+    @property
+    def open(self) -> bool:
+        """Whether no key is needed."""
+        return not self._keys
+
+    def authenticate(self, presented: str | None) -> Tenant:
+        """The tenant of a key. Raises UNAUTHENTICATED."""
+        return self.identify(presented).tenant
+
+    def identify(self, presented: str | None) -> Caller:
+        """Who presents the key. Raises UNAUTHENTICATED. Takes the same time for every key."""
+        if self.open:
+            return Caller(self._tenants[DEFAULT_TENANT], self._anyone)
+        if not presented:
+            raise LookonceError(ErrorKind.UNAUTHENTICATED, "an API key is needed: Authorization: Bearer KEY")
+        digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
+        found: Caller | None = None
+        for expected, caller in self._keys:
+            if compare_digest(digest, expected):
+                found = caller
+        if found is None:
+            raise LookonceError(ErrorKind.UNAUTHENTICATED, "the API key is not valid")
+        return found
+
+    def tenant(self, name: str) -> Tenant | None:
+        """The tenant of that name, for work that goes on without a request; None when no key is its any more."""
+        return self._tenants.get(name)
+
+
+def read_keys(text: str, path: Path | None) -> list[str]:
+    """Key lines of the setting and of the file; blank lines and comments (#) dropped."""
+    lines = [item.strip() for item in text.split(",")]
+    if path is not None:
+        try:
+            lines += [line.strip() for line in path.read_text("utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise invalid(f"the API keys file {path} cannot be read", param="api_keys_file") from error
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    tenant: str
+    digest: bytes  # SHA-256 of the key
+    quota: Quota
+
+
+def _parse(line: str, number: int, quota: Quota) -> _Entry:
+    limits = _LIMIT.findall(line)
+    text = _LIMIT.sub("", line)
+    name, equals, key = text.partition("=")
+    if not equals or not _TENANT.fullmatch(name):
+        name, key = DEFAULT_TENANT, text
+    quota = replace(quota, **{limit: int(value) for limit, value in limits})
+    if _HASHED.fullmatch(key):
+        return _Entry(name, bytes.fromhex(key.removeprefix("sha256:")), quota)
+    if len(key) < MIN_KEY_CHARS:
+        raise invalid(f"API key {number} is shorter than {MIN_KEY_CHARS} characters", param="api_keys")
+    return _Entry(name, hashlib.sha256(key.encode()).digest(), quota)
+
+
+def _tenant(name: str, secret: str, share_embeddings: bool) -> Tenant:
+    own = tenant_key(secret, name) if secret else SHARED_TENANT_KEY
+    return Tenant(name, own, SHARED_TENANT_KEY if share_embeddings else own)

@@ -1,0 +1,177 @@
+"""Files of tenants: what batches read and write. A client's filename is only ever shown, never a path or a key."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import BinaryIO, Literal
+
+from gateway.batches.database import Database
+from gateway.batches.paging import Page, page
+from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.units import format_size
+
+PIECE = 256 * 1024
+"""Bytes of a stored piece: what is in memory at once."""
+Purpose = Literal["batch", "batch_output"]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file without its content."""
+
+    seq: int
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int  # Unix seconds
+    expires_at: int | None
+
+    def to_openai(self) -> dict[str, object]:
+        """OpenAI's file object."""
+        fields = asdict(self)
+        del fields["seq"]
+        return fields | {"object": "file", "status": "processed", "status_details": None}
+
+
+class Files:
+    """The files of all tenants. Every method takes the tenant; another's file is not there."""
+
+    def __init__(self, database: Database, *, quota: int, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._quota = quota  # bytes of one tenant
+        self._clock = clock
+
+    async def add(self, tenant: str, filename: str, content: BinaryIO, *, lifetime: float) -> StoredFile:
+        """Keep a batch's input for `lifetime` seconds. Raises INVALID_ARGUMENT when the tenant has too much."""
+
+        def work(connection: sqlite3.Connection) -> StoredFile:
+            now = int(self._clock())
+            _sweep(connection, now)
+            stored = insert(connection, tenant, filename, "batch", _read(content), now, now + int(lifetime))
+            used = connection.execute("SELECT sum(bytes) FROM files WHERE tenant = ?", (tenant,)).fetchone()[0]
+            if used > self._quota:
+                text = f"all files together would have {format_size(used)}, the limit is {format_size(self._quota)}"
+                raise invalid(text + ": delete some first", param="file")
+            return stored
+
+        return await self._database.run(work)
+
+    async def get(self, tenant: str, identifier: str) -> StoredFile:
+        """Raises NOT_FOUND."""
+        return await self._database.run(lambda connection: find(connection, tenant, identifier, self._clock()))
+
+    async def page(
+        self, tenant: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
+    ) -> Page[StoredFile]:
+        """A page. Raises INVALID_ARGUMENT for an unknown `after`."""
+        where = "tenant = ? AND (expires_at IS NULL OR expires_at > ?)"
+        values: tuple[object, ...] = (tenant, self._clock())
+        if purpose is not None:
+            where, values = where + " AND purpose = ?", (*values, purpose)
+
+        def work(connection: sqlite3.Connection) -> Page[StoredFile]:
+            rows = page(connection, "files", where, values, after=after, limit=limit, newest_first=newest_first)
+            return rows.map(_stored)
+
+        return await self._database.run(work)
+
+    async def content(self, stored: StoredFile) -> AsyncGenerator[bytes, None]:
+        """The file's bytes, piece by piece. Raises NOT_FOUND when it is deleted meanwhile."""
+        number, left = 0, stored.bytes
+        while left:
+            wanted = (stored.seq, number)
+            row = await self._database.run(
+                lambda connection, wanted=wanted: connection.execute(  # type: ignore[misc]
+                    "SELECT data FROM pieces WHERE file = ? AND number = ?", wanted
+                ).fetchone()
+            )
+            if row is None:
+                raise not_found()
+            yield row["data"]
+            number, left = number + 1, left - len(row["data"])
+
+    async def delete(self, tenant: str, identifier: str) -> None:
+        """Overwrite and remove it. Raises NOT_FOUND."""
+
+        def work(connection: sqlite3.Connection) -> None:
+            stored = find(connection, tenant, identifier, self._clock())
+            connection.execute("DELETE FROM files WHERE seq = ?", (stored.seq,))
+
+        await self._database.run(work)
+
+    async def sweep(self) -> None:
+        """Remove expired files."""
+        await self._database.run(lambda connection: _sweep(connection, self._clock()))
+
+
+def insert(
+    connection: sqlite3.Connection,
+    tenant: str,
+    filename: str,
+    purpose: Purpose,
+    pieces: Iterable[bytes],
+    now: int,
+    expires_at: int | None,
+) -> StoredFile:
+    """A new file, within a transaction."""
+    identifier = "file-" + secrets.token_hex(16)
+    seq = connection.execute(
+        "INSERT INTO files (id, tenant, filename, purpose, bytes, created_at, expires_at) VALUES (?,?,?,?,0,?,?)",
+        (identifier, tenant, filename, purpose, now, expires_at),
+    ).lastrowid
+    size = 0
+    for number, data in enumerate(pieces):
+        connection.execute("INSERT INTO pieces VALUES (?,?,?)", (seq, number, data))
+        size += len(data)
+    connection.execute("UPDATE files SET bytes = ? WHERE seq = ?", (size, seq))
+    return StoredFile(seq or 0, identifier, filename, purpose, size, now, expires_at)
+
+
+def find(connection: sqlite3.Connection, tenant: str, identifier: str, now: float) -> StoredFile:
+    """The file, within a transaction. Raises NOT_FOUND."""
+    row = connection.execute(
+        "SELECT * FROM files WHERE id = ? AND tenant = ? AND (expires_at IS NULL OR expires_at > ?)",
+        (identifier, tenant, now),
+    ).fetchone()
+    if row is None:
+        raise not_found()
+    return _stored(row)
+
+
+def split_lines(connection: sqlite3.Connection, file: int) -> Iterator[bytes]:
+    """The lines of a file without their line feeds, within a transaction."""
+    begun: list[bytes] = []  # pieces of a line whose end has not come yet
+    for row in connection.execute("SELECT data FROM pieces WHERE file = ? ORDER BY number", (file,)):
+        first, *others = row["data"].split(b"\n")
+        begun.append(first)
+        if others:
+            yield b"".join(begun)
+            yield from others[:-1]
+            begun = [others[-1]]
+    if any(begun):
+        yield b"".join(begun)
+
+
+def not_found() -> LookonceError:
+    """No such file, or not this tenant's."""
+    return LookonceError(ErrorKind.NOT_FOUND, "no such file", param="file_id")
+
+
+def _stored(row: sqlite3.Row) -> StoredFile:
+    return StoredFile(
+        row["seq"], row["id"], row["filename"], row["purpose"], row["bytes"], row["created_at"], row["expires_at"]
+    )
+
+
+def _read(content: BinaryIO) -> Iterator[bytes]:
+    while data := content.read(PIECE):
+        yield data
+
+
+def _sweep(connection: sqlite3.Connection, now: float) -> None:
+    connection.execute("DELETE FROM files WHERE expires_at <= ?", (now,))

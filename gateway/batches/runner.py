@@ -1,0 +1,203 @@
+"""Works batches through: reads them in, has their lines answered a few at a time, ends them. Goes on after a restart
+where the database says it was; a line under way at a crash is asked again, its answer is kept once."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol
+
+import structlog
+from prometheus_client import Counter
+
+from gateway.batches.files import Files
+from gateway.batches.jobs import End, Job, Jobs
+from gateway.batches.lanes import Lanes
+from gateway.batches.lines import Line, Problem, Reply
+from lookonce.errors import ErrorKind, LookonceError
+
+LINES = Counter("lookonce_gateway_batch_lines", "Lines of batches, by what came of them.", ("outcome",))
+SWEEP = 30.0  # seconds between looks at what has expired
+FIRST_PAUSE = 0.2  # seconds before a line that found no room asks again; doubles
+LAST_PAUSE = 30.0
+MAX_FAILURES = 8
+"""Times a line may find the services failing while they say they serve: it may be the line that breaks them."""
+log = structlog.get_logger(__name__)
+
+
+class Endpoints(Protocol):
+    """The routes that lines can be for."""
+
+    def check(self, line: Line, endpoint: str) -> Problem | None:
+        """What keeps the line from being for that endpoint."""
+        ...
+
+    async def answer(self, line: Line, tenant: str, *, last: bool) -> Reply:
+        """The answer, errors of the request included. Raises OVERLOADED, RATE_LIMITED and UNAVAILABLE (ask again
+        later) unless this is the `last` try."""
+        ...
+
+
+class Runner:
+    """The background work of one gateway."""
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        files: Files,
+        endpoints: Endpoints,
+        lanes: Lanes,
+        *,
+        reachable: Callable[[], Awaitable[bool]],
+        max_lines: int,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._jobs = jobs
+        self._files = files
+        self._endpoints = endpoints
+        self._lanes = lanes
+        self._reachable = reachable  # whether the services say that they serve
+        self._max_lines = max_lines
+        self._clock = clock
+        self._woken = asyncio.Event()
+        self._working: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: dict[str, asyncio.Event] = {}
+        self._main: asyncio.Task[None] | None = None
+        self._until = 0.0  # on the loop's clock: how long lines under way may go on after `drain`
+
+    def start(self) -> None:
+        """Begin. Call within the event loop."""
+        self._main = asyncio.create_task(self._run())
+
+    def wake(self) -> None:
+        """There is a new batch."""
+        self._woken.set()
+
+    def cancel(self, identifier: str) -> None:
+        """Stop the lines of a batch that was marked for cancelling."""
+        if identifier in self._cancelled:
+            self._cancelled[identifier].set()
+        self.wake()
+
+    def drain(self, grace: float) -> None:
+        """Begin no more lines; those under way get `grace` seconds."""
+        self._lanes.closed = True
+        self._until = asyncio.get_running_loop().time() + grace
+
+    async def close(self) -> None:
+        """Wait for the lines under way as long as `drain` allowed, then stop."""
+        self._lanes.closed = True
+        try:
+            async with asyncio.timeout_at(self._until):
+                await self._lanes.empty()
+        except TimeoutError:
+            log.info("batch lines under way are left for the next start", lines=self._lanes.busy)
+        tasks = [*self._working.values(), *([self._main] if self._main is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self) -> None:
+        while True:
+            self._woken.clear()
+            try:
+                await self._files.sweep()
+                for job in await self._jobs.active():
+                    if job.id not in self._working and not self._lanes.closed:
+                        self._begin(job)
+            except LookonceError as error:
+                log.warning("batches can't be looked at", reason=error.message)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP):
+                    await self._woken.wait()
+
+    def _begin(self, job: Job) -> None:
+        task = asyncio.create_task(self._work(job))
+        self._working[job.id], self._cancelled[job.id] = task, asyncio.Event()
+        task.add_done_callback(lambda _: self._ended(job.id))
+
+    def _ended(self, identifier: str) -> None:
+        del self._working[identifier], self._cancelled[identifier]
+
+    async def _work(self, job: Job) -> None:
+        try:
+            end: End
+            if job.status == "validating":
+                endpoint = job.endpoint
+                job = await self._jobs.begin(
+                    job, lambda line: self._endpoints.check(line, endpoint), max_lines=self._max_lines
+                )
+            if job.status == "in_progress":
+                reached = await self._answer_lines(job)
+                if reached is None:
+                    return
+                end = reached
+            elif job.status == "cancelling":
+                end = "cancelled"
+            else:
+                log.info("batch failed", batch=job.id, tenant=job.tenant)
+                return
+            job = await self._jobs.finish(job, end)
+            log.info("batch ended", batch=job.id, tenant=job.tenant, status=job.status, lines=job.counts.total)
+        except Exception:
+            log.exception("a batch was interrupted; it goes on later", batch=job.id)
+
+    async def _answer_lines(self, job: Job) -> End | None:
+        """Answer what is pending until all is done, the batch expires or is cancelled; None when draining left lines
+        for the next start."""
+        cancelled = self._cancelled[job.id]
+        feeding = asyncio.create_task(self._feed(job))
+        stopping = asyncio.create_task(cancelled.wait())
+        try:
+            left = max(0.0, job.expires_at - self._clock())
+            await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if feeding.done():
+                feeding.result()
+                return "completed" if await self._jobs.next_line(job, 0) is None else None
+            return "cancelled" if cancelled.is_set() else "expired"
+        finally:
+            feeding.cancel()
+            stopping.cancel()
+            await asyncio.gather(feeding, stopping, return_exceptions=True)
+
+    async def _feed(self, job: Job) -> None:
+        after = 0
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._lanes.enter()
+                try:
+                    line = await self._jobs.next_line(job, after)
+                except BaseException:
+                    self._lanes.leave()
+                    raise
+                if line is None:
+                    self._lanes.leave()
+                    return
+                after = line.number
+                task = group.create_task(self._line(job, line))
+                task.add_done_callback(lambda _: self._lanes.leave())
+
+    async def _line(self, job: Job, line: Line) -> None:
+        reply = await self._reply(job, line)
+        if reply is not None and await self._jobs.record(job, line, reply):
+            LINES.labels("completed" if reply.good else "failed").inc()
+
+    async def _reply(self, job: Job, line: Line) -> Reply | None:
+        """The answer; None when draining comes first. Waits for room and for the services to come back."""
+        pause, failures = FIRST_PAUSE, 0
+        while True:
+            try:
+                return await self._endpoints.answer(line, job.tenant, last=failures >= MAX_FAILURES)
+            except LookonceError as error:
+                log.info("a batch line waits", batch=job.id, line=line.number, reason=error.kind.value)
+                failures += error.kind is ErrorKind.UNAVAILABLE and await self._reachable()
+            while True:
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, LAST_PAUSE)
+                if self._lanes.closed:
+                    return None
+                if await self._reachable():
+                    break

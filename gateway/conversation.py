@@ -1,0 +1,80 @@
+"""What is asked, whatever door it came through: turns of text and images, and how to sample."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.auth import Tenant
+from gateway.images import Resolved
+from gateway.records import ImageRecord
+from lookonce.rpc.convert import reference_to_proto
+from protos.lookonce.v1 import language_pb2
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """A kept image within a turn, resized within `max_pixels` (None: as the checkpoint does)."""
+
+    record: ImageRecord
+    max_pixels: int | None = None
+    resolved: Resolved | None = None  # when the image came with the request and has just been encoded
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a conversation."""
+
+    role: str  # "system" | "user" | "assistant"
+    parts: tuple[str | ImagePart, ...]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who asks, and for how long they wait."""
+
+    tenant: Tenant
+    client: str = ""  # for fairness between clients
+    timeout: float = 600.0  # seconds
+    background: bool = False  # nobody waits for it: a batch
+
+
+@dataclass(frozen=True)
+class ChoiceQuestion:
+    """A question whose choices are weighed instead of an answer written."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    choices: tuple[str, ...]
+
+
+def images_of(turns: Sequence[Turn]) -> list[ImagePart]:
+    """The images of a conversation, in order."""
+    return [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+
+
+def routing_key(turns: Sequence[Turn]) -> bytes:
+    """What decides the replica: the images; without any, the first turn (a shared system prompt)."""
+    images = images_of(turns)
+    if images:
+        return images[0].record.digest
+    first = "".join(part for part in turns[0].parts if isinstance(part, str)) if turns else ""
+    return hashlib.sha256(first.encode("utf-8", "surrogatepass")).digest()
+
+
+def to_messages(turns: Sequence[Turn], resolved: Sequence[Resolved]) -> list[language_pb2.Message]:
+    """The wire form; `resolved` holds an embedding for each image, in order."""
+    references = iter(resolved)
+    return [
+        language_pb2.Message(
+            role=turn.role,
+            parts=[
+                language_pb2.Part(text=part)
+                if isinstance(part, str)
+                else language_pb2.Part(image=reference_to_proto(next(references).reference))
+                for part in turn.parts
+            ],
+        )
+        for turn in turns
+    ]

@@ -1,0 +1,50 @@
+"""The gateway without its door: what the routes use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gateway.answers import Answers
+from gateway.batches.service import Batches
+from gateway.erasure import Eraser
+from gateway.fetching.fetcher import Fetcher
+from gateway.images import ImageLibrary
+from gateway.moderation.policy import Policy
+from gateway.records import RecordShelf
+from gateway.replicas import Replicas
+from gateway.served_model import ServedModel
+from gateway.settings import GatewaySettings
+from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.stores import Store
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """All collaborators, built in `__main__`."""
+
+    settings: GatewaySettings
+    store: Store
+    spare: Store
+    shelf: RecordShelf
+    vision: Replicas[VisionClient]
+    language: Replicas[LanguageClient]
+    eraser: Eraser
+    images: ImageLibrary
+    answers: Answers
+    model: ServedModel
+    fetcher: Fetcher
+    policy: Policy | None = None  # without one there are no moderations
+    batches: Batches | None = None  # without a data directory there are none
+
+    async def close(self) -> None:
+        """Stop background work, close channels and stores."""
+        if self.batches is not None:
+            await self.batches.close()
+        self.fetcher.close()
+        await self.eraser.close()
+        for vision in self.vision.endpoints:
+            await vision.client.close()
+        for language in self.language.endpoints:
+            await language.client.close()
+        await self.store.close()
+        await self.spare.close()

@@ -1,0 +1,53 @@
+"""Sends image files to the vision service that is theirs."""
+
+from __future__ import annotations
+
+import time
+
+from gateway.metrics import ENCODES
+from gateway.recovery import Recovery
+from gateway.replicas import Endpoint, Replicas
+from lookonce.errors import LookonceError
+from lookonce.rpc.client import Encoded, VisionClient
+from protos.lookonce.v1 import vision_pb2
+
+PATIENCE = 1.0  # seconds to wait for a vision service to come back
+DESCRIPTION_FRESH = 30.0  # seconds that a service's own pixel bounds are believed
+
+
+class Encoder:
+    """Encode over the vision replicas; the same file goes to the same one."""
+
+    def __init__(self, replicas: Replicas[VisionClient], *, timeout: float) -> None:
+        self._replicas = replicas
+        self._timeout = timeout
+        self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
+
+    async def encode(self, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None) -> Encoded:
+        """Have the file's embedding in the store. Raises what the vision service says of the picture, UNAVAILABLE
+        without one."""
+        recovery = Recovery(self._replicas, digest, patience=PATIENCE)
+        while True:
+            endpoint = recovery.choose()
+            try:
+                with self._replicas.use(endpoint) as client:
+                    bound = None if max_pixels is None else await self._within(endpoint, max_pixels)
+                    request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
+                    encoded = await client.encode(request, timeout=self._timeout)
+            except LookonceError as error:
+                await recovery.recover(error, endpoint)
+            else:
+                self._replicas.succeeded(endpoint)
+                ENCODES.labels(encoded.outcome).inc()
+                return encoded
+
+    async def _within(self, endpoint: Endpoint[VisionClient], max_pixels: int) -> int | None:
+        """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""
+        client, now = endpoint.client, time.monotonic()
+        asked, description = self._bounds.get(client.address, (0.0, None))
+        if description is None or now - asked >= DESCRIPTION_FRESH:
+            description = await client.describe()
+            self._bounds[client.address] = (now, description)
+        if max_pixels >= description.max_pixels:
+            return None
+        return max(max_pixels, description.min_pixels)

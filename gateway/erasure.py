@@ -1,0 +1,81 @@
+"""Erasure in every process: what could not be confirmed is asked for again in the background until it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+
+import structlog
+
+from gateway.replicas import Replicas
+from lookonce.errors import LookonceError
+from lookonce.rpc.client import LanguageClient, VisionClient
+
+FIRST_PAUSE = 1.0
+LAST_PAUSE = 60.0
+log = structlog.get_logger(__name__)
+
+
+class Eraser:
+    """Tells every vision and language endpoint to forget, live or not."""
+
+    def __init__(self, vision: Replicas[VisionClient], language: Replicas[LanguageClient]) -> None:
+        self._vision = vision
+        self._language = language
+        self._pending: dict[bytes, asyncio.Task[None]] = {}
+
+    async def erase(
+        self,
+        digest: bytes,
+        keys: Sequence[bytes],
+        image_digests: Sequence[bytes],
+        forget_file: Callable[[], Awaitable[bool]],
+        finish: Callable[[], Awaitable[bool]],
+    ) -> bool:
+        """Erase file and embeddings; whether all of it is confirmed, upon which `finish` is called. The file's record
+        goes first, so that no new embedding is made."""
+
+        async def attempt() -> bool:
+            file_gone = await forget_file()
+            return await self.forget(keys, image_digests) and file_gone and await finish()
+
+        complete = await attempt()
+        if complete:
+            task = self._pending.pop(digest, None)
+            if task is not None:
+                task.cancel()
+        elif digest not in self._pending:
+            self._pending[digest] = asyncio.create_task(self._again(digest, attempt))
+        return complete
+
+    async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> bool:
+        """Ask all endpoints; whether all of them confirmed."""
+        # The encoders first: a language service could otherwise fetch what is about to go.
+        encoders = await asyncio.gather(*(_forget(item.client, keys, image_digests) for item in self._vision.endpoints))
+        models = await asyncio.gather(*(_forget(item.client, keys, image_digests) for item in self._language.endpoints))
+        return all(encoders) and all(models)
+
+    async def close(self) -> None:
+        """Stop the background work."""
+        tasks = list(self._pending.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _again(self, digest: bytes, attempt: Callable[[], Awaitable[bool]]) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            await asyncio.sleep(pause)
+            if await attempt():
+                self._pending.pop(digest, None)
+                return
+            log.warning("erasure is still incomplete", next_try_seconds=pause)
+            pause = min(2 * pause, LAST_PAUSE)
+
+
+async def _forget(client: VisionClient | LanguageClient, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> bool:
+    try:
+        reply = await client.forget(keys, image_digests)
+    except LookonceError:
+        return False
+    return bool(reply.complete)

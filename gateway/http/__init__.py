@@ -1,0 +1,1 @@
+"""The REST door: translates between HTTP and the transport-neutral core of the gateway."""

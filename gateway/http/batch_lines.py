@@ -1,0 +1,82 @@
+"""What answers the lines of batches: the very functions behind the routes, with their limits, budgets and errors."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import structlog
+
+from gateway.auth import Keyring, Tenant
+from gateway.batches.lines import Line, Problem, Reply
+from gateway.conversation import Asker
+from gateway.core import Gateway
+from gateway.http import chat, moderations, questions
+from gateway.http.body import validate
+from gateway.http.errors import HTTP_ERRORS, error_body
+from gateway.schemas.batches import QUESTIONS_ENDPOINT
+from gateway.schemas.chat import ChatRequest
+from gateway.schemas.moderations import ModerationRequest
+from gateway.schemas.questions import QuestionsRequest
+from lookonce.errors import ErrorKind, LookonceError, invalid
+
+_QUESTIONS_URL = re.compile(r"/v1/images/([A-Za-z0-9_.-]{1,128})/questions")
+_LATER = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
+log = structlog.get_logger(__name__)
+
+
+class BatchEndpoints:
+    """Implements `gateway.batches.runner.Endpoints`."""
+
+    def __init__(self, gateway: Gateway, keyring: Keyring) -> None:
+        self._gateway = gateway
+        self._keyring = keyring
+
+    def check(self, line: Line, endpoint: str) -> Problem | None:
+        """Whether the line's URL is the batch's endpoint."""
+        if endpoint == QUESTIONS_ENDPOINT:
+            fits = _QUESTIONS_URL.fullmatch(line.url) is not None
+        else:
+            fits = line.url == endpoint
+        return None if fits else Problem("mismatched_endpoint", f"'url' must be {endpoint}", line.number, "url")
+
+    async def answer(self, line: Line, tenant: str, *, last: bool) -> Reply:
+        """The answer. Raises OVERLOADED, RATE_LIMITED and UNAVAILABLE unless this is the last try."""
+        known = self._keyring.tenant(tenant)
+        if known is None:
+            return _failure(LookonceError(ErrorKind.UNAUTHENTICATED, "the batch's owner has no API key any more"))
+        try:
+            return Reply(200, await self._answer(line, known))
+        except LookonceError as error:
+            if error.kind in _LATER and not last:
+                raise
+            return _failure(error)
+        except Exception:
+            log.exception("a batch line failed", line=line.number)
+            return _failure(LookonceError(ErrorKind.INTERNAL, "internal error"))
+
+    async def _answer(self, line: Line, tenant: Tenant) -> dict[str, Any]:
+        timeout = self._gateway.settings.request_timeout
+        asker = Asker(tenant, f"{tenant.name}/batch", timeout, background=True)
+        if line.url == "/v1/chat/completions":
+            chat_request = validate(line.body, ChatRequest)
+            _no_stream(chat_request.stream)
+            return await chat.complete(chat_request, self._gateway, asker)
+        if line.url == "/v1/moderations":
+            return await moderations.moderate(validate(line.body, ModerationRequest), self._gateway, asker)
+        found = _QUESTIONS_URL.fullmatch(line.url)
+        if found is None:
+            raise LookonceError(ErrorKind.NOT_FOUND, "no such route", param="url")
+        record = await self._gateway.images.get(found[1], tenant)
+        questions_request = validate(line.body, QuestionsRequest)
+        _no_stream(questions_request.stream)
+        return await questions.answer_all(record, questions_request, self._gateway, asker)
+
+
+def _no_stream(stream: bool | None) -> None:
+    if stream:
+        raise invalid("'stream' must be false in a batch", param="stream")
+
+
+def _failure(error: LookonceError) -> Reply:
+    return Reply(HTTP_ERRORS[error.kind].status, error_body(error))

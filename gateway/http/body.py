@@ -1,0 +1,103 @@
+"""Reading JSON bodies: strict models, and errors that name the field in our own words."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from lookonce.errors import ErrorKind, LookonceError, invalid
+
+M = TypeVar("M", bound=BaseModel)
+_MAX_NAME = 100
+_TEXTS = {
+    "missing": "{field} is required",
+    "extra_forbidden": "unknown field {field}",
+    "string_type": "{field} must be a string",
+    "int_type": "{field} must be a whole number",
+    "float_type": "{field} must be a number",
+    "bool_type": "{field} must be true or false",
+    "list_type": "{field} must be a list",
+    "dict_type": "{field} must be an object",
+    "model_type": "{field} must be an object",
+    "greater_than": "{field} must be greater than {gt}",
+    "greater_than_equal": "{field} must be at least {ge}",
+    "less_than": "{field} must be less than {lt}",
+    "less_than_equal": "{field} must be at most {le}",
+    "finite_number": "{field} must be a finite number",
+    "string_too_short": "{field} must have at least {min_length} characters",
+    "string_too_long": "{field} must have at most {max_length} characters",
+    "too_short": "{field} must have at least {min_length} items",
+    "too_long": "{field} must have at most {max_length} items",
+    "literal_error": "{field} must be one of {expected}",
+    "union_tag_invalid": "{field} must be one of: {expected_tags}",
+    "union_tag_not_found": "{field} is not of a known kind",
+}
+
+
+class UnknownField(LookonceError):
+    """A field nobody knows; has OpenAI's own code."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(ErrorKind.INVALID_ARGUMENT, message, param=param)
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """The body as `model`. Raises INVALID_ARGUMENT naming the first field at fault."""
+    raw = await request.body()
+    try:
+        value = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the request body is not valid JSON (line {error.lineno}, column {error.colno})") from error
+    return validate(value, model)
+
+
+def validate(value: Any, model: type[M]) -> M:
+    """`value` as `model`. Raises INVALID_ARGUMENT naming the first field at fault."""
+    if not isinstance(value, dict):
+        raise invalid("the request body must be a JSON object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise explain(error, value) from error
+
+
+def explain(error: ValidationError, value: Any) -> LookonceError:
+    """Our words for the first problem; unknown fields come first, as the likeliest cause of the others."""
+    problems: list[Any] = error.errors(include_url=False, include_input=False)
+    problem = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
+    param = _path(problem["loc"], value)
+    field = f"'{param}'" if param else "the request body"
+    if problem["type"] == "value_error":  # raised by our own validators
+        return invalid(f"{field}: {problem['ctx']['error']}", param=param)
+    text = _TEXTS.get(problem["type"], "{field} has a wrong type or value")
+    context = {key: item for key, item in problem.get("ctx", {}).items() if key != "field"}
+    if "expected_tags" in context:
+        context["expected_tags"] = context["expected_tags"].replace("(", "").replace(")", "")
+    message = text.format(field=field, **context)
+    if problem["type"] == "none_required" or context.get("max_length") == 0:  # such a field takes only nothing
+        return LookonceError(ErrorKind.UNSUPPORTED, f"{field} is not supported", param=param)
+    if problem["type"] == "extra_forbidden":
+        return UnknownField(message, param)
+    return invalid(message, param=param)
+
+
+def _path(location: tuple[int | str, ...], value: Any) -> str:
+    """The way to the field in the client's own JSON; names of union members that pydantic adds are left out."""
+    names: list[str] = []
+    current = value
+    for position, step in enumerate(location):
+        last = position == len(location) - 1
+        if isinstance(step, str) and step.startswith("(") and step.endswith(")") and not last:
+            continue  # the tag of a union's member (see gateway.schemas.unions)
+        if isinstance(current, dict) and isinstance(step, str) and (step in current or last):
+            names.append(step[:_MAX_NAME])
+            current = current.get(step)
+        elif isinstance(current, list) and isinstance(step, int) and step < len(current):
+            names.append(str(step))
+            current = current[step]
+    return ".".join(names)

@@ -1,0 +1,151 @@
+"""/v1/chat/completions: OpenAI's request in, the core's turns out."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.auth import Tenant
+from gateway.conversation import Asker, ImagePart, Turn
+from gateway.core import Gateway
+from gateway.http import examples
+from gateway.http.body import read_json
+from gateway.http.chat_shapes import Envelope, chunks, completion_object
+from gateway.http.context import asker_of, gateway_of, json_response
+from gateway.http.openapi import answers, json_body, operation
+from gateway.http.pictures import RemotePictures, check_pictures, keep
+from gateway.http.sse import EventStream, until_disconnect
+from gateway.schemas.chat import ChatRequest, ImageUrlPart
+from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
+from gateway.schemas.sampling import stop_list, to_sampling
+from gateway.settings import GatewaySettings
+from lookonce.errors import invalid
+from protos.lookonce.v1 import language_pb2
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/chat/completions",
+    openapi_extra=operation(
+        "createChatCompletion",
+        "Answer a conversation",
+        json_body(ChatRequest, examples.CHATS),
+        answers(
+            ChatCompletion, examples.COMPLETION, event=ChatCompletionChunk, events=examples.events(*examples.CHUNKS)
+        ),
+    ),
+    tags=["chat"],
+)
+async def create(request: Request) -> Response:
+    """Answer a conversation of text and pictures, as OpenAI's API does; with a receipt."""
+    gateway = gateway_of(request)
+    body = await read_json(request, ChatRequest)
+    asker = asker_of(request, body.user or body.safety_identifier)
+    if not body.stream:
+        return json_response(await until_disconnect(request, complete(body, gateway, asker)))
+    turns = await until_disconnect(request, _turns(body, gateway, asker.tenant))
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
+    sampling = _sampling(body)
+    answering = gateway.answers.generate(turns, sampling, asker)
+    stream = chunks(answering, _envelope(gateway), max(1, sampling.n), include_usage=include_usage)
+    return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
+
+
+async def complete(body: ChatRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
+    """The whole completion object. Raises what is wrong with the request, naming the field."""
+    turns = await _turns(body, gateway, asker.tenant)
+    envelope = _envelope(gateway)
+    completions, resolved = await gateway.answers.complete(turns, _sampling(body), asker)
+    return completion_object(completions, resolved, envelope, with_logprobs=bool(body.logprobs))
+
+
+def _envelope(gateway: Gateway) -> Envelope:
+    return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), gateway.model.name)
+
+
+async def _begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+    """The same stream, its first item ready: what fails before it still gets its HTTP status."""
+    first = await anext(stream)
+
+    async def again() -> AsyncGenerator[dict[str, Any], None]:
+        try:
+            yield first
+            async for item in stream:
+                yield item
+        finally:
+            await stream.aclose()
+
+    return again()
+
+
+def _check(body: ChatRequest, settings: GatewaySettings) -> RemotePictures:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise invalid("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
+    if body.stream_options is not None and not body.stream:
+        raise invalid("'stream_options' needs 'stream': true", param="stream_options")
+    if body.max_tokens is not None and body.max_completion_tokens is not None:
+        raise invalid("give one of 'max_tokens' and 'max_completion_tokens'", param="max_tokens")
+    if (body.n or 1) > settings.max_n:
+        raise invalid(f"'n' is {body.n}, the limit is {settings.max_n}", param="n")
+    chars = _chars(body)
+    if chars > settings.max_text_chars:
+        raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param="messages")
+    return check_pictures(_image_urls(body), settings, "messages")
+
+
+def _image_urls(body: ChatRequest) -> list[tuple[str, str]]:
+    return [
+        (f"messages.{number}.content.{place}.image_url.url", part.image_url.url)
+        for number, message in enumerate(body.messages)
+        if not isinstance(message.content, str)
+        for place, part in enumerate(message.content)
+        if isinstance(part, ImageUrlPart)
+    ]
+
+
+def _chars(body: ChatRequest) -> int:
+    return sum(
+        len(message.content)
+        if isinstance(message.content, str)
+        else sum(0 if isinstance(part, ImageUrlPart) else len(part.text) for part in message.content)
+        for message in body.messages
+    )
+
+
+async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[Turn, ...]:
+    """Check the request, then fetch and keep its pictures."""
+    remote = _check(body, gateway.settings)
+    await gateway.model.check(body.model)
+    files = await remote.fetch(gateway.fetcher)
+    turns = []
+    for number, message in enumerate(body.messages):
+        role = "system" if message.role == "developer" else message.role
+        if isinstance(message.content, str):
+            turns.append(Turn(role, (message.content,)))
+            continue
+        parts: list[str | ImagePart] = []
+        for place, part in enumerate(message.content):
+            if isinstance(part, ImageUrlPart):
+                param = f"messages.{number}.content.{place}.image_url.url"
+                parts.append(await keep(part.image_url, files.get(param), gateway, tenant, param))
+            else:
+                parts.append(part.text)
+        turns.append(Turn(role, tuple(parts)))
+    return tuple(turns)
+
+
+def _sampling(body: ChatRequest) -> language_pb2.SamplingParameters:
+    return to_sampling(
+        body,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        stop=stop_list(body.stop),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        n=body.n or 1,
+    )

@@ -1,0 +1,135 @@
+"""Examples for the OpenAPI document: one picture, asked about. Tests hold them against the schemas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+IMAGE_ID = "img_" + "k2fz5m7q" * 6 + "abcd"
+IMAGE: dict[str, Any] = {
+    "id": IMAGE_ID,
+    "object": "image",
+    "bytes": 48213,
+    "width": 640,
+    "height": 480,
+    "tokens": 391,
+    "status": "ready",
+    "created_at": 1790000000,
+    "expires_at": 1790604800,
+    "pinned": False,
+    "aliases": ["front-door"],
+}
+UPLOADED = IMAGE | {"cached": False, "encode_ms": 182.4}
+IMAGES = {"object": "list", "data": [IMAGE], "first_id": IMAGE_ID, "last_id": IMAGE_ID, "has_more": False}
+ERASED = {"id": IMAGE_ID, "object": "image", "deleted": True, "complete": True}
+UPLOADS = {
+    "base64": {"data": "iVBORw0KGgoAAAANSUhEUgAA..."},
+    "by URL, kept for an hour": {"url": "https://example.com/door.jpg", "ttl": 3600},
+    "pinned, with a name": {"url": "https://example.com/door.jpg", "pinned": True, "alias": "front-door"},
+}
+CHANGES = {"keep it until it is erased": {"pinned": True}, "an hour from now": {"pinned": False, "ttl": 3600}}
+
+USAGE = {
+    "prompt_tokens": 412,
+    "completion_tokens": 3,
+    "total_tokens": 415,
+    "prompt_tokens_details": {"cached_tokens": 400, "image_tokens": 391},
+}
+RECEIPT = {
+    "embedding": "hit",
+    "prefix": "hit",
+    "encode_ms": 0.0,
+    "prefill_tokens": 12,
+    "cached_tokens": 400,
+    "queue_ms": 0.1,
+    "ttft_ms": 8.7,
+    "model": "qwen2-vl-2b-instruct",
+    "fingerprint": "9c" * 32,
+}
+ANSWER: dict[str, Any] = {
+    "id": "0",
+    "text": "A red door.",
+    "finish_reason": "stop",
+    "usage": USAGE,
+    "receipt": RECEIPT,
+}
+WEIGHED = ANSWER | {
+    "id": "open",
+    "text": "no",
+    "choices": {"yes": 0.04, "no": 0.96},
+    "logprobs": {"yes": -3.2, "no": -0.04},
+}
+ANSWERS = {"object": "list", "image": IMAGE_ID, "model": RECEIPT["model"], "answers": [ANSWER, WEIGHED]}
+QUESTIONS = {
+    "two questions": {"questions": ["What is this?", "What colour is it?"], "max_tokens": 32},
+    "choices": {"questions": [{"id": "open", "text": "Is it open?", "choices": ["yes", "no"]}]},
+}
+
+_ENVELOPE = {"id": "chatcmpl-0b1e", "created": 1790000000, "model": RECEIPT["model"]}
+COMPLETION: dict[str, Any] = _ENVELOPE | {
+    "object": "chat.completion",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "A red door.", "refusal": None},
+            "logprobs": None,
+            "finish_reason": "stop",
+        }
+    ],
+    "usage": USAGE,
+    "system_fingerprint": "fp_" + "9c" * 8,
+    "receipt": RECEIPT,
+}
+
+
+def _chunk(delta: dict[str, Any], reason: str | None, **more: Any) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    return _ENVELOPE | {"object": "chat.completion.chunk", "choices": [choice]} | more
+
+
+CHUNKS = [
+    _chunk({"role": "assistant", "content": ""}, None),
+    _chunk({"content": "A red door."}, None),
+    _chunk({}, "stop", receipt=RECEIPT),
+]
+CHATS = {
+    "text": {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16},
+    "a picture uploaded before": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": f"lookonce:{IMAGE_ID}"}},
+                    {"type": "text", "text": "What is this?"},
+                ],
+            }
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    },
+}
+MODEL = {
+    "id": RECEIPT["model"],
+    "object": "model",
+    "created": 1790000000,
+    "owned_by": "lookonce",
+    "context_length": 32768,
+    "max_tokens": 4096,
+}
+MODELS = {"object": "list", "data": [MODEL]}
+HEALTH = {"status": "ok"}
+READINESS = {
+    "status": "ready",
+    "parts": {
+        "language": {"serving": 2, "configured": 2},
+        "vision": {"serving": 1, "configured": 1},
+        "image_store": "ok",
+    },
+}
+METRICS = '# TYPE lookonce_gateway_requests_total counter\nlookonce_gateway_requests_total{route="/v1/models"} 3.0\n'
+
+
+def events(*items: dict[str, Any]) -> str:
+    """The items as a stream of server-sent events."""
+    return "".join(f"data: {orjson.dumps(item).decode()}\n\n" for item in items) + "data: [DONE]\n\n"

@@ -1,0 +1,63 @@
+"""Pictures inside a request: data: URLs and base64, bounded before they are decoded, decoded strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+
+from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.units import format_size
+
+REFERENCE = "lookonce:"
+_INLINE_CHARS = 1 << 18
+"""Longer base64 is decoded in a thread."""
+
+
+def image_reference(url: str) -> str | None:
+    """The image id in "lookonce:ID", or None for another kind of URL."""
+    return url.removeprefix(REFERENCE) if url.startswith(REFERENCE) else None
+
+
+def base64_of(url: str, param: str) -> str:
+    """The base64 of a data: URL. Raises INVALID_ARGUMENT for a malformed one, UNSUPPORTED for another scheme."""
+    if not url[:5].lower() == "data:":
+        raise LookonceError(
+            ErrorKind.UNSUPPORTED,
+            f"'{param}' must be an https:, http: or data: URL, or {REFERENCE}IMAGE_ID",
+            param=param,
+        )
+    header, comma, payload = url.partition(",")
+    if not comma or len(header) > 256 or not header.lower().endswith(";base64"):
+        raise invalid(f"'{param}' must be of the form data:image/...;base64,...", param=param)
+    return payload
+
+
+def decoded_size(payload: str) -> int:
+    """Bytes that base64 text decodes to, from its length alone."""
+    return len(payload) * 3 // 4 - payload[-2:].count("=")
+
+
+def check_size(size: int, limit: int, param: str) -> None:
+    """Raise IMAGE_TOO_LARGE for a file over the limit, INVALID_ARGUMENT for an empty one."""
+    if size > limit:
+        raise LookonceError(
+            ErrorKind.IMAGE_TOO_LARGE,
+            f"'{param}' is an image of {format_size(size)}, the limit is {format_size(limit)}",
+            param=param,
+        )
+    if size <= 0:
+        raise invalid(f"'{param}' is empty", param=param)
+
+
+async def decode(payload: str, param: str) -> bytes:
+    """Strict base64 (RFC 4648 alphabet, padded, nothing else). Raises INVALID_ARGUMENT."""
+    if len(payload) <= _INLINE_CHARS:
+        return _decode(payload, param)
+    return await asyncio.to_thread(_decode, payload, param)
+
+
+def _decode(payload: str, param: str) -> bytes:
+    try:
+        return binascii.a2b_base64(payload.encode("ascii"), strict_mode=True)
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise invalid(f"'{param}' is not valid base64", param=param) from error

@@ -1,0 +1,172 @@
+"""What happens around every request, as plain ASGI: an id, a log line, counts, limits, a key, a last resort.
+
+Outermost first: RequestScope, Limits, Authentication, then the routes.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.auth import DEFAULT_TENANT, Keyring
+from gateway.http.errors import error_response, internal_error
+from gateway.http.playground import is_playground
+from gateway.metrics import IN_FLIGHT, RATE_LIMITED, REJECTED, REQUEST_SECONDS, REQUESTS
+from lookonce import tracing
+from lookonce.errors import ErrorKind, LookonceError
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+_SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+log = structlog.get_logger("gateway.access")
+
+
+class BodyTooLarge(HTTPException):
+    """Raised from `receive`, so that whoever reads the body passes it on."""
+
+    def __init__(self) -> None:
+        super().__init__(413)
+
+
+class RequestScope:
+    """Gives the request its id, trace and state, writes the access log, counts, answers 500 when all else fails."""
+
+    def __init__(self, app: ASGIApp, *, access_log: bool = True) -> None:
+        self.app = app
+        self.access_log = access_log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        trace = tracing.begin(headers.get(tracing.HEADER))
+        sent = headers.get("x-request-id", "")
+        request_id = sent if _SANE_ID.fullmatch(sent) else "req_" + secrets.token_hex(12)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        started, status = time.perf_counter(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = request_id
+                answered[tracing.HEADER] = trace.header
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except Exception:
+            log.exception("request failed", request_id=request_id)
+            if status == 0:
+                await internal_error()(scope, receive, send_with_id)
+        finally:
+            self._account(scope, status, time.perf_counter() - started)
+
+    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+        route = route_of(scope)
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        REQUESTS.labels(route, method, str(status)).inc()
+        REQUEST_SECONDS.labels(route).observe(seconds)
+        if self.access_log and route not in OPEN_PATHS:
+            state = scope["state"]
+            tenant = state["tenant"].name if "tenant" in state else DEFAULT_TENANT
+            fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
+            log.info("request", **fields, request_id=state["request_id"], tenant=tenant)
+
+
+class Limits:
+    """Bounds the body (before anything parses it, chunked ones too) and the requests worked on at once."""
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_concurrency: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+        self.max_concurrency = max_concurrency
+        self.active = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "0")
+        if not declared.isascii() or not declared.isdigit() or int(declared[:20]) > self.max_body_bytes:
+            text = f"the request body is larger than {self.max_body_bytes} bytes"
+            await error_response(LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, text))(scope, receive, send)
+            return
+        if self.active >= self.max_concurrency:
+            REJECTED.inc()
+            error = LookonceError(ErrorKind.OVERLOADED, "the server is busy: try again", retry_after=1.0)
+            await error_response(error)(scope, receive, send)
+            return
+        self.active += 1
+        IN_FLIGHT.inc()
+        try:
+            await self.app(scope, self._counted(receive), send)
+        finally:
+            self.active -= 1
+            IN_FLIGHT.dec()
+
+    def _counted(self, receive: Receive) -> Receive:
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            if message["type"] == "http.request":
+                total += len(message.get("body", b""))
+                if total > self.max_body_bytes:
+                    raise BodyTooLarge
+            return message
+
+        return counted
+
+
+class Authentication:
+    """Every route but the two health ones and the playground's files needs a key, and is held to the key's quota; the
+    tenant goes into the request's state."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self.app = app
+        self.keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
+            with ExitStack() as held:
+                try:
+                    caller = self.keyring.identify(_presented(Headers(scope=scope)))
+                    scope["state"]["tenant"] = caller.tenant
+                    held.enter_context(caller.meter.request())
+                except LookonceError as error:
+                    RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
+                    await error_response(error)(scope, receive, send)
+                    return
+                await self.app(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or is_playground(path)
+
+
+def route_of(scope: dict[str, Any] | Any) -> str:
+    """The path template of a matched route; never the path itself, which has no bound."""
+    route = scope.get("route")
+    return str(getattr(route, "path", "")) or "unmatched"
+
+
+def _presented(headers: Headers) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key")

@@ -1,0 +1,91 @@
+"""/v1/moderations: OpenAI's request in, the policy's verdict out."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.conversation import Asker
+from gateway.core import Gateway
+from gateway.http import job_examples
+from gateway.http.body import read_json
+from gateway.http.context import asker_of, gateway_of, json_response
+from gateway.http.openapi import answers, json_body, operation
+from gateway.http.pictures import RemotePictures, check_pictures, keep
+from gateway.http.sse import until_disconnect
+from gateway.moderation.moderations import Item, Moderations
+from gateway.schemas.chat import ImageUrlPart, TextPart
+from gateway.schemas.moderations import ModerationObject, ModerationRequest
+from lookonce.errors import ErrorKind, LookonceError, invalid
+
+router = APIRouter()
+OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
+"""Names that OpenAI's users send; the policy decides here, whatever the name."""
+
+
+@router.post(
+    "/v1/moderations",
+    openapi_extra=operation(
+        "createModeration",
+        "Moderate pictures and texts",
+        json_body(ModerationRequest, job_examples.MODERATIONS),
+        answers(ModerationObject, job_examples.MODERATION),
+    ),
+    tags=["moderations"],
+)
+async def create(request: Request) -> Response:
+    """Score pictures and texts against the categories of the configured policy, as OpenAI's API does."""
+    body = await read_json(request, ModerationRequest)
+    moderated = moderate(body, gateway_of(request), asker_of(request))
+    return json_response(await until_disconnect(request, moderated))
+
+
+async def moderate(body: ModerationRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
+    """The moderation object. Raises what is wrong with the request, UNSUPPORTED without a policy."""
+    if gateway.policy is None:
+        raise LookonceError(
+            ErrorKind.UNSUPPORTED,
+            "this server has no moderation policy: start the gateway with --policy FILE or LOOKONCE_GATEWAY_POLICY",
+        )
+    remote = _check(body, gateway)
+    named = body.model if body.model is None or not body.model.startswith(OPENAI_MODELS) else None
+    await gateway.model.check(named)
+    inputs = await _inputs(body, gateway, asker, remote)
+    settings = gateway.settings
+    moderations = Moderations(gateway.policy, gateway.answers, gateway.model, concurrency=settings.question_concurrency)
+    results = await moderations.moderate(inputs, asker)
+    return {"id": "modr-" + uuid.uuid4().hex, "model": gateway.model.name, "results": results}
+
+
+def _check(body: ModerationRequest, gateway: Gateway) -> RemotePictures:
+    items = [body.input] if isinstance(body.input, str) else body.input
+    chars = sum(len(item) if isinstance(item, str) else len(getattr(item, "text", "")) for item in items)
+    limit = gateway.settings.max_text_chars
+    if chars > limit:
+        raise invalid(f"the input has {chars} characters, the limit is {limit}", param="input")
+    urls = [(_param(place), item.image_url.url) for place, item in enumerate(items) if isinstance(item, ImageUrlPart)]
+    return check_pictures(urls, gateway.settings, "input")
+
+
+async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remote: RemotePictures) -> list[list[Item]]:
+    if isinstance(body.input, str):
+        return [[body.input]]
+    files = await remote.fetch(gateway.fetcher)
+    parts: list[Item] = []
+    for place, item in enumerate(body.input):
+        if isinstance(item, str):
+            parts.append(item)
+        elif isinstance(item, TextPart):
+            parts.append(item.text)
+        else:
+            name = _param(place)
+            parts.append(await keep(item.image_url, files.get(name), gateway, asker.tenant, name))
+    return [[part] for part in parts] if isinstance(body.input[0], str) else [parts]
+
+
+def _param(place: int) -> str:
+    return f"input.{place}.image_url.url"

@@ -1,0 +1,79 @@
+"""The pictures of a request, inline and at URLs: bounded together before any is fetched or decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.auth import Tenant
+from gateway.conversation import ImagePart
+from gateway.core import Gateway
+from gateway.fetching.fetcher import Fetcher, Wanted
+from gateway.http.inline import base64_of, check_size, decode, decoded_size, image_reference
+from gateway.schemas.chat import ImageUrl
+from gateway.settings import GatewaySettings
+from lookonce.errors import LookonceError, invalid
+
+
+@dataclass(frozen=True)
+class RemotePictures:
+    """Pictures of one request that are at URLs, and what they may weigh."""
+
+    wanted: tuple[Wanted, ...]
+    max_bytes: int  # each
+    total_bytes: int  # together
+
+    async def fetch(self, fetcher: Fetcher) -> dict[str, bytes]:
+        """The files by the field that named them. Raises FetchError."""
+        if not self.wanted:
+            return {}
+        files = await fetcher.fetch_all(self.wanted, max_bytes=self.max_bytes, total_bytes=self.total_bytes)
+        return {item.param: data for item, data in zip(self.wanted, files, strict=True)}
+
+
+def check_pictures(urls: Sequence[tuple[str, str]], settings: GatewaySettings, param: str) -> RemotePictures:
+    """Check how many pictures (field, URL) there are and how large the inline ones; the rest is left to the others.
+
+    Raises INVALID_ARGUMENT, or UNSUPPORTED for another kind of URL."""
+    if len(urls) > settings.max_images:
+        raise invalid(f"the request has {len(urls)} images, the limit is {settings.max_images}", param=param)
+    wanted = tuple(Wanted(url, name) for name, url in urls if is_remote(url))
+    if len(wanted) > settings.max_urls:
+        text = f"the request has {len(wanted)} images at URLs, the limit is {settings.max_urls}"
+        raise invalid(text, param=param)
+    total = 0
+    for name, url in urls:
+        if image_reference(url) is None and not is_remote(url):
+            size = decoded_size(base64_of(url, name))
+            check_size(size, settings.max_image_bytes, name)
+            total += size
+    left = settings.max_request_image_bytes - total
+    if left < 0:
+        text = f"the images have {total} bytes together, the limit is {settings.max_request_image_bytes}"
+        raise invalid(text, param=param)
+    return RemotePictures(wanted, settings.max_image_bytes, left)
+
+
+def is_remote(url: str) -> bool:
+    """Whether the picture must be fetched."""
+    return url[:8].lower().startswith(("http://", "https://"))
+
+
+async def keep(image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str) -> ImagePart:
+    """The picture as an image of the tenant: found by its id, or kept now. `file`: what was fetched for it, if it is
+    at a URL. Errors name `param`."""
+    max_pixels = pixels_of(image.detail, gateway.settings)
+    identifier = image_reference(image.url)
+    try:
+        if identifier is not None:
+            return ImagePart(await gateway.images.get(identifier, tenant), max_pixels)
+        data = file if file is not None else await decode(base64_of(image.url, param), param)
+        record, resolved = await gateway.images.add(data, tenant, max_pixels=max_pixels)
+    except LookonceError as error:
+        raise LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after) from error
+    return ImagePart(record, max_pixels, resolved)
+
+
+def pixels_of(detail: str, settings: GatewaySettings) -> int | None:
+    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
+    return settings.low_detail_pixels if detail == "low" else None

@@ -1,0 +1,105 @@
+"""POST /v1/images: a file by multipart, as base64 or at a URL."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter
+from starlette.datastructures import FormData, UploadFile
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.http import examples
+from gateway.http.body import read_json
+from gateway.http.context import gateway_of, json_response, tenant_of
+from gateway.http.images import image_object
+from gateway.http.inline import base64_of, check_size, decode, decoded_size
+from gateway.http.keeping import FORM_FIELDS, form_change, keeping_of
+from gateway.http.openapi import answers, operation, upload_body
+from gateway.http.sse import until_disconnect
+from gateway.images import Keeping
+from gateway.schemas.questions import ImageUpload
+from gateway.schemas.responses import ImageObject
+from lookonce.errors import ErrorKind, LookonceError, invalid
+
+router = APIRouter(tags=["images"])
+
+
+@dataclass(frozen=True)
+class _Received:
+    data: bytes
+    param: str  # the name of the field it came in
+    keeping: Keeping
+
+
+@router.post(
+    "/v1/images",
+    openapi_extra=operation(
+        "uploadImage",
+        "Upload an image",
+        upload_body(ImageUpload, FORM_FIELDS, examples.UPLOADS),
+        answers(ImageObject, examples.UPLOADED),
+        errors=(403,),
+    ),
+)
+async def upload(request: Request) -> Response:
+    """Keep an image and encode it. The same file has the same id; uploading it again keeps it for longer."""
+    received = await _received(request)
+    adding = gateway_of(request).images.add(received.data, tenant_of(request), verify=True, keeping=received.keeping)
+    try:
+        record, resolved = await until_disconnect(request, adding)
+    except LookonceError as error:
+        if error.kind in (ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE):
+            raise LookonceError(error.kind, error.message, param=received.param) from error
+        raise
+    return json_response(image_object(record, resolved))
+
+
+async def _received(request: Request) -> _Received:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await _from_form(request)
+    if kind not in ("application/json", ""):
+        raise invalid("send multipart/form-data with the field 'file', or application/json", param="content-type")
+    return await _from_json(request)
+
+
+async def _from_json(request: Request) -> _Received:
+    gateway = gateway_of(request)
+    limit = gateway.settings.max_image_bytes
+    body = await read_json(request, ImageUpload)
+    if (body.data is None) == (body.url is None):
+        raise invalid("give exactly one of 'data' and 'url'", param="data")
+    keeping = keeping_of(body, gateway.settings)
+    if body.url is not None:
+        fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit)
+        return _Received(await until_disconnect(request, fetched), "url", keeping)
+    data = body.data or ""
+    payload = base64_of(data, "data") if data[:5].lower() == "data:" else data
+    check_size(decoded_size(payload), limit, "data")
+    return _Received(await decode(payload, "data"), "data", keeping)
+
+
+async def _from_form(request: Request) -> _Received:
+    settings = gateway_of(request).settings
+    async with request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=1024) as form:
+        keeping = keeping_of(form_change(_texts(form)), settings)
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise invalid("'file' is required, as a file", param="file")
+        check_size(file.size or 0, settings.max_image_bytes, "file")
+        return _Received(await file.read(), "file", keeping)
+
+
+def _texts(form: FormData) -> dict[str, str]:
+    """The fields beside the file."""
+    texts = {}
+    for name, value in form.multi_items():
+        if name == "file":
+            continue
+        if name not in FORM_FIELDS:
+            raise invalid(f"the form takes the fields 'file', {', '.join(map(repr, FORM_FIELDS))}", param=name[:100])
+        if isinstance(value, UploadFile) or name in texts:
+            raise invalid(f"'{name}' must be one text field", param=name)
+        texts[name] = value
+    return texts

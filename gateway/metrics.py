@@ -1,0 +1,22 @@
+"""Counters of the gateway, beside those of its stores, in the process's Prometheus registry."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+REQUESTS = Counter("lookonce_gateway_requests", "Requests answered.", ("route", "method", "status"))
+REQUEST_SECONDS = Histogram(
+    "lookonce_gateway_request_seconds", "From request to last byte.", ("route",), buckets=_SECONDS
+)
+IN_FLIGHT = Gauge("lookonce_gateway_in_flight", "Requests being worked on.")
+RATE_LIMITED = Counter("lookonce_gateway_rate_limited", "Requests answered 429 because of their key's limits.")
+REJECTED = Counter("lookonce_gateway_rejected", "Requests answered 429 because the gateway was full.")
+DISCONNECTS = Counter("lookonce_gateway_disconnects", "Clients that went away before their answer was complete.")
+ENCODES = Counter("lookonce_gateway_encodes", "Encode calls, by what the vision service did.", ("outcome",))
+ANSWERS = Counter("lookonce_gateway_answers", "Answers, by what was reused.", ("embedding", "prefix"))
+FIRST_TOKEN_SECONDS = Histogram(
+    "lookonce_gateway_first_token_seconds", "Engine time to the first token.", buckets=_SECONDS
+)
+TOKENS = Counter("lookonce_gateway_tokens", "Tokens, by kind: prompt, cached or completion.", ("kind",))
+RETRIES = Counter("lookonce_gateway_retries", "Second tries, by the kind of the first one's failure.", ("kind",))

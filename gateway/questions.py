@@ -1,0 +1,142 @@
+"""Many questions on one image: asked concurrently, weighed in one call, each with its own outcome. No HTTP here."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.answers import Answers
+from gateway.conversation import Asker, ChoiceQuestion, Turn
+from gateway.receipts import finish_reason, receipt, usage
+from gateway.served_model import ServedModel
+from lookonce.errors import ErrorKind, LookonceError
+from protos.lookonce.v1 import language_pb2
+
+BUSY_TRIES = 6
+BUSY_PAUSE = 0.05  # seconds before a question that found the service full asks again; doubles
+_TRANSIENT = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
+
+
+@dataclass(frozen=True)
+class OpenQuestion:
+    """A question answered in words."""
+
+    id: str
+    turns: tuple[Turn, ...]
+    sampling: language_pb2.SamplingParameters
+
+
+AnyQuestion = OpenQuestion | ChoiceQuestion
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of question number `position`: fields of its answer, or an error."""
+
+    position: int
+    id: str
+    fields: dict[str, Any] | None = None
+    error: LookonceError | None = None
+
+
+class Questions:
+    """Runs the questions of one request."""
+
+    def __init__(self, answers: Answers, model: ServedModel, *, concurrency: int) -> None:
+        self._answers = answers
+        self._model = model
+        self._concurrency = concurrency
+
+    async def run(self, questions: Sequence[AnyQuestion], asker: Asker) -> AsyncGenerator[Outcome, None]:
+        """Outcomes in order of completion. Closing the iterator stops all work."""
+        gate = asyncio.Semaphore(self._concurrency)
+        done: asyncio.Queue[list[Outcome]] = asyncio.Queue()
+
+        async def written(position: int, question: OpenQuestion) -> None:
+            async with gate:
+                done.put_nowait([await self._written(position, question, asker)])
+
+        async def weighed(items: list[tuple[int, ChoiceQuestion]]) -> None:
+            done.put_nowait(await self._weighed(items, asker))
+
+        tasks = [
+            asyncio.create_task(written(position, question))
+            for position, question in enumerate(questions)
+            if isinstance(question, OpenQuestion)
+        ]
+        choices = [(position, item) for position, item in enumerate(questions) if isinstance(item, ChoiceQuestion)]
+        if choices:
+            tasks.append(asyncio.create_task(weighed(choices)))
+        try:
+            for _ in range(len(tasks)):
+                for outcome in await done.get():
+                    yield outcome
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def run_all(self, questions: Sequence[AnyQuestion], asker: Asker) -> list[Outcome]:
+        """Outcomes in the order asked. Raises the failure when all failed for want of a service: ask again later."""
+        outcomes: list[Outcome] = []
+        async with aclosing(self.run(questions, asker)) as run:
+            async for outcome in run:
+                outcomes.append(outcome)  # noqa: PERF401
+        outcomes.sort(key=lambda outcome: outcome.position)
+        errors = [outcome.error for outcome in outcomes if outcome.error is not None]
+        if len(errors) == len(outcomes) and all(error.kind in _TRANSIENT for error in errors):
+            raise errors[0]
+        return outcomes
+
+    async def _written(self, position: int, question: OpenQuestion, asker: Asker) -> Outcome:
+        try:
+            return Outcome(position, question.id, await self._write(question, asker))
+        except LookonceError as error:
+            return Outcome(position, question.id, error=error)
+
+    async def _write(self, question: OpenQuestion, asker: Asker) -> dict[str, Any]:
+        for attempt in range(BUSY_TRIES):
+            try:
+                (completion,), resolved = await self._answers.complete(question.turns, question.sampling, asker)
+                break
+            except LookonceError as error:
+                if error.kind is not ErrorKind.OVERLOADED or attempt == BUSY_TRIES - 1:
+                    raise
+            await asyncio.sleep(BUSY_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+        finish = completion.finish
+        if finish is None:
+            raise LookonceError(ErrorKind.INTERNAL, "no answer")
+        return {
+            "text": completion.text,
+            "finish_reason": finish_reason(finish.reason),
+            "usage": usage([finish.usage]),
+            "receipt": receipt(resolved, finish.receipt, self._model.name),
+        }
+
+    async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], asker: Asker) -> list[Outcome]:
+        try:
+            scores, cost, resolved = await self._answers.score([item for _, item in items], asker)
+        except LookonceError as error:
+            return [Outcome(position, item.id, error=error) for position, item in items]
+        bill = receipt(resolved, cost, self._model.name)
+        return [
+            Outcome(position, item.id, error=found)
+            if isinstance(found, LookonceError)
+            else Outcome(position, item.id, _weights(found) | {"receipt": bill})
+            for (position, item), found in zip(items, scores, strict=True)
+        ]
+
+
+def _weights(scores: language_pb2.ItemScores) -> dict[str, Any]:
+    best = max(scores.choices, key=lambda item: item.probability, default=None)
+    return {
+        "text": best.choice if best is not None else "",
+        "choices": {item.choice: item.probability for item in scores.choices},
+        "logprobs": {item.choice: item.logprob for item in scores.choices},
+        "finish_reason": "stop",
+        "usage": usage([scores.usage]),
+    }

@@ -1,0 +1,1 @@
+"""Request bodies of the public API. Unknown fields are refused by name."""

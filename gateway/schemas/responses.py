@@ -1,0 +1,244 @@
+"""What the API answers, for the OpenAPI document: the routes build their JSON by hand, tests hold it against these."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Answered(BaseModel):
+    """Base of answers: fields that are not here are not sent."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Answered):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="the request field at fault")
+    code: str
+
+
+class ErrorBody(Answered):
+    """Every error has this form (OpenAI's)."""
+
+    error: ErrorDetail
+
+
+class ImageObject(Answered):
+    """An image that is kept."""
+
+    id: str = Field(
+        description="made from the file's bytes: the same file has the same id", pattern="^img_[a-z2-7]{52}$"
+    )
+    object: Literal["image"]
+    bytes: int = Field(ge=0, description="size of the file")
+    width: int | None = Field(description="pixels, as the model sees the picture")
+    height: int | None = Field(description="pixels, as the model sees the picture")
+    tokens: int | None = Field(description="tokens of the picture in a prompt")
+    status: Literal["ready"]
+    created_at: int = Field(description="Unix seconds")
+    expires_at: int | None = Field(description="Unix seconds; null when pinned")
+    pinned: bool = Field(description="whether it is kept until it is erased")
+    aliases: list[str] = Field(description="names given to it")
+    cached: bool | None = Field(None, description="only on upload: whether nothing had to be encoded")
+    encode_ms: float | None = Field(None, description="only on upload: milliseconds of encoding")
+
+
+class ImageList(Answered):
+    """A page of images, newest first."""
+
+    object: Literal["list"]
+    data: list[ImageObject]
+    first_id: str | None
+    last_id: str | None = Field(description="the `after` of the next page")
+    has_more: bool
+
+
+class ErasedImage(Answered):
+    """An image that is gone."""
+
+    id: str
+    object: Literal["image"]
+    deleted: Literal[True]
+    complete: bool = Field(description="false when a process could not confirm: erasure then goes on by itself")
+
+
+class PromptTokensDetails(Answered):
+    """Parts of the prompt."""
+
+    cached_tokens: int = Field(description="tokens whose KV was reused")
+    image_tokens: int
+
+
+class Usage(Answered):
+    """Tokens, as OpenAI counts them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Receipt(Answered):
+    """What an answer took and what was reused for it."""
+
+    embedding: Literal["hit", "miss", "coalesced"] | None = Field(description="null without images")
+    prefix: Literal["hit", "miss"] = Field(description="whether KV of the image's prefix was reused")
+    encode_ms: float
+    prefill_tokens: int
+    cached_tokens: int
+    queue_ms: float
+    ttft_ms: float = Field(description="milliseconds to the first token, in the language service")
+    model: str
+    fingerprint: str = Field(description="of the encoder")
+
+
+class Answer(Answered):
+    """The answer to one question, or its error."""
+
+    id: str = Field(description="the question's own, or its position")
+    text: str | None = Field(None, description="the answer; with choices the likeliest one")
+    choices: dict[str, float] | None = Field(None, description="probability of each choice")
+    logprobs: dict[str, float] | None = Field(None, description="log-probability of each choice's tokens")
+    finish_reason: Literal["stop", "length"] | None = None
+    usage: Usage | None = None
+    receipt: Receipt | None = None
+    error: ErrorDetail | None = None
+
+
+class Answers(Answered):
+    """The answers in the order asked."""
+
+    object: Literal["list"]
+    image: str
+    model: str
+    answers: list[Answer]
+
+
+class TopLogprob(Answered):
+    """A token and how likely it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, with the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class Logprobs(Answered):
+    """Of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class ChatMessage(Answered):
+    """What the model said."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Answered):
+    """One of n answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(Answered):
+    """OpenAI's chat completion, with a receipt."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | None
+    receipt: Receipt
+
+
+class ChatDelta(Answered):
+    """What a chunk adds."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Answered):
+    """A chunk of one of n answers."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletionChunk(Answered):
+    """OpenAI's chunk; the last one has the receipt, and the usage when asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    receipt: Receipt | None = None
+
+
+class Model(Answered):
+    """OpenAI's model, with its limits."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int = Field(description="tokens of prompt and answer together")
+    max_tokens: int = Field(description="most tokens of an answer")
+
+
+class ModelList(Answered):
+    """The models: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(Answered):
+    """The process runs."""
+
+    status: Literal["ok"]
+
+
+class ServiceCount(Answered):
+    """How many endpoints answer."""
+
+    serving: int
+    configured: int
+
+
+class ReadinessParts(Answered):
+    """What the gateway leans on."""
+
+    language: ServiceCount
+    vision: ServiceCount
+    image_store: Literal["ok", "degraded"]
+
+
+class Readiness(Answered):
+    """Whether requests can be answered."""
+
+    status: Literal["ready", "degraded", "unavailable"]
+    parts: ReadinessParts

@@ -1,0 +1,70 @@
+"""Sampling parameters as the API takes them, and their wire form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from gateway.schemas.base import Body
+from protos.lookonce.v1 import language_pb2
+
+MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=0, le=1_000_000)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = Annotated[list[StopString], Field(max_length=16)]
+
+
+class Sampling(Body):
+    """What all doors share. Unset: the service's default (greedy)."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
+
+
+def to_sampling(
+    params: Sampling,
+    *,
+    max_tokens: int | None,
+    stop: list[str],
+    defaults: Sampling | None = None,
+    logprobs: int | None = None,
+    n: int = 1,
+) -> language_pb2.SamplingParameters:
+    """The wire form; a parameter that `params` leaves out comes from `defaults`."""
+    fields: dict[str, float | int] = {}
+    for name in Sampling.model_fields:
+        value = getattr(params, name)
+        if value is None and defaults is not None:
+            value = getattr(defaults, name)
+        if value is not None:
+            fields[name] = value
+    if "seed" in fields:
+        fields["seed"] = int(fields["seed"]) % 2**64
+    return language_pb2.SamplingParameters(
+        **fields,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        stop=stop,
+        logprobs=logprobs,
+        n=n,
+    )
+
+
+def stop_list(stop: str | list[str] | None) -> list[str]:
+    """OpenAI's `stop` as a list."""
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop

@@ -1,0 +1,186 @@
+"""What the gateway can be told: addresses, limits, keys. Every limit has a name, a default and a variable."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from gateway.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
+from lookonce.rpc.server import Tls
+from lookonce.settings import Bytes, Seconds, Settings
+from lookonce.telemetry import LogFormat
+
+
+class GatewaySettings(Settings):
+    """The gateway: the public REST API in front of the vision and language services."""
+
+    model_config = SettingsConfigDict(env_prefix="LOOKONCE_GATEWAY_")
+
+    host: str = Field("127.0.0.1", description="address to listen on; a public one needs API keys")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
+    uds: Path | None = Field(None, description="listen on this unix socket instead of host and port")
+    vision: str = Field("127.0.0.1:50051", description="addresses of vision services, separated by commas")
+    lm: str = Field("127.0.0.1:50052", description="addresses of language services, separated by commas")
+    model_name: str = Field("", description="name of the model in the API; empty: that of the checkpoint")
+
+    store: str = Field(
+        "memory://", description="where image files are kept: memory://, file:///path, redis://host:port"
+    )
+    store_bytes: Bytes = Field(1 << 30, description="budget of kept image files")
+    image_ttl: Seconds = Field(7 * 86400.0, description="how long an image is kept after its last upload")
+    max_image_ttl: Seconds = Field(366 * 86400.0, description="longest time that a client may have an image kept for")
+    pinning: bool = Field(True, description="let clients pin images: kept until erased, within the budget of the store")
+    share_embeddings: bool = Field(False, description="let tenants share embeddings of equal files")
+    secret: SecretStr = Field(SecretStr(""), description="secret that tenants' image ids are derived from")
+
+    max_image_bytes: Bytes = Field(20 << 20, description="largest image file")
+    max_body_bytes: Bytes = Field(64 << 20, description="largest request body")
+    max_images: int = Field(32, ge=1, description="most images in one request")
+    max_request_image_bytes: Bytes = Field(48 << 20, description="most bytes of image files in one request")
+    max_questions: int = Field(1000, ge=1, description="most questions in one request")
+    max_choices: int = Field(64, ge=1, description="most choices of one question")
+    max_n: int = Field(16, ge=1, description="most answers to one prompt")
+    max_text_chars: int = Field(1_000_000, ge=1, description="most characters of text in one request")
+    low_detail_pixels: int = Field(
+        200_704, ge=3136, description='pixels an image of detail "low" is resized to at most'
+    )
+
+    max_concurrency: int = Field(1024, ge=1, description="requests worked on at once; more are answered 429")
+    question_concurrency: int = Field(64, ge=1, description="questions of one request under way at once")
+    request_timeout: Seconds = Field(600.0, description="longest time from a request to its last token")
+    encode_timeout: Seconds = Field(120.0, description="longest time to encode one image")
+    reconnect_wait: Seconds = Field(3.0, description="how long a request waits for a language service to come back")
+    drain_grace: Seconds = Field(20.0, description="time requests under way get after SIGTERM")
+
+    api_keys: SecretStr = Field(
+        SecretStr(""),
+        description="TENANT=KEY or TENANT=sha256:HEX, separated by commas; a bare KEY is tenant default; "
+        "' rate=60' (a minute) and ' concurrency=4' after it limit it",
+    )
+    api_keys_file: Path | None = Field(None, description="file with one key of the same form on each line")
+    key_rate: int = Field(
+        0, ge=0, description="requests a minute of one API key without a rate of its own; 0: no limit"
+    )
+    key_concurrency: int = Field(
+        0, ge=0, description="requests at once of one API key without a concurrency of its own; 0: no limit"
+    )
+    heartbeat: Seconds = Field(15.0, gt=0, description="silence of an event stream after which a comment is sent")
+    playground: bool = Field(True, description="serve the playground, a page for trying things out, at /")
+    samples: Path | None = Field(None, description="folder of pictures the playground offers; unset: bundled ones")
+    cors_origins: str = Field("", description="origins that browsers may call from, separated by commas")
+    tls_certificate: Path | None = Field(None, description="PEM certificate chain, to serve https")
+    tls_key: Path | None = Field(None, description="PEM private key")
+    rpc_tls_ca: Path | None = Field(None, description="PEM roots that the services' certificates are checked against")
+    rpc_tls_certificate: Path | None = Field(None, description="PEM client certificate for the services (mTLS)")
+    rpc_tls_key: Path | None = Field(None, description="PEM private key of the client certificate")
+
+    fetch_urls: FetchMode = Field(
+        "public",
+        description="whether clients may give URLs: off, allowlist (of --fetch-hosts), or public (any public address)",
+    )
+    fetch_hosts: str = Field(
+        "", description="hosts of --fetch-urls allowlist, separated by commas; .example.org: all names below it"
+    )
+    fetch_ports: str = Field("80,443", description="ports that URLs may have, separated by commas")
+    fetch_allow_networks: str = Field(
+        "", description="networks that are fetched from although not public, such as 10.1.0.0/16, separated by commas"
+    )
+    fetch_ca: Path | None = Field(None, description="PEM roots for the servers of URLs, beside the system's")
+    fetch_timeout: Seconds = Field(15.0, gt=0, description="longest time to fetch one URL, redirects included")
+    fetch_connect_timeout: Seconds = Field(5.0, gt=0, description="longest time to look a host up, and to connect")
+    fetch_read_timeout: Seconds = Field(5.0, gt=0, description="longest silence of a server that is fetched from")
+    fetch_redirects: int = Field(3, ge=0, le=10, description="most redirects of one URL")
+    fetch_concurrency: int = Field(32, ge=1, description="URLs fetched at once in the whole process")
+    max_urls: int = Field(16, ge=1, description="most URLs to fetch in one request")
+
+    policy: Path | None = Field(None, description="YAML file with the categories of /v1/moderations")
+    data_dir: Path | None = Field(None, description="where files and batches are kept; unset: there are none")
+    max_file_bytes: Bytes = Field(64 << 20, description="largest file for batches (see --max-body-bytes too)")
+    max_stored_bytes: Bytes = Field(2 << 30, description="most bytes of files of one tenant")
+    file_ttl: Seconds = Field(30 * 86400.0, description="how long files are kept when their owner says nothing else")
+    max_batch_lines: int = Field(50_000, ge=1, description="most requests in one batch")
+    max_batches: int = Field(64, ge=1, description="most batches of one tenant under way")
+    batch_concurrency: int = Field(
+        4, ge=1, description="batch requests worked on at once; one while others wait for answers"
+    )
+    batch_window: Seconds = Field(86400.0, ge=1, description="time after which what is undone of a batch expires")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
+    log_format: LogFormat = Field("auto", description="console, json, or auto (json unless in a terminal)")
+    access_log: bool = Field(True, description="one log line for each request")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> GatewaySettings:
+        if not (self.vision_addresses and self.lm_addresses):
+            raise ValueError("--vision and --lm need at least one address each")
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ValueError("--tls-certificate and --tls-key go together")
+        if (self.fetch_urls == "allowlist") != bool(split_list(self.fetch_hosts)):
+            raise ValueError("--fetch-urls allowlist and --fetch-hosts go together")
+        if self.uds is None and not is_loopback(self.host) and not self.has_keys:
+            raise ValueError(
+                f"--host {self.host} is reachable from outside: set LOOKONCE_GATEWAY_API_KEYS or --api-keys-file first"
+            )
+        return self
+
+    @field_validator("fetch_hosts", "fetch_ports", "fetch_allow_networks")
+    @classmethod
+    def _readable(cls, value: str, info: ValidationInfo) -> str:
+        parse = {"fetch_hosts": parse_hosts, "fetch_ports": parse_ports}.get(info.field_name or "", parse_networks)
+        parse(split_list(value))
+        return value
+
+    @property
+    def fetch_policy(self) -> FetchPolicy:
+        """The rules of fetching clients' URLs."""
+        return FetchPolicy(
+            mode=self.fetch_urls,
+            hosts=parse_hosts(split_list(self.fetch_hosts)),
+            ports=parse_ports(split_list(self.fetch_ports)),
+            networks=parse_networks(split_list(self.fetch_allow_networks)),
+            ca=self.fetch_ca,
+            max_redirects=self.fetch_redirects,
+            timeout=self.fetch_timeout,
+            connect_timeout=self.fetch_connect_timeout,
+            read_timeout=self.fetch_read_timeout,
+            concurrency=self.fetch_concurrency,
+        )
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether API keys were given."""
+        return bool(self.api_keys.get_secret_value().strip() or self.api_keys_file)
+
+    @property
+    def vision_addresses(self) -> tuple[str, ...]:
+        """Addresses of the vision services."""
+        return split_list(self.vision)
+
+    @property
+    def lm_addresses(self) -> tuple[str, ...]:
+        """Addresses of the language services."""
+        return split_list(self.lm)
+
+    @property
+    def rpc_tls(self) -> Tls:
+        """TLS towards the services."""
+        return Tls(self.rpc_tls_certificate, self.rpc_tls_key, self.rpc_tls_ca)
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Items of a comma-separated list, blank ones dropped, repeated ones once."""
+    return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,1 @@
+"""The language service: answers from image embeddings, without the vision weights."""

@@ -1,0 +1,35 @@
+"""`python -m lm_service`: the language service."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from lm_service.settings import LanguageSettings
+from lookonce.errors import LookonceError
+from lookonce.process import leave_after
+from lookonce.settings import command
+from lookonce.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+
+def run(settings: LanguageSettings) -> int:
+    """Load the model and serve; the process's exit status."""
+    configure_logging("language", settings.log_level, settings.log_format)
+    # Here and not above: --help and a mistyped flag answer before torch is imported.
+    from lm_service.service import load_model, serve, start_metrics
+
+    try:
+        start_metrics(settings)
+        model = load_model(settings)
+        asyncio.run(serve(settings, model))
+    except LookonceError as error:
+        log.error("cannot start", kind=error.kind.value, reason=error.message)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    leave_after(command(LanguageSettings, run))

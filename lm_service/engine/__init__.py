@@ -1,0 +1,1 @@
+"""The engine Protocol and the engines behind it."""

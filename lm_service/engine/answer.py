@@ -1,0 +1,79 @@
+"""One answer taking shape: tokens in, deltas out, and the reason it ends. For all engines; knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.types import Delta, FinishReason, Sampling, TokenLogprob
+
+
+class StopMatcher:
+    """Finds stop strings in text that comes in pieces, and holds back what may yet become one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None]:
+        """Text that may be shown, and the stop string met. The one that ends first wins, then the longest, however the
+        text was cut into pieces; nothing from its start on is shown."""
+        if not self._stops:
+            return text, None
+        self._held += text
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            _, start, stop = min(found)
+            shown, self._held = self._held[:start], ""
+            return shown, stop
+        keep = max(_overlap(self._held, stop) for stop in self._stops)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown, None
+
+    def flush(self) -> str:
+        """The text held back, at the end of an answer that met no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Answer:
+    """Answer `index` of a request."""
+
+    def __init__(self, index: int, sampling: Sampling, table: TokenTable, end_ids: Set[int], room: int) -> None:
+        """`end_ids` end a turn; `room` is how many tokens the context has left after the prompt."""
+        self.index = index
+        self.tokens: list[int] = []
+        self.reason: FinishReason | None = None
+        self.stop: str | None = None  # the stop string that was met
+        self._limit = min(sampling.max_tokens, room)
+        self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
+        self._detokenizer = table.detokenizer()
+        self._matcher = StopMatcher(sampling.stop)
+
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> Delta:
+        """Take the next token. When it ends the answer, `reason` (and `stop`) are set and all text left is out."""
+        self.tokens.append(token_id)
+        if token_id in self._end_ids:
+            self.reason = FinishReason.STOP
+            text = self._rest("")
+        else:
+            text, self.stop = self._matcher.push(self._detokenizer.push(token_id))
+            if self.stop is not None:
+                self.reason = FinishReason.STOP
+            elif len(self.tokens) >= self._limit:
+                self.reason = FinishReason.LENGTH
+                text = self._rest(text)
+        return Delta(self.index, text, (token_id,), () if logprob is None else (logprob,))
+
+    def _rest(self, shown: str) -> str:
+        text, self.stop = self._matcher.push(self._detokenizer.flush())
+        if self.stop is not None:
+            self.reason = FinishReason.STOP
+        return shown + text + self._matcher.flush()

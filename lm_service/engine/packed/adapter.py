@@ -1,0 +1,63 @@
+"""What the packed engine asks of a model: token rows in, keys and values handed to an attention function, logits out.
+
+Another family is another adapter. The engine never sees modules; an adapter never sees sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions that decide the size of KV."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    context: int  # longest sequence the model was made for
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class Attend(Protocol):
+    """Attention of one layer over everything each token may see, new keys and values stored on the way."""
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [T, heads, d], k and v [T, kv_heads, d], rotated, each head contiguous -> [T, heads * d]."""
+        ...
+
+
+class ModelAdapter(Protocol):
+    """A decoder-only language model over packed tokens."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its dimensions."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, hidden]."""
+        ...
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, hidden] at positions int64 [3, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        ...

@@ -1,0 +1,234 @@
+"""Attention of one packed step: shared prefixes once for all their sequences, each sequence's own tail in one batch.
+
+Partial results over disjoint keys are merged by their log-sum-exp (FlashAttention's split softmax; "cascade" attention
+as in FlashInfer and Hydragen, arXiv:2402.05099), which is exact. Shapes: T tokens, H query heads, K key-value heads,
+G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.pool import TailPool
+from lm_service.engine.packed.prefix_cache import Node
+
+
+@dataclass(frozen=True)
+class FillPart:
+    """A stretch of a prefix being filled: the step's tokens [begin, end) are those of `node` from `start` on."""
+
+    node: Node
+    begin: int
+    end: int
+    start: int
+    ancestors: list[Node]
+
+
+@dataclass(frozen=True)
+class SharedPart:
+    """A filled prefix stretch, seen by tail tokens [begin, end), counted from the first tail token."""
+
+    node: Node
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class TailPart:
+    """Tails of one slab with about as many new tokens each, as one padded batch of b rows of n tokens."""
+
+    slab: int
+    capacity: int
+    length: int  # keys looked at: the longest tail of the batch
+    slots: slice | torch.Tensor  # b slots
+    gather: torch.Tensor | None  # int64 [b * n]: tail token of each place; None: as they come
+    scatter: torch.Tensor | None  # int64 [tokens]: place of each token of `tokens`; None: all, as they come
+    tokens: torch.Tensor | slice  # which tail tokens the batch answers for
+    batch: int
+    mask: torch.Tensor  # [b or 1, 1, n * G or 1, length], 0 where a key may be seen, else -inf
+
+
+@dataclass
+class AttentionPlan:
+    """Who sees what in one step; the same for every layer."""
+
+    fill_tokens: int  # tokens [0, fill_tokens) belong to `fills`, the others to tails
+    fills: list[FillPart]
+    shared: list[SharedPart]
+    tails: list[TailPart]
+    tail_rows: torch.Tensor  # int64 [tail tokens * K]: where each tail token's heads are stored in the pool
+
+
+class PackedAttention:
+    """An `Attend` over a plan."""
+
+    def __init__(self, shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> None:
+        self._shape = shape
+        self._pool = pool
+        self._plan = plan
+        self._partial = partial_attention_for(shape)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        plan, shape = self._plan, self._shape
+        count = plan.fill_tokens
+        if not plan.fills:
+            return self._tails(layer, q, k, v)
+        final = layer == shape.layers - 1  # no row of a fill is read after the last layer's keys and values
+        out = q.new_empty((q.shape[0], shape.heads * shape.head_dim))
+        for part in plan.fills:
+            rows = slice(part.begin, part.end)
+            self._fill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
+        if count < q.shape[0]:
+            out[count:] = self._tails(layer, q[count:], k[count:], v[count:])
+        return out
+
+    def _fill(
+        self,
+        part: FillPart,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> None:
+        """Store a stretch's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
+        shape, count = self._shape, q.shape[0]
+        keys, values = part.node.layers[layer]
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        keys[:, part.start : part.start + count] = k
+        values[:, part.start : part.start + count] = v
+        if out is None:
+            return
+        grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
+        merged = self._partial(grouped, _spread(k, shape.group), _spread(v, shape.group), None, True)
+        seen = [node.layers[layer] for node in part.ancestors]
+        if part.start:
+            seen.append((keys[:, : part.start], values[:, : part.start]))
+        for earlier_keys, earlier_values in seen:
+            other = self._partial(
+                grouped, _spread(earlier_keys, shape.group), _spread(earlier_values, shape.group), None, False
+            )
+            merged = merge(merged, other)
+        out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(merged[0].permute(2, 0, 1, 3))
+
+    def _tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shape, plan = self._shape, self._plan
+        keys, values = self._pool.flat(layer)
+        keys.index_copy_(0, plan.tail_rows, k.reshape(-1, shape.head_dim))
+        values.index_copy_(0, plan.tail_rows, v.reshape(-1, shape.head_dim))
+        count, heads, group, size = q.shape[0], shape.kv_heads, shape.group, shape.head_dim
+        q = q.reshape(count, heads, group, size)
+        # head-major, so that the tokens of a shared prefix are rows of one matrix per key-value head
+        out = q.new_empty((heads, count, group, size))
+        lse = q.new_empty((heads, count, group), dtype=torch.float32)
+        for part in plan.tails:
+            self._tail(part, layer, q, out, lse)
+        if plan.shared:
+            rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
+            flat_out, flat_lse = out.view(1, heads, count * group, size), lse.view(1, heads, count * group)
+            for shared in plan.shared:
+                self._shared(shared, layer, rows, flat_out, flat_lse)
+        return out.transpose(0, 1).reshape(count, heads * group * size)
+
+    def _tail(self, part: TailPart, layer: int, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+        shape = self._shape
+        heads, group, size = shape.kv_heads, shape.group, shape.head_dim
+        keys, values = self._pool.slab_view(layer, part.slab, part.capacity)
+        keys, values = keys[part.slots, :, : part.length], values[part.slots, :, : part.length]
+        places = q if part.gather is None else q.index_select(0, part.gather)
+        width = places.shape[0] // part.batch  # n: new tokens of each sequence, padded
+        if width == 1:
+            done, weight = self._partial(places, keys, values, part.mask, False)  # [b, K, G, d], [b, K, G]
+        else:
+            places = places.view(part.batch, width, heads, group, size).transpose(1, 2)
+            places = places.reshape(part.batch, heads, width * group, size)
+            done, weight = self._partial(places, keys, values, part.mask, False)
+            done = done.reshape(part.batch, heads, width, group, size).transpose(1, 2).reshape(-1, heads, group, size)
+            weight = weight.reshape(part.batch, heads, width, group).transpose(1, 2).reshape(-1, heads, group)
+        if part.scatter is not None:
+            done, weight = done.index_select(0, part.scatter), weight.index_select(0, part.scatter)
+        out[:, part.tokens] = done.transpose(0, 1)
+        lse[:, part.tokens] = weight.transpose(0, 1)
+
+    def _shared(self, part: SharedPart, layer: int, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """One product over a shared stretch for the rows [1, K, T * G, d] of all its sequences, merged into `out`."""
+        at = slice(part.begin * self._shape.group, part.end * self._shape.group)
+        keys, values = part.node.layers[layer]
+        done, weight = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), None, False)
+        merge_into(out[:, :, at], lse[:, :, at], done, weight, last=len(self._plan.shared) == 1)
+
+
+def merge(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two disjoint sets of keys from that over each: outputs [..., d] and log-sum-exps [...]."""
+    weight = torch.sigmoid(other[1] - one[1]).unsqueeze(-1)
+    out = torch.lerp(one[0].float(), other[0].float(), weight).to(one[0].dtype)
+    return out, torch.logaddexp(one[1], other[1])
+
+
+def merge_into(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, *, last: bool
+) -> None:
+    """`merge`, in place of the first; `last` leaves its log-sum-exp as it was."""
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
+    if out.dtype == torch.float32:
+        out.lerp_(other, weight)
+    else:
+        out.copy_(torch.lerp(out.float(), other.float(), weight))
+    if not last:
+        torch.logaddexp(lse, other_lse, out=lse)
+
+
+def _spread(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[K, L, d] seen as [K, G, L, d] without a copy."""
+    return x.unsqueeze(1).expand(-1, group, -1, -1)
+
+
+Partial = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]
+]
+
+
+def partial_attention_for(shape: ModelShape) -> Partial:
+    """(q [b, h, n, d], k, v [b, h, L, d], additive mask, causal) -> output and log-sum-exp [b, h, n] in float32."""
+    if shape.device.type == "cpu":
+        return _cpu_flash
+    if shape.device.type == "cuda" and shape.dtype != torch.float32:
+        return _cuda_flash
+    return plain_attention
+
+
+def _cpu_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+    return out, lse
+
+
+def _cuda_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask is not None:
+        return plain_attention(q, k, v, mask, causal)
+    result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return result[0], result[1]
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by plain matrix products, on any device."""
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        length = q.shape[-2]
+        scores += torch.full((length, length), -torch.inf, device=q.device).triu_(1)
+    if mask is not None:
+        scores += mask
+    lse = scores.logsumexp(-1)
+    return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse

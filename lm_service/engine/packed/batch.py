@@ -1,0 +1,59 @@
+"""What one step computes: stretches of prefixes to fill, and new tokens of sequences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from lm_service.engine.packed.prefix_cache import Node
+from lm_service.engine.packed.sequence import Sequence
+from lm_service.engine.types import ImageSpan
+
+
+@dataclass(eq=False)
+class Fill:
+    """A prefix node on its way; `rows` holds its images' embeddings [tokens, hidden] once they are loaded."""
+
+    node: Node
+    loading: bool
+    rows: list[tuple[ImageSpan, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FillChunk:
+    """The next `count` tokens of a fill."""
+
+    fill: Fill
+    count: int
+
+
+@dataclass(frozen=True)
+class TailChunk:
+    """The next `count` tokens of a sequence."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def first_output(self) -> int:
+        """Index within the chunk of the first token whose logits are wanted; `count` when none is."""
+        sequence = self.sequence
+        wanted = sequence.prompt_length - 1 if sequence.trie is not None else sequence.length - 1
+        return min(self.count, max(0, wanted - sequence.computed))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The work of one step."""
+
+    fills: list[FillChunk] = field(default_factory=list)
+    tails: list[TailChunk] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.fills or self.tails)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the forward."""
+        return sum(chunk.count for chunk in self.fills) + sum(chunk.count for chunk in self.tails)

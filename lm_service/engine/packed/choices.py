@@ -1,0 +1,76 @@
+"""Choices as a trie: tokens that several choices begin with are computed once.
+
+Only tokens that are followed by another need a place in the forward; a choice's last token is only looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+class ChoiceTrie:
+    """Places 0 .. n-1 follow the prompt in a packed forward, parents before children."""
+
+    def __init__(self, choices: Sequence[Sequence[int]]) -> None:
+        self.tokens: list[int] = []  # token of each place
+        self.parents: list[int] = []  # place before it; -1: the prompt's last token
+        self._targets: list[dict[int, list[int]]] = [{}]  # [1 + place] -> next token -> choices that add it
+        places: dict[tuple[int, ...], int] = {(): -1}
+        for number, choice in enumerate(choices):
+            for end in range(len(choice)):
+                stem = tuple(choice[:end])
+                if stem not in places:
+                    places[stem] = len(self.tokens)
+                    self.tokens.append(stem[-1])
+                    self.parents.append(places[stem[:-1]])
+                    self._targets.append({})
+                self._targets[1 + places[stem]].setdefault(choice[end], []).append(number)
+        depths = [0] * len(self.tokens)
+        for place, parent in enumerate(self.parents):
+            depths[place] = 0 if parent < 0 else depths[parent] + 1
+        self.depths = np.array(depths, dtype=np.int64)
+        self.sums = [0.0] * len(choices)
+
+    def reset(self) -> None:
+        """Begin again."""
+        self.sums = [0.0] * len(self.sums)
+
+    def ancestors(self, place: int) -> list[int]:
+        """The places a place may see, itself included."""
+        seen = []
+        while place >= 0:
+            seen.append(place)
+            place = self.parents[place]
+        return seen
+
+    def visible(self) -> npt.NDArray[np.bool_]:
+        """[n, n]: whether each place (row) sees each other."""
+        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=np.bool_)
+        for place in range(len(self.tokens)):
+            seen[place, self.ancestors(place)] = True
+        return seen
+
+    def targets(self, place: int) -> list[int]:
+        """Tokens whose log-probability is wanted after a place (-1: after the prompt)."""
+        return list(self._targets[1 + place])
+
+    def add(self, place: int, logprobs: Sequence[float]) -> None:
+        """Take the log-probabilities of `targets(place)`, in that order."""
+        for numbers, logprob in zip(self._targets[1 + place].values(), logprobs, strict=True):
+            for number in numbers:
+                self.sums[number] += logprob
+
+
+def gather_logprobs(logits: torch.Tensor, wanted: Sequence[Sequence[int]]) -> list[list[float]]:
+    """Log-probabilities of the wanted tokens of each row of logits [rows, vocabulary]."""
+    rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
+    columns = [token for tokens in wanted for token in tokens]
+    logits = logits.float()
+    normal = logits.logsumexp(-1)
+    at = torch.tensor(rows, device=logits.device)
+    values = iter((logits[at, torch.tensor(columns, device=logits.device)] - normal[at]).tolist())
+    return [[next(values) for _ in tokens] for tokens in wanted]

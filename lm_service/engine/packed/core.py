@@ -1,0 +1,205 @@
+"""The engine's own thread of control, without the thread: submit, cancel, step. Everything here runs in one thread.
+
+`step` reads: schedule, run, postprocess. What comes out is collected as events, for the facade to deliver at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+
+import structlog
+import torch
+
+from lm_service.engine.packed.adapter import ModelAdapter
+from lm_service.engine.packed.batch import Batch, Fill
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.pool import TailPool
+from lm_service.engine.packed.postprocess import extend_answers, extend_scores, outputs, split_bad
+from lm_service.engine.packed.prefix_cache import PrefixCache
+from lm_service.engine.packed.runner import Runner
+from lm_service.engine.packed.scheduler import Scheduler
+from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.types import Delta, EngineState, Finish
+from lookonce.errors import ErrorKind, LookonceError
+
+_SMOOTHING = 0.1
+_log = structlog.get_logger(__name__)
+
+
+class Admitted:
+    """Event: a request's first sequence left the queue."""
+
+
+class Scored:
+    """Event: a request's questions are all scored; their sequences hold the sums."""
+
+
+Event = Delta | Finish | Admitted | Scored | LookonceError
+
+
+def internal_error() -> LookonceError:
+    """The one text for faults of our own; what happened is in the log."""
+    return LookonceError(ErrorKind.INTERNAL, "the engine could not compute this request")
+
+
+class EngineCore:
+    """Pool, cache, scheduler and runner of one model."""
+
+    def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[Fill], None]) -> None:
+        """`load` is told of fills that want embeddings."""
+        free = torch.cuda.mem_get_info(model.shape.device)[0] if model.shape.device.type == "cuda" else None
+        self.options = options
+        self.events: list[tuple[Request, Event]] = []
+        self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
+        self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
+        self.scheduler = Scheduler(model.shape, self.pool, self.cache, options, load=load, fail=self._failed)
+        self._runner = Runner(model, self.pool)
+        self.steps = 0
+        self.step_seconds = 0.0
+        self.forward_seconds = 0.0
+        self._generated = 0
+        self._tokens_per_second = 0.0
+        self._last_step_ms = 0.0
+        self.generator_seconds = 0.0
+
+    def submit(self, request: Request) -> None:
+        """Let a request's sequences wait."""
+        request.unfinished = len(request.sequences)
+        for sequence in request.sequences:
+            self.scheduler.add(sequence)
+
+    def cancel(self, request: Request) -> None:
+        """Stop a request's sequences and free what they hold."""
+        request.unfinished = 0
+        for sequence in request.sequences:
+            self.scheduler.remove(sequence)
+
+    def forget(self, keys: Collection[bytes], digests: Collection[bytes]) -> int:
+        """Drop the KV made from these embeddings; entries dropped."""
+        return self.cache.forget(frozenset(keys), frozenset(digests))
+
+    def fail_all(self, error: LookonceError) -> None:
+        """End every request with an error, and drop all KV."""
+        for sequence in [*self.scheduler.running, *self.scheduler.queue]:
+            self.scheduler.fail(sequence, error)
+        self.scheduler.schedule()  # nothing runs any more; this drops what was being filled for nobody
+        self.cache.clear()
+
+    def step(self) -> bool:
+        """One step; False when there was nothing to compute."""
+        began = time.perf_counter()
+        batch = self.scheduler.schedule()
+        self._note_admissions(batch)
+        if not batch:
+            return False
+        self._compute(batch)
+        self.steps += 1
+        elapsed = time.perf_counter() - began
+        self.step_seconds += elapsed
+        self._last_step_ms = elapsed * 1000
+        sampled = len(batch.tails)
+        self._tokens_per_second += _SMOOTHING * (sampled / elapsed - self._tokens_per_second)
+        return True
+
+    def state(self) -> EngineState:
+        """A snapshot."""
+        counters = self.scheduler.counters
+        waiting = {id(sequence.request) for sequence in self.scheduler.queue if not sequence.request.admitted}
+        return EngineState(
+            running=len(self.scheduler.running),
+            waiting=len(waiting),
+            max_running=self.options.max_running,
+            max_waiting=self.options.max_waiting,
+            generated_tokens=self._generated,
+            prefix_bytes=self.cache.bytes,
+            extra={
+                "prefill_tokens": counters.prefill_tokens,
+                "decode_tokens": counters.decode_tokens,
+                "prefix_hits": counters.prefix_hits,
+                "prefix_misses": counters.prefix_misses,
+                "prefix_entries": len(self.cache),
+                "prefix_evictions": self.cache.evictions,
+                "preemptions": counters.preemptions,
+                "steps": self.steps,
+                "step_ms": self._last_step_ms,
+                "step_seconds": self.step_seconds,
+                "forward_seconds": self.forward_seconds,
+                "tokens_per_second": self._tokens_per_second,
+                "kv_slots": self.pool.used_slots,
+                "kv_bytes": self.pool.bytes,
+            },
+        )
+
+    def _compute(self, batch: Batch) -> None:
+        """Run a batch; if that fails, its parts one by one, so that only what cannot be computed fails."""
+        try:
+            logits = self._run(batch)
+        except Exception:  # noqa: BLE001 - logged; each part is tried again alone
+            _log.exception("step_failed", tokens=batch.tokens)
+            parts = [Batch(fills=[fill]) for fill in batch.fills] + [Batch(tails=[tail]) for tail in batch.tails]
+            for part in parts:
+                self._compute_alone(part)
+            return
+        self._postprocess(batch, logits)
+
+    def _compute_alone(self, batch: Batch) -> None:
+        try:
+            self._postprocess(batch, self._run(batch))
+        except Exception:  # noqa: BLE001 - logged; whoever needed this part is told
+            _log.exception("sequence_failed")
+            for chunk in batch.fills:
+                self.scheduler.fail_fill(chunk.fill, internal_error())
+            for tail in batch.tails:
+                self.scheduler.fail(tail.sequence, internal_error())
+
+    def _run(self, batch: Batch) -> torch.Tensor | None:
+        began = time.perf_counter()
+        logits = self._runner.run(batch)
+        self.forward_seconds += time.perf_counter() - began
+        return logits
+
+    def _postprocess(self, batch: Batch, logits: torch.Tensor | None) -> None:
+        wanted = outputs(batch)
+        bad: list[Sequence] = []
+        scored: list[Sequence] = []
+        answered: list[tuple[Sequence, list[Delta | Finish]]] = []
+        if logits is not None:
+            wanted, bad = split_bad(wanted, logits)
+            scored = extend_scores(wanted, logits)
+            answered = list(extend_answers(wanted, logits))
+        self.scheduler.computed(batch)
+        for sequence in bad:
+            self.scheduler.poisoned(sequence)
+            self.scheduler.fail(sequence, internal_error())
+        for sequence, events in answered:
+            self._answered(sequence, events)
+        for sequence in scored:
+            self._scored(sequence)
+
+    def _answered(self, sequence: Sequence, events: list[Delta | Finish]) -> None:
+        self._generated += 1
+        self.events.extend((sequence.request, event) for event in events)
+        if isinstance(events[-1], Finish):
+            sequence.request.unfinished -= 1
+            self.scheduler.finish(sequence)
+
+    def _scored(self, sequence: Sequence) -> None:
+        sequence.timings.total_ms = sequence.timings.ttft_ms = sequence.elapsed_ms()
+        self.scheduler.finish(sequence)
+        sequence.request.unfinished -= 1
+        if not sequence.request.unfinished:
+            self.events.append((sequence.request, Scored()))
+
+    def _note_admissions(self, batch: Batch) -> None:
+        for sequence in self.scheduler.running[::-1]:
+            if sequence.request.admitted:
+                break
+            sequence.request.admitted = True
+            self.events.append((sequence.request, Admitted()))
+
+    def _failed(self, sequence: Sequence, error: LookonceError) -> None:
+        """One sequence's failure is its request's."""
+        if sequence.request.unfinished:
+            self.events.append((sequence.request, error))
+            self.cancel(sequence.request)

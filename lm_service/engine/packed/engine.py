@@ -1,0 +1,312 @@
+"""`PackedEngine`: the engine's asyncio face. One worker thread computes; requests go in, events come out in batches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
+
+import structlog
+import torch
+
+from lm_service.engine.answer import Answer
+from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.packed import sequence as packed
+from lm_service.engine.packed.adapter import ModelAdapter
+from lm_service.engine.packed.batch import Fill
+from lm_service.engine.packed.choices import ChoiceTrie
+from lm_service.engine.packed.content import prompt_content
+from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.validation import check_embedding, check_generation, check_scoring
+from lm_service.engine.sampling import SamplerState
+from lm_service.engine.types import (
+    Delta,
+    EmbeddingLoader,
+    EmbeddingSource,
+    EngineState,
+    Finish,
+    Generation,
+    Scores,
+    Scoring,
+    Timings,
+)
+from lookonce.errors import ErrorKind, LookonceError
+
+_log = structlog.get_logger(__name__)
+
+
+class _Stream:
+    """Events of one request on their way to its caller."""
+
+    def __init__(self, request: packed.Request) -> None:
+        self.request = request
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.waiting = True
+
+
+class PackedEngine:
+    """An `Engine` for many questions over shared prefixes. `start` before use, `close` after."""
+
+    def __init__(
+        self,
+        model: ModelAdapter,
+        table: TokenTable,
+        end_ids: Set[int],
+        loader: EmbeddingLoader,
+        options: PackedOptions | None = None,
+    ) -> None:
+        """`table` holds the vocabulary's text, `end_ids` the tokens that end an answer."""
+        self.options = options or PackedOptions()
+        self._shape = model.shape
+        self._context = self.options.context_tokens or model.shape.context
+        self._table, self._end_ids, self._loader = table, end_ids, loader
+        self._core = EngineCore(model, self.options, self._ask_for_embeddings)
+        self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[packed.Request, _Stream] = {}
+        self._waiting = 0  # requests that have no place yet
+        self._admitted = 0  # sequences that have one
+        self._state = self._core.state()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    async def start(self) -> None:
+        """Start the worker thread, on the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="packed-engine", daemon=True)
+        self._thread.start()
+
+    async def close(self) -> None:
+        """End all requests as UNAVAILABLE, free everything, stop the thread."""
+        if self._closing or self._thread is None:
+            return
+        self._closing = True
+        self._tell(lambda: None)
+        await asyncio.to_thread(self._thread.join)
+        for task in list(self._tasks):
+            task.cancel()
+        self._deliver([(request, _unavailable()) for request in self._streams])
+
+    def describe(self) -> EngineState:
+        """The state after the latest step."""
+        return self._state
+
+    async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
+        """See `Engine.generate`."""
+        check_generation(request, self._context, self._shape, self.options)
+        inner = packed.Request(request.id, request.client, kept=self.options.keep_answers)
+        content = prompt_content(request.prompt)
+        room = self._context - len(request.prompt.token_ids)
+        for index in range(request.sampling.n):
+            inner.sequences.append(
+                packed.Sequence(
+                    request=inner,
+                    index=index,
+                    prompt=request.prompt,
+                    content=content,
+                    tokens=list(request.prompt.token_ids),
+                    answer=Answer(index, request.sampling, self._table, self._end_ids, room),
+                    sampler=SamplerState(request.sampling, request.prompt.token_ids, index),
+                )
+            )
+        unfinished = request.sampling.n
+        async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
+            async for event in events:
+                if not isinstance(event, Delta | Finish):
+                    continue
+                unfinished -= isinstance(event, Finish)
+                if not unfinished:
+                    inner.unfinished = 0  # nothing is left to cancel
+                yield event
+                if not unfinished:
+                    return
+
+    async def score(self, request: Scoring) -> Scores:
+        """See `Engine.score`."""
+        check_scoring(request, self._context, self._shape, self.options)
+        inner = packed.Request(request.id, request.client, kept=False)
+        for index, item in enumerate(request.items):
+            trie = ChoiceTrie(item.choices)
+            inner.sequences.append(
+                packed.Sequence(
+                    request=inner,
+                    index=index,
+                    prompt=item.prompt,
+                    content=prompt_content(item.prompt),
+                    tokens=[*item.prompt.token_ids, *trie.tokens],
+                    trie=trie,
+                )
+            )
+        if inner.sequences:
+            async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
+                async for event in events:
+                    if isinstance(event, Scored):
+                        break
+        return _scores(inner)
+
+    async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
+        """See `Engine.forget`."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        wanted = (frozenset(keys), frozenset(image_digests))
+
+        def drop() -> None:
+            count = self._core.forget(*wanted)
+            self._state = self._core.state()
+            self._call_loop(lambda: None if done.done() else done.set_result(count))
+
+        if self._closing or self._thread is None:
+            return self._core.forget(*wanted)
+        self._tell(drop)
+        return await done
+
+    async def _events(self, request: packed.Request, deadline: float | None) -> AsyncGenerator[Event, None]:
+        """Submit a request and yield its events; leaving early cancels it within a step."""
+        if self._closing or self._thread is None:
+            raise _unavailable()
+        # a request on its way to a free place does not count as waiting
+        if self._waiting >= self.options.max_waiting + max(0, self.options.max_running - self._admitted):
+            raise LookonceError(
+                ErrorKind.OVERLOADED,
+                f"{self.options.max_waiting} requests are waiting already",
+                retry_after=self.options.retry_after,
+            )
+        stream = self._streams[request] = _Stream(request)
+        self._waiting += 1
+        request.unfinished = len(request.sequences)
+        self._tell(lambda: self._core.submit(request))
+        try:
+            while True:
+                event = await _next(stream, deadline)
+                if isinstance(event, LookonceError):
+                    raise LookonceError(event.kind, event.message, param=event.param, retry_after=event.retry_after)
+                yield event
+        finally:
+            if stream.waiting:
+                self._waiting -= 1
+            else:
+                self._admitted -= len(request.sequences)
+            del self._streams[request]
+            if request.unfinished:
+                self._tell(lambda: self._core.cancel(request))
+
+    def _tell(self, command: Callable[[], None]) -> None:
+        self._mailbox.put(command)
+
+    def _call_loop(self, call: Callable[[], object]) -> None:
+        """Run something on the event loop, unless that has been closed meanwhile."""
+        with contextlib.suppress(RuntimeError):
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(call)
+
+    def _deliver(self, events: list[tuple[packed.Request, Event]]) -> None:
+        for request, event in events:
+            stream = self._streams.get(request)
+            if stream is None:
+                continue
+            if not isinstance(event, Admitted):
+                stream.events.put_nowait(event)
+            elif stream.waiting:
+                stream.waiting = False
+                self._waiting -= 1
+                self._admitted += len(request.sequences)
+
+    # The worker thread
+
+    def _work(self) -> None:
+        busy = False
+        while not self._closing:
+            try:
+                self._read_mail(wait=not busy)
+                busy = self._core.step()
+            except Exception:  # noqa: BLE001 - the thread must outlive any fault; all requests are told
+                _log.exception("engine_failed")
+                self._core.fail_all(internal_error())
+                busy = False
+            self._post()
+        self._core.fail_all(_unavailable())
+        self._post()
+
+    def _read_mail(self, *, wait: bool) -> None:
+        if wait:
+            self._mailbox.get()()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._mailbox.get_nowait()()
+
+    def _post(self) -> None:
+        self._state = self._core.state()
+        events, self._core.events = self._core.events, []
+        if events:
+            self._call_loop(lambda: self._deliver(events))
+
+    def _ask_for_embeddings(self, fill: Fill) -> None:
+        self._call_loop(lambda: self._start_loading(fill))
+
+    # Back on the event loop
+
+    def _start_loading(self, fill: Fill) -> None:
+        task = asyncio.get_running_loop().create_task(self._load(fill))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, fill: Fill) -> None:
+        began = time.monotonic()
+        rows: list[torch.Tensor] = []
+        source = EmbeddingSource.NONE
+        try:
+            for span in fill.node.images:
+                tensor, tier = await self._loader.load(span.reference)
+                check_embedding(tensor, span.reference, self._shape)
+                rows.append(tensor)
+                source = max(source, tier, key=list(EmbeddingSource).index)
+        except LookonceError as error:
+            failure = error
+        except Exception:  # noqa: BLE001 - whatever a loader raises ends those who wait for it, and only them
+            _log.exception("embedding_load_failed")
+            failure = internal_error()
+        else:
+            fill.rows = list(zip(fill.node.images, rows, strict=True))
+            load_ms = (time.monotonic() - began) * 1000
+            self._tell(lambda: self._core.scheduler.loaded(fill, source, load_ms))
+            return
+        self._tell(lambda: self._core.scheduler.fail_fill(fill, failure))
+
+
+async def _next(stream: _Stream, deadline: float | None) -> Event:
+    if deadline is None or not stream.events.empty():
+        return await stream.events.get()
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await stream.events.get()
+    except TimeoutError:
+        raise LookonceError(ErrorKind.DEADLINE_EXCEEDED, "the deadline passed before the answer was complete") from None
+
+
+def _unavailable() -> LookonceError:
+    return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
+
+
+def _scores(request: packed.Request) -> Scores:
+    each = [sequence.timings for sequence in request.sequences]
+    slowest = max(each, key=lambda timings: timings.total_ms, default=Timings())
+    return Scores(
+        logprobs=tuple(tuple(sequence.trie.sums) for sequence in request.sequences if sequence.trie is not None),
+        cached_tokens=tuple(timings.cached_tokens for timings in each),
+        timings=Timings(
+            queue_ms=max((timings.queue_ms for timings in each), default=0.0),
+            load_ms=max((timings.load_ms for timings in each), default=0.0),
+            ttft_ms=slowest.ttft_ms,
+            total_ms=slowest.total_ms,
+            prefill_tokens=sum(timings.prefill_tokens for timings in each),
+            cached_tokens=sum(timings.cached_tokens for timings in each),
+            prefix_hit=bool(each) and all(timings.prefix_hit for timings in each),
+            embedding=max(
+                (timings.embedding for timings in each), key=list(EmbeddingSource).index, default=EmbeddingSource.NONE
+            ),
+        ),
+    )

@@ -1,0 +1,47 @@
+"""What the packed engine is allowed to use. Derived sizes are properties; nothing here touches a device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from lookonce.errors import invalid
+
+_SHARE_OF_FREE = 0.25  # of free memory, for running sequences; as much again for prefixes
+_LEAST_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class PackedOptions:
+    """Bounds of the engine. Byte budgets of None take a quarter of the memory that is free at start."""
+
+    max_running: int = 128  # sequences in a step
+    max_waiting: int = 1024  # requests that wait for their first step; more are refused as OVERLOADED
+    kv_bytes: int | None = None  # KV of running sequences beyond their shared prefix
+    prefix_bytes: int | None = None  # KV of shared prefixes, kept from one request to the next
+    step_tokens: int = 512  # prefill tokens of a step in which someone decodes
+    burst_tokens: int = 2048  # prefill tokens of a step in which nobody does
+    slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
+    inline_tokens: int = 64  # prefixes shorter than this are copied into each sequence, not shared
+    long_tail_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
+    keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
+    context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
+    retry_after: float = 1.0  # seconds, in OVERLOADED
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_waiting", "step_tokens", "burst_tokens"):
+            if getattr(self, name) < 1:
+                raise invalid(f"{name} must be at least 1, got {getattr(self, name)}", param=name)
+        if self.slab_tokens < 64 or self.slab_tokens & (self.slab_tokens - 1):
+            raise invalid(
+                f"slab_tokens must be a power of two of at least 64, got {self.slab_tokens}", param="slab_tokens"
+            )
+
+    def budget(self, name: str, device_free: int | None = None) -> int:
+        """Bytes of `kv_bytes` or `prefix_bytes`; `device_free` is the accelerator's free memory, if there is one."""
+        wanted: int | None = getattr(self, name)
+        if wanted is not None:
+            return wanted
+        free = psutil.virtual_memory().available if device_free is None else device_free
+        return max(_LEAST_BYTES, int(free * _SHARE_OF_FREE))

@@ -1,0 +1,378 @@
+"""Who computes what in the next step, and whose KV lies where: admission, prefixes, growth, preemption.
+
+A sequence is admitted when its prefix has been found or given room, and its tail a slot. Sequences whose prefix another
+one is filling wait for it. When the pool is full the youngest sequence steps back: its KV is kept as a prefix if there
+is room, else computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.batch import Batch, Fill, FillChunk, TailChunk
+from lm_service.engine.packed.content import spans_within
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.pool import TailPool
+from lm_service.engine.packed.prefix_cache import Node, PrefixCache
+from lm_service.engine.packed.queue import FairQueue
+from lm_service.engine.packed.sequence import Sequence, Status
+from lm_service.engine.types import EmbeddingSource
+from lookonce.errors import ErrorKind, LookonceError
+
+_HEADROOM = 16  # tokens a new tail has room for beyond the prompt
+
+
+@dataclass
+class Counters:
+    """What the scheduler has seen since the start."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """Waiting and running sequences over a pool and a prefix cache."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        pool: TailPool,
+        cache: PrefixCache,
+        options: PackedOptions,
+        *,
+        load: Callable[[Fill], None],
+        fail: Callable[[Sequence, LookonceError], None],
+    ) -> None:
+        """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on."""
+        self.queue = FairQueue()
+        self.running: list[Sequence] = []  # oldest first
+        self.fills: list[Fill] = []
+        self.counters = Counters()
+        self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
+        self._load, self._fail = load, fail
+        self._version = 0  # of the tree's shape, for sequences' paths
+        cache.on_split = self._on_split
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait."""
+        self.queue.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free what it holds."""
+        if sequence.status is Status.WAITING:
+            self._unblock(sequence)
+            self.queue.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._free(sequence)
+        sequence.status = Status.DONE
+
+    def finish(self, sequence: Sequence) -> None:
+        """`remove`, keeping its KV for a next turn if that is wanted."""
+        if sequence.request.kept:
+            self._keep_tail(sequence)
+        self.remove(sequence)
+
+    def fail(self, sequence: Sequence, error: LookonceError) -> None:
+        """`remove`, and tell."""
+        if sequence.status is not Status.DONE:
+            self.remove(sequence)
+            self._fail(sequence, error)
+
+    def poisoned(self, sequence: Sequence) -> None:
+        """Its numbers are not finite: nobody may find or inherit them."""
+        if sequence.slot is not None:
+            self._pool.kv(sequence.slot).zero_()
+        if sequence.leaf is not None and sequence.leaf.path():
+            self._cache.detach(sequence.leaf.path()[0])
+
+    def loaded(self, fill: Fill, source: EmbeddingSource, load_ms: float) -> None:
+        """A fill's embeddings are here."""
+        fill.loading = False
+        for sequence in self._users(fill.node):
+            if sequence.pending and sequence.admissions == 1:
+                sequence.timings.embedding = source
+                sequence.timings.load_ms = max(sequence.timings.load_ms, load_ms)
+
+    def fail_fill(self, fill: Fill, error: LookonceError) -> None:
+        """A fill cannot be finished; neither can those who need it."""
+        node = fill.node
+        waiting = [
+            sequence
+            for sequence in self.queue
+            if sequence.blocked_on is node
+            or np.array_equal(sequence.content[:, node.start : node.end], node.content)  # next in its line
+        ]
+        for sequence in [*self._users(node), *waiting]:
+            self.fail(sequence, error)
+        self._cache.detach(node)
+        self._drop_unwanted_fills()
+
+    def schedule(self) -> Batch:
+        """The next step. Decodes go first, prefills share what the token budget leaves."""
+        self._drop_unwanted_fills()
+        self._admit()
+        preemptions = self.counters.preemptions
+        decodes, prefills = self._ready()
+        if not decodes and not prefills and self.counters.preemptions > preemptions:
+            self._admit()  # those who stepped back for want of a longer slot return at once
+            decodes, prefills = self._ready()
+        options = self._options
+        budget = max(options.step_tokens - len(decodes), options.step_tokens // 4) if decodes else options.burst_tokens
+        batch = Batch(tails=[TailChunk(sequence, 1) for sequence in decodes])
+        for sequence in prefills:
+            if budget <= 0:
+                break
+            count = min(sequence.remaining, budget)
+            batch.tails.append(TailChunk(sequence, count))
+            budget -= count
+        self._schedule_fills(batch, budget)
+        return batch
+
+    def computed(self, batch: Batch) -> None:
+        """Count a batch as done."""
+        for chunk in batch.fills:
+            node = chunk.fill.node
+            node.filled += chunk.count
+            self.counters.prefill_tokens += chunk.count
+            if not node.building and chunk.fill in self.fills:
+                self.fills.remove(chunk.fill)
+        for tail in batch.tails:
+            if tail.sequence.computed >= tail.sequence.prompt_length:
+                self.counters.decode_tokens += tail.count
+            else:
+                self.counters.prefill_tokens += tail.count
+            tail.sequence.computed += tail.count
+
+    def _schedule_fills(self, batch: Batch, budget: int) -> None:
+        """Fills take turns, so that a long one does not hold up the others."""
+        for fill in list(self.fills):
+            if budget <= 0:
+                return
+            node = fill.node
+            if fill.loading or (node.parent is not None and node.parent.building):
+                continue
+            count = min(node.length - node.filled, budget)
+            batch.fills.append(FillChunk(fill, count))
+            budget -= count
+            self.fills.remove(fill)
+            self.fills.append(fill)
+
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that can compute: those that decode, with room for a token, and those that prefill."""
+        for sequence in list(self.running):
+            if sequence.status is Status.RUNNING and self._started(sequence) and sequence.decoding:
+                self._ensure_room(sequence)
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            if not sequence.pending:
+                self._refresh_path(sequence)
+                (decodes if sequence.decoding and sequence.remaining == 1 else prefills).append(sequence)
+        return decodes, prefills
+
+    def _admit(self) -> None:
+        admitted = True
+        while admitted and len(self.running) < self._options.max_running:
+            admitted = False
+            for sequence in self.queue.heads():
+                if len(self.running) >= self._options.max_running:
+                    return
+                node = sequence.blocked_on
+                if node is not None and node.building and not node.detached:
+                    continue
+                self._unblock(sequence)
+                if self._try_admit(sequence):
+                    admitted = True
+                elif sequence.blocked_on is None and self.running:
+                    return  # it keeps its turn: none that needs less may pass it over for ever
+                elif sequence.blocked_on is None:
+                    self.fail(sequence, self._too_large(sequence))
+                    admitted = True
+                    break
+
+    def _try_admit(self, sequence: Sequence) -> bool:
+        """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
+        end = sequence.prompt_length if sequence.trie is not None else sequence.length
+        content = sequence.content_until(end)
+        found, building = self._cache.match(content[:, : end - 1])
+        if building is not None:
+            building.waiters += 1
+            sequence.blocked_on = building
+            return False
+        self._cache.acquire(found)
+        created = self._create_nodes(sequence, found, end)
+        if created is None:
+            self._cache.release(found)
+            return False
+        leaf = created[-1] if created else found
+        inlined = self._worth_copying(leaf)
+        answer = sequence.answer
+        slot = self._pool.allocate(
+            sum(node.length for node in inlined) + sequence.length - leaf.end + (_HEADROOM if answer is not None else 0)
+        )
+        if slot is None:
+            for node in reversed(created):
+                self._cache.detach(node)
+            self._cache.release(found)
+            return False
+        self._cache.acquire(leaf)
+        self._cache.release(found)
+        self.queue.pop(sequence)
+        self.running.append(sequence)
+        sequence.leaf, sequence.slot, sequence.pending = leaf, slot, created
+        sequence.inlined = {node.id for node in inlined}
+        sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
+        sequence.note_admission()
+        sequence.note_reuse(found.end)
+        self._count_hit(sequence)
+        for node in created:
+            fill = Fill(node, loading=bool(node.images))
+            self.fills.append(fill)
+            if fill.loading:
+                self._load(fill)
+        if not created:
+            self._start(sequence)
+        return True
+
+    def _worth_copying(self, leaf: Node) -> list[Node]:
+        """The short stretches of a prefix, later ones first, as long as they leave most of a slab to the sequence."""
+        chosen, room = [], self._pool.slab_tokens // 4
+        for node in reversed(leaf.path()):
+            if node.length < self._options.inline_tokens and node.length <= room:
+                chosen.append(node)
+                room -= node.length
+        return chosen
+
+    def _create_nodes(self, sequence: Sequence, found: Node, end: int) -> list[Node] | None:
+        """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
+        content, images = sequence.content_until(end), sequence.prompt.images
+        cuts: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
+        if images and images[-1].end > found.end:
+            cuts.append((images[-1].end, True))
+        rest = end - 1 - (cuts[-1][0] if cuts else found.end)
+        too_long = rest + len(sequence.tokens) - end + _HEADROOM > self._pool.slab_tokens * 3 // 4
+        several = len(sequence.request.sequences) > 1 and sequence.answer is not None
+        if rest > 0 and (rest >= self._options.long_tail_tokens or several or too_long):
+            cuts.append((end - 1, too_long))
+        created: list[Node] = []
+        parent, start = found, found.end
+        for cut, needed in cuts:
+            node = self._cache.add(parent, content[:, start:cut].copy(), spans_within(images, start, cut))
+            if node is None and needed:
+                for made in reversed(created):
+                    self._cache.detach(made)
+                return None
+            if node is None:
+                break
+            created.append(node)
+            parent, start = node, cut
+        return created
+
+    def _started(self, sequence: Sequence) -> bool:
+        """Whether its prefix is filled; if it just came to be, its tail is begun."""
+        if sequence.pending:
+            sequence.pending = [node for node in sequence.pending if node.building]
+            if not sequence.pending:
+                self._start(sequence)
+        return not sequence.pending
+
+    def _start(self, sequence: Sequence) -> None:
+        """Copy short stretches of its prefix into its tail: cheaper than a product of their own in every layer."""
+        leaf, slot = sequence.leaf, sequence.slot
+        if leaf is None or slot is None:
+            return
+        at = 0
+        for node in leaf.path():
+            if node.id in sequence.inlined:
+                self._pool.kv(slot)[..., at : at + node.length, :] = node.kv
+                at += node.length
+        sequence.inlined_tokens = at
+
+    def _ensure_room(self, sequence: Sequence) -> None:
+        """A slot with room for one more token, from others if need be; else the sequence steps back itself."""
+        length = sequence.tail_length
+        while sequence.slot is not None and length + 1 > sequence.slot.capacity:
+            grown = self._pool.grow(sequence.slot, length, length + 1)
+            if grown is not None:
+                sequence.slot = grown
+                return
+            fits = self._pool.capacity_for(length + 1) <= self._pool.slab_tokens
+            self._preempt(self.running[-1] if fits else sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free what a sequence holds and let it wait at the front; it goes on where it stopped."""
+        if sequence.answer is not None:
+            self._keep_tail(sequence)
+        if sequence.trie is not None:
+            sequence.trie.reset()
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.status = Status.WAITING
+        self.queue.push_front(sequence)
+        self.counters.preemptions += 1
+
+    def _keep_tail(self, sequence: Sequence) -> None:
+        leaf, slot = sequence.leaf, sequence.slot
+        if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
+            return
+        kv = self._pool.kv(slot)[..., sequence.inlined_tokens : sequence.tail_length, :]
+        self._cache.insert(leaf, sequence.content_until(sequence.computed)[:, leaf.end :], kv)
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._pool.free(sequence.slot)
+        if sequence.leaf is not None:
+            self._cache.release(sequence.leaf)
+        sequence.slot = sequence.leaf = None
+        sequence.pending, sequence.path, sequence.order = [], (), ()
+        sequence.inlined, sequence.inlined_tokens, sequence.computed = set(), 0, 0
+
+    def _unblock(self, sequence: Sequence) -> None:
+        if sequence.blocked_on is not None:
+            sequence.blocked_on.waiters -= 1
+            self._cache.settle(sequence.blocked_on)
+            sequence.blocked_on = None
+
+    def _users(self, node: Node) -> list[Sequence]:
+        return [sequence for sequence in self.running if node in sequence.pending]
+
+    def _drop_unwanted_fills(self) -> None:
+        """Whoever wanted them has gone."""
+        for fill in sorted(self.fills, key=lambda fill: -fill.node.start):  # children first
+            if not (fill.node.users or fill.node.waiters or fill.node.kin):
+                self._cache.detach(fill.node)
+                self.fills.remove(fill)
+
+    def _refresh_path(self, sequence: Sequence) -> None:
+        if sequence.path_version != self._version and sequence.leaf is not None:
+            sequence.path = tuple(node for node in sequence.leaf.path() if node.id not in sequence.inlined)
+            sequence.order = tuple(node.id for node in sequence.path)
+            sequence.path_version = self._version
+
+    def _on_split(self, upper: Node, lower: Node) -> None:
+        self._version += 1
+        for sequence in self.running:
+            if lower.id in sequence.inlined:
+                sequence.inlined.add(upper.id)
+
+    def _count_hit(self, sequence: Sequence) -> None:
+        if sequence.admissions == 1:
+            if sequence.timings.prefix_hit:
+                self.counters.prefix_hits += 1
+            else:
+                self.counters.prefix_misses += 1
+
+    def _too_large(self, sequence: Sequence) -> LookonceError:
+        return LookonceError(
+            ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+            f"{sequence.length} tokens need more KV memory than there is: "
+            f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token",
+        )

@@ -1,0 +1,159 @@
+"""From logits to tokens: penalties, temperature, filters, seeded draws and log-probabilities.
+
+Functions on rows of logits; knows nothing of models or sequences beyond a row's `SamplerState`. Every row is drawn with
+its own generator and by its own row alone, so that an answer does not depend on what else is in the batch. The order is
+that of transformers' processors: repetition penalty, presence and frequency penalties, temperature, top-k, top-p and
+min-p.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from lm_service.engine.types import Sampling, TokenLogprob
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # the golden ratio: keeps the seeds of a request's n answers far apart
+_SEED_MASK = (1 << 63) - 1
+
+
+class SamplerState:
+    """What one answer's draws depend on: its parameters, its random numbers, and the tokens so far."""
+
+    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], index: int = 0) -> None:
+        """`index` tells the n answers to one prompt apart: with a seed, each has its own but repeatable draws."""
+        self.sampling = sampling
+        self.counts: Counter[int] = Counter()  # of generated tokens
+        self.prompt: frozenset[int] = frozenset(prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed((sampling.seed + index * _SEED_STRIDE) & _SEED_MASK)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken."""
+        return self.sampling.temperature == 0.0
+
+    @property
+    def filtered(self) -> bool:
+        """Whether top-k, top-p or min-p leave tokens out."""
+        return self.sampling.top_k > 0 or self.sampling.top_p < 1.0 or self.sampling.min_p > 0.0
+
+    @property
+    def penalised(self) -> bool:
+        """Whether earlier tokens change the logits."""
+        wanted = self.sampling
+        return wanted.repetition_penalty != 1.0 or wanted.presence_penalty != 0.0 or wanted.frequency_penalty != 0.0
+
+    def append(self, token_id: int) -> None:
+        """Count a generated token."""
+        self.counts[token_id] += 1
+
+    def uniform(self) -> float:
+        """The next number in [0, 1) of this answer."""
+        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+
+def apply_penalties(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
+    """Logits [vocabulary] after the penalties, as a new tensor.
+
+    Repetition (CTRL, arXiv:1909.05858) counts prompt and answer: positive logits are divided by it, negative ones
+    multiplied. Presence is subtracted once from every token of the answer, frequency once per occurrence (OpenAI's
+    definition).
+    """
+    wanted = state.sampling
+    row = row.clone()
+    seen = sorted(state.prompt.union(state.counts)) if wanted.repetition_penalty != 1.0 else []
+    if seen:
+        ids = torch.tensor(seen, device=row.device)
+        values = row[ids]
+        factor = wanted.repetition_penalty
+        row[ids] = torch.where(values > 0, values / factor, values * factor)
+    if state.counts and (wanted.presence_penalty or wanted.frequency_penalty):
+        ids = torch.tensor(list(state.counts), device=row.device)
+        counts = torch.tensor(list(state.counts.values()), device=row.device, dtype=row.dtype)
+        row[ids] -= wanted.presence_penalty + wanted.frequency_penalty * counts
+    return row
+
+
+def filter_logits(
+    descending: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> torch.Tensor:
+    """Logits [rows, vocabulary], each row sorted descending, with what the filters leave out at -inf.
+
+    `top_k` (0: all), `top_p` and `min_p` are [rows]. Top-p (arXiv:1904.09751) keeps the smallest set whose probability,
+    of what top-k left, reaches it; min-p (arXiv:2407.01082) keeps what is at least that share of the best. One token
+    always stays.
+    """
+    vocabulary = descending.shape[-1]
+    rank = torch.arange(vocabulary, device=descending.device)
+    limit = torch.where(top_k > 0, top_k, vocabulary)[:, None]
+    kept = descending.masked_fill(rank >= limit, -torch.inf)
+    probabilities = kept.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    out = (before >= top_p[:, None]) | (probabilities < min_p[:, None] * probabilities[:, :1])
+    out[:, 0] = False
+    return kept.masked_fill(out, -torch.inf)
+
+
+def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
+    """One token for each row of logits [rows, vocabulary]. The states' counts are left to the caller (`append`)."""
+    scores = logits.float()
+    if any(state.penalised for state in states):
+        rows = (
+            apply_penalties(row, state) if state.penalised else row for row, state in zip(scores, states, strict=True)
+        )
+        scores = torch.stack(list(rows))
+    chosen = scores.argmax(-1)
+    for filtered in (False, True):
+        rows_at = [i for i, state in enumerate(states) if not state.greedy and state.filtered is filtered]
+        if rows_at:
+            at = torch.tensor(rows_at, device=scores.device)
+            chosen[at] = _draw(scores[at], [states[i] for i in rows_at], filtered=filtered)
+    return [int(token) for token in chosen.tolist()]
+
+
+def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: bool) -> torch.Tensor:
+    """Inverse-transform sampling: one uniform number a row, so a seed means the same on every device."""
+
+    def column(values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=scores.device, dtype=torch.float64)
+
+    temperature = column([state.sampling.temperature for state in states])
+    scaled = scores.double() / temperature[:, None]
+    order: torch.Tensor | None = None
+    if filtered:
+        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
+        top_k = torch.tensor([state.sampling.top_k for state in states], device=scores.device)
+        top_p = column([state.sampling.top_p for state in states])
+        min_p = column([state.sampling.min_p for state in states])
+        scaled = filter_logits(scaled, top_k, top_p, min_p)
+    cumulative = scaled.softmax(-1).cumsum(-1)
+    target = column([state.uniform() for state in states])[:, None] * cumulative[:, -1:]
+    picked = torch.searchsorted(cumulative, target, right=True).clamp_(max=scaled.shape[-1] - 1)
+    return (picked if order is None else order.gather(-1, picked)).squeeze(-1)
+
+
+def finite_rows(logits: torch.Tensor) -> list[bool]:
+    """Whether each row's best logit is a finite number; NaN spreads to the maximum, so False means a failed forward."""
+    return [bool(good) for good in logits.amax(-1).isfinite().tolist()]
+
+
+def token_logprobs(
+    logits: torch.Tensor, tokens: Sequence[int], states: Sequence[SamplerState]
+) -> list[TokenLogprob | None]:
+    """Log-probability of each row's token and of its best alternatives; None for rows that did not ask."""
+    answers: list[TokenLogprob | None] = [None] * len(states)
+    for i, state in enumerate(states):
+        wanted = state.sampling.logprobs
+        if wanted is None:
+            continue
+        row = logits[i].float().log_softmax(-1)
+        values, ids = row.topk(min(wanted, row.shape[-1]))
+        top = tuple(zip(map(int, ids.tolist()), map(float, values.tolist()), strict=True))
+        answers[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top)
+    return answers

@@ -1,0 +1,36 @@
+"""Which encoders' embeddings this model takes: those of its own checkpoint, at the accepted compute dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lookonce.checkpoint import Checkpoint
+from lookonce.checkpoint.checkpoint import COMPUTE_DTYPES
+from lookonce.errors import ErrorKind, LookonceError
+
+
+class AcceptedEncoders:
+    """The accepted fingerprints, each 64 hexadecimal characters."""
+
+    def __init__(self, fingerprints: Sequence[str]) -> None:
+        self.fingerprints = tuple(fingerprints)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, encoder_dtype: str) -> AcceptedEncoders:
+        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any."""
+        dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
+        return cls([checkpoint.encoder_spec(dtype).fingerprint() for dtype in dtypes])
+
+    def accepts(self, fingerprint: str) -> bool:
+        """Whether embeddings of this encoder are taken."""
+        return fingerprint in self.fingerprints
+
+    def check(self, fingerprint: str) -> None:
+        """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
+        if not self.accepts(fingerprint):
+            raise LookonceError(
+                ErrorKind.FINGERPRINT_MISMATCH,
+                f"the image was encoded by {fingerprint[:64]!r}, this language model takes "
+                f"{', '.join(self.fingerprints)}: the two services run different models or settings",
+                param="image.fingerprint",
+            )

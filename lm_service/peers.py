@@ -1,0 +1,100 @@
+"""The vision services this service fetches from: known by what they say of themselves, watched in the background."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+
+from lm_service.fingerprints import AcceptedEncoders
+from lm_service.metrics import METRICS
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.rpc.client import VisionClient
+
+log = structlog.get_logger(__name__)
+CONNECT_SECONDS = 1.0
+"""Between two attempts to reach a service."""
+WATCH_SECONDS = 15.0
+"""Between two looks at one that answers: it may have been restarted with another model."""
+
+
+class VisionPeer:
+    """One vision service. `fingerprint` is None until it has said what encoder it runs."""
+
+    def __init__(self, client: VisionClient, accepted: AcceptedEncoders) -> None:
+        self.client = client
+        self.fingerprint: str | None = None
+        self._accepted = accepted
+        self._reachable = True
+
+    @property
+    def usable(self) -> bool:
+        """Whether it is known to run an encoder of this model."""
+        return self.fingerprint is not None and self._accepted.accepts(self.fingerprint)
+
+    async def describe(self) -> None:
+        """Ask what it runs, and log it when that is news."""
+        try:
+            told = await self.client.describe()
+        except LookonceError as error:
+            if self._reachable:
+                log.warning("vision service cannot be reached", address=self.client.address, reason=error.message)
+            self._reachable = False
+            return
+        news = told.fingerprint != self.fingerprint or not self._reachable
+        self._reachable, self.fingerprint = True, told.fingerprint
+        if news and self.usable:
+            log.info("vision service matches", address=self.client.address, fingerprint=told.fingerprint)
+        elif news:
+            log.error(
+                "vision service runs an encoder of another model: nothing is fetched from it",
+                address=self.client.address,
+                model=told.model.name,
+                fingerprint=told.fingerprint,
+                accepted=list(self._accepted.fingerprints),
+            )
+
+    async def watch(self) -> None:
+        """Keep asking, until cancelled."""
+        while True:
+            await self.describe()
+            await asyncio.sleep(WATCH_SECONDS if self._reachable else CONNECT_SECONDS)
+
+
+class VisionPeers:
+    """All vision services, asked in turn."""
+
+    def __init__(self, clients: Sequence[VisionClient], accepted: AcceptedEncoders, *, fetch_timeout: float) -> None:
+        self.peers = [VisionPeer(client, accepted) for client in clients]
+        self._fetch_timeout = fetch_timeout
+        self._watchers: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin watching; needs a running loop."""
+        self._watchers = [asyncio.create_task(peer.watch()) for peer in self.peers]
+
+    async def fetch(self, key: bytes) -> bytes | None:
+        """A serialized record from the first service that has it; None when none does."""
+        for peer in self.peers:
+            if peer.fingerprint is None:
+                await peer.describe()
+            if not peer.usable:
+                continue
+            try:
+                record = await peer.client.fetch(key, timeout=self._fetch_timeout)
+            except LookonceError as error:
+                if error.kind is not ErrorKind.EMBEDDING_MISSING:
+                    METRICS.fetch_failures.inc()
+                    log.warning("fetch failed", address=peer.client.address, kind=error.kind, reason=error.message)
+                continue
+            return record
+        return None
+
+    async def close(self) -> None:
+        """Stop watching and close the channels."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        for peer in self.peers:
+            await peer.client.close()

@@ -1,0 +1,107 @@
+"""From messages to an engine's Prompt: counts checked, placeholders expanded from the grids, positions laid out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lm_service.engine.types import ImageSpan, Prompt
+from lm_service.positions import mrope_positions
+from lm_service.template import ChatTemplate, Turn
+from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.reference import EmbeddingReference
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation, its parts in order."""
+
+    role: str
+    parts: tuple[str | EmbeddingReference, ...]
+
+
+class PromptBuilder:
+    """Builds the prompts of one model."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        *,
+        image_token_id: int,
+        merge_size: int,
+        context_length: int,
+        max_images: int,
+        check_fingerprint: Callable[[EmbeddingReference], None],
+    ) -> None:
+        """`check_fingerprint` raises FINGERPRINT_MISMATCH for an encoder that isn't this model's."""
+        self.template = template
+        self.context_length = context_length
+        self._image_token_id = image_token_id
+        self._merge_size = merge_size
+        self._max_images = max_images
+        self._check_fingerprint = check_fingerprint
+
+    def build(self, messages: Sequence[Message], *, reserve: int = 1) -> Prompt:
+        """The prompt of a conversation, up to and with the header of the answer. Blocking for a millisecond or so.
+
+        `reserve` tokens must be left of the context. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or
+        CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        """
+        images = self._check(messages)
+        self._check_size(sum(image.tokens for image in images), reserve)
+        turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
+        token_ids, spans = self._expand(self.template.ids(turns), images)
+        self._check_size(len(token_ids), reserve)
+        positions, following = mrope_positions(len(token_ids), spans, self._merge_size)
+        return Prompt(tuple(token_ids), tuple(spans), positions, following)
+
+    def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
+        if not messages:
+            raise invalid("messages must not be empty", param="messages")
+        images: list[EmbeddingReference] = []
+        for i, message in enumerate(messages):
+            if message.role not in ROLES:
+                raise invalid(
+                    f"messages[{i}].role must be one of {', '.join(ROLES)}, got {message.role[:32]!r}",
+                    param=f"messages[{i}].role",
+                )
+            if not message.parts:
+                raise invalid(f"messages[{i}] has no parts", param=f"messages[{i}].parts")
+            images += [part for part in message.parts if isinstance(part, EmbeddingReference)]
+        if len(images) > self._max_images:
+            raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
+        for image in images:
+            image.check(self._merge_size)
+            self._check_fingerprint(image)
+        return images
+
+    def _check_size(self, tokens: int, reserve: int) -> None:
+        if tokens + reserve > self.context_length:
+            raise LookonceError(
+                ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+                f"the prompt has {tokens} tokens and needs room for {reserve} more, "
+                f"the context holds {self.context_length}",
+                param="messages",
+            )
+
+    def _expand(self, ids: Sequence[int], images: Sequence[EmbeddingReference]) -> tuple[list[int], list[ImageSpan]]:
+        places = sum(token == self._image_token_id for token in ids)
+        if places != len(images):
+            raise invalid(
+                f"the model's chat template made {places} placeholders for {len(images)} images; it takes images "
+                "in user messages only",
+                param="messages",
+            )
+        expanded: list[int] = []
+        spans: list[ImageSpan] = []
+        waiting = iter(images)
+        for token in ids:
+            if token == self._image_token_id:
+                image = next(waiting)
+                spans.append(ImageSpan(len(expanded), image))
+                expanded += [token] * image.tokens
+            else:
+                expanded.append(token)
+        return expanded, spans

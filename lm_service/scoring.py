@@ -1,0 +1,124 @@
+"""Score: items to prompts, prompts to the engine, and an error of one item kept to that item."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
+from lm_service.metrics import METRICS
+from lm_service.prompt import PromptBuilder
+from lm_service.replies import Replies, item_scores
+from lm_service.requests import check_items, choices_of, messages_of
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.rpc.errors import to_proto
+from protos.lookonce.v1 import language_pb2
+
+_OF_ONE_IMAGE = {ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID, ErrorKind.FINGERPRINT_MISMATCH}
+"""Failures that say nothing of items about other images."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An item that is fit to be scored, and its place among the results."""
+
+    at: int
+    choices: tuple[str, ...]
+    item: ScoreItem
+
+    @property
+    def images(self) -> tuple[bytes, ...]:
+        return tuple(span.reference.key for span in self.item.prompt.images)
+
+
+class Scorer:
+    """Answers ScoreRequests."""
+
+    def __init__(self, engine: Engine, builder: PromptBuilder, replies: Replies) -> None:
+        self._engine = engine
+        self._builder = builder
+        self._replies = replies
+
+    async def score(self, request: language_pb2.ScoreRequest, deadline: float) -> language_pb2.ScoreResponse:
+        """Results in the order asked. Raises what concerns the whole request (OVERLOADED, DEADLINE_EXCEEDED)."""
+        check_items(request.items)
+        results = [language_pb2.ScoreResult(id=item.id) for item in request.items]
+        asked = await asyncio.to_thread(self._asked, request.items, results)
+        name = request.request_id or uuid.uuid4().hex
+        timings = Timings()
+        try:
+            if asked:
+                timings = await self._run(asked, results, name, request.client, deadline)
+        except LookonceError as error:
+            if error.kind not in _OF_ONE_IMAGE:
+                raise
+            timings = await self._run_by_image(asked, results, name, request.client, deadline)
+        receipt = self._replies.receipt(timings, [entry.item.prompt for entry in asked])
+        return language_pb2.ScoreResponse(results=results, receipt=receipt)
+
+    def _asked(
+        self, items: Sequence[language_pb2.ScoreItem], results: Sequence[language_pb2.ScoreResult]
+    ) -> list[_Asked]:
+        """The items that are fit; the errors of the others go into their results."""
+        asked = []
+        for at, item in enumerate(items):
+            try:
+                choices = choices_of(item)
+                tokens = tuple(tuple(self._builder.template.text_ids(choice)) for choice in choices)
+                prompt = self._builder.build(messages_of(item.messages), reserve=max(map(len, tokens)))
+            except LookonceError as error:
+                results[at].error.CopyFrom(to_proto(error))
+            else:
+                asked.append(_Asked(at, choices, ScoreItem(prompt, tokens)))
+        return asked
+
+    async def _run(
+        self,
+        asked: Sequence[_Asked],
+        results: Sequence[language_pb2.ScoreResult],
+        name: str,
+        client: str,
+        deadline: float,
+    ) -> Timings:
+        scores = await self._engine.score(Scoring(name, tuple(entry.item for entry in asked), client, deadline))
+        for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
+            lengths = [len(choice) for choice in entry.item.choices]
+            results[entry.at].scores.CopyFrom(item_scores(entry.choices, lengths, logprobs, entry.item.prompt, cached))
+            METRICS.prompt_tokens.inc(len(entry.item.prompt.token_ids))
+            METRICS.cached_tokens.inc(cached)
+        return scores.timings
+
+    async def _run_by_image(
+        self,
+        asked: Sequence[_Asked],
+        results: Sequence[language_pb2.ScoreResult],
+        name: str,
+        client: str,
+        deadline: float,
+    ) -> Timings:
+        """One image's trouble came up: score each image's items on their own, so that the others get their answers."""
+        groups: dict[tuple[bytes, ...], list[_Asked]] = {}
+        for entry in asked:
+            groups.setdefault(entry.images, []).append(entry)
+        total = Timings()
+        for group in groups.values():
+            try:
+                part = await self._run(group, results, name, client, deadline)
+            except LookonceError as error:
+                if error.kind not in _OF_ONE_IMAGE:
+                    raise
+                for entry in group:
+                    results[entry.at].error.CopyFrom(to_proto(error))
+            else:
+                _add(total, part)
+        return total
+
+
+def _add(total: Timings, part: Timings) -> None:
+    for name in ("queue_ms", "load_ms", "total_ms", "prefill_tokens", "cached_tokens"):
+        setattr(total, name, getattr(total, name) + getattr(part, name))
+    total.ttft_ms = total.total_ms
+    total.embedding = part.embedding
+    total.prefix_hit = total.prefix_hit or part.prefix_hit

@@ -1,0 +1,194 @@
+"""Builds the language service from its settings, and runs it until it is told to stop."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import torch
+
+import lookonce
+from lm_service.embeddings import EmbeddingResolver
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.types import Engine
+from lm_service.fingerprints import AcceptedEncoders
+from lm_service.l1 import TensorCache
+from lm_service.metrics import METRICS, serve_metrics
+from lm_service.peers import VisionPeers
+from lm_service.prompt import PromptBuilder
+from lm_service.replies import Replies
+from lm_service.servicer import LanguageServicer
+from lm_service.settings import LanguageSettings
+from lm_service.template import ChatTemplate, load_template
+from lm_service.validation import RecordRules
+from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
+from lookonce.checkpoint.files import read_json
+from lookonce.checkpoint.lean import TextModel, load_language_model
+from lookonce.embeddings import EmbeddingCache
+from lookonce.errors import CheckpointError, invalid
+from lookonce.placement import choose_device, choose_dtype, dtype_name
+from lookonce.rpc.client import VisionClient
+from lookonce.rpc.server import Server
+from lookonce.stores import open_store
+from protos.lookonce.v1 import common_pb2, language_pb2_grpc
+
+log = structlog.get_logger(__name__)
+SERVICE_NAME = "lookonce.v1.LanguageModel"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """The language half on its device, and what its checkpoint says about it."""
+
+    checkpoint: Checkpoint
+    template: ChatTemplate
+    text_model: TextModel
+    lm_head: torch.nn.Linear
+    device: torch.device
+    dtype: torch.dtype
+    context_length: int
+    end_ids: frozenset[int]
+
+
+def load_model(settings: LanguageSettings) -> LoadedModel:
+    """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    checkpoint = open_checkpoint(settings.model, needs=Half.LANGUAGE, revision=settings.revision)
+    template = load_template(checkpoint.path)
+    context_length = _context_length(checkpoint, settings.context_length)
+    text_model, lm_head = load_language_model(checkpoint, dtype, device)
+    end_ids = _end_ids(checkpoint, template)
+    return LoadedModel(checkpoint, template, text_model, lm_head, device, dtype, context_length, end_ids)
+
+
+async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises UNAVAILABLE when the address can't be listened on."""
+    accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype)
+    store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
+    clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
+    peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
+    checkpoint = model.checkpoint
+    resolver = EmbeddingResolver(
+        l1=TensorCache(settings.l1_bytes),
+        cache=EmbeddingCache(store),
+        peers=peers,
+        rules=RecordRules(checkpoint.hidden_size, checkpoint.merge_size, model.dtype, model.device),
+        accepted=accepted,
+    )
+    engine = _engine(settings, model, resolver)
+    METRICS.watch(engine.describe)
+    server = Server(settings.server)
+    servicer = _servicer(settings, model, engine, resolver, accepted)
+    register = partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer)
+    server.add(SERVICE_NAME, register)
+    try:
+        address = await server.start()
+        await engine.start()
+        peers.start()
+        await server.set_serving(True)
+        log.info("serving", address=address, model=checkpoint.name, device=str(model.device), store=_kind(settings))
+        await server.wait()
+    finally:
+        await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
+        await peers.close()
+        await engine.close()
+        await store.close()
+    log.info("stopped")
+
+
+def start_metrics(settings: LanguageSettings) -> None:
+    """Listen for Prometheus, if asked to."""
+    if settings.metrics_listen:
+        serve_metrics(settings.metrics_listen)
+
+
+def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingResolver) -> PackedEngine:
+    options = PackedOptions(
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        kv_bytes=settings.kv_bytes,
+        prefix_bytes=settings.prefix_bytes,
+        context_tokens=model.context_length,
+    )
+    adapter = Qwen2VLAdapter(model.text_model, model.lm_head)
+    return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
+
+
+def _servicer(
+    settings: LanguageSettings,
+    model: LoadedModel,
+    engine: Engine,
+    resolver: EmbeddingResolver,
+    accepted: AcceptedEncoders,
+) -> LanguageServicer:
+    checkpoint = model.checkpoint
+    builder = PromptBuilder(
+        model.template,
+        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
+        merge_size=checkpoint.merge_size,
+        context_length=model.context_length,
+        max_images=settings.max_images,
+        check_fingerprint=resolver.check,
+    )
+    return LanguageServicer(
+        engine=engine,
+        builder=builder,
+        resolver=resolver,
+        replies=Replies(model.template.table, checkpoint.name),
+        model=_description(model),
+        fingerprints=accepted.fingerprints,
+        max_tokens=settings.max_tokens,
+        max_timeout=settings.max_timeout,
+    )
+
+
+def _description(model: LoadedModel) -> common_pb2.ModelDescription:
+    checkpoint = model.checkpoint
+    parameters = {*model.text_model.parameters(), *model.lm_head.parameters()}  # a tied head counts once
+    return common_pb2.ModelDescription(
+        name=checkpoint.name,
+        checkpoint=checkpoint.identity,
+        family=checkpoint.family.model_type,
+        dtype=dtype_name(model.dtype),
+        device=str(model.device),
+        hidden_size=checkpoint.hidden_size,
+        merge_size=checkpoint.merge_size,
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        version=lookonce.__version__,
+        instance=uuid.uuid4().hex,
+        started_at=time.time(),
+    )
+
+
+def _context_length(checkpoint: Checkpoint, cap: int | None) -> int:
+    own = int(checkpoint.family.text_config(checkpoint.config).get("max_position_embeddings", 32768))
+    if cap is not None and cap > own:
+        raise invalid(f"context_length {cap} is over the model's own {own}", param="context_length")
+    return cap or own
+
+
+def _end_ids(checkpoint: Checkpoint, template: ChatTemplate) -> frozenset[int]:
+    """Tokens that end a turn: generation_config.json's, else config.json's, else <|im_end|>."""
+    file = checkpoint.path / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    if stated is None:
+        stated = checkpoint.family.text_config(checkpoint.config).get("eos_token_id")
+    if stated is None:
+        stated = template.token_id("<|im_end|>")
+    ids = stated if isinstance(stated, list) else [stated]
+    if not ids or not all(isinstance(number, int) for number in ids):
+        raise CheckpointError(f"{file}: eos_token_id is missing; copy the file from the model's repository")
+    return frozenset(ids)
+
+
+def _kind(settings: LanguageSettings) -> str:
+    """The store's schemes, without the passwords a URL may hold."""
+    return " ".join(url.partition("://")[0] for url in settings.store.split())

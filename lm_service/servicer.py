@@ -1,0 +1,128 @@
+"""The gRPC face of the language service: translation only, and the counting of calls."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
+
+from lm_service.embeddings import EmbeddingResolver
+from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
+from lm_service.metrics import METRICS
+from lm_service.prompt import PromptBuilder
+from lm_service.replies import Replies
+from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
+from lm_service.scoring import Scorer
+from lookonce.errors import LookonceError
+from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
+
+
+class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
+    """Serves LanguageModel (language.proto) over one engine."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        builder: PromptBuilder,
+        resolver: EmbeddingResolver,
+        replies: Replies,
+        model: common_pb2.ModelDescription,
+        fingerprints: tuple[str, ...],
+        max_tokens: int,
+        max_timeout: float,
+    ) -> None:
+        self._engine = engine
+        self._builder = builder
+        self._resolver = resolver
+        self._replies = replies
+        self._scorer = Scorer(engine, builder, replies)
+        self._model = model
+        self._fingerprints = fingerprints
+        self._max_tokens = min(max_tokens, builder.context_length)
+        self._max_timeout = max_timeout
+
+    async def Generate(  # the contract's name
+        self, request: language_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[language_pb2.GenerateEvent]:
+        """See language.proto."""
+        with _counted("Generate"):
+            generation = await self._generation(request, context)
+            METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
+            stream = cast(AsyncGenerator[Delta | Finish, None], self._engine.generate(generation))
+            async with aclosing(stream) as events:
+                async for event in events:
+                    if isinstance(event, Delta):
+                        yield self._replies.delta(event)
+                    else:
+                        _observe(event.timings, event.completion_tokens, first=event.index == 0)
+                        yield self._replies.finish(event, generation.prompt)
+
+    async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:
+        """See language.proto."""
+        with _counted("Score"):
+            deadline = self._deadline(request, context)
+            return await self._scorer.score(request, deadline)
+
+    async def Forget(self, request: common_pb2.ForgetRequest, context: Any) -> common_pb2.ForgetResponse:
+        """See language.proto. The embeddings first, so that no KV is made of them again while it is dropped."""
+        with _counted("Forget"):
+            check_forget(request)
+            keys, digests = list(request.keys), list(request.image_digests)
+            dropped, complete = await self._resolver.forget(keys, digests)
+            dropped += await self._engine.forget(keys, digests)
+            return common_pb2.ForgetResponse(forgotten=dropped, complete=complete)
+
+    async def Describe(self, request: common_pb2.DescribeRequest, context: Any) -> language_pb2.LanguageDescription:
+        """See language.proto."""
+        state = self._engine.describe()
+        return language_pb2.LanguageDescription(
+            model=self._model,
+            fingerprints=self._fingerprints,
+            context_length=self._builder.context_length,
+            max_tokens=self._max_tokens,
+            max_running=state.max_running,
+            max_waiting=state.max_waiting,
+            running=state.running,
+            waiting=state.waiting,
+            generated_tokens=state.generated_tokens,
+        )
+
+    async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
+        deadline = self._deadline(request, context)
+        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
+        prompt = await asyncio.to_thread(self._builder.build, messages_of(request.messages))
+        name = request.request_id or uuid.uuid4().hex
+        return Generation(name, prompt, sampling, request.client, deadline)
+
+    def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
+        check_ids(request)
+        return time.monotonic() + timeout_of(request, context.time_remaining(), self._max_timeout)
+
+
+@contextmanager
+def _counted(method: str) -> Iterator[None]:
+    """Count the call by how it ends."""
+    outcome = "cancelled"  # also when the generator is closed from outside
+    try:
+        yield
+        outcome = "ok"
+    except LookonceError as error:
+        outcome = error.kind.value
+        raise
+    except Exception:
+        outcome = "internal"
+        raise
+    finally:
+        METRICS.requests.labels(method, outcome).inc()
+
+
+def _observe(timings: Timings, completion_tokens: int, *, first: bool) -> None:
+    METRICS.completion_tokens.inc(completion_tokens)
+    if first:
+        METRICS.cached_tokens.inc(timings.cached_tokens)
+        METRICS.ttft.observe(timings.ttft_ms / 1000)
+        METRICS.duration.observe(timings.total_ms / 1000)

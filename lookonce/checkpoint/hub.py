@@ -1,0 +1,89 @@
+"""Fetches from the hub only the files that a half needs, all at one commit. Maps the hub library's failures to ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lookonce.checkpoint import files
+from lookonce.errors import CheckpointError
+from lookonce.families import Half, family_of
+
+_log = logging.getLogger(__name__)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repository(model: str) -> bool:
+    """Whether the text has the form of a hub id: `owner/name`."""
+    return _REPOSITORY.fullmatch(model) is not None and ".." not in model
+
+
+def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) -> tuple[Path, str]:
+    """Bring the given halves of a hub repository into the hub library's cache.
+
+    Returns the snapshot's directory and the commit it stands for. Without a connection a snapshot that is already
+    cached serves. Raises CheckpointError for a repository that is unknown, gated, unreachable, or without safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    halves = set(halves)
+    with _translated(repository, revision):
+        first = [*files.small_files(halves), files.INDEX]
+        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=first))
+        commit = snapshot.name
+        wanted = _weights(repository, snapshot, halves)
+        # Asked for by commit, so that a push between the two calls can't mix two versions.
+        snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
+    missing = [name for name in wanted if not (snapshot / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{repository}@{commit[:12]}: could not get {', '.join(missing)}: either the hub can't be reached and they "
+            "were never downloaded, or the repository has only pickled weights (.bin), which are never loaded"
+        )
+    _log.info("fetched %s at %s: %d weight files", repository, commit[:12], len(wanted))
+    return snapshot, commit
+
+
+def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
+    if not (snapshot / files.CONFIG).is_file():
+        raise CheckpointError(f"{repository} has no {files.CONFIG}: it is not a model repository")
+    index = snapshot / files.INDEX
+    if not index.is_file():
+        return [files.SINGLE]
+    family = family_of(files.read_json(snapshot / files.CONFIG))
+    return files.shards_of(family, files.read_index(index), halves)
+
+
+@contextlib.contextmanager
+def _translated(repository: str, revision: str | None) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repository} is gated: accept its terms on its hub page, then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repository} was not found on the hub: check the spelling; for a private one set HF_TOKEN; "
+            "for a local directory give its path, starting with ./ or /"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repository} has no revision {revision!r} on the hub") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise CheckpointError(f"{repository}{at}: the hub answered HTTP {status}; try again later") from None
+    except (errors.LocalEntryNotFoundError, OSError):
+        raise CheckpointError(
+            f"{repository}{at} is not in the hub cache and the hub can't be reached: "
+            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
+        ) from None
+    except errors.HFValidationError:
+        raise CheckpointError(
+            f"{repository!r} is not a hub id (owner/name) and no local directory has that name"
+        ) from None

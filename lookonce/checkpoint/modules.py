@@ -1,0 +1,62 @@
+"""Each half of a model as transformers' own modules: what `lean` is held against in tests and benchmarks.
+
+The services never import this: transformers' modelling code costs them seconds and 150 MB.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLTextModel
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+
+from lookonce.checkpoint.checkpoint import Checkpoint
+from lookonce.checkpoint.weights import load_weights
+from lookonce.families import Half
+
+_ATTENTION = "sdpa"
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
+def model_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
+    """The whole model's transformers configuration, from a flat or a nested config.json."""
+    return Qwen2VLConfig.from_dict(checkpoint.config)
+
+
+def load_vision_tower(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Qwen2VisionTransformerPretrainedModel:
+    """The vision tower in eval mode.
+
+    It takes pixel patches [P, 1176] and grid_thw [images, 3] and answers with pooler_output [tokens, hidden].
+    """
+    config: Any = model_config(checkpoint).vision_config
+    config._attn_implementation = _ATTENTION
+    with torch.device("meta"):
+        tower = Qwen2VisionTransformerPretrainedModel(config)
+    load_weights(tower, checkpoint, Half.VISION, dtype=dtype, device=device)
+    return _frozen(tower)
+
+
+def load_language_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[Qwen2VLTextModel, torch.nn.Linear]:
+    """The text model and its output head in eval mode; a tied head shares the embedding's parameter.
+
+    The text model takes inputs_embeds [batch, T, hidden], M-RoPE position_ids [3, batch, T] and past_key_values.
+    """
+    config: Any = model_config(checkpoint).text_config
+    config._attn_implementation = _ATTENTION
+    with torch.device("meta"):
+        model = Qwen2VLTextModel(config)
+        head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    halves = torch.nn.ModuleDict({"model": model, "lm_head": head})
+    load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
+    return _frozen(model), _frozen(head)
+
+
+def _frozen(module: _Module) -> _Module:
+    module.requires_grad_(False)
+    module.train(False)
+    return module

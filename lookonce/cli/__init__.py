@@ -1,0 +1,10 @@
+"""The command line. Imports nothing heavy: torch and transformers run only in the processes that it starts."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Entry point of the `lookonce` console script."""
+    from lookonce.cli.app import app
+
+    app()

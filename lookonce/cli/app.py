@@ -1,0 +1,49 @@
+"""The commands, each registered by its own module; a module's heavy imports wait until its command runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import typer
+
+from lookonce import __version__
+from lookonce.cli import ask, demo, doctor, split, up
+from lookonce.cli.console import say
+
+HELP = """Split serving for vision-language models: encode an image once, ask it anything, many times.
+
+\b
+  lookonce demo                         see it work, with nothing to download
+  lookonce up --model DIR_OR_HUB_ID     start serving
+  lookonce ask photo.jpg -q "What is this?"
+  lookonce doctor --model DIR_OR_HUB_ID what this machine can run, and what to do about the rest
+
+`lookonce COMMAND --help` shows every setting with its environment variable and default.
+"""
+
+app = typer.Typer(
+    name="lookonce",
+    help=HELP,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+@app.command("version")
+def version() -> None:
+    """Print the versions of lookonce and of what its answers depend on."""
+    say(f"lookonce {__version__}")
+    say(f"python {platform.python_version()}")
+    for package in ("torch", "transformers", "grpcio", "safetensors"):
+        try:
+            say(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            say(f"{package} not installed")
+
+
+for module in (up, ask, split, doctor, demo):
+    module.register(app)

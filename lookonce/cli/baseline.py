@@ -1,0 +1,63 @@
+"""`python -m lookonce.cli.baseline`: the unsplit model, by transformers alone, asked the same questions one by one.
+
+Reads {"model", "dtype", "device", "max_tokens", "items": [{"image": path, "question": text}]} from standard input,
+writes {"load_s", "answers": [{"text", "ms"}]} to standard output. Shares no model code with the services: it is what
+their answers are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def answer_all(job: dict[str, Any]) -> dict[str, Any]:
+    """Load the whole model, then answer each item from nothing: decode, encode, prefill, decode tokens."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    start = time.perf_counter()
+    model: Any = Qwen2VLForConditionalGeneration.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    model.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(job["model"])
+    processor = Qwen2VLImageProcessorPil.from_pretrained(job["model"])
+    loaded = time.perf_counter()
+    answers = []
+    for item in job["items"]:
+        begun = time.perf_counter()
+        text = _answer(model, tokenizer, processor, item["image"], item["question"], job["max_tokens"])
+        answers.append({"text": text, "ms": (time.perf_counter() - begun) * 1000})
+    return {"load_s": loaded - start, "answers": answers}
+
+
+def _answer(model: Any, tokenizer: Any, processor: Any, image: str, question: str, max_tokens: int) -> str:
+    import torch
+    from PIL import Image
+
+    with Image.open(image) as file:
+        picture = processor(images=[file.convert("RGB")], return_tensors="pt")
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    pads = int(picture["image_grid_thw"].prod()) // processor.merge_size**2
+    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * pads, 1)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
+        "pixel_values": picture["pixel_values"].to(model.dtype),
+        "image_grid_thw": picture["image_grid_thw"],
+    }
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    with torch.inference_mode():
+        out = model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    json.dump(answer_all(json.load(sys.stdin)), sys.stdout)

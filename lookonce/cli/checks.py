@@ -1,0 +1,254 @@
+"""What `lookonce doctor` looks at. Each check answers findings; none raises for a bad machine or a bad setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lookonce.cli.network import check_port_free
+from lookonce.cli.rundir import DataDirectory, find_running
+from lookonce.errors import LookonceError
+from lookonce.units import format_size
+
+PYTHON_NEEDED = (3, 11)
+PROCESS_OVERHEAD = 600 << 20
+"""Bytes that a model service takes besides its weights: interpreter, torch, activations of one picture."""
+WEIGHTS_MARGIN = 1.15
+_TORCH_SECONDS = 120
+
+
+class Status(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report; `remedy` says what to do when it isn't ok."""
+
+    check: str
+    status: Status
+    detail: str
+    remedy: str = ""
+
+
+def ok(check: str, detail: str) -> Finding:
+    """All is well."""
+    return Finding(check, Status.OK, detail)
+
+
+def warn(check: str, detail: str, remedy: str) -> Finding:
+    """Works, but not as well as it could."""
+    return Finding(check, Status.WARN, detail, remedy)
+
+
+def bad(check: str, detail: str, remedy: str) -> Finding:
+    """Won't work."""
+    return Finding(check, Status.FAIL, detail, remedy)
+
+
+def check_python() -> Iterator[Finding]:
+    """The interpreter."""
+    text = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
+    if sys.version_info[:2] < PYTHON_NEEDED:
+        yield bad("python", text, "use Python 3.11 or newer")
+    else:
+        yield ok("python", text)
+
+
+def torch_report() -> dict[str, Any] | None:
+    """What torch sees, asked in a process of its own; None when it can't be imported."""
+    command = [sys.executable, "-P", "-m", "lookonce.cli.torch_report"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=_TORCH_SECONDS, check=True, stdin=subprocess.DEVNULL
+        )
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.SubprocessError, OSError, ValueError, IndexError):
+        return None
+    return report
+
+
+def check_torch(report: dict[str, Any] | None) -> Iterator[Finding]:
+    """Whether torch runs, and with how many threads."""
+    if report is None:
+        yield bad("torch", "cannot be imported", "run `make setup` again, or `pip install torch` for this platform")
+        return
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    text = f"{report['version']}, {report['threads']} threads on {cores} cores"
+    if report["threads"] > (os.cpu_count() or 1):
+        yield warn("torch", text, "more threads than cores slow it down: set --threads or OMP_NUM_THREADS")
+    else:
+        yield ok("torch", text)
+
+
+def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Finding]:
+    """Instruction sets that decide speed and the dtype `auto` means."""
+    try:
+        flags = set(re.findall(r"[a-z0-9_]+", cpuinfo.read_text(errors="replace").lower()))
+    except OSError:
+        yield ok("cpu", f"{platform.processor() or platform.machine()} (features not readable here)")
+        return
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+    found = [flag for flag in known if flag in flags]
+    fast = bool({"avx512_bf16", "amx_bf16"} & flags)
+    text = (
+        f"{' '.join(found) or 'no vector features seen'}; dtype auto is {'bfloat16' if fast else 'float32'} on the CPU"
+    )
+    if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags:
+        yield warn("cpu", text, "without AVX2 expect several times slower answers; use a GPU or a newer machine")
+    else:
+        yield ok("cpu", text)
+
+
+def check_cuda(report: dict[str, Any] | None, driver: Path = Path("/proc/driver/nvidia/version")) -> Iterator[Finding]:
+    """GPU, driver and torch build fit each other."""
+    installed = driver.is_file()
+    if report is None:
+        return
+    if report["available"]:
+        for index, gpu in enumerate(report["gpus"]):
+            memory = f"{format_size(gpu['free'])} of {format_size(gpu['total'])} free"
+            yield ok("cuda", f"cuda:{index} {gpu['name']}, capability {gpu['capability']}, {memory}")
+    elif not installed:
+        yield ok("cuda", "no NVIDIA driver on this machine: the CPU is used")
+    elif report["cuda"] is None:
+        yield warn(
+            "cuda", "there is a GPU, but torch is built for the CPU", "install a CUDA build: https://pytorch.org"
+        )
+    else:
+        version = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text(errors="replace").partition("Module")[2])
+        text = f"torch is built for CUDA {report['cuda']}, driver {version[0] if version else 'unknown'} can't run it"
+        yield bad("cuda", text, "update the driver, or install a torch build for an older CUDA")
+
+
+def available_memory() -> int:
+    """Bytes that new processes may take: what is free, within this container's limit."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return min(free, max(limit - used, 0))
+
+
+def check_checkpoint(model: str | None, revision: str | None) -> tuple[list[Finding], dict[str, int]]:
+    """Whole and paired? And the bytes of each half's weights. A hub id is looked for in the cache, never fetched."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub library is imported
+    from lookonce.checkpoint.hub import is_repository
+    from lookonce.cli.model import open_halves, resolve_model
+
+    try:
+        resolved = resolve_model(model, revision)
+        halves = open_halves(resolved.source, resolved.revision)
+    except LookonceError as error:
+        if model is None:
+            return [warn("checkpoint", "none given", "name one with --model")], {}
+        if is_repository(model) and not Path(model).exists() and "can't be reached" in error.message:
+            return [warn("checkpoint", f"{model} is not in the hub cache", "`lookonce up` will download it")], {}
+        return [bad("checkpoint", error.message, "see the message")], {}
+    sizes = {half.value: checkpoint.weight_bytes(half) for half, checkpoint in halves.items()}
+    shown = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())
+    first = next(iter(halves.values()))
+    detail = (
+        f"{resolved.name}: whole, both halves of one model ({shown}, stored as {first.dtype}); {resolved.identity[:23]}"
+    )
+    return [ok("checkpoint", detail)], sizes
+
+
+def check_memory(sizes: dict[str, int], report: dict[str, Any] | None) -> Iterator[Finding]:
+    """Each service's need against what is free, on the first GPU if there is one."""
+    if not sizes:
+        yield ok("memory", f"{format_size(available_memory())} free")
+        return
+    gpus = (report or {}).get("gpus") or []
+    free = int(gpus[0]["free"]) if gpus else available_memory()
+    place = "on cuda:0" if gpus else "in RAM"
+    needs = {name: round(size * WEIGHTS_MARGIN) + PROCESS_OVERHEAD for name, size in sizes.items()}
+    text = ", ".join(f"{name} {format_size(need)}" for name, need in needs.items())
+    total = sum(needs.values())
+    detail = f"need about {text}; {format_size(free)} free {place}"
+    if total <= free:
+        yield ok("memory", detail)
+    elif max(needs.values()) <= free:
+        yield bad(
+            "memory", detail, "both don't fit together: --dtype bfloat16, or put the services on two machines or GPUs"
+        )
+    else:
+        yield bad("memory", detail, "use a smaller model, --dtype bfloat16, or a machine with more memory")
+
+
+def check_data_dir(directory: Path) -> Iterator[Finding]:
+    """Writable, with room, and where the sockets will be."""
+    path = directory.expanduser().absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield bad(
+            "data dir", f"{path}: {existing} is not a directory you may write to", "choose another with --data-dir"
+        )
+        return
+    free = psutil.disk_usage(str(existing)).free
+    sockets = (
+        "unix sockets"
+        if DataDirectory(path).socket_address("language")
+        else "loopback ports (path too long for sockets)"
+    )
+    detail = f"{path}, {format_size(free)} free on disk, {sockets}"
+    if free < 2 << 30:
+        yield warn("data dir", detail, "the embedded store may fill the disk: free some, or set --store-bytes")
+    else:
+        yield ok("data dir", detail)
+
+
+def embedded_store(directory: Path) -> Finding:
+    """The store when none is named."""
+    return ok("store", f"embedded, in {directory.expanduser().absolute() / 'store'}")
+
+
+async def check_store(url: str) -> list[Finding]:
+    """Whether the store answers."""
+    from lookonce.stores import open_store
+
+    shown = re.sub(r"//[^@/\s]*@", "//***@", url)
+    try:
+        store = open_store(url, namespace="doctor")
+    except LookonceError as error:
+        return [bad("store", f"{shown}: {error.message}", "correct --store (or LOOKONCE_STORE)")]
+    except OSError as error:
+        return [bad("store", f"{shown}: cannot be opened ({error.strerror})", "choose a directory you may write to")]
+    try:
+        reachable = await store.ping()
+    finally:
+        await store.close()
+    if reachable:
+        return [ok("store", f"{shown} answers")]
+    return [bad("store", f"{shown} does not answer", "start it, or correct host, port, password and TLS in --store")]
+
+
+def check_port(host: str, port: int, directory: Path) -> Iterator[Finding]:
+    """Whether the gateway could listen."""
+    running = find_running(directory)
+    if running is not None and running.url.endswith(f":{port}"):
+        yield ok("port", f"{port} is served by the running system (process {running.pid})")
+        return
+    try:
+        check_port_free(host, port)
+    except LookonceError as error:
+        yield bad("port", error.message, "choose another with --port")
+    else:
+        yield ok("port", f"{host}:{port} is free")

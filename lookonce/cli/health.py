@@ -1,0 +1,77 @@
+"""How far a service has come, asked through its own door: gRPC health of the model services, the gateway's /readyz."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+import grpc
+import grpc.aio
+import httpx2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lookonce.rpc.client import open_channel
+from lookonce.rpc.server import Tls
+
+PROBE_TIMEOUT = 2.0
+
+
+class Health(StrEnum):
+    """What a probe found."""
+
+    SILENT = "silent"  # nobody answers yet
+    LOADING = "loading"  # answers, but not ready for requests
+    READY = "ready"
+
+
+class Probe(Protocol):
+    """Asks one service."""
+
+    async def check(self) -> Health:
+        """Ask once; never raises for a service that doesn't answer."""
+        ...
+
+    async def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+class GrpcProbe:
+    """grpc.health.v1 of one address."""
+
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
+        self._channel = open_channel(address, tls)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    async def check(self) -> Health:
+        """Ask once."""
+        try:
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT)
+        except grpc.aio.AioRpcError:
+            return Health.SILENT
+        serving = reply.status == health_pb2.HealthCheckResponse.SERVING
+        return Health.READY if serving else Health.LOADING
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self._channel.close()
+
+
+class HttpProbe:
+    """/readyz below a base URL."""
+
+    def __init__(self, url: str) -> None:
+        # Our own process on this machine: its certificate needn't name the loopback address.
+        self._client = httpx2.AsyncClient(base_url=url, timeout=PROBE_TIMEOUT, trust_env=False, verify=False)
+
+    async def check(self) -> Health:
+        """Ask once."""
+        try:
+            reply = await self._client.get("/readyz")
+        except httpx2.HTTPError:
+            return Health.SILENT
+        return Health.READY if reply.status_code == 200 else Health.LOADING
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()

@@ -1,0 +1,68 @@
+"""Which checkpoint a command means, fetched and identified once, so that the services find it ready."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lookonce.checkpoint import Checkpoint, open_checkpoint
+from lookonce.cli.console import note
+from lookonce.errors import CheckpointError
+from lookonce.families import Half
+from lookonce.units import format_size
+
+BUNDLED = Path(__file__).resolve().parent.parent / "data" / "shapes"
+"""The small trained checkpoint that the wheel carries."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint as the services are told of it."""
+
+    source: str  # --model of the services
+    revision: str | None  # the commit of a hub id
+    name: str
+    identity: str
+    weight_bytes: int
+
+
+def default_model() -> str:
+    """The bundled checkpoint; CheckpointError when this installation has none."""
+    if not (BUNDLED / "config.json").is_file():
+        raise CheckpointError(
+            "--model (or LOOKONCE_MODEL) is required: a local directory or a hub id such as Qwen/Qwen2-VL-2B-Instruct"
+        )
+    return str(BUNDLED)
+
+
+def resolve_model(source: str | None, revision: str | None = None) -> Model:
+    """Open both halves (fetching them from the hub if need be) and identify them. Raises CheckpointError."""
+    source = source or default_model()
+    halves = open_halves(source, revision)
+    total = sum(checkpoint.weight_bytes(half) for half, checkpoint in halves.items())
+    if total > 256 << 20:
+        note(f"lookonce: checking {source} ({format_size(total)}; read whole the first time)")
+    identities = {half: checkpoint.identity for half, checkpoint in halves.items()}
+    if len(set(identities.values())) > 1:
+        raise CheckpointError(
+            f"{source}: its halves come from different checkpoints ({' and '.join(sorted(identities.values()))}); "
+            "run `lookonce split` again"
+        )
+    checkpoint = halves[Half.LANGUAGE]
+    identity = checkpoint.identity
+    commit = (
+        identity.rpartition("@")[2] if identity.startswith("hub:") and not Path(source).expanduser().is_dir() else None
+    )
+    local = Path(source).expanduser()
+    return Model(str(local.absolute()) if local.is_dir() else source, commit, checkpoint.name, identity, total)
+
+
+def open_halves(source: str, revision: str | None = None) -> dict[Half, Checkpoint]:
+    """Both halves, from a whole checkpoint or from a directory that `lookonce split` wrote. Raises CheckpointError."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file() and (path / Half.VISION / "config.json").is_file():
+        return {half: open_checkpoint(source, needs=half, revision=revision) for half in Half}
+    checkpoint = open_checkpoint(source, revision=revision)
+    for half in Half:
+        checkpoint.half_entries(half)
+    return dict.fromkeys(Half, checkpoint)

@@ -1,0 +1,147 @@
+"""`lookonce up`: the three processes as one system on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from lookonce.cli.console import fail, note, say
+from lookonce.cli.rundir import DataDirectory, RunningSystem, default_data_dir
+from lookonce.errors import LookonceError
+from lookonce.settings import Bytes, Seconds, Settings, load
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+HELP = """Start the vision service, the language service and the gateway, and keep them running.
+
+\b
+  lookonce up                                         the bundled shapes model, for a first look
+  lookonce up --model Qwen/Qwen2-VL-2B-Instruct       from the hub (only once)
+  lookonce up --model ./my-finetune --port 9000
+  lookonce up --model ./m --vision-device cuda:0 --lm-device cuda:1 --store redis://localhost:6379
+
+Prints a line at each change of state and the URL when everything is ready. A process that dies is started again.
+SIGTERM or Ctrl-C drains and ends; a second one ends at once.
+
+Every setting of the services can be given through its variable too: LOOKONCE_VISION_..., LOOKONCE_LM_...,
+LOOKONCE_GATEWAY_... (docs/settings.md lists them). A flag given here wins over them.
+"""
+
+
+class UpSettings(Settings):
+    """`lookonce up`: all three processes on this machine, supervised."""
+
+    model_config = SettingsConfigDict(env_prefix="LOOKONCE_")
+
+    model: str | None = Field(None, description="Checkpoint: local directory or hub id; unset: the bundled one.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    host: str = Field("127.0.0.1", description="Address the gateway listens on; a public one needs API keys.")
+    port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on; 0: any free one.")
+    data_dir: Path | None = Field(
+        None, description="Embedded store, logs and sockets; unset: $XDG_DATA_HOME/lookonce or ~/.local/share/lookonce."
+    )
+    store: str | None = Field(
+        None, description="Store of embeddings and images: redis://..., file:///path; unset: file://DATA_DIR/store."
+    )
+    device: str = Field("auto", description="Device of both models: auto, cpu, cuda, cuda:1 ...")
+    vision_device: str | None = Field(None, description="Device of the vision service; unset: --device.")
+    lm_device: str | None = Field(None, description="Device of the language service; unset: --device.")
+    dtype: Dtype = Field("auto", description="Compute dtype of both (auto: bfloat16 where it is fast, else float32).")
+    vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
+    lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")
+    threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
+    max_pixels: int | None = Field(
+        None, ge=784, description="Most pixels an image is resized to; unset: the checkpoint's own."
+    )
+    store_bytes: Bytes | None = Field(None, description="Byte budget of the embedding store; unset: the store's own.")
+    image_ttl: Seconds = Field(7 * 86400.0, description="How long an image is kept after its last upload.")
+    grace: Seconds = Field(20.0, description="How long requests under way may go on after SIGTERM, in each process.")
+    start_attempts: int = Field(
+        3, ge=1, le=100, description="Failures in a row of a service that was never ready, after which `up` gives up."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
+    show_logs: bool = Field(False, description="Print every log line of the services, not only warnings.")
+
+    @property
+    def directory(self) -> Path:
+        """The data directory."""
+        return self.data_dir or default_data_dir()
+
+
+def up(flags: dict[str, Any]) -> int:
+    """The command: `flags` are those given (None: not given)."""
+    settings = load(UpSettings, flags)
+    given = {name for name, value in flags.items() if value is not None}
+    return run(settings, given)
+
+
+def run(settings: UpSettings, given: set[str]) -> int:
+    """Check what can be checked first, then supervise until told to end."""
+    from lookonce.cli.model import resolve_model
+    from lookonce.cli.network import check_port_free
+
+    try:
+        with DataDirectory(settings.directory) as directory:
+            model = resolve_model(settings.model, settings.revision)
+            check_port_free(settings.host, settings.port)
+            return asyncio.run(_supervise(settings, given, directory, model))
+    except LookonceError as error:
+        for line in getattr(error, "reason", ()):
+            note(f"  {line}")
+        fail(error.message)
+
+
+async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
+    from lookonce.cli.plan import plan_system
+    from lookonce.cli.service import RestartPolicy, Service
+    from lookonce.cli.supervisor import Supervisor
+
+    system = plan_system(settings, given, directory, model)
+    report = Reporter([plan.name for plan in system.services])
+    policy = RestartPolicy(start_attempts=settings.start_attempts)
+    services: list[Service] = []
+
+    def publish() -> None:
+        ready = bool(services) and all(service.ready.is_set() for service in services)
+        state = {s.plan.name: {"address": s.plan.address, "pid": s.pid, "state": s.state} for s in services}
+        with contextlib.suppress(OSError):  # on a full disk other commands see an older state
+            directory.write_up_file(RunningSystem(os.getpid(), system.url, model.name, ready, state))
+
+    def changed(name: str, text: str) -> None:
+        report(name, text)
+        publish()
+
+    for plan in system.services:
+        log_file = directory.log / f"{plan.name}.log"
+        services.append(Service(plan, log_file, changed, report, policy=policy, show_logs=settings.show_logs))
+    note(f"lookonce: {model.name} from {model.source}; data in {directory.path}")
+    publish()
+    supervisor = Supervisor(services, grace=settings.grace, on_ready=lambda: say(f"lookonce is ready: {system.url}"))
+    return await supervisor.run()
+
+
+class Reporter:
+    """Prints one line per change of state: seconds since the start, service, what happened."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._width = max(map(len, names))
+        self._start = time.monotonic()
+
+    def __call__(self, name: str, text: str) -> None:
+        note(f"{time.monotonic() - self._start:7.1f}s  {name:<{self._width}}  {text}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    from lookonce.settings import with_options
+
+    app.command("up", help=HELP)(with_options(UpSettings, up))

@@ -1,0 +1,286 @@
+"""The asynchronous client: the same names as the blocking one, on the same calls. What each does is told there."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import httpx2
+
+from lookonce.client import calls
+from lookonce.client.calls import Call, TextAssembly
+from lookonce.client.connection import Connection, streaming
+from lookonce.client.errors import StreamInterrupted
+from lookonce.client.image import ImageBase
+from lookonce.client.options import Question, QuestionOptions, SamplingOptions
+from lookonce.client.progress import Progress, reporting
+from lookonce.client.sse import EventReader
+from lookonce.client.types import Answer, Erasure, ImageInfo, Model
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack
+
+    from lookonce.client.pictures import Picture
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`Client` for asyncio.
+
+    >>> async with lookonce.AsyncClient() as client:
+    ...     image = await client.image("photo.jpg")
+    ...     answer = await image.ask("What is in the picture?")
+    ...     async for piece in await image.ask("Describe it.", stream=True):
+    ...         print(piece, end="", flush=True)
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx2.Timeout | None = None,
+        retries: int = 3,
+        http_client: httpx2.AsyncClient | None = None,
+    ) -> None:
+        self._connection = Connection.of(base_url, api_key, timeout, retries)
+        self._http = http_client or httpx2.AsyncClient(**self._connection.http_options())
+
+    async def image(self, picture: Picture) -> AsyncImage:
+        """See Client.image. Files are read in a thread."""
+        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, picture)))
+
+    async def models(self) -> list[Model]:
+        """See Client.models."""
+        return await self._send(calls.models())
+
+    @overload
+    async def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer: ...
+
+    @overload
+    async def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> AsyncTextStream: ...
+
+    async def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer | AsyncTextStream:
+        """See Client.chat."""
+        if stream:
+            return AsyncTextStream(await self._open(calls.chat_stream(messages, options, model)))
+        return await self._send(calls.chat(messages, options, model))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _send(self, call: Call[T]) -> T:
+        async for attempt in self._connection.attempts(call):
+            with attempt:
+                with self._connection.reaching():
+                    reply = await self._http.send(self._http.build_request(**self._connection.request(call)))
+                return self._connection.result(call, reply)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _open(self, call: Call[Any]) -> AsyncEvents:
+        """The events of an answer, which has begun."""
+        async for attempt in self._connection.attempts(call):
+            with attempt:
+                with self._connection.reaching():
+                    request = self._http.build_request(**self._connection.request(call))
+                    reply = await self._http.send(request, stream=True)
+                    if reply.status_code >= 300:
+                        await reply.aread()
+                self._connection.check(reply)
+                return AsyncEvents(reply)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class AsyncImage(ImageBase):
+    """A picture that the gateway has; made by `AsyncClient.image`."""
+
+    def __init__(self, client: AsyncClient, info: ImageInfo) -> None:
+        super().__init__(info)
+        self._client = client
+
+    @overload
+    async def ask(
+        self, question: str, *, stream: Literal[False] = False, **options: Unpack[QuestionOptions]
+    ) -> Answer: ...
+
+    @overload
+    async def ask(
+        self, question: str, *, stream: Literal[True], **options: Unpack[QuestionOptions]
+    ) -> AsyncTextStream: ...
+
+    async def ask(
+        self, question: str, *, stream: bool = False, **options: Unpack[QuestionOptions]
+    ) -> Answer | AsyncTextStream:
+        """See Image.ask."""
+        if stream:
+            return AsyncTextStream(await self._client._open(calls.ask_stream(self.id, question, options)))
+        return await self._client._send(calls.ask(self.id, question, options))
+
+    async def ask_many(
+        self, questions: Iterable[str | Question], *, progress: Progress = False, **options: Unpack[QuestionOptions]
+    ) -> list[Answer]:
+        """See Image.ask_many."""
+        asked = list(questions) if not isinstance(questions, str) else questions
+        answers: dict[int, Answer] = {}
+        try:
+            with reporting(progress, len(asked)) as report:
+                async with aclosing(self._answers(asked, options)) as arriving:
+                    async for place, answer in arriving:
+                        answers[place] = answer
+                        report(len(answers))
+        except StreamInterrupted as error:
+            error.answers = [answers[place] for place in sorted(answers)]
+            raise
+        return [answers[place] for place in range(len(answers))]
+
+    async def ask_as_completed(
+        self, questions: Iterable[str | Question], **options: Unpack[QuestionOptions]
+    ) -> AsyncIterator[Answer]:
+        """See Image.ask_as_completed."""
+        async with aclosing(self._answers(questions, options)) as arriving:
+            async for _, answer in arriving:
+                yield answer
+
+    async def score(
+        self, question: str, choices: Sequence[str], **options: Unpack[QuestionOptions]
+    ) -> dict[str, float]:
+        """See Image.score."""
+        return calls.chosen(await self._client._send(calls.ask(self.id, question, options, choices)))
+
+    async def score_many(
+        self,
+        questions: Iterable[str],
+        choices: Sequence[str],
+        *,
+        progress: Progress = False,
+        **options: Unpack[QuestionOptions],
+    ) -> list[dict[str, float]]:
+        """See Image.score_many."""
+        asked = [Question(question, choices=choices) for question in questions]
+        return [calls.chosen(answer) for answer in await self.ask_many(asked, progress=progress, **options)]
+
+    async def refresh(self) -> Self:
+        """See Image.refresh."""
+        self._info = await self._client._send(calls.look(self.id))
+        return self
+
+    async def delete(self) -> Erasure:
+        """See Image.delete."""
+        return await self._client._send(calls.erase(self.id))
+
+    async def _answers(
+        self, questions: Iterable[str | Question], options: QuestionOptions
+    ) -> AsyncGenerator[tuple[int, Answer], None]:
+        for batch in calls.batches(self.id, questions, options):
+            seen = 0
+            async with aclosing(await self._client._open(batch.call)) as events:
+                async for event in events:
+                    yield batch.answer(event)
+                    seen += 1
+            batch.check(seen)
+
+
+class AsyncTextStream:
+    """See TextStream: `async for piece in stream`, then `await stream.answer()`."""
+
+    def __init__(self, events: AsyncEvents) -> None:
+        self._events = events
+        self._assembly = TextAssembly()
+        self._pieces = self._read()
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._pieces
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return self._assembly.text
+
+    async def answer(self) -> Answer:
+        """The whole answer; reads what is left of it."""
+        async for _ in self._pieces:
+            pass
+        return self._assembly.answer()
+
+    async def close(self) -> None:
+        """Stop."""
+        await self._pieces.aclose()
+        await self._events.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _read(self) -> AsyncGenerator[str, None]:
+        try:
+            async for event in self._events:
+                piece = self._assembly.take(event)
+                if piece:
+                    yield piece
+        except StreamInterrupted as error:
+            error.text = self.text
+            raise
+        finally:
+            await self._events.aclose()
+
+
+class AsyncEvents:
+    """The events of an answer that has begun."""
+
+    def __init__(self, reply: httpx2.Response) -> None:
+        self._reply = reply
+        self._events = self._read()
+
+    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        return self._events
+
+    async def aclose(self) -> None:
+        """Stop."""
+        await self._events.aclose()
+        await self._reply.aclose()
+
+    async def _read(self) -> AsyncGenerator[dict[str, Any], None]:
+        reader = EventReader()
+        with streaming():
+            async for piece in self._reply.aiter_bytes():
+                for event in reader.feed(piece):
+                    yield event
+        reader.end()

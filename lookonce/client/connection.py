@@ -1,0 +1,129 @@
+"""What both drivers need around a request: where it goes, when it is tried again, what httpx2's errors mean."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx2
+import stamina
+
+from lookonce import __version__
+from lookonce.client.calls import Call
+from lookonce.client.errors import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
+from lookonce.errors import invalid
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+READ_SECONDS = 600.0
+CONNECT_SECONDS = 5.0
+MAX_RETRY_AFTER = 60.0  # seconds; told to wait longer, the caller decides
+RETRY_JITTER = 0.25  # of the time asked for, so that clients turned away together don't come back together
+RETRIED = frozenset({429, 503})
+LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach a gateway."""
+
+    base_url: str
+    api_key: str | None
+    timeout: httpx2.Timeout
+    retries: int
+
+    @classmethod
+    def of(
+        cls, base_url: str | None, api_key: str | None, timeout: float | httpx2.Timeout | None, retries: int
+    ) -> Connection:
+        """Defaults come from LOOKONCE_URL and LOOKONCE_API_KEY. Raises INVALID_ARGUMENT for what is no http(s) URL."""
+        text = (base_url or os.environ.get("LOOKONCE_URL") or DEFAULT_URL).rstrip("/")
+        try:
+            url = httpx2.URL(text)
+        except (httpx2.InvalidURL, TypeError, ValueError):
+            url = httpx2.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
+            raise invalid(f"base_url={text!r} is not a URL such as {DEFAULT_URL}", param="base_url")
+        if retries < 0:
+            raise invalid(f"retries is {retries}, it must be at least 0", param="retries")
+        if not isinstance(timeout, httpx2.Timeout):
+            read = READ_SECONDS if timeout is None else timeout
+            timeout = httpx2.Timeout(read, connect=min(read, CONNECT_SECONDS))
+        return cls(text, api_key or os.environ.get("LOOKONCE_API_KEY") or None, timeout, retries)
+
+    def http_options(self) -> dict[str, Any]:
+        """Arguments of httpx2's client."""
+        local = httpx2.URL(self.base_url).host in LOCAL
+        return {"timeout": self.timeout, "trust_env": not local}  # no proxy between this machine and itself
+
+    def request(self, call: Call[Any]) -> dict[str, Any]:
+        """Arguments of httpx2's `build_request`."""
+        headers = {"user-agent": f"lookonce-python/{__version__}"}
+        if self.api_key:
+            headers["authorization"] = f"Bearer {self.api_key}"
+        return {"method": call.method, "url": self.base_url + call.path, "headers": headers, **call.body}
+
+    def attempts(self, call: Call[Any]) -> Any:
+        """stamina's attempts at the call."""
+        return stamina.retry_context(on=_retried(call), attempts=self.retries + 1, timeout=None)
+
+    @contextmanager
+    def reaching(self) -> Iterator[None]:
+        """httpx2's errors before an answer, in our terms."""
+        try:
+            yield
+        except httpx2.ConnectTimeout as error:
+            raise RequestTimeout(f"no connection to {self.base_url} in time", unsent=True) from error
+        except httpx2.TimeoutException as error:
+            raise RequestTimeout(f"no answer from {self.base_url} in time") from error
+        except httpx2.ConnectError as error:
+            message = f"cannot reach {self.base_url}; is `lookonce up` running there?"
+            raise ConnectionFailed(message, unsent=True) from error
+        except httpx2.HTTPError as error:
+            raise ConnectionFailed(f"the connection to {self.base_url} broke before the answer") from error
+
+    def result(self, call: Call[T], reply: httpx2.Response) -> T:
+        """What the call gives. Raises ApiError for a refusal, ConnectionFailed if it's no gateway that answered."""
+        self.check(reply)
+        try:
+            return call.read(reply.json())
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ConnectionFailed(f"{self.base_url} does not answer as a lookonce gateway does") from error
+
+    @staticmethod
+    def check(reply: httpx2.Response) -> None:
+        """Raises ApiError for a refusal whose body has been read."""
+        if reply.status_code >= 300:
+            raise refusal(reply.status_code, reply.headers, reply.content)
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """httpx2's errors after an answer began."""
+    try:
+        yield
+    except httpx2.TimeoutException as error:
+        raise StreamInterrupted("the answer did not go on in time") from error
+    except httpx2.HTTPError as error:
+        raise StreamInterrupted("the connection broke while the answer came") from error
+
+
+def _retried(call: Call[Any]) -> Callable[[Exception], bool | float]:
+    def wait(error: Exception) -> bool | float:
+        if isinstance(error, ApiError):
+            if error.status not in RETRIED:
+                return False
+            if not error.retry_after:
+                return True
+            if error.retry_after > MAX_RETRY_AFTER:
+                return False
+            return error.retry_after * (1 + random.uniform(0, RETRY_JITTER))
+        if isinstance(error, ConnectionFailed):
+            return error.unsent or (call.repeatable and not isinstance(error, RequestTimeout))
+        return False
+
+    return wait

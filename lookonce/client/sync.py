@@ -1,0 +1,316 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import httpx2
+
+from lookonce.client import calls
+from lookonce.client.calls import Call, TextAssembly
+from lookonce.client.connection import Connection, streaming
+from lookonce.client.errors import StreamInterrupted
+from lookonce.client.image import ImageBase
+from lookonce.client.options import Question, QuestionOptions, SamplingOptions
+from lookonce.client.progress import Progress, reporting
+from lookonce.client.sse import EventReader
+from lookonce.client.types import Answer, Erasure, ImageInfo, Model
+
+if TYPE_CHECKING:
+    from typing import Self, Unpack
+
+    from lookonce.client.pictures import Picture
+
+T = TypeVar("T")
+
+
+class Client:
+    """A gateway, spoken to over one pool of connections. Use as a context manager, or call `close`.
+
+    >>> with lookonce.Client("http://127.0.0.1:8000") as client:
+    ...     image = client.image("photo.jpg")
+    ...     print(image.ask("What is in the picture?"))
+
+    `base_url` and `api_key` default to LOOKONCE_URL and LOOKONCE_API_KEY. `timeout` is in seconds, between bytes (600
+    by default; 5 to connect), or httpx2's Timeout. A call that could not connect, or was answered 429 or 503, is tried
+    `retries` more times, after the pause the gateway asks for; never once an answer has begun. `http_client` replaces
+    the client's own, for a proxy or a private certificate authority. May be shared by threads. Raises LookonceError
+    (see lookonce.client.errors for the kinds).
+    """
+
+    def __init__(
+        self,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: float | httpx2.Timeout | None = None,
+        retries: int = 3,
+        http_client: httpx2.Client | None = None,
+    ) -> None:
+        self._connection = Connection.of(base_url, api_key, timeout, retries)
+        self._http = http_client or httpx2.Client(**self._connection.http_options())
+
+    def image(self, picture: Picture) -> Image:
+        """Upload a picture once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
+
+        >>> client.image("photo.jpg").tokens
+        391
+
+        Raises ImageError for what is no picture, NotFoundError for an unknown id.
+        """
+        return Image(self, self._send(calls.upload(picture)))
+
+    def models(self) -> list[Model]:
+        """The models served."""
+        return self._send(calls.models())
+
+    @overload
+    def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> TextStream: ...
+
+    def chat(
+        self,
+        messages: str | Iterable[Mapping[str, Any]],
+        *,
+        model: str | None = None,
+        stream: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Answer | TextStream:
+        """Answer a conversation, OpenAI's messages. Strings and images may stand in `content` as they are.
+
+        >>> client.chat([{"role": "user", "content": [left, right, "What differs?"]}]).text
+        'The right one has a red door.'
+        """
+        if stream:
+            return TextStream(self._open(calls.chat_stream(messages, options, model)))
+        return self._send(calls.chat(messages, options, model))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _send(self, call: Call[T]) -> T:
+        for attempt in self._connection.attempts(call):
+            with attempt:
+                with self._connection.reaching():
+                    reply = self._http.send(self._http.build_request(**self._connection.request(call)))
+                return self._connection.result(call, reply)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _open(self, call: Call[Any]) -> Events:
+        """The events of an answer, which has begun."""
+        for attempt in self._connection.attempts(call):
+            with attempt:
+                with self._connection.reaching():
+                    request = self._http.build_request(**self._connection.request(call))
+                    reply = self._http.send(request, stream=True)
+                    if reply.status_code >= 300:
+                        reply.read()
+                self._connection.check(reply)
+                return Events(reply)
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+class Image(ImageBase):
+    """A picture that the gateway has; made by `Client.image`."""
+
+    def __init__(self, client: Client, info: ImageInfo) -> None:
+        super().__init__(info)
+        self._client = client
+
+    @overload
+    def ask(self, question: str, *, stream: Literal[False] = False, **options: Unpack[QuestionOptions]) -> Answer: ...
+
+    @overload
+    def ask(self, question: str, *, stream: Literal[True], **options: Unpack[QuestionOptions]) -> TextStream: ...
+
+    def ask(self, question: str, *, stream: bool = False, **options: Unpack[QuestionOptions]) -> Answer | TextStream:
+        """Answer a question; with `stream`, iterate over the text as it is written.
+
+        >>> answer = image.ask("What does the sign say?", max_tokens=20)
+        >>> answer.text, answer.receipt.embedding
+        ('No parking', 'hit')
+        >>> for piece in image.ask("Describe the picture.", stream=True):
+        ...     print(piece, end="", flush=True)
+        """
+        if stream:
+            return TextStream(self._client._open(calls.ask_stream(self.id, question, options)))
+        return self._client._send(calls.ask(self.id, question, options))
+
+    def ask_many(
+        self, questions: Iterable[str | Question], *, progress: Progress = False, **options: Unpack[QuestionOptions]
+    ) -> list[Answer]:
+        """Answer any number of questions, 1000 to a request; the answers are in the order asked.
+
+        One that failed has `error` and the others stand. `progress` is True for a bar on stderr, or a function of
+        (done, total).
+
+        >>> [str(answer) for answer in image.ask_many(["Is it day?", "How many cars?"], progress=True)]
+        ['Yes', '3']
+
+        Raises StreamInterrupted, with the answers so far, if the connection breaks.
+        """
+        asked = list(questions) if not isinstance(questions, str) else questions
+        answers: dict[int, Answer] = {}
+        try:
+            with reporting(progress, len(asked)) as report, closing(self._answers(asked, options)) as arriving:
+                for place, answer in arriving:
+                    answers[place] = answer
+                    report(len(answers))
+        except StreamInterrupted as error:
+            error.answers = [answers[place] for place in sorted(answers)]
+            raise
+        return [answers[place] for place in range(len(answers))]
+
+    def ask_as_completed(
+        self, questions: Iterable[str | Question], **options: Unpack[QuestionOptions]
+    ) -> Iterator[Answer]:
+        """The same, each answer as soon as it is there; `id` says which: the question's own, else its place ("0")."""
+        with closing(self._answers(questions, options)) as arriving:
+            for _, answer in arriving:
+                yield answer
+
+    def score(self, question: str, choices: Sequence[str], **options: Unpack[QuestionOptions]) -> dict[str, float]:
+        """The probability of each choice as the answer; they sum to 1. `system` and `detail` are the only options
+        that matter.
+
+        >>> image.score("Is it red?", ["yes", "no"])
+        {'yes': 0.97, 'no': 0.03}
+        """
+        return calls.chosen(self._client._send(calls.ask(self.id, question, options, choices)))
+
+    def score_many(
+        self,
+        questions: Iterable[str],
+        choices: Sequence[str],
+        *,
+        progress: Progress = False,
+        **options: Unpack[QuestionOptions],
+    ) -> list[dict[str, float]]:
+        """`score` for each question, in the order asked. The first failure is raised; for one outcome each, give
+        `ask_many` Questions with choices."""
+        asked = [Question(question, choices=choices) for question in questions]
+        return [calls.chosen(answer) for answer in self.ask_many(asked, progress=progress, **options)]
+
+    def refresh(self) -> Self:
+        """Ask the gateway for the image's state again. Raises NotFoundError once it is erased or expired."""
+        self._info = self._client._send(calls.look(self.id))
+        return self
+
+    def delete(self) -> Erasure:
+        """Erase the file, its embeddings and all cached state made from them, in every process."""
+        return self._client._send(calls.erase(self.id))
+
+    def _answers(
+        self, questions: Iterable[str | Question], options: QuestionOptions
+    ) -> Generator[tuple[int, Answer], None, None]:
+        for batch in calls.batches(self.id, questions, options):
+            seen = 0
+            with closing(self._client._open(batch.call)) as events:
+                for event in events:
+                    yield batch.answer(event)
+                    seen += 1
+            batch.check(seen)
+
+
+class TextStream:
+    """An answer while it is written: iterate over its pieces. Then `answer()` is the whole, with usage and receipt
+    (closed early, without).
+
+    Closing it early, or leaving its context, stops the work at the gateway. Raises StreamInterrupted, with the text
+    so far, when the connection breaks.
+    """
+
+    def __init__(self, events: Events) -> None:
+        self._events = events
+        self._assembly = TextAssembly()
+        self._pieces = self._read()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    @property
+    def text(self) -> str:
+        """What has come so far."""
+        return self._assembly.text
+
+    def answer(self) -> Answer:
+        """The whole answer; reads what is left of it."""
+        for _ in self._pieces:
+            pass
+        return self._assembly.answer()
+
+    def close(self) -> None:
+        """Stop."""
+        self._pieces.close()
+        self._events.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self) -> Generator[str, None, None]:
+        try:
+            for event in self._events:
+                piece = self._assembly.take(event)
+                if piece:
+                    yield piece
+        except StreamInterrupted as error:
+            error.text = self.text
+            raise
+        finally:
+            self._events.close()
+
+
+class Events:
+    """The events of an answer that has begun."""
+
+    def __init__(self, reply: httpx2.Response) -> None:
+        self._reply = reply
+        self._events = self._read()
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self._events
+
+    def close(self) -> None:
+        """Stop."""
+        self._events.close()
+        self._reply.close()
+
+    def _read(self) -> Generator[dict[str, Any], None, None]:
+        reader = EventReader()
+        with streaming():
+            for piece in self._reply.iter_bytes():
+                yield from reader.feed(piece)
+        reader.end()

@@ -1,0 +1,60 @@
+"""Where a half runs and in which dtype, when the settings say `auto`.
+
+Imports torch: for the two model services only.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lookonce.errors import LookonceError, invalid
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of a setting; `auto` takes the first GPU, or else the CPU. Raises INVALID_ARGUMENT."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise _unknown(name) from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise invalid(f"device {name!r}: no usable CUDA GPU here; `lookonce doctor` tells why", param="device")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise invalid(f"device {name!r}: there are {torch.cuda.device_count()} GPUs here", param="device")
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise invalid(f"device {name!r}: no Metal GPU here", param="device")
+    elif device.type != "cpu":
+        raise _unknown(name)
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a setting; `auto` takes bfloat16 where `device` is fast at it, or else float32."""
+    if name != "auto":
+        return _DTYPES[name]
+    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16 itself; a CPU that must emulate it is some four times slower than in
+    float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu":
+        return False
+    supported = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(check() for check in supported if check is not None)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As settings and fingerprints write it: "float32", "bfloat16", "float16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _unknown(name: str) -> LookonceError:
+    return invalid(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps", param="device")

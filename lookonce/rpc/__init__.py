@@ -1,0 +1,1 @@
+"""gRPC plumbing that every process shares: errors, channels, servers, chunks. Never imports torch."""

@@ -1,0 +1,180 @@
+"""Clients of the two model services: channels, deadlines, and every failure as a LookonceError."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.reference import EmbeddingReference
+from lookonce.rpc.convert import join, reference_from_proto
+from lookonce.rpc.errors import from_rpc_error
+from lookonce.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
+from lookonce.tracing import outgoing
+from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
+
+MAX_RECORD_BYTES = 1 << 30
+_OUTCOMES = {vision_pb2.HIT: "hit", vision_pb2.MISS: "miss", vision_pb2.COALESCED: "coalesced"}
+
+
+def open_channel(
+    address: str, tls: Tls | None = None, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """A channel to "host:port" or "unix:/path"; connects when first used, reconnects by itself."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+        ("grpc.keepalive_time_ms", 20000),
+        ("grpc.keepalive_timeout_ms", 10000),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if tls is None or not tls.enabled:
+        return grpc.aio.insecure_channel(address, options=options)
+    pem = [path.read_bytes() if path else None for path in (tls.ca, tls.key, tls.certificate)]
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(*pem), options=options)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The answer to Encode. `outcome` is "hit", "miss" or "coalesced"; `record` stands there when it was asked for."""
+
+    reference: EmbeddingReference
+    outcome: str
+    stored: bool
+    timings: vision_pb2.EncodeTimings
+    record: bytes | None = None
+
+
+def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
+    """The typed form of a result."""
+    outcome = _OUTCOMES.get(result.outcome, "miss")
+    return Encoded(reference_from_proto(result.reference), outcome, result.stored, result.timings, record)
+
+
+class _Client:
+    label = "service"
+    stub: Any  # of the service: both have Forget
+
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        self.address = address
+        self.channel = open_channel(address, tls)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def healthy(self, timeout: float = 2.0) -> bool:
+        """Whether the service says SERVING."""
+        try:
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def forget(
+        self, keys: Sequence[bytes] = (), image_digests: Sequence[bytes] = (), *, timeout: float = 10.0
+    ) -> common_pb2.ForgetResponse:
+        """Erase embeddings, and what was made from them, from this process and its stores."""
+        request = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests)
+        reply: common_pb2.ForgetResponse = await self._unary(
+            self.stub.Forget(request, timeout=timeout, metadata=outgoing())
+        )
+        return reply
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.channel.close()
+
+    async def _unary(self, call: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.label) from error
+
+    async def _stream(self, call: Any) -> AsyncIterator[Any]:
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error, self.label) from error
+        finally:
+            call.cancel()  # no effect once the call has ended; stops the far end when the reader went away
+
+
+class VisionClient(_Client):
+    """The vision service at one address."""
+
+    label = "vision service"
+
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        super().__init__(address, tls=tls)
+        self.stub = vision_pb2_grpc.VisionEncoderStub(self.channel)  # type: ignore[no-untyped-call]
+
+    async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
+        """Encode one image; the record is joined from its chunks when tensors were asked for."""
+        messages = self._stream(self.stub.Encode(request, timeout=timeout, metadata=outgoing()))
+        try:
+            first = await anext(messages, None)
+            if first is None or first.WhichOneof("payload") != "result":
+                raise LookonceError(ErrorKind.INTERNAL, "the vision service sent no result")
+            result = first.result
+            record: bytes | None = result.record or None
+            if result.record_bytes_to_follow:
+                record = await join((message.chunk async for message in messages), max_bytes=MAX_RECORD_BYTES)
+            return encoded_from_proto(result, record)
+        finally:
+            await messages.aclose()  # type: ignore[attr-defined]
+
+    def encode_stream(
+        self, requests: AsyncIterator[vision_pb2.EncodeStreamRequest], *, timeout: float
+    ) -> AsyncIterator[vision_pb2.EncodeStreamResponse]:
+        """Many images over one stream, answered as each finishes."""
+        return self._stream(self.stub.EncodeStream(requests, timeout=timeout, metadata=outgoing()))
+
+    async def fetch(self, key: bytes, *, timeout: float = 30.0) -> bytes:
+        """A serialized record. Raises EMBEDDING_MISSING when the service has it no more."""
+        chunks = self._stream(self.stub.Fetch(vision_pb2.FetchRequest(key=key), timeout=timeout, metadata=outgoing()))
+        return await join(chunks, max_bytes=MAX_RECORD_BYTES)
+
+    async def describe(self, *, timeout: float = 5.0) -> vision_pb2.VisionDescription:
+        """What model it serves, within what limits."""
+        reply: vision_pb2.VisionDescription = await self._unary(
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout)
+        )
+        return reply
+
+
+class LanguageClient(_Client):
+    """The language service at one address."""
+
+    label = "language service"
+
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        super().__init__(address, tls=tls)
+        self.stub = language_pb2_grpc.LanguageModelStub(self.channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self, request: language_pb2.GenerateRequest, *, timeout: float = 600.0
+    ) -> AsyncIterator[language_pb2.GenerateEvent]:
+        """Stream an answer; closing the iterator cancels the work."""
+        return self._stream(self.stub.Generate(request, timeout=timeout, metadata=outgoing()))
+
+    async def score(self, request: language_pb2.ScoreRequest, *, timeout: float = 600.0) -> language_pb2.ScoreResponse:
+        """Probabilities of choices."""
+        reply: language_pb2.ScoreResponse = await self._unary(
+            self.stub.Score(request, timeout=timeout, metadata=outgoing())
+        )
+        return reply
+
+    async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:
+        """What model it serves, within what limits."""
+        reply: language_pb2.LanguageDescription = await self._unary(
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout)
+        )
+        return reply

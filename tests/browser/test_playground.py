@@ -1,0 +1,332 @@
+"""What people do in the playground, done in real Chromium; what the page shows is compared with the API's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from tests.system.cluster import GatewayProcess, System, image_part, text_part
+
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+KEY = "a-key-of-tests-0123456789"
+GROWTH = """() => {
+  window.lengths = [];
+  const list = document.getElementById("answers");
+  const look = () => window.lengths.push(list.querySelector(".text")?.textContent.length ?? 0);
+  new MutationObserver(look).observe(list, { childList: true, subtree: true, characterData: true });
+}"""
+DROP = """async ([name, bytes, kind]) => {
+  const carried = new DataTransfer();
+  carried.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+  const options = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent("paste", { ...options, clipboardData: carried })
+    : new DragEvent(kind, { ...options, dataTransfer: carried });
+  document.body.dispatchEvent(event);
+}"""
+CONTRAST = """() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (rgb) => {
+    const [r, g, b] = rgb.map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (node) => {
+    for (let at = node; at; at = at.parentElement) {
+      const [r, g, b, a = 1] = parse(getComputedStyle(at).backgroundColor);
+      if (a > 0.99) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
+    if (!own || !node.checkVisibility() || node.matches("kbd, noscript, option, .hidden-visually, .skip")) continue;
+    const [a, b] = [light(parse(getComputedStyle(node).color).slice(0, 3)), light(behind(node))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) found.push(`${node.tagName}.${node.className} "${node.textContent.slice(0, 30)}" ${ratio}`);
+  }
+  return found;
+}"""
+
+
+def load(page: Page, picture: Path) -> str:
+    """Chooses the file; the id that the gateway gave it."""
+    with page.expect_response(lambda reply: reply.url.endswith("/v1/images")) as reply:
+        page.get_by_label("Choose a picture", exact=True).set_input_files(picture)
+    expect(page.locator("#facts")).to_be_visible()
+    return reply.value.json()["id"]
+
+
+def ask(page: Page, question: str) -> Locator:
+    """Asks, and waits for the whole answer."""
+    page.get_by_role("textbox", name="Question", exact=True).fill(question)
+    page.get_by_role("button", name="Ask", exact=True).click()
+    return whole(page.locator(".answer").first)
+
+
+def whole(card: Locator) -> Locator:
+    expect(card.locator(".badges")).to_be_visible()
+    expect(card).not_to_have_class(re.compile("waiting|writing"))
+    return card
+
+
+def api_text(system: System, image: str, question: str, max_tokens: int = 128) -> str:
+    content: list[Any] = [image_part(f"lookonce:{image}"), text_part(question)]
+    reply = system.chat([{"role": "user", "content": content}], max_tokens=max_tokens)
+    return reply["choices"][0]["message"]["content"]
+
+
+def same_text(card: Locator, text: str) -> None:
+    assert card.locator(".text").evaluate("node => node.textContent") == text
+
+
+def test_an_answer_streams_and_shows_what_it_reused(page, picture, system):
+    expect(page.locator("#model")).to_have_text(system.model)
+    expect(page.locator("#health")).to_have_class("dot ready")
+    image = load(page, picture)
+    expect(page.locator("#fact-size")).to_have_text("112 × 84")
+    expect(page.locator("#fact-tokens")).to_have_text("12")
+    expect(page.locator("#fact-encode")).to_contain_text("ms")
+    page.evaluate(GROWTH)
+    card = ask(page, "What is this?")
+    same_text(card, api_text(system, image, "What is this?"))
+    lengths = page.evaluate("window.lengths")
+    assert len({length for length in lengths if length}) > 5  # it grew before one's eyes
+    expect(card.locator(".badge.hit").first).to_have_text("embedding hit")
+    expect(card.locator(".badge").nth(1)).to_have_text(re.compile("prefix (hit|miss)"))
+    expect(card.locator(".timing .prefill")).to_be_attached()
+    expect(card.locator(".timing .decode")).to_be_attached()
+    expect(card.locator(".timing .saved")).to_be_attached()  # the encoding, paid for at the upload
+    expect(card.locator(".savings")).to_contain_text("Reused the encoding (")
+    expect(card.locator(".legend")).to_contain_text("saved ≈")
+    assert system.http.get(f"/v1/images/{image}").status_code == 200
+
+
+def test_the_newest_answer_is_on_top_and_options_are_sent(page, picture, system):
+    image = load(page, picture)
+    page.get_by_text("Options").click()
+    page.get_by_label("Longest answer (tokens)").fill("3")
+    ask(page, "First?")
+    second = ask(page, "Second?")
+    expect(second.locator(".badge").nth(1)).to_have_text("prefix hit")
+    expect(second.locator(".savings")).to_have_text(re.compile(r"and \d+ of \d+ prompt tokens\.$"))
+    expect(second.locator(".asked")).to_have_text("Second?")
+    same_text(second, api_text(system, image, "Second?", max_tokens=3))
+    expect(page.locator(".answer")).to_have_count(2)
+
+
+def test_ten_questions_at_once(page, picture, system):
+    image = load(page, picture)
+    page.get_by_role("tab", name="Ask many").click()
+    box = page.get_by_label("Questions, one on each line")
+    questions = box.input_value().split("\n")
+    assert len(questions) == len(set(questions)) == 10
+    page.get_by_text("Options").click()
+    page.get_by_label("Longest answer (tokens)").fill("8")
+    page.get_by_role("button", name="Ask all").click()
+    expect(page.locator("#tally")).to_have_text(re.compile(r"10 of 10 in \d+\.\d\d s"))
+    cards = page.locator(".answer")
+    expect(cards).to_have_count(10)
+    for number, question in enumerate(questions):
+        expect(cards.nth(number).locator(".asked")).to_have_text(question)
+        expect(cards.nth(number).locator(".badge").first).to_have_text("embedding hit")
+        expect(cards.nth(number).locator(".timing")).to_be_visible()
+    for number in (0, 9):
+        same_text(cards.nth(number), api_text(system, image, questions[number], max_tokens=8))
+
+
+def test_scores_are_bars(page, picture, system):
+    image = load(page, picture)
+    page.get_by_role("tab", name="Score").click()
+    page.get_by_role("textbox", name="Question", exact=True).fill("Is it red?")
+    page.get_by_label("Choices, separated by commas").fill("yes, no, perhaps, no")
+    page.get_by_role("button", name="Score", exact=True).click()
+    card = whole(page.locator(".answer").first)
+    [answer] = system.ask(image, [{"text": "Is it red?", "choices": ["yes", "no", "perhaps"]}])
+    rows = card.locator(".choice")
+    expect(rows).to_have_count(3)
+    for number, (choice, probability) in enumerate(answer["choices"].items()):
+        expect(rows.nth(number).locator("span")).to_have_text(choice)
+        expect(rows.nth(number).locator("output")).to_have_text(f"{probability * 100:.1f} %")
+        bar, fill = (rows.nth(number).locator(place).bounding_box()["width"] for place in (".bar", ".bar i"))
+        assert fill == pytest.approx(max(2, bar * probability), abs=1.5)
+    expect(card.locator(".choice.best span")).to_have_text(answer["text"])
+
+
+def test_erasing_takes_a_second_click(page, picture, system):
+    image = load(page, picture)
+    ask(page, "Seen?")
+    erase = page.locator("#erase")
+    erase.click()
+    expect(erase).to_have_text("Click again to erase")
+    assert system.http.get(f"/v1/images/{image}").status_code == 200
+    page.keyboard.press("Escape")
+    expect(erase).to_have_text("Erase")
+    erase.click()
+    erase.click()
+    expect(page.locator("#empty")).to_contain_text("Erased: the file, its embedding")
+    assert system.http.get(f"/v1/images/{image}").status_code == 404
+    expect(page.locator(".answer")).to_have_count(0)
+    expect(page.locator("#preview")).to_be_hidden()
+    expect(page.locator("#chooser")).to_be_visible()
+
+
+def test_everything_by_keyboard_alone(page, picture, system):
+    page.on("filechooser", lambda chooser: chooser.set_files(picture))
+    expect(page.locator("#model")).to_have_text(system.model)
+    page.keyboard.press("o")
+    expect(page.locator("#question")).to_be_focused()
+    page.keyboard.type("What is here?")
+    page.keyboard.press("Enter")
+    whole(page.locator(".answer").first)
+    page.keyboard.press("Shift+Tab")
+    expect(page.locator("#tab-one")).to_be_focused()
+    ring = page.locator("#tab-one").evaluate("node => getComputedStyle(node).outlineStyle")
+    assert ring == "solid"
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#tab-many")).to_be_focused()
+    expect(page.locator("#panel-many")).to_be_visible()
+    page.keyboard.press("Tab")
+    expect(page.locator("#questions")).to_be_focused()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("One?\nTwo?")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator("#tally")).to_contain_text("2 of 2 in")
+    expect(page.locator(".answer")).to_have_count(3)
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("End")
+    expect(page.locator("#panel-score")).to_be_visible()
+    page.keyboard.press("1")
+    expect(page.locator("#question")).to_be_focused()
+    for _ in range(20):
+        page.keyboard.press("Shift+Tab")
+        if page.evaluate("document.activeElement.id") == "erase":
+            break
+    page.keyboard.press("Enter")
+    page.keyboard.press("Enter")
+    expect(page.locator("#empty")).to_contain_text("Erased")
+    expect(page.locator("#status")).to_contain_text("Erased")
+
+
+def test_a_stream_can_be_stopped(page, picture):
+    load(page, picture)
+    page.get_by_text("Options").click()
+    page.get_by_label("Longest answer (tokens)").fill("2000")
+    page.get_by_label("Temperature").fill("1.5")
+    page.get_by_role("textbox", name="Question", exact=True).fill("All of it?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expect(page.locator(".answer.writing")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".answer .text")).to_contain_text("(stopped)")
+    expect(page.locator("#stop")).to_be_hidden()
+
+
+@pytest.mark.parametrize("kind", ["drop", "paste"])
+def test_a_picture_can_be_dropped_or_pasted(page, picture, kind):
+    expect(page.locator("#model")).not_to_have_text("connecting…")
+    arguments = [picture.name, list(picture.read_bytes()), kind]
+    if kind == "drop":
+        page.evaluate(DROP, [*arguments[:2], "dragover"])
+        expect(page.locator("#drop")).to_have_class(re.compile("over"))
+    page.evaluate(DROP, arguments)
+    expect(page.locator("#fact-size")).to_have_text("112 × 84")
+    expect(page.locator("#preview")).to_have_attribute("alt", "The picture my picture.png")
+    expect(page.locator("#drop")).not_to_have_class(re.compile("over"))
+
+
+def test_samples(page, samples):
+    buttons = page.locator("#sample-list button")
+    expect(buttons).to_have_count(12)
+    page.get_by_role("button", name="Sample coffee").click()
+    expect(page.locator("#fact-size")).to_have_text("84 × 112")
+    loaded = "node => node.complete && node.naturalWidth > 0"
+    assert page.locator("#sample-list img").first.evaluate(loaded)
+    assert page.locator("#preview").evaluate(loaded)
+
+
+def test_errors_are_shown_where_they_belong(open_page, picture, tmp_path):
+    watched = open_page()
+    watched.expected.add("status of 400")  # Chromium reports refused requests by itself
+    page = watched.page
+    page.get_by_role("textbox", name="Question", exact=True).fill("About what?")
+    page.keyboard.press("Enter")
+    expect(page.locator("#ask-error")).to_have_text("Choose a picture first.")
+    wrong = tmp_path / "wrong.png"
+    wrong.write_bytes(b"not a picture")
+    page.get_by_label("Choose a picture", exact=True).set_input_files(wrong)
+    expect(page.locator("#picture-error")).to_have_text(re.compile(r"\(request req_\w+\)"))
+    expect(page.locator("#chooser")).to_be_visible()
+    load(page, picture)
+    expect(page.locator("#picture-error")).to_be_hidden()
+    page.get_by_role("textbox", name="Question", exact=True).fill("word " * 20_000)
+    page.keyboard.press("Enter")
+    expect(page.locator(".answer .error")).to_contain_text(re.compile("context|tokens"))
+    page.keyboard.press("Tab")
+    page.get_by_role("tab", name="Score").click()
+    page.get_by_role("textbox", name="Question", exact=True).fill("Red?")
+    page.get_by_label("Choices, separated by commas").fill("yes")
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(page.locator("#ask-error")).to_contain_text("two or more")
+
+
+@pytest.fixture
+def locked(system: System) -> Iterator[str]:
+    """URL of a gateway that wants a key."""
+    vision, language = system.visions[0].address, system.languages[0].address
+    gateway = GatewayProcess("--vision", vision, "--lm", language, env={"LOOKONCE_GATEWAY_API_KEYS": KEY})
+    yield gateway.wait_ready().url
+    gateway.close()
+
+
+def test_a_gateway_with_keys_asks_for_one(locked, open_page, picture, system):
+    watched = open_page(locked)
+    watched.expected.add("status of 401")
+    page = watched.page
+    field = page.get_by_label("This gateway wants an API key")
+    expect(field).to_be_focused()
+    page.keyboard.type("not-the-right-key-at-all")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-hint")).to_contain_text("refused")
+    field.fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#model")).to_have_text(system.model)
+    expect(page.locator("#key-form")).to_be_hidden()
+    load(page, picture)
+    ask(page, "With a key?")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_it_is_readable_in_both_schemes_and_on_a_phone(open_page, picture, scheme, width):
+    page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760}).page
+    load(page, picture)
+    ask(page, "An unbroken word: " + "x" * 200)
+    page.get_by_role("tab", name="Score").click()
+    page.get_by_role("textbox", name="Question", exact=True).fill("Is it?")
+    page.get_by_role("button", name="Score", exact=True).click()
+    expect(page.locator(".choice")).to_have_count(2)
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0] < 128")
+    assert dark == (scheme == "dark")
+    small = (
+        "nodes => nodes.filter((n) => n.checkVisibility() && n.getBoundingClientRect().height < 36).map((n) => n.id)"
+    )
+    assert page.locator("button, input:not([type=file]), textarea").evaluate_all(small) == []
+
+
+def test_the_watch_sees_a_planted_violation(open_page):
+    watched = open_page()
+    watched.page.evaluate("document.body.setAttribute('style', 'color: red')")
+    watched.page.evaluate("document.body.append(Object.assign(new Image(), {src: 'http://127.0.0.1:9/x.png'}))")
+    expect(watched.page.locator("body")).not_to_have_css("color", "rgb(255, 0, 0)")
+    watched.page.wait_for_timeout(100)
+    directives = {text.split()[0] for text in watched.violations()}
+    assert directives == {"style-src-attr", "img-src"}
+    watched.page.evaluate("window.violations = []")
+    watched.expected.add("Content Security Policy")

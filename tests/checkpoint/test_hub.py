@@ -1,0 +1,102 @@
+"""Downloads go through the real hub library to a local server, which records what was asked for."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lookonce.checkpoint import Half, open_checkpoint
+from tests.checkpoint.hub_server import Hub
+
+OPEN = """
+import json, sys
+from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.errors import CheckpointError
+try:
+    needs = Half(sys.argv[2]) if sys.argv[2] else None
+    checkpoint = open_checkpoint(sys.argv[1], needs=needs, revision=sys.argv[3] or None)
+except CheckpointError as error:
+    sys.exit(error.message)
+print(json.dumps({"name": checkpoint.name, "identity": checkpoint.identity, "halves": sorted(checkpoint.halves),
+    "files": [f.name for f in checkpoint.files(Half(sys.argv[2] or "vision"))],
+    "fingerprint": checkpoint.encoder_spec("float32").fingerprint()}))
+"""
+SHARED = {"config.json", "preprocessor_config.json", "model.safetensors.index.json"}
+TEXT = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+
+
+@pytest.fixture
+def hub(sharded, tmp_path):
+    shutil.copytree(sharded, tmp_path / "repository")
+    (tmp_path / "repository" / "README.md").write_text("never needed")
+    server = Hub(tmp_path / "repository")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def opened(hub, tmp_path):
+    def run(needs, model="acme/model", revision="", url=None):
+        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        place = {"HF_ENDPOINT": url or hub.url, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", OPEN, model, needs, revision]
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=keep | quiet | place)
+
+    return run
+
+
+@pytest.mark.parametrize("half", list(Half))
+def test_only_the_shards_of_the_half_are_downloaded_all_at_one_commit(hub, opened, sharded, half):
+    needed = {file.name for file in open_checkpoint(str(sharded)).files(half)}
+    assert 0 < len(needed) < 4
+    done = opened(half.value)
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched() == needed | SHARED | (TEXT if half is Half.LANGUAGE else set())
+    assert hub.revisions() == {hub.commit}
+    seen = json.loads(done.stdout)
+    assert (seen["name"], seen["identity"]) == ("acme/model", f"hub:acme/model@{hub.commit}")
+    assert seen["halves"] == [half.value]
+    assert set(seen["files"]) == needed
+
+
+def test_both_halves_agree_and_a_second_start_and_an_offline_one_download_nothing(hub, opened):
+    vision, language = (json.loads(opened(half.value, revision=hub.commit).stdout) for half in Half)
+    assert vision["fingerprint"] == language["fingerprint"]
+    assert json.loads(opened("", revision="main").stdout)["halves"] == ["language", "vision"]
+    hub.requests.clear()
+    assert json.loads(opened("vision", revision="main").stdout)["identity"] == vision["identity"]
+    assert hub.fetched() == set()
+    hub.close()
+    offline = opened("vision", revision="main")
+    assert json.loads(offline.stdout)["fingerprint"] == vision["fingerprint"]
+
+
+def test_unreachable_with_nothing_or_only_the_other_half_cached(hub, opened):
+    dead = "http://127.0.0.1:9"
+    done = opened("vision", url=dead)
+    assert done.returncode == 1
+    assert "acme/model is not in the hub cache and the hub can't be reached" in done.stderr
+    assert opened("vision").returncode == 0
+    done = opened("language", url=dead)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "reached" in done.stderr
+
+
+def test_unknown_gated_and_pickled_repositories(hub, opened):
+    cases = [({"model": "acme/absent"}, "acme/absent was not found on the hub: check the spelling")]
+    cases.append(({"revision": "v9"}, "acme/model has no revision 'v9' on the hub"))
+    for arguments, message in cases:
+        done = opened("vision", **arguments)
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
+    hub.gated = True
+    done = opened("vision")
+    assert done.returncode == 1 and "acme/model is gated: accept its terms" in done.stderr
+    hub.gated, hub.commit = False, "beef" + "0" * 36  # a new commit: what a commit holds never changes
+    for file in hub.directory.glob("*.safetensors*"):
+        file.unlink()
+    done = opened("vision")
+    assert done.returncode == 1 and "only pickled weights" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,43 @@
+"""`python -m tests.cli.supervise DIRECTORY NAME:FLAGS...`: the product's Supervisor over small services."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from lookonce.cli.health import HttpProbe
+from lookonce.cli.network import free_port
+from lookonce.cli.service import RestartPolicy, Service, ServiceFailed, ServicePlan
+from lookonce.cli.supervisor import Supervisor
+
+
+def service(directory: Path, text: str) -> Service:
+    name, _, flags = text.partition(":")
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    arguments = ["--port", str(port), "--name", name, "--starts", str(directory / f"{name}.starts")]
+    arguments += ["--ended", str(directory / "ended"), *shlex.split(flags)]
+    plan = ServicePlan(name, "tests.cli.health_service", arguments, os.environ, url, lambda: HttpProbe(url))
+    policy = RestartPolicy(first_delay=0.05, max_delay=0.2, healthy_after=0.3)
+
+    def changed(name: str, text: str) -> None:
+        print(f"{name}: {text}", flush=True)
+
+    return Service(plan, directory / f"{name}.log", changed, changed, policy=policy)
+
+
+async def main() -> int:
+    directory, *texts = sys.argv[1:]
+    services = [service(Path(directory), text) for text in texts]
+    supervisor = Supervisor(services, grace=-2.0, on_ready=lambda: print("all ready", flush=True))
+    try:
+        return await supervisor.run()
+    except ServiceFailed as error:
+        print(f"failed: {error.message} {error.reason}", flush=True)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

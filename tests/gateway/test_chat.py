@@ -1,0 +1,191 @@
+"""Chat completions with the official client, unchanged."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+
+import httpx2
+import openai
+import pytest
+
+from tests.gateway.conftest import Services
+from tests.gateway.processes import MODEL
+
+Picture = Callable[..., bytes]
+ZERO = {"max_tokens": 6, "temperature": 0, "extra_body": {}}
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
+
+
+def message(*parts: str | dict) -> list[dict]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+def image(url: str, **fields: str) -> dict:
+    return {"type": "image_url", "image_url": {"url": url, **fields}}
+
+
+def test_answer_carries_usage_and_receipt(client: openai.OpenAI, services: Services, picture: Picture) -> None:
+    url, before = data_url(picture()), services.encodes()
+    first = client.chat.completions.create(model=MODEL, messages=message(image(url), "what?"), max_tokens=4)
+    again = client.chat.completions.create(model=MODEL, messages=message(image(url), "what else?"), max_tokens=4)
+    assert services.encodes() == before + 1
+    assert first.object == "chat.completion" and first.model == MODEL and first.id != again.id
+    assert first.choices[0].finish_reason in ("stop", "length")
+    assert first.usage.prompt_tokens > 6 and first.usage.completion_tokens <= 4
+    assert first.receipt["embedding"] == "miss" and first.receipt["encode_ms"] > 0
+    assert again.receipt["embedding"] == "hit" and again.receipt["encode_ms"] == 0
+    assert first.receipt["fingerprint"] == services.describe_vision().fingerprint
+    assert first.receipt["model"] == MODEL and first.receipt["prefill_tokens"] > 0
+
+
+def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, picture: Picture) -> None:
+    request = {"model": MODEL, "messages": message(image(data_url(picture())), "tell"), "max_tokens": 8}
+    whole = client.chat.completions.create(**request)
+    chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+        whole.choices[0].finish_reason
+    ]
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].receipt["embedding"] == "hit"
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    plain = list(client.chat.completions.create(**request, stream=True))
+    assert plain[-1].choices[0].finish_reason and plain[-1].receipt["model"] == MODEL
+
+
+def test_logprobs_whole_and_streamed(client: openai.OpenAI) -> None:
+    request = {"model": MODEL, "messages": message("count"), "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    content = client.chat.completions.create(**request).choices[0].logprobs.content
+    assert content and all(item.logprob <= 0 and len(item.top_logprobs) == 2 for item in content)
+    assert all(item.logprob == pytest.approx(item.top_logprobs[0].logprob) for item in content)  # greedy
+    streamed = [
+        item
+        for chunk in client.chat.completions.create(**request, stream=True)
+        for choice in chunk.choices
+        if choice.logprobs
+        for item in choice.logprobs.content
+    ]
+    assert [item.token for item in streamed] == [item.token for item in content]
+
+
+def test_n_answers_with_a_seed_repeat(client: openai.OpenAI) -> None:
+    request = {"model": MODEL, "messages": message("dice"), "max_tokens": 6, "temperature": 1.5, "seed": -7, "n": 3}
+    answer = client.chat.completions.create(**request)
+    again = client.chat.completions.create(**request)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert texts == [choice.message.content for choice in again.choices]
+    assert answer.usage.completion_tokens > 6
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(**request, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+    assert streamed == texts
+
+
+def test_several_images_by_reference_and_inline(client: openai.OpenAI, http: httpx2.Client, picture: Picture) -> None:
+    data = picture()
+    kept = http.post("/v1/images", files={"file": data}).json()["id"]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        *message(image(f"lookonce:{kept}"), "first", image(data_url(picture(112, 56))), "second"),
+        {"role": "assistant", "content": "Well.", "refusal": None},
+        *message(image(data_url(data)), "the first again"),
+    ]
+    answer = client.chat.completions.create(model=MODEL, messages=turns, max_tokens=4)
+    assert answer.receipt["embedding"] == "miss"
+    assert answer.usage.prompt_tokens_details.image_tokens == 6 + 8 + 6
+
+
+def test_low_detail_makes_fewer_tokens(client: openai.OpenAI, picture: Picture) -> None:
+    url = data_url(picture(840, 560))
+    low = client.chat.completions.create(model=MODEL, messages=message(image(url, detail="low"), "?"), max_tokens=1)
+    high = client.chat.completions.create(model=MODEL, messages=message(image(url, detail="high"), "?"), max_tokens=1)
+    assert low.usage.prompt_tokens_details.image_tokens <= 256 < high.usage.prompt_tokens_details.image_tokens == 600
+
+
+def test_stop_and_neutral_fields(client: openai.OpenAI) -> None:
+    free = (
+        client.chat.completions.create(model=MODEL, messages=message("talk"), max_tokens=12).choices[0].message.content
+    )
+    stop = free[len(free) // 2 : len(free) // 2 + 2]
+    stopped = client.chat.completions.create(
+        model=MODEL,
+        messages=message("talk"),
+        max_completion_tokens=12,
+        stop=[stop],
+        user="u1",
+        store=False,
+        metadata={"a": "b"},
+        response_format={"type": "text"},
+        extra_body={"top_k": 5, "min_p": 0.0, "repetition_penalty": 1.0},
+    )
+    assert stopped.choices[0].message.content == free[: free.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "code"),
+    [
+        ({"colour": "red"}, "colour", "unknown_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_value"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type", "invalid_value"),
+        ({"temperature": 3}, "temperature", "invalid_value"),
+        ({"top_p": 0}, "top_p", "invalid_value"),
+        ({"n": 1000}, "n", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
+        ({"max_tokens": 3, "max_completion_tokens": 3}, "max_tokens", "invalid_value"),
+        ({"messages": []}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0", "invalid_value"),
+        (
+            {"messages": message({"type": "image_url", "image_url": {"url": "http://127.0.0.1/"}})},
+            None,
+            "invalid_image_url",
+        ),
+        (
+            {"messages": message({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}})},
+            None,
+            "unsupported_value",
+        ),
+        ({"messages": message(image("data:image/png;base64,AAA"))}, None, "invalid_value"),
+        ({"messages": message(image("data:image/png;base64,AAAA"))}, None, "invalid_image"),
+        ({"messages": message(*[image("data:image/png;base64,AAAA")] * 33)}, "messages", "invalid_value"),
+        ({"stop": [""]}, "stop.0", "invalid_value"),
+    ],
+)
+def test_bad_requests_name_the_field(client: openai.OpenAI, fields: dict, param: str | None, code: str) -> None:
+    request = {"messages": message("hi"), "max_tokens": 1} | fields
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, **{"messages": request.pop("messages")}, extra_body=request)
+    assert caught.value.code == code, caught.value.message
+    assert caught.value.param == (param or "messages.0.content.0.image_url.url")
+
+
+def test_unknown_model_and_image_are_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="no such model"):
+        client.chat.completions.create(model="gpt-4o", messages=message("hi"))
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model=MODEL, messages=message(image("lookonce:img_" + "a" * 52)))
+    assert caught.value.param == "messages.0.content.0.image_url.url"
+
+
+def test_too_long_a_prompt_says_so(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=message("word " * 40_000))
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_models(client: openai.OpenAI, http: httpx2.Client) -> None:
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == [MODEL]
+    assert client.models.retrieve(MODEL).object == "model"
+    assert http.get("/v1/models/other").status_code == 404

@@ -1,0 +1,51 @@
+"""docs/api.md: its commands run against a real gateway, all of them, and it speaks of every route."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gateway.processes import ROOT, GatewayProcess
+from tests.pictures import photograph, save
+
+PAGE = (ROOT / "docs" / "api.md").read_text()
+
+
+@pytest.fixture
+def place(gateway: GatewayProcess, tmp_path: Path) -> dict:
+    (tmp_path / "door.jpg").write_bytes(save(photograph("coffee", (112, 84)), "JPEG"))
+    env = {**os.environ, "URL": gateway.url, "KEY": "none-0123456789abcdef", "no_proxy": "*"}
+    return {"cwd": tmp_path, "env": {**env, "PYTHONPATH": str(ROOT)}}
+
+
+def blocks(language: str) -> str:
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
+
+
+def test_curl_commands_run(place: dict) -> None:
+    done = subprocess.run(["bash", "-e", "-c", blocks("sh")], **place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for sign in ('"aliases":["front-door","door"]', '"choices":{"yes":', "data: [DONE]", '"complete":true', "# HELP"):
+        assert sign in done.stdout, sign
+
+
+def test_python_samples_run(place: dict) -> None:
+    upload = 'ai.post("/images", cast_to=object, body={"data": DATA, "alias": "front-door"})'
+    alias = f'import base64\nDATA = base64.b64encode(open("door.jpg", "rb").read()).decode()\n{upload}\n'
+    first, rest = re.split(r"(?<=api_key=key\)\n)(?=\n*image = )", blocks("python"), maxsplit=1)
+    command = [sys.executable, "-c", first + alias + rest]
+    done = subprocess.run(command, **place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "['front-door', 'door']" in done.stdout and done.stdout.count("True") >= 1
+
+
+def test_every_operation_has_its_place(gateway: GatewayProcess) -> None:
+    with gateway.client() as http:
+        paths = http.get("/openapi.json").json()["paths"]
+    for path in paths:
+        assert path.replace("{image_id}", "{id}") in PAGE, path

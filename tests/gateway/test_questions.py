@@ -1,0 +1,77 @@
+"""Many questions on one image in one call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import httpx2
+import pytest
+
+from tests.gateway.conftest import Services
+
+Picture = Callable[..., bytes]
+
+
+@pytest.fixture
+def image(http: httpx2.Client, picture: Picture) -> str:
+    return http.post("/v1/images", files={"file": picture()}).json()["id"]
+
+
+def test_ten_questions_one_encode_order_kept(http: httpx2.Client, services: Services, image: str) -> None:
+    before = services.encodes()
+    questions = [
+        {"id": f"q{number}", "text": f"Question {number}?", "max_tokens": 1 + number % 3} for number in range(10)
+    ]
+    answers = http.post(f"/v1/images/{image}/questions", json={"questions": questions}).json()["answers"]
+    assert [answer["id"] for answer in answers] == [f"q{number}" for number in range(10)]
+    assert all(answer["usage"]["completion_tokens"] <= 1 + n % 3 for n, answer in enumerate(answers))
+    assert all(answer["receipt"]["embedding"] == "hit" and answer["finish_reason"] for answer in answers)
+    assert services.encodes() == before
+
+
+def test_choices_get_probabilities_beside_written_answers(http: httpx2.Client, image: str) -> None:
+    body = {
+        "questions": ["Describe.", {"id": "w", "text": "Is it day?", "choices": ["yes", "no"]}],
+        "max_tokens": 2,
+        "system": "Be brief.",
+    }
+    written, weighed = http.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
+    assert written["id"] == "0" and "choices" not in written
+    assert set(weighed["choices"]) == {"yes", "no"} and sum(weighed["choices"].values()) == pytest.approx(1)
+    assert weighed["text"] == max(weighed["choices"], key=weighed["choices"].get)
+
+
+def test_a_question_that_fails_fails_alone(http: httpx2.Client, image: str) -> None:
+    body = {"questions": ["short?", {"id": "long", "text": "word " * 40_000}], "max_tokens": 1}
+    good, bad = http.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
+    assert "text" in good
+    assert bad["id"] == "long" and bad["error"]["code"] == "context_length_exceeded"
+
+
+def test_stream_yields_every_answer_and_ends(http: httpx2.Client, image: str) -> None:
+    body = {"questions": [f"{n}?" for n in range(5)], "max_tokens": 2, "stream": True}
+    with http.stream("POST", f"/v1/images/{image}/questions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert sorted(json.loads(event)["id"] for event in events[:-1]) == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"questions": []}, "questions"),
+        ({"questions": [""]}, "questions.0"),
+        ({"questions": ["a"] * 1001}, "questions"),
+        ({"questions": ["a", {"text": "b", "colour": 1}]}, "questions.1.colour"),
+        ({"questions": [{"text": "b", "choices": ["x", "x"]}]}, "questions.0.choices"),
+        ({"questions": [{"text": "b", "choices": ["x"] * 65}]}, "questions.0.choices"),
+        ({"questions": [{"id": "a", "text": "b"}, {"id": "a", "text": "c"}]}, "questions"),
+        ({"questions": [{"text": "b", "temperature": -1}]}, "questions.0.temperature"),
+        ({"questions": ["a"], "embedding": "x"}, "embedding"),
+    ],
+)
+def test_bad_requests_name_the_field(http: httpx2.Client, image: str, body: dict, param: str) -> None:
+    response = http.post(f"/v1/images/{image}/questions", json=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text

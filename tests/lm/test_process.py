@@ -1,0 +1,140 @@
+"""Real processes: both services, killed, restarted, drained; and starts that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+
+import pytest
+
+from lm_service.service import load_model, serve
+from lm_service.settings import LanguageSettings
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.reference import EmbeddingReference
+from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.stores import open_store
+from protos.lookonce.v1 import language_pb2, vision_pb2
+from tests.lm.split import answer, asking, encoded, running, user
+from tests.lm.test_embeddings import THEIRS, Peer, serving
+from tests.pictures import photograph
+from tests.processes import ServiceProcess
+
+CAT, CUP = photograph("chelsea", (225, 150)), photograph("coffee", (90, 140))
+
+
+async def test_a_pair_of_processes_through_thick_and_thin(checkpoint_path, unsplit, tmp_path):
+    common = ["--model", str(checkpoint_path), "--device", "cpu", "--dtype", "float32"]
+    # The stores are apart on purpose: what the language service's lacks is fetched.
+    vision = ServiceProcess("vision_service", *common, "--store", f"file://{tmp_path}/vision")
+    language = ServiceProcess("lm_service", *common, "--store", f"file://{tmp_path}/lm", "--vision", vision.address)
+    with vision, language:
+        eyes, words = VisionClient(vision.address), LanguageClient(language.address)
+        cat = (await eyes.encode(vision_pb2.EncodeRequest(image=encoded(CAT)))).reference
+        question = asking(user(cat, "What is this?"))
+        expected = unsplit.answer_ids([("user", [CAT, "What is this?"])], 8)
+
+        async def ask():
+            reply = await answer(words, question)
+            assert reply.ids == expected
+            return reply.finish.receipt.embedding
+
+        assert await ask() == language_pb2.FETCHED
+        assert await ask() == language_pb2.NOT_NEEDED
+        assert (await eyes.describe()).encodes == 1
+
+        vision.kill()
+        assert (await lost(words)).kind is ErrorKind.EMBEDDING_MISSING
+        assert await ask() == language_pb2.NOT_NEEDED, "cached images answer without a vision service"
+
+        language.kill()
+        await asyncio.to_thread(language.restart)
+        assert await ask() == language_pb2.STORE, "what was fetched was written back, and outlives a kill"
+        await drains(language, words)
+        await eyes.close()
+        await words.close()
+
+
+async def lost(client):
+    """The error of asking about an image nobody has."""
+    (fingerprint, *_) = (await client.describe()).fingerprints
+    unknown = EmbeddingReference(bytes(32), fingerprint, bytes(32), (1, 4, 4), 4, 56, 56)
+    with pytest.raises(LookonceError) as caught:
+        await answer(client, asking(user(unknown)))
+    return caught.value
+
+
+async def drains(language, client):
+    """SIGTERM in the middle of an answer: it is finished, then the process ends with status 0."""
+    ids = []
+    async for event in client.generate(asking(user("Go on"), max_tokens=200, ignore_eos=True), timeout=60):
+        if not ids:
+            language.process.send_signal(signal.SIGTERM)
+        ids += event.delta.token_ids
+    assert len(ids) == 200
+    assert await asyncio.to_thread(language.wait_exit) == 0
+    with pytest.raises(LookonceError) as caught:
+        await client.describe()
+    assert caught.value.kind is ErrorKind.UNAVAILABLE
+
+
+async def test_another_models_vision_service_is_named_and_not_fatal(checkpoint_path, tower, tmp_path, capsys):
+    url = f"file://{tmp_path}/store"
+    reference, record = tower.record(CUP)
+    store = open_store(url)
+    await store.put(reference.key, record.serialize())
+    await store.close()
+    unknown, _ = tower.record(CAT)
+    peer = Peer(THEIRS)
+    async with serving(peer) as (address,), running(checkpoint_path, tmp_path, store=url, vision=address) as client:
+        assert (await answer(client, asking(user(reference, "What?")))).finish.receipt.embedding == language_pb2.STORE
+        with pytest.raises(LookonceError) as caught:
+            await answer(client, asking(user(unknown)))
+        assert caught.value.kind is ErrorKind.EMBEDDING_MISSING
+    assert peer.fetches == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "another model" in line]
+    assert THEIRS in line
+    assert tower.fingerprint in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--model", "/nowhere/at/all"], 1, "no such directory"),
+        ([], 2, "LOOKONCE_LM_MODEL"),
+        (["--model", "x", "--max-running", "zero"], 2, "max-running"),
+    ],
+    ids=["no such model", "model missing", "bad value"],
+)
+def test_a_failed_start_says_why_in_one_line(arguments, status, words):
+    process = ServiceProcess("lm_service", *arguments, "--log-format", "json")
+    try:
+        assert process.wait_exit(60) == status
+        assert words in process.log
+        assert "Traceback" not in process.log
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"device": "cuda:9"}, "cuda:9"),
+        ({"device": "toaster"}, "toaster"),
+        ({"context_length": 999_999}, "32768"),
+        ({"store": "ftp://x"}, "scheme"),
+    ],
+    ids=["no such GPU", "no such device", "context", "store"],
+)
+async def test_settings_that_cannot_work_end_the_start(checkpoint_path, changes, words):
+    settings = LanguageSettings(**{"model": str(checkpoint_path), "device": "cpu", "listen": "127.0.0.1:0"} | changes)
+    with pytest.raises(LookonceError, match=words):
+        await serve(settings, load_model(settings))
+
+
+async def test_an_address_in_use_ends_the_start(checkpoint_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        settings = LanguageSettings(model=str(checkpoint_path), device="cpu", listen=address)
+        with pytest.raises(LookonceError, match="cannot listen"):
+            await serve(settings, load_model(settings))

@@ -1,0 +1,111 @@
+"""Real service processes for tests: started, waited for by gRPC health, terminated or killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+ROOT = Path(__file__).resolve().parent.parent
+START_SECONDS = 60.0
+
+
+class ServiceProcess:
+    """`python -m module *args` listening on its own unix socket (or on `listen`), as a context manager.
+
+    >>> with ServiceProcess("vision_service", "--model", str(path)) as vision:
+    ...     channel = grpc.insecure_channel(vision.address)
+    """
+
+    def __init__(self, module: str, *args: str, env: dict[str, str] | None = None, listen: str | None = None) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="lookonce-test-", ignore_cleanup_errors=True)
+        self.address = listen or f"unix:{self._directory.name}/{module}.sock"
+        self.log_path = Path(self._directory.name) / "log"
+        self.module = module
+        self._args = [sys.executable, "-m", module, "--listen", self.address, *args]
+        self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+        self.process = self._spawn()
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                self._args, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    @property
+    def log(self) -> str:
+        """All the process has written to stdout and stderr so far."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """Of the process now running."""
+        return self.process.pid
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> ServiceProcess:
+        """Return once gRPC health says SERVING; AssertionError with the log when the process ends or time runs out."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"{self.module} exited with {self.process.returncode}:\n{self.log}")
+            if self.healthy():
+                return self
+            time.sleep(0.05)
+        self.kill()
+        raise AssertionError(f"{self.module} was not ready after {seconds} s:\n{self.log}")
+
+    def healthy(self) -> bool:
+        """Whether gRPC health says SERVING right now."""
+        options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(self.address, options=options) as channel:
+            try:
+                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+            except grpc.RpcError:
+                return False
+        return reply.status == health_pb2.HealthCheckResponse.SERVING
+
+    def wait_exit(self, seconds: float = 30.0) -> int:
+        """The exit status; subprocess.TimeoutExpired when it goes on running."""
+        return self.process.wait(seconds)
+
+    def terminate(self, seconds: float = 30.0) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.terminate()
+        return self.wait_exit(seconds)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would be."""
+        self.process.kill()
+        self.process.wait()
+
+    def restart(self) -> ServiceProcess:
+        """Start it again at the same address, after `kill` or `terminate`; returns when ready."""
+        if self.process.poll() is None:
+            self.kill()
+        self.process = self._spawn()
+        return self.wait_ready()
+
+    def close(self) -> None:
+        """Kill if still running, and remove its files."""
+        if self.process.poll() is None:
+            self.kill()
+        self._directory.cleanup()
+
+    def __enter__(self) -> ServiceProcess:
+        try:
+            return self.wait_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

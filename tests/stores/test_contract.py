@@ -1,0 +1,187 @@
+"""What every store promises, on every kind of store."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+
+import pytest
+
+from lookonce.embeddings import EmbeddingCache
+from lookonce.stores import EmbeddingStore, Leases, Store, open_store
+from tests.stores.records import make_record
+
+
+@pytest.fixture
+async def store(store_url):
+    opened = open_store(store_url)
+    yield opened
+    await opened.close()
+
+
+def new_key() -> bytes:
+    return os.urandom(32)
+
+
+def test_is_a_store(store):
+    assert isinstance(store, EmbeddingStore)
+    assert isinstance(store, Leases)
+    assert isinstance(store, Store)
+
+
+async def test_answers(store):
+    assert await store.ping() is True
+
+
+async def test_put_get_contains_delete(store):
+    key, value = new_key(), os.urandom(100_000)
+    assert await store.get(key) is None
+    assert not await store.contains(key)
+    assert await store.put(key, value)
+    assert await store.contains(key)
+    view = await store.get(key)
+    assert view.readonly
+    assert view == value
+    assert await store.delete(key)
+    assert await store.get(key) is None
+    assert not await store.contains(key)
+    assert await store.delete(key), "absent counts as gone"
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+async def test_takes_bytes_like_values_of_all_sizes(store, kind):
+    for size in (0, 1, 4095, 4_194_304):
+        key, value = new_key(), os.urandom(size)
+        assert await store.put(key, kind(value))
+        assert await store.get(key) == value
+
+
+async def test_put_replaces(store):
+    key = new_key()
+    await store.put(key, b"first")
+    await store.put(key, b"second, longer")
+    assert await store.get(key) == b"second, longer"
+
+
+async def test_later_changes_to_the_buffer_do_not_reach_the_store(store):
+    key, value = new_key(), bytearray(b"before")
+    await store.put(key, value)
+    value[:] = b"after!"
+    assert await store.get(key) == b"before"
+
+
+async def test_a_view_outlives_replacement_deletion_and_close(store_url):
+    store = open_store(store_url)
+    key, value = new_key(), os.urandom(1_000_000)
+    await store.put(key, value)
+    view = await store.get(key)
+    part = view[10:20]
+    await store.put(key, bytes(1_000_000))
+    await store.delete(key)
+    for _ in range(8):
+        await store.put(new_key(), os.urandom(1_000_000))
+    await store.close()
+    assert view == value
+    del view
+    gc.collect()
+    assert part == value[10:20]
+
+
+async def test_values_live_for_their_ttl(store):
+    key, kept = new_key(), new_key()
+    await store.put(key, b"x", ttl=0.2)
+    await store.put(kept, b"x", ttl=60)
+    assert await store.contains(key)
+    await asyncio.sleep(0.3)
+    assert await store.get(key) is None
+    assert not await store.contains(key)
+    assert await store.contains(kept)
+
+
+async def test_the_stores_own_ttl(store_url):
+    store = open_store(store_url, ttl=0.2)
+    key, own = new_key(), new_key()
+    await store.put(key, b"x")
+    await store.put(own, b"x", ttl=60)
+    await asyncio.sleep(0.3)
+    assert await store.get(key) is None
+    assert await store.get(own) == b"x"
+    await store.close()
+
+
+async def test_namespaces_are_apart(store_url):
+    first, second = open_store(store_url), open_store(store_url, namespace="images")
+    key = new_key()
+    await first.put(key, b"embedding")
+    await second.put(key, b"image")
+    await second.acquire(key, b"a", 5)
+    assert await first.get(key) == b"embedding"
+    assert await second.get(key) == b"image"
+    assert await first.acquire(key, b"b", 5)
+    await first.close()
+    await second.close()
+
+
+async def test_a_lease_has_one_owner(store):
+    name = new_key()
+    assert await store.acquire(name, b"a", 5)
+    assert not await store.acquire(name, b"b", 5)
+    assert await store.acquire(name, b"a", 5), "its owner may renew it"
+    await store.release(name, b"b")
+    assert not await store.acquire(name, b"b", 5), "only its owner may give it back"
+    await store.release(name, b"a")
+    assert await store.acquire(name, b"b", 5)
+
+
+async def test_a_lease_runs_out(store):
+    name = new_key()
+    assert await store.acquire(name, b"a", 0.2)
+    assert not await store.acquire(name, b"b", 5)
+    await asyncio.sleep(0.3)
+    assert await store.acquire(name, b"b", 5)
+    assert not await store.acquire(name, b"a", 5)
+
+
+async def test_close_twice_and_use_afterwards(store):
+    await store.put(new_key(), b"x")
+    await store.close()
+    await store.close()
+    assert await store.get(new_key()) is None
+
+
+async def test_counts(store_url):
+    store = open_store(store_url)
+    key = new_key()
+    await store.get(key)
+    await store.put(key, b"x")
+    await store.get(key)
+    far = store.stats()[-1]
+    near = store.stats()[0]
+    assert (far.misses, far.puts, far.errors) == (1, 1, 0)
+    assert near.hits == 1
+    await store.close()
+
+
+async def test_many_at_once(store):
+    keys = [new_key() for _ in range(64)]
+    assert all(await asyncio.gather(*(store.put(key, key * 1000) for key in keys)))
+    views = await asyncio.gather(*(store.get(key) for key in keys))
+    assert [bytes(view) for view in views] == [key * 1000 for key in keys]
+
+
+async def test_embedding_cache_drops_damaged_records(store):
+    cache, key, record = EmbeddingCache(store), new_key(), make_record(tokens=200)
+    assert await cache.get(key) is None
+    assert await cache.put(key, record)
+    assert (await cache.get(key)).image_digest == record.image_digest
+    damaged = bytearray(record.serialize())
+    damaged[-1] ^= 1
+    await store.put(key, bytes(damaged))
+    assert await cache.get(key) is None
+    assert cache.metrics.stats.corrupt == 1
+    assert not await store.contains(key), "it was dropped"
+    await cache.put(key, record)
+    assert await cache.contains(key)
+    assert await cache.forget([key, new_key()])
+    assert await cache.get(key) is None

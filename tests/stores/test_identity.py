@@ -1,0 +1,96 @@
+"""Identity: what makes digests differ, and one golden vector of each that must never change."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from lookonce.errors import LookonceError
+from lookonce.identity import EncoderSpec, embedding_key, image_digest, image_id, tenant_key
+
+SPEC = EncoderSpec(
+    checkpoint="hub:example/model@0123",
+    family="qwen2_vl",
+    vision_config={"depth": 2, "embed_dim": 64},
+    preprocessor={"resample": 3, "image_mean": [0.5, 0.5, 0.5]},
+    dtype="float32",
+)
+
+
+def test_golden_vectors():
+    assert image_digest(b"image").hex() == "e3369d1bfc3955b917de0892e1251d46eb0a9251228dfe2b164ec13505487d1a"
+    assert image_id(image_digest(b"image")) == "img_4m3j2g74hfk3sf66bcjocji5i3vqvesrekg74kywj3atkbkipuna"
+    assert tenant_key("secret", "tenant").hex() == "2e33a63cb1dc92f4a4bf1cb329af84e5040af81e21b475609afe17d8aa59e320"
+    assert SPEC.fingerprint() == "29972000b4b7a8d2b0748ef976015f22c185814c391ddf3cf78e0d8fb64d3bdc"
+    assert (
+        embedding_key(image_digest(b"image"), SPEC.fingerprint(), 3136, 1003520).hex()
+        == "32fe25a464e01a327ad26bb134fa547e60c25735869efe7bc4ab5d8f16104138"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"checkpoint": "hub:example/model@0124"},
+        {"family": "qwen2_5_vl"},
+        {"vision_config": {"depth": 3, "embed_dim": 64}},
+        {"preprocessor": {"resample": 2, "image_mean": [0.5, 0.5, 0.5]}},
+        {"dtype": "bfloat16"},
+        {"quantization": "int8"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_field_changes_the_fingerprint(change):
+    assert dataclasses.replace(SPEC, **change).fingerprint() != SPEC.fingerprint()
+    assert {field.name for field in dataclasses.fields(SPEC)} == set(dataclasses.asdict(SPEC))
+
+
+def test_the_order_of_settings_does_not_matter():
+    turned = dataclasses.replace(SPEC, vision_config={"embed_dim": 64, "depth": 2})
+    assert turned.fingerprint() == SPEC.fingerprint()
+
+
+def test_every_part_changes_the_embedding_key():
+    digest, other = image_digest(b"a"), image_digest(b"b")
+    keys = {
+        embedding_key(digest, "f", 1, 2),
+        embedding_key(other, "f", 1, 2),
+        embedding_key(digest, "g", 1, 2),
+        embedding_key(digest, "f", 2, 2),
+        embedding_key(digest, "f", 1, 3),
+        embedding_key(digest, "f", 12, 0),
+    }
+    assert len(keys) == 6
+    assert all(len(key) == 32 for key in keys)
+
+
+def test_tenants_share_nothing():
+    keys = [
+        tenant_key("s", "a"),
+        tenant_key("s", "b"),
+        tenant_key("t", "a"),
+        tenant_key("sa", ""),
+        tenant_key("", "sa"),
+    ]
+    assert len({image_digest(b"image", key) for key in keys} | {image_digest(b"image")}) == 6
+
+
+def test_the_digest_covers_every_byte():
+    data = bytes(100_000)
+    seen = {image_digest(data)}
+    for position in (0, 1, 50_000, 99_999):
+        changed = bytearray(data)
+        changed[position] = 1
+        seen.add(image_digest(bytes(changed)))
+    seen.add(image_digest(data + b"\0"))
+    assert len(seen) == 6
+
+
+def test_a_key_of_the_wrong_length_is_refused():
+    with pytest.raises(LookonceError, match="32 bytes"):
+        image_digest(b"image", b"short")
+
+
+def test_image_ids_are_url_safe():
+    assert image_id(bytes(32)) == "img_" + "a" * 52

@@ -1,0 +1,173 @@
+"""What users see when parts fail: the table of failures, with real kills of real processes under load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+
+from lookonce.checkpoint.random import make_random_checkpoint
+from tests.pictures import odd_files, photograph, save
+from tests.system.cluster import System
+from tests.valkey import ValkeyServer
+
+pytestmark = pytest.mark.xdist_group("faults")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_random_checkpoint(tmp_path_factory.mktemp("faults") / "model", max_pixels=100 * 28 * 28)
+
+
+class Load:
+    """Asks the same image from several threads until told to stop; keeps every status."""
+
+    def __init__(self, system, image, workers=3):
+        self.system, self.image, self.statuses, self.texts = system, image, [], set()
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(workers)
+        self._jobs = [self._pool.submit(self._run) for _ in range(workers)]
+
+    def _run(self):
+        with httpx2.Client(base_url=self.system.gateways[0].url, timeout=60) as client:
+            while not self._stop.is_set():
+                body = {"questions": ["What is it?"], "max_tokens": 3}
+                reply = client.post(f"/v1/images/{self.image}/questions", json=body)
+                answer = reply.json()["answers"][0] if reply.status_code == 200 else {}
+                self.statuses.append((reply.status_code, (answer.get("error") or {}).get("code")))
+                if "text" in answer:
+                    self.texts.add(answer["text"])
+                if answer.get("error") or reply.is_error:
+                    time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        for job in self._jobs:
+            job.result(60)
+        self._pool.shutdown()
+
+
+def test_redis_killed_and_restarted_in_the_middle_of_a_run(model, tmp_path):
+    with ValkeyServer() as valkey, System(model, tmp_path, store=valkey.url) as system:
+        image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
+        with Load(system, image) as load:
+            time.sleep(1)
+            valkey.kill()
+            time.sleep(2)
+            assert system.http.get("/readyz").status_code == 200
+            during = system.upload(save(photograph("chelsea", (150, 100)), "PNG"))["id"]
+            assert "text" in system.ask(during, ["What?"], max_tokens=2)[0]
+            valkey.start(valkey.port)
+            time.sleep(2)
+        assert len(load.statuses) > 20
+        assert set(load.statuses) == {(200, None)}
+        assert len(load.texts) == 1
+
+
+def test_redis_that_hangs_or_is_full_fails_no_request(model, tmp_path):
+    with (
+        ValkeyServer(maxmemory="3mb", maxmemory_policy="noeviction") as valkey,
+        System(model, tmp_path, store=valkey.url) as system,
+    ):
+        with valkey.client() as client:
+            for n in range(60):
+                try:
+                    client.set(f"filler{n}", bytes(50_000))
+                except Exception:
+                    break
+        image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
+        assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
+        valkey.stop()
+        with Load(system, image) as load:
+            time.sleep(3)
+        valkey.resume()
+        assert set(load.statuses) == {(200, None)}
+
+
+def test_vision_down_cached_images_answer_and_new_ones_are_503(model, tmp_path):
+    with System(model, tmp_path) as system:
+        known = system.upload(odd_files()["56x56"])["id"]
+        system.visions[0].kill()
+        assert "text" in system.ask(known, ["What?"], max_tokens=2)[0]
+        reply = system.http.post("/v1/images", files={"file": ("a.png", odd_files()["29x31"])})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+        assert float(reply.headers["retry-after"]) > 0
+        system.visions[0].restart()
+        deadline = time.monotonic() + 20
+        while reply.status_code == 503 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            reply = system.http.post("/v1/images", files={"file": ("a.png", odd_files()["29x31"])})
+        assert reply.status_code in (200, 201)
+
+
+def test_a_language_replica_killed_under_load_is_covered_by_the_other(model, tmp_path):
+    with System(model, tmp_path, languages=2) as system:
+        images = [system.upload(data)["id"] for data in list(odd_files().values())[:4]]
+        with Load(system, images[0], 2) as load, Load(system, images[1], 2) as other:
+            time.sleep(1)
+            system.languages[0].kill()
+            time.sleep(3)
+        statuses = load.statuses + other.statuses
+        # at most what was past its first token on the dead replica may fail
+        assert sum(status != (200, None) for status in statuses) <= 4
+        assert statuses[-1] == (200, None)
+        for image in images:
+            assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
+
+
+def test_killed_services_leave_the_embedded_store_intact(model, tmp_path):
+    with System(model, tmp_path) as system:
+        files = list(odd_files().values())
+        before = {}
+        for round_number in range(3):
+            for data in files[round_number * 3 : round_number * 3 + 3]:
+                image = system.upload(data)["id"]
+                before[image] = system.ask(image, ["What is it?"], max_tokens=4)[0]["text"]
+            with Load(system, next(iter(before)), 2):
+                time.sleep(0.5)
+                (system.visions if round_number % 2 else system.languages)[0].kill()
+            (system.visions if round_number % 2 else system.languages)[0].restart()
+            deadline = time.monotonic() + 20
+            while system.http.get("/readyz").status_code != 200 and time.monotonic() < deadline:
+                time.sleep(0.1)
+        made = system.encodes()
+        for image, text in before.items():
+            assert system.ask(image, ["What is it?"], max_tokens=4)[0]["text"] == text
+        assert system.encodes() == made  # nothing was lost
+
+
+def test_a_wrong_pair_is_refused_with_both_fingerprints_named(model, tmp_path):
+    other = make_random_checkpoint(tmp_path / "other", max_pixels=100 * 28 * 28, seed=9)
+    with System(model, tmp_path) as system, System(other, tmp_path, store=f"file://{tmp_path}/store") as stranger:
+        system.gateways[0].kill()
+        mixed = type(system.gateways[0])(
+            "--vision", stranger.visions[0].address, "--lm", system.languages[0].address, "--store", "memory://"
+        ).wait_ready()
+        try:
+            reply = httpx2.post(f"{mixed.url}/v1/images", files={"file": ("a.png", odd_files()["56x56"])}, timeout=60)
+            image = reply.json()["id"]
+            reply = httpx2.post(f"{mixed.url}/v1/images/{image}/questions", json={"questions": ["What?"]}, timeout=60)
+            error = reply.json()["answers"][0]["error"] if reply.status_code == 200 else reply.json()["error"]
+            assert error["code"] == "fingerprint_mismatch"
+            assert System.describe(stranger.visions[0]).fingerprint[:8] in error["message"]
+            assert System.describe(system.visions[0]).fingerprint[:8] in error["message"]
+        finally:
+            mixed.close()
+
+
+def test_erasure_reaches_every_process(model, tmp_path):
+    with System(model, tmp_path, visions=2, languages=2) as system:
+        data = odd_files()["56x56"]
+        image = system.upload(data)["id"]
+        system.ask(image, ["What?"], max_tokens=2)
+        assert system.http.delete(f"/v1/images/{image}").status_code in (200, 204)
+        assert system.http.get(f"/v1/images/{image}").status_code == 404
+        assert system.http.post(f"/v1/images/{image}/questions", json={"questions": ["What?"]}).status_code == 404
+        assert system.upload(data)["cached"] is False
+        assert system.encodes() == 2

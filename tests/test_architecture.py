@@ -1,0 +1,124 @@
+"""The rules that keep the parts apart: imports run one way, and light processes stay light."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import lookonce
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("protos", "lookonce", "vision_service", "lm_service", "gateway")
+MAY_IMPORT = {
+    "protos": {"protos"},
+    "lookonce": {"protos", "lookonce"},
+    "vision_service": {"protos", "lookonce", "vision_service"},
+    "lm_service": {"protos", "lookonce", "lm_service"},
+    "gateway": {"protos", "lookonce", "gateway"},
+}
+SETTINGS_REFERENCE = ROOT / "lookonce/cli/reference.py"  # lists every service's settings, so it reads their classes
+FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
+FORBIDDEN_CALLS = {("torch", "load"), ("yaml", "load"), ("numpy", "load"), ("np", "load")}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(path for path in (ROOT / package).rglob("*.py") if "_pb2" not in path.name)
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(package):
+    wrong = []
+    for path in sources(package):
+        if path == SETTINGS_REFERENCE:
+            continue
+        tops = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
+        wrong += [f"{path.relative_to(ROOT)} imports {top}" for top in tops & set(PACKAGES) - MAY_IMPORT[package]]
+    assert not wrong
+
+
+def test_the_import_rule_sees_a_planted_fault():
+    tree = ast.parse("def f():\n    from vision_service.images import decode\n")
+    assert {name.split(".")[0] for name in imported(tree)} & set(PACKAGES) - MAY_IMPORT["lm_service"]
+
+
+@pytest.mark.parametrize("package", [*PACKAGES, "benchmarks", "training", "scripts"])
+def test_nothing_unsafe_is_loaded(package):
+    wrong = []
+    for path in sources(package):
+        tree = ast.parse(path.read_text())
+        wrong += [f"{path}: {name}" for name in imported(tree) if name.split(".")[0] in FORBIDDEN_MODULES]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                wrong.append(f"{path}:{node.value.lineno}: trust_remote_code")
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and (node.value.id, node.attr) in FORBIDDEN_CALLS
+            ):
+                wrong.append(f"{path}:{node.lineno}: {node.value.id}.{node.attr}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_assert_checks_a_request(package):
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sources(package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assert)
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "gateway",
+        "gateway.__main__",
+        "gateway.http.app",
+        "lookonce",
+        "lookonce.cli",
+        "lookonce.rpc.client",
+        "lookonce.stores",
+    ],
+)
+def test_light_modules_leave_torch_out(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    released = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert project["version"] == lookonce.__version__ == released[0]
+
+
+def test_every_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.split(r"[<>=;\[ ]", entry)[0].lower().replace("_", "-") for entry in wanted}
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().split()
+        if "==" in line
+    }
+    assert names <= pinned

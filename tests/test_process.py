@@ -1,0 +1,52 @@
+"""Leaving a process: status and output as ever, whatever is still running."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import logging, sys, threading, time
+from lookonce.process import leave_after
+threading.Thread(target=time.sleep, args=(600,)).start()  # an ordinary end would wait for it
+sys.stdout = open(1, "w", buffering=65536, closefd=False)  # buffered, whatever PYTHONUNBUFFERED says
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+
+def main():
+    print("to stdout")
+    logging.info("to the log")
+    {end}
+
+leave_after(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [("pass", 0), ("sys.exit()", 0), ("sys.exit(0)", 0), ("sys.exit(1)", 1), ("sys.exit(2)", 2), ("sys.exit('no')", 1)],
+)
+def test_status_and_output_as_ever_and_at_once(end, status):
+    script = SCRIPT.replace("{end}", end)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status
+    assert done.stdout == "to stdout\n"
+    assert "to the log" in done.stderr
+    assert ("no" in done.stderr.split()) is ("no" in end)
+
+
+def test_a_reader_that_went_away_changes_nothing():
+    script = SCRIPT.replace("{end}", "sys.exit(0)")
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.wait(60) == 0
+
+
+def test_another_exception_is_printed_as_ever():
+    done = subprocess.run(
+        [sys.executable, "-c", "from lookonce.process import leave_after\nleave_after(lambda: 1 / 0)"],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr

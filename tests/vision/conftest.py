@@ -1,0 +1,71 @@
+"""Checkpoints and running services shared by the vision tests."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import asynccontextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.rpc.client import VisionClient
+from tests.processes import ServiceProcess
+from vision_service.__main__ import running
+from vision_service.settings import VisionSettings
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(tmp_path_factory):
+    return make_random_checkpoint(tmp_path_factory.mktemp("vision") / "tiny", size="tiny")
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    return [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea())]
+
+
+@pytest.fixture(scope="session")
+def noise():
+    """A picture of random pixels of a size."""
+
+    def make(width, height, seed=0):
+        pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def service(checkpoint_path):
+    with ServiceProcess("vision_service", "--model", str(checkpoint_path)) as process:
+        yield process
+
+
+@pytest.fixture
+async def client(service):
+    client = VisionClient(service.address)
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+def unused_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@asynccontextmanager
+async def in_process(path, **fields):
+    """A client of the service run in this process, over a real socket: a start without the seconds of imports."""
+    settings = VisionSettings(model=str(path), listen="127.0.0.1:0", dtype="float32", **fields)
+    async with running(settings) as server:
+        client = VisionClient(server.address)
+        try:
+            yield client
+        finally:
+            await client.close()
+            await server.grpc.stop(None)

@@ -1,0 +1,80 @@
+"""Preprocessing equals transformers' Pillow processor of Qwen2-VL, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as library_resize
+
+from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.errors import CheckpointError
+from vision_service.preprocess import Preprocessor, smart_resize
+
+SIZES = [(29, 31), (56, 56), (1000, 57), (57, 1000), (8, 8), (1600, 8), (449, 337), (1280, 720)]
+BOUNDS = [(56 * 56, 28 * 28 * 1280), (4 * 784, 16 * 784), (784, 784), (256 * 784, 512 * 784)]
+
+
+@pytest.fixture(scope="module")
+def preprocessor_settings(checkpoint_path):
+    return open_checkpoint(str(checkpoint_path), needs=Half.VISION).preprocessor
+
+
+def same(settings, picture, bounds, **changes):
+    ours = Preprocessor(settings | changes)
+    patches = ours(picture, *bounds)
+    library = Qwen2VLImageProcessorPil(**changes)
+    size = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
+    expected = library(images=[picture], size=size, return_tensors="np")
+    assert tuple(expected["image_grid_thw"][0]) == patches.grid_thw
+    assert expected["pixel_values"].dtype == np.float32
+    return np.array_equal(ours.pixel_values(patches), expected["pixel_values"])
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_photographs(preprocessor_settings, photographs, bounds):
+    for picture in photographs:
+        assert same(preprocessor_settings, picture, bounds)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize(
+    "size", [(29, 31), (56, 56), (1000, 57), (57, 1000), (8, 8), (1600, 8), (449, 337), (1920, 1080)]
+)
+def test_odd_sizes(preprocessor_settings, noise, size, bounds):
+    assert same(preprocessor_settings, noise(*size), bounds)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 2},
+    ],
+)
+def test_settings_of_the_checkpoint_are_followed(preprocessor_settings, noise, changes):
+    assert same(preprocessor_settings, noise(100, 75), BOUNDS[0], **changes)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(8, 8000),
+    st.integers(8, 8000),
+    st.integers(1, 2_000_000),
+    st.integers(784, 13_000_000),
+)
+def test_smart_resize_is_the_library_s(height, width, least, most):
+    if max(height, width) > 200 * min(height, width):
+        return
+    arguments = {"factor": 28, "min_pixels": min(least, most), "max_pixels": most}
+    assert smart_resize(height, width, **arguments) == library_resize(height, width, **arguments)
+
+
+def test_a_processor_without_resizing_is_refused(preprocessor_settings):
+    with pytest.raises(CheckpointError, match="do_resize"):
+        Preprocessor(preprocessor_settings | {"do_resize": False})

@@ -1,0 +1,1 @@
+"""Training code for the bundled demonstration checkpoint; not part of the installed package."""

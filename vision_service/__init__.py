@@ -1,0 +1,1 @@
+"""The vision service: encodes images with the vision tower alone."""

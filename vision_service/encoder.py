@@ -1,0 +1,121 @@
+"""The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
+
+Attention runs per picture (pictures with equally many patches together); everything else runs over the whole batch. The
+patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from lookonce.checkpoint import Checkpoint
+from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
+from vision_service.preprocess import CHANNELS, Patches, Preprocessor
+
+Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
+
+
+class Encoder:
+    """A loaded tower. `encode` is called from one thread at a time."""
+
+    def __init__(
+        self, tower: VisionTower, preprocessor: Preprocessor, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.tower = tower
+        self.dtype = dtype
+        self.device = device
+        self.merge_area = preprocessor.merge**2
+        self._temporal_patch = preprocessor.temporal_patch
+        self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
+        self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
+        self._frequencies = tower.rotary_frequencies.to(device)
+        kernel = tower.patch_embed.proj.weight
+        self._kernel = kernel.view(kernel.shape[0], -1)  # [width, 3 * temporal_patch * patch * patch]
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Encoder:
+        """Read the vision half of a checkpoint. Raises CheckpointError."""
+        tower = load_vision_tower(checkpoint, dtype, device)
+        return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device)
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
+        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype."""
+        order = sorted(range(len(batch)), key=lambda index: batch[index].count)
+        packed = [batch[index] for index in order]
+        rows = self._forward(packed).to("cpu")
+        parts = torch.split(rows, [patches.count // self.merge_area for patches in packed])
+        results: list[torch.Tensor] = [rows] * len(batch)
+        for index, part in zip(order, parts, strict=True):
+            results[index] = part
+        return results
+
+    def warm_up(self, preprocessor: Preprocessor) -> None:
+        """Encode one small picture, so that lazy initialisation isn't paid for by the first request."""
+        side = preprocessor.factor
+        self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
+
+    def _forward(self, batch: list[Patches]) -> torch.Tensor:
+        """[tokens of all, hidden]."""
+        tower = self.tower
+        runs: list[Run] = [(len(list(group)), count) for count, group in groupby(patches.count for patches in batch)]
+        cos, sin = self._rotary(batch)
+        hidden = self._embed(batch)
+        for block in tower.blocks:
+            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+        merged: torch.Tensor = tower.merger(hidden)
+        return merged
+
+    def _rotary(self, batch: list[Patches]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [patches of all, 1, head width / 2], float32: of the row first, then of the column."""
+        merge = self.tower.spatial_merge_size
+        positions = torch.cat([patch_positions(*patches.grid_thw[1:], merge) for patches in batch]).to(self.device)
+        angles = (positions[:, :, None].float() * self._frequencies).flatten(1)
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def _embed(self, batch: list[Patches]) -> torch.Tensor:
+        """[patches of all, width]."""
+        pixels = np.concatenate([patches.pixels for patches in batch]) if len(batch) > 1 else batch[0].pixels
+        index = torch.from_numpy(pixels).to(self.device).to(torch.int32) + self._offsets
+        values = self._table.index_select(0, index.view(-1)).view(index.shape)
+        frames = values[:, :, None].expand(-1, -1, self._temporal_patch, -1).reshape(len(pixels), -1)
+        return functional.linear(frames, self._kernel)
+
+
+def patch_positions(height: int, width: int, merge: int) -> torch.Tensor:
+    """Row and column [height * width, 2] of each patch, in the order that keeps merge cells together."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cells = (height // merge, merge, width // merge, merge)
+    return torch.stack([axis.reshape(cells).transpose(1, 2).flatten() for axis in (rows, columns)], dim=-1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [patches, heads, head width] in float32; the two halves of the width are the coordinates."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _attend(
+    attention: VisionAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: list[Run]
+) -> torch.Tensor:
+    length = hidden.shape[0]
+    heads = attention.num_heads
+    query, key, value = attention.qkv(hidden).view(length, 3, heads, -1).unbind(1)  # each [patches, heads, head width]
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    outputs = []
+    start = 0
+    for pictures, patches in runs:
+        end = start + pictures * patches
+        q, k, v = (x[start:end].view(pictures, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+        outputs.append(mixed.transpose(1, 2).reshape(pictures * patches, -1))
+        start = end
+    projected: torch.Tensor = attention.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+    return projected

@@ -1,0 +1,71 @@
+"""Settings of the vision service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from lookonce.rpc.server import Tls
+from lookonce.settings import Bytes, Seconds, Settings
+from lookonce.telemetry import LogFormat
+
+
+class VisionSettings(Settings):
+    """Encode images with a checkpoint's vision tower, and keep the embeddings."""
+
+    model_config = SettingsConfigDict(env_prefix="LOOKONCE_VISION_", frozen=True, extra="forbid", env_ignore_empty=True)
+
+    model: str = Field(description="Checkpoint: a directory (whole or its vision half) or a hub id")
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
+    listen: str = Field("127.0.0.1:50051", description="host:port or unix:/path")
+    store: str = Field("memory://", description="Store URL: memory://, file:///path, redis://host:port, ...")
+    store_bytes: Bytes | None = Field(None, description="Byte budget of a memory or file store (its own default)")
+    store_ttl: Seconds | None = Field(None, description="How long embeddings are kept, such as 7d (until evicted)")
+    l1_bytes: int = Field(128 << 20, ge=0, description="Bytes of memory before a store that is not memory; 0: none")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Compute dtype; auto: bfloat16 where the hardware has it, else float32"
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
+    min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
+    max_pixels: int | None = Field(None, ge=784, description="Most pixels of a resized image (the checkpoint's own)")
+    max_image_bytes: Bytes = Field(20 << 20, description="Largest encoded image file")
+    max_source_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image before resizing")
+    batch_patches: int = Field(16384, ge=1, description="Patches encoded in one batch, unless one image has more")
+    batch_wait_ms: float = Field(3.0, ge=0, le=1000, description="How long an image waits for company")
+    decode_workers: int = Field(2, ge=1, le=64, description="Threads that decode and resize")
+    max_waiting: int = Field(256, ge=1, description="Images under way at once; more are refused (OVERLOADED)")
+    queue_patches: int = Field(65536, ge=1, description="Patches waiting for a batch, beyond which decoding pauses")
+    stream_window: int = Field(32, ge=1, le=1024, description="Images of one stream under way at once")
+    lease_seconds: Seconds = Field(10.0, description="How long a dead process can hold up an image others ask for")
+    tls_certificate: Path | None = Field(None, description="PEM certificate of this server")
+    tls_key: Path | None = Field(None, description="PEM key of this server")
+    tls_ca: Path | None = Field(None, description="PEM authorities whose client certificates are demanded (mTLS)")
+    reflection: bool = Field(False, description="Offer gRPC reflection")
+    grace: Seconds = Field(20.0, description="How long calls under way get after SIGTERM")
+    metrics_listen: str | None = Field(None, description="host:port of Prometheus metrics over HTTP (off)")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
+    log_format: LogFormat = Field("auto", description="auto: readable in a terminal, JSON elsewhere")
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionSettings:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
+        if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_ca and not self.tls_key):
+            raise ValueError("--tls-certificate and --tls-key go together, and --tls-ca needs both")
+        if self.metrics_listen is not None and not self.metrics_listen.rpartition(":")[2].isdigit():
+            raise ValueError(f"--metrics-listen must be host:port, got {self.metrics_listen!r}")
+        return self
+
+    @property
+    def tls(self) -> Tls:
+        """For the server."""
+        return Tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @property
+    def max_message_bytes(self) -> int:
+        """Of one gRPC message: the largest image, tensors and some room."""
+        return max(64 << 20, self.max_image_bytes + (1 << 20))
