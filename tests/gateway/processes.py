@@ -39,8 +39,18 @@ class GatewayProcess:
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         """Log lines of one kind."""
-        parsed = [json.loads(line) for line in self.log.splitlines() if line.startswith("{")]
+        parsed = [json.loads(line) for line in self.log.splitlines() if line.startswith("{") and line.endswith("}")]
         return [line for line in parsed if line.get("event") == event]
+
+    def line(self, event: str, seconds: float = 30.0, **fields: Any) -> dict[str, Any]:
+        """The newest log line of one kind with these fields. It is written after the answer's last byte: waits for it."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for line in reversed(self.lines(event)):
+                if fields.items() <= line.items():
+                    return line
+            time.sleep(0.02)
+        raise AssertionError(f"no {event} line with {fields}:\n{self.log}")
 
     def wait_listening(self, seconds: float = 30.0) -> GatewayProcess:
         deadline = time.monotonic() + seconds

@@ -81,8 +81,8 @@ def test_log_lines_and_answers_name_the_trace(metered: GatewayProcess, free: htt
     assert (trace, flags) == (PARENT.split("-")[1], "01") and span != PARENT.split("-")[2]
     fresh = free.get("/v1/images/nowhere", headers={"traceparent": PARENT.upper(), "x-request-id": "traced-2"})
     assert fresh.headers["traceparent"].split("-")[1] != trace
-    logged = {line["request_id"]: line["trace_id"] for line in metered.lines("request")}
-    assert logged["traced-1"] == trace and logged["traced-2"] == fresh.headers["traceparent"].split("-")[1]
+    assert metered.line("request", request_id="traced-1")["trace_id"] == trace
+    assert metered.line("request", request_id="traced-2")["trace_id"] == fresh.headers["traceparent"].split("-")[1]
 
 
 @pytest.mark.parametrize(
