@@ -43,7 +43,7 @@ class GatewayProcess:
         return [line for line in parsed if line.get("event") == event]
 
     def line(self, event: str, seconds: float = 30.0, **fields: Any) -> dict[str, Any]:
-        """The newest log line of one kind with these fields. It is written after the answer's last byte: waits for it."""
+        """The newest log line of one kind with these fields; waits, as it is written after the answer."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for line in reversed(self.lines(event)):
