@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import ssl
+import threading
 
 import pytest
 
