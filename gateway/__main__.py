@@ -13,7 +13,6 @@ from gateway.batches.service import Batches
 from gateway.core import Gateway
 from gateway.encoding import Encoder
 from gateway.erasure import Eraser
-from gateway.fetching.fetcher import Fetcher
 from gateway.http.app import create_app
 from gateway.http.batch_lines import BatchEndpoints
 from gateway.images import ImageLibrary
@@ -25,6 +24,7 @@ from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError
+from lookonce.fetching.fetcher import Fetcher
 from lookonce.process import leave_after
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command

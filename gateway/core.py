@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from gateway.answers import Answers
 from gateway.batches.service import Batches
 from gateway.erasure import Eraser
-from gateway.fetching.fetcher import Fetcher
 from gateway.images import ImageLibrary
 from gateway.moderation.policy import Policy
 from gateway.records import RecordShelf
 from gateway.replicas import Replicas
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings
+from lookonce.fetching.fetcher import Fetcher
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.stores import Store
 

@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from gateway.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
+from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
 from lookonce.rpc.server import Tls
 from lookonce.settings import Bytes, Seconds, Settings
 from lookonce.telemetry import LogFormat

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
-from gateway.fetching.fetcher import Fetcher, Wanted
 from gateway.http.inline import base64_of, check_size, decode, decoded_size, image_reference
 from gateway.schemas.chat import ImageUrl
 from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError, invalid
+from lookonce.fetching.fetcher import Fetcher, Wanted
 
 
 @dataclass(frozen=True)

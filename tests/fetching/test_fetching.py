@@ -9,8 +9,8 @@ import threading
 import pytest
 
 import lookonce
-from gateway.fetching.errors import FetchError, Reason
-from gateway.fetching.fetcher import Fetcher, Wanted
+from lookonce.fetching.errors import FetchError, Reason
+from lookonce.fetching.fetcher import Fetcher, Wanted
 from tests.fetching.conftest import local_policy
 from tests.fetching.servers import PNG, Names, PictureServer, answer, make_certificates, redirect
 

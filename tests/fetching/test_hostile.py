@@ -6,9 +6,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from gateway.fetching.errors import FetchError, Reason
-from gateway.fetching.fetcher import Fetcher, Wanted
-from gateway.fetching.policy import FetchPolicy
+from lookonce.fetching.errors import FetchError, Reason
+from lookonce.fetching.fetcher import Fetcher, Wanted
+from lookonce.fetching.policy import FetchPolicy
 from tests.fetching.hostile import (
     LOCAL_NAMES,
     MALFORMED_ADDRESSES,

@@ -9,9 +9,9 @@ import threading
 
 import pytest
 
-from gateway.fetching.errors import FetchError, Reason
-from gateway.fetching.fetcher import Wanted
 from lookonce.errors import ErrorKind
+from lookonce.fetching.errors import FetchError, Reason
+from lookonce.fetching.fetcher import Wanted
 from tests.fetching.servers import PNG, Names, PictureServer, answer, redirect
 from tests.fetching.test_fetching import refused
 

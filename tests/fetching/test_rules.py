@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from gateway.fetching import addresses
-from gateway.fetching.addresses import is_public, may_connect, own_addresses
-from gateway.fetching.connecting import tls_context
-from gateway.fetching.errors import FetchError
-from gateway.fetching.policy import FetchPolicy
-from gateway.fetching.target import follow, parse_target
 from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError
+from lookonce.fetching import addresses
+from lookonce.fetching.addresses import is_public, may_connect, own_addresses
+from lookonce.fetching.connecting import tls_context
+from lookonce.fetching.errors import FetchError
+from lookonce.fetching.policy import FetchPolicy
+from lookonce.fetching.target import follow, parse_target
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from gateway.fetching.addresses import Network, may_connect, parse_networks
-from gateway.fetching.errors import FetchError, Reason, no_usable_address
-from gateway.fetching.target import Target
+from lookonce.fetching.addresses import Network, may_connect, parse_networks
+from lookonce.fetching.errors import FetchError, Reason, no_usable_address
+from lookonce.fetching.target import Target
 
 FetchMode = Literal["off", "allowlist", "public"]
 _LOCAL_DOMAINS = ("localhost", "local", "localdomain", "internal", "intranet", "lan", "home.arpa", "onion")

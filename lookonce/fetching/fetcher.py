@@ -11,11 +11,11 @@ import httpcore2
 import structlog
 from prometheus_client import Counter
 
-from gateway.fetching.connecting import get, tls_context
-from gateway.fetching.errors import FetchBusy, FetchError, FetchTooLarge, Reason
-from gateway.fetching.policy import FetchPolicy
-from gateway.fetching.resolving import LookUp, Resolver, system_look_up
-from gateway.fetching.target import Target, follow, parse_target
+from lookonce.fetching.connecting import get, tls_context
+from lookonce.fetching.errors import FetchBusy, FetchError, FetchTooLarge, Reason
+from lookonce.fetching.policy import FetchPolicy
+from lookonce.fetching.resolving import LookUp, Resolver, system_look_up
+from lookonce.fetching.target import Target, follow, parse_target
 from lookonce.units import format_size
 
 FETCHES = Counter("lookonce_gateway_fetches", "URLs fetched for clients, by what came of it.", ("outcome",))

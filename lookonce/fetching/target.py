@@ -8,8 +8,8 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import NoReturn
 from urllib.parse import quote, urljoin
 
-from gateway.fetching.addresses import Address
-from gateway.fetching.errors import FetchError, Reason
+from lookonce.fetching.addresses import Address
+from lookonce.fetching.errors import FetchError, Reason
 
 MAX_URL_CHARS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -14,10 +14,10 @@ from contextlib import asynccontextmanager
 import httpcore2
 
 import lookonce
-from gateway.fetching.addresses import Address
-from gateway.fetching.policy import FetchPolicy
-from gateway.fetching.target import Target
 from lookonce.errors import invalid
+from lookonce.fetching.addresses import Address
+from lookonce.fetching.policy import FetchPolicy
+from lookonce.fetching.target import Target
 
 USER_AGENT = f"lookonce/{lookonce.__version__}"
 _MAX_ADDRESSES = 4

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 
-from gateway.fetching.addresses import Address, may_connect
-from gateway.fetching.errors import Reason, no_usable_address
-from gateway.fetching.policy import FetchPolicy
-from gateway.fetching.target import Target
+from lookonce.fetching.addresses import Address, may_connect
+from lookonce.fetching.errors import Reason, no_usable_address
+from lookonce.fetching.policy import FetchPolicy
+from lookonce.fetching.target import Target
 
 LookUp = Callable[[str, int], Sequence[str]]
 """Blocking: addresses of a host and port as text. Raises OSError for an unknown name."""
