@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lookonce.errors import CheckpointError
+from lookonce.families import Family
 
 Layout = Literal["published", "nested"]
 
@@ -54,6 +55,30 @@ SIZES: dict[str, Architecture] = {
     "7b": Architecture(32, 1280, 16, layers=28, hidden=3584, heads=28, kv_heads=4, ffn=18944, vocab=152064),
     "72b": Architecture(32, 1280, 16, layers=80, hidden=8192, heads=64, kv_heads=8, ffn=29568, vocab=152064),
 }
+
+
+def architecture_of(family: Family, config: dict[str, Any]) -> Architecture:
+    """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
+    vision, text = family.vision_config(config), family.text_config(config)
+    names = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    missing = [name for name in names if not isinstance(text.get(name), int)]
+    if missing:
+        raise CheckpointError(f"config.json: {', '.join(missing)} missing; take it from the model's repository")
+    return Architecture(
+        vision_depth=vision["depth"],
+        vision_width=vision["embed_dim"],
+        vision_heads=vision["num_heads"],
+        layers=text["num_hidden_layers"],
+        hidden=family.hidden_size(config),
+        heads=text["num_attention_heads"],
+        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
+        ffn=text["intermediate_size"],
+        vocab=text["vocab_size"],
+        mlp_ratio=vision["mlp_ratio"],
+        patch=vision["patch_size"],
+        temporal_patch=vision["temporal_patch_size"],
+        merge=vision["spatial_merge_size"],
+    )
 
 
 def tensor_shapes(arch: Architecture, *, layout: Layout = "published", tied: bool = True) -> dict[str, tuple[int, ...]]:

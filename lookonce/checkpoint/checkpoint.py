@@ -148,6 +148,22 @@ def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | No
     return _open_directory(snapshot, model, needs, f"hub:{model}@{commit}")
 
 
+def read_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """Family, config.json and preprocessor settings of a directory or a hub id; no weight is looked at or fetched.
+
+    Raises CheckpointError."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        if not hub.is_repository(model):
+            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name)")
+        path = hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR], revision)
+    elif not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
+        path = path / Half.LANGUAGE  # split: either half has both files
+    config = _read_config(path)
+    family = family_of(config)
+    return family, config, family.preprocessor(_read_preprocessor(path))
+
+
 def _open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
     config = _read_config(path)
     family = family_of(config)

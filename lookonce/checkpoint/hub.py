@@ -30,10 +30,9 @@ def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) 
     from huggingface_hub import snapshot_download
 
     halves = set(halves)
+    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX], revision)
+    commit = snapshot.name
     with _translated(repository, revision):
-        first = [*files.small_files(halves), files.INDEX]
-        snapshot = Path(snapshot_download(repository, revision=revision, allow_patterns=first))
-        commit = snapshot.name
         wanted = _weights(repository, snapshot, halves)
         # Asked for by commit, so that a push between the two calls can't mix two versions.
         snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
@@ -45,6 +44,14 @@ def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) 
         )
     _log.info("fetched %s at %s: %d weight files", repository, commit[:12], len(wanted))
     return snapshot, commit
+
+
+def fetch_files(repository: str, names: list[str], revision: str | None = None) -> Path:
+    """Bring files of these names, those of them that there are, into the cache; the snapshot's directory."""
+    from huggingface_hub import snapshot_download
+
+    with _translated(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names))
 
 
 def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:

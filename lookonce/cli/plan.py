@@ -91,7 +91,8 @@ def plan_system(
         built.always("listen", address)
         built.offer("device", f"{part}_device", "device")
         built.offer("dtype", f"{part}_dtype", "dtype")
-        built.offer("threads", "threads")
+        built.offer("threads", f"{part}_threads", "threads")
+        built.offer("l1_bytes", f"{part}_l1_bytes")
         built.offer("store_bytes", "store_bytes")
         built.offer("grace", "grace")
         plan = ServicePlan(name, module, built.values, child_environment, address, lambda: GrpcProbe(address))
@@ -100,6 +101,8 @@ def plan_system(
     vision_arguments, vision = model_service("vision", "vision_service", vision_at, "vision")
     vision_arguments.offer("max_pixels", "max_pixels")
     language_arguments, language = model_service("language", "lm_service", language_at, "lm")
+    language_arguments.offer("kv_bytes", "lm_kv_bytes")
+    language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)
 
     gateway_arguments = arguments("gateway")

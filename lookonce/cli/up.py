@@ -59,6 +59,24 @@ class UpSettings(Settings):
     vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
     lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
+    vision_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the vision service; unset: --threads."
+    )
+    lm_threads: int | None = Field(
+        None, ge=1, le=1024, description="CPU threads of the language service; unset: --threads."
+    )
+    vision_l1_bytes: Bytes | None = Field(
+        None, description="Embeddings the vision service keeps in its own memory; unset: 128 MiB."
+    )
+    lm_l1_bytes: Bytes | None = Field(
+        None, description="Embeddings the language service keeps on its device; unset: 256 MiB."
+    )
+    lm_kv_bytes: Bytes | None = Field(
+        None, description="KV of answers under way, beyond shared prefixes; unset: a quarter of the free memory."
+    )
+    lm_prefix_bytes: Bytes | None = Field(
+        None, description="KV of image and text prefixes kept between requests; unset: a quarter of the free memory."
+    )
     max_pixels: int | None = Field(
         None, ge=784, description="Most pixels an image is resized to; unset: the checkpoint's own."
     )

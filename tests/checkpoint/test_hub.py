@@ -39,11 +39,11 @@ def hub(sharded, tmp_path):
 
 @pytest.fixture
 def opened(hub, tmp_path):
-    def run(needs, model="acme/model", revision="", url=None):
+    def run(needs, model="acme/model", revision="", url=None, command=()):
         keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         place = {"HF_ENDPOINT": url or hub.url, "HF_HOME": str(tmp_path / "hf")}
-        command = [sys.executable, "-c", OPEN, model, needs, revision]
+        command = [sys.executable, *(command or ("-c", OPEN, model, needs, revision))]
         return subprocess.run(command, capture_output=True, text=True, check=False, env=keep | quiet | place)
 
     return run
@@ -61,6 +61,13 @@ def test_only_the_shards_of_the_half_are_downloaded_all_at_one_commit(hub, opene
     assert (seen["name"], seen["identity"]) == ("acme/model", f"hub:acme/model@{hub.commit}")
     assert seen["halves"] == [half.value]
     assert set(seen["files"]) == needed
+
+
+def test_planning_downloads_settings_only(hub, opened):
+    done = opened("", command=("-m", "lookonce", "plan", "--model", "acme/model", "--gpus", "24"))
+    assert done.returncode == 0, done.stderr
+    assert "lookonce up --model acme/model --vision-device cuda:0" in done.stdout
+    assert hub.fetched() == {"config.json", "preprocessor_config.json"}
 
 
 def test_both_halves_agree_and_a_second_start_and_an_offline_one_download_nothing(hub, opened):

@@ -11,7 +11,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from lookonce.checkpoint import Half, open_checkpoint
 from lookonce.errors import CheckpointError
-from vision_service.preprocess import Preprocessor, smart_resize
+from lookonce.resizing import smart_resize
+from vision_service.preprocess import Preprocessor
 
 SIZES = [(29, 31), (56, 56), (1000, 57), (57, 1000), (8, 8), (1600, 8), (449, 337), (1280, 720)]
 BOUNDS = [(56 * 56, 28 * 28 * 1280), (4 * 784, 16 * 784), (784, 784), (256 * 784, 512 * 784)]

@@ -1,0 +1,106 @@
+"""`lookonce plan`: what a model needs and where it fits, before anything but its config is downloaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lookonce.cli.console import fail, say
+from lookonce.errors import LookonceError, invalid
+
+if TYPE_CHECKING:
+    from lookonce.cli.placing import Device
+
+HELP = """Say what a model needs and which placement fits; reads its config, no weights.
+
+\b
+  lookonce plan --model Qwen/Qwen2-VL-7B-Instruct --gpus 24,80
+  lookonce plan --model ./my-finetune --ram 64 --image 1280x960
+  lookonce plan --model Qwen/Qwen2-VL-72B-Instruct --gpus 80,80,80 --json
+
+Prints weights, KV and store by image, question and 1,000 images; each placement with its verdict; what hits save; and
+the commands that start the best one. docs/operations.md has the formulas. Exit status 1 when nothing fits.
+"""
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+
+
+def plan(
+    model: Annotated[str, typer.Option(envvar="LOOKONCE_MODEL", metavar="MODEL", help="Local directory or hub id.")],
+    revision: Annotated[
+        str | None, typer.Option(envvar="LOOKONCE_REVISION", metavar="VALUE", help="Branch, tag or commit of a hub id.")
+    ] = None,
+    gpus: Annotated[str, typer.Option(metavar="GIB,...", help="Memory of each GPU, in GiB.")] = "",
+    ram: Annotated[
+        float | None, typer.Option(metavar="GIB", min=0.1, help="Memory for services on the CPU; unset: none do.")
+    ] = None,
+    image: Annotated[str, typer.Option(metavar="WxH", help="Size of an image, in pixels.")] = "1024x1024",
+    question_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of a question.")] = 30,
+    answer_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens of an answer.")] = 100,
+    concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Questions under way at once.")] = 32,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, bfloat16, float16; unset: bfloat16 on a GPU, else float32."),
+    ] = None,
+    store: Annotated[str | None, typer.Option(metavar="URL", help="Store, for the commands.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
+) -> None:
+    """Plan a placement."""
+    from lookonce.checkpoint.checkpoint import read_settings
+    from lookonce.cli import plan_report
+    from lookonce.cli.placing import Workload, placements
+    from lookonce.sizing import DTYPE_BYTES, size_of
+
+    try:
+        devices = _devices(gpus, ram)
+        width, height = _pixels(image)
+        if dtype is not None and dtype not in DTYPE_BYTES:
+            raise invalid(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}", param="dtype")
+        size = size_of(*read_settings(model, revision))
+    except LookonceError as error:
+        fail(error.message)
+    work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)
+    found = placements(size, devices, work, dtype)
+    best = found[0]
+    shown = dtype or best.language.dtype
+    if as_json:
+        say(json.dumps([asdict(item) | {"fits": item.fits} for item in found], indent=2))
+        raise typer.Exit(0 if best.fits else 1)
+    sections = [
+        plan_report.needs(size, work, width, height, shown),
+        plan_report.table(found, work, size),
+        plan_report.economics(size, work, question_tokens),
+    ]
+    if best.fits:
+        sections.append(plan_report.commands(best, model, revision, store))
+    say("\n\n".join("\n".join(section) for section in sections))
+    if not best.fits:
+        fail("nothing fits: give larger devices, smaller --image or --concurrency, or a smaller model")
+
+
+def _devices(gpus: str, ram: float | None) -> list[Device]:
+    from lookonce.cli.placing import GIB, Device
+
+    devices = []
+    for index, text in enumerate(filter(None, (item.strip() for item in gpus.split(",")))):
+        if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) or float(text) == 0:
+            raise invalid(f"--gpus must be GiB separated by commas, such as 24,80; got {text!r}", param="gpus")
+        devices.append(Device(f"cuda:{index}", int(float(text) * GIB)))
+    if ram is None and not devices:
+        raise invalid("give --gpus, --ram or both: the memory there is", param="gpus")
+    return [*devices, Device("cpu", int(ram * GIB))] if ram is not None else devices
+
+
+def _pixels(image: str) -> tuple[int, int]:
+    match = _SIZE.fullmatch(image)
+    if match is None:
+        raise invalid(f"--image must be WIDTHxHEIGHT, such as 1024x768; got {image!r}", param="image")
+    return int(match[1]), int(match[2])
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("plan", help=HELP)(plan)

@@ -1,0 +1,93 @@
+"""The report of `lookonce plan`, in lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lookonce.cli.placing import Choice, Placement, Workload
+from lookonce.families import Half
+from lookonce.sizing import Economics, ModelSize, question_flops
+from lookonce.units import format_size
+
+PREFIX_SHARE = 0.75
+"""Of the room for KV, kept for prefixes; the rest is for answers under way."""
+_QUESTIONS = (1, 10, 100)
+_WARM = ((0.0, 0.0), (0.0, 0.9), (0.5, 0.9), (0.9, 0.99), (0.99, 0.99))
+
+
+def needs(size: ModelSize, work: Workload, width: int, height: int, dtype: str) -> Iterator[str]:
+    """What each part of the system needs, wherever it runs."""
+    vision, language = size.halves[Half.VISION], size.halves[Half.LANGUAGE]
+    for name, half in (("vision weights", vision), ("language weights", language)):
+        plain, small = format_size(half.weight_bytes(dtype)), format_size(half.weight_bytes(dtype, int8=True))
+        yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}; in int8 {small}"
+    image = size.kv_bytes(work.image_tokens, dtype)
+    yield f"{'KV per image':<20}{format_size(image):>10}  {work.image_tokens} tokens ({width}x{height})"
+    question = size.kv_bytes(work.question_tokens, dtype)
+    yield f"{'KV per question':<20}{format_size(question):>10}  {work.question_tokens} tokens of question and answer"
+    yield f"{'KV per token':<20}{format_size(size.kv_bytes(1, dtype)):>10}"
+    record = size.embedding_bytes(work.image_tokens, dtype)
+    yield f"{'store, 1,000 images':<20}{format_size(1000 * record):>10}  {format_size(record)} each, in {dtype}"
+
+
+def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterator[str]:
+    """One line for each placement."""
+    yield f"{'vision on':<12}{'need':>10}   {'language on':<18}{'need':>10}   verdict"
+    for item in found:
+        language = item.language.device.name + (" int8" if item.language.int8 else "")
+        if item.fits:
+            prefixes = int(item.kv_bytes * PREFIX_SHARE)
+            images = prefixes // max(1, size.kv_bytes(work.image_tokens, item.language.dtype))
+            verdict = f"fits; {format_size(item.kv_bytes)} for KV, {images} images stay warm"
+        else:
+            verdict = f"{format_size(-item.spare)} too little"
+        seeing, saying = format_size(item.vision_need.total), format_size(item.language_need.total)
+        yield f"{item.vision.device.name:<12}{seeing:>10}   {language:<18}{saying:>10}   {verdict}"
+
+
+def economics(size: ModelSize, work: Workload, prompt_tokens: int) -> Iterator[str]:
+    """Work saved, by questions per image and by hit rates."""
+    yield "questions per image   unsplit   with embeddings kept   with prefixes kept too   (work of encode and prefill)"
+    for questions in _QUESTIONS:
+        work_of = Economics.of(size, work.image_tokens, prompt_tokens, questions)
+        kept, all_kept = work_of.unsplit / work_of.embeddings, work_of.unsplit / work_of.prefixes
+        yield f"{questions:>19}   {'1.0 x':>7}   {kept:>18.1f} x   {all_kept:>20.1f} x"
+    yield "prefix hits   embedding hits of the rest   work of one question"
+    for prefix_hits, embedding_hits in _WARM:
+        cost = question_flops(
+            size, work.image_tokens, prompt_tokens, prefix_hits=prefix_hits, embedding_hits=embedding_hits
+        )
+        yield f"{prefix_hits:>10.0%}   {embedding_hits:>26.0%}   {cost / 1e12:>13.2f} TFLOP"
+
+
+def commands(item: Placement, model: str, revision: str | None, store: str | None) -> Iterator[str]:
+    """How to start it: on one machine, and service by service."""
+    prefixes = int(item.kv_bytes * PREFIX_SHARE)
+    running = item.kv_bytes - prefixes
+    which = f"--model {model}" + (f" --revision {revision}" if revision else "")
+    memory = f"kv-bytes {_mib(running)}", f"prefix-bytes {_mib(prefixes)}"
+    yield "# on one machine"
+    parts = [f"lookonce up {which}"]
+    for name, choice in (("vision", item.vision), ("lm", item.language)):
+        parts.append(f"--{name}-device {choice.device.name} --{name}-dtype {choice.dtype}")
+        if choice.int8:
+            parts.append(f"--{name}-quantization int8")
+    parts += [f"--lm-{setting}" for setting in memory]
+    parts += [f"--store {store}"] if store else []
+    yield " ".join(parts)
+    yield "# on machines of their own (and API keys for the gateway: docs/operations.md)"
+    where = store or "redis://STORE:6379"
+    yield _service("vision_service", item.vision, which, f"--listen 0.0.0.0:50051 --store {where}")
+    tail = f"--listen 0.0.0.0:50052 --store {where} --vision VISION:50051 " + " ".join(f"--{one}" for one in memory)
+    yield _service("lm_service", item.language, which, tail)
+    yield f"python -m gateway --host 0.0.0.0 --vision VISION:50051 --lm LANGUAGE:50052 --store {where}"
+
+
+def _service(module: str, choice: Choice, which: str, tail: str) -> str:
+    device = "cpu" if choice.device.is_cpu else "cuda:0"  # alone on its machine
+    small = " --quantization int8" if choice.int8 else ""
+    return f"python -m {module} {which} --device {device} --dtype {choice.dtype}{small} {tail}"
+
+
+def _mib(size: int) -> str:
+    return f"{size >> 20}MiB"
