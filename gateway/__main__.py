@@ -17,7 +17,6 @@ from gateway.http.app import create_app
 from gateway.http.batch_lines import BatchEndpoints
 from gateway.images import ImageLibrary
 from gateway.limits import Quota
-from gateway.moderation.policy import read_policy
 from gateway.records import RecordShelf
 from gateway.replicas import Replicas
 from gateway.served_model import ServedModel
@@ -25,6 +24,7 @@ from gateway.server import serve
 from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError
 from lookonce.fetching.fetcher import Fetcher
+from lookonce.policy import read_policy
 from lookonce.process import leave_after
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command

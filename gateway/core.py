@@ -8,12 +8,12 @@ from gateway.answers import Answers
 from gateway.batches.service import Batches
 from gateway.erasure import Eraser
 from gateway.images import ImageLibrary
-from gateway.moderation.policy import Policy
 from gateway.records import RecordShelf
 from gateway.replicas import Replicas
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings
 from lookonce.fetching.fetcher import Fetcher
+from lookonce.policy import Policy
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.stores import Store
 

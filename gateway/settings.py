@@ -97,7 +97,7 @@ class GatewaySettings(Settings):
     fetch_concurrency: int = Field(32, ge=1, description="URLs fetched at once in the whole process")
     max_urls: int = Field(16, ge=1, description="most URLs to fetch in one request")
 
-    policy: Path | None = Field(None, description="YAML file with the categories of /v1/moderations")
+    policy: Path | None = Field(None, description="YAML file with the rules of /v1/moderations")
     data_dir: Path | None = Field(None, description="where files and batches are kept; unset: there are none")
     max_file_bytes: Bytes = Field(64 << 20, description="largest file for batches (see --max-body-bytes too)")
     max_stored_bytes: Bytes = Field(2 << 30, description="most bytes of files of one tenant")

@@ -25,6 +25,7 @@ MODERATION: dict[str, Any] = {
             "category_scores": {"weapons": 0.93, "nudity": 0.004},
             "category_applied_input_types": {"weapons": ["image", "text"], "nudity": ["image"]},
             "severity": "high",
+            "follow_ups": {"weapons": ["A hunting knife."]},
             "receipt": RECEIPT,
         }
     ],

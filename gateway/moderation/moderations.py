@@ -1,20 +1,21 @@
-"""Scores inputs against the policy: one call to the language service for each picture or text, all categories in it.
+"""Scores inputs against the policy: one call to the language service for each picture or text, all rules in it, and one
+for each follow-up question of a rule that fires.
 
-A score is the probability of the category's positive choice, normalised over its choices."""
+A score is the probability of the rule's positive choices, normalised over its choices."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gateway.answers import Answers
 from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn
-from gateway.moderation.policy import SEVERITIES, Category, InputType, Policy
 from gateway.receipts import receipt
 from gateway.served_model import ServedModel
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.errors import LookonceError
+from lookonce.policy import InputType, Policy, Rule
 from protos.lookonce.v1 import language_pb2
 
 Item = str | ImagePart
@@ -25,11 +26,12 @@ _LARGEST = ("encode_ms", "queue_ms", "ttft_ms")
 
 @dataclass(frozen=True)
 class Scores:
-    """What one picture or text scored, by category id."""
+    """What one picture or text scored, by rule id."""
 
     kind: InputType
     probabilities: dict[str, float]
-    receipt: dict[str, Any] | None  # None when no category applies to the kind
+    follow_ups: dict[str, str]
+    receipt: dict[str, Any] | None  # None when no rule applies to the input
 
 
 class Moderations:
@@ -42,7 +44,7 @@ class Moderations:
         self._concurrency = concurrency
 
     async def moderate(self, inputs: Sequence[Sequence[Item]], asker: Asker) -> list[dict[str, Any]]:
-        """A result for each input; an input is one or more pictures and texts that are judged together: each category
+        """A result for each input; an input is one or more pictures and texts that are judged together: each rule
         by its highest score. Raises the first failure."""
         gate = asyncio.Semaphore(self._concurrency)
 
@@ -62,45 +64,68 @@ class Moderations:
 
     async def _score(self, item: Item, asker: Asker) -> Scores:
         kind: InputType = "image" if isinstance(item, ImagePart) else "text"
-        categories = self._policy.of(kind)
-        if not categories:
-            return Scores(kind, {}, None)
-        questions = [self._question(category, item, kind) for category in categories]
+        rules = self._policy.of(kind, _size(item))
+        if not rules:
+            return Scores(kind, {}, {}, None)
+        shown = _within(item, self._policy.max_pixels)
+        questions = [ChoiceQuestion(rule.id, self._turns(shown, rule.ask(kind)), rule.choices) for rule in rules]
         outcomes, cost, resolved = await self._answers.score(questions, asker)
         probabilities: dict[str, float] = {}
-        for category, outcome in zip(categories, outcomes, strict=True):
+        for rule, outcome in zip(rules, outcomes, strict=True):
             if isinstance(outcome, LookonceError):
                 raise outcome
-            probabilities[category.id] = _positive(category, outcome)
-        return Scores(kind, probabilities, receipt(resolved, cost, self._model.name))
+            probabilities[rule.id] = rule.score({choice.choice: choice.probability for choice in outcome.choices})
+        fired = [rule for rule in rules if rule.follow_up and rule.fires(probabilities[rule.id])]
+        follow_ups = {rule.id: await self._follow_up(rule, kind, shown, asker) for rule in fired}
+        return Scores(kind, probabilities, follow_ups, receipt(resolved, cost, self._model.name))
 
-    def _question(self, category: Category, item: Item, kind: InputType) -> ChoiceQuestion:
+    async def _follow_up(self, rule: Rule, kind: InputType, shown: Item, asker: Asker) -> str:
+        sampling = language_pb2.SamplingParameters(max_tokens=rule.follow_up_tokens)
+        (completion,), _ = await self._answers.complete(self._turns(shown, rule.ask_further(kind)), sampling, asker)
+        return completion.text
+
+    def _turns(self, shown: Item, question: str) -> tuple[Turn, ...]:
         system = (Turn("system", (self._policy.system,)),) if self._policy.system else ()
-        # What is judged comes first: all categories share its computation.
-        shown = item if isinstance(item, ImagePart) else f'Text:\n"""\n{item}\n"""\n'
-        return ChoiceQuestion(category.id, (*system, Turn("user", (shown, category.ask(kind)))), category.choices)
+        # What is judged comes first: all rules share its computation.
+        first = shown if isinstance(shown, ImagePart) else f'Text:\n"""\n{shown}\n"""\n'
+        return (*system, Turn("user", (first, question)))
 
 
 def result_of(policy: Policy, scores: Sequence[Scores]) -> dict[str, Any]:
-    """OpenAI's result object; beside it the highest severity flagged, and the receipt."""
+    """OpenAI's result object; beside it the highest severity flagged, follow-ups, and the receipt."""
     best = {
-        category.id: max((item.probabilities.get(category.id, 0.0) for item in scores), default=0.0)
-        for category in policy.categories
+        rule.id: max((item.probabilities.get(rule.id, 0.0) for item in scores), default=0.0) for rule in policy.rules
     }
-    flags = {category.id: best[category.id] >= category.threshold for category in policy.categories}
-    types = {
-        category.id: sorted({item.kind for item in scores if category.id in item.probabilities})
-        for category in policy.categories
-    }
-    severities = [category.severity for category in policy.categories if flags[category.id]]
+    flags = {rule.id: rule.fires(best[rule.id]) for rule in policy.rules}
+    types = {rule.id: sorted({item.kind for item in scores if rule.id in item.probabilities}) for rule in policy.rules}
+    follow_ups: dict[str, list[str]] = {}
+    for item in scores:
+        for rule_id, text in item.follow_ups.items():
+            follow_ups.setdefault(rule_id, []).append(text)
     return {
         "flagged": any(flags.values()),
         "categories": flags,
         "category_scores": best,
         "category_applied_input_types": types,
-        "severity": max(severities, key=SEVERITIES.index, default=None),
+        "severity": policy.worst(rule for rule in policy.rules if flags[rule.id]),
+        "follow_ups": follow_ups,
         "receipt": _merged([item.receipt for item in scores if item.receipt is not None]),
     }
+
+
+def _size(item: Item) -> tuple[int, int] | None:
+    """Width and height of a picture, as far as they are known."""
+    if not isinstance(item, ImagePart):
+        return None
+    reference = item.resolved.reference if item.resolved is not None else item.record.reference
+    return (reference.width, reference.height) if reference is not None else None
+
+
+def _within(item: Item, max_pixels: int | None) -> Item:
+    """The picture at the policy's size: another embedding than the one that may have come with the request."""
+    if not isinstance(item, ImagePart) or max_pixels is None or (item.max_pixels or max_pixels) < max_pixels:
+        return item
+    return replace(item, max_pixels=max_pixels, resolved=item.resolved if item.max_pixels == max_pixels else None)
 
 
 def _merged(receipts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -114,10 +139,3 @@ def _merged(receipts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     merged |= {name: sum(item[name] for item in receipts) for name in _SUMS}
     merged |= {name: max(item[name] for item in receipts) for name in _LARGEST}
     return merged
-
-
-def _positive(category: Category, scores: language_pb2.ItemScores) -> float:
-    for choice in scores.choices:
-        if choice.choice == category.positive:
-            return min(1.0, max(0.0, choice.probability))
-    raise LookonceError(ErrorKind.INTERNAL, "the language service left a choice out")

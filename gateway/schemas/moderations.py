@@ -44,9 +44,10 @@ class ModerationResult(Answered):
 
     flagged: bool = Field(description="whether any category is")
     categories: dict[str, bool]
-    category_scores: dict[str, float] = Field(description="probability of the category's positive choice")
+    category_scores: dict[str, float] = Field(description="probability of the category's positive choices")
     category_applied_input_types: dict[str, list[Literal["image", "text"]]]
     severity: Literal["low", "medium", "high", "critical"] | None = Field(description="the highest that is flagged")
+    follow_ups: dict[str, list[str]] = Field(description="answers to the follow-up questions of flagged categories")
     receipt: dict[str, Any] | None = Field(description="as in chat completions, over all calls for this result")
 
 

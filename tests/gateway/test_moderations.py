@@ -12,24 +12,24 @@ import httpx2
 import openai
 import pytest
 
-from gateway.moderation.policy import parse_policy, read_policy
 from gateway.schemas.moderations import ModerationObject
-from lookonce.errors import LookonceError
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, ROOT, GatewayProcess
 
 Picture = Callable[..., bytes]
 POLICY = """
 system: You check pictures and texts.
-categories:
+rules:
   - id: star
     question: "Does this {input} contain a star? Answer yes or no."
     threshold: 0.000001
     severity: low
+    follow_up: What is shown?
+    follow_up_tokens: 4
   - id: how-many
     question: How many people are there?
     choices: [none, one, many]
-    positive: many
+    positive: [one, many]
     threshold: 1.0
     severity: critical
     applies_to: [image]
@@ -37,6 +37,10 @@ categories:
     question: Is this text rude?
     threshold: 1.0
     applies_to: [text]
+  - id: poster
+    question: Is this a poster?
+    applies_to: [image]
+    image_size: {min_width: 2000}
 """
 
 
@@ -72,9 +76,10 @@ def test_openais_client_works_unchanged(judge: GatewayProcess, picture: Picture)
     assert len(text.results) == len(parts.results) == 1 and len(several.results) == 2
     assert text.id.startswith("modr-") and text.model == MODEL and text.results[0].flagged is True
     scores = parts.results[0].category_scores.model_dump(exclude_unset=True)
-    assert set(scores) == {"star", "how-many", "rude"} and all(0 < score < 1 for score in scores.values())
+    assert set(scores) == {"star", "how-many", "rude", "poster"} and scores.pop("poster") == 0  # it is too small
+    assert all(0 < score < 1 for score in scores.values())
     types = parts.results[0].category_applied_input_types.model_dump(exclude_unset=True)
-    assert types == {"star": ["image", "text"], "how-many": ["image"], "rude": ["text"]}
+    assert types == {"star": ["image", "text"], "how-many": ["image"], "rude": ["text"], "poster": []}
 
 
 def test_scores_are_the_probabilities_that_questions_get(judged: httpx2.Client, picture: Picture) -> None:
@@ -90,9 +95,10 @@ def test_scores_are_the_probabilities_that_questions_get(judged: httpx2.Client, 
     body = {"questions": questions, "system": "You check pictures and texts."}
     star, many = judged.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
     assert result["category_scores"]["star"] == pytest.approx(star["choices"]["yes"], rel=1e-3)
-    assert result["category_scores"]["how-many"] == pytest.approx(many["choices"]["many"], rel=1e-3)
+    assert result["category_scores"]["how-many"] == pytest.approx(1 - many["choices"]["none"], rel=1e-3)
     assert result["category_scores"]["rude"] == 0 and result["category_applied_input_types"]["rude"] == []
-    assert result["categories"] == {"star": True, "how-many": False, "rude": False}
+    assert result["categories"] == {"star": True, "how-many": False, "rude": False, "poster": False}
+    assert result["follow_ups"].keys() == {"star"} and len(result["follow_ups"]["star"]) == 1
     assert result["flagged"] is True and result["severity"] == "low"
     assert result["receipt"]["embedding"] == "hit"
 
@@ -149,41 +155,6 @@ def test_another_model_is_not_found(judged: httpx2.Client) -> None:
 def test_without_a_policy_it_says_how_to_get_one(http: httpx2.Client) -> None:
     response = http.post("/v1/moderations", json={"input": "a"})
     assert response.status_code == 400 and "--policy" in response.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("name", ["shapes.yaml", "marketplace.yaml"])
-def test_the_examples_are_policies(name: str) -> None:
-    policy = read_policy(ROOT / "examples/policies" / name)
-    assert len(policy.categories) >= 3 and all(category.audience for category in policy.categories)
-
-
-def test_yes_and_no_stay_words() -> None:
-    (category,) = parse_policy("categories: [{id: a, question: q, choices: [yes, no], positive: no}]").categories
-    assert category.choices == ("yes", "no") and category.positive == "no"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("categories: [", "line 1: not valid YAML"),
-        ("name: x", "line 1: 'categories' is required"),
-        ("categories:\n- id: a\n", "line 2: 'categories.0.question' is required"),
-        ("categories:\n- id: a\n  question: q\n  threshhold: 1", "line 4: 'categories.0.threshhold' is unknown"),
-        ("categories:\n- id: a\n  question: q\n  threshold: 1.5", "line 4: 'categories.0.threshold' must be at most"),
-        ("categories:\n- id: a\n  question: q\n  threshold: half", "line 4: 'categories.0.threshold'"),
-        ("categories:\n- id: A b\n  question: q", "line 2: 'categories.0.id' must be made of"),
-        ("categories:\n- id: a\n  question: q\n  severity: bad", "line 4: 'categories.0.severity' must be one of"),
-        ("categories:\n- id: a\n  question: q\n  choices: [a, b]", "line 2: 'categories.0': positive is 'yes'"),
-        ("categories:\n- id: a\n  id: b", "line 3: 'id' is there twice"),
-        ("categories:\n- {id: a, question: q}\n- {id: a, question: q}", "the id 'a' is there twice"),
-        ("categories: &x\n- *x", "aliases"),
-        ("categories: !!python/object/apply:os.getcwd []", "line 1: 'categories' must have at least 1"),
-    ],
-)
-def test_a_bad_policy_names_line_and_field(text: str, message: str) -> None:
-    with pytest.raises(LookonceError) as caught:
-        parse_policy(text)
-    assert message in caught.value.message
 
 
 def test_a_bad_policy_ends_the_start(services: Services, tmp_path: Path) -> None:

@@ -1,27 +1,23 @@
-"""The policy file: which categories there are, what is asked for each, and from which probability on it is flagged.
+"""Reads a policy from YAML.
 
-Read with PyYAML's safe loader into a tree of nodes, from which plain values are made here: every error names its line,
-and `yes` and `no` stay the words that they are. Knows nothing of models and requests.
+Read with PyYAML's safe loader into a tree of nodes, from which plain values are made here: every error names its line
+and field, and `yes` and `no` stay the words that they are.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
-from gateway.schemas.base import Body
 from lookonce.errors import LookonceError, invalid
+from lookonce.policy.rules import Policy
 
 MAX_FILE_BYTES = 1 << 20
-MAX_CATEGORIES = 256
-INPUT = "{input}"
-"""In a question: becomes "image" or "text"."""
-Severity = Literal["low", "medium", "high", "critical"]
-SEVERITIES: tuple[Severity, ...] = ("low", "medium", "high", "critical")
-InputType = Literal["image", "text"]
+_OTHER_NAME = "categories"
+"""What OpenAI's API calls rules; a file may, too."""
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _NULL = "tag:yaml.org,2002:null"
 _TEXTS = {
@@ -29,9 +25,14 @@ _TEXTS = {
     "extra_forbidden": "{field} is unknown",
     "string_type": "{field} must be text",
     "float_type": "{field} must be a number",
+    "float_parsing": "{field} must be a number",
+    "int_type": "{field} must be a whole number",
+    "int_parsing": "{field} must be a whole number",
+    "int_from_float": "{field} must be a whole number",
     "list_type": "{field} must be a list",
     "model_type": "{field} must have fields of its own",
     "greater_than": "{field} must be greater than {gt}",
+    "greater_than_equal": "{field} must be at least {ge}",
     "less_than_equal": "{field} must be at most {le}",
     "string_too_short": "{field} must not be empty",
     "string_too_long": "{field} must have at most {max_length} characters",
@@ -40,57 +41,6 @@ _TEXTS = {
     "too_long": "{field} must have at most {max_length} items",
     "literal_error": "{field} must be one of {expected}",
 }
-
-Line = Annotated[str, Field(min_length=1, max_length=2000)]
-
-
-class Category(Body):
-    """One thing to look for."""
-
-    id: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_/-]*$", max_length=64)]
-    question: Line  # may hold {input}
-    choices: Annotated[tuple[Line, ...], Field(min_length=2, max_length=16)] = ("yes", "no")
-    positive: Line = "yes"
-    threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    severity: Severity = "medium"
-    applies_to: Annotated[tuple[InputType, ...], Field(min_length=1, max_length=2)] = ("image", "text")
-    description: Annotated[str, Field(max_length=2000)] = ""  # what counts, for people
-    audience: Annotated[str, Field(max_length=2000)] = ""  # whom the category is for
-
-    @model_validator(mode="after")
-    def _agree(self) -> Category:
-        if len(set(self.choices)) != len(self.choices):
-            raise ValueError("its choices must differ")
-        if self.positive not in self.choices:
-            raise ValueError(f"positive is {self.positive!r}, which is not among its choices {', '.join(self.choices)}")
-        return self
-
-    def ask(self, kind: InputType) -> str:
-        """The question about an input of that kind."""
-        return self.question.replace(INPUT, kind)
-
-
-class Policy(Body):
-    """All categories of a deployment, in the order of the file."""
-
-    name: Annotated[str, Field(max_length=200)] = ""
-    description: Annotated[str, Field(max_length=2000)] = ""
-    system: Annotated[str, Field(max_length=8000)] = ""  # said before every question
-    categories: Annotated[tuple[Category, ...], Field(min_length=1, max_length=MAX_CATEGORIES)]
-
-    @field_validator("categories")
-    @classmethod
-    def _distinct(cls, categories: tuple[Category, ...]) -> tuple[Category, ...]:
-        seen: set[str] = set()
-        for category in categories:
-            if category.id in seen:
-                raise ValueError(f"the id {category.id!r} is there twice")
-            seen.add(category.id)
-        return categories
-
-    def of(self, kind: InputType) -> list[Category]:
-        """The categories that apply to inputs of that kind."""
-        return [category for category in self.categories if kind in category.applies_to]
 
 
 def read_policy(path: Path) -> Policy:
@@ -119,13 +69,19 @@ def parse_policy(text: str) -> Policy:
     except yaml.YAMLError as error:
         raise invalid("line 1: not valid YAML") from error
     if not isinstance(root, yaml.MappingNode):
-        raise invalid("line 1: a policy has the field 'categories'")
+        raise invalid("line 1: a policy has the field 'rules'")
     tree = _Tree()
     value = tree.read(root, ())
+    word = _OTHER_NAME if _OTHER_NAME in value else "rules"
+    if word == _OTHER_NAME:
+        if "rules" in value:
+            line = tree.lines[(_OTHER_NAME,)]
+            raise invalid(f"line {line}: '{_OTHER_NAME}' is another name of 'rules': write all under one of them")
+        value["rules"] = value.pop(_OTHER_NAME)
     try:
-        return Policy.model_validate(value, strict=False)
+        return Policy.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, tree) from error
+        raise _explain(error, tree, word) from error
 
 
 class _Tree:
@@ -165,10 +121,12 @@ class _Tree:
         return found
 
 
-def _explain(error: ValidationError, tree: _Tree) -> LookonceError:
+def _explain(error: ValidationError, tree: _Tree, word: str) -> LookonceError:
     problems: list[Any] = error.errors(include_url=False, include_input=False)
     problem = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
     location: tuple[int | str, ...] = problem["loc"]
+    if location[:1] == ("rules",):
+        location = (word, *location[1:])
     known = location
     while known and known not in tree.lines:
         known = known[:-1]
