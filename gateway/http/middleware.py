@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 import secrets
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import structlog
@@ -34,6 +35,18 @@ class BodyTooLarge(HTTPException):
 
     def __init__(self) -> None:
         super().__init__(413)
+
+
+def closing_at_the_end(stack: ExitStack, send: Send) -> Send:
+    """`send` that closes `stack` just before the answer's last bytes go out: who has read them all may count on a free
+    place and a written log line."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            stack.close()
+        await send(message)
+
+    return sending
 
 
 class RequestScope:
@@ -64,14 +77,15 @@ class RequestScope:
                 answered[tracing.HEADER] = trace.header
             await send(message)
 
-        try:
-            await self.app(scope, receive, send_with_id)
-        except Exception:
-            log.exception("request failed", request_id=request_id)
-            if status == 0:
-                await internal_error()(scope, receive, send_with_id)
-        finally:
-            self._account(scope, status, time.perf_counter() - started)
+        with ExitStack() as stack:
+            stack.callback(lambda: self._account(scope, status, time.perf_counter() - started))
+            answer = closing_at_the_end(stack, send_with_id)
+            try:
+                await self.app(scope, receive, answer)
+            except Exception:
+                log.exception("request failed", request_id=request_id)
+                if status == 0:
+                    await internal_error()(scope, receive, answer)
 
     def _account(self, scope: Scope, status: int, seconds: float) -> None:
         route = route_of(scope)
@@ -108,10 +122,16 @@ class Limits:
             error = LookonceError(ErrorKind.OVERLOADED, "the server is busy: try again", retry_after=1.0)
             await error_response(error)(scope, receive, send)
             return
+        with ExitStack() as stack:
+            stack.enter_context(self._place())
+            await self.app(scope, self._counted(receive), closing_at_the_end(stack, send))
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         self.active += 1
         IN_FLIGHT.inc()
         try:
-            await self.app(scope, self._counted(receive), send)
+            yield
         finally:
             self.active -= 1
             IN_FLIGHT.dec()
@@ -150,7 +170,7 @@ class Authentication:
                     RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
                     await error_response(error)(scope, receive, send)
                     return
-                await self.app(scope, receive, send)
+                await self.app(scope, receive, closing_at_the_end(held, send))
             return
         await self.app(scope, receive, send)
 
