@@ -1,6 +1,7 @@
 """The window of a bidirectional stream: reads a request only when there is room, hands out answers as each finishes.
 
 An item leaves the window when the client has taken its answer, so a client that doesn't read is not read from either.
+Its id is free as soon as the answer is on its way.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class EncodeWindow(Generic[A]):
                 if self._reader is not None:
                     self._reader.result()  # raises what ended it early
                 continue
+            del self._under_way[outcome[0]]  # before the client has the answer, and may use its id again
             yield outcome
-            del self._under_way[outcome[0]]
             self._slots.release()
 
     async def _read(self) -> None:
