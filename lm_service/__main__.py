@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import structlog
 
 from lm_service.settings import LanguageSettings
@@ -17,14 +19,12 @@ def run(settings: LanguageSettings) -> int:
     """Load the model and serve; the process's exit status."""
     configure_logging("language", settings.log_level, settings.log_format)
     # Here and not above: --help and a mistyped flag answer before torch is imported.
-    import uvloop
-
     from lm_service.service import load_model, serve, start_metrics
 
     try:
         start_metrics(settings)
         model = load_model(settings)
-        uvloop.run(serve(settings, model))
+        asyncio.run(serve(settings, model))
     except LookonceError as error:
         log.error("cannot start", kind=error.kind.value, reason=error.message)
         return 1

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# The same cases every time, however slow the machine is; what was found on another day is not remembered.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("suite")
 
 SHARE_A_SYSTEM = ("gateway", "client", "cli", "lm", "vision", "browser", "stores", "engine", "training", "checkpoint")
 LONGEST_FIRST = ("system", "gateway", "cli", "client", "lm")

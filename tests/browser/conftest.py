@@ -18,7 +18,7 @@ from tests.browser.chromium import chromium, find_chromium
 from tests.pictures import photograph
 from tests.system.cluster import System
 
-PATIENCE = 30_000  # milliseconds an expectation may take on a busy machine
+PATIENCE = 120_000  # milliseconds an expectation may take on a busy machine
 WATCH = """
 window.violations = [];
 document.addEventListener("securitypolicyviolation", (event) => {

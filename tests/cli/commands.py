@@ -18,7 +18,7 @@ from lookonce.cli.app import app
 from lookonce.cli.rundir import RunningSystem, read_up_file
 from tests.processes import ROOT
 
-START_SECONDS = 120.0
+START_SECONDS = 180.0
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -27,7 +27,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def lookonce(
-    *arguments: str, stdin: str | None = None, seconds: float = 120, **env: str
+    *arguments: str, stdin: str | None = None, seconds: float = 240, **env: str
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "lookonce", *map(str, arguments)]
     given = {"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}
@@ -69,7 +69,7 @@ class Background:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait_exit(self, seconds: float = 90.0) -> int:
+    def wait_exit(self, seconds: float = START_SECONDS) -> int:
         return self.process.wait(seconds)
 
     def __enter__(self) -> Background:

@@ -1,4 +1,6 @@
-"""`python -m tests.cli.supervise DIRECTORY NAME:FLAGS...`: the product's Supervisor over small services."""
+"""`python -m tests.cli.supervise GRACE DIRECTORY NAME:FLAGS...`: the product's Supervisor over small services.
+
+GRACE: seconds; the supervisor adds three of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ import sys
 from pathlib import Path
 
 from lookonce.cli.health import HttpProbe
-from lookonce.cli.network import free_port
 from lookonce.cli.service import RestartPolicy, Service, ServiceFailed, ServicePlan
 from lookonce.cli.supervisor import Supervisor
+from tests.ports import free_port
 
 
 def service(directory: Path, text: str) -> Service:
@@ -29,9 +31,9 @@ def service(directory: Path, text: str) -> Service:
 
 
 async def main() -> int:
-    directory, *texts = sys.argv[1:]
+    grace, directory, *texts = sys.argv[1:]
     services = [service(Path(directory), text) for text in texts]
-    supervisor = Supervisor(services, grace=-2.0, on_ready=lambda: print("all ready", flush=True))
+    supervisor = Supervisor(services, grace=float(grace), on_ready=lambda: print("all ready", flush=True))
     try:
         return await supervisor.run()
     except ServiceFailed as error:

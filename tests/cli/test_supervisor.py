@@ -14,8 +14,8 @@ from lookonce.cli.service import RestartPolicy, describe_exit
 from tests.cli.commands import Background, gone, until
 
 
-def supervise(directory, *services: str) -> Background:
-    return Background(sys.executable, "-m", "tests.cli.supervise", str(directory), *services)
+def supervise(directory, *services: str, grace: float = 60) -> Background:
+    return Background(sys.executable, "-m", "tests.cli.supervise", str(grace), str(directory), *services)
 
 
 def pid_of(output: str, name: str) -> int:
@@ -40,7 +40,7 @@ def test_restarts_what_is_killed_and_its_children_go(tmp_path):
         output = system.wait_for("one: ready", times=2)
         assert "one: killed by SIGKILL; restarting in 0.05 s" in output
         assert output.count("two: starting") == 1
-        until(lambda: gone(left_behind), 10, lambda: "the grandchild outlived its parent")
+        until(lambda: gone(left_behind), 60, lambda: "the grandchild outlived its parent")
         system.signal(signal.SIGINT)
         assert system.wait_exit() == 0
 
@@ -72,7 +72,7 @@ def test_a_usage_error_is_not_tried_again(tmp_path):
 
 
 def test_kills_what_does_not_end_within_its_grace(tmp_path):
-    with supervise(tmp_path, "deaf:--ignore-term") as system:
+    with supervise(tmp_path, "deaf:--ignore-term", grace=-2) as system:
         output = system.wait_for("all ready")
         system.signal(signal.SIGTERM)
         assert system.wait_exit() == 0
@@ -97,13 +97,13 @@ def test_children_go_when_the_supervisor_is_killed(tmp_path):
         system.signal(signal.SIGKILL)
         system.wait_exit()
         for name in ("one", "two"):
-            until(lambda name=name: gone(pid_of(output, name)), 10, lambda name=name: f"{name} outlived it")
+            until(lambda name=name: gone(pid_of(output, name)), 60, lambda name=name: f"{name} outlived it")
 
 
 def test_output_is_kept_in_the_log_and_plain_lines_stay_there(tmp_path):
     with supervise(tmp_path, "one") as system:
         system.wait_for("all ready")
-        until(lambda: "a plain line" in (tmp_path / "one.log").read_text(), 10, lambda: "nothing logged")
+        until(lambda: "a plain line" in (tmp_path / "one.log").read_text(), 60, lambda: "nothing logged")
         assert "a plain line" not in system.output
         assert (tmp_path / "one.log").stat().st_mode & 0o777 == 0o600
 

@@ -117,7 +117,7 @@ async def test_forget(lab):
         assert await engine.forget([first.key], []) == 2  # the image's prefix and the answer kept behind it
         assert engine.describe().prefix_bytes == held // 2
         assert await engine.forget([first.key], []) == 0
-        stream = engine.generate(generation(prompt(SYSTEM, second, words(6, 2)), 50, logprobs=None))
+        stream = engine.generate(generation(prompt(SYSTEM, second, words(6, 2)), 240, logprobs=None))
         await anext(stream)
         assert await engine.forget([], [second.image_digest]) == 2
         assert engine.describe().prefix_bytes > 0

@@ -41,7 +41,7 @@ async def test_a_thousand_requests_on_16_slots(lab):
 
 async def test_a_full_queue_refuses_at_once(lab):
     async with lab.engine(max_running=1, max_waiting=2) as engine:
-        running = engine.generate(generation(prompt(words(5, 1)), 200, logprobs=None))
+        running = engine.generate(generation(prompt(words(5, 1)), 4000, logprobs=None))
         await anext(running)
         waiting = [asyncio.create_task(ask(engine, generation(prompt(words(5, 2)), 2))) for _ in range(2)]
         await asyncio.sleep(0)
@@ -55,13 +55,13 @@ async def test_a_full_queue_refuses_at_once(lab):
 
 async def test_leaving_frees_the_slot_within_a_step(lab):
     async with lab.engine(max_running=2) as engine:
-        stream = engine.generate(generation(prompt(SYSTEM, picture(1), words(5, 1)), 200, logprobs=None))
+        stream = engine.generate(generation(prompt(SYSTEM, picture(1), words(5, 1)), 4000, logprobs=None))
         await anext(stream)
         await stream.aclose()
         await drained(engine)
         state = engine.describe()
         assert state.running == 0 and state.extra["kv_slots"] == 0
-        assert state.generated_tokens < 200
+        assert state.generated_tokens < 4000
 
 
 async def test_a_client_with_many_questions_does_not_hold_up_another(lab):
@@ -72,16 +72,21 @@ async def test_a_client_with_many_questions_does_not_hold_up_another(lab):
             await ask(engine, generation(prompt(words(6, i)), 3, client=client))
             ended.append(client)
 
-        many = [asyncio.create_task(one("many", i)) for i in range(40)]
+        before = [engine.generate(generation(prompt(words(5, i)), 4000, logprobs=None)) for i in range(2)]
+        for stream in before:
+            await anext(stream)  # both places are taken, so that all the others wait
+        waiting = [asyncio.create_task(one("many", i)) for i in range(40)]
+        waiting.append(asyncio.create_task(one("single", 99)))
         await asyncio.sleep(0)
-        await one("single", 99)
+        for stream in before:
+            await stream.aclose()
+        await asyncio.gather(*waiting)
         assert ended.index("single") < 10
-        await asyncio.gather(*many)
 
 
 async def test_deadlines(lab):
     async with lab.engine(max_running=1) as engine:
-        stream = engine.generate(generation(prompt(words(5, 1)), 240, logprobs=None))
+        stream = engine.generate(generation(prompt(words(5, 1)), 4000, logprobs=None))
         await anext(stream)
         for deadline in (time.monotonic() - 1, time.monotonic() + 0.01):
             with pytest.raises(LookonceError) as late:
@@ -128,7 +133,7 @@ async def test_an_images_kv_is_held_once(lab):
     image = picture(1, 9, 11)
     async with lab.engine(keep_answers=False) as engine:
         streams = [
-            engine.generate(generation(prompt(SYSTEM, image, words(5, i)), 40, logprobs=None)) for i in range(32)
+            engine.generate(generation(prompt(SYSTEM, image, words(5, i)), 200, logprobs=None)) for i in range(32)
         ]
         await asyncio.gather(*(anext(stream) for stream in streams))
         state = engine.describe()

@@ -60,7 +60,7 @@ def server() -> Iterator[PictureServer]:
 
 def local_policy(*servers: LoopbackServer, **fields: Any) -> FetchPolicy:
     """Loopback allowed, and the ports of these servers."""
-    limits = {"timeout": 20.0, "connect_timeout": 10.0, "read_timeout": 10.0, "networks": LOOPBACK}
+    limits = {"timeout": 120.0, "connect_timeout": 60.0, "read_timeout": 60.0, "networks": LOOPBACK}
     return FetchPolicy(**limits | {"ports": frozenset(server.port for server in servers)} | fields)
 
 

@@ -76,7 +76,7 @@ class LoopbackServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            connection.settimeout(20)
+            connection.settimeout(120)
             self.handle(connection)
         self._open.discard(connection)
 
@@ -91,12 +91,12 @@ class LoopbackServer:
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
         self.stop()
-        self._accepting.join(5)
+        self._accepting.join(60)
         for connection in list(self._open):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(5)
+            thread.join(60)
 
 
 class Canary(LoopbackServer):

@@ -34,11 +34,11 @@ class Services:
 
     def describe_vision(self) -> vision_pb2.VisionDescription:
         with grpc.insecure_channel(self.vision.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            return vision_pb2_grpc.VisionEncoderStub(channel).Describe(common_pb2.DescribeRequest(), timeout=5)
+            return vision_pb2_grpc.VisionEncoderStub(channel).Describe(common_pb2.DescribeRequest(), timeout=60)
 
     def describe_language(self) -> language_pb2.LanguageDescription:
         with grpc.insecure_channel(self.language.address, options=[("grpc.enable_http_proxy", 0)]) as channel:
-            return language_pb2_grpc.LanguageModelStub(channel).Describe(common_pb2.DescribeRequest(), timeout=5)
+            return language_pb2_grpc.LanguageModelStub(channel).Describe(common_pb2.DescribeRequest(), timeout=60)
 
     def arguments(self) -> list[str]:
         return ["--vision", self.vision.address, "--lm", self.language.address]
@@ -74,7 +74,7 @@ def http(gateway: GatewayProcess) -> Iterator[httpx2.Client]:
 
 @pytest.fixture
 def client(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
         yield client
 
 
@@ -88,7 +88,7 @@ def picture() -> Callable[..., bytes]:
     def make(width: int = 84, height: int = 56) -> bytes:
         number = next(_serial)
         image = Image.new("RGB", (width, height), (number * 37 % 256, number * 91 % 256, number % 256))
-        image.putpixel((number % width, number // width), (255, 255, 255))
+        image.putpixel((number % width, number // width % height), (255, 255, 255))
         buffer = io.BytesIO()
         image.save(buffer, "PNG")
         return buffer.getvalue()

@@ -16,6 +16,8 @@ from typing import Any
 
 import httpx2
 
+from tests.processes import START_SECONDS
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "tiny-vl"
 
@@ -39,10 +41,11 @@ class GatewayProcess:
 
     def lines(self, event: str) -> list[dict[str, Any]]:
         """Log lines of one kind."""
-        parsed = [json.loads(line) for line in self.log.splitlines() if line.startswith("{") and line.endswith("}")]
+        whole, _, _ = self.log.rpartition("\n")  # the last line may be half written
+        parsed = [json.loads(line) for line in whole.splitlines() if line.startswith("{") and line.endswith("}")]
         return [line for line in parsed if line.get("event") == event]
 
-    def line(self, event: str, seconds: float = 30.0, **fields: Any) -> dict[str, Any]:
+    def line(self, event: str, seconds: float = START_SECONDS, **fields: Any) -> dict[str, Any]:
         """The newest log line of one kind with these fields; waits, as it is written after the answer."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -52,7 +55,7 @@ class GatewayProcess:
             time.sleep(0.02)
         raise AssertionError(f"no {event} line with {fields}:\n{self.log}")
 
-    def wait_listening(self, seconds: float = 30.0) -> GatewayProcess:
+    def wait_listening(self, seconds: float = START_SECONDS) -> GatewayProcess:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -64,13 +67,13 @@ class GatewayProcess:
             time.sleep(0.05)
         raise AssertionError(f"the gateway does not listen:\n{self.log}")
 
-    def terminate(self, seconds: float = 30.0) -> int:
+    def terminate(self, seconds: float = START_SECONDS) -> int:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(seconds)
 
     def client(self, key: str | None = None, **options: Any) -> httpx2.Client:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        return httpx2.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False, **options)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=180, trust_env=False, **options)
 
     def __enter__(self) -> GatewayProcess:
         try:
@@ -93,6 +96,6 @@ class GatewayProcess:
 
 def _alive(url: str) -> bool:
     try:
-        return httpx2.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
+        return httpx2.get(f"{url}/healthz", timeout=10, trust_env=False).status_code == 200
     except httpx2.TransportError:
         return False

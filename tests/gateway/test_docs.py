@@ -28,7 +28,7 @@ def blocks(language: str) -> str:
 
 
 def test_curl_commands_run(place: dict) -> None:
-    done = subprocess.run(["bash", "-e", "-c", blocks("sh")], **place, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-e", "-c", blocks("sh")], **place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for sign in ('"aliases":["front-door","door"]', '"choices":{"yes":', "data: [DONE]", '"complete":true', "# HELP"):
         assert sign in done.stdout, sign

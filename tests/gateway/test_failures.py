@@ -16,6 +16,7 @@ from gateway.images import parse_id
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc, vision_pb2_grpc
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
+from tests.processes import START_SECONDS
 
 Picture = Callable[..., bytes]
 LONG = {
@@ -45,7 +46,7 @@ def ask(http: httpx2.Client, identifier: str, text: str = "What?") -> httpx2.Res
     return http.post(f"/v1/images/{identifier}/questions", json={"questions": [text], "max_tokens": 2})
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = START_SECONDS) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -63,7 +64,7 @@ def lose_everything(services: Services, identifier: str) -> None:
         (services.language.address, language_pb2_grpc.LanguageModelStub),
     ):
         with grpc.insecure_channel(address, options=options) as channel:
-            assert stub(channel).Forget(request, timeout=10).complete
+            assert stub(channel).Forget(request, timeout=60).complete
 
 
 def test_a_lost_embedding_is_made_again_in_silence(http: httpx2.Client, services: Services, picture: Picture) -> None:
@@ -101,11 +102,11 @@ def test_a_client_that_goes_away_frees_its_slot(gateway: GatewayProcess, service
             with http.stream("POST", "/v1/chat/completions", json=LONG) as response:
                 lines = response.iter_lines()
                 assert next(lines)
-                assert services.describe_language().running == 1
+                assert eventually(lambda: services.describe_language().running == 1)
         else:
             with pytest.raises(httpx2.ReadTimeout):
-                http.post("/v1/chat/completions", json=LONG | {"stream": False}, timeout=0.5)
-    assert eventually(lambda: services.describe_language().running == 0, 5)
+                http.post("/v1/chat/completions", json=LONG | {"stream": False}, timeout=httpx2.Timeout(60, read=0.5))
+    assert eventually(lambda: services.describe_language().running == 0)
 
 
 def test_without_a_vision_service_known_images_answer_and_new_ones_wait(
@@ -124,6 +125,7 @@ def test_without_a_vision_service_known_images_answer_and_new_ones_wait(
     services.vision.restart()
     assert eventually(lambda: http.delete(f"/v1/images/{identifier}").json().get("complete", True))
     assert http.delete(f"/v1/images/{identifier}").status_code == 404
+    assert eventually(lambda: http.get("/readyz").json()["status"] == "ready")
     assert upload(http, picture())
 
 
@@ -142,6 +144,6 @@ def test_a_language_service_that_dies_ends_the_stream_with_an_error_event(
         assert refused.status_code == 503 and "retry-after" in refused.headers
         assert http.get("/readyz").status_code == 503
         services.language.restart()
+        assert eventually(lambda: http.get("/readyz").status_code == 200)
         body = LONG | {"stream": False, "max_tokens": 2}
         assert http.post("/v1/chat/completions", json=body).status_code == 200
-        assert http.get("/readyz").status_code == 200

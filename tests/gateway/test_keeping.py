@@ -88,14 +88,14 @@ def test_lifetimes_and_pins_are_set_on_upload_and_afterwards(red: httpx2.Client,
     data = picture()
     image = upload(red, data, ttl="3600")
     path = f"/v1/images/{image['id']}"
-    assert 3590 <= image["expires_at"] - image["created_at"] <= 3610 and image["pinned"] is False
-    assert 3590 <= upload(red, data)["expires_at"] - time.time() <= 3610  # the image's own, again
+    assert 3500 <= image["expires_at"] - image["created_at"] <= 3700 and image["pinned"] is False
+    assert 3500 <= upload(red, data)["expires_at"] - time.time() <= 3700  # the image's own, again
     pinned = red.patch(path, json={"pinned": True}).json()
     assert pinned["pinned"] is True and pinned["expires_at"] is None
     assert upload(red, data)["expires_at"] is None
     assert red.get(path).json() == pinned
     timed = red.patch(path, json={"ttl": 7200}).json()
-    assert timed["pinned"] is False and 7190 <= timed["expires_at"] - time.time() <= 7210
+    assert timed["pinned"] is False and 7100 <= timed["expires_at"] - time.time() <= 7300
     assert red.patch(path, json={"pinned": True, "ttl": 60}).json()["error"]["param"] == "ttl"
     assert red.patch(path, json={"ttl": 11 * 86400}).json()["error"]["message"] == (
         "'ttl' is 950400 seconds, the limit is 864000"
@@ -104,7 +104,7 @@ def test_lifetimes_and_pins_are_set_on_upload_and_afterwards(red: httpx2.Client,
 
 def test_an_image_is_gone_when_its_time_is_up(red: httpx2.Client, picture: Picture) -> None:
     short, long = upload(red, picture(), ttl="1"), upload(red, picture())
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while red.get(f"/v1/images/{short['id']}").status_code == 200:
         assert time.monotonic() < deadline
         time.sleep(0.1)

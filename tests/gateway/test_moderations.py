@@ -161,6 +161,6 @@ def test_a_bad_policy_ends_the_start(services: Services, tmp_path: Path) -> None
     path = tmp_path / "policy.yaml"
     path.write_text("categories:\n- id: a\n")
     command = [sys.executable, "-m", "gateway", "--port", "0", *services.arguments(), "--policy", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 1
     assert f"gateway: the policy file {path}, line 2: 'categories.0.question' is required" in done.stderr

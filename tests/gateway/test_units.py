@@ -91,7 +91,9 @@ def test_a_bad_start_is_one_line_and_status_1_or_2() -> None:
         (["--host", "0.0.0.0"], "LOOKONCE_GATEWAY_API_KEYS"),
         (["--store", "nowhere://x"], "store"),
     ):
-        done = subprocess.run([sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, timeout=180
+        )
         assert done.returncode in (1, 2) and "Traceback" not in done.stderr
         assert words in " ".join(done.stderr.replace("│", " ").split()), done.stderr
 

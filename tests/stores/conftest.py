@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.valkey import TlsFront, ValkeyServer, one_node_cluster
+from tests.valkey import PATIENT, TlsFront, ValkeyServer, one_node_cluster
 
 KINDS = ["memory", "embedded", "redis", "tls", "cluster", "tiered-redis", "tiered-embedded"]
 
@@ -46,8 +46,9 @@ def store_url(request, tmp_path) -> str:
     if kind.endswith("embedded"):
         return ("memory:// " if kind.startswith("tiered") else "") + f"file://{tmp_path}/store?max_bytes=64MiB"
     if kind == "cluster":
-        return request.getfixturevalue("valkey_cluster").url.replace("redis://", "redis+cluster://")
+        return request.getfixturevalue("valkey_cluster").url.replace("redis://", "redis+cluster://") + "?" + PATIENT
     if kind == "tls":
         front = request.getfixturevalue("tls_front")
-        return f"rediss://127.0.0.1:{front.port}?ssl_ca_certs={front.certificate}"
-    return ("memory:// " if kind.startswith("tiered") else "") + request.getfixturevalue("valkey").url
+        return f"rediss://127.0.0.1:{front.port}?ssl_ca_certs={front.certificate}&{PATIENT}"
+    near = "memory:// " if kind.startswith("tiered") else ""
+    return f"{near}{request.getfixturevalue('valkey').url}?{PATIENT}"

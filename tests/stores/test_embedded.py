@@ -234,17 +234,18 @@ async def test_a_stopped_holder_of_the_write_lock_costs_a_bounded_time(tmp_path)
     script = (
         "import sys, time\nfrom pathlib import Path\nfrom lookonce.stores.lmdb_file import open_lmdb\n"
         "file = open_lmdb(Path(sys.argv[1]), 0)\n"
-        "with file.env.begin(write=True):\n print('held', flush=True)\n time.sleep(60)"
+        "with file.env.begin(write=True):\n print('held', flush=True)\n time.sleep(600)"
     )
-    store = EmbeddedStore(tmp_path, MIB, operation_timeout=0.3)
+    store, hasty = EmbeddedStore(tmp_path, MIB), EmbeddedStore(tmp_path, MIB, operation_timeout=0.3)
     await store.put(b"key", b"value")
     with _process(script, tmp_path) as holder:
         assert holder.stdout.readline() == b"held\n"
         with pytest.raises(StoreFailure):
-            await store.put(b"other", b"value")
+            await hasty.put(b"other", b"value")
         assert await store.get(b"key") == b"value", "reads go on"
         holder.kill()  # the lock is robust: it passes to the next writer
     assert await store.put(b"third", b"value")
+    await hasty.close()
     await store.close()
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from lookonce.stores import StoreFailure, open_store
 from lookonce.stores.breaker import CircuitBreaker
 from lookonce.stores.memory import MemoryStore
-from tests.valkey import ValkeyServer, free_port
+from tests.ports import free_port
+from tests.valkey import PATIENT, ValkeyServer
 
 QUICK = "connect_timeout=200ms&socket_timeout=200ms&operation_timeout=500ms"
+"""For servers that don't answer. One that does may still be slower now and then, on a busy machine."""
 
 
-async def until(condition, seconds: float = 20.0) -> None:
+async def until(condition, seconds: float = 60.0) -> None:
     """Wait until `condition()` (a coroutine) is true."""
     give_up = time.monotonic() + seconds
     while not await condition():
@@ -42,7 +45,7 @@ async def test_a_server_that_was_never_there():
 
 
 async def test_killed_and_restarted(own_valkey):
-    store = open_store(own_valkey.url + "?" + QUICK)
+    store = open_store(f"{own_valkey.url}?{PATIENT}")
     assert await store.put(b"key", b"value")
     own_valkey.kill()
     await use_all(store)
@@ -58,7 +61,7 @@ async def test_killed_and_restarted(own_valkey):
 
 
 async def test_a_restart_between_two_requests_goes_unnoticed(own_valkey):
-    store = open_store(own_valkey.url)
+    store = open_store(f"{own_valkey.url}?{PATIENT}")
     await asyncio.gather(*(store.put(bytes([n]), b"value") for n in range(8)))
     own_valkey.restart()
     assert await asyncio.gather(*(store.put(bytes([n]), b"value") for n in range(8))) == [True] * 8
@@ -68,7 +71,11 @@ async def test_a_restart_between_two_requests_goes_unnoticed(own_valkey):
 
 async def test_stopped_and_resumed(own_valkey):
     store = open_store(own_valkey.url + "?" + QUICK)
-    assert await store.put(b"key", b"value")
+
+    async def put():
+        return await store.put(b"key", b"value")
+
+    await until(put)
     own_valkey.stop()
     await use_all(store)
     assert store.stats()[0].degraded
@@ -96,7 +103,7 @@ async def test_an_open_circuit_does_not_touch_the_server(own_valkey):
 
 async def test_full_without_eviction():
     with ValkeyServer(maxmemory="8mb", maxmemory_policy="noeviction") as server:
-        store = open_store(server.url)
+        store = open_store(f"{server.url}?{PATIENT}")
         kept = [await store.put(bytes([n]), bytes(2_000_000)) for n in range(6)]
         assert kept[0] is True
         assert kept[-1] is False
@@ -106,15 +113,16 @@ async def test_full_without_eviction():
 
 async def test_full_with_eviction():
     with ValkeyServer(maxmemory="16mb", maxmemory_policy="allkeys-lru") as server:
-        store = open_store(server.url)
+        store = open_store(f"{server.url}?{PATIENT}")
         assert all([await store.put(bytes([n]), bytes(2_000_000)) for n in range(20)])
-        assert await store.get(bytes([19])) is not None
-        assert await store.get(bytes([0])) is None
+        kept = [await store.contains(bytes([n])) for n in range(20)]
+        assert kept[-1]
+        assert 1 < sum(kept) < 9, "which ones is the server's choice"
         await store.close()
 
 
 async def test_a_value_over_the_limit_is_refused(valkey):
-    store = open_store(valkey.url + "?max_value_bytes=1KiB")
+    store = open_store(f"{valkey.url}?max_value_bytes=1KiB&{PATIENT}")
     assert not await store.put(b"large", bytes(1025))
     assert await store.put(b"fits", bytes(1024))
     assert (store.stats()[0].refused, store.stats()[0].errors) == (1, 0)
@@ -129,7 +137,7 @@ async def test_acl_user_limited_to_our_keys():
                 "+get", "+set", "+exists", "+unlink", "+del", "+eval", "+client|setinfo", "+ping", "+select",
             )  # fmt: skip
             admin.execute_command("ACL", "SETUSER", "default", "off")
-        store = open_store(f"redis://lookonce:p%40ss%2Fword@127.0.0.1:{server.port}/0")
+        store = open_store(f"redis://lookonce:p%40ss%2Fword@127.0.0.1:{server.port}/0?{PATIENT}")
         assert await store.put(b"key", b"value")
         assert await store.get(b"key") == b"value"
         assert await store.acquire(b"lease", b"a", 5)
@@ -155,7 +163,7 @@ async def test_sentinel(tmp_path):
         port = free_port()
         config.write_text(f"port {port}\nbind 127.0.0.1\nsentinel monitor images 127.0.0.1 {master.port} 1\n")
         with ValkeyServer(config_file=config) as watcher:
-            store = open_store(f"redis+sentinel://127.0.0.1:{watcher.port}/images?ttl=1h")
+            store = open_store(f"redis+sentinel://127.0.0.1:{watcher.port}/images?ttl=1h&{PATIENT}")
             assert await store.put(b"key", b"value")
             assert await store.get(b"key") == b"value"
             with master.client() as client:
@@ -179,7 +187,9 @@ class Moody(MemoryStore):
         return (await self.get(b"ping")) is None
 
 
-async def test_breaker_opens_after_failures_in_a_row_and_probes_in_the_background():
+async def test_breaker_opens_after_failures_in_a_row_and_probes_in_the_background(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("lookonce.stores.breaker.time", SimpleNamespace(monotonic=lambda: now[0]))
     driver = Moody(1000)
     breaker = CircuitBreaker(driver, threshold=3, first_backoff=0.05, max_backoff=0.1)
     for failing in (True, True, False, True, True):
@@ -192,7 +202,7 @@ async def test_breaker_opens_after_failures_in_a_row_and_probes_in_the_backgroun
     for _ in range(10):
         assert await breaker.get(b"key") is None
     assert driver.calls == calls
-    await asyncio.sleep(0.06)
+    now[0] += 0.06
     await breaker.get(b"key")
     await asyncio.sleep(0)
     assert driver.calls == calls + 1, "one probe"
@@ -200,6 +210,7 @@ async def test_breaker_opens_after_failures_in_a_row_and_probes_in_the_backgroun
     driver.failing = False
 
     async def closed():
+        now[0] += 0.06
         await breaker.get(b"key")
         return not breaker.is_open
 
@@ -221,8 +232,12 @@ async def test_breaker_still_tries_to_delete():
 async def test_closing_closes_every_connection(times):
     with ValkeyServer() as server:
         for _ in range(times):
-            store = open_store(server.url)
+            store = open_store(f"{server.url}?{PATIENT}")
             await asyncio.gather(*(store.put(bytes([n]), b"x") for n in range(10)))
             await store.close()
         with server.client() as client:
-            assert len(client.client_list()) == 1
+
+            async def all_closed():  # the server notices a moment later
+                return len(client.client_list()) == 1
+
+            await until(all_closed)

@@ -18,8 +18,8 @@ import httpx2
 from PIL import Image
 
 from protos.lookonce.v1 import common_pb2, vision_pb2_grpc
-from tests.processes import ROOT, ServiceProcess
-from tests.valkey import free_port
+from tests.ports import free_port
+from tests.processes import ROOT, START_SECONDS, ServiceProcess
 
 
 class GatewayProcess:
@@ -42,13 +42,13 @@ class GatewayProcess:
     def log(self) -> str:
         return Path(self._log.name).read_text(errors="replace")
 
-    def wait_ready(self, seconds: float = 60.0) -> GatewayProcess:
+    def wait_ready(self, seconds: float = START_SECONDS) -> GatewayProcess:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 break
             try:
-                if httpx2.get(f"{self.url}/readyz", timeout=2).status_code == 200:
+                if httpx2.get(f"{self.url}/readyz", timeout=10).status_code == 200:
                     return self
             except httpx2.TransportError:
                 pass
@@ -129,6 +129,13 @@ class System:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
+    def wait_whole(self, seconds: float = START_SECONDS) -> None:
+        """Return once the gateway sees every service serving; it notices a restarted one within seconds."""
+        deadline = time.monotonic() + seconds
+        while (state := self.http.get("/readyz").json())["status"] != "ready":
+            assert time.monotonic() < deadline, state
+            time.sleep(0.1)
+
     def encodes(self) -> int:
         """Forwards of an image, over the vision services, since each started."""
         return sum(self.describe(vision).encodes for vision in self.visions)
@@ -137,7 +144,7 @@ class System:
     def describe(vision: ServiceProcess) -> Any:
         """Describe of one vision service."""
         with grpc.insecure_channel(vision.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
-            return vision_pb2_grpc.VisionEncoderStub(channel).Describe(common_pb2.DescribeRequest(), timeout=10)
+            return vision_pb2_grpc.VisionEncoderStub(channel).Describe(common_pb2.DescribeRequest(), timeout=60)
 
     def close(self) -> None:
         self._stack.close()

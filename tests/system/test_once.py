@@ -10,7 +10,7 @@ import pytest
 from lookonce.checkpoint.random import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
-from tests.valkey import ValkeyServer
+from tests.valkey import PATIENT, ValkeyServer
 
 pytestmark = pytest.mark.xdist_group("system")
 
@@ -67,7 +67,12 @@ def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once
     with (
         ValkeyServer() as valkey,
         System(
-            model, tmp_path, visions=2, gateways=2, store=valkey.url, gateway_args=("--max-concurrency", "200")
+            model,
+            tmp_path,
+            visions=2,
+            gateways=2,
+            store=f"{valkey.url}?{PATIENT}",
+            gateway_args=("--max-concurrency", "200"),
         ) as system,
     ):
         for n, size in enumerate([(400, 300), (333, 222), (57, 1000)]):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import socket
+import threading
+from collections.abc import Iterator
 from contextlib import asynccontextmanager
 
 import numpy as np
@@ -14,6 +15,7 @@ from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.rpc.client import VisionClient
 from tests.processes import ServiceProcess
 from vision_service.__main__ import running
+from vision_service.images import Decoder
 from vision_service.settings import VisionSettings
 
 
@@ -52,10 +54,18 @@ async def client(service):
 
 
 @pytest.fixture
-def unused_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def decoding(monkeypatch) -> Iterator[threading.Event]:
+    """Services in this process decode only while it is set, as it is at first."""
+    allowed, decode = threading.Event(), Decoder.decode
+
+    def wait_and_decode(self, data):
+        allowed.wait()
+        return decode(self, data)
+
+    monkeypatch.setattr(Decoder, "decode", wait_and_decode)
+    allowed.set()
+    yield allowed
+    allowed.set()
 
 
 @asynccontextmanager

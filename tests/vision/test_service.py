@@ -10,6 +10,8 @@ import urllib.request
 import grpc
 import pytest
 import torch
+from prometheus_client import REGISTRY
+from prometheus_client.parser import text_string_to_metric_families
 
 from lookonce.checkpoint import Half, open_checkpoint
 from lookonce.checkpoint.random import make_random_checkpoint
@@ -20,6 +22,7 @@ from lookonce.rpc.client import VisionClient
 from lookonce.tensors import tensor_of
 from protos.lookonce.v1 import vision_pb2
 from tests.pictures import odd_files
+from tests.ports import free_port
 from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
@@ -212,27 +215,50 @@ async def test_an_embedded_store_outlives_a_killed_process(checkpoint_path, tmp_
         assert (await client.encode(request(small()))).outcome == "hit"
 
 
-async def test_overload_is_told_at_once_and_hits_still_answer(checkpoint_path, noise):
+async def until(condition):
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  # any condition
+            await asyncio.sleep(0.01)
+
+
+def under_way():
+    """Images in the works of the services in this process."""
+    return REGISTRY.get_sample_value("lookonce_vision_images_under_way")
+
+
+async def test_overload_is_told_at_once_and_hits_still_answer(checkpoint_path, decoding):
     async with in_process(checkpoint_path, max_waiting=1, decode_workers=1) as client:
         known = small()
         await client.encode(request(known))
-        images = [encoded(noise(500, 500, seed=seed), "BMP") for seed in range(6)]
-        running = [asyncio.ensure_future(client.encode(request(image))) for image in images]
+        decoding.clear()
+        running = [asyncio.ensure_future(client.encode(request(small((number, 0, 0))))) for number in range(6)]
+        await until(lambda: sum(task.done() for task in running) == 5)
         assert (await client.encode(request(known))).outcome == "hit"
+        decoding.set()
         results = await asyncio.gather(*running, return_exceptions=True)
     refused = [result for result in results if isinstance(result, LookonceError)]
-    assert 1 <= len(refused) <= 5
+    assert len(refused) == 5
     assert {error.kind for error in refused} == {ErrorKind.OVERLOADED}
     assert all(error.retry_after >= 1 for error in refused)
 
 
-async def test_sigterm_lets_accepted_work_end(checkpoint_path, noise):
-    with ServiceProcess("vision_service", "--model", str(checkpoint_path)) as service:
+def metrics_at(listen):
+    """Name and value of each sample."""
+    with urllib.request.urlopen(f"http://{listen}/metrics", timeout=60) as reply:
+        families = text_string_to_metric_families(reply.read().decode())
+    return {sample.name: sample.value for family in families for sample in family.samples}
+
+
+async def test_sigterm_lets_accepted_work_end(checkpoint_path):
+    listen = f"127.0.0.1:{free_port()}"
+    with ServiceProcess("vision_service", "--model", str(checkpoint_path), "--metrics-listen", listen) as service:
         client = VisionClient(service.address)
-        images = [encoded(noise(500, 500, seed=seed), "BMP") for seed in range(3)]
+        images = [small((number, 0, 0), size=(700, 700)) for number in range(3)]
         running = [asyncio.ensure_future(client.encode(request(image))) for image in images]
-        while not (await client.describe()).encodes:  # noqa: ASYNC110  # all have arrived by the time one is done
-            await asyncio.sleep(0.01)
+        arrived = 0
+        while arrived < 3:
+            told = await asyncio.to_thread(metrics_at, listen)
+            arrived = told["lookonce_vision_images_under_way"] + told["lookonce_vision_encodes_total"]
         service.process.terminate()
         results = await asyncio.gather(*running)
         assert [result.outcome for result in results] == ["miss"] * 3
@@ -241,27 +267,31 @@ async def test_sigterm_lets_accepted_work_end(checkpoint_path, noise):
         await client.close()
 
 
-async def test_a_client_that_goes_away_stops_its_work(checkpoint_path, noise):
+async def test_a_client_that_goes_away_stops_its_work(checkpoint_path, decoding):
     async with in_process(checkpoint_path, decode_workers=1) as client:
-        images = [encoded(noise(500, 500, seed=seed), "BMP") for seed in range(8)]
-        running = [asyncio.ensure_future(client.encode(request(image))) for image in images]
-        await asyncio.sleep(0.05)
+        decoding.clear()
+        running = [asyncio.ensure_future(client.encode(request(small((number, 0, 0))))) for number in range(8)]
+        await until(lambda: under_way() == 8)
         for task in running:
             task.cancel()
+        await until(lambda: under_way() == 0)
         await asyncio.gather(*running, return_exceptions=True)
+        decoding.set()
         assert (await client.encode(request(small()))).outcome == "miss"
-        assert (await client.describe()).encodes < 8
+        assert (await client.describe()).encodes == 1
 
 
-async def test_metrics_over_http(checkpoint_path, unused_port):
-    listen = f"127.0.0.1:{unused_port}"
+async def test_metrics_over_http(checkpoint_path):
+    listen = f"127.0.0.1:{free_port()}"
     with ServiceProcess("vision_service", "--model", str(checkpoint_path), "--metrics-listen", listen) as service:
         client = VisionClient(service.address)
         for _ in range(2):
             await client.encode(request(small()))
         await refusal(client.encode(request(b"x")))
         await client.close()
-        text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{listen}/metrics").read().decode())
+        text = await asyncio.to_thread(
+            lambda: urllib.request.urlopen(f"http://{listen}/metrics", timeout=60).read().decode()
+        )
     for line in ("encodes_total 1.0", "hits_total 1.0", "batch_patches_count 1.0"):
         assert f"lookonce_vision_{line}" in text
     assert 'lookonce_vision_errors_total{kind="image_invalid"} 1.0' in text
@@ -286,7 +316,7 @@ async def test_what_keeps_it_from_starting_is_told(checkpoint_path, fields, text
 def start_failure(*args, listen=None, env=None):
     process = ServiceProcess("vision_service", *args, listen=listen, env=env)
     try:
-        return process.wait_exit(60), process.log
+        return process.wait_exit(), process.log
     finally:
         process.close()
 
