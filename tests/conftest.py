@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 # The same cases every time, however slow the machine is; what was found on another day is not remembered.
 settings.register_profile(
@@ -11,20 +15,53 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-SHARE_A_SYSTEM = ("gateway", "client", "cli", "lm", "vision", "browser", "stores", "engine", "training", "checkpoint")
-LONGEST_FIRST = ("system", "gateway", "cli", "client", "lm")
+SHARED = ("gateway", "client", "cli")
+"""Folders whose tests share one system. In other folders the tests of a module stay together."""
+APART = ("cli/test_up.py",)
+ONE_BY_ONE = ("", "fetching")
+LONGEST_FIRST = ("gateway", "system/test_faults.py", "cli/test_up.py", "system", "client", "cli", "lm")
+
+
+def group_of(nodeid: str) -> str:
+    """The tests of a group run in one worker, in the order they stand in."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    folder = path.rpartition("/")[0]
+    if folder in ONE_BY_ONE:
+        return nodeid
+    return folder if folder in SHARED and path not in APART else path
+
+
+class Groups(LoadScopeScheduling):
+    """Gives whole groups to workers. (The mark xdist_group has no effect since pytest 9.2.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Groups:
+    config.option.loadscopereorder = False  # leave them in the order of `pytest_collection_modifyitems`
+    return Groups(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group by module, or by folder where its tests share one system; then start the longest groups first."""
-    for item in items:
-        folder, module = item.path.parent.name, item.path.stem
-        if item.get_closest_marker("xdist_group") is None and folder in SHARE_A_SYSTEM:
-            group = folder if folder in ("gateway", "client", "cli") else f"{folder}/{module}"
-            item.add_marker(pytest.mark.xdist_group(group))
+    """The longest groups first."""
 
     def place(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        group = group_of(item.nodeid)
+        return next((at for at, name in enumerate(LONGEST_FIRST) if group.startswith(name)), len(LONGEST_FIRST))
 
     items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Fail when a group is spread over workers: each would start the group's system anew."""
+    worker, group = os.environ.get("PYTEST_XDIST_WORKER"), group_of(request.node.nodeid)
+    if worker is not None and group != request.node.nodeid:
+        mark: Path = tmp_path_factory.getbasetemp().parent / group.replace("/", "-")
+        try:
+            with mark.open("x") as file:
+                file.write(worker)
+        except FileExistsError:
+            assert mark.read_text() == worker, f"{group} runs in two workers"

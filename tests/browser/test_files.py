@@ -10,9 +10,6 @@ from gateway.http.playground import PAGES, make_router
 from lookonce.errors import LookonceError
 from tests.gateway.processes import GatewayProcess
 
-pytestmark = pytest.mark.xdist_group("browser")
-
-
 NOWHERE = ("--vision", "127.0.0.1:1", "--lm", "127.0.0.1:1")
 
 

@@ -12,7 +12,7 @@ from playwright.sync_api import Locator, Page, expect
 
 from tests.system.cluster import GatewayProcess, System, image_part, text_part
 
-pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+pytestmark = pytest.mark.browser
 KEY = "a-key-of-tests-0123456789"
 GROWTH = """() => {
   window.lengths = [];

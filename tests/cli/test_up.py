@@ -19,8 +19,6 @@ from tests.cli.commands import Up, environment, gone, invoke, lookonce, until
 from tests.ports import free_port
 from tests.processes import ROOT
 
-pytestmark = pytest.mark.xdist_group("up")
-
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):

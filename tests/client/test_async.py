@@ -12,8 +12,6 @@ from lookonce import client as package
 from lookonce.client import errors
 from tests.client.cutter import Cutter
 
-pytestmark = pytest.mark.xdist_group("client")
-
 
 @pytest.mark.parametrize("name", ["Client", "Image", "TextStream"])
 def test_the_twins_have_the_same_names_and_parameters(name):

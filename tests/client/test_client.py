@@ -14,8 +14,6 @@ from lookonce.client import Answer, Image, NotFoundError, Question
 from tests.processes import ROOT
 from tests.system.cluster import encoded
 
-pytestmark = pytest.mark.xdist_group("client")
-
 
 def test_importing_lookonce_brings_no_client_along():
     code = (

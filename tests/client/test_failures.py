@@ -18,8 +18,6 @@ from tests.client.cutter import Cutter
 from tests.ports import free_port
 from tests.processes import START_SECONDS
 
-pytestmark = pytest.mark.xdist_group("client")
-
 
 def test_refusals_are_raised_by_kind(client, file):
     with pytest.raises(errors.ImageError) as caught:

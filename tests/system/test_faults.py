@@ -14,8 +14,6 @@ from tests.pictures import odd_files, photograph, save
 from tests.system.cluster import System
 from tests.valkey import ValkeyServer
 
-pytestmark = pytest.mark.xdist_group("faults")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -12,8 +12,6 @@ from tests.pictures import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.valkey import PATIENT, ValkeyServer
 
-pytestmark = pytest.mark.xdist_group("system")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -13,7 +13,6 @@ from tests.system.cluster import System, data_url, image_part, text_part
 from tests.unsplit import Unsplit
 from vision_service.images import Decoder, ImageLimits
 
-pytestmark = pytest.mark.xdist_group("parity")
 KINDS = {
     "published-tied": {"layout": "published", "tied": True},
     "nested-untied": {"layout": "nested", "tied": False, "shards": 3},
