@@ -11,6 +11,7 @@ from gateway.answers import Answers
 from gateway.auth import Keyring, read_keys
 from gateway.batches.service import Batches
 from gateway.core import Gateway
+from gateway.discovery import open_replicas
 from gateway.encoding import Encoder
 from gateway.erasure import Eraser
 from gateway.http.app import create_app
@@ -18,7 +19,6 @@ from gateway.http.batch_lines import BatchEndpoints
 from gateway.images import ImageLibrary
 from gateway.limits import Quota
 from gateway.records import RecordShelf
-from gateway.replicas import Replicas
 from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings
@@ -41,8 +41,16 @@ def build(settings: GatewaySettings) -> Gateway:
     Raises INVALID_ARGUMENT for a bad policy, that or CONFLICT for a data directory that can't be used."""
     policy = read_policy(settings.policy) if settings.policy is not None else None
     tls = settings.rpc_tls
-    vision = Replicas([VisionClient(address, tls=tls) for address in settings.vision_addresses])
-    language = Replicas([LanguageClient(address, tls=tls) for address in settings.lm_addresses])
+    interval = settings.dns_interval
+
+    def see(address: str, name: str | None) -> VisionClient:
+        return VisionClient(address, tls=tls, server_name=name)
+
+    def speak(address: str, name: str | None) -> LanguageClient:
+        return LanguageClient(address, tls=tls, server_name=name)
+
+    vision, vision_names = open_replicas(settings.vision_addresses, see, interval=interval)
+    language, language_names = open_replicas(settings.lm_addresses, speak, interval=interval)
     ttl = settings.image_ttl
     store = open_store(settings.store, namespace="images", max_bytes=settings.store_bytes, ttl=ttl)
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
@@ -55,7 +63,20 @@ def build(settings: GatewaySettings) -> Gateway:
     fetcher = Fetcher(settings.fetch_policy)
     batches = _open_batches(settings)
     return Gateway(
-        settings, store, spare, shelf, vision, language, eraser, images, answers, model, fetcher, policy, batches
+        settings,
+        store,
+        spare,
+        shelf,
+        vision,
+        language,
+        eraser,
+        images,
+        answers,
+        model,
+        fetcher,
+        policy,
+        batches,
+        (vision_names, language_names),
     )
 
 
@@ -110,6 +131,8 @@ async def _serve(settings: GatewaySettings) -> None:
             if gateway.batches is not None:
                 gateway.batches.drain()
 
+        for discovery in gateway.discoveries:
+            await discovery.start()
         _start_batches(gateway, keyring)
         await serve(app, settings, drain)
     finally:

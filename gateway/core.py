@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gateway.answers import Answers
 from gateway.batches.service import Batches
+from gateway.discovery import Discovery
 from gateway.erasure import Eraser
 from gateway.images import ImageLibrary
 from gateway.records import RecordShelf
@@ -35,6 +36,7 @@ class Gateway:
     fetcher: Fetcher
     policy: Policy | None = None  # without one there are no moderations
     batches: Batches | None = None  # without a data directory there are none
+    discoveries: tuple[Discovery[VisionClient] | Discovery[LanguageClient], ...] = ()
 
     async def close(self) -> None:
         """Stop background work, close channels and stores."""
@@ -42,9 +44,9 @@ class Gateway:
             await self.batches.close()
         self.fetcher.close()
         await self.eraser.close()
-        for vision in self.vision.endpoints:
-            await vision.client.close()
-        for language in self.language.endpoints:
-            await language.client.close()
+        for discovery in self.discoveries:
+            await discovery.close()
+        await self.vision.close()
+        await self.language.close()
         await self.store.close()
         await self.spare.close()

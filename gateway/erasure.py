@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 
 
 class Eraser:
-    """Tells every vision and language endpoint to forget, live or not."""
+    """Tells every vision and language endpoint to forget, live or not, and those that were endpoints of late."""
 
     def __init__(self, vision: Replicas[VisionClient], language: Replicas[LanguageClient]) -> None:
         self._vision = vision
@@ -51,9 +51,10 @@ class Eraser:
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> bool:
         """Ask all endpoints; whether all of them confirmed."""
         # The encoders first: a language service could otherwise fetch what is about to go.
-        encoders = await asyncio.gather(*(_forget(item.client, keys, image_digests) for item in self._vision.endpoints))
-        models = await asyncio.gather(*(_forget(item.client, keys, image_digests) for item in self._language.endpoints))
-        return all(encoders) and all(models)
+        encoders = [_forget(endpoint.client, keys, image_digests) for endpoint in self._vision.remembered]
+        seen = await asyncio.gather(*encoders)
+        models = [_forget(endpoint.client, keys, image_digests) for endpoint in self._language.remembered]
+        return all(seen) and all(await asyncio.gather(*models))
 
     async def close(self) -> None:
         """Stop the background work."""

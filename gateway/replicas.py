@@ -15,11 +15,15 @@ from typing import Generic, Protocol, TypeVar
 
 from blake3 import blake3
 
+from lookonce.errors import ErrorKind, LookonceError
+
 FIRST_BACKOFF = 0.25  # seconds an endpoint is left out after its first failure; doubles
 MAX_BACKOFF = 5.0
 LOAD_FACTOR = 1.5  # of the mean load; beyond it a replica counts as overloaded
 LOAD_FLOOR = 16  # calls at once that never count as overload
 POLL = 0.1
+REMEMBERED = 300.0
+"""Seconds that an endpoint no longer listed is still asked to forget images: it may live on, and come back."""
 
 
 class Client(Protocol):
@@ -29,6 +33,10 @@ class Client(Protocol):
 
     async def healthy(self, timeout: float = 2.0) -> bool:
         """Whether the service says SERVING."""
+        ...
+
+    async def close(self) -> None:
+        """Close the channel."""
         ...
 
 
@@ -55,9 +63,44 @@ class Replicas(Generic[C]):
     def __init__(self, clients: Sequence[C], *, clock: Callable[[], float] = time.monotonic) -> None:
         self.endpoints = [Endpoint(client) for client in clients]
         self._clock = clock
+        self._removed: list[tuple[float, Endpoint[C]]] = []  # with when, on the clock
+
+    def add(self, client: C) -> None:
+        """One endpoint more."""
+        returned = [item for _, item in self._removed if item.client.address == client.address]
+        self.endpoints += returned or [Endpoint(client)]
+        self._removed = [(when, item) for when, item in self._removed if item not in returned]
+
+    def remove(self, address: str) -> None:
+        """Choose an endpoint no more; calls under way go on."""
+        gone = [endpoint for endpoint in self.endpoints if endpoint.client.address == address]
+        self.endpoints = [endpoint for endpoint in self.endpoints if endpoint not in gone]
+        self._removed += [(self._clock(), endpoint) for endpoint in gone]
+
+    @property
+    def remembered(self) -> list[Endpoint[C]]:
+        """All endpoints, those removed of late included."""
+        return [*self.endpoints, *(endpoint for _, endpoint in self._removed)]
+
+    async def close_idle(self) -> None:
+        """Close what was removed a while ago and has no call under way."""
+        end = self._clock() - REMEMBERED
+        old = [(when, endpoint) for when, endpoint in self._removed if when <= end and not endpoint.active]
+        self._removed = [item for item in self._removed if item not in old]
+        for _, endpoint in old:
+            await endpoint.client.close()
+
+    async def close(self) -> None:
+        """Close all clients."""
+        for endpoint in self.remembered:
+            await endpoint.client.close()
 
     def choose(self, key: bytes, avoid: Endpoint[C] | None = None) -> Endpoint[C]:
-        """The endpoint for `key`: live and not overloaded before overloaded before ejected; `avoid` only when alone."""
+        """The endpoint for `key`: live and not overloaded before overloaded before ejected; `avoid` only when alone.
+
+        Raises UNAVAILABLE when there is none at all."""
+        if not self.endpoints:
+            raise LookonceError(ErrorKind.UNAVAILABLE, "no service is known at the moment", retry_after=1.0)
         if len(self.endpoints) == 1:
             return self.endpoints[0]
         now, capacity = self._clock(), self._capacity()
@@ -93,11 +136,12 @@ class Replicas(Generic[C]):
 
     async def health(self, timeout: float = 1.0) -> dict[str, bool]:
         """Whether each endpoint says SERVING, by address; brings those that do back into use."""
-        answers = await asyncio.gather(*(endpoint.client.healthy(timeout) for endpoint in self.endpoints))
-        for endpoint, healthy in zip(self.endpoints, answers, strict=True):
+        endpoints = list(self.endpoints)
+        answers = await asyncio.gather(*(endpoint.client.healthy(timeout) for endpoint in endpoints))
+        for endpoint, healthy in zip(endpoints, answers, strict=True):
             if healthy and endpoint.failures:
                 self.succeeded(endpoint)
-        return {endpoint.client.address: healthy for endpoint, healthy in zip(self.endpoints, answers, strict=True)}
+        return {endpoint.client.address: healthy for endpoint, healthy in zip(endpoints, answers, strict=True)}
 
     async def wait(self, seconds: float) -> bool:
         """Wait until an endpoint says SERVING, at most `seconds`; whether one does."""

@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from gateway.discovery import split_targets
+from lookonce.errors import LookonceError
 from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
 from lookonce.rpc.server import Tls
 from lookonce.settings import Bytes, Seconds, Settings
@@ -23,8 +25,12 @@ class GatewaySettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; a public one needs API keys")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0: any free one")
     uds: Path | None = Field(None, description="listen on this unix socket instead of host and port")
-    vision: str = Field("127.0.0.1:50051", description="addresses of vision services, separated by commas")
-    lm: str = Field("127.0.0.1:50052", description="addresses of language services, separated by commas")
+    vision: str = Field(
+        "127.0.0.1:50051",
+        description="addresses of vision services, separated by commas; dns://NAME:PORT: every address the name has",
+    )
+    lm: str = Field("127.0.0.1:50052", description="addresses of language services, likewise")
+    dns_interval: Seconds = Field(10.0, gt=0, description="time between two look-ups of the names in dns:// addresses")
     model_name: str = Field("", description="name of the model in the API; empty: that of the checkpoint")
 
     store: str = Field(
@@ -95,6 +101,7 @@ class GatewaySettings(Settings):
     fetch_read_timeout: Seconds = Field(5.0, gt=0, description="longest silence of a server that is fetched from")
     fetch_redirects: int = Field(3, ge=0, le=10, description="most redirects of one URL")
     fetch_concurrency: int = Field(32, ge=1, description="URLs fetched at once in the whole process")
+    fetch_tenant_concurrency: int = Field(16, ge=1, description="URLs fetched at once for one tenant")
     max_urls: int = Field(16, ge=1, description="most URLs to fetch in one request")
 
     policy: Path | None = Field(None, description="YAML file with the rules of /v1/moderations")
@@ -117,6 +124,11 @@ class GatewaySettings(Settings):
     def _consistent(self) -> GatewaySettings:
         if not (self.vision_addresses and self.lm_addresses):
             raise ValueError("--vision and --lm need at least one address each")
+        for option, targets in (("--vision", self.vision_addresses), ("--lm", self.lm_addresses)):
+            try:
+                split_targets(targets)
+            except LookonceError as error:
+                raise ValueError(f"{option}: {error.message}") from None
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("--tls-certificate and --tls-key go together")
         if (self.fetch_urls == "allowlist") != bool(split_list(self.fetch_hosts)):
@@ -148,6 +160,7 @@ class GatewaySettings(Settings):
             connect_timeout=self.fetch_connect_timeout,
             read_timeout=self.fetch_read_timeout,
             concurrency=self.fetch_concurrency,
+            per_owner=self.fetch_tenant_concurrency,
         )
 
     @property

@@ -12,16 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Tenant
-from gateway.conversation import Asker, ImagePart, Turn
+from gateway.conversation import Asker, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.chat_shapes import Envelope, chunks, completion_object
 from gateway.http.context import asker_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.pictures import RemotePictures, check_pictures, keep
+from gateway.http.pictures import RemotePictures, check_pictures, keep_all
 from gateway.http.sse import EventStream, until_disconnect
-from gateway.schemas.chat import ChatRequest, ImageUrlPart
+from gateway.schemas.chat import ChatRequest, ImageUrl, ImageUrlPart
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.sampling import stop_list, to_sampling
 from gateway.settings import GatewaySettings
@@ -97,17 +97,22 @@ def _check(body: ChatRequest, settings: GatewaySettings) -> RemotePictures:
     chars = _chars(body)
     if chars > settings.max_text_chars:
         raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param="messages")
-    return check_pictures(_image_urls(body), settings, "messages")
+    return check_pictures([(name, image.url) for name, image in _images(body).items()], settings, "messages")
 
 
-def _image_urls(body: ChatRequest) -> list[tuple[str, str]]:
-    return [
-        (f"messages.{number}.content.{place}.image_url.url", part.image_url.url)
+def _images(body: ChatRequest) -> dict[str, ImageUrl]:
+    """The pictures by the fields that they are in, in order."""
+    return {
+        _param(number, place): part.image_url
         for number, message in enumerate(body.messages)
         if not isinstance(message.content, str)
         for place, part in enumerate(message.content)
         if isinstance(part, ImageUrlPart)
-    ]
+    }
+
+
+def _param(number: int, place: int) -> str:
+    return f"messages.{number}.content.{place}.image_url.url"
 
 
 def _chars(body: ChatRequest) -> int:
@@ -123,20 +128,17 @@ async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[T
     """Check the request, then fetch and keep its pictures."""
     remote = _check(body, gateway.settings)
     await gateway.model.check(body.model)
-    files = await remote.fetch(gateway.fetcher)
+    kept = await keep_all(_images(body), await remote.fetch(gateway.fetcher, tenant), gateway, tenant)
     turns = []
     for number, message in enumerate(body.messages):
         role = "system" if message.role == "developer" else message.role
         if isinstance(message.content, str):
             turns.append(Turn(role, (message.content,)))
             continue
-        parts: list[str | ImagePart] = []
-        for place, part in enumerate(message.content):
-            if isinstance(part, ImageUrlPart):
-                param = f"messages.{number}.content.{place}.image_url.url"
-                parts.append(await keep(part.image_url, files.get(param), gateway, tenant, param))
-            else:
-                parts.append(part.text)
+        parts = (
+            kept[_param(number, place)] if isinstance(part, ImageUrlPart) else part.text
+            for place, part in enumerate(message.content)
+        )
         turns.append(Turn(role, tuple(parts)))
     return tuple(turns)
 

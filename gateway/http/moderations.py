@@ -15,7 +15,7 @@ from gateway.http import job_examples
 from gateway.http.body import read_json
 from gateway.http.context import asker_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.pictures import RemotePictures, check_pictures, keep
+from gateway.http.pictures import RemotePictures, check_pictures, keep_all
 from gateway.http.sse import until_disconnect
 from gateway.moderation.moderations import Item, Moderations
 from gateway.schemas.chat import ImageUrlPart, TextPart
@@ -74,7 +74,9 @@ def _check(body: ModerationRequest, gateway: Gateway) -> RemotePictures:
 async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remote: RemotePictures) -> list[list[Item]]:
     if isinstance(body.input, str):
         return [[body.input]]
-    files = await remote.fetch(gateway.fetcher)
+    files = await remote.fetch(gateway.fetcher, asker.tenant)
+    images = {_param(place): item.image_url for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
+    kept = await keep_all(images, files, gateway, asker.tenant)
     parts: list[Item] = []
     for place, item in enumerate(body.input):
         if isinstance(item, str):
@@ -82,8 +84,7 @@ async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remot
         elif isinstance(item, TextPart):
             parts.append(item.text)
         else:
-            name = _param(place)
-            parts.append(await keep(item.image_url, files.get(name), gateway, asker.tenant, name))
+            parts.append(kept[_param(place)])
     return [[part] for part in parts] if isinstance(body.input[0], str) else [parts]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from gateway.auth import Tenant
@@ -14,6 +16,9 @@ from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError, invalid
 from lookonce.fetching.fetcher import Fetcher, Wanted
 
+ENCODED_AT_ONCE = 8
+"""Pictures of one request that are sent to be encoded at the same time."""
+
 
 @dataclass(frozen=True)
 class RemotePictures:
@@ -23,11 +28,13 @@ class RemotePictures:
     max_bytes: int  # each
     total_bytes: int  # together
 
-    async def fetch(self, fetcher: Fetcher) -> dict[str, bytes]:
+    async def fetch(self, fetcher: Fetcher, tenant: Tenant) -> dict[str, bytes]:
         """The files by the field that named them. Raises FetchError."""
         if not self.wanted:
             return {}
-        files = await fetcher.fetch_all(self.wanted, max_bytes=self.max_bytes, total_bytes=self.total_bytes)
+        files = await fetcher.fetch_all(
+            self.wanted, max_bytes=self.max_bytes, total_bytes=self.total_bytes, owner=tenant.name
+        )
         return {item.param: data for item, data in zip(self.wanted, files, strict=True)}
 
 
@@ -59,9 +66,37 @@ def is_remote(url: str) -> bool:
     return url[:8].lower().startswith(("http://", "https://"))
 
 
-async def keep(image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str) -> ImagePart:
-    """The picture as an image of the tenant: found by its id, or kept now. `file`: what was fetched for it, if it is
-    at a URL. Errors name `param`."""
+async def keep_all(
+    images: Mapping[str, ImageUrl], files: Mapping[str, bytes], gateway: Gateway, tenant: Tenant
+) -> dict[str, ImagePart]:
+    """The pictures, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
+    now, several at a time. `files`: what was fetched for those at URLs. Raises the first one's error, naming its
+    field."""
+    at_once = asyncio.Semaphore(ENCODED_AT_ONCE)
+    same: dict[str, list[str]] = defaultdict(list)
+    for param, image in images.items():
+        same[image.url].append(param)
+
+    async def one_after_the_other(params: Sequence[str]) -> list[tuple[str, ImagePart | LookonceError]]:
+        """The variants of one picture: they change one record."""
+        async with at_once:
+            return [(name, await _kept(images[name], files.get(name), gateway, tenant, name)) for name in params]
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one_after_the_other(params)) for params in same.values()]
+    kept = dict(pair for task in tasks for pair in task.result())
+    found: dict[str, ImagePart] = {}
+    for param in images:
+        part = kept[param]
+        if isinstance(part, LookonceError):
+            raise part
+        found[param] = part
+    return found
+
+
+async def _kept(
+    image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str
+) -> ImagePart | LookonceError:
     max_pixels = pixels_of(image.detail, gateway.settings)
     identifier = image_reference(image.url)
     try:
@@ -70,7 +105,7 @@ async def keep(image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Te
         data = file if file is not None else await decode(base64_of(image.url, param), param)
         record, resolved = await gateway.images.add(data, tenant, max_pixels=max_pixels)
     except LookonceError as error:
-        raise LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after) from error
+        return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
     return ImagePart(record, max_pixels, resolved)
 
 

@@ -72,7 +72,8 @@ async def _from_json(request: Request) -> _Received:
         raise invalid("give exactly one of 'data' and 'url'", param="data")
     keeping = keeping_of(body, gateway.settings)
     if body.url is not None:
-        fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit)
+        tenant = tenant_of(request)
+        fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit, owner=tenant.name)
         return _Received(await until_disconnect(request, fetched), "url", keeping)
     data = body.data or ""
     payload = base64_of(data, "data") if data[:5].lower() == "data:" else data

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import httpcore2
@@ -58,23 +60,30 @@ class Fetcher:
         self._policy = policy
         self._resolver = Resolver(policy, look_up)
         self._slots = asyncio.Semaphore(policy.concurrency)
+        self._shares: defaultdict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(policy.per_owner))
         self._context = tls or tls_context(policy)
 
-    async def fetch(self, url: str, *, param: str, max_bytes: int) -> bytes:
+    async def fetch(self, url: str, *, param: str, max_bytes: int, owner: str = "") -> bytes:
         """What the URL leads to, at most `max_bytes`. Raises FetchError."""
-        return (await self.fetch_all([Wanted(url, param)], max_bytes=max_bytes, total_bytes=max_bytes))[0]
+        wanted = [Wanted(url, param)]
+        return (await self.fetch_all(wanted, max_bytes=max_bytes, total_bytes=max_bytes, owner=owner))[0]
 
-    async def fetch_all(self, wanted: Sequence[Wanted], *, max_bytes: int, total_bytes: int) -> list[bytes]:
+    async def fetch_all(
+        self, wanted: Sequence[Wanted], *, max_bytes: int, total_bytes: int, owner: str = ""
+    ) -> list[bytes]:
         """The files in the order wanted, each at most `max_bytes`, all together at most `total_bytes`; equal URLs are
         fetched once. No connection is made unless all URLs are well-formed and allowed. The first failure ends the
-        other fetches; raises FetchError."""
+        other fetches; raises FetchError.
+
+        `owner` is on whose behalf: one of a known few, none of whom gets more than a share of the places."""
         targets = [self._read(item) for item in wanted]
+        share = self._shares[owner]
         first = {target: item.param for target, item in zip(reversed(targets), reversed(wanted), strict=True)}
         allowance, lane = Allowance(total_bytes), asyncio.Semaphore(self._policy.per_request)
 
         async def one(target: Target, param: str) -> bytes:
             async with lane:
-                return await self._counted(target, param, max_bytes, allowance)
+                return await self._counted(target, param, max_bytes, allowance, share)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -99,28 +108,34 @@ class Fetcher:
             raise
         return target
 
-    async def _counted(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
+    async def _counted(
+        self, target: Target, param: str, max_bytes: int, allowance: Allowance, share: asyncio.Semaphore
+    ) -> bytes:
         try:
-            data = await self._admitted(target, param, max_bytes, allowance)
+            async with AsyncExitStack() as held:
+                await self._admit(held, share, param)
+                data = await self._timed(target, param, max_bytes, allowance)
         except FetchError as error:
             _note(error)
             raise
         FETCHES.labels("ok").inc()
         return data
 
-    async def _admitted(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
+    async def _admit(self, held: AsyncExitStack, share: asyncio.Semaphore, param: str) -> None:
+        """Wait for a place of the owner's and then for one of all: who has used up a share keeps nobody waiting."""
         try:
             async with asyncio.timeout(self._policy.timeout):
-                await self._slots.acquire()
+                await held.enter_async_context(share)
+                await held.enter_async_context(self._slots)
         except TimeoutError as error:
             raise FetchBusy(param) from error
+
+    async def _timed(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
         try:
             async with asyncio.timeout(self._policy.timeout):
                 return await self._mapped(target, param, max_bytes, allowance)
         except TimeoutError as error:
             raise _timeout(param, target.host) from error
-        finally:
-            self._slots.release()
 
     async def _mapped(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
         try:

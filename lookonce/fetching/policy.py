@@ -30,6 +30,7 @@ class FetchPolicy:
     connect_timeout: float = 5.0  # seconds for the look-up, and again for connecting
     read_timeout: float = 5.0  # seconds between two pieces
     concurrency: int = 32  # fetches under way in the whole process
+    per_owner: int = 16  # fetches under way for one owner (a tenant)
     per_request: int = 8  # fetches under way for one request
 
     def check(self, target: Target, param: str) -> None:

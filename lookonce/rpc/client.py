@@ -23,9 +23,14 @@ _OUTCOMES = {vision_pb2.HIT: "hit", vision_pb2.MISS: "miss", vision_pb2.COALESCE
 
 
 def open_channel(
-    address: str, tls: Tls | None = None, max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    address: str,
+    tls: Tls | None = None,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    server_name: str | None = None,
 ) -> grpc.aio.Channel:
-    """A channel to "host:port" or "unix:/path"; connects when first used, reconnects by itself."""
+    """A channel to "host:port" or "unix:/path"; connects when first used, reconnects by itself. `server_name` is what
+    the certificate must be for when that is not the host."""
     options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
@@ -39,6 +44,8 @@ def open_channel(
     ]
     if tls is None or not tls.enabled:
         return grpc.aio.insecure_channel(address, options=options)
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
     pem = [path.read_bytes() if path else None for path in (tls.ca, tls.key, tls.certificate)]
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(*pem), options=options)
 
@@ -64,9 +71,9 @@ class _Client:
     label = "service"
     stub: Any  # of the service: both have Forget
 
-    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
         self.address = address
-        self.channel = open_channel(address, tls)
+        self.channel = open_channel(address, tls, server_name=server_name)
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
     async def healthy(self, timeout: float = 2.0) -> bool:
@@ -112,8 +119,8 @@ class VisionClient(_Client):
 
     label = "vision service"
 
-    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
-        super().__init__(address, tls=tls)
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
+        super().__init__(address, tls=tls, server_name=server_name)
         self.stub = vision_pb2_grpc.VisionEncoderStub(self.channel)  # type: ignore[no-untyped-call]
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
@@ -155,8 +162,8 @@ class LanguageClient(_Client):
 
     label = "language service"
 
-    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
-        super().__init__(address, tls=tls)
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
+        super().__init__(address, tls=tls, server_name=server_name)
         self.stub = language_pb2_grpc.LanguageModelStub(self.channel)  # type: ignore[no-untyped-call]
 
     def generate(

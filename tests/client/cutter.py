@@ -1,4 +1,4 @@
-"""A TCP relay in front of a gateway that cuts connections on purpose: what a failing network does to a client."""
+"""A TCP relay in front of a server that cuts connections on purpose: what a failing network does to a client."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from urllib.parse import urlsplit
 
 
 class Cutter:
-    """Relays to `url`. Each connection is cut once the gateway has sent `after(number of connection)` bytes."""
+    """Relays to `url` ("http://..." or "unix:/path"). Each connection is cut once the server has sent
+    `after(number of connection)` bytes."""
 
     def __init__(self, url: str, *after: int | None) -> None:
-        parts = urlsplit(url)
-        self._target = (parts.hostname, parts.port)
+        self._target = url
         self._after = after  # the last holds for all further connections; None: never
         self.requests: list[bytes] = []  # first line of each request
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.port = int(self._listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def __enter__(self) -> Cutter:
@@ -34,7 +35,7 @@ class Cutter:
             for number in range(1000):
                 near, _ = self._listener.accept()
                 limit = self._after[min(number, len(self._after) - 1)]
-                far = socket.create_connection(self._target)
+                far = _connect(self._target)
                 threading.Thread(target=self._up, args=(near, far), daemon=True).start()
                 threading.Thread(target=self._down, args=(far, near, limit), daemon=True).start()
 
@@ -57,3 +58,12 @@ class Cutter:
                     break
             with contextlib.suppress(OSError):
                 near.shutdown(socket.SHUT_RDWR)
+
+
+def _connect(url: str) -> socket.socket:
+    if url.startswith("unix:"):
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(url.removeprefix("unix:"))
+        return far
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname, parts.port))

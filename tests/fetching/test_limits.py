@@ -221,6 +221,24 @@ async def test_a_fetch_that_is_given_up_frees_its_place(make_fetcher):
         assert await fetcher.fetch(f"{server.url}/a.png", param="url", max_bytes=1000) == PNG
 
 
+async def test_one_owner_gets_no_more_than_its_share(make_fetcher):
+    hanging = Endless(HEAD, b"", pause=20)
+    with PictureServer({"/hangs": hanging, "/a.png": answer()}) as server:
+        fetcher = make_fetcher(server, concurrency=2, per_owner=1)
+        greedy = [
+            asyncio.create_task(fetcher.fetch(f"{server.url}/hangs", param="url", max_bytes=9, owner="red"))
+            for _ in range(5)
+        ]
+        await asyncio.to_thread(server.asked.wait, 20)
+        for _ in range(3):
+            other = fetcher.fetch(f"{server.url}/a.png", param="url", max_bytes=1000, owner="blue")
+            assert await other == PNG
+        assert server.most_at_once == 2
+        for task in greedy:
+            task.cancel()
+        await asyncio.gather(*greedy, return_exceptions=True)
+
+
 async def test_failures_free_their_place(make_fetcher):
     with PictureServer() as server:
         fetcher = make_fetcher(server, concurrency=1, names=Names())

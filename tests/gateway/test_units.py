@@ -42,6 +42,9 @@ class StandIn:
     async def healthy(self, timeout: float = 2.0) -> bool:
         return True
 
+    async def close(self) -> None:
+        pass
+
 
 def replicas(count: int, now: list[float]) -> Replicas[StandIn]:
     return Replicas([StandIn(f"host{number}:1") for number in range(count)], clock=lambda: now[0])
