@@ -29,7 +29,7 @@ from lookonce.client.errors import (
 )
 from lookonce.client.options import Question, SamplingOptions
 from lookonce.client.sync import Client, Image, TextStream
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Receipt, Usage
+from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 
 __all__ = [
     "Answer",
@@ -48,6 +48,7 @@ __all__ = [
     "ImageError",
     "ImageInfo",
     "Model",
+    "Moderation",
     "NotFoundError",
     "PermissionDeniedError",
     "Question",

@@ -18,7 +18,7 @@ from lookonce.client.image import ImageBase
 from lookonce.client.options import Question, QuestionOptions, SamplingOptions
 from lookonce.client.progress import Progress, reporting
 from lookonce.client.sse import EventReader
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model
+from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -57,6 +57,10 @@ class AsyncClient:
     async def models(self) -> list[Model]:
         """See Client.models."""
         return await self._send(calls.models())
+
+    async def moderate(self, *content: Any) -> Moderation:
+        """See Client.moderate."""
+        return await self._send(calls.moderate(content))
 
     @overload
     async def chat(

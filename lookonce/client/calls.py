@@ -11,7 +11,7 @@ from urllib.parse import quote
 from lookonce.client import pictures
 from lookonce.client.errors import StreamInterrupted, api_error
 from lookonce.client.options import Question, QuestionOptions, SamplingOptions, as_question, without_none
-from lookonce.client.types import Answer, Erasure, ImageInfo, Json, Model, answer_of, completion_of
+from lookonce.client.types import Answer, Erasure, ImageInfo, Json, Model, Moderation, answer_of, completion_of
 from lookonce.errors import invalid
 
 if TYPE_CHECKING:
@@ -73,6 +73,14 @@ def ask(image: str, question: str, options: QuestionOptions, choices: Sequence[s
     asked = Question(as_question(question).text, choices=choices)
     body = {"questions": [_without_id(asked.to_json("0"))], **without_none(options)}
     return Call("POST", f"{_image(image)}/questions", read, {"json": body})
+
+
+def moderate(content: Sequence[Any]) -> Call[Moderation]:
+    """The verdict on texts and pictures, judged together."""
+    if not content:
+        raise invalid("give something to moderate", param="content")
+    body = {"input": [_part(item) for item in content]}
+    return Call("POST", "/v1/moderations", lambda json: Moderation.of(json["results"][0]), {"json": body})
 
 
 def chat(messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None) -> Call[Answer]:

@@ -17,7 +17,7 @@ from lookonce.client.image import ImageBase
 from lookonce.client.options import Question, QuestionOptions, SamplingOptions
 from lookonce.client.progress import Progress, reporting
 from lookonce.client.sse import EventReader
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model
+from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -66,6 +66,18 @@ class Client:
     def models(self) -> list[Model]:
         """The models served."""
         return self._send(calls.models())
+
+    def moderate(self, *content: Any) -> Moderation:
+        """Judge texts and pictures together by the gateway's policy. Pictures are images of this client, or the API's
+        parts.
+
+        >>> verdict = client.moderate(image, "Brand new, never worn")
+        >>> verdict.flagged, verdict.scores
+        (False, {'weapon': 0.01, 'counterfeit': 0.2})
+
+        Raises BadRequestError when the gateway has no policy.
+        """
+        return self._send(calls.moderate(content))
 
     @overload
     def chat(

@@ -151,6 +151,33 @@ class Model:
         return cls(json["id"], _time(json.get("created")), json.get("owned_by", ""))
 
 
+@dataclass(frozen=True, slots=True)
+class Moderation:
+    """A verdict by the categories of the gateway's policy. `scores` are probabilities, `applied` says which kinds of
+    input ("image", "text") a category was held against, `severity` is the highest of what is flagged."""
+
+    flagged: bool
+    categories: dict[str, bool]
+    scores: dict[str, float]
+    applied: dict[str, list[str]]
+    severity: str | None = None
+    follow_ups: dict[str, list[str]] = field(default_factory=dict)
+    receipt: Receipt | None = None
+
+    @classmethod
+    def of(cls, json: Json) -> Moderation:
+        """From one of the results of the API's moderation object."""
+        return cls(
+            json["flagged"],
+            json["categories"],
+            json["category_scores"],
+            json.get("category_applied_input_types", {}),
+            json.get("severity"),
+            json.get("follow_ups", {}),
+            Receipt.of(json["receipt"]) if json.get("receipt") else None,
+        )
+
+
 def answer_of(json: Json) -> Answer:
     """From one of the answers of the questions route."""
     if json.get("error"):
