@@ -15,7 +15,7 @@ import orjson
 
 from gateway.batches import files
 from gateway.batches.database import Database
-from gateway.batches.lines import Line, Problem, Reply, parse, unanswered, written
+from gateway.batches.lines import Line, Problem, Reply, parse, tokens, unanswered, written
 from gateway.batches.paging import Page, page
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -174,7 +174,7 @@ class Jobs:
         return await self._database.run(work)
 
     async def record(self, job: Job, line: Line, reply: Reply) -> bool:
-        """Keep a line's answer and mark the line done, together; whether it was not done before."""
+        """Keep a line's answer, mark the line done and count its tokens, together; whether it was not done before."""
         column = "completed" if reply.good else "failed"
 
         def work(connection: sqlite3.Connection) -> bool:
@@ -184,7 +184,10 @@ class Jobs:
                 (column, written(line, reply), job.seq, line.number),
             ).rowcount
             if done:
-                connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE seq = ?", (job.seq,))
+                current = _find(connection, job.tenant, job.id)
+                document = current.document | {"usage": _more(current.document.get("usage"), reply)}
+                update = f"UPDATE batches SET {column} = {column} + 1, document = ? WHERE seq = ?"
+                connection.execute(update, (orjson.dumps(document), job.seq))
             return bool(done)
 
         return await self._database.run(work)
@@ -225,7 +228,24 @@ def _new_document(
         "expires_at": now + max(1, int(lifetime)),
         **dict.fromkeys((*times, "cancelled_at")),
         "metadata": metadata,
+        "usage": None,
         "_output_lifetime": int(output_lifetime),
+    }
+
+
+def _more(usage: dict[str, Any] | None, reply: Reply) -> dict[str, Any]:
+    """OpenAI's usage of a batch, with one answer more."""
+    prompt, cached, completion = tokens(reply)
+    if usage is not None:
+        prompt += usage["input_tokens"]
+        cached += usage["input_tokens_details"]["cached_tokens"]
+        completion += usage["output_tokens"]
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + completion,
     }
 
 

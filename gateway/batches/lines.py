@@ -76,6 +76,15 @@ def parse(raw: bytes, number: int) -> Line | Problem:
     return Line(number, custom_id, url, body)
 
 
+def tokens(reply: Reply) -> tuple[int, int, int]:
+    """What a request cost: tokens of the prompt, those of them that were cached, and those of the answer. Errors and
+    moderations cost none that are told."""
+    found = [item.get("usage") or {} for item in (reply.body, *reply.body.get("answers", ()))]
+    prompt = sum(usage.get("prompt_tokens", 0) for usage in found)
+    cached = sum(usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) for usage in found)
+    return prompt, cached, sum(usage.get("completion_tokens", 0) for usage in found)
+
+
 def written(line: Line, reply: Reply) -> bytes:
     """The line of the output or error file."""
     response = {"status_code": reply.status, "request_id": "req_" + secrets.token_hex(12), "body": reply.body}

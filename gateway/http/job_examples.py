@@ -73,5 +73,12 @@ BATCH: dict[str, Any] = {
     "cancelled_at": None,
     "request_counts": {"total": 20, "completed": 20, "failed": 0},
     "metadata": {"run": "nightly"},
+    "usage": {
+        "input_tokens": 24000,
+        "input_tokens_details": {"cached_tokens": 20500},
+        "output_tokens": 310,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 24310,
+    },
 }
 BATCH_LIST = {"object": "list", "data": [BATCH], "first_id": BATCH_ID, "last_id": BATCH_ID, "has_more": False}

@@ -91,6 +91,28 @@ class RequestCounts(Answered):
     failed: int = Field(ge=0)
 
 
+class InputDetails(Answered):
+    """Of the tokens of all prompts."""
+
+    cached_tokens: int = Field(ge=0, description="those whose KV was reused")
+
+
+class OutputDetails(Answered):
+    """Of the tokens of all answers."""
+
+    reasoning_tokens: Literal[0]
+
+
+class BatchUsage(Answered):
+    """Tokens of all lines answered so far."""
+
+    input_tokens: int = Field(ge=0)
+    input_tokens_details: InputDetails
+    output_tokens: int = Field(ge=0)
+    output_tokens_details: OutputDetails
+    total_tokens: int = Field(ge=0)
+
+
 class BatchObject(Answered):
     """A batch."""
 
@@ -114,6 +136,7 @@ class BatchObject(Answered):
     cancelled_at: Time
     request_counts: RequestCounts
     metadata: dict[str, str] | None
+    usage: BatchUsage | None = Field(None, description="null until a line is answered")
 
 
 class BatchList(Answered):

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +13,16 @@ import httpx2
 import openai
 import pytest
 
-from gateway.batches.lanes import Lanes
-from gateway.schemas.batches import BatchObject, FileObject
+from gateway.schemas.batches import FileObject
 from tests.fetching.servers import Canary, PictureServer, answer
+from tests.gateway.batching import CHAT, ENDED, begin, chat_line, ended, image_part, jsonl, results, until
 from tests.gateway.conftest import Services
-from tests.gateway.processes import ROOT, GatewayProcess
+from tests.gateway.processes import GatewayProcess
 from tests.processes import START_SECONDS
 
 Picture = Callable[..., bytes]
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 KEYS = {"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"}
-CHAT = "/v1/chat/completions"
-ENDED = ("completed", "failed", "expired", "cancelled")
 
 
 @dataclass
@@ -71,58 +64,6 @@ def red(world: World) -> Iterator[httpx2.Client]:
 def blue(world: World) -> Iterator[httpx2.Client]:
     with world.gateway.client(BLUE) as client:
         yield client
-
-
-def chat_line(name: str, *content: Any, url: str = CHAT, **options: Any) -> dict[str, Any]:
-    messages = [{"role": "user", "content": list(content) or "Say it."}]
-    body = {"messages": messages, "max_tokens": 3, "temperature": 0, **options}
-    return {"custom_id": name, "method": "POST", "url": url, "body": body}
-
-
-def image_part(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def jsonl(*lines: Any) -> bytes:
-    return b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines) + b"\n"
-
-
-def begin(http: httpx2.Client, data: bytes, endpoint: str = CHAT) -> str:
-    file = http.post("/v1/files", files={"file": ("in.jsonl", data)}, data={"purpose": "batch"})
-    assert file.status_code == 200, file.text
-    body = {"input_file_id": file.json()["id"], "endpoint": endpoint, "completion_window": "24h"}
-    batch = http.post("/v1/batches", json=body)
-    assert batch.status_code == 200, batch.text
-    return str(batch.json()["id"])
-
-
-def until(
-    http: httpx2.Client, batch: str, done: Callable[[dict[str, Any]], bool], seconds: float = START_SECONDS
-) -> Any:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        state = http.get(f"/v1/batches/{batch}").json()
-        if done(state):
-            return state
-        time.sleep(0.05)
-    raise AssertionError(f"the batch is still {state}")
-
-
-def ended(http: httpx2.Client, batch: str) -> Any:
-    state = until(http, batch, lambda state: state["status"] in ENDED)
-    BatchObject.model_validate(state)
-    return state
-
-
-def results(http: httpx2.Client, state: dict[str, Any], which: str) -> dict[str, Any]:
-    """Lines of the output or error file by custom_id; no id may be there twice."""
-    if state[f"{which}_file_id"] is None:
-        return {}
-    text = http.get(f"/v1/files/{state[f'{which}_file_id']}/content").text
-    lines = [json.loads(line) for line in text.splitlines()]
-    found = {line["custom_id"]: line for line in lines}
-    assert len(found) == len(lines)
-    return found
 
 
 def test_openais_client_works_unchanged(
@@ -168,6 +109,10 @@ def test_openais_client_works_unchanged(
     for line in good.values():
         assert line["response"]["status_code"] == 200 and line["error"] is None
         assert line["response"]["body"]["object"] == "chat.completion" and line["response"]["body"]["usage"]
+    told = [line["response"]["body"]["usage"] for line in good.values()]
+    assert batch.usage is not None and batch.usage.total_tokens == sum(usage["total_tokens"] for usage in told)
+    assert batch.usage.output_tokens == sum(usage["completion_tokens"] for usage in told) > 0
+    assert batch.usage.input_tokens_details.cached_tokens <= batch.usage.input_tokens
     faults = {name: line["response"]["body"]["error"] for name, line in bad.items()}
     url = "messages.0.content.0.image_url.url"
     assert faults["private"]["param"] == faults["metadata-server"]["param"] == url
@@ -194,6 +139,8 @@ def test_lines_for_the_other_endpoints(red: httpx2.Client, picture: Picture) -> 
     line = results(red, ended(red, moderated), "output")["m"]
     assert 0 < line["response"]["body"]["results"][0]["category_scores"]["star"] < 1
     first, second = results(red, ended(red, answered), "output")["q"]["response"]["body"]["answers"]
+    prompts = first["usage"]["prompt_tokens"] + second["usage"]["prompt_tokens"]
+    assert ended(red, answered)["usage"]["input_tokens"] == prompts
     assert "text" in first and second["choices"].keys() == {"yes", "no"}
 
 
@@ -283,27 +230,6 @@ def test_files_are_listed_in_pages_and_bounded(blue: httpx2.Client, world: World
     assert world.data_dir.stat().st_mode & 0o777 == 0o700
 
 
-def test_tenants_share_nothing(red: httpx2.Client, blue: httpx2.Client, picture: Picture) -> None:
-    image = red.post("/v1/images", files={"file": picture()}).json()["id"]
-    mine = begin(red, jsonl(chat_line("a", image_part(f"lookonce:{image}"))))
-    state = ended(red, mine)
-    file, output = state["input_file_id"], state["output_file_id"]
-    body = {"input_file_id": file, "endpoint": CHAT, "completion_window": "24h"}
-    for response in (
-        blue.get(f"/v1/files/{file}"),
-        blue.get(f"/v1/files/{output}/content"),
-        blue.delete(f"/v1/files/{output}"),
-        blue.get(f"/v1/batches/{mine}"),
-        blue.post(f"/v1/batches/{mine}/cancel"),
-        blue.post("/v1/batches", json=body),
-    ):
-        assert response.status_code == 404, response.text
-    assert blue.get(f"/v1/files?after={file}").status_code == blue.get(f"/v1/batches?after={mine}").status_code == 400
-    assert blue.get("/v1/batches").json()["data"] == [] and blue.get("/v1/files").json()["data"] == []
-    theirs = ended(blue, begin(blue, jsonl(chat_line("a", image_part(f"lookonce:{image}")))))
-    assert results(blue, theirs, "error")["a"]["response"]["status_code"] == 404
-
-
 def test_cancelling_stops_what_is_under_way(red: httpx2.Client) -> None:
     batch = begin(red, jsonl(*[chat_line(str(n), max_tokens=200, ignore_eos=True) for n in range(40)]))
     until(red, batch, lambda state: state["request_counts"]["completed"] >= 1)
@@ -328,93 +254,3 @@ def test_too_many_batches_are_refused(blue: httpx2.Client) -> None:
     for batch in begun:
         blue.post(f"/v1/batches/{batch}/cancel")
         assert ended(blue, batch)["status"] == "cancelled"
-
-
-def test_a_killed_gateway_goes_on_where_it_was(services: Services, tmp_path: Path) -> None:
-    """SIGKILL, then SIGTERM, in the middle: each line is in the output once, and no finished one was asked again."""
-    arguments = (*services.arguments(), "--data-dir", str(tmp_path / "data"), "--batch-concurrency", "2")
-    names, tokens = [f"line {n}" for n in range(14)], 150
-    before = services.describe_language().generated_tokens
-    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
-        batch = begin(http, jsonl(*[chat_line(name, max_tokens=tokens, ignore_eos=True) for name in names]))
-        killed = until(http, batch, lambda state: state["request_counts"]["completed"] >= 3)
-        gateway.process.kill()
-        gateway.process.wait()
-    with ExitStack() as stack:
-        with services.language.frozen():  # so that it is looked at before it has gone on
-            gateway = stack.enter_context(GatewayProcess(*arguments))
-            http = stack.enter_context(gateway.client())
-            state = http.get(f"/v1/batches/{batch}").json()
-        assert state["status"] == "in_progress"
-        assert 14 > state["request_counts"]["completed"] >= killed["request_counts"]["completed"]
-        until(http, batch, lambda state: state["request_counts"]["completed"] >= 8)
-        assert gateway.terminate() == 0
-    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
-        second = subprocess.run(
-            [sys.executable, "-m", "gateway", "--port", "0", *arguments],
-            cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS,
-        )  # fmt: skip
-        assert second.returncode == 1 and "another gateway uses it" in second.stderr
-        state = ended(http, batch)
-        assert state["status"] == "completed" and state["error_file_id"] is None
-        assert state["request_counts"] == {"total": 14, "completed": 14, "failed": 0}
-        good = results(http, state, "output")
-        assert list(good) == names
-        assert {line["response"]["body"]["usage"]["completion_tokens"] for line in good.values()} == {tokens}
-    # The kill may cost the two lines under way; draining costs none.
-    assert services.describe_language().generated_tokens - before <= (14 + 2) * tokens
-
-
-def test_what_is_undone_expires(services: Services, tmp_path: Path) -> None:
-    arguments = (*services.arguments(), "--data-dir", str(tmp_path), "--batch-window", "2", "--batch-concurrency", "1")
-    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
-        batch = begin(http, jsonl(*[chat_line(str(n), max_tokens=300, ignore_eos=True) for n in range(200)]))
-        state = ended(http, batch)
-        good, bad = results(http, state, "output"), results(http, state, "error")
-    assert state["status"] == "expired" and state["expired_at"] >= state["expires_at"]
-    assert good.keys() | bad.keys() == {str(n) for n in range(200)} and bad and not good.keys() & bad.keys()
-    assert {(line["response"], line["error"]["code"]) for line in bad.values()} == {(None, "batch_expired")}
-
-
-def test_lines_wait_for_services_that_are_away(services: Services, tmp_path: Path) -> None:
-    nowhere = f"unix:{tmp_path}/none.sock"
-    data = ("--data-dir", str(tmp_path / "data"), "--reconnect-wait", "100ms")
-    away = ("--vision", services.vision.address, "--lm", nowhere)
-    with GatewayProcess(*away, *data) as gateway, gateway.client() as http:
-        batch = begin(http, jsonl(chat_line("a")))
-        until(http, batch, lambda state: state["status"] == "in_progress")
-        time.sleep(1)
-        assert http.get(f"/v1/batches/{batch}").json()["request_counts"] == {"total": 1, "completed": 0, "failed": 0}
-        assert gateway.terminate() == 0
-    with GatewayProcess(*services.arguments(), *data) as gateway, gateway.client() as http:
-        state = ended(http, batch)
-        assert list(results(http, state, "output")) == ["a"], results(http, state, "error")
-
-
-def test_without_a_data_directory_it_says_how_to_get_one(http: httpx2.Client) -> None:
-    for method, path in (("POST", "/v1/files"), ("GET", "/v1/files"), ("POST", "/v1/batches")):
-        response = http.request(method, path)
-        assert response.status_code == 400 and "--data-dir" in response.json()["error"]["message"]
-
-
-async def test_lines_make_way_for_people() -> None:
-    waiting = 1
-    lanes = Lanes(3, lambda: waiting)
-    await lanes.enter()
-    others = [asyncio.create_task(lanes.enter()) for _ in range(3)]
-    await asyncio.sleep(0.3)
-    assert lanes.busy == 1
-    waiting = 0
-    async with asyncio.timeout(60):
-        while lanes.busy < 3:  # noqa: ASYNC110  # they look at intervals of their own
-            await asyncio.sleep(0.01)
-    lanes.closed = True
-    lanes.leave()
-    await asyncio.sleep(0.3)
-    assert lanes.busy == 2
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-    lanes.leave()
-    lanes.leave()
-    await lanes.empty()

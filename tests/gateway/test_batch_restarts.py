@@ -1,0 +1,108 @@
+"""Batches over kills, restarts and services that are away: every line exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx2
+
+from gateway.batches.lanes import Lanes
+from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
+from tests.gateway.conftest import Services
+from tests.gateway.processes import ROOT, GatewayProcess
+from tests.processes import START_SECONDS
+
+
+def test_a_killed_gateway_goes_on_where_it_was(services: Services, tmp_path: Path) -> None:
+    """SIGKILL, then SIGTERM, in the middle: each line is in the output once, and no finished one was asked again."""
+    arguments = (*services.arguments(), "--data-dir", str(tmp_path / "data"), "--batch-concurrency", "2")
+    names, tokens = [f"line {n}" for n in range(14)], 150
+    before = services.describe_language().generated_tokens
+    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
+        batch = begin(http, jsonl(*[chat_line(name, max_tokens=tokens, ignore_eos=True) for name in names]))
+        killed = until(http, batch, lambda state: state["request_counts"]["completed"] >= 3)
+        gateway.process.kill()
+        gateway.process.wait()
+    with ExitStack() as stack:
+        with services.language.frozen():  # so that it is looked at before it has gone on
+            gateway = stack.enter_context(GatewayProcess(*arguments))
+            http = stack.enter_context(gateway.client())
+            state = http.get(f"/v1/batches/{batch}").json()
+        assert state["status"] == "in_progress"
+        assert 14 > state["request_counts"]["completed"] >= killed["request_counts"]["completed"]
+        until(http, batch, lambda state: state["request_counts"]["completed"] >= 8)
+        assert gateway.terminate() == 0
+    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
+        second = subprocess.run(
+            [sys.executable, "-m", "gateway", "--port", "0", *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS,
+        )  # fmt: skip
+        assert second.returncode == 1 and "another gateway uses it" in second.stderr
+        state = ended(http, batch)
+        assert state["status"] == "completed" and state["error_file_id"] is None
+        assert state["request_counts"] == {"total": 14, "completed": 14, "failed": 0}
+        good = results(http, state, "output")
+        assert list(good) == names
+        assert {line["response"]["body"]["usage"]["completion_tokens"] for line in good.values()} == {tokens}
+    # The kill may cost the two lines under way; draining costs none.
+    assert services.describe_language().generated_tokens - before <= (14 + 2) * tokens
+
+
+def test_what_is_undone_expires(services: Services, tmp_path: Path) -> None:
+    arguments = (*services.arguments(), "--data-dir", str(tmp_path), "--batch-window", "2", "--batch-concurrency", "1")
+    with GatewayProcess(*arguments) as gateway, gateway.client() as http:
+        batch = begin(http, jsonl(*[chat_line(str(n), max_tokens=300, ignore_eos=True) for n in range(200)]))
+        state = ended(http, batch)
+        good, bad = results(http, state, "output"), results(http, state, "error")
+    assert state["status"] == "expired" and state["expired_at"] >= state["expires_at"]
+    assert good.keys() | bad.keys() == {str(n) for n in range(200)} and bad and not good.keys() & bad.keys()
+    assert {(line["response"], line["error"]["code"]) for line in bad.values()} == {(None, "batch_expired")}
+
+
+def test_lines_wait_for_services_that_are_away(services: Services, tmp_path: Path) -> None:
+    nowhere = f"unix:{tmp_path}/none.sock"
+    data = ("--data-dir", str(tmp_path / "data"), "--reconnect-wait", "100ms")
+    away = ("--vision", services.vision.address, "--lm", nowhere)
+    with GatewayProcess(*away, *data) as gateway, gateway.client() as http:
+        batch = begin(http, jsonl(chat_line("a")))
+        until(http, batch, lambda state: state["status"] == "in_progress")
+        time.sleep(1)
+        assert http.get(f"/v1/batches/{batch}").json()["request_counts"] == {"total": 1, "completed": 0, "failed": 0}
+        assert gateway.terminate() == 0
+    with GatewayProcess(*services.arguments(), *data) as gateway, gateway.client() as http:
+        state = ended(http, batch)
+        assert list(results(http, state, "output")) == ["a"], results(http, state, "error")
+
+
+def test_without_a_data_directory_it_says_how_to_get_one(http: httpx2.Client) -> None:
+    for method, path in (("POST", "/v1/files"), ("GET", "/v1/files"), ("POST", "/v1/batches")):
+        response = http.request(method, path)
+        assert response.status_code == 400 and "--data-dir" in response.json()["error"]["message"]
+
+
+async def test_lines_make_way_for_people() -> None:
+    waiting = 1
+    lanes = Lanes(3, lambda: waiting)
+    await lanes.enter()
+    others = [asyncio.create_task(lanes.enter()) for _ in range(3)]
+    await asyncio.sleep(0.3)
+    assert lanes.busy == 1
+    waiting = 0
+    async with asyncio.timeout(60):
+        while lanes.busy < 3:  # noqa: ASYNC110  # they look at intervals of their own
+            await asyncio.sleep(0.01)
+    lanes.closed = True
+    lanes.leave()
+    await asyncio.sleep(0.3)
+    assert lanes.busy == 2
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    lanes.leave()
+    lanes.leave()
+    await lanes.empty()
