@@ -42,7 +42,8 @@ def test_starts_with_a_line_per_state_and_one_url(up, data_dir):
         assert f"{name:<8}  starting (process {up.system.services[name]['pid']})" in up.output
         assert f"{name:<8}  ready" in up.output
     assert up.output.count("http://127.0.0.1:") == 1
-    assert up.system.ready and up.system.url in up.output
+    until(lambda: up.system.ready, 60, lambda: up.output)
+    assert up.system.url in up.output
     assert httpx2.get(f"{up.system.url}/readyz").status_code == 200
     for path in (data_dir, data_dir / "run", data_dir / "store", data_dir / "log"):
         assert path.stat().st_mode & 0o777 == 0o700, path

@@ -250,14 +250,15 @@ async def test_a_stopped_holder_of_the_write_lock_costs_a_bounded_time(tmp_path)
 
 
 WRITER = """
-import asyncio, os, sys
+import asyncio, itertools, os, sys
 from lookonce.stores import open_store
 from tests.stores.records import make_record
 
 async def main():
     store = open_store("file://" + sys.argv[1], max_bytes=4 * 1024**2)
-    print("ready", flush=True)
-    while True:
+    for turn in itertools.count():
+        if turn == 20:
+            print("ready", flush=True)
         key = os.urandom(1) * 32  # 256 keys: replaced and evicted all the time
         await store.put(key, make_record(tokens=1 + os.urandom(2)[0] * 4, hidden=256).serialize())
         view = await store.get(os.urandom(1) * 32)

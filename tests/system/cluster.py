@@ -88,7 +88,7 @@ class System:
         language_args: tuple[str, ...] = (),
         gateway_args: tuple[str, ...] = (),
     ) -> None:
-        store = store or f"file://{folder}/store"
+        self.store = store = store or f"file://{folder}/store"
         common = ("--model", str(model), "--store", store, "--device", "cpu", "--dtype", "float32")
         self._stack = ExitStack()
         self.visions = [self._own(ServiceProcess("vision_service", *common, *vision_args)) for _ in range(visions)]

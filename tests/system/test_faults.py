@@ -11,13 +11,28 @@ import pytest
 
 from lookonce.checkpoint.random import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
-from tests.system.cluster import System
+from tests.processes import ServiceProcess
+from tests.system.cluster import GatewayProcess, System
 from tests.valkey import ValkeyServer
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return make_random_checkpoint(tmp_path_factory.mktemp("faults") / "model", max_pixels=100 * 28 * 28)
+
+
+@pytest.fixture(scope="module")
+def single(model, tmp_path_factory):
+    """A system that tests share: each leaves it whole."""
+    with System(model, tmp_path_factory.mktemp("single")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def double(model, tmp_path_factory):
+    """One with two services of each kind; likewise."""
+    with System(model, tmp_path_factory.mktemp("double"), visions=2, languages=2) as running:
+        yield running
 
 
 class Load:
@@ -96,60 +111,72 @@ def test_redis_that_hangs_or_is_full_fails_no_request(model, tmp_path):
         assert set(load.statuses) == {(200, None)}
 
 
-def test_vision_down_cached_images_answer_and_new_ones_are_503(model, tmp_path):
-    with System(model, tmp_path) as system:
-        known = system.upload(odd_files()["56x56"])["id"]
-        system.visions[0].kill()
-        assert "text" in system.ask(known, ["What?"], max_tokens=2)[0]
-        reply = system.http.post("/v1/images", files={"file": ("a.png", odd_files()["29x31"])})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
-        assert float(reply.headers["retry-after"]) > 0
-        system.visions[0].restart()
-        system.wait_whole()
-        system.upload(odd_files()["29x31"])
+def test_vision_down_cached_images_answer_and_new_ones_are_503(single):
+    known = single.upload(odd_files()["56x56"])["id"]
+    new = {"file": ("a.png", save(photograph("chelsea", (75, 60)), "PNG"))}
+    single.visions[0].kill()
+    assert "text" in single.ask(known, ["What?"], max_tokens=2)[0]
+    reply = single.http.post("/v1/images", files=new)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "unavailable")
+    assert float(reply.headers["retry-after"]) > 0
+    single.visions[0].restart()
+    single.wait_whole()
+    assert single.http.post("/v1/images", files=new).status_code in (200, 201)
 
 
-def test_a_language_replica_killed_under_load_is_covered_by_the_other(model, tmp_path):
-    with System(model, tmp_path, languages=2) as system:
-        images = [system.upload(data)["id"] for data in list(odd_files().values())[:4]]
-        with Load(system, images[0], 2) as load, Load(system, images[1], 2) as other:
+def test_killed_services_leave_the_embedded_store_intact(single):
+    files = list(odd_files().values())
+    before = {}
+    for round_number in range(3):
+        for data in files[round_number * 3 : round_number * 3 + 3]:
+            image = single.upload(data)["id"]
+            before[image] = single.ask(image, ["What is it?"], max_tokens=4)[0]["text"]
+        with Load(single, next(iter(before)), 2) as load:
             load.wait_for_more()
-            system.languages[0].kill()
-            load.wait_for_more(10)
-            other.wait_for_more(10)
-        statuses = load.statuses + other.statuses
-        # at most what was past its first token on the dead replica may fail
-        assert sum(status != (200, None) for status in statuses) <= 4
-        assert statuses[-1] == (200, None)
-        for image in images:
-            assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
+            (single.visions if round_number % 2 else single.languages)[0].kill()
+        (single.visions if round_number % 2 else single.languages)[0].restart()
+        single.wait_whole()
+    made = single.encodes()
+    for image, text in before.items():
+        assert single.ask(image, ["What is it?"], max_tokens=4)[0]["text"] == text
+    assert single.encodes() == made  # nothing was lost
 
 
-def test_killed_services_leave_the_embedded_store_intact(model, tmp_path):
-    with System(model, tmp_path) as system:
-        files = list(odd_files().values())
-        before = {}
-        for round_number in range(3):
-            for data in files[round_number * 3 : round_number * 3 + 3]:
-                image = system.upload(data)["id"]
-                before[image] = system.ask(image, ["What is it?"], max_tokens=4)[0]["text"]
-            with Load(system, next(iter(before)), 2) as load:
-                load.wait_for_more()
-                (system.visions if round_number % 2 else system.languages)[0].kill()
-            (system.visions if round_number % 2 else system.languages)[0].restart()
-            system.wait_whole()
-        made = system.encodes()
-        for image, text in before.items():
-            assert system.ask(image, ["What is it?"], max_tokens=4)[0]["text"] == text
-        assert system.encodes() == made  # nothing was lost
+def test_erasure_reaches_every_process(double):
+    before = double.encodes()
+    data = odd_files()["56x56"]
+    image = double.upload(data)["id"]
+    double.ask(image, ["What?"], max_tokens=2)
+    assert double.http.delete(f"/v1/images/{image}").status_code in (200, 204)
+    assert double.http.get(f"/v1/images/{image}").status_code == 404
+    assert double.http.post(f"/v1/images/{image}/questions", json={"questions": ["What?"]}).status_code == 404
+    assert double.upload(data)["cached"] is False
+    assert double.encodes() == before + 2
 
 
-def test_a_wrong_pair_is_refused_with_both_fingerprints_named(model, tmp_path):
+def test_a_language_replica_killed_under_load_is_covered_by_the_other(double):
+    images = [double.upload(data)["id"] for data in list(odd_files().values())[:4]]
+    with Load(double, images[0], 2) as load, Load(double, images[1], 2) as other:
+        load.wait_for_more()
+        double.languages[0].kill()
+        load.wait_for_more(10)
+        other.wait_for_more(10)
+    statuses = load.statuses + other.statuses
+    # at most what was past its first token on the dead replica may fail
+    assert sum(status != (200, None) for status in statuses) <= 4
+    assert statuses[-1] == (200, None)
+    for image in images:
+        assert "text" in double.ask(image, ["What?"], max_tokens=2)[0]
+    double.languages[0].restart()
+    double.wait_whole()
+
+
+def test_a_wrong_pair_is_refused_with_both_fingerprints_named(single, tmp_path):
     other = make_random_checkpoint(tmp_path / "other", max_pixels=100 * 28 * 28, seed=9)
-    with System(model, tmp_path) as system, System(other, tmp_path, store=f"file://{tmp_path}/store") as stranger:
-        system.gateways[0].kill()
-        mixed = type(system.gateways[0])(
-            "--vision", stranger.visions[0].address, "--lm", system.languages[0].address, "--store", "memory://"
+    arguments = ("--model", str(other), "--store", single.store, "--device", "cpu", "--dtype", "float32")
+    with ServiceProcess("vision_service", *arguments) as stranger:
+        mixed = GatewayProcess(
+            "--vision", stranger.address, "--lm", single.languages[0].address, "--store", "memory://"
         ).wait_ready()
         try:
             reply = httpx2.post(f"{mixed.url}/v1/images", files={"file": ("a.png", odd_files()["56x56"])}, timeout=60)
@@ -157,19 +184,7 @@ def test_a_wrong_pair_is_refused_with_both_fingerprints_named(model, tmp_path):
             reply = httpx2.post(f"{mixed.url}/v1/images/{image}/questions", json={"questions": ["What?"]}, timeout=60)
             error = reply.json()["answers"][0]["error"] if reply.status_code == 200 else reply.json()["error"]
             assert error["code"] == "fingerprint_mismatch"
-            assert System.describe(stranger.visions[0]).fingerprint[:8] in error["message"]
-            assert System.describe(system.visions[0]).fingerprint[:8] in error["message"]
+            assert System.describe(stranger).fingerprint[:8] in error["message"]
+            assert System.describe(single.visions[0]).fingerprint[:8] in error["message"]
         finally:
             mixed.close()
-
-
-def test_erasure_reaches_every_process(model, tmp_path):
-    with System(model, tmp_path, visions=2, languages=2) as system:
-        data = odd_files()["56x56"]
-        image = system.upload(data)["id"]
-        system.ask(image, ["What?"], max_tokens=2)
-        assert system.http.delete(f"/v1/images/{image}").status_code in (200, 204)
-        assert system.http.get(f"/v1/images/{image}").status_code == 404
-        assert system.http.post(f"/v1/images/{image}/questions", json={"questions": ["What?"]}).status_code == 404
-        assert system.upload(data)["cached"] is False
-        assert system.encodes() == 2

@@ -28,28 +28,36 @@ def ten_questions(system, image, start):
     return receipts
 
 
-def test_thirty_questions_over_two_restarts_encode_once(model, tmp_path):
-    with System(model, tmp_path) as system:
-        image = system.upload(save(photograph("coffee", (300, 200)), "JPEG"))["id"]
-        receipts = ten_questions(system, image, 0)
-        system.languages[0].restart()
-        receipts += ten_questions(system, image, 10)
-        before = system.encodes()
-        system.visions[0].restart()
-        receipts += ten_questions(system, image, 20)
-        assert before + system.encodes() == 1
-        assert {receipt["embedding"] for receipt in receipts} == {"hit"}
+@pytest.fixture(scope="module")
+def system(model, tmp_path_factory):
+    """One that tests share: each leaves it whole."""
+    with System(model, tmp_path_factory.mktemp("once")) as running:
+        yield running
 
 
-def test_a_picture_first_seen_in_a_chat_is_encoded_once_for_all(model, tmp_path):
-    with System(model, tmp_path) as system:
-        data = save(photograph("coffee", (120, 90)), "PNG")
-        url = data_url(data)
-        first = system.chat([{"role": "user", "content": [image_part(url), text_part("One?")]}], max_tokens=2)
-        again = system.chat([{"role": "user", "content": [image_part(url), text_part("Two?")]}], max_tokens=2)
-        assert [first["receipt"]["embedding"], again["receipt"]["embedding"]] == ["miss", "hit"]
-        assert system.upload(data)["cached"] is True
-        assert system.encodes() == 1
+def test_a_picture_first_seen_in_a_chat_is_encoded_once_for_all(system):
+    before = system.encodes()
+    data = save(photograph("coffee", (120, 90)), "PNG")
+    url = data_url(data)
+    first = system.chat([{"role": "user", "content": [image_part(url), text_part("One?")]}], max_tokens=2)
+    again = system.chat([{"role": "user", "content": [image_part(url), text_part("Two?")]}], max_tokens=2)
+    assert [first["receipt"]["embedding"], again["receipt"]["embedding"]] == ["miss", "hit"]
+    assert system.upload(data)["cached"] is True
+    assert system.encodes() == before + 1
+
+
+def test_thirty_questions_over_two_restarts_encode_once(system):
+    start = system.encodes()
+    image = system.upload(save(photograph("coffee", (300, 200)), "JPEG"))["id"]
+    receipts = ten_questions(system, image, 0)
+    system.languages[0].restart()
+    receipts += ten_questions(system, image, 10)
+    before = system.encodes() - start
+    system.visions[0].restart()
+    receipts += ten_questions(system, image, 20)
+    assert before + system.encodes() == 1
+    assert {receipt["embedding"] for receipt in receipts} == {"hit"}
+    system.wait_whole()
 
 
 def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once(model, tmp_path):
