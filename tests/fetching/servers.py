@@ -178,11 +178,11 @@ class PictureServer(LoopbackServer):
             route = self.routes.get(first.split(" ")[1].partition("?")[0], answer(b"no", "404 Not Found"))
             if callable(route):
                 route(connection)
-            else:
-                connection.sendall(route)
         finally:
             with self._lock:
                 self.at_once -= 1
+        if not callable(route):  # only now: who has the answer may ask again at once
+            connection.sendall(route)
 
 
 @dataclass
