@@ -53,6 +53,7 @@ class LoadedModel:
     dtype: torch.dtype
     context_length: int
     end_ids: frozenset[int]
+    weight_bytes: int
 
 
 def load_model(settings: LanguageSettings) -> LoadedModel:
@@ -65,8 +66,18 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     template = load_template(checkpoint.path)
     context_length = _context_length(checkpoint, settings.context_length)
     text_model, lm_head = load_language_model(checkpoint, dtype, device)
-    end_ids = _end_ids(checkpoint, template)
-    return LoadedModel(checkpoint, template, text_model, lm_head, device, dtype, context_length, end_ids)
+    parameters = {*text_model.parameters(), *lm_head.parameters()}  # a tied head counts once
+    return LoadedModel(
+        checkpoint=checkpoint,
+        template=template,
+        text_model=text_model,
+        lm_head=lm_head,
+        device=device,
+        dtype=dtype,
+        context_length=context_length,
+        end_ids=_end_ids(checkpoint, template),
+        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+    )
 
 
 async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
@@ -152,7 +163,6 @@ def _servicer(
 
 def _description(model: LoadedModel) -> common_pb2.ModelDescription:
     checkpoint = model.checkpoint
-    parameters = {*model.text_model.parameters(), *model.lm_head.parameters()}  # a tied head counts once
     return common_pb2.ModelDescription(
         name=checkpoint.name,
         checkpoint=checkpoint.identity,
@@ -161,7 +171,7 @@ def _description(model: LoadedModel) -> common_pb2.ModelDescription:
         device=str(model.device),
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        weight_bytes=model.weight_bytes,
         version=lookonce.__version__,
         instance=uuid.uuid4().hex,
         started_at=time.time(),

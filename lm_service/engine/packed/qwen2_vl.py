@@ -1,7 +1,7 @@
-"""Qwen2-VL's text model as a packed adapter: transformers' weights, without its module overhead.
+"""Qwen2-VL's text model as a packed adapter: the modules' weights, without module overhead.
 
-Projections that read the same input are fused to one matrix. The modules' parameters become views of the fused
-matrices, so the weights still exist once and the modules still work.
+Projections that read the same input are one product. The adapter takes the projections' weights out of the modules, so
+that each exists once, in the form it is computed with.
 """
 
 from __future__ import annotations
@@ -13,37 +13,35 @@ import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape
+from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
 
-_FEW_ROWS = 96
+_SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
 
 @dataclass(frozen=True)
 class _Layer:
     input_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [(heads + 2 kv_heads) * d, hidden]
-    qkv_bias: torch.Tensor | None
-    output: torch.Tensor  # [hidden, heads * d]
+    qkv: Linear  # hidden -> (heads + 2 kv_heads) * d
+    output: Linear  # heads * d -> hidden
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 * intermediate, hidden]
-    down: torch.Tensor  # [hidden, intermediate]
+    gate_up: GatedUnit  # hidden -> intermediate
+    down: Linear  # intermediate -> hidden
 
 
 class Qwen2VLAdapter:
     """A `ModelAdapter` over transformers' Qwen2VLTextModel and an output head."""
 
     def __init__(self, model: Any, head: torch.nn.Linear) -> None:
-        """`model` is a Qwen2VLTextModel, whose projections become views of fused matrices."""
+        """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter."""
         config = model.config
-        self._model = model  # keeps the modules, and so the views, alive
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
-        self._head: torch.Tensor = head.weight.data
-        self._head_bias: torch.Tensor | None = None if head.bias is None else head.bias.data
+        vocabulary = head.weight.shape[0]
+        self._head = _head(head, self._embedding)
         self._norm: torch.Tensor = model.norm.weight.data
-        self._float32_cpu = self._embedding.device.type == "cpu" and self._embedding.dtype == torch.float32
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
-        self._layers = [_fuse_layer(layer) for layer in model.layers]
+        self._layers = [_layer(layer) for layer in model.layers]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
@@ -57,7 +55,7 @@ class Qwen2VLAdapter:
             kv_heads=config.num_key_value_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
             hidden=config.hidden_size,
-            vocabulary=self._head.shape[0],
+            vocabulary=vocabulary,
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
             device=device,
@@ -82,37 +80,19 @@ class Qwen2VLAdapter:
             mixed = self._attention(index, layer, hidden, cos, sin, attend)
             if index == last:
                 hidden, mixed = hidden.index_select(0, rows), mixed.index_select(0, rows)
-            hidden = hidden + self._linear(mixed, layer.output)
-            hidden = hidden + self._mlp(self._rms(hidden, layer.mlp_norm), layer)
-        logits = self._linear(self._rms(hidden, self._norm), self._head)
-        return logits if self._head_bias is None else logits + self._head_bias
+            hidden = layer.output.plus(mixed, hidden)
+            hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
+        return self._head(self._rms(hidden, self._norm))
 
     def _attention(
         self, index: int, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
     ) -> torch.Tensor:
         shape = self._shape
-        # row by row again, whichever way round it was computed: attention wants contiguous heads
-        projected = self._linear(self._rms(hidden, layer.input_norm), layer.qkv).contiguous()
-        if layer.qkv_bias is not None:
-            projected.add_(layer.qkv_bias)
-        heads = projected.view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        projected = layer.qkv(self._rms(hidden, layer.input_norm))
+        heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         rotated = _rotate(heads[:, : shape.heads + shape.kv_heads], cos, sin)
         values = heads[:, shape.heads + shape.kv_heads :]
         return attend(index, rotated[:, : shape.heads], rotated[:, shape.heads :], values)
-
-    def _mlp(self, x: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        if self._upright(x):
-            gate, up = torch.mm(layer.gate_up, x.t()).chunk(2, dim=0)
-            return torch.mm(layer.down, functional.silu(gate).mul_(up)).t()
-        gate, up = functional.linear(x, layer.gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate).mul_(up), layer.down)
-
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.mm(weight, x.t()).t() if self._upright(x) else functional.linear(x, weight)
-
-    def _upright(self, x: torch.Tensor) -> bool:
-        """Whether to compute W x^T: for a few rows, MKL's float32 product is up to 1.5x as fast that way round."""
-        return self._float32_cpu and 1 < x.shape[0] <= _FEW_ROWS
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float32:
@@ -139,26 +119,31 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _fuse_layer(layer: Any) -> _Layer:
+def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    biases = [] if attention.q_proj.bias is None else [module.bias.data for module in qkv]
     return _Layer(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=_fuse(qkv, "weight"),
-        qkv_bias=_fuse(qkv, "bias") if attention.q_proj.bias is not None else None,
-        output=attention.o_proj.weight.data,
+        qkv=linear([_taken(module) for module in qkv], biases),
+        output=linear([_taken(attention.o_proj)]),
         mlp_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=_fuse([mlp.gate_proj, mlp.up_proj], "weight"),
-        down=mlp.down_proj.weight.data,
+        gate_up=gated_unit(_taken(mlp.gate_proj), _taken(mlp.up_proj)),
+        down=linear([_taken(mlp.down_proj)]),
     )
 
 
-def _fuse(modules: list[Any], name: str) -> torch.Tensor:
-    """The modules' parameters stacked along dim 0; each module keeps a view in place of its own copy."""
-    fused = torch.cat([getattr(module, name).data for module in modules])
-    start = 0
-    for module in modules:
-        rows = getattr(module, name).shape[0]
-        setattr(module, name, torch.nn.Parameter(fused[start : start + rows], requires_grad=False))
-        start += rows
-    return fused
+def _head(head: torch.nn.Linear, embedding: torch.Tensor) -> Linear:
+    biases = [] if head.bias is None else [head.bias.data]
+    if head.weight.data_ptr() != embedding.data_ptr():
+        return linear([_taken(head)], biases)
+    if embedding.nbytes <= _SMALL_HEAD:
+        return linear([embedding], biases)
+    return PlainLinear(embedding, *biases)  # the embedding needs its rows as they are
+
+
+def _taken(module: Any) -> torch.Tensor:
+    """A projection's weight, which the module has no longer."""
+    weight: torch.Tensor = module.weight.data
+    module.weight = None
+    return weight

@@ -1,0 +1,127 @@
+"""Matrix products of a model's weights, in whatever form the device computes them fastest.
+
+On the CPU a weight is laid out once for oneDNN's blocked product, which then neither repacks it in every step (what
+MKL's sgemm does, at a cost that a decode step's few rows never earn back) nor needs a pass of its own for SiLU, a gate
+or a residual. Elsewhere these are `functional.linear` and plain arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+_FEW_ROWS = 256
+
+
+class Linear(Protocol):
+    """x [T, in] -> x W^T + b [T, out]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        ...
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The product and a residual [T, out]."""
+        ...
+
+
+class GatedUnit(Protocol):
+    """x [T, in] -> SiLU(x G^T) * (x U^T) [T, out]: the first half of SwiGLU (arXiv:2002.05202)."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        ...
+
+
+class PlainLinear:
+    """A `Linear` over a weight as it is."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight` [out, in], `bias` [out]."""
+        self._weight, self._bias = weight, bias
+        self._float32_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        # for a few rows, MKL's float32 product is up to 3x as fast as W x^T
+        if self._bias is None and self._float32_cpu and 1 < x.shape[0] <= _FEW_ROWS:
+            return torch.mm(self._weight, x.t()).t()
+        return functional.linear(x, self._weight, self._bias)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        return residual + self(x)
+
+
+class PlainGatedUnit:
+    """A `GatedUnit` as one product with both matrices."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """Two matrices [out, in]."""
+        self._both = PlainLinear(torch.cat([gate, up]))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `GatedUnit`."""
+        gate, up = self._both(x).chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+
+class BlockedLinear:
+    """A `Linear` over a weight in oneDNN's layout."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight` [out, in] is copied, `bias` [out] is not."""
+        self._weight, self._bias = _blocked(weight), bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        return _product(x, self._weight, self._bias, "none", [], "")
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        return _product.binary(x, residual, self._weight, self._bias, "add")
+
+
+class BlockedGatedUnit:
+    """A `GatedUnit` as two products: the first ends with SiLU, the second with the multiplication."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """Two matrices [out, in], copied."""
+        self._gate, self._up = _blocked(gate), _blocked(up)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `GatedUnit`."""
+        gate = _product(x, self._gate, None, "swish", [], "")
+        return _product.binary(x, gate, self._up, None, "mul")
+
+
+def blocked_pays(like: torch.Tensor) -> bool:
+    """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
+    if like.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return like.dtype == torch.float32 or (
+        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+    )
+
+
+def linear(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = ()) -> Linear:
+    """One product with several matrices [out, in], one below the other."""
+    weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+    bias = torch.cat(list(biases)) if biases else None
+    return BlockedLinear(weight, bias) if blocked_pays(weight) else PlainLinear(weight, bias)
+
+
+def gated_unit(gate: torch.Tensor, up: torch.Tensor) -> GatedUnit:
+    """The unit of these two matrices."""
+    return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
+
+
+_product: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch.compile's frozen graphs call
+
+
+def _blocked(weight: torch.Tensor) -> torch.Tensor:
+    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)  # noqa: SLF001
+    return laid_out
