@@ -35,16 +35,16 @@ class SharedPart:
     node: Node
     begin: int
     end: int
+    first: bool  # nothing shared comes before it
 
 
 @dataclass(frozen=True)
 class TailPart:
-    """Tails of one slab with about as many new tokens each, as one padded batch of b rows of n tokens."""
+    """Tails in slots of one capacity with about as many new tokens each, as one padded batch of b rows of n tokens."""
 
-    slab: int
     capacity: int
     length: int  # keys looked at: the longest tail of the batch
-    slots: slice | torch.Tensor  # b slots
+    slots: slice | torch.Tensor  # b places of the pool's `class_view`
     gather: torch.Tensor | None  # int64 [b * n]: tail token of each place; None: as they come
     scatter: torch.Tensor | None  # int64 [tokens]: place of each token of `tokens`; None: all, as they come
     tokens: torch.Tensor | slice  # which tail tokens the batch answers for
@@ -105,13 +105,13 @@ class PackedAttention:
         if out is None:
             return
         grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
-        merged = self._partial(grouped, _spread(k, shape.group), _spread(v, shape.group), None, True)
+        merged = self._partial(grouped, _spread(k, shape.group), _spread(v, shape.group), True)
         seen = [node.layers[layer] for node in part.ancestors]
         if part.start:
             seen.append((keys[:, : part.start], values[:, : part.start]))
         for earlier_keys, earlier_values in seen:
             other = self._partial(
-                grouped, _spread(earlier_keys, shape.group), _spread(earlier_values, shape.group), None, False
+                grouped, _spread(earlier_keys, shape.group), _spread(earlier_values, shape.group), False
             )
             merged = merge(merged, other)
         out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(merged[0].permute(2, 0, 1, 3))
@@ -121,46 +121,67 @@ class PackedAttention:
         keys, values = self._pool.flat(layer)
         keys.index_copy_(0, plan.tail_rows, k.reshape(-1, shape.head_dim))
         values.index_copy_(0, plan.tail_rows, v.reshape(-1, shape.head_dim))
-        count, heads, group, size = q.shape[0], shape.kv_heads, shape.group, shape.head_dim
-        q = q.reshape(count, heads, group, size)
-        # head-major, so that the tokens of a shared prefix are rows of one matrix per key-value head
-        out = q.new_empty((heads, count, group, size))
-        lse = q.new_empty((heads, count, group), dtype=torch.float32)
+        q = q.reshape(q.shape[0], shape.kv_heads, shape.group, shape.head_dim)
+        shared = self._shared(layer, q) if plan.shared else None
+        if len(plan.tails) == 1 and isinstance(plan.tails[0].tokens, slice):
+            return self._tail(plan.tails[0], layer, q, shared).reshape(q.shape[0], -1)
+        out = torch.empty_like(q)
         for part in plan.tails:
-            self._tail(part, layer, q, out, lse)
-        if plan.shared:
-            rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
-            flat_out, flat_lse = out.view(1, heads, count * group, size), lse.view(1, heads, count * group)
-            for shared in plan.shared:
-                self._shared(shared, layer, rows, flat_out, flat_lse)
-        return out.transpose(0, 1).reshape(count, heads * group * size)
+            out[part.tokens] = self._tail(part, layer, q, shared)
+        return out.view(q.shape[0], -1)
 
-    def _tail(self, part: TailPart, layer: int, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-        shape = self._shape
-        heads, group, size = shape.kv_heads, shape.group, shape.head_dim
-        keys, values = self._pool.slab_view(layer, part.slab, part.capacity)
-        keys, values = keys[part.slots, :, : part.length], values[part.slots, :, : part.length]
-        places = q if part.gather is None else q.index_select(0, part.gather)
-        width = places.shape[0] // part.batch  # n: new tokens of each sequence, padded
-        if width == 1:
-            done, weight = self._partial(places, keys, values, part.mask, False)  # [b, K, G, d], [b, K, G]
+    def _shared(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [T, K, G, d] and log-sum-exp [T, K, G, 1] over the shared stretches: for each, one product for all
+        tokens that see it. Tokens that see none have -inf."""
+        shape, parts = self._shape, self._plan.shared
+        count, heads, group, size = q.shape
+        # head-major: the tokens that see a stretch are rows of one matrix per key-value head
+        rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
+        alone = len(parts) == 1 and parts[0].end - parts[0].begin == count
+        if alone:
+            keys, values = parts[0].node.layers[layer]
+            out, lse = self._partial(rows, keys.unsqueeze(0), values.unsqueeze(0), False)
         else:
-            places = places.view(part.batch, width, heads, group, size).transpose(1, 2)
-            places = places.reshape(part.batch, heads, width * group, size)
-            done, weight = self._partial(places, keys, values, part.mask, False)
-            done = done.reshape(part.batch, heads, width, group, size).transpose(1, 2).reshape(-1, heads, group, size)
-            weight = weight.reshape(part.batch, heads, width, group).transpose(1, 2).reshape(-1, heads, group)
-        if part.scatter is not None:
-            done, weight = done.index_select(0, part.scatter), weight.index_select(0, part.scatter)
-        out[:, part.tokens] = done.transpose(0, 1)
-        lse[:, part.tokens] = weight.transpose(0, 1)
+            out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -torch.inf, dtype=torch.float32)
+        for part in () if alone else parts:
+            at = slice(part.begin * shape.group, part.end * shape.group)
+            keys, values = part.node.layers[layer]
+            done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
+            out[:, :, at], lse[:, :, at] = done if part.first else merge((out[:, :, at], lse[:, :, at]), done)
+        out = out[0].unflatten(1, (count, group))
+        return out.transpose(0, 1), lse[0].unflatten(1, (count, group)).transpose(0, 1).unsqueeze(-1)
 
-    def _shared(self, part: SharedPart, layer: int, rows: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-        """One product over a shared stretch for the rows [1, K, T * G, d] of all its sequences, merged into `out`."""
-        at = slice(part.begin * self._shape.group, part.end * self._shape.group)
-        keys, values = part.node.layers[layer]
-        done, weight = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), None, False)
-        merge_into(out[:, :, at], lse[:, :, at], done, weight, last=len(self._plan.shared) == 1)
+    def _tail(
+        self, part: TailPart, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Output [tokens, K, G, d] over the tails and what is shared, which enters the softmax as one more key whose
+        score is its log-sum-exp and whose value is its output."""
+        keys, values = self._pool.class_view(layer, part.capacity)
+        keys, values = keys[part.slots, :, : part.length], values[part.slots, :, : part.length]
+        scores = torch.matmul(_padded(q, part), keys.transpose(-1, -2)).float()
+        scores = scores.mul_(q.shape[-1] ** -0.5).add_(part.mask)  # [b, K, n * G, length]
+        if shared is None:
+            return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), part, q)
+        weights = torch.cat([scores, _padded(shared[1], part)], dim=-1).softmax(-1).to(q.dtype)
+        out = torch.matmul(weights[..., : part.length], values)
+        return _unpadded(out.addcmul_(weights[..., part.length :], _padded(shared[0], part)), part, q)
+
+
+def _padded(x: torch.Tensor, part: TailPart) -> torch.Tensor:
+    """[T, K, G, d] of all tail tokens -> [b, K, n * G, d] of a part's places."""
+    if part.gather is not None:
+        x = x.index_select(0, part.gather)
+    if x.shape[0] == part.batch:
+        return x
+    x = x.unflatten(0, (part.batch, -1)).transpose(1, 2)  # [b, K, n, G, d]
+    return x.flatten(2, 3)
+
+
+def _unpadded(x: torch.Tensor, part: TailPart, q: torch.Tensor) -> torch.Tensor:
+    """[b, K, n * G, d] of a part's places -> [tokens, K, G, d] of the tokens it answers for."""
+    if x.shape[2] != q.shape[2]:
+        x = x.unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
+    return x if part.scatter is None else x.index_select(0, part.scatter)
 
 
 def merge(
@@ -172,31 +193,16 @@ def merge(
     return out, torch.logaddexp(one[1], other[1])
 
 
-def merge_into(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, *, last: bool
-) -> None:
-    """`merge`, in place of the first; `last` leaves its log-sum-exp as it was."""
-    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    if out.dtype == torch.float32:
-        out.lerp_(other, weight)
-    else:
-        out.copy_(torch.lerp(out.float(), other.float(), weight))
-    if not last:
-        torch.logaddexp(lse, other_lse, out=lse)
-
-
 def _spread(x: torch.Tensor, group: int) -> torch.Tensor:
     """[K, L, d] seen as [K, G, L, d] without a copy."""
     return x.unsqueeze(1).expand(-1, group, -1, -1)
 
 
-Partial = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, bool], tuple[torch.Tensor, torch.Tensor]
-]
+Partial = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
 def partial_attention_for(shape: ModelShape) -> Partial:
-    """(q [b, h, n, d], k, v [b, h, L, d], additive mask, causal) -> output and log-sum-exp [b, h, n] in float32."""
+    """(q [b, h, n, d], k, v [b, h, L, d], causal) -> output and log-sum-exp [b, h, n] in float32."""
     if shape.device.type == "cpu":
         return _cpu_flash
     if shape.device.type == "cuda" and shape.dtype != torch.float32:
@@ -204,31 +210,23 @@ def partial_attention_for(shape: ModelShape) -> Partial:
     return plain_attention
 
 
-def _cpu_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
+def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
     return out, lse
 
 
-def _cuda_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if mask is not None:
-        return plain_attention(q, k, v, mask, causal)
+def _cuda_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return result[0], result[1]
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by plain matrix products, on any device."""
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     if causal:
         length = q.shape[-2]
         scores += torch.full((length, length), -torch.inf, device=q.device).triu_(1)
-    if mask is not None:
-        scores += mask
     lse = scores.logsumexp(-1)
     return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse

@@ -103,7 +103,7 @@ def blocked_pays(like: torch.Tensor) -> bool:
     if like.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     return like.dtype == torch.float32 or (
-        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # noqa: SLF001
+        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
@@ -119,9 +119,9 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor) -> GatedUnit:
     return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
 
 
-_product: Any = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 - what torch.compile's frozen graphs call
+_product: Any = torch.ops.mkldnn._linear_pointwise
 
 
 def _blocked(weight: torch.Tensor) -> torch.Tensor:
-    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)  # noqa: SLF001
+    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
     return laid_out

@@ -6,6 +6,8 @@ Fills come first, then tails sorted by the path of their shared prefixes: all to
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,18 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import AttentionPlan, FillPart, SharedPart, TailPart
 from lm_service.engine.packed.batch import Batch, FillChunk, TailChunk
 from lm_service.engine.packed.pool import TailPool
-from lm_service.engine.packed.prefix_cache import Node
 
-_SPARSE = 2  # a slab's slots are read in place unless more than every second one would be read in vain
+_SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
+_FAR = 16  # slots further apart than this are not read together
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A tail on its way into a `TailPart`."""
+
+    place: int  # of its slot in the pool's `class_view`
+    chunk: TailChunk
+    begin: int  # its first token among the step's tail tokens
 
 
 def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
@@ -29,18 +40,20 @@ def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
 def make_plan(shape: ModelShape, pool: TailPool, batch: Batch) -> AttentionPlan:
     """The plan of a batch whose tails are in `tail_order`."""
     fills = _fill_parts(batch.fills)
-    groups: dict[tuple[int, int, int], list[tuple[TailChunk, int]]] = defaultdict(list)
+    groups: dict[tuple[int, int], list[_Member]] = defaultdict(list)
     begin = 0
     for chunk in batch.tails:
         slot = chunk.sequence.slot
         if slot is not None:
-            groups[slot.slab, slot.capacity, _width_class(chunk.count)].append((chunk, begin))
+            groups[slot.capacity, _width_class(chunk.count)].append(_Member(pool.place_of(slot), chunk, begin))
         begin += chunk.count
     return AttentionPlan(
         fill_tokens=fills[-1].end if fills else 0,
         fills=fills,
         shared=_shared_parts(batch.tails),
-        tails=[_tail_part(shape, key[0], key[1], members, begin) for key, members in groups.items()],
+        tails=[
+            _tail_part(shape, key[0], near, begin) for key, members in groups.items() for near in _neighbours(members)
+        ],
         tail_rows=_tail_rows(shape, pool, batch.tails),
     )
 
@@ -55,14 +68,15 @@ def _fill_parts(chunks: list[FillChunk]) -> list[FillPart]:
 
 
 def _shared_parts(chunks: list[TailChunk]) -> list[SharedPart]:
-    ranges: dict[int, tuple[Node, int, int]] = {}
+    found: dict[int, SharedPart] = {}
     begin = 0
     for chunk in chunks:
         end = begin + chunk.count
-        for node in chunk.sequence.path:
-            ranges[node.id] = (node, ranges[node.id][1] if node.id in ranges else begin, end)
+        for depth, node in enumerate(chunk.sequence.path):
+            start = found[node.id].begin if node.id in found else begin
+            found[node.id] = SharedPart(node, start, end, first=depth == 0)
         begin = end
-    return [SharedPart(*found) for found in ranges.values()]
+    return list(found.values())
 
 
 def _tail_rows(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> torch.Tensor:
@@ -86,43 +100,49 @@ def _width_class(count: int) -> int:
     return ((count - 1).bit_length() + 1) // 2
 
 
-def _tail_part(
-    shape: ModelShape, slab: int, capacity: int, members: list[tuple[TailChunk, int]], tail_tokens: int
-) -> TailPart:
-    """One padded batch over the chunks of one slab; holes between their slots are computed and ignored."""
-    members = sorted(members, key=lambda member: member[0].sequence.slot.index)  # type: ignore[union-attr]
-    indices = [chunk.sequence.slot.index for chunk, _ in members if chunk.sequence.slot is not None]
-    low, high = indices[0], indices[-1]
-    width = max(chunk.count for chunk, _ in members)
+def _neighbours(members: list[_Member]) -> Iterator[list[_Member]]:
+    """Members by place, cut where the next one is far away."""
+    members = sorted(members, key=lambda member: member.place)
+    start = 0
+    for at in range(1, len(members) + 1):
+        if at == len(members) or members[at].place - members[at - 1].place > _FAR:
+            yield members[start:at]
+            start = at
+
+
+def _tail_part(shape: ModelShape, capacity: int, members: list[_Member], tail_tokens: int) -> TailPart:
+    """One padded batch over neighbours; holes between their slots are computed and ignored."""
+    low, high = members[0].place, members[-1].place
+    width = max(member.chunk.count for member in members)
     in_place = high - low + 1 <= _SPARSE * len(members)
-    places = [index - low for index in indices] if in_place else list(range(len(members)))
+    places = [member.place - low for member in members] if in_place else list(range(len(members)))
     batch = high - low + 1 if in_place else len(members)
 
     starts = np.zeros(batch, dtype=np.int64)
     gather = np.zeros((batch, width), dtype=np.int64)
     tokens: list[int] = []
     scatter: list[int] = []
-    for place, (chunk, begin) in zip(places, members, strict=True):
+    for place, member in zip(places, members, strict=True):
+        chunk, begin = member.chunk, member.begin
         starts[place] = chunk.sequence.tail_length
         gather[place, : chunk.count] = range(begin, begin + chunk.count)
         tokens.extend(range(begin, begin + chunk.count))
         scatter.extend(range(place * width, place * width + chunk.count))
-    length = int(max(starts[place] + chunk.count for place, (chunk, _) in zip(places, members, strict=True)))
+    length = int(max(starts[place] + member.chunk.count for place, member in zip(places, members, strict=True)))
     visible = np.arange(length) <= (starts[:, None] + np.arange(width))[:, :, None]  # [b, n, length]
-    for place, (chunk, _) in zip(places, members, strict=True):
-        if chunk.sequence.trie is not None:
-            _limit_to_branch(visible[place], chunk)
+    for place, member in zip(places, members, strict=True):
+        if member.chunk.sequence.trie is not None:
+            _limit_to_branch(visible[place], member.chunk)
 
     device = shape.device
     as_they_come = tokens == list(range(tail_tokens))
-    mask = torch.zeros(visible.shape, dtype=shape.dtype).masked_fill_(torch.from_numpy(~visible), -torch.inf)
+    mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
     if width > 1:
         mask = mask.repeat_interleave(shape.group, dim=1)
     return TailPart(
-        slab=slab,
         capacity=capacity,
         length=length,
-        slots=slice(low, high + 1) if in_place else torch.tensor(indices, device=device),
+        slots=slice(low, high + 1) if in_place else torch.tensor([member.place for member in members], device=device),
         gather=None
         if as_they_come and len(tokens) == batch * width
         else torch.from_numpy(gather.reshape(-1)).to(device),

@@ -51,7 +51,7 @@ class TailPool:
         self._free: dict[int, list[int]] = {}  # slab in use -> heap of its free slots
         self._open: dict[int, set[int]] = {}  # capacity -> slabs with a free slot
         self._used: dict[int, int] = {}  # slab -> slots taken
-        self._views: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._views: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @property
     def bytes(self) -> int:
@@ -124,14 +124,17 @@ class TailPool:
         """Row of a slot's first token of its first head; heads follow `capacity` rows apart, tokens one row apart."""
         return slot.slab * self._rows + slot.index * self._shape.kv_heads * slot.capacity
 
-    def slab_view(self, layer: int, slab: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one slab in one layer: two [slots, kv_heads, capacity, d]."""
-        views = self._views.get((slab, capacity))
+    def place_of(self, slot: Slot) -> int:
+        """A slot's place among all of its capacity, were the whole buffer cut into those; see `class_view`."""
+        return slot.slab * (self.slab_tokens // slot.capacity) + slot.index
+
+    def class_view(self, layer: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer, two [places, kv_heads, capacity, d]: what lies in slabs of other capacities
+        is seen cut wrongly, and finite."""
+        views = self._views.get(capacity)
         if views is None:
             size = (-1, self._shape.kv_heads, capacity, self._shape.head_dim)
-            rows = slice(slab * self._rows, (slab + 1) * self._rows)
-            views = [(keys[rows].view(size), values[rows].view(size)) for keys, values in self._flat]
-            self._views[slab, capacity] = views
+            views = self._views[capacity] = [(keys.view(size), values.view(size)) for keys, values in self._flat]
         return views[layer]
 
 
