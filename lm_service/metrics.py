@@ -1,15 +1,37 @@
-"""Prometheus metrics of the language service: made once a process."""
+"""Prometheus metrics of the language service, made once a process; docs/metrics.md lists them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from lm_service.engine.types import EngineState
 from lookonce.errors import invalid
 
+_SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_ENGINE_GAUGES = {
+    "running": "Answers and scored questions being computed.",
+    "waiting": "Requests of which nothing is computed yet.",
+    "prefix_bytes": "KV of prefixes, in use or kept for later requests.",
+    "prefix_budget_bytes": "What KV of prefixes never exceeds.",
+    "prefix_entries": "Stretches of tokens whose KV is held once for all.",
+    "kv_slots": "Slots for KV of sequences under way that are taken.",
+    "kv_budget_bytes": "KV of sequences under way, beyond their prefixes: all slots.",
+}
+_ENGINE_COUNTERS = {
+    "prefill_tokens": "Prompt tokens computed.",
+    "decode_tokens": "Tokens of answers computed; their rate is the throughput.",
+    "prefix_hits": "Sequences whose images' (or text's) KV was there.",
+    "prefix_misses": "Sequences whose prefix had to be computed.",
+    "prefix_evictions": "Prefixes dropped to stay within the budget.",
+    "preemptions": "Times a sequence stepped back to make room, to go on later.",
+    "steps": "Steps of the engine.",
+    "forward_seconds": "Time of the steps' forwards, the rest being scheduling and sampling.",
+}
 
 
 class Metrics:
@@ -25,16 +47,36 @@ class Metrics:
         self.loads = Counter("lookonce_lm_embedding_loads", "Embeddings loaded, by where from.", ("source",))
         self.invalid = Counter("lookonce_lm_embeddings_refused", "Records refused before the model saw them.")
         self.fetch_failures = Counter("lookonce_lm_fetch_failures", "Fetches that failed, absent records apart.")
+        self.inter_token = Histogram(
+            "lookonce_lm_inter_token_seconds", "From one token of an answer to its next.", buckets=_SHORT_SECONDS
+        )
+        self.step_seconds = Histogram(
+            "lookonce_lm_step_seconds", "One step of the engine, prefill and decode together.", buckets=_SHORT_SECONDS
+        )
+        self.refusals = Counter("lookonce_lm_refusals", "Requests refused at once because too many waited.")
         self.l1_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
-        self.running = Gauge("lookonce_lm_running", "Requests under way.")
-        self.waiting = Gauge("lookonce_lm_waiting", "Requests waiting.")
-        self.prefix_bytes = Gauge("lookonce_lm_prefix_bytes", "Bytes of KV kept for later requests.")
+        self._engine = _EngineCollector()
+        REGISTRY.register(self._engine)
 
     def watch(self, describe: Callable[[], EngineState]) -> None:
-        """Read the gauges of the engine's state from `describe` whenever they are collected."""
-        self.running.set_function(lambda: describe().running)
-        self.waiting.set_function(lambda: describe().waiting)
-        self.prefix_bytes.set_function(lambda: describe().prefix_bytes)
+        """Read what the engine counts from `describe` whenever metrics are collected."""
+        self._engine.state_of = describe
+
+
+class _EngineCollector(Collector):
+    """An engine's state and its own counters, as they are when Prometheus asks."""
+
+    def __init__(self) -> None:
+        self.state_of: Callable[[], EngineState] = EngineState
+
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        """See prometheus_client."""
+        state = self.state_of()
+        now = {"running": state.running, "waiting": state.waiting, "prefix_bytes": state.prefix_bytes, **state.extra}
+        for name, text in _ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
+        for name, text in _ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
 
 
 METRICS = Metrics()

@@ -128,6 +128,7 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         kv_bytes=settings.kv_bytes,
         prefix_bytes=settings.prefix_bytes,
         context_tokens=model.context_length,
+        step_seconds=settings.step_seconds,
     )
     adapter = Qwen2VLAdapter(model.text_model, model.lm_head)
     return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)

@@ -52,10 +52,12 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         with _counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
+            gaps = _Gaps()
             stream = cast(AsyncGenerator[Delta | Finish, None], self._engine.generate(generation))
             async with aclosing(stream) as events:
                 async for event in events:
                     if isinstance(event, Delta):
+                        gaps.note(event.index)
                         yield self._replies.delta(event)
                     else:
                         _observe(event.timings, event.completion_tokens, first=event.index == 0)
@@ -101,6 +103,20 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
         check_ids(request)
         return time.monotonic() + timeout_of(request, context.time_remaining(), self._max_timeout)
+
+
+class _Gaps:
+    """Times between the tokens of each of a request's answers."""
+
+    def __init__(self) -> None:
+        self._last: dict[int, float] = {}
+
+    def note(self, index: int) -> None:
+        """A token of an answer is here."""
+        now = time.monotonic()
+        if index in self._last:
+            METRICS.inter_token.observe(now - self._last[index])
+        self._last[index] = now
 
 
 @contextmanager

@@ -42,6 +42,9 @@ class LanguageSettings(Settings):
     )
     max_running: int = Field(128, ge=1, le=4096, description="Answers decoded at once.")
     max_waiting: int = Field(1024, ge=1, le=100_000, description="Requests that may wait; more are refused at once.")
+    step_seconds: Seconds = Field(
+        1.0, description="Longest a step should take: long prompts are cut so that others' tokens need not wait longer."
+    )
     context_length: int | None = Field(None, ge=16, description="Most tokens of prompt and answer; unset: the model's.")
     max_tokens: int = Field(8192, ge=1, description="Most tokens of one answer, and how many when none is asked for.")
     max_images: int = Field(64, ge=1, le=4096, description="Most images in one prompt.")

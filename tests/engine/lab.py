@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 
+from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.packed.content import prompt_content
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
     Delta,
     EmbeddingSource,
@@ -160,6 +164,14 @@ class Answered:
         self.tokens += event.token_ids
         self.text += event.text
         self.logprobs += event.logprobs
+
+
+def sequence(request: Request, wanted: Prompt, max_tokens: int) -> Sequence:
+    """A greedy sequence as an `EngineCore` takes it."""
+    sampling = Sampling(max_tokens)
+    answer = Answer(0, sampling, TOKENS, frozenset(), 4000)
+    state = SamplerState(sampling, wanted.token_ids)
+    return Sequence(request, 0, wanted, prompt_content(wanted), list(wanted.token_ids), answer, state)
 
 
 def generation(wanted: Prompt, max_tokens: int = 4, **rest: Any) -> Generation:

@@ -21,9 +21,9 @@ from lm_service.engine.packed.runner import Runner
 from lm_service.engine.packed.scheduler import Scheduler
 from lm_service.engine.packed.sequence import Request, Sequence
 from lm_service.engine.types import Delta, EngineState, Finish
+from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 
-_SMOOTHING = 0.1
 _log = structlog.get_logger(__name__)
 
 
@@ -59,9 +59,6 @@ class EngineCore:
         self.step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
-        self._tokens_per_second = 0.0
-        self._last_step_ms = 0.0
-        self.generator_seconds = 0.0
 
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
@@ -90,16 +87,16 @@ class EngineCore:
         """One step; False when there was nothing to compute."""
         began = time.perf_counter()
         batch = self.scheduler.schedule()
-        self._note_admissions(batch)
+        self._note_admissions()
         if not batch:
             return False
+        decoded = sum(tail.sequence.decoding for tail in batch.tails)
         self._compute(batch)
-        self.steps += 1
         elapsed = time.perf_counter() - began
+        self.scheduler.budget.note(batch.tokens - decoded, decoded, elapsed)
+        self.steps += 1
         self.step_seconds += elapsed
-        self._last_step_ms = elapsed * 1000
-        sampled = len(batch.tails)
-        self._tokens_per_second += _SMOOTHING * (sampled / elapsed - self._tokens_per_second)
+        METRICS.step_seconds.observe(elapsed)
         return True
 
     def state(self) -> EngineState:
@@ -122,12 +119,11 @@ class EngineCore:
                 "prefix_evictions": self.cache.evictions,
                 "preemptions": counters.preemptions,
                 "steps": self.steps,
-                "step_ms": self._last_step_ms,
                 "step_seconds": self.step_seconds,
                 "forward_seconds": self.forward_seconds,
-                "tokens_per_second": self._tokens_per_second,
                 "kv_slots": self.pool.used_slots,
-                "kv_bytes": self.pool.bytes,
+                "kv_budget_bytes": self.pool.bytes,
+                "prefix_budget_bytes": self.cache.budget,
             },
         )
 
@@ -191,12 +187,12 @@ class EngineCore:
         if not sequence.request.unfinished:
             self.events.append((sequence.request, Scored()))
 
-    def _note_admissions(self, batch: Batch) -> None:
-        for sequence in self.scheduler.running[::-1]:
-            if sequence.request.admitted:
-                break
-            sequence.request.admitted = True
-            self.events.append((sequence.request, Admitted()))
+    def _note_admissions(self) -> None:
+        for sequence in self.scheduler.admitted:
+            if not sequence.request.admitted:
+                sequence.request.admitted = True
+                self.events.append((sequence.request, Admitted()))
+        self.scheduler.admitted.clear()
 
     def _failed(self, sequence: Sequence, error: LookonceError) -> None:
         """One sequence's failure is its request's."""

@@ -34,6 +34,7 @@ from lm_service.engine.types import (
     Scoring,
     Timings,
 )
+from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 
 _log = structlog.get_logger(__name__)
@@ -170,6 +171,7 @@ class PackedEngine:
             raise _unavailable()
         # a request on its way to a free place does not count as waiting
         if self._waiting >= self.options.max_waiting + max(0, self.options.max_running - self._admitted):
+            METRICS.refusals.inc()
             raise LookonceError(
                 ErrorKind.OVERLOADED,
                 f"{self.options.max_waiting} requests are waiting already",

@@ -14,6 +14,7 @@ import numpy as np
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.batch import Batch, Fill, FillChunk, TailChunk
+from lm_service.engine.packed.budget import StepBudget
 from lm_service.engine.packed.content import spans_within
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
@@ -54,7 +55,9 @@ class Scheduler:
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
         self.fills: list[Fill] = []
+        self.admitted: list[Sequence] = []  # since somebody last looked
         self.counters = Counters()
+        self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
         self._load, self._fail = load, fail
         self._version = 0  # of the tree's shape, for sequences' paths
@@ -124,8 +127,7 @@ class Scheduler:
         if not decodes and not prefills and self.counters.preemptions > preemptions:
             self._admit()  # those who stepped back for want of a longer slot return at once
             decodes, prefills = self._ready()
-        options = self._options
-        budget = max(options.step_tokens - len(decodes), options.step_tokens // 4) if decodes else options.burst_tokens
+        budget = self.budget.tokens(len(decodes))
         batch = Batch(tails=[TailChunk(sequence, 1) for sequence in decodes])
         for sequence in prefills:
             if budget <= 0:
@@ -191,7 +193,7 @@ class Scheduler:
                 self._unblock(sequence)
                 if self._try_admit(sequence):
                     admitted = True
-                elif sequence.blocked_on is None and self.running:
+                elif sequence.blocked_on is None and (self.running or self.fills):
                     return  # it keeps its turn: none that needs less may pass it over for ever
                 elif sequence.blocked_on is None:
                     self.fail(sequence, self._too_large(sequence))
@@ -227,6 +229,7 @@ class Scheduler:
         self._cache.release(found)
         self.queue.pop(sequence)
         self.running.append(sequence)
+        self.admitted.append(sequence)
         sequence.leaf, sequence.slot, sequence.pending = leaf, slot, created
         sequence.inlined = {node.id for node in inlined}
         sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1

@@ -1,0 +1,139 @@
+"""What holds from one step to the next: how long a step gets, who is told of admission, when a place is free again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+from lm_service.engine.packed.budget import StepBudget
+from lm_service.engine.packed.core import Admitted, EngineCore
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.sequence import Request
+from lm_service.engine.types import EngineState
+from tests.engine import lab as laboratory
+from tests.engine.lab import TOKENS, ask, drained, generation, picture, prompt, words
+
+SYSTEM = words(9, 1)
+
+
+class Watched:
+    """A model whose forwards are counted by their tokens, and may have to wait for permission or take their time."""
+
+    def __init__(self, adapter, *, permits: int | None = None, token_seconds: float = 0.0):
+        self.shape, self.embed, self._adapter = adapter.shape, adapter.embed, adapter
+        self._permits = None if permits is None else threading.Semaphore(permits)
+        self._token_seconds = token_seconds
+        self.sizes: list[int] = []
+
+    def permit(self):
+        self._permits.release()
+
+    def forward(self, hidden, *rest):
+        self.sizes.append(len(hidden))
+        if self._permits is not None:
+            self._permits.acquire()
+        time.sleep(self._token_seconds * len(hidden))
+        return self._adapter.forward(hidden, *rest)
+
+
+def engine_of(lab, model, **options):
+    lab.album = laboratory.Album(model.shape.hidden)
+    options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, **options}
+    return PackedEngine(model, TOKENS, frozenset(), lab.album, PackedOptions(**options))
+
+
+async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
+    model = Watched(lab.adapter, permits=3)
+    engine = engine_of(lab, model)
+    await engine.start()
+    stream = engine.generate(generation(prompt(words(5, 1)), 200, logprobs=None))
+    for _ in range(3):
+        await anext(stream)
+    while len(model.sizes) < 4:  # noqa: ASYNC110 - the engine's thread is on its way into the fourth forward
+        await asyncio.sleep(0.001)
+    await stream.aclose()
+    model.permit()
+    await drained(engine)
+    assert len(model.sizes) == 4 and engine.describe().extra["kv_slots"] == 0
+    model.permit()  # were there a fifth, it could run
+    await engine.close()
+    assert len(model.sizes) == 4
+
+
+async def test_a_slow_models_steps_are_cut_to_the_time_they_may_take(lab):
+    """1 ms a token and 80 ms a step: no more than 80 tokens at once, however long the prompt."""
+    model = Watched(lab.adapter, token_seconds=0.001)
+    engine = engine_of(lab, model, step_seconds=0.08)
+    await engine.start()
+    wanted = prompt(SYSTEM, picture(1, 20, 30), words(9, 3))
+    (answer,) = await ask(engine, generation(wanted, 3))
+    await engine.close()
+    lab.check(wanted, answer)
+    assert model.sizes[0] == 128  # before anything was measured
+    assert max(model.sizes[1:]) <= 80
+    assert sum(model.sizes) == len(wanted.token_ids) + 2
+
+
+def test_a_fast_models_steps_grow_to_their_bound():
+    budget = StepBudget(PackedOptions(step_seconds=1.0))
+    for _ in range(5):
+        budget.note(budget.tokens(0), 0, budget.tokens(0) * 1e-4)
+    assert budget.tokens(0) == 2048
+    assert budget.tokens(32) == 512 - 32
+    for _ in range(20):
+        budget.note(0, 64, 10.0)  # what decoding takes says nothing of prompts
+    assert budget.tokens(0) == 2048
+    for _ in range(8):
+        budget.note(512, 0, 512 * 0.005)
+    assert 190 <= budget.tokens(0) <= 201
+
+
+def test_each_requests_admission_is_told(lab):
+    """Also when it comes in at the same time as a later sequence of a request that was admitted before."""
+    core = EngineCore(lab.adapter, PackedOptions(max_running=2, kv_bytes=1 << 20, prefix_bytes=1 << 20), print)
+
+    def submit(name: str, count: int, tokens: int) -> None:
+        made = Request(name, name, kept=False)
+        made.sequences = [laboratory.sequence(made, prompt(words(4 + i, i)), tokens) for i in range(count)]
+        core.submit(made)
+
+    submit("long", 1, 8)
+    submit("many", 3, 4)
+    core.step()
+    submit("one", 1, 4)
+    while core.step():  # many's second goes first; when that and the long one end, "one" comes in before many's third
+        pass
+    assert not core.scheduler.running and not len(core.scheduler.queue)
+    admitted = [request.id for request, event in core.events if isinstance(event, Admitted)]
+    assert sorted(admitted) == ["long", "many", "one"]
+
+
+async def test_a_prefix_filled_for_one_who_waits_lets_another_wait(lab):
+    """Who asked for it has gone and nobody runs: a second image that has no room yet is not refused."""
+    room = 130 * lab.adapter.shape.token_bytes
+    async with lab.engine(prefix_bytes=room) as engine:
+        lab.album.gate = asyncio.Event()
+        first, second = prompt(SYSTEM, picture(1, 9, 11), words(5, 1)), prompt(SYSTEM, picture(2, 9, 11), words(5, 2))
+        gone = asyncio.create_task(ask(engine, generation(first, 3)))
+        await state_of(engine, lambda state: state.running == 1)
+        follower = asyncio.create_task(ask(engine, generation(first, 3)))
+        await state_of(engine, lambda state: state.waiting == 1)
+        gone.cancel()
+        await state_of(engine, lambda state: state.running == 0)
+        other = asyncio.create_task(ask(engine, generation(second, 3)))
+        await state_of(engine, lambda state: state.waiting == 2)
+        lab.album.gate.set()
+        for wanted, task in ((first, follower), (second, other)):
+            (answer,) = await task
+            lab.check(wanted, answer)
+
+
+async def state_of(engine, fits) -> EngineState:
+    """Wait until the engine's state fits."""
+    for _ in range(4000):
+        if fits(engine.describe()):
+            return engine.describe()
+        await asyncio.sleep(0.005)
+    raise AssertionError(engine.describe())
