@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 
 import pytest
 import torch
@@ -154,11 +155,29 @@ async def test_scores_beside_answers(lab):
     )
 
 
-async def test_half_precision_agrees_with_transformers(checkpoint_path):
+async def test_half_precision_rounds_as_little_as_transformers(checkpoint_path):
+    """The same weights and embeddings in bfloat16, theirs and ours, each against the same in float32.
+
+    Both round at every operation, each in its own places, so neither can be the other's reference. What can be asked is
+    that ours is no further off: by the root mean square over 80 whole distributions, which varies little, within a
+    tenth; by the largest of 40,000 deviations, which varies more, within a half."""
     lab = Lab(checkpoint_path, torch.bfloat16)
-    wanted = prompt(SYSTEM, picture(1, 9, 11), words(9, 3))
+    exact = copy.deepcopy(lab.text_model).float(), copy.deepcopy(lab.head).float()
+    asked = [prompt(SYSTEM, picture(i, 9, 11), words(9, 3 + i)) for i in range(8)]
     async with lab.engine() as engine:
-        (answer,) = await ask(engine, generation(wanted, 1))
-        expected = lab.logits(wanted).float().log_softmax(-1)[-1]
-        given = torch.tensor([value for _, value in sorted(answer.logprobs[0].top)])
-        assert (given - expected).abs().max() < 0.25
+        rows = lab.album.rows
+        lab.album.rows = lambda reference: rows(reference).bfloat16().float()
+        answers = await asyncio.gather(*(ask(engine, generation(wanted, 10)) for wanted in asked))
+        given, theirs, expected = [], [], []
+        for wanted, (answer,) in zip(asked, answers, strict=True):
+            given += [[value for _, value in sorted(row.top)] for row in answer.logprobs]
+            told = slice(len(wanted.token_ids) - 1, -1)
+            theirs.append(lab.logits(wanted, answer.tokens)[told].float().log_softmax(-1))
+            (lab.text_model, lab.head), half = exact, (lab.text_model, lab.head)
+            expected.append(lab.logits(wanted, answer.tokens)[told].log_softmax(-1))
+            lab.text_model, lab.head = half
+    ours = torch.tensor(given) - torch.cat(expected)
+    others = torch.cat(theirs) - torch.cat(expected)
+    assert ours.square().mean().sqrt() <= 1.1 * others.square().mean().sqrt()
+    assert ours.abs().max() <= 1.5 * others.abs().max()
+    assert others.square().mean().sqrt() < 0.1, "the reference is the same model"
