@@ -148,8 +148,8 @@ class PackedAttention:
             keys, values = part.node.layers[layer]
             done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
             out[:, :, at], lse[:, :, at] = done if part.first else merge((out[:, :, at], lse[:, :, at]), done)
-        out = out[0].unflatten(1, (count, group))
-        return out.transpose(0, 1), lse[0].unflatten(1, (count, group)).transpose(0, 1).unsqueeze(-1)
+        out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)
+        return out.transpose(0, 1), lse.transpose(0, 1)
 
     def _tail(
         self, part: TailPart, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
@@ -173,14 +173,13 @@ def _padded(x: torch.Tensor, part: TailPart) -> torch.Tensor:
         x = x.index_select(0, part.gather)
     if x.shape[0] == part.batch:
         return x
-    x = x.unflatten(0, (part.batch, -1)).transpose(1, 2)  # [b, K, n, G, d]
-    return x.flatten(2, 3)
+    return x.view(part.batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
 def _unpadded(x: torch.Tensor, part: TailPart, q: torch.Tensor) -> torch.Tensor:
     """[b, K, n * G, d] of a part's places -> [tokens, K, G, d] of the tokens it answers for."""
     if x.shape[2] != q.shape[2]:
-        x = x.unflatten(2, (-1, q.shape[2])).transpose(1, 2).flatten(0, 1)
+        x = x.view(*x.shape[:2], -1, *q.shape[2:]).transpose(1, 2).flatten(0, 1)
     return x if part.scatter is None else x.index_select(0, part.scatter)
 
 

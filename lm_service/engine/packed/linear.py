@@ -8,7 +8,7 @@ or a residual. Elsewhere these are `functional.linear` and plain arithmetic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -78,11 +78,11 @@ class BlockedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `Linear`."""
-        return _product(x, self._weight, self._bias, "none", [], "")
+        return _product(x, self._weight, self._bias, "none")
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         """See `Linear`."""
-        return _product.binary(x, residual, self._weight, self._bias, "add")
+        return _product_with(x, residual, self._weight, self._bias, "add")
 
 
 class BlockedGatedUnit:
@@ -94,17 +94,16 @@ class BlockedGatedUnit:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `GatedUnit`."""
-        gate = _product(x, self._gate, None, "swish", [], "")
-        return _product.binary(x, gate, self._up, None, "mul")
+        gate = _product(x, self._gate, None, "swish")
+        return _product_with(x, gate, self._up, None, "mul")
 
 
 def blocked_pays(like: torch.Tensor) -> bool:
     """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
-    if like.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if like.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
-    return like.dtype == torch.float32 or (
-        like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    has_bfloat16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and has_bfloat16)
 
 
 def linear(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = ()) -> Linear:
@@ -119,7 +118,19 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor) -> GatedUnit:
     return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
 
 
-_product: Any = torch.ops.mkldnn._linear_pointwise
+# What graphs frozen by torch.compile call.
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    return out
+
+
+def _product_with(
+    x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str
+) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
+    return out
 
 
 def _blocked(weight: torch.Tensor) -> torch.Tensor:
