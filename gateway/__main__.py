@@ -19,6 +19,7 @@ from gateway.http.batch_lines import BatchEndpoints
 from gateway.images import ImageLibrary
 from gateway.limits import Quota
 from gateway.records import RecordShelf
+from gateway.rooms import Rooms
 from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings
@@ -33,6 +34,9 @@ from lookonce.telemetry import configure_logging
 
 SPARE_BYTES = 64 << 20
 """Image files kept in memory while the image store is out of order."""
+
+INDEX_BYTES = 512 << 20
+"""Lists and names of all images, records of pinned ones: of millions of them."""
 
 
 def build(settings: GatewaySettings) -> Gateway:
@@ -52,7 +56,7 @@ def build(settings: GatewaySettings) -> Gateway:
     vision, vision_names = open_replicas(settings.vision_addresses, see, interval=interval)
     language, language_names = open_replicas(settings.lm_addresses, speak, interval=interval)
     ttl = settings.image_ttl
-    store = open_store(settings.store, namespace="images", max_bytes=settings.store_bytes, ttl=ttl)
+    store = _open_rooms(settings)
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     shelf = RecordShelf(store, spare)
     eraser = Eraser(vision, language)
@@ -78,6 +82,14 @@ def build(settings: GatewaySettings) -> Gateway:
         batches,
         (vision_names, language_names),
     )
+
+
+def _open_rooms(settings: GatewaySettings) -> Rooms:
+    url = settings.store
+    passing = open_store(url, namespace="images", max_bytes=settings.store_bytes, ttl=settings.image_ttl)
+    pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False)
+    index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False)
+    return Rooms(passing, pinned, index)
 
 
 def _open_batches(settings: GatewaySettings) -> Batches | None:

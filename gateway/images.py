@@ -18,7 +18,7 @@ from gateway.auth import Tenant
 from gateway.encoding import Encoder
 from gateway.erasure import Eraser
 from gateway.listing import Listing, Page
-from gateway.records import PINNED_SECONDS, ImageRecord, RecordShelf, variant
+from gateway.records import FILE_KEY, PINNED_SECONDS, ImageRecord, RecordShelf, variant
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
 from lookonce.reference import EmbeddingReference
@@ -273,8 +273,12 @@ class ImageLibrary:
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
         key, ttl = _file_key(record.digest), self._lifetime(record)
-        if not await self._store.put(key, data, ttl=ttl):
-            await self._spare.put(key, data, ttl=ttl)
+        if await self._store.put(key, data, ttl=ttl):
+            return
+        if record.pinned and not self._shelf.degraded:
+            text = "there is no room for more pinned images: unpin or erase some, or let this one expire"
+            raise invalid(text, param="pinned")
+        await self._spare.put(key, data, ttl=ttl)
 
     async def _file(self, record: ImageRecord, tenant: Tenant) -> bytes:
         for store in (self._store, self._spare):
@@ -312,4 +316,4 @@ async def _digest(data: bytes, key: bytes) -> bytes:
 
 
 def _file_key(digest: bytes) -> bytes:
-    return b"file:" + digest
+    return FILE_KEY + digest

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.answers import Answers
+from gateway.answers import Answers, Completion
 from gateway.conversation import Asker, ChoiceQuestion, Turn
+from gateway.images import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from gateway.served_model import ServedModel
 from lookonce.errors import ErrorKind, LookonceError
@@ -43,6 +44,35 @@ class Outcome:
     error: LookonceError | None = None
 
 
+class _Tide:
+    """How the questions of one request fare together. When the service takes none of them, it is full of others' work:
+    then all of them fail at once."""
+
+    def __init__(self) -> None:
+        self._under_way = 0
+        self._answered = False
+        self._refused: LookonceError | None = None
+
+    @contextmanager
+    def asking(self) -> Iterator[None]:
+        """Count a call while it lasts. Raises OVERLOADED when there is no use in it."""
+        if self._refused is not None and not self._answered:
+            raise self._refused
+        self._under_way += 1
+        try:
+            yield
+            self._answered = True
+        finally:
+            self._under_way -= 1
+
+    def check(self, error: LookonceError) -> None:
+        """Raise the refusal of a call unless other questions of this request may be what filled the service."""
+        if not self._answered and not self._under_way:
+            self._refused = error
+        if self._refused is not None and not self._answered:
+            raise error
+
+
 class Questions:
     """Runs the questions of one request."""
 
@@ -53,12 +83,12 @@ class Questions:
 
     async def run(self, questions: Sequence[AnyQuestion], asker: Asker) -> AsyncGenerator[Outcome, None]:
         """Outcomes in order of completion. Closing the iterator stops all work."""
-        gate = asyncio.Semaphore(self._concurrency)
+        gate, tide = asyncio.Semaphore(self._concurrency), _Tide()
         done: asyncio.Queue[list[Outcome]] = asyncio.Queue()
 
         async def written(position: int, question: OpenQuestion) -> None:
             async with gate:
-                done.put_nowait([await self._written(position, question, asker)])
+                done.put_nowait([await self._written(position, question, asker, tide)])
 
         async def weighed(items: list[tuple[int, ChoiceQuestion]]) -> None:
             done.put_nowait(await self._weighed(items, asker))
@@ -92,21 +122,14 @@ class Questions:
             raise errors[0]
         return outcomes
 
-    async def _written(self, position: int, question: OpenQuestion, asker: Asker) -> Outcome:
+    async def _written(self, position: int, question: OpenQuestion, asker: Asker, tide: _Tide) -> Outcome:
         try:
-            return Outcome(position, question.id, await self._write(question, asker))
+            return Outcome(position, question.id, await self._write(question, asker, tide))
         except LookonceError as error:
             return Outcome(position, question.id, error=error)
 
-    async def _write(self, question: OpenQuestion, asker: Asker) -> dict[str, Any]:
-        for attempt in range(BUSY_TRIES):
-            try:
-                (completion,), resolved = await self._answers.complete(question.turns, question.sampling, asker)
-                break
-            except LookonceError as error:
-                if error.kind is not ErrorKind.OVERLOADED or attempt == BUSY_TRIES - 1:
-                    raise
-            await asyncio.sleep(BUSY_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+    async def _write(self, question: OpenQuestion, asker: Asker, tide: _Tide) -> dict[str, Any]:
+        completion, resolved = await self._patiently(question, asker, tide)
         finish = completion.finish
         if finish is None:
             raise LookonceError(ErrorKind.INTERNAL, "no answer")
@@ -116,6 +139,21 @@ class Questions:
             "usage": usage([finish.usage]),
             "receipt": receipt(resolved, finish.receipt, self._model.name),
         }
+
+    async def _patiently(self, question: OpenQuestion, asker: Asker, tide: _Tide) -> tuple[Completion, list[Resolved]]:
+        """Ask again where the service was full of the other questions of this request; not where it was full anyway."""
+        for attempt in range(BUSY_TRIES):
+            try:
+                with tide.asking():
+                    (completion,), resolved = await self._answers.complete(question.turns, question.sampling, asker)
+                return completion, resolved
+            except LookonceError as error:
+                if error.kind is not ErrorKind.OVERLOADED or attempt == BUSY_TRIES - 1:
+                    raise
+                tide.check(error)
+                await asyncio.sleep(BUSY_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+                tide.check(error)
+        raise LookonceError(ErrorKind.INTERNAL, "no answer")
 
     async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], asker: Asker) -> list[Outcome]:
         try:

@@ -29,6 +29,10 @@ TOMBSTONE_TTL = 3600.0  # longer than any cache believes a lost record
 CACHED_RECORDS = 16384
 PINNED_SECONDS = 100 * 365 * 86400.0
 """How long a pinned image is kept: longer than any store stands."""
+LASTING_SECONDS = 90 * 365 * 86400.0
+"""What is put into the store for so long is not to be evicted."""
+FILE_KEY = b"file:"
+"""How the keys of image files begin."""
 _VERSION = 1
 log = structlog.get_logger(__name__)
 

@@ -37,9 +37,10 @@ class GatewaySettings(Settings):
         "memory://", description="where image files are kept: memory://, file:///path, redis://host:port"
     )
     store_bytes: Bytes = Field(1 << 30, description="budget of kept image files")
+    pinned_bytes: Bytes = Field(1 << 30, description="budget of pinned image files, beside the other; not for Redis")
     image_ttl: Seconds = Field(7 * 86400.0, description="how long an image is kept after its last upload")
     max_image_ttl: Seconds = Field(366 * 86400.0, description="longest time that a client may have an image kept for")
-    pinning: bool = Field(True, description="let clients pin images: kept until erased, within the budget of the store")
+    pinning: bool = Field(True, description="let clients pin images: kept until erased")
     share_embeddings: bool = Field(False, description="let tenants share embeddings of equal files")
     secret: SecretStr = Field(SecretStr(""), description="secret that tenants' image ids are derived from")
 

@@ -47,6 +47,10 @@ _TOTAL = struct.Struct(">Q")
 T = TypeVar("T")
 
 
+class _Full(Exception):
+    """There is no room without evicting."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     cost: int
@@ -63,6 +67,7 @@ class _Entry:
 
 class EmbeddedStore:
     """At most `max_bytes` of whole pages in directory `path`, least recently used out first; values live `ttl` seconds.
+    Without `evicts` nothing goes before its time: what has no room is refused.
 
     The file may grow to twice the budget (pages still seen by a reader are not reused at once). Processes that share
     a store should agree on the budget: each evicts down to its own. Opens the file when made: raises
@@ -76,11 +81,13 @@ class EmbeddedStore:
         *,
         ttl: float | None = None,
         namespace: str = "embeddings",
+        evicts: bool = True,
         clock: Callable[[], float] = time.time,
         operation_timeout: float = OPERATION_TIMEOUT,
     ) -> None:
         self.metrics = StoreMetrics("embedded", namespace)
         self._max_bytes = max_bytes
+        self._evicts = evicts
         self._ttl = ttl
         self._clock = clock
         self._timeout = operation_timeout
@@ -236,7 +243,11 @@ class EmbeddedStore:
         evicted = 0
         try:
             evicted = self._write(lambda transaction: self._insert(transaction, key, value, ttl))
+        except _Full:
+            return False
         except lmdb.MapFullError:  # pages pinned by old readers or lost to fragments: make more room, once
+            if not self._evicts:
+                return False
             evicted = self._make_room(max(_cost(value), self._max_bytes // 8))
             try:
                 evicted += self._write(lambda transaction: self._insert(transaction, key, value, ttl))
@@ -281,6 +292,8 @@ class EmbeddedStore:
             key = self._first(transaction, b"recency", until=NEVER)
             if key is None:
                 break
+            if not self._evicts:
+                raise _Full  # the transaction is undone
             self._remove(transaction, key)
             evicted += 1
         return evicted

@@ -46,25 +46,33 @@ _FALSE = {"0", "f", "false", "n", "no"}
 
 
 def open_store(
-    url: str, *, namespace: str = "embeddings", max_bytes: int | None = None, ttl: float | None = None
+    url: str,
+    *,
+    namespace: str = "embeddings",
+    max_bytes: int | None = None,
+    ttl: float | None = None,
+    evicts: bool = True,
 ) -> Store:
     """Open the store that `url` names (see the module's docstring).
 
     `namespace` keeps one use's keys apart from another's in the same store. `max_bytes` (memory and file tiers) and
-    `ttl` (seconds) are defaults that the URL's query overrides. The embedded store's file is opened here (blocking,
-    at start); Redis on first use. Raises LookonceError(INVALID_ARGUMENT) naming the part of the URL at fault.
+    `ttl` (seconds) are defaults that the URL's query overrides. Without `evicts` a full memory or file store, when it
+    is the last tier, refuses what is new and keeps what it has; Redis does as its own policy says. The embedded
+    store's file is opened here (blocking, at start); Redis on first use. Raises LookonceError(INVALID_ARGUMENT) naming
+    the part of the URL at fault.
     """
     if not _NAMESPACE.fullmatch(namespace):
         raise invalid(f"namespace must match {_NAMESPACE.pattern}, got {namespace!r}", param="namespace")
     parts = url.split()
     if not parts:
         raise invalid("store must be a URL such as memory://, file:///path or redis://host:port", param="store")
-    tiers = [_plan(part, namespace, max_bytes, ttl) for part in parts]
+    last = len(parts) - 1
+    tiers = [_plan(part, namespace, max_bytes, ttl, evicts=evicts or place != last) for place, part in enumerate(parts)]
     stores = [build() for build in tiers]  # only once every part is known to be well-formed
     return stores[0] if len(stores) == 1 else TieredStore(stores)
 
 
-def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None) -> Callable[[], Store]:
+def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool) -> Callable[[], Store]:
     try:
         parts = urlsplit(url)
         if "+sentinel" not in parts.scheme:
@@ -78,7 +86,7 @@ def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None) ->
         if "max_bytes" in query:
             max_bytes = parse_size(query.pop("max_bytes"), param="store: max_bytes")
         _nothing_left(query)
-        return _local(parts, namespace, max_bytes, ttl)
+        return _local(parts, namespace, max_bytes, ttl, evicts=evicts)
     if parts.scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel"):
         return _remote(parts, namespace, ttl, _redis_settings(parts, query))
     raise invalid(
@@ -88,19 +96,21 @@ def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None) ->
     )
 
 
-def _local(parts: SplitResult, namespace: str, max_bytes: int | None, ttl: float | None) -> Callable[[], Store]:
+def _local(
+    parts: SplitResult, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool
+) -> Callable[[], Store]:
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/"):
             raise invalid("store: memory:// takes no host or path", param="store")
         size = DEFAULT_MEMORY_BYTES if max_bytes is None else max_bytes
-        return lambda: MemoryStore(size, ttl=ttl, namespace=namespace)
+        return lambda: MemoryStore(size, ttl=ttl, namespace=namespace, evicts=evicts)
     if parts.netloc not in ("", "localhost") or parts.path in ("", "/"):
         raise invalid(
             "store: file:// needs an absolute path, with three slashes: file:///var/lib/lookonce", param="store"
         )
     size = DEFAULT_FILE_BYTES if max_bytes is None else max_bytes
     path = Path(unquote(parts.path)) / namespace
-    return lambda: CircuitBreaker(EmbeddedStore(path, size, ttl=ttl, namespace=namespace))
+    return lambda: CircuitBreaker(EmbeddedStore(path, size, ttl=ttl, namespace=namespace, evicts=evicts))
 
 
 def _remote(parts: SplitResult, namespace: str, ttl: float | None, settings: RedisSettings) -> Callable[[], Store]:

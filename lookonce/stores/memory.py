@@ -27,7 +27,8 @@ class _Entry:
 
 
 class MemoryStore:
-    """At most `max_bytes`, least recently used out first; values live `ttl` seconds (None: until evicted)."""
+    """At most `max_bytes`, least recently used out first; values live `ttl` seconds (None: until evicted). Without
+    `evicts` nothing goes before its time: what has no room is refused."""
 
     def __init__(
         self,
@@ -35,9 +36,11 @@ class MemoryStore:
         *,
         ttl: float | None = None,
         namespace: str = "embeddings",
+        evicts: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_bytes = max_bytes
+        self._evicts = evicts
         self._ttl = ttl
         self._clock = clock
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # least recently used first
@@ -57,10 +60,14 @@ class MemoryStore:
         return memoryview(entry.value)
 
     async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
-        """See EmbeddingStore. False when `value` alone is over the budget."""
+        """See EmbeddingStore. False when `value` alone is over the budget (and what the key had is gone), or when there
+        is no room without evicting (and what the key had stays)."""
         self._expire()
-        self._drop(key)
         cost = len(key) + memoryview(value).nbytes + ENTRY_OVERHEAD
+        if not self._evicts and self._bytes - self._cost(key) + cost > self._max_bytes:
+            self.metrics.put(False)
+            return False
+        self._drop(key)
         if cost > self._max_bytes:
             self.metrics.put(False)
             self._publish()
@@ -134,6 +141,10 @@ class MemoryStore:
             if entry is not None and entry.expires == expires:
                 self._drop(key)
                 self._publish()
+
+    def _cost(self, key: bytes) -> int:
+        entry = self._entries.get(key)
+        return 0 if entry is None else entry.cost
 
     def _drop(self, key: bytes) -> None:
         entry = self._entries.pop(key, None)

@@ -52,10 +52,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def services(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     store = f"file://{tmp_path_factory.mktemp('embeddings')}"
-    vision = ServiceProcess("vision_service", "--model", str(checkpoint), "--store", store)
-    language = ServiceProcess(
-        "lm_service", "--model", str(checkpoint), "--store", store, "--vision", vision.address, "--max-running", "4"
-    )
+    common = ("--model", str(checkpoint), "--store", store, "--log-level", "debug")
+    vision = ServiceProcess("vision_service", *common)
+    language = ServiceProcess("lm_service", *common, "--vision", vision.address, "--max-running", "4")
     with vision, language:
         yield Services(vision, language, store)
 

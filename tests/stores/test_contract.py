@@ -193,3 +193,22 @@ async def test_embedding_cache_drops_damaged_records(store):
     assert await cache.contains(key)
     assert await cache.forget([key, new_key()])
     assert await cache.get(key) is None
+
+
+@pytest.mark.parametrize("kind", ["memory", "file", "tiered"])
+async def test_a_store_that_does_not_evict_refuses_instead(kind, tmp_path):
+    file = f"file://{tmp_path}/store"
+    url = {"memory": "memory://", "file": file, "tiered": f"memory:// {file}"}[kind]
+    store = open_store(url, max_bytes=40_000, evicts=False)
+    keys = [new_key() for _ in range(4)]
+    for key in keys:
+        assert await store.put(key, bytes(8000))
+    assert not await store.put(new_key(), bytes(8000))
+    assert not await store.put(keys[0], bytes(20_000))
+    assert await store.put(keys[0], bytes(7000)), "there is room for what takes the place of a larger one"
+    for key in keys[1:]:
+        assert await store.get(key) == bytes(8000)
+    assert await store.get(keys[0]) == bytes(7000)
+    assert await store.delete(keys[1])
+    assert await store.put(new_key(), bytes(8000))
+    await store.close()
