@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-slow test-browser check format protos protos-check settings-docs bench train-demo clean
+.PHONY: help setup demo up test test-slow test-browser check check-deploy format protos protos-check settings-docs bench train-demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ check: setup  ## Lint, formatting, types
 format: setup  ## Format the code and sort imports
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
+
+check-deploy: setup  ## Hold every file of deploy/ to its schema, our rules and the services' settings
+	@$(BIN)/python -m deploy.check
 
 protos: setup  ## Generate the gRPC stubs
 	@$(BIN)/python scripts/protos.py

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
 import structlog
@@ -23,6 +22,8 @@ from gateway.rooms import Rooms
 from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings
+from gateway.variants import Variant, Variants, VariantSpec
+from lookonce import tracing
 from lookonce.errors import LookonceError
 from lookonce.fetching.fetcher import Fetcher
 from lookonce.policy import read_policy
@@ -30,7 +31,7 @@ from lookonce.process import leave_after
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command
 from lookonce.stores import open_store
-from lookonce.telemetry import configure_logging
+from lookonce.telemetry import configure_logging, serve_metrics
 
 SPARE_BYTES = 64 << 20
 """Image files kept in memory while the image store is out of order."""
@@ -53,35 +54,24 @@ def build(settings: GatewaySettings) -> Gateway:
     def speak(address: str, name: str | None) -> LanguageClient:
         return LanguageClient(address, tls=tls, server_name=name)
 
-    vision, vision_names = open_replicas(settings.vision_addresses, see, interval=interval)
-    language, language_names = open_replicas(settings.lm_addresses, speak, interval=interval)
+    def connect(spec: VariantSpec) -> Variant:
+        vision, vision_names = open_replicas(spec.vision, see, interval=interval)
+        language, language_names = open_replicas(spec.language, speak, interval=interval)
+        return Variant(spec, vision, language, (vision_names, language_names))
+
+    variants = Variants(settings.variant_specs(), connect)
     ttl = settings.image_ttl
     store = _open_rooms(settings)
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     shelf = RecordShelf(store, spare)
-    eraser = Eraser(vision, language)
-    encoder = Encoder(vision, timeout=settings.encode_timeout)
-    images = ImageLibrary(store, spare, shelf, encoder, eraser, ttl=ttl)
-    answers = Answers(images, language, reconnect_wait=settings.reconnect_wait)
-    model = ServedModel(language, alias=settings.model_name)
+    eraser = Eraser(variants)
+    encoder = Encoder(timeout=settings.encode_timeout)
+    images = ImageLibrary(store, spare, shelf, variants, encoder, eraser, ttl=ttl)
+    answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
+    model = ServedModel(variants, alias=settings.model_name)
     fetcher = Fetcher(settings.fetch_policy)
     batches = _open_batches(settings)
-    return Gateway(
-        settings,
-        store,
-        spare,
-        shelf,
-        vision,
-        language,
-        eraser,
-        images,
-        answers,
-        model,
-        fetcher,
-        policy,
-        batches,
-        (vision_names, language_names),
-    )
+    return Gateway(settings, store, spare, shelf, variants, eraser, images, answers, model, fetcher, policy, batches)
 
 
 def _open_rooms(settings: GatewaySettings) -> Rooms:
@@ -107,7 +97,7 @@ def _open_batches(settings: GatewaySettings) -> Batches | None:
 
 def _start_batches(gateway: Gateway, keyring: Keyring) -> None:
     async def reachable() -> bool:
-        vision, language = await asyncio.gather(gateway.vision.health(), gateway.language.health())
+        vision, language = await gateway.variants.health()
         return any(vision.values()) and any(language.values())
 
     if gateway.batches is not None:
@@ -121,11 +111,14 @@ def run(settings: GatewaySettings) -> int:
 
     configure_logging("gateway", settings.log_level, settings.log_format)
     try:
+        tracing.export_spans("gateway", settings.trace_endpoint, share=settings.trace_share)
         uvloop.run(_serve(settings))
     except LookonceError as error:
         structlog.get_logger("gateway").error("cannot start", reason=error.message)
         print(f"gateway: {error.message}", file=sys.stderr)
         return 1
+    finally:
+        tracing.flush_spans()
     return 0
 
 
@@ -136,6 +129,10 @@ async def _serve(settings: GatewaySettings) -> None:
     keyring = Keyring(keys, secret=secret, share_embeddings=settings.share_embeddings, quota=quota)
     gateway = build(settings)
     try:
+        if settings.metrics_listen is not None:
+            serve_metrics(settings.metrics_listen)
+        if settings.variants_file is not None:
+            gateway.variants.watch(settings.variants_file)
         app, routes = create_app(gateway, keyring)
 
         def drain() -> None:
@@ -143,8 +140,7 @@ async def _serve(settings: GatewaySettings) -> None:
             if gateway.batches is not None:
                 gateway.batches.drain()
 
-        for discovery in gateway.discoveries:
-            await discovery.start()
+        await gateway.variants.start()
         _start_batches(gateway, keyring)
         await serve(app, settings, drain)
     finally:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 
 from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
 from gateway.images import ImageLibrary, Resolved
+from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.recovery import STALE, Recovery
-from gateway.replicas import Replicas
+from gateway.variants import Variant, Variants
 from lookonce.errors import ErrorKind, LookonceError
-from lookonce.rpc.client import LanguageClient
 from lookonce.rpc.errors import from_proto
 from protos.lookonce.v1 import language_pb2
 
@@ -41,11 +41,14 @@ class Completion:
 
 
 class Answers:
-    """Asks the language replicas on behalf of all doors."""
+    """Asks the language replicas on behalf of all doors.
 
-    def __init__(self, images: ImageLibrary, replicas: Replicas[LanguageClient], *, reconnect_wait: float) -> None:
+    One variant of the model answers a request, all its images encoded by the same variant; another stands in only when
+    it is out of order and nothing of the answer is out."""
+
+    def __init__(self, images: ImageLibrary, variants: Variants, *, reconnect_wait: float) -> None:
         self._images = images
-        self._replicas = replicas
+        self._variants = variants
         self._reconnect_wait = reconnect_wait  # seconds
         self.interactive = 0  # calls under way for askers who wait
 
@@ -75,21 +78,41 @@ class Answers:
     ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
         """Weigh the choices of all questions in one call: an outcome for each, in order."""
         images = [part for question in questions for part in images_of(question.turns)]
-        resolved: list[Resolved] = []
-        await self._resolve(images, asker, resolved)
-        key = routing_key(questions[0].turns)
         deadline = time.monotonic() + asker.timeout
+        candidates = self._candidates(images)
+        for served in candidates:
+            try:
+                with _measured(served):
+                    return await self._score(served, questions, images, asker, deadline, served is candidates[-1])
+            except LookonceError as error:
+                if error.kind is not ErrorKind.UNAVAILABLE or served is candidates[-1]:
+                    raise
+        raise LookonceError(ErrorKind.INTERNAL, "no answer")
+
+    async def _score(
+        self,
+        served: Variant,
+        questions: Sequence[ChoiceQuestion],
+        images: Sequence[ImagePart],
+        asker: Asker,
+        deadline: float,
+        last: bool,
+    ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
+        resolved: list[Resolved] = []
+        await self._resolve(served, images, asker, resolved)
+        key, replicas = routing_key(questions[0].turns), served.language
 
         async def renew(_: LookonceError) -> bool:
-            return await self._renew(images, asker, resolved)
+            return await self._renew(served, images, asker, resolved)
 
-        recovery = Recovery(self._replicas, key, patience=self._reconnect_wait, renew=renew)
+        patience = self._reconnect_wait if last else 0.0
+        recovery = Recovery(replicas, key, patience=patience, renew=renew)
         while True:
             endpoint = recovery.choose()
             left = _left(deadline)
             request = _score_request(questions, resolved, asker, left)
             try:
-                with self._counted(asker), self._replicas.use(endpoint) as client:
+                with self._counted(asker), replicas.use(endpoint) as client:
                     response = await client.score(request, timeout=left + SPARE_SECONDS)
                 outcomes = [_outcome(result) for result in response.results]
                 if len(outcomes) != len(questions):
@@ -100,7 +123,7 @@ class Answers:
             except LookonceError as error:
                 await recovery.recover(error, endpoint)
             else:
-                self._replicas.succeeded(endpoint)
+                replicas.succeeded(endpoint)
                 return outcomes, response.receipt, resolved
 
     async def _events(
@@ -110,14 +133,40 @@ class Answers:
         asker: Asker,
         resolved: list[Resolved],
     ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
-        images = images_of(turns)
         deadline = time.monotonic() + asker.timeout
-        await self._resolve(images, asker, resolved)
+        candidates = self._candidates(images_of(turns))
+        for served in candidates:
+            last, started = served is candidates[-1], False
+            try:
+                with _measured(served):
+                    attempt = self._attempt(served, turns, sampling, asker, resolved, deadline, last)
+                    async with aclosing(attempt) as events:
+                        async for event in events:
+                            started = True
+                            yield event
+                return
+            except LookonceError as error:
+                if started or last or error.kind is not ErrorKind.UNAVAILABLE:
+                    raise
+
+    async def _attempt(
+        self,
+        served: Variant,
+        turns: Sequence[Turn],
+        sampling: language_pb2.SamplingParameters,
+        asker: Asker,
+        resolved: list[Resolved],
+        deadline: float,
+        last: bool,
+    ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
+        images, replicas = images_of(turns), served.language
+        await self._resolve(served, images, asker, resolved)
 
         async def renew(_: LookonceError) -> bool:
-            return await self._renew(images, asker, resolved)
+            return await self._renew(served, images, asker, resolved)
 
-        recovery = Recovery(self._replicas, routing_key(turns), patience=self._reconnect_wait, renew=renew)
+        patience = self._reconnect_wait if last else 0.0
+        recovery = Recovery(replicas, routing_key(turns), patience=patience, renew=renew)
         while True:
             endpoint, started = recovery.choose(), False
             left = _left(deadline)
@@ -129,7 +178,7 @@ class Answers:
                 client=asker.client,
             )
             try:
-                with self._counted(asker), self._replicas.use(endpoint) as client:
+                with self._counted(asker), replicas.use(endpoint) as client:
                     async with aclosing(client.generate(request, timeout=left + SPARE_SECONDS)) as events:  # type: ignore[type-var]
                         async for event in events:
                             started = True
@@ -137,7 +186,7 @@ class Answers:
             except LookonceError as error:
                 await recovery.recover(error, endpoint, started=started)
             else:
-                self._replicas.succeeded(endpoint)
+                replicas.succeeded(endpoint)
                 return
 
     @contextmanager
@@ -148,18 +197,45 @@ class Answers:
         finally:
             self.interactive -= not asker.background
 
-    async def _resolve(self, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]) -> None:
+    def _candidates(self, images: Sequence[ImagePart]) -> list[Variant]:
+        """The variant that answers, by the first image or at random, and those that may stand in."""
+        return self._variants.in_order(images[0].record.digest if images else uuid.uuid4().bytes)
+
+    async def _resolve(
+        self, served: Variant, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]
+    ) -> None:
         async def one(part: ImagePart) -> Resolved:
-            return part.resolved or await self._images.resolve(part.record, asker.tenant, part.max_pixels)
+            if part.resolved is not None and part.resolved.variant == served.name:
+                return part.resolved
+            return await self._images.resolve(part.record, asker.tenant, part.max_pixels, served=served)
 
         resolved[:] = await _each(images, one)
 
-    async def _renew(self, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]) -> bool:
+    async def _renew(
+        self, served: Variant, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]
+    ) -> bool:
         async def one(part: ImagePart) -> Resolved:
-            return await self._images.renew(part.record, asker.tenant, part.max_pixels)
+            return await self._images.renew(part.record, asker.tenant, part.max_pixels, served=served)
 
         resolved[:] = await _each(images, one)
         return bool(images)
+
+
+@contextmanager
+def _measured(served: Variant) -> Iterator[None]:
+    """Count a request to a variant, and the time to its end."""
+    started, outcome = time.perf_counter(), "ok"
+    try:
+        yield
+    except LookonceError as error:
+        outcome = error.kind.value
+        raise
+    except (asyncio.CancelledError, GeneratorExit):
+        outcome = "cancelled"
+        raise
+    finally:
+        VARIANT_REQUESTS.labels(served.name, outcome).inc()
+        VARIANT_SECONDS.labels(served.name).observe(time.perf_counter() - started)
 
 
 async def collect(answering: Answering, n: int) -> list[Completion]:

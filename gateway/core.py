@@ -6,16 +6,14 @@ from dataclasses import dataclass
 
 from gateway.answers import Answers
 from gateway.batches.service import Batches
-from gateway.discovery import Discovery
 from gateway.erasure import Eraser
 from gateway.images import ImageLibrary
 from gateway.records import RecordShelf
-from gateway.replicas import Replicas
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings
+from gateway.variants import Variants
 from lookonce.fetching.fetcher import Fetcher
 from lookonce.policy import Policy
-from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.stores import Store
 
 
@@ -27,8 +25,7 @@ class Gateway:
     store: Store
     spare: Store
     shelf: RecordShelf
-    vision: Replicas[VisionClient]
-    language: Replicas[LanguageClient]
+    variants: Variants
     eraser: Eraser
     images: ImageLibrary
     answers: Answers
@@ -36,7 +33,6 @@ class Gateway:
     fetcher: Fetcher
     policy: Policy | None = None  # without one there are no moderations
     batches: Batches | None = None  # without a data directory there are none
-    discoveries: tuple[Discovery[VisionClient] | Discovery[LanguageClient], ...] = ()
 
     async def close(self) -> None:
         """Stop background work, close channels and stores."""
@@ -44,9 +40,6 @@ class Gateway:
             await self.batches.close()
         self.fetcher.close()
         await self.eraser.close()
-        for discovery in self.discoveries:
-            await discovery.close()
-        await self.vision.close()
-        await self.language.close()
+        await self.variants.close()
         await self.store.close()
         await self.spare.close()

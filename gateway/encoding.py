@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
-from gateway.metrics import ENCODES
+from gateway.metrics import ENCODES, VARIANT_ENCODES
 from gateway.recovery import Recovery
-from gateway.replicas import Endpoint, Replicas
+from gateway.replicas import Endpoint
+from gateway.variants import Variant
 from lookonce.errors import LookonceError
 from lookonce.rpc.client import Encoded, VisionClient
 from protos.lookonce.v1 import vision_pb2
@@ -16,29 +17,32 @@ DESCRIPTION_FRESH = 30.0  # seconds that a service's own pixel bounds are believ
 
 
 class Encoder:
-    """Encode over the vision replicas; the same file goes to the same one."""
+    """Encode over a variant's vision replicas; the same file goes to the same one."""
 
-    def __init__(self, replicas: Replicas[VisionClient], *, timeout: float) -> None:
-        self._replicas = replicas
+    def __init__(self, *, timeout: float) -> None:
         self._timeout = timeout
         self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
 
-    async def encode(self, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None) -> Encoded:
+    async def encode(
+        self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None
+    ) -> Encoded:
         """Have the file's embedding in the store. Raises what the vision service says of the picture, UNAVAILABLE
         without one."""
-        recovery = Recovery(self._replicas, digest, patience=PATIENCE)
+        replicas = served.vision
+        recovery = Recovery(replicas, digest, patience=PATIENCE)
         while True:
             endpoint = recovery.choose()
             try:
-                with self._replicas.use(endpoint) as client:
+                with replicas.use(endpoint) as client:
                     bound = None if max_pixels is None else await self._within(endpoint, max_pixels)
                     request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
                     encoded = await client.encode(request, timeout=self._timeout)
             except LookonceError as error:
                 await recovery.recover(error, endpoint)
             else:
-                self._replicas.succeeded(endpoint)
+                replicas.succeeded(endpoint)
                 ENCODES.labels(encoded.outcome).inc()
+                VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
                 return encoded
 
     async def _within(self, endpoint: Endpoint[VisionClient], max_pixels: int) -> int | None:

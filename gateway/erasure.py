@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from gateway.replicas import Replicas
+from gateway.variants import Variants
 from lookonce.errors import LookonceError
 from lookonce.rpc.client import LanguageClient, VisionClient
 
@@ -17,11 +17,11 @@ log = structlog.get_logger(__name__)
 
 
 class Eraser:
-    """Tells every vision and language endpoint to forget, live or not, and those that were endpoints of late."""
+    """Tells every vision and language endpoint of every variant to forget, live or not, and those that were endpoints
+    of late."""
 
-    def __init__(self, vision: Replicas[VisionClient], language: Replicas[LanguageClient]) -> None:
-        self._vision = vision
-        self._language = language
+    def __init__(self, variants: Variants) -> None:
+        self._variants = variants
         self._pending: dict[bytes, asyncio.Task[None]] = {}
 
     async def erase(
@@ -51,10 +51,12 @@ class Eraser:
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> bool:
         """Ask all endpoints; whether all of them confirmed."""
         # The encoders first: a language service could otherwise fetch what is about to go.
-        encoders = [_forget(endpoint.client, keys, image_digests) for endpoint in self._vision.remembered]
-        seen = await asyncio.gather(*encoders)
-        models = [_forget(endpoint.client, keys, image_digests) for endpoint in self._language.remembered]
-        return all(seen) and all(await asyncio.gather(*models))
+        served = self._variants.remembered
+        eyes = [endpoint.client for variant in served for endpoint in variant.vision.remembered]
+        mouths = [endpoint.client for variant in served for endpoint in variant.language.remembered]
+        seen = await asyncio.gather(*(_forget(client, keys, image_digests) for client in eyes))
+        said = await asyncio.gather(*(_forget(client, keys, image_digests) for client in mouths))
+        return all(seen) and all(said)
 
     async def close(self) -> None:
         """Stop the background work."""

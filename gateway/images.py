@@ -19,6 +19,7 @@ from gateway.encoding import Encoder
 from gateway.erasure import Eraser
 from gateway.listing import Listing, Page
 from gateway.records import FILE_KEY, PINNED_SECONDS, ImageRecord, RecordShelf, variant
+from gateway.variants import DEFAULT, Variant, Variants
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
 from lookonce.reference import EmbeddingReference
@@ -37,6 +38,7 @@ class Resolved:
     reference: EmbeddingReference
     outcome: str
     encode_ms: float
+    variant: str = DEFAULT  # of the model: whose language service it is for
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,17 @@ class ImageLibrary:
     """The images of all tenants."""
 
     def __init__(
-        self, store: Store, spare: Store, shelf: RecordShelf, encoder: Encoder, eraser: Eraser, *, ttl: float
+        self,
+        store: Store,
+        spare: Store,
+        shelf: RecordShelf,
+        variants: Variants,
+        encoder: Encoder,
+        eraser: Eraser,
+        *,
+        ttl: float,
     ) -> None:
+        self._variants = variants
         self._aliases = Aliases(store, spare)
         self._listing = Listing(store, spare, shelf)
         self._store = store
@@ -91,21 +102,21 @@ class ImageLibrary:
         """
         digest = await _digest(data, tenant.digest_key)
         record = await self._known(digest)
-        known = None
+        known, served = None, self._variants.choose(digest)
         if record is not None and not record.deleted:
-            known = record.references.get(variant(max_pixels))
+            known = record.references.get(variant(max_pixels, served.name))
             left = record.expires - self._shelf.now()
             if known is not None and not verify and left > self._lifetime(record) / 2:
-                return record, Resolved(known, "hit", 0.0)
+                return record, Resolved(known, "hit", 0.0, served.name)
         try:
-            resolved = await self._encode(digest, data, tenant, max_pixels)
+            resolved = await self._encode(served, digest, data, tenant, max_pixels)
         except LookonceError as error:
             if known is None or error.kind not in (ErrorKind.UNAVAILABLE, ErrorKind.OVERLOADED):
                 raise
-            resolved = Resolved(known, "hit", 0.0)  # it may well be there: answering will tell
+            resolved = Resolved(known, "hit", 0.0, served.name)  # it may well be there: answering will tell
         new = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0)
         old = record if record is not None and not record.deleted else new
-        record = self._kept_for(old, keeping).with_reference(variant(max_pixels), resolved.reference)
+        record = self._kept_for(old, keeping).with_reference(variant(max_pixels, served.name), resolved.reference)
         await self._keep(record, data)
         await self._shelf.save(record)
         await self._listing.add(record)
@@ -155,16 +166,20 @@ class ImageLibrary:
         await self._shelf.save(record)
         return record
 
-    async def resolve(self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None) -> Resolved:
-        """An embedding of the image within `max_pixels`; encoded from the kept file when there is none yet."""
-        known = record.references.get(variant(max_pixels))
+    async def resolve(
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None, *, served: Variant
+    ) -> Resolved:
+        """A variant's embedding of the image within `max_pixels`; encoded from the kept file when there is none yet."""
+        known = record.references.get(variant(max_pixels, served.name))
         if known is not None:
-            return Resolved(known, "hit", 0.0)
-        return await self._encode_kept(record, tenant, max_pixels)
+            return Resolved(known, "hit", 0.0, served.name)
+        return await self._encode_kept(served, record, tenant, max_pixels)
 
-    async def renew(self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None) -> Resolved:
+    async def renew(
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None, *, served: Variant
+    ) -> Resolved:
         """Encode again from the kept file: the embedding was lost, or is another encoder's."""
-        return await self._encode_kept(record, tenant, max_pixels)
+        return await self._encode_kept(served, record, tenant, max_pixels)
 
     async def delete(self, identifier: str, tenant: Tenant) -> Erased:
         """Erase the file, its record, its embeddings and all KV made from them. Raises NOT_FOUND.
@@ -238,33 +253,39 @@ class ImageLibrary:
         record = replace(record, ttl=record.ttl if keeping.ttl is None else keeping.ttl, pinned=pinned)
         return replace(record, expires=self._shelf.now() + self._lifetime(record))
 
-    async def _encode_kept(self, record: ImageRecord, tenant: Tenant, max_pixels: int | None) -> Resolved:
+    async def _encode_kept(
+        self, served: Variant, record: ImageRecord, tenant: Tenant, max_pixels: int | None
+    ) -> Resolved:
         data = await self._file(record, tenant)
-        resolved = await self._encode(record.digest, data, tenant, max_pixels)
+        resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
         current = await self._shelf.load(record.digest, fresh=True)
         if current is None or current.deleted:  # erased while it was encoded: leave nothing behind
             reference = resolved.reference
             await self._eraser.forget([reference.key], [reference.image_digest])
             raise not_found()
-        await self._shelf.save(current.with_reference(variant(max_pixels), resolved.reference))
+        await self._shelf.save(current.with_reference(variant(max_pixels, served.name), resolved.reference))
         return resolved
 
-    async def _encode(self, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None) -> Resolved:
+    async def _encode(
+        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
+    ) -> Resolved:
         """One call for all who want the same embedding at once; it lives on when they go away."""
-        key = (digest, variant(max_pixels))
+        key = (digest, variant(max_pixels, served.name))
         flight = self._flights.get(key)
         if flight is not None:
             resolved = await asyncio.shield(flight)
             return replace(resolved, outcome="coalesced") if resolved.outcome == "miss" else resolved
-        flight = asyncio.create_task(self._send(digest, data, tenant, max_pixels))
+        flight = asyncio.create_task(self._send(served, digest, data, tenant, max_pixels))
         self._flights[key] = flight
         flight.add_done_callback(lambda task: self._landed(key, task))
         return await asyncio.shield(flight)
 
-    async def _send(self, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None) -> Resolved:
-        encoded = await self._encoder.encode(data, digest, tenant.embedding_key, max_pixels)
+    async def _send(
+        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
+    ) -> Resolved:
+        encoded = await self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels)
         encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
-        return Resolved(encoded.reference, encoded.outcome, encode_ms)
+        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name)
 
     def _landed(self, key: tuple[bytes, str], task: asyncio.Task[Resolved]) -> None:
         self._flights.pop(key, None)

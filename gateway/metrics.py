@@ -19,4 +19,11 @@ FIRST_TOKEN_SECONDS = Histogram(
     "lookonce_gateway_first_token_seconds", "Engine time to the first token.", buckets=_SECONDS
 )
 TOKENS = Counter("lookonce_gateway_tokens", "Tokens, by kind: prompt, cached or completion.", ("kind",))
+VARIANT_REQUESTS = Counter(
+    "lookonce_gateway_variant_requests", "Requests to the language services, by variant.", ("variant", "outcome")
+)
+VARIANT_SECONDS = Histogram(
+    "lookonce_gateway_variant_seconds", "From a request to its last token, by variant.", ("variant",), buckets=_SECONDS
+)
+VARIANT_ENCODES = Counter("lookonce_gateway_variant_encodes", "Encode calls, by variant.", ("variant", "outcome"))
 RETRIES = Counter("lookonce_gateway_retries", "Second tries, by the kind of the first one's failure.", ("kind",))

@@ -7,6 +7,8 @@ from typing import Any
 
 from gateway.images import Resolved
 from gateway.metrics import ANSWERS, FIRST_TOKEN_SECONDS, TOKENS
+from gateway.variants import DEFAULT
+from lookonce import tracing
 from protos.lookonce.v1 import language_pb2
 
 _SLOWNESS = {"hit": 0, "coalesced": 1, "miss": 2}
@@ -26,6 +28,10 @@ def receipt(resolved: Sequence[Resolved], language: language_pb2.LanguageReceipt
         "model": model,
         "fingerprint": language.fingerprint or (resolved[0].reference.fingerprint if resolved else ""),
     }
+    if resolved and resolved[0].variant != DEFAULT:
+        fields["variant"] = resolved[0].variant
+    told = {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
+    tracing.annotate(**told)
     ANSWERS.labels(fields["embedding"] or "none", fields["prefix"]).inc()
     FIRST_TOKEN_SECONDS.observe(language.ttft_ms / 1000)
     return fields

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import structlog
 
+from gateway.variants import DEFAULT
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.identity import image_id
 from lookonce.reference import EmbeddingReference
@@ -87,9 +88,10 @@ class ImageRecord:
         )
 
 
-def variant(max_pixels: int | None) -> str:
-    """The name of an embedding variant: the bound it was resized within, or "full"."""
-    return "full" if max_pixels is None else str(max_pixels)
+def variant(max_pixels: int | None, model: str = DEFAULT) -> str:
+    """The name of an embedding variant: the bound it was resized within, or "full", after the variant of the model."""
+    bound = "full" if max_pixels is None else str(max_pixels)
+    return bound if model == DEFAULT else f"{model}/{bound}"
 
 
 def parse_record(value: bytes | memoryview) -> ImageRecord | None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from gateway.replicas import Replicas
+from gateway.variants import Variants
 from lookonce.errors import ErrorKind, LookonceError
-from lookonce.rpc.client import LanguageClient
 from protos.lookonce.v1 import language_pb2
 
 FRESH = 30.0  # seconds a description is good
@@ -39,10 +38,8 @@ class ModelCard:
 class ServedModel:
     """Caches the description; `alias` overrides the checkpoint's name."""
 
-    def __init__(
-        self, replicas: Replicas[LanguageClient], *, alias: str = "", clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._replicas = replicas
+    def __init__(self, variants: Variants, *, alias: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+        self._variants = variants
         self._alias = alias
         self._clock = clock
         self._card: ModelCard | None = None
@@ -59,7 +56,7 @@ class ServedModel:
         Raises UNAVAILABLE when there never was one."""
         if self._card is not None and self._clock() < self._until:
             return self._card
-        for endpoint in sorted(self._replicas.endpoints, key=lambda item: item.down_until):
+        for endpoint in sorted(self._variants.main.language.endpoints, key=lambda item: item.down_until):
             try:
                 description = await endpoint.client.describe(timeout=2.0)
             except LookonceError:

@@ -10,6 +10,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 from pydantic_settings import SettingsConfigDict
 
 from gateway.discovery import split_targets
+from gateway.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.errors import LookonceError
 from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
 from lookonce.rpc.server import Tls
@@ -31,6 +32,14 @@ class GatewaySettings(Settings):
     )
     lm: str = Field("127.0.0.1:50052", description="addresses of language services, likewise")
     dns_interval: Seconds = Field(10.0, gt=0, description="time between two look-ups of the names in dns:// addresses")
+    variants: str = Field(
+        "",
+        description="versions of the model side by side, instead of --vision and --lm: "
+        "NAME weight=N vision=ADDRESS,... lm=ADDRESS,... separated by semicolons",
+    )
+    variants_file: Path | None = Field(
+        None, description="file with one such variant on each line; what changes in it holds within seconds"
+    )
     model_name: str = Field("", description="name of the model in the API; empty: that of the checkpoint")
 
     store: str = Field(
@@ -117,6 +126,13 @@ class GatewaySettings(Settings):
     )
     batch_window: Seconds = Field(86400.0, ge=1, description="time after which what is undone of a batch expires")
 
+    metrics_listen: str | None = Field(
+        None, description="host:port that answers Prometheus without a key, beside /metrics; unset: none"
+    )
+    trace_endpoint: str | None = Field(
+        None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none"
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="share of the traces begun here that are recorded")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe log line written")
     log_format: LogFormat = Field("auto", description="console, json, or auto (json unless in a terminal)")
     access_log: bool = Field(True, description="one log line for each request")
@@ -130,6 +146,8 @@ class GatewaySettings(Settings):
                 split_targets(targets)
             except LookonceError as error:
                 raise ValueError(f"{option}: {error.message}") from None
+        if self.variants and self.variants_file:
+            raise ValueError("--variants and --variants-file exclude each other")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("--tls-certificate and --tls-key go together")
         if (self.fetch_urls == "allowlist") != bool(split_list(self.fetch_hosts)):
@@ -139,6 +157,13 @@ class GatewaySettings(Settings):
                 f"--host {self.host} is reachable from outside: set LOOKONCE_GATEWAY_API_KEYS or --api-keys-file first"
             )
         return self
+
+    @field_validator("variants")
+    @classmethod
+    def _variants_readable(cls, value: str) -> str:
+        if value:
+            parse_variants(value, param="variants")
+        return value
 
     @field_validator("fetch_hosts", "fetch_ports", "fetch_allow_networks")
     @classmethod
@@ -178,6 +203,14 @@ class GatewaySettings(Settings):
     def lm_addresses(self) -> tuple[str, ...]:
         """Addresses of the language services."""
         return split_list(self.lm)
+
+    def variant_specs(self) -> tuple[VariantSpec, ...]:
+        """What is served: the variants, or the one of --vision and --lm. Raises INVALID_ARGUMENT."""
+        if self.variants_file is not None:
+            return read_variants(self.variants_file)
+        if self.variants:
+            return parse_variants(self.variants, param="variants")
+        return (VariantSpec(DEFAULT, 1.0, self.vision_addresses, self.lm_addresses),)
 
     @property
     def rpc_tls(self) -> Tls:

@@ -7,6 +7,7 @@ import asyncio
 import structlog
 
 from lm_service.settings import LanguageSettings
+from lookonce import tracing
 from lookonce.errors import LookonceError
 from lookonce.process import leave_after
 from lookonce.settings import command
@@ -22,12 +23,15 @@ def run(settings: LanguageSettings) -> int:
     from lm_service.service import load_model, serve, start_metrics
 
     try:
+        tracing.export_spans("language", settings.trace_endpoint, share=settings.trace_share)
         start_metrics(settings)
         model = load_model(settings)
         asyncio.run(serve(settings, model))
     except LookonceError as error:
         log.error("cannot start", kind=error.kind.value, reason=error.message)
         return 1
+    finally:
+        tracing.flush_spans()
     return 0
 
 

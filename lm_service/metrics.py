@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from lm_service.engine.types import EngineState
-from lookonce.errors import invalid
 
 _SHORT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -80,16 +79,3 @@ class _EngineCollector(Collector):
 
 
 METRICS = Metrics()
-
-
-def serve_metrics(listen: str) -> None:
-    """Answer Prometheus on "host:port". INVALID_ARGUMENT when that cannot be listened on."""
-    host, _, port = listen.rpartition(":")
-    if not port.isdigit():
-        raise invalid(f"metrics_listen must be host:port, got {listen!r}", param="metrics_listen")
-    try:
-        start_http_server(int(port), addr=host or "127.0.0.1")
-    except OSError:
-        raise invalid(
-            f"metrics_listen: cannot listen on {listen}: is the address in use?", param="metrics_listen"
-        ) from None

@@ -18,7 +18,7 @@ from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.types import Engine
 from lm_service.fingerprints import AcceptedEncoders
 from lm_service.l1 import TensorCache
-from lm_service.metrics import METRICS, serve_metrics
+from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
 from lm_service.prompt import PromptBuilder
 from lm_service.replies import Replies
@@ -35,6 +35,7 @@ from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.rpc.client import VisionClient
 from lookonce.rpc.server import Server
 from lookonce.stores import open_store
+from lookonce.telemetry import serve_metrics
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
 
 log = structlog.get_logger(__name__)

@@ -16,6 +16,7 @@ from lm_service.prompt import PromptBuilder
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
+from lookonce import tracing
 from lookonce.errors import LookonceError
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
@@ -139,6 +140,8 @@ def _counted(method: str) -> Iterator[None]:
 def _observe(timings: Timings, completion_tokens: int, *, first: bool) -> None:
     METRICS.completion_tokens.inc(completion_tokens)
     if first:
+        tracing.annotate(queue_ms=timings.queue_ms, load_ms=timings.load_ms, ttft_ms=timings.ttft_ms)
+        tracing.annotate(prefill_tokens=timings.prefill_tokens, cached_tokens=timings.cached_tokens)
         METRICS.cached_tokens.inc(timings.cached_tokens)
         METRICS.ttft.observe(timings.ttft_ms / 1000)
         METRICS.duration.observe(timings.total_ms / 1000)

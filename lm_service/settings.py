@@ -57,6 +57,10 @@ class LanguageSettings(Settings):
     reflection: bool = Field(False, description="Offer gRPC reflection.")
     grace: Seconds = Field(20.0, description="How long calls under way may go on after SIGTERM.")
     metrics_listen: str | None = Field(None, description="host:port for Prometheus; unset: none.")
+    trace_endpoint: str | None = Field(
+        None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none."
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="Share of the traces begun here that are recorded.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     log_format: LogFormat = Field("auto", description="auto, console or json.")
 

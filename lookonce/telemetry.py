@@ -1,4 +1,4 @@
-"""Logs for every process: structured, to stderr; readable lines in a terminal, JSON elsewhere."""
+"""Logs for every process: structured, to stderr; readable lines in a terminal, JSON elsewhere. And its metrics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import sys
 from typing import Literal
 
 import structlog
+from prometheus_client import start_http_server
+
+from lookonce.errors import invalid
 
 LogFormat = Literal["auto", "console", "json"]
 
@@ -32,3 +35,16 @@ def configure_logging(service: str, level: str = "info", log_format: LogFormat =
     )
     structlog.contextvars.bind_contextvars(service=service)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+
+
+def serve_metrics(listen: str) -> None:
+    """Answer Prometheus on "host:port". INVALID_ARGUMENT when that cannot be listened on."""
+    host, _, port = listen.rpartition(":")
+    if not port.isdigit():
+        raise invalid(f"metrics_listen must be host:port, got {listen!r}", param="metrics_listen")
+    try:
+        start_http_server(int(port), addr=host or "127.0.0.1")
+    except OSError:
+        raise invalid(
+            f"metrics_listen: cannot listen on {listen}: is the address in use?", param="metrics_listen"
+        ) from None

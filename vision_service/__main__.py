@@ -12,9 +12,8 @@ from functools import partial
 
 import structlog
 import torch
-from prometheus_client import start_http_server
 
-from lookonce import __version__
+from lookonce import __version__, tracing
 from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
@@ -24,7 +23,7 @@ from lookonce.settings import command
 from lookonce.stores import Store, open_store
 from lookonce.stores.memory import MemoryStore
 from lookonce.stores.tiered import TieredStore
-from lookonce.telemetry import configure_logging
+from lookonce.telemetry import configure_logging, serve_metrics
 from lookonce.units import format_size
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service.encoder import Encoder
@@ -142,7 +141,8 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
         )
         address = await server.start()
-        _serve_metrics(settings.metrics_listen)
+        if settings.metrics_listen is not None:
+            serve_metrics(settings.metrics_listen)
         await server.set_serving(True)
         log.info(
             "ready",
@@ -171,10 +171,13 @@ def run(settings: VisionSettings) -> int:
     """Exit status: 0 after a drain, 1 when the service can't start."""
     configure_logging("vision", settings.log_level, settings.log_format)
     try:
+        tracing.export_spans("vision", settings.trace_endpoint, share=settings.trace_share)
         asyncio.run(serve(settings))
     except LookonceError as error:
         log.error("cannot start", reason=error.message)
         return 1
+    finally:
+        tracing.flush_spans()
     return 0
 
 
@@ -186,18 +189,6 @@ def _bounds(settings: VisionSettings, checkpoint: Checkpoint) -> tuple[int, int]
             ErrorKind.INVALID_ARGUMENT, f"--min-pixels {least} is above the checkpoint's max_pixels {most}"
         )
     return least, most
-
-
-def _serve_metrics(listen: str | None) -> None:
-    if listen is None:
-        return
-    host, _, port = listen.rpartition(":")
-    try:
-        start_http_server(int(port), host or "127.0.0.1")
-    except OSError:
-        raise LookonceError(
-            ErrorKind.UNAVAILABLE, f"cannot serve metrics on {listen}: is the address in use?"
-        ) from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
+from lookonce import tracing
 from lookonce.errors import LookonceError
 from lookonce.rpc.convert import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto
 from lookonce.rpc.errors import to_proto
@@ -90,6 +91,9 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
                 ttl=request.ttl if request.HasField("ttl") else None,
             )
         result = _result(encoding)
+        times = result.timings
+        tracing.annotate(outcome=encoding.outcome, queue_ms=times.queue_ms, preprocess_ms=times.preprocess_ms)
+        tracing.annotate(encode_ms=times.encode_ms, tokens=encoding.reference.tokens)
         if not request.with_tensors:
             return Answer(result)
         if encoding.record.nbytes <= CHUNK_BYTES:

@@ -47,6 +47,10 @@ class VisionSettings(Settings):
     reflection: bool = Field(False, description="Offer gRPC reflection")
     grace: Seconds = Field(20.0, description="How long calls under way get after SIGTERM")
     metrics_listen: str | None = Field(None, description="host:port of Prometheus metrics over HTTP (off)")
+    trace_endpoint: str | None = Field(
+        None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none"
+    )
+    trace_share: float = Field(1.0, ge=0, le=1, description="Share of the traces begun here that are recorded")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that is logged")
     log_format: LogFormat = Field("auto", description="auto: readable in a terminal, JSON elsewhere")
 

@@ -61,7 +61,7 @@ class RequestScope:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        trace = tracing.begin(headers.get(tracing.HEADER))
+        step = tracing.begin(headers.get(tracing.HEADER))
         sent = headers.get("x-request-id", "")
         request_id = sent if _SANE_ID.fullmatch(sent) else "req_" + secrets.token_hex(12)
         state = scope.setdefault("state", {})
@@ -74,11 +74,12 @@ class RequestScope:
                 status = message["status"]
                 answered = MutableHeaders(scope=message)
                 answered["x-request-id"] = request_id
-                answered[tracing.HEADER] = trace.header
+                if step.trace is not None:
+                    answered[tracing.HEADER] = step.trace.header
             await send(message)
 
         with ExitStack() as stack:
-            stack.callback(lambda: self._account(scope, status, time.perf_counter() - started))
+            stack.callback(lambda: self._account(scope, status, time.perf_counter() - started, step))
             answer = closing_at_the_end(stack, send_with_id)
             try:
                 await self.app(scope, receive, answer)
@@ -87,9 +88,12 @@ class RequestScope:
                 if status == 0:
                     await internal_error()(scope, receive, answer)
 
-    def _account(self, scope: Scope, status: int, seconds: float) -> None:
+    def _account(self, scope: Scope, status: int, seconds: float, step: tracing.Step) -> None:
         route = route_of(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
+        step.rename(f"{method} {route}")
+        step.note(status=status, request_id=scope["state"]["request_id"])
+        step.end("internal" if status >= 500 or status == 0 else None)
         REQUESTS.labels(route, method, str(status)).inc()
         REQUEST_SECONDS.labels(route).observe(seconds)
         if self.access_log and route not in OPEN_PATHS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
@@ -63,7 +61,7 @@ async def readyz(request: Request) -> Response:
     """Ready while a language service answers: cached images can be asked about. Without a vision service or with a
     degraded store the gateway stays ready, and says so. Counts only, no addresses: anyone may ask."""
     gateway = gateway_of(request)
-    vision, language = await asyncio.gather(gateway.vision.health(), gateway.language.health())
+    vision, language = await gateway.variants.health()
     ready = any(language.values()) and not request.app.state.draining
     parts = {
         "language": {"serving": sum(language.values()), "configured": len(language)},

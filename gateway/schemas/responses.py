@@ -95,6 +95,7 @@ class Receipt(Answered):
     ttft_ms: float = Field(description="milliseconds to the first token, in the language service")
     model: str
     fingerprint: str = Field(description="of the encoder")
+    variant: str | None = Field(None, description="of the model, where several are served side by side")
 
 
 class Answer(Answered):

@@ -1,8 +1,14 @@
-"""How far a service has come, asked through its own door: gRPC health of the model services, the gateway's /readyz."""
+"""How far a service has come, asked through its own door: gRPC health of the model services, the gateway's /readyz.
+
+`python -m lookonce.cli.health ADDRESS` (host:port, unix:/path or http://host:port) asks once: exit status 0 when ready.
+"""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 import grpc
@@ -75,3 +81,28 @@ class HttpProbe:
     async def close(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+async def check_once(address: str, tls: Tls | None = None) -> Health:
+    """Ask the service at an address."""
+    probe: Probe = HttpProbe(address) if address.startswith(("http://", "https://")) else GrpcProbe(address, tls)
+    try:
+        return await probe.check()
+    finally:
+        await probe.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """For a container's health check; says what it found."""
+    parser = argparse.ArgumentParser(prog="lookonce.cli.health", description="Ask a service whether it is ready.")
+    parser.add_argument("address", help="host:port or unix:/path of a model service, http://host:port of a gateway")
+    for name in ("ca", "certificate", "key"):
+        parser.add_argument(f"--tls-{name}", type=Path, help=f"PEM {name} for a service behind TLS")
+    given = parser.parse_args(arguments)
+    health = asyncio.run(check_once(given.address, Tls(given.tls_certificate, given.tls_key, given.tls_ca)))
+    print(health.value)
+    return 0 if health is Health.READY else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -15,7 +15,7 @@ from lookonce.reference import EmbeddingReference
 from lookonce.rpc.convert import join, reference_from_proto
 from lookonce.rpc.errors import from_rpc_error
 from lookonce.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
-from lookonce.tracing import outgoing
+from lookonce.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 
 MAX_RECORD_BYTES = 1 << 30
@@ -88,9 +88,9 @@ class _Client:
         self, keys: Sequence[bytes] = (), image_digests: Sequence[bytes] = (), *, timeout: float = 10.0
     ) -> common_pb2.ForgetResponse:
         """Erase embeddings, and what was made from them, from this process and its stores."""
-        request = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests)
+        request, step = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests), self._step("Forget")
         reply: common_pb2.ForgetResponse = await self._unary(
-            self.stub.Forget(request, timeout=timeout, metadata=outgoing())
+            self.stub.Forget(request, timeout=timeout, metadata=step.outgoing), step
         )
         return reply
 
@@ -98,19 +98,32 @@ class _Client:
         """Close the channel."""
         await self.channel.close()
 
-    async def _unary(self, call: Any) -> Any:
+    def _step(self, method: str) -> Step:
+        """A step of the current trace for one call to this service."""
+        step = start(f"{self.label}: {method}", "client")
+        step.note(address=self.address)
+        return step
+
+    async def _unary(self, call: Any, step: Step) -> Any:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self.label) from error
+            failure = from_rpc_error(error, self.label)
+            step.end(failure_of(failure))
+            raise failure from error
+        finally:
+            step.end()
 
-    async def _stream(self, call: Any) -> AsyncIterator[Any]:
+    async def _stream(self, call: Any, step: Step) -> AsyncIterator[Any]:
         try:
             async for message in call:
                 yield message
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, self.label) from error
+            failure = from_rpc_error(error, self.label)
+            step.end(failure_of(failure))
+            raise failure from error
         finally:
+            step.end()
             call.cancel()  # no effect once the call has ended; stops the far end when the reader went away
 
 
@@ -125,7 +138,8 @@ class VisionClient(_Client):
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
         """Encode one image; the record is joined from its chunks when tensors were asked for."""
-        messages = self._stream(self.stub.Encode(request, timeout=timeout, metadata=outgoing()))
+        step = self._step("Encode")
+        messages = self._stream(self.stub.Encode(request, timeout=timeout, metadata=step.outgoing), step)
         try:
             first = await anext(messages, None)
             if first is None or first.WhichOneof("payload") != "result":
@@ -142,17 +156,20 @@ class VisionClient(_Client):
         self, requests: AsyncIterator[vision_pb2.EncodeStreamRequest], *, timeout: float
     ) -> AsyncIterator[vision_pb2.EncodeStreamResponse]:
         """Many images over one stream, answered as each finishes."""
-        return self._stream(self.stub.EncodeStream(requests, timeout=timeout, metadata=outgoing()))
+        step = self._step("EncodeStream")
+        return self._stream(self.stub.EncodeStream(requests, timeout=timeout, metadata=step.outgoing), step)
 
     async def fetch(self, key: bytes, *, timeout: float = 30.0) -> bytes:
         """A serialized record. Raises EMBEDDING_MISSING when the service has it no more."""
-        chunks = self._stream(self.stub.Fetch(vision_pb2.FetchRequest(key=key), timeout=timeout, metadata=outgoing()))
+        step = self._step("Fetch")
+        call = self.stub.Fetch(vision_pb2.FetchRequest(key=key), timeout=timeout, metadata=step.outgoing)
+        chunks = self._stream(call, step)
         return await join(chunks, max_bytes=MAX_RECORD_BYTES)
 
     async def describe(self, *, timeout: float = 5.0) -> vision_pb2.VisionDescription:
         """What model it serves, within what limits."""
         reply: vision_pb2.VisionDescription = await self._unary(
-            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout)
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
         )
         return reply
 
@@ -170,18 +187,20 @@ class LanguageClient(_Client):
         self, request: language_pb2.GenerateRequest, *, timeout: float = 600.0
     ) -> AsyncIterator[language_pb2.GenerateEvent]:
         """Stream an answer; closing the iterator cancels the work."""
-        return self._stream(self.stub.Generate(request, timeout=timeout, metadata=outgoing()))
+        step = self._step("Generate")
+        return self._stream(self.stub.Generate(request, timeout=timeout, metadata=step.outgoing), step)
 
     async def score(self, request: language_pb2.ScoreRequest, *, timeout: float = 600.0) -> language_pb2.ScoreResponse:
         """Probabilities of choices."""
+        step = self._step("Score")
         reply: language_pb2.ScoreResponse = await self._unary(
-            self.stub.Score(request, timeout=timeout, metadata=outgoing())
+            self.stub.Score(request, timeout=timeout, metadata=step.outgoing), step
         )
         return reply
 
     async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:
         """What model it serves, within what limits."""
         reply: language_pb2.LanguageDescription = await self._unary(
-            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout)
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
         )
         return reply

@@ -18,7 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.rpc.errors import abort
-from lookonce.tracing import HEADER, begin
+from lookonce.tracing import HEADER, Step, begin, failure_of
 
 log = structlog.get_logger(__name__)
 _NO_DEADLINE = ("/grpc.health.v1.", "/grpc.reflection.")
@@ -72,42 +72,55 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio ships 
 
 def _guard_unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
+        step = _step(context, method)
         try:
             _enter(context, method)
             return await inner(request, context)
         except LookonceError as error:
+            step.end(failure_of(error))
             await abort(context, error)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception:  # the edge: nothing foreign may leak
             log.exception("call failed", method=method)
+            step.end("internal")
             await abort(context, LookonceError(ErrorKind.INTERNAL, "internal error"))
+        finally:
+            step.end()
 
     return call
 
 
 def _guard_stream(inner: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Callable[[Any, Any], Any]:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
+        step = _step(context, method)
         try:
             _enter(context, method)
             async for message in inner(request, context):
                 yield message
         except LookonceError as error:
+            step.end(failure_of(error))
             await abort(context, error)
         except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
             raise
         except Exception:  # the edge: nothing foreign may leak
             log.exception("call failed", method=method)
+            step.end("internal")
             await abort(context, LookonceError(ErrorKind.INTERNAL, "internal error"))
+        finally:
+            step.end()
 
     return call
 
 
-def _enter(context: Any, method: str) -> None:
-    """Join the caller's trace; a call without a deadline could hold what it took for ever."""
+def _step(context: Any, method: str) -> Step:
+    """Join the caller's trace, if it has one."""
     header = next((value for name, value in context.invocation_metadata() or () if name == HEADER), None)
-    if isinstance(header, str):
-        begin(header)
+    return begin(header, method.removeprefix("/")) if isinstance(header, str) else Step(None)
+
+
+def _enter(context: Any, method: str) -> None:
+    """A call without a deadline could hold what it took for ever."""
     log.debug("call", method=method)
     if context.time_remaining() is None:
         raise invalid("every call needs a deadline", param="deadline")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
+from lookonce import tracing
 from lookonce.errors import invalid
 from lookonce.stores.base import Store
 from lookonce.stores.breaker import CircuitBreaker
@@ -27,6 +28,7 @@ from lookonce.stores.embedded import EmbeddedStore
 from lookonce.stores.memory import MemoryStore
 from lookonce.stores.redis import RedisSettings, RedisStore, cluster, sentinel, standalone
 from lookonce.stores.tiered import TieredStore
+from lookonce.stores.traced import TracedStore
 from lookonce.units import parse_duration, parse_size
 
 DEFAULT_MEMORY_BYTES = 512 * 1024**2
@@ -69,6 +71,12 @@ def open_store(
     last = len(parts) - 1
     tiers = [_plan(part, namespace, max_bytes, ttl, evicts=evicts or place != last) for place, part in enumerate(parts)]
     stores = [build() for build in tiers]  # only once every part is known to be well-formed
+    if tracing.is_exporting():
+        kinds = [part.partition(":")[0] for part in parts]
+        stores = [
+            store if kind == "memory" else TracedStore(store, kind, namespace)
+            for store, kind in zip(stores, kinds, strict=True)
+        ]
     return stores[0] if len(stores) == 1 else TieredStore(stores)
 
 

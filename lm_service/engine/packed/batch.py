@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextvars import Context
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ class Fill:
 
     node: Node
     loading: bool
+    context: Context | None = None  # of the request that asked for it first: whose trace its loading belongs to
     rows: list[tuple[ImageSpan, torch.Tensor]] = field(default_factory=list)
 
 

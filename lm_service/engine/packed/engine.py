@@ -252,7 +252,7 @@ class PackedEngine:
     # Back on the event loop
 
     def _start_loading(self, fill: Fill) -> None:
-        task = asyncio.get_running_loop().create_task(self._load(fill))
+        task = asyncio.get_running_loop().create_task(self._load(fill), context=fill.context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

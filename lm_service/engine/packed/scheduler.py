@@ -237,7 +237,7 @@ class Scheduler:
         sequence.note_reuse(found.end)
         self._count_hit(sequence)
         for node in created:
-            fill = Fill(node, loading=bool(node.images))
+            fill = Fill(node, loading=bool(node.images), context=sequence.request.context)
             self.fills.append(fill)
             if fill.loading:
                 self._load(fill)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -33,6 +34,7 @@ class Request:
     id: str
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
+    context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
     admitted: bool = False

@@ -1,0 +1,271 @@
+"""Every file of deploy/ holds, and the checks see planted mistakes: in files, and in rendered objects."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import yaml
+
+from deploy.check import compose, docker, helm, metrics, objects
+from tests.processes import ROOT
+
+USED = (
+    "gateway",
+    "lookonce",
+    "lm_service",
+    "vision_service",
+    "protos",
+    "pyproject.toml",
+    "constraints.txt",
+    "LICENSE",
+    "docs",
+)
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    """The objects of each profile."""
+    profiles = sorted((ROOT / helm.PROFILES).glob("*.yaml"))
+    found = {profile.stem: helm.render(ROOT, profile) for profile in profiles}
+    assert all(isinstance(items, list) for items in found.values()), found
+    return found
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """The repository as the checks see it, with a deploy/ that may be changed."""
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy", ignore=shutil.ignore_patterns("__pycache__", "check"))
+    for name in (*USED, "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def plant(tree, file, old, new):
+    path = tree / "deploy" / file
+    text = path.read_text()
+    assert old in text, f"{file} no longer has {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("check", [docker.check, compose.check, metrics.check])
+def test_files_hold(check):
+    assert list(check(ROOT)) == []
+
+
+def test_rendered_objects_hold(rendered):
+    for profile, items in rendered.items():
+        assert list(objects.check(profile, items)) == []
+        assert len(items) >= 12
+
+
+@pytest.mark.slow
+def test_the_chart_holds_whole_linted_and_against_each_version():
+    assert list(helm.check(ROOT)) == []
+
+
+DOCKER = [
+    ("gateway", "USER 10001:10001", "USER root", "other than root"),
+    ("vision", "HEALTHCHECK", "# HEALTHCHECK", "no HEALTHCHECK"),
+    ("language", "3.11.14-slim-bookworm", "latest", "not pinned"),
+    ("gateway", "--group gateway", "--group everything", "no dependency group everything"),
+    ("gateway", "--group gateway", "--group gateway torch", "has no torch"),
+    ("vision", "COPY lm_service lm_service", "COPY llm_service lm_service", "not there"),
+    ("language", '"-m", "lm_service"', '"-m", "llm_service"', "no module of ours"),
+    ("vision", "WORKDIR /src", "WORKDIR src", "DL3000"),
+]
+
+
+@pytest.mark.parametrize(("part", "old", "new", "said"), DOCKER)
+def test_mistakes_in_dockerfiles(tree, part, old, new, said):
+    plant(tree, f"docker/{part}.Dockerfile", old, new)
+    assert any(said in problem for problem in docker.check(tree)), list(docker.check(tree))
+
+
+COMPOSE = [
+    ("compose", "read_only: true", "read_only: false", "must be read-only"),
+    ("compose", "cap_drop: [ALL]", "cap_drop: []", "drop all capabilities"),
+    ("compose", "LOOKONCE_VISION_DEVICE: cpu", "LOOKONCE_VISION_DEVISE: cpu", "no setting of the vision service"),
+    ("compose", "LOOKONCE_LM_MODEL: ${LOOKONCE_MODEL:?set a checkpoint}", "LOOKONCE_LM_DTYPE: int3", "--model"),
+    ("compose", "LOOKONCE_GATEWAY_LM: language:50052", "LOOKONCE_GATEWAY_LM: words:50052", "names words"),
+    ("compose", "valkey/valkey:9.1-alpine", "valkey/valkey", "not pinned"),
+    ("compose", "${LOOKONCE_BIND:-127.0.0.1}", "${LOOKONCE_BIND:-0.0.0.0}", "published on 127.0.0.1"),
+    ("compose", "${STORE_MEMORY:-4gb}", "${STORE_MEMORY}", "may be unset"),
+    ("compose", "      interval: 5s\n", "      intervall: 5s\n", "intervall"),
+    ("monitoring", "../prometheus/rules.yaml:", "../prometheus/rule.yaml:", "not there"),
+    ("gpus", "      LOOKONCE_LM_DEVICE: cuda:0", "      LOOKONCE_LM_DTYPE: fp64", "LOOKONCE_LM_DTYPE='fp64'"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "said"), COMPOSE[:4])
+def test_mistakes_in_compose_files(tree, file, old, new, said):
+    plant(tree, f"compose/{file}.yaml", old, new)
+    assert any(said in problem for problem in compose.check(tree)), list(compose.check(tree))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "old", "new", "said"), COMPOSE[4:])
+def test_more_mistakes_in_compose_files(tree, file, old, new, said):
+    test_mistakes_in_compose_files(tree, file, old, new, said)
+
+
+TEMPLATES = [
+    ("models.yaml", "{{ $settings.device | quote }}", "{{ $settings.devise }}", "value is unset"),
+    ("gateway.yaml", "{{ .Values.gateway.replicas }}", "{{ .Values.gateway.replica }}", "spec.replicas is unset"),
+    ("store.yaml", "- allkeys-lru", "- {{ .Values.store.policy }}", "args is unset"),
+    ("gateway.yaml", "path: /readyz", "path: {{ .Values.nothing }}", "path is unset"),
+    ("network.yaml", '"part" "store" "model" ""', '"part" "stores" "model" ""', "reach store"),
+    ("secrets.yaml", "api-keys:", "keys:", "has no key api-keys"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "said"), TEMPLATES)
+def test_mistakes_in_templates(tree, file, old, new, said):
+    plant(tree, f"helm/lookonce/templates/{file}", old, new)
+    items = helm.render(tree, tree / helm.PROFILES / "laptop.yaml")
+    assert isinstance(items, list), items
+    problems = list(objects.check("planted", items))
+    assert any(said in problem for problem in problems), problems
+
+
+def test_a_chart_without_keys_is_not_rendered(tree):
+    plant(tree, "helm/profiles/laptop.yaml", "apiKeys: {value: change-me-now}", "")
+    answer = helm.render(tree, tree / helm.PROFILES / "laptop.yaml")
+    assert isinstance(answer, str) and "apiKeys.value or apiKeys.existingSecret is required" in answer
+
+
+def find(items, kind, name):
+    return next(item for item in items if item["kind"] == kind and item["metadata"]["name"] == f"lookonce-{name}")
+
+
+def container(items, name):
+    return find(items, "Deployment", name)["spec"]["template"]["spec"]["containers"][0]
+
+
+def env(items, name, variable):
+    return next(one for one in container(items, name)["env"] if one["name"] == variable)
+
+
+OBJECTS = {
+    "root": (
+        lambda items: container(items, "stable-vision")["securityContext"].update(readOnlyRootFilesystem=False),
+        "must be read-only",
+    ),
+    "unknown setting": (
+        lambda items: env(items, "gateway", "LOOKONCE_GATEWAY_PORT").update(name="LOOKONCE_GATEWAY_PROT"),
+        "LOOKONCE_GATEWAY_PROT is no setting",
+    ),
+    "bad value": (
+        lambda items: env(items, "stable-language", "LOOKONCE_LM_DTYPE").update(value="int3"),
+        "LOOKONCE_LM_DTYPE='int3'",
+    ),
+    "probe": (
+        lambda items: container(items, "stable-vision")["readinessProbe"]["grpc"].update(port=50052),
+        "asks port 50052",
+    ),
+    "drain": (
+        lambda items: find(items, "Deployment", "gateway")["spec"]["template"]["spec"].update(
+            terminationGracePeriodSeconds=30
+        ),
+        "before its drain",
+    ),
+    "selector": (
+        lambda items: find(items, "Service", "stable-vision")["spec"]["selector"].update({"lookonce.dev/model": "x"}),
+        "selects no pods",
+    ),
+    "not headless": (
+        lambda items: find(items, "Service", "stable-language")["spec"].pop("clusterIP"),
+        "must be headless",
+    ),
+    "open store": (
+        lambda items: find(items, "NetworkPolicy", "store")["spec"]["ingress"][0].pop("from"),
+        "reaches",
+    ),
+    "gateway cut off": (
+        lambda items: find(items, "NetworkPolicy", "gateway")["spec"]["egress"].pop(1),
+        "gateway cannot reach stable language",
+    ),
+    "empty": (
+        lambda items: env(items, "stable-vision", "LOOKONCE_VISION_DEVICE").update(value=""),
+        "is empty",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", OBJECTS)
+def test_mistakes_in_objects(rendered, mistake):
+    change, said = OBJECTS[mistake]
+    items = copy.deepcopy(rendered["laptop"])
+    change(items)
+    problems = list(objects.check("planted", items))
+    assert any(said in problem for problem in problems), problems
+
+
+def test_mistakes_that_kubernetes_schema_sees(rendered):
+    item = copy.deepcopy(find(rendered["laptop"], "Deployment", "gateway"))
+    assert list(helm.schema("whole", item)) == []
+    item["spec"]["template"]["spec"]["containers"][0]["livenesProbe"] = {}
+    assert any("livenesProbe" in problem for problem in helm.schema("planted", item))
+    item = copy.deepcopy(find(rendered["canary"], "HorizontalPodAutoscaler", "stable-language"))
+    item["spec"]["maxReplicas"] = "four"
+    assert any("four" in problem for problem in helm.schema("planted", item))
+    scaled = copy.deepcopy(find(rendered["gpus"], "ScaledObject", "stable-language"))
+    assert list(objects.scaled_object(scaled)) == []
+    scaled["spec"]["triggers"][0]["metadata"].pop("threshold")
+    assert any("lacks threshold" in problem for problem in objects.scaled_object(scaled))
+
+
+def test_a_canary_gets_its_share_and_its_halves_meet_nobody_else_s(rendered):
+    items = rendered["canary"]
+    lines = find(items, "ConfigMap", "gateway-variants")["data"]["variants"].split("\n")
+    assert lines[0].startswith("stable weight=95 ") and lines[1].startswith("canary weight=5 ")
+    changed = copy.deepcopy(items)
+    policy = find(changed, "NetworkPolicy", "canary-vision")["spec"]["ingress"][0]["from"][1]
+    policy["podSelector"]["matchLabels"]["lookonce.dev/model"] = "stable"
+    said = list(objects.check("planted", changed))
+    assert any("stable language reaches canary vision" in problem for problem in said) or any(
+        "canary language cannot reach canary vision" in problem for problem in said
+    ), said
+
+
+METRICS = [
+    (
+        "prometheus/rules.yaml",
+        "lookonce_lm_waiting",
+        "lookonce_lm_wating",
+        "no service has a metric lookonce_lm_wating",
+    ),
+    ("prometheus/rules.yaml", 'status=~"5.."', 'code=~"5.."', "has no label code"),
+    ("prometheus/rules.yaml", "sum by (variant)", "sum by (varient)", "label varient"),
+    ("prometheus/rules.yaml", "severity: page", "severity: scream", "severity must be"),
+    (
+        "prometheus/rules.yaml",
+        "max by (instance, store, namespace) (",
+        "max by (instance, store, namespace) ((",
+        "LookonceStoreDegraded",
+    ),
+    ("grafana/dashboards/overview.json", "lookonce_gateway_tokens_total", "lookonce_gateway_tokens", "no service has"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "said"), METRICS)
+def test_mistakes_in_queries(tree, file, old, new, said):
+    plant(tree, file, old, new)
+    problems = list(metrics.check(tree))
+    assert any(said in problem for problem in problems), problems
+
+
+def test_mistakes_in_names_of_metrics():
+    bad = metrics.Metric("lookonce_lm_wait_ms_total", "gauge", frozenset())
+    assert len(list(metrics._named_well(bad))) == 2
+    assert len(metrics.declared(ROOT)) > 50
+    assert metrics.declared(ROOT)["lookonce_store_hits_total"].labels == {"store", "namespace"}
+
+
+def test_profiles_and_dashboards_are_there():
+    assert {path.stem for path in (ROOT / helm.PROFILES).glob("*.yaml")} >= {"laptop", "gpus", "canary"}
+    for file in (ROOT / metrics.DASHBOARDS).glob("*.json"):
+        assert json.loads(file.read_text())["uid"].startswith("lookonce-")
+    assert yaml.safe_load((ROOT / "deploy/prometheus/compose.yaml").read_text())["scrape_configs"]

@@ -1,0 +1,88 @@
+"""What each image installs is enough for its process: everything it imports, with all other distributions hidden."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+
+import pytest
+
+from tests.processes import ROOT
+
+HIDE = """
+import importlib.util, sys, pkgutil, importlib
+hidden, packages = set(sys.argv[1].split(",")), sys.argv[2].split(",")
+class Hider:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in hidden:
+            raise ModuleNotFoundError(f"no module named {name!r} in this image", name=name)
+sys.meta_path.insert(0, Hider())
+for package in packages:
+    root = importlib.import_module(package)
+    for found in pkgutil.walk_packages(getattr(root, "__path__", []), package + "."):
+        if found.name not in ("lookonce.checkpoint.modules", "lookonce.checkpoint.split"):
+            importlib.import_module(found.name)
+print("whole")
+"""
+LIGHT = "lookonce.stores,lookonce.rpc,lookonce.cli.health,lookonce.spans,lookonce.telemetry"
+PACKAGES = {
+    "gateway": f"gateway,{LIGHT}",
+    "vision": f"vision_service,lookonce.checkpoint,{LIGHT}",
+    "language": f"lm_service,lookonce.checkpoint,{LIGHT}",
+}
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def group(name):
+    entries = project()["dependency-groups"][name]
+    for entry in entries:
+        yield from group(entry["include-group"]) if isinstance(entry, dict) else [entry]
+
+
+def plain(name):
+    return re.split(r"[<>=;!~\[ (]", name.strip())[0].lower().replace("_", "-").replace(".", "-")
+
+
+def closure(names):
+    """Distributions that installing these brings."""
+    found, queue = set(), [plain(name) for name in names]
+    while queue:
+        name = queue.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            wanted = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        queue += [plain(entry) for entry in wanted if "extra ==" not in entry]
+    return found
+
+
+@pytest.mark.parametrize("part", ["gateway", "vision", "language"])
+def test_groups_ask_for_what_the_project_asks_for(part):
+    wanted = {*project()["project"]["dependencies"], *project()["project"]["optional-dependencies"]["tracing"]}
+    assert set(group(part)) <= wanted
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["gateway", pytest.param("vision", marks=pytest.mark.slow), pytest.param("language", marks=pytest.mark.slow)],
+)
+def test_an_image_holds_what_its_process_imports(part):
+    brought = closure(group(part))
+    assert ("torch" in brought) == (part != "gateway")
+    hidden = {
+        top for top, owners in metadata.packages_distributions().items()
+        if top.isidentifier() and not {plain(owner) for owner in owners} & (brought | {"lookonce", "setuptools", "pip"})
+    }  # fmt: skip
+    assert {"transformers", "pytest"} - set(PACKAGES) <= hidden | brought
+    command = [sys.executable, "-c", HIDE, ",".join(sorted(hidden)), PACKAGES[part]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "whole", done.stderr

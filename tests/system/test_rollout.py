@@ -1,0 +1,143 @@
+"""A new checkpoint takes over under load: no request fails, and no answer comes from the halves of two checkpoints."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx2
+import pytest
+
+from lookonce.checkpoint.random import make_random_checkpoint
+from tests.pictures import photograph, save
+from tests.processes import ServiceProcess
+from tests.system.cluster import GatewayProcess
+from tests.valkey import ValkeyServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]
+NAMES = ("coffee", "chelsea", "rocket", "astronaut")
+
+
+class Pair:
+    """Both halves of one checkpoint, as services of their own on the common store."""
+
+    def __init__(self, model, store):
+        common = ("--model", str(model), "--store", store, "--device", "cpu", "--dtype", "float32")
+        self.vision = ServiceProcess("vision_service", *common)
+        self.language = ServiceProcess("lm_service", *common, "--vision", self.vision.address)
+        self.vision.wait_ready()
+        self.language.wait_ready()
+
+    def line(self, name, weight):
+        return f"{name} weight={weight} vision={self.vision.address} lm={self.language.address}\n"
+
+    def close(self):
+        self.language.terminate()
+        self.vision.terminate()
+        self.language.close()
+        self.vision.close()
+
+
+class Asker:
+    """Questions over all images and now and then a new picture, until stopped; what each answer said, by variant."""
+
+    def __init__(self, url, images):
+        self.url, self.images, self.failed, self.seen = url, images, [], []
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(4)
+        self._jobs = [self._pool.submit(self._run, worker) for worker in range(4)]
+
+    def _run(self, worker):
+        with httpx2.Client(base_url=self.url, timeout=120) as client:
+            turn = worker
+            while not self._stop.is_set():
+                image = self.images[turn % len(self.images)]
+                body = {"questions": ["What is it?"], "max_tokens": 6, "temperature": 0}
+                reply = client.post(f"/v1/images/{image}/questions", json=body)
+                answer = reply.json()["answers"][0] if reply.status_code == 200 else {"error": reply.text}
+                if answer.get("error"):
+                    self.failed.append((reply.status_code, answer["error"]))
+                else:
+                    bill = answer["receipt"]
+                    self.seen.append((bill["variant"], image, answer["text"], bill["fingerprint"]))
+                turn += 1
+                if turn % 10 == 0:
+                    picture = save(photograph("coffee", (84 + turn, 84)), "PNG")
+                    uploaded = client.post("/v1/images", files={"file": picture})
+                    if uploaded.status_code != 200:
+                        self.failed.append((uploaded.status_code, uploaded.text))
+
+    def count(self, variant):
+        return sum(one[0] == variant for one in self.seen)
+
+    def stop(self):
+        self._stop.set()
+        for job in self._jobs:
+            job.result(120)
+        self._pool.shutdown()
+
+
+def until(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def alone(model, pictures, tmp_path):
+    """What one checkpoint says of each picture when it is the only one there is."""
+    store = f"file://{tmp_path}"
+    pair = Pair(model, store)
+    try:
+        gateway = GatewayProcess("--vision", pair.vision.address, "--lm", pair.language.address, "--store", store)
+        gateway.wait_ready()
+        asker_body = {"questions": ["What is it?"], "max_tokens": 6, "temperature": 0}
+        said = {}
+        with httpx2.Client(base_url=gateway.url, timeout=120) as client:
+            for picture in pictures:
+                image = client.post("/v1/images", files={"file": picture}).json()["id"]
+                answer = client.post(f"/v1/images/{image}/questions", json=asker_body).json()["answers"][0]
+                said[image] = (answer["text"], answer["receipt"]["fingerprint"])
+        gateway.close()
+        return said
+    finally:
+        pair.close()
+
+
+def test_from_one_fine_tune_to_another_under_load(tmp_path):
+    first = make_random_checkpoint(tmp_path / "first", max_pixels=100 * 28 * 28, seed=1)
+    second = make_random_checkpoint(tmp_path / "second", max_pixels=100 * 28 * 28, seed=2)
+    pictures = [save(photograph(name, (150, 100)), "PNG") for name in NAMES]
+    truth = {"old": alone(first, pictures, tmp_path / "a"), "new": alone(second, pictures, tmp_path / "b")}
+    assert all(truth["old"][image] != truth["new"][image] for image in truth["old"]), "two models must be told apart"
+    with ValkeyServer() as valkey:
+        old = Pair(first, valkey.url)
+        file = tmp_path / "variants"
+        file.write_text(old.line("old", 100))
+        gateway = GatewayProcess("--variants-file", str(file), "--store", valkey.url)
+        gateway.wait_ready()
+        try:
+            with httpx2.Client(base_url=gateway.url, timeout=120) as client:
+                images = [client.post("/v1/images", files={"file": picture}).json()["id"] for picture in pictures]
+            asker = Asker(gateway.url, images)
+            until(lambda: asker.count("old") > 20)
+            new = Pair(second, valkey.url)
+            file.write_text(old.line("old", 50) + new.line("new", 50))
+            until(lambda: asker.count("new") > 5)
+            file.write_text(old.line("old", 0) + new.line("new", 100))
+            until(lambda: {one[0] for one in asker.seen[-30:]} == {"new"})
+            file.write_text(new.line("new", 100))
+            seen = len(asker.seen)
+            until(lambda: len(asker.seen) > seen + 40)  # past the moment at which the gateway has read the file
+            old.close()
+            seen = len(asker.seen)
+            until(lambda: len(asker.seen) > seen + 40)
+            asker.stop()
+            new.close()
+        finally:
+            gateway.close()
+    assert asker.failed == []
+    assert asker.count("old") > 20 and asker.count("new") > 40
+    for variant, image, text, fingerprint in asker.seen:
+        assert (text, fingerprint) == truth[variant][image]
