@@ -82,7 +82,7 @@ def _deployment(name: str, item: Object, items: list[Object]) -> Iterator[str]:
         yield from _container(f"{name}: {container['name']}", container)
         yield from _secrets(f"{name}: {container['name']}", container, items)
         if part in CLASSES:
-            given = {one["name"]: one.get("value", "key") for one in container["env"]}
+            given = {one["name"]: str(one.get("value", "key") or "") for one in container["env"]}
             yield from check_environment(name, part, given)
             grace = pod["terminationGracePeriodSeconds"]
             drain = given.get("LOOKONCE_GATEWAY_DRAIN_GRACE") or given.get(f"LOOKONCE_{_SHORT[part]}_GRACE", "20s")

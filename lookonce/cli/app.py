@@ -8,7 +8,7 @@ import platform
 import typer
 
 from lookonce import __version__
-from lookonce.cli import ask, demo, doctor, plan_command, split, up
+from lookonce.cli import ask, demo, doctor, plan_command, split, top, up
 from lookonce.cli.console import say
 
 HELP = """Split serving for vision-language models: encode an image once, ask it anything, many times.
@@ -45,5 +45,5 @@ def version() -> None:
             say(f"{package} not installed")
 
 
-for module in (up, ask, split, plan_command, doctor, demo):
+for module in (up, ask, split, plan_command, top, doctor, demo):
     module.register(app)
