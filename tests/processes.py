@@ -27,12 +27,19 @@ class ServiceProcess:
     ...     channel = grpc.insecure_channel(vision.address)
     """
 
-    def __init__(self, module: str, *args: str, env: dict[str, str] | None = None, listen: str | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *args: str,
+        env: dict[str, str] | None = None,
+        listen: str | None = None,
+        prefix: tuple[str, ...] = (),  # what the command is run by, such as `ip netns exec`
+    ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="lookonce-test-", ignore_cleanup_errors=True)
         self.address = listen or f"unix:{self._directory.name}/{module}.sock"
         self.log_path = Path(self._directory.name) / "log"
         self.module = module
-        self._args = [sys.executable, "-m", module, "--listen", self.address, *args]
+        self._args = [*prefix, sys.executable, "-m", module, "--listen", self.address, *args]
         self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
         self.process = self._spawn()
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from deploy.check import traffic
-from deploy.check.settings import CLASSES, check_environment
+from deploy.check.settings import CLASSES, check_environment, check_keys
 from deploy.check.tools import is_pinned
 from gateway.variants import parse_variants
 from lookonce.errors import LookonceError
@@ -24,6 +24,8 @@ def check(where: str, items: list[Object]) -> Iterator[str]:
         yield from (f"{name}: {text}" for text in _unset(item))
         if item["kind"] == "Deployment":
             yield from _deployment(name, item, items)
+        elif item["kind"] == "Secret" and "api-keys" in item["stringData"]:
+            yield from check_keys(name, item["stringData"]["api-keys"])
         elif item["kind"] == "Service":
             yield from _service(name, item, items)
         elif item["kind"] in ("HorizontalPodAutoscaler", "ScaledObject"):

@@ -8,8 +8,11 @@ from unittest import mock
 
 import typer
 
+from gateway.auth import Keyring, read_keys
+from gateway.limits import Quota
 from gateway.settings import GatewaySettings
 from lm_service.settings import LanguageSettings
+from lookonce.errors import LookonceError
 from lookonce.settings import Settings, load, variable
 from vision_service.settings import VisionSettings
 
@@ -33,3 +36,11 @@ def check_environment(where: str, part: str, environment: Mapping[str, str]) -> 
             load(settings, {})
         except typer.BadParameter as error:
             yield f"{where}: {error.message}"
+
+
+def check_keys(where: str, keys: str) -> Iterator[str]:
+    """What is wrong with API keys."""
+    try:
+        Keyring(read_keys(keys, None), secret="", share_embeddings=False, quota=Quota(0, 0))
+    except LookonceError as error:
+        yield f"{where}: {error.message}"

@@ -131,7 +131,7 @@ def test_mistakes_in_templates(tree, file, old, new, said):
 
 
 def test_a_chart_without_keys_is_not_rendered(tree):
-    plant(tree, "helm/profiles/laptop.yaml", "apiKeys: {value: change-me-now}", "")
+    plant(tree, "helm/profiles/laptop.yaml", "apiKeys: {value: change-me-to-something-long}", "")
     answer = helm.render(tree, tree / helm.PROFILES / "laptop.yaml")
     assert isinstance(answer, str) and "apiKeys.value or apiKeys.existingSecret is required" in answer
 
@@ -149,6 +149,10 @@ def env(items, name, variable):
 
 
 OBJECTS = {
+    "short key": (
+        lambda items: find(items, "Secret", "gateway")["stringData"].update({"api-keys": "short"}),
+        "shorter than",
+    ),
     "root": (
         lambda items: container(items, "stable-vision")["securityContext"].update(readOnlyRootFilesystem=False),
         "must be read-only",

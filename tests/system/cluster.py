@@ -25,11 +25,17 @@ from tests.processes import ROOT, START_SECONDS, ServiceProcess
 class GatewayProcess:
     """`python -m gateway` on a free port."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        host: str = "127.0.0.1",
+        prefix: tuple[str, ...] = (),  # what the command is run by, such as `ip netns exec`
+    ) -> None:
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{host}:{self.port}"
         self._log = tempfile.NamedTemporaryFile(prefix="gateway-", suffix=".log")  # noqa: SIM115
-        self._command = [sys.executable, "-m", "gateway", "--port", str(self.port), *args]
+        self._command = [*prefix, sys.executable, "-m", "gateway", "--host", host, "--port", str(self.port), *args]
         self._env = {**os.environ, **(env or {})}
         self.process = self._spawn()
 
