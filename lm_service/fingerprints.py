@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.quantization import SCHEMES
 
 
 class AcceptedEncoders:
@@ -16,10 +17,12 @@ class AcceptedEncoders:
         self.fingerprints = tuple(fingerprints)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, encoder_dtype: str) -> AcceptedEncoders:
-        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any."""
+    def of(cls, checkpoint: Checkpoint, encoder_dtype: str, encoder_quantization: str = "none") -> AcceptedEncoders:
+        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any;
+        `encoder_quantization` is "none", or "int8" for weights in int8 on any device."""
         dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
-        return cls([checkpoint.encoder_spec(dtype).fingerprint() for dtype in dtypes])
+        ways = ("none",) if encoder_quantization == "none" else SCHEMES
+        return cls([checkpoint.encoder_spec(dtype, way).fingerprint() for dtype in dtypes for way in ways])
 
     def accepts(self, fingerprint: str) -> bool:
         """Whether embeddings of this encoder are taken."""

@@ -83,7 +83,7 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
 
 async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises UNAVAILABLE when the address can't be listened on."""
-    accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype)
+    accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype, settings.encoder_quantization)
     store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
     clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
     peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
@@ -131,7 +131,7 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         context_tokens=model.context_length,
         step_seconds=settings.step_seconds,
     )
-    adapter = Qwen2VLAdapter(model.text_model, model.lm_head)
+    adapter = Qwen2VLAdapter(model.text_model, model.lm_head, quantization=settings.quantization)
     return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
 
 

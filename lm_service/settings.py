@@ -32,6 +32,12 @@ class LanguageSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype (auto: bfloat16 where it is fast, else float32)."
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="Weights of the layers in int8: half to a quarter of the memory, answers nearly the same."
+    )
+    encoder_quantization: Literal["none", "int8"] = Field(
+        "none", description="Quantization of the encoders whose embeddings are accepted."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the model; unset: torch's choice.")
     l1_bytes: Bytes = Field(256 << 20, description="Embeddings kept on the device.")
     kv_bytes: Bytes | None = Field(

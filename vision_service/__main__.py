@@ -18,6 +18,7 @@ from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.process import leave_after
+from lookonce.quantization import scheme
 from lookonce.rpc.server import Server, ServerOptions
 from lookonce.settings import command
 from lookonce.stores import Store, open_store
@@ -55,13 +56,13 @@ def load(settings: VisionSettings) -> Tower:
     checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)
     preprocessor = Preprocessor(checkpoint.preprocessor)
     model = Model(
-        fingerprint=checkpoint.encoder_spec(dtype_name(dtype)).fingerprint(),
+        fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint),
     )
-    encoder = Encoder.load(checkpoint, dtype, device)
+    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization)
     encoder.warm_up(preprocessor)
     return Tower(checkpoint, encoder, preprocessor, model)
 

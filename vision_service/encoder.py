@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
+from lookonce.quantization import quantize
 from vision_service.preprocess import CHANNELS, Patches, Preprocessor
 
 Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
@@ -39,9 +40,14 @@ class Encoder:
         self._kernel = kernel.view(kernel.shape[0], -1)  # [width, 3 * temporal_patch * patch * patch]
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Encoder:
-        """Read the vision half of a checkpoint. Raises CheckpointError."""
+    def load(
+        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, quantization: str = "none"
+    ) -> Encoder:
+        """Read the vision half of a checkpoint; `quantization` ("none", "int8") is that of the blocks' matrices. Raises
+        CheckpointError."""
         tower = load_vision_tower(checkpoint, dtype, device)
+        if quantization == "int8":
+            quantize(tower.blocks)
         return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device)
 
     @torch.inference_mode()

@@ -29,6 +29,10 @@ class VisionSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype; auto: bfloat16 where the hardware has it, else float32"
     )
+    quantization: Literal["none", "int8"] = Field(
+        "none",
+        description="Weights of the blocks in int8; another fingerprint (see --encoder-quantization of lm_service)",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
     min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
     max_pixels: int | None = Field(None, ge=784, description="Most pixels of a resized image (the checkpoint's own)")

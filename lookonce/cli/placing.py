@@ -15,7 +15,7 @@ GPU_RUNTIME = 3 * GIB // 4
 """What CUDA, its kernels and its allocator take, in each process."""
 CPU_RUNTIME = 400 << 20
 """What a process on the CPU holds beside its model."""
-QUANTIZED = (False,)
+QUANTIZED = (False, True)
 BATCH_PATCHES = 16384
 BURST_TOKENS = 2048
 L1_BYTES = 256 << 20

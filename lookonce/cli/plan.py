@@ -91,6 +91,7 @@ def plan_system(
         built.always("listen", address)
         built.offer("device", f"{part}_device", "device")
         built.offer("dtype", f"{part}_dtype", "dtype")
+        built.offer("quantization", f"{part}_quantization")
         built.offer("threads", f"{part}_threads", "threads")
         built.offer("l1_bytes", f"{part}_l1_bytes")
         built.offer("store_bytes", "store_bytes")
@@ -101,6 +102,8 @@ def plan_system(
     vision_arguments, vision = model_service("vision", "vision_service", vision_at, "vision")
     vision_arguments.offer("max_pixels", "max_pixels")
     language_arguments, language = model_service("language", "lm_service", language_at, "lm")
+    encoders = vision_arguments.own("quantization")  # what the vision service goes by when no flag says otherwise
+    language_arguments.offer("encoder_quantization", "vision_quantization", default=encoders)
     language_arguments.offer("kv_bytes", "lm_kv_bytes")
     language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)

@@ -58,6 +58,12 @@ class UpSettings(Settings):
     dtype: Dtype = Field("auto", description="Compute dtype of both (auto: bfloat16 where it is fast, else float32).")
     vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
     lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")
+    vision_quantization: Literal["none", "int8"] | None = Field(
+        None, description="Weights of the vision service: none or int8; unset: none."
+    )
+    lm_quantization: Literal["none", "int8"] | None = Field(
+        None, description="Weights of the language service: none or int8; unset: none."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
     vision_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the vision service; unset: --threads."

@@ -95,3 +95,12 @@ def test_memory_and_threads_by_service(tmp_path, monkeypatch):
     assert "--l1-bytes" not in plan["language"], "the service's own variable decides"
     assert (plan["language"]["--kv-bytes"], plan["language"]["--prefix-bytes"]) == (str(2 << 30), str(6 << 30))
     assert "--kv-bytes" not in plan["vision"]
+
+
+def test_the_language_service_is_told_of_an_encoder_in_int8(tmp_path, monkeypatch):
+    plan = planned(tmp_path, {"vision_quantization": "int8"}, monkeypatch)
+    assert plan["vision"]["--quantization"] == plan["language"]["--encoder-quantization"] == "int8"
+    assert "--quantization" not in plan["language"]
+    plan = planned(tmp_path, {"lm_quantization": "int8"}, monkeypatch, LOOKONCE_VISION_QUANTIZATION="int8")
+    assert plan["language"]["--encoder-quantization"] == plan["language"]["--quantization"] == "int8"
+    assert "--quantization" not in plan["vision"], "its own variable decides"

@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from lookonce.quantization import Int8Matrix
+
 _FEW_ROWS = 256
 
 
@@ -98,6 +100,35 @@ class BlockedGatedUnit:
         return _product_with(x, gate, self._up, None, "mul")
 
 
+class Int8Linear:
+    """A `Linear` over int8 weights."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight` [out, in] is copied, `bias` [out] is not."""
+        self._matrix = Int8Matrix(weight, bias)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        return self._matrix(x)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """See `Linear`."""
+        return residual + self._matrix(x)
+
+
+class Int8GatedUnit:
+    """A `GatedUnit` over int8 weights."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """Two matrices [out, in], copied."""
+        self._both = Int8Matrix(torch.cat([gate, up]))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `GatedUnit`."""
+        gate, up = self._both(x).chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+
 def blocked_pays(like: torch.Tensor) -> bool:
     """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
     if like.device.type != "cpu" or not torch._C._has_mkldnn:
@@ -106,15 +137,21 @@ def blocked_pays(like: torch.Tensor) -> bool:
     return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and has_bfloat16)
 
 
-def linear(weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = ()) -> Linear:
-    """One product with several matrices [out, in], one below the other."""
+def linear(
+    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = (), *, quantization: str = "none"
+) -> Linear:
+    """One product with several matrices [out, in], one below the other; `quantization` is "none" or "int8"."""
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     bias = torch.cat(list(biases)) if biases else None
+    if quantization == "int8":
+        return Int8Linear(weight, bias)
     return BlockedLinear(weight, bias) if blocked_pays(weight) else PlainLinear(weight, bias)
 
 
-def gated_unit(gate: torch.Tensor, up: torch.Tensor) -> GatedUnit:
+def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "none") -> GatedUnit:
     """The unit of these two matrices."""
+    if quantization == "int8":
+        return Int8GatedUnit(gate, up)
     return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
 
 

@@ -31,8 +31,9 @@ class _Layer:
 class Qwen2VLAdapter:
     """A `ModelAdapter` over transformers' Qwen2VLTextModel and an output head."""
 
-    def __init__(self, model: Any, head: torch.nn.Linear) -> None:
-        """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter."""
+    def __init__(self, model: Any, head: torch.nn.Linear, *, quantization: str = "none") -> None:
+        """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter. `quantization` ("none",
+        "int8") is that of the layers' matrices; embedding and head stay as they are."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
         vocabulary = head.weight.shape[0]
@@ -41,7 +42,7 @@ class Qwen2VLAdapter:
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
-        self._layers = [_layer(layer) for layer in model.layers]
+        self._layers = [_layer(layer, quantization) for layer in model.layers]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
@@ -119,17 +120,17 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _layer(layer: Any) -> _Layer:
+def _layer(layer: Any, quantization: str) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [] if attention.q_proj.bias is None else [module.bias.data for module in qkv]
     return _Layer(
         input_norm=layer.input_layernorm.weight.data,
-        qkv=linear([_taken(module) for module in qkv], biases),
-        output=linear([_taken(attention.o_proj)]),
+        qkv=linear([_taken(module) for module in qkv], biases, quantization=quantization),
+        output=linear([_taken(attention.o_proj)], quantization=quantization),
         mlp_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=gated_unit(_taken(mlp.gate_proj), _taken(mlp.up_proj)),
-        down=linear([_taken(mlp.down_proj)]),
+        gate_up=gated_unit(_taken(mlp.gate_proj), _taken(mlp.up_proj), quantization=quantization),
+        down=linear([_taken(mlp.down_proj)], quantization=quantization),
     )
 
 

@@ -1,0 +1,79 @@
+"""Int8 weights: close to the plain ones, the same for a picture alone and in company, and never taken for the plain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from lm_service.fingerprints import AcceptedEncoders
+from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.quantization import ELSEWHERE, ON_CPU, Int8Matrix, scheme
+from tests.pictures import photograph
+from vision_service.encoder import Encoder
+from vision_service.preprocess import Preprocessor
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_are_close_and_rows_keep_to_themselves(dtype):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(96, 64) / 8, torch.randn(96)
+    x = torch.randn(3, 5, 64, dtype=dtype) * torch.logspace(-3, 3, 15).view(3, 5, 1).to(dtype)
+    matrix = Int8Matrix(weight.to(dtype), bias.to(dtype))
+    got = matrix(x)
+    exact = torch.nn.functional.linear(x.float(), weight, bias)
+    assert got.shape == (3, 5, 96) and got.dtype == dtype
+    assert ((got.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.03
+    for one in range(3):
+        for row in range(5):
+            assert torch.equal(matrix(x[one, row]), got[one, row])
+    assert torch.equal(matrix(torch.zeros(1, 64, dtype=dtype))[0], bias.to(dtype))
+
+
+def test_elsewhere_the_weights_alone_are_rounded(monkeypatch):
+    """The way of other devices, computed here: as exact as eight bits of weight are."""
+    weight = torch.randn(96, 64) / 8
+    monkeypatch.setattr("lookonce.quantization._pack", lambda *_: None)
+    matrix = Int8Matrix(weight)
+    matrix._weight = (weight / matrix_scales(weight)[:, None]).round().to(torch.int8)
+    matrix._scales = matrix_scales(weight)
+    x = torch.randn(7, 64)
+    error = (matrix(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
+    assert 0 < error < 0.01
+
+
+def matrix_scales(weight):
+    return weight.abs().amax(1) / 127
+
+
+def test_embeddings_are_close_and_a_picture_alone_is_as_in_company(checkpoint_path):
+    checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
+    preprocess = Preprocessor(checkpoint.preprocessor)
+    pictures = [preprocess(photograph(name, (112, 84)).convert("RGB"), 3136, 1 << 20) for name in ("coffee", "chelsea")]
+    pictures.append(preprocess(Image.new("RGB", (56, 140), "red"), 3136, 1 << 20))
+    plain = Encoder.load(checkpoint, torch.float32, CPU).encode(pictures)
+    small = Encoder.load(checkpoint, torch.float32, CPU, quantization="int8")
+    together = small.encode(pictures)
+    for picture, exact, got in zip(pictures, plain, together, strict=True):
+        assert 0 < (got - exact).norm() / exact.norm() < 0.1
+        torch.testing.assert_close(small.encode([picture])[0], got)  # the patch embedding and the merger round
+
+
+def test_int8_is_another_encoder(checkpoint_path):
+    checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
+    prints = {way: checkpoint.encoder_spec("float32", way).fingerprint() for way in ("none", ON_CPU, ELSEWHERE)}
+    assert len(set(prints.values())) == 3
+    assert scheme("none", CPU) == "none" and scheme("int8", CPU) == ON_CPU
+    assert scheme("int8", torch.device("cuda:0")) == ELSEWHERE
+    plain = AcceptedEncoders.of(checkpoint, "float32")
+    small = AcceptedEncoders.of(checkpoint, "float32", "int8")
+    plain.check(prints["none"])
+    small.check(prints[ON_CPU])
+    small.check(prints[ELSEWHERE])
+    for accepted, wrong in ((plain, prints[ON_CPU]), (small, prints["none"])):
+        with pytest.raises(LookonceError) as caught:
+            accepted.check(wrong)
+        assert caught.value.kind is ErrorKind.FINGERPRINT_MISMATCH
