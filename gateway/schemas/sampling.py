@@ -18,6 +18,8 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
+SMALLEST = 2.0**-126
+"""The least number above 0 on the wire (float32): a smaller one would arrive as 0, which is refused."""
 Stops = Annotated[list[StopString], Field(max_length=16)]
 
 
@@ -52,6 +54,9 @@ def to_sampling(
             value = getattr(defaults, name)
         if value is not None:
             fields[name] = value
+    for name in ("top_p", "repetition_penalty"):
+        if name in fields:
+            fields[name] = max(fields[name], SMALLEST)
     if "seed" in fields:
         fields["seed"] = int(fields["seed"]) % 2**64
     return language_pb2.SamplingParameters(

@@ -11,6 +11,8 @@ from pydantic import SecretStr, ValidationError
 from gateway.auth import Keyring, read_keys
 from gateway.http.errors import HTTP_ERRORS, error_response
 from gateway.replicas import LOAD_FLOOR, Replicas
+from gateway.schemas.questions import QuestionsRequest
+from gateway.schemas.sampling import to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -79,6 +81,12 @@ def test_an_overloaded_replica_is_escaped_and_back_off_grows_to_a_bound() -> Non
     assert pauses == sorted(pauses) and pauses[0] < 1 and pauses[-1] == 5.0
     pool.succeeded(home)
     assert home.down_until == 0.0
+
+
+def test_the_smallest_numbers_above_0_arrive_as_such() -> None:
+    asked = QuestionsRequest(questions=["?"], top_p=5e-324, repetition_penalty=1e-200)
+    sent = to_sampling(asked, max_tokens=None, stop=[])
+    assert 0 < sent.top_p < 1e-30 and 0 < sent.repetition_penalty < 1e-30
 
 
 def test_a_public_address_needs_keys() -> None:
