@@ -2,7 +2,8 @@
 
 Starts the three processes on an embedded store and asks about one picture whose prefix is already held. Latency: one
 one-token question at a time over REST, less the service's own time to first token (from the receipt). Throughput: many
-one-token questions at once, through the gateway and, interleaved, straight to the language service over gRPC.
+one-token questions at once, through the gateway, interleaved with the same straight to the language service over gRPC;
+and last, with the services gone, the same to the engine alone in this process.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 from PIL import Image
 
 from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.reference import EmbeddingReference
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.rpc.convert import reference_to_proto
 from protos.lookonce.v1 import language_pb2, vision_pb2
@@ -51,6 +53,7 @@ def main() -> int:
         )
         with processes(model, folder) as url:
             figures = asyncio.run(measure(url, folder, options))
+        figures |= asyncio.run(engine_alone(model, options))
     print(f"{'questions':30}{'median':>12}")
     for name, value in figures.items():
         print(f"{name:30}{value:>12.2f}")
@@ -88,37 +91,70 @@ def processes(model: str, folder: str) -> Iterator[str]:
             process.wait()
 
 
+class Connection:
+    """One HTTP/1.1 connection, kept open. A full client takes as long as the gateway does, on the same cores."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    @classmethod
+    async def open(cls, url: str) -> Connection:
+        """Connect to http://host:port."""
+        host, _, port = url.removeprefix("http://").partition(":")
+        return cls(*await asyncio.open_connection(host, int(port)))
+
+    async def post(self, path: str, body: bytes) -> AsyncIterator[bytes]:
+        """Send JSON; the pieces of the answer's body as they come. Raises when the answer is no success."""
+        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        self._writer.write(head.encode() + b"\r\n\r\n" + body)
+        status, *lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        headers = dict(line.split(b": ", 1) for line in lines if line)
+        if b" 200" not in status:
+            raise RuntimeError(status.decode())
+        if b"content-length" in headers:
+            yield await self._reader.readexactly(int(headers[b"content-length"]))
+            return
+        while size := int(await self._reader.readuntil(b"\r\n"), 16):
+            yield (await self._reader.readexactly(size + 2))[:-2]
+        await self._reader.readexactly(2)
+
+    def close(self) -> None:
+        """Close it."""
+        self._writer.close()
+
+
 async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
-    """Latency first, then rounds of throughput, gateway and language service in turn."""
-    async with httpx2.AsyncClient(base_url=url, timeout=60, limits=httpx2.Limits(max_connections=64)) as http:
-        picture = picture_file()
+    """Latency first, then rounds of throughput: gateway, language service, one call of many questions."""
+    picture = picture_file()
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
         image = (await http.post("/v1/images", files={"file": ("a.png", picture)})).raise_for_status().json()["id"]
-        latency = [await overhead(http, image) for _ in range(options.questions)][options.questions // 10 :]
-        vision, language = VisionClient(f"unix:{folder}/vision.sock"), LanguageClient(f"unix:{folder}/lm.sock")
-        reference = (await vision.encode(vision_pb2.EncodeRequest(image=picture))).reference
-        message = language_pb2.Message(role="user")
-        message.parts.add().image.CopyFrom(reference_to_proto(reference))
-        message.parts.add().text = QUESTION
-        sampling = language_pb2.SamplingParameters(max_tokens=1)
-        request = language_pb2.GenerateRequest(messages=[message], sampling=sampling)
+    connections = [await Connection.open(url) for _ in range(options.concurrency)]
+    latency = [await overhead(connections[0], image) for _ in range(options.questions)][options.questions // 10 :]
+    vision, language = VisionClient(f"unix:{folder}/vision.sock"), LanguageClient(f"unix:{folder}/lm.sock")
+    reference = (await vision.encode(vision_pb2.EncodeRequest(image=picture))).reference
+    request = generate_request(reference)
+    path, one, many = f"/v1/images/{image}/questions", body(1), body(options.questions)
 
-        async def by_gateway() -> None:
-            (await http.post(f"/v1/images/{image}/questions", json=body(1))).raise_for_status()
+    async def by_gateway(worker: int) -> None:
+        async for _ in connections[worker].post(path, one):
+            pass
 
-        async def by_grpc() -> None:
-            async for _ in language.generate(request, timeout=60):
-                pass
+    async def by_grpc(_: int) -> None:
+        async for _ in language.generate(request, timeout=60):
+            pass
 
-        rates: dict[str, list[float]] = {"gateway": [], "grpc": [], "one call": []}
-        for _ in range(options.rounds):
-            rates["gateway"].append(await rate(by_gateway, options))
-            rates["grpc"].append(await rate(by_grpc, options))
-            started = time.perf_counter()
-            reply = await http.post(f"/v1/images/{image}/questions", json=body(options.questions))
-            reply.raise_for_status()
-            rates["one call"].append(options.questions / (time.perf_counter() - started))
-        await vision.close()
-        await language.close()
+    rates: dict[str, list[float]] = {"gateway": [], "grpc": [], "one call": []}
+    for _ in range(options.rounds):
+        rates["gateway"].append(await rate(by_gateway, options))
+        rates["grpc"].append(await rate(by_grpc, options))
+        started = time.perf_counter()
+        async for _ in connections[0].post(path, many):
+            pass
+        rates["one call"].append(options.questions / (time.perf_counter() - started))
+    for connection in connections:
+        connection.close()
+    await vision.close()
+    await language.close()
     return {
         "overhead p50, ms": statistics.median(latency),
         "overhead p90, ms": statistics.quantiles(latency, n=10)[-1],
@@ -131,13 +167,65 @@ async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[st
     }
 
 
-def body(count: int) -> dict[str, Any]:
+async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, float]:
+    """The same questions to the engine in this process, their prompts ready: no template, no gRPC, no HTTP."""
+    from lm_service.engine.packed.engine import PackedEngine  # torch: only now that the services are gone
+    from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+    from lm_service.engine.types import EmbeddingSource, Generation, Sampling
+    from lm_service.prompt import Message, PromptBuilder
+    from lm_service.service import load_model
+    from lm_service.settings import LanguageSettings
+
+    loaded = load_model(LanguageSettings(model=model))
+    checkpoint, template = loaded.checkpoint, loaded.template
+    merged = 224 // 14 // checkpoint.merge_size
+    digest = b"\0" * 32
+    grid = (1, merged * checkpoint.merge_size, merged * checkpoint.merge_size)
+    reference = EmbeddingReference(digest, "0" * 64, digest, grid, merged * merged, 224, 224)
+    builder = PromptBuilder(
+        template,
+        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
+        merge_size=checkpoint.merge_size,
+        context_length=loaded.context_length,
+        max_images=1,
+        check_fingerprint=lambda _: None,
+    )
+    prompt = builder.build([Message("user", (reference, QUESTION))])
+
+    class Noise:
+        async def load(self, reference: EmbeddingReference) -> tuple[Any, EmbeddingSource]:
+            rows = np.random.default_rng(0).standard_normal((reference.tokens, checkpoint.hidden_size))
+            return loaded.lm_head.weight.new_tensor(rows), EmbeddingSource.L1
+
+    adapter = Qwen2VLAdapter(loaded.text_model, loaded.lm_head)
+    engine = PackedEngine(adapter, template.table, loaded.end_ids, Noise())
+    await engine.start()
+
+    async def ask(_: int) -> None:
+        async for _ in engine.generate(Generation("", prompt, Sampling(1))):
+            pass
+
+    rates = [await rate(ask, options) for _ in range(options.rounds + 1)][1:]
+    await engine.close()
+    return {"a second, engine alone": statistics.median(rates)}
+
+
+def generate_request(reference: EmbeddingReference) -> language_pb2.GenerateRequest:
+    """One one-token question."""
+    message = language_pb2.Message(role="user")
+    message.parts.add().image.CopyFrom(reference_to_proto(reference))
+    message.parts.add().text = QUESTION
+    sampling = language_pb2.SamplingParameters(max_tokens=1)
+    return language_pb2.GenerateRequest(messages=[message], sampling=sampling)
+
+
+def body(count: int) -> bytes:
     """A request of `count` one-token questions."""
-    return {"questions": [QUESTION] * count, "max_tokens": 1}
+    return json.dumps({"questions": [QUESTION] * count, "max_tokens": 1}).encode()
 
 
-async def overhead(http: httpx2.AsyncClient, image: str) -> float:
-    """Milliseconds of one streamed question until its first event, less the engine's own time to first token."""
+async def overhead(connection: Connection, image: str) -> float:
+    """Milliseconds of one streamed question until its first token, less the engine's own time to first token."""
     message = {
         "role": "user",
         "content": [
@@ -145,35 +233,31 @@ async def overhead(http: httpx2.AsyncClient, image: str) -> float:
             {"type": "text", "text": QUESTION},
         ],
     }
-    request = {"model": "lookonce", "messages": [message], "max_tokens": 1, "stream": True}
+    request = json.dumps({"model": "lookonce", "messages": [message], "max_tokens": 1, "stream": True}).encode()
     started, first, engine = time.perf_counter(), 0.0, 0.0
-    async with http.stream("POST", "/v1/chat/completions", json=request) as reply:
-        reply.raise_for_status()
-        async for event in events(reply):
+    async for piece in connection.post("/v1/chat/completions", request):
+        now = time.perf_counter()
+        for line in piece.splitlines():
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
             delta = event["choices"][0]["delta"] if event["choices"] else {}
-            if not first and delta.get("content") is not None and delta["content"] != "":
-                first = time.perf_counter()
+            if not first and delta.get("content"):
+                first = now
             engine = event.get("receipt", {}).get("ttft_ms", engine)
     return 1000 * ((first or time.perf_counter()) - started) - engine
 
 
-async def events(reply: httpx2.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON of each server-sent event."""
-    async for line in reply.aiter_lines():
-        if line.startswith("data: {"):
-            yield json.loads(line.removeprefix("data: "))
-
-
-async def rate(ask: Any, options: argparse.Namespace) -> float:
+async def rate(ask: Callable[[int], Awaitable[None]], options: argparse.Namespace) -> float:
     """Questions a second at the asked-for concurrency."""
     left = iter(range(options.questions))
 
-    async def worker() -> None:
+    async def worker(number: int) -> None:
         for _ in left:
-            await ask()
+            await ask(number)
 
     started = time.perf_counter()
-    await asyncio.gather(*(worker() for _ in range(options.concurrency)))
+    await asyncio.gather(*(worker(number) for number in range(options.concurrency)))
     return options.questions / (time.perf_counter() - started)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import structlog
 
 from lm_service.settings import LanguageSettings
@@ -20,13 +18,15 @@ def run(settings: LanguageSettings) -> int:
     """Load the model and serve; the process's exit status."""
     configure_logging("language", settings.log_level, settings.log_format)
     # Here and not above: --help and a mistyped flag answer before torch is imported.
+    import uvloop
+
     from lm_service.service import load_model, serve, start_metrics
 
     try:
         tracing.export_spans("language", settings.trace_endpoint, share=settings.trace_share)
         start_metrics(settings)
         model = load_model(settings)
-        asyncio.run(serve(settings, model))
+        uvloop.run(serve(settings, model))
     except LookonceError as error:
         log.error("cannot start", kind=error.kind.value, reason=error.message)
         return 1

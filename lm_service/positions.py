@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from lm_service.engine.types import ImageSpan
@@ -15,26 +16,19 @@ def mrope_positions(length: int, images: Sequence[ImageSpan], merge_size: int) -
     Text counts up by one on all three rows. An image's tokens get frame, row and column of their cell, counted from the
     position it starts at; what follows goes on after its longer side. `images` come in order and don't overlap.
     """
-    pieces: list[torch.Tensor] = []
+    positions = np.empty((3, length), dtype=np.int64)
     at = position = 0
     for span in images:
-        pieces.append(_text(position, span.start - at))
+        positions[:, at : span.start] = np.arange(position, position + span.start - at)
         position += span.start - at
         t, h, w = span.reference.grid_thw
         rows, columns = h // merge_size, w // merge_size
-        pieces.append(_cells(t, rows, columns) + position)
+        cells = positions[:, span.start : span.end].reshape(3, t, rows, columns)
+        # by frame, row, column: the order of the encoder's output
+        cells[0] = np.arange(position, position + t)[:, None, None]
+        cells[1] = np.arange(position, position + rows)[:, None]
+        cells[2] = np.arange(position, position + columns)
         position += max(rows, columns)
         at = span.end
-    pieces.append(_text(position, length - at))
-    positions = torch.cat(pieces, dim=1)
-    return positions, int(positions.max()) + 1 if length else 0
-
-
-def _text(start: int, count: int) -> torch.Tensor:
-    return torch.arange(start, start + count).expand(3, count)
-
-
-def _cells(frames: int, rows: int, columns: int) -> torch.Tensor:
-    """[3, frames*rows*columns], in the order of the encoder's output: by frame, row, column."""
-    grids = torch.meshgrid(torch.arange(frames), torch.arange(rows), torch.arange(columns), indexing="ij")
-    return torch.stack([grid.flatten() for grid in grids])
+    positions[:, at:] = np.arange(position, position + length - at)
+    return torch.from_numpy(positions), int(positions.max()) + 1 if length else 0

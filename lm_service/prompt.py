@@ -12,6 +12,8 @@ from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.reference import EmbeddingReference
 
 ROLES = ("system", "user", "assistant")
+SHORT = 4096
+"""Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Message:
 
     role: str
     parts: tuple[str | EmbeddingReference, ...]
+
+
+def is_short(messages: Sequence[Message]) -> bool:
+    """Whether building the prompt may hold up an event loop."""
+    parts = [part for message in messages for part in message.parts]
+    return len(parts) <= 16 and sum(len(part) if isinstance(part, str) else part.tokens for part in parts) <= SHORT
 
 
 class PromptBuilder:

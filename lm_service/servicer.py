@@ -12,7 +12,7 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
 from lm_service.metrics import METRICS
-from lm_service.prompt import PromptBuilder
+from lm_service.prompt import PromptBuilder, is_short
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
@@ -97,7 +97,11 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
         deadline = self._deadline(request, context)
         sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
-        prompt = await asyncio.to_thread(self._builder.build, messages_of(request.messages))
+        messages = messages_of(request.messages)
+        if is_short(messages):
+            prompt = self._builder.build(messages)
+        else:
+            prompt = await asyncio.to_thread(self._builder.build, messages)
         name = request.request_id or uuid.uuid4().hex
         return Generation(name, prompt, sampling, request.client, deadline)
 

@@ -27,11 +27,8 @@ class SamplerState:
         self.sampling = sampling
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.prompt: frozenset[int] = frozenset(prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed((sampling.seed + index * _SEED_STRIDE) & _SEED_MASK)
+        self._index = index
+        self._generator: torch.Generator | None = None  # made for the first draw: greedy answers need none
 
     @property
     def greedy(self) -> bool:
@@ -55,7 +52,17 @@ class SamplerState:
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this answer."""
+        if self._generator is None:
+            self._generator = self._seeded()
         return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+
+    def _seeded(self) -> torch.Generator:
+        generator = torch.Generator()
+        if self.sampling.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed((self.sampling.seed + self._index * _SEED_STRIDE) & _SEED_MASK)
+        return generator
 
 
 def apply_penalties(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
