@@ -15,6 +15,7 @@ MODULES = {
     "encode": "encode throughput through gRPC against the bare packed forward",
     "engine": "many questions over one image against the floor of bare forwards",
     "gateway": "warm question through the whole system against the engine alone",
+    "pressure": "500 clients that hang up at once, and a language service that is full",
     "memory": "resident memory and bytes read of each service at 2B dimensions (writes 4.4 GB; minutes)",
 }
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,17 +63,17 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def processes(model: str, folder: str) -> Iterator[str]:
+def processes(model: str, folder: str, *, language: Sequence[str] = ()) -> Iterator[str]:
     """The three services on unix sockets and an embedded store; yields the gateway's URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     store = ["--store", f"file://{folder}/store", "--log-level", "warning"]
-    vision, language = f"unix:{folder}/vision.sock", f"unix:{folder}/lm.sock"
+    eyes, words = f"unix:{folder}/vision.sock", f"unix:{folder}/lm.sock"
     commands = [
-        ["vision_service", "--model", model, "--listen", vision, *store],
-        ["lm_service", "--model", model, "--listen", language, "--vision", vision, *store],
-        ["gateway", "--port", str(port), "--vision", vision, "--lm", language, *store],
+        ["vision_service", "--model", model, "--listen", eyes, *store],
+        ["lm_service", "--model", model, "--listen", words, "--vision", eyes, *store, *language],
+        ["gateway", "--port", str(port), "--vision", eyes, "--lm", words, *store],
     ]
     running = [subprocess.Popen([sys.executable, "-m", *command], env=os.environ) for command in commands]
     try:
@@ -103,14 +103,14 @@ class Connection:
         host, _, port = url.removeprefix("http://").partition(":")
         return cls(*await asyncio.open_connection(host, int(port)))
 
-    async def post(self, path: str, body: bytes) -> AsyncIterator[bytes]:
-        """Send JSON; the pieces of the answer's body as they come. Raises when the answer is no success."""
+    async def post(self, path: str, body: bytes, *, status: int = 200) -> AsyncIterator[bytes]:
+        """Send JSON; the pieces of the answer's body as they come. Raises when the answer has another status."""
         head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
         self._writer.write(head.encode() + b"\r\n\r\n" + body)
-        status, *lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+        first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         headers = dict(line.split(b": ", 1) for line in lines if line)
-        if b" 200" not in status:
-            raise RuntimeError(status.decode())
+        if b" %d" % status not in first:
+            raise RuntimeError(first.decode())
         if b"content-length" in headers:
             yield await self._reader.readexactly(int(headers[b"content-length"]))
             return
