@@ -54,6 +54,15 @@ def test_the_lean_model_says_what_transformers_says(plain, lean, samples):
         assert [answer.text for answer in lean(data, asked)] == [answer.text for answer in plain(data, asked)]
 
 
+def test_one_forward_pass_tells_what_would_be_said(plain, samples):
+    data = (SAMPLES / samples[3]["file"]).read_bytes()
+    asked = [question["question"] for question in samples[3]["questions"]]
+    said = [answer.text for answer in plain(data, asked)]
+    assert all(plain.would_say(data, asked, said))
+    for wrong in ([f"{text} and" for text in said], [text[:-1] for text in said], ["yellow"] * len(said)):
+        assert plain.would_say(data, asked, wrong) == [text == other for text, other in zip(said, wrong, strict=True)]
+
+
 def test_samples_are_what_samples_json_says(samples):
     assert len(samples) == 12
     for sample in samples:

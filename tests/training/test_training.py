@@ -1,5 +1,10 @@
 """Packing, the lean model and the teaching code, against transformers and against themselves."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +12,22 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from training.shapes import answers, codes, export, feed, guide, optim, pack, pixels, questions, scenes, tokenizer
-from training.shapes.model import Qwen2VL, Shape2VL
+from training.shapes import (
+    answers,
+    codes,
+    deepen,
+    export,
+    feed,
+    guide,
+    optim,
+    pack,
+    pixels,
+    questions,
+    scenes,
+    tokenizer,
+)
+from training.shapes.model import Qwen2VL, Shape2VL, layers_of
+from training.shapes.stage_answers import Encoded
 from training.shapes.stage_vision import normalise
 
 
@@ -116,8 +135,11 @@ def test_descriptions_are_guided_group_by_group(words):
     guided = guide.listing(answer, words.colours, words.kinds, shapes)
     said = [words.decode([token]).strip() for token in answer]
     assert said == ["Two", "red", "circles", ",", "a", "blue", "star", "."]
-    assert [group for group, _ in guided] == [[0, 2]] * 3 + [[1]] * 4 + [[]]
-    assert [word for word, (_, amount) in zip(said, guided, strict=True) if amount] == ["Two", "a"]
+    assert [token.shapes for token in guided] == [[0, 2]] * 3 + [[1]] * 4 + [[]]
+    assert [word for word, token in zip(said, guided, strict=True) if token.amount] == ["Two", "a"]
+    known = [tuple(said[place] for place in token.said) if token.said else None for token in guided]
+    red, blue = ("red", "circles"), ("blue", "star")
+    assert known == [None, None, None, red, red, None, None, blue]
 
 
 def test_referents_are_what_a_question_names():
@@ -152,6 +174,59 @@ def test_muon_steps_along_an_orthogonal_matrix():
     torch.manual_seed(0)
     spread = torch.linalg.svdvals(optim.orthogonalise(torch.randn(64, 128)))
     assert spread.min() > 0.6 and spread.max() < 1.3
+
+
+def test_a_deepened_model_says_the_same_and_its_new_layers_can_learn(folder, words):
+    shallow = Qwen2VL(Shape2VL(layers=4))
+    state = deepen.deepen(shallow.state_dict())
+    deep = Qwen2VL(Shape2VL(layers=layers_of(state)))
+    deep.load_state_dict(state)
+    data = feed.picture_batch(1, str(folder / "tokenizer.json"), 2, 4, pack.LISTS, 120, 0.0, alike=1.0)
+    ends = words.ids["<|image_pad|>"], words.ids["<|im_end|>"]
+    losses = [
+        answers.answer_loss(model, model.visual(normalise(data["patches"]), data["grid"]), data, *ends).loss
+        for model in (shallow, deep)
+    ]
+    assert len(deep.model.layers) == 6
+    assert torch.equal(*losses)
+    losses[1].backward()
+    assert all(deep.model.layers[number].self_attn.o_proj.weight.grad.any() for number in (3, 4))
+
+
+def test_scenes_of_alike_shapes_have_groups_and_no_held_out_pair():
+    rng = np.random.default_rng(0)
+    drawn = [scenes.alike(5, rng) for _ in range(300)]
+    assert all(len(pairs) == 5 and not scenes.HELD_OUT & set(pairs) for pairs in drawn)
+    assert sum(len(set(pairs)) < 5 for pairs in drawn) > 200
+
+
+def test_an_encoded_batch_guides_to_the_cells_that_claim_the_shapes(folder):
+    torch.manual_seed(3)
+    model = Qwen2VL(Shape2VL())
+    args = (str(folder / "tokenizer.json"), 3, 6, pack.LISTS, 200, 0.0, 0.5)
+    batch, drawn = Encoded(model)(9, *args), feed.picture_batch(9, *args)
+    with torch.no_grad():
+        tokens = model.visual(normalise(drawn["patches"]), drawn["grid"])
+        placed = codes.target(drawn, tokens, codes.basis(128))[1]
+    assert np.array_equal(batch["image_tokens"], tokens.numpy()) and "patches" not in batch
+    assert [mark.tolist() for mark in batch["marks"]] == [mark.tolist() for mark in placed]
+    image = batch["ids"].tolist()[0].index(model_pad(folder))
+    targets = batch["guides"][guide.LOOK, 0][2]
+    cells = {image + int(mark[0]) for marks in batch["marks"] for mark in marks}
+    assert set(np.flatnonzero(targets.any(0))) <= cells | {guide.SINK}
+
+
+def model_pad(folder):
+    return tokenizer.load(folder / "tokenizer.json").ids["<|image_pad|>"]
+
+
+@pytest.mark.slow
+def test_the_whole_recipe_runs_from_nothing(tmp_path):
+    command = [sys.executable, "-m", "training.shapes", "--work", str(tmp_path), "--scale", "0.003", "--scenes", "10"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "float32" in (tmp_path / "out" / "README.md").read_text()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 6
 
 
 def test_a_few_steps_lower_the_loss(folder, words):

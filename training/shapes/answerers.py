@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -99,14 +100,46 @@ class Transformers:
 
         self.model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
         self.images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self.patches = lru_cache(maxsize=4)(self._patches)
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
 
     def __call__(self, image: bytes, questions: Sequence[str]) -> list[Answer]:
         return [Answer(self.converse([{"role": "user", "content": [image, question]}])) for question in questions]
 
+    def _patches(self, image: bytes) -> dict:
+        return dict(self.images([Image.open(io.BytesIO(image)).convert("RGB")], return_tensors="pt"))
+
+    @torch.no_grad()
+    def would_say(self, image: bytes, questions: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """For each question about a picture whether its greedy answer is the given one, in one forward pass.
+
+        Greedy decoding gives an answer exactly if each of its tokens, and then the end of the turn, is the likeliest
+        behind those before it. A text may be written in other tokens than the tokenizer's, so False is no proof.
+        """
+        prompts = [self._prompt([{"role": "user", "content": [image, question]}]) for question in questions]
+        ends = [[*self.tokenizer(answer).input_ids, self.tokenizer.eos_token_id] for answer in answers]
+        whole = [torch.tensor(ids[0].tolist() + end) for (ids, _), end in zip(prompts, ends, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        lengths = torch.tensor([len(row) for row in whole])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        seen = {key: torch.cat([inputs[key] for _, inputs in prompts]) for key in ("pixel_values", "image_grid_thw")}
+        kinds = (ids == self.model.config.image_token_id).int()
+        logits = self.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **seen).logits
+        return [
+            logits[i, length - len(end) - 1 : length - 1].argmax(-1).tolist() == end
+            for i, (length, end) in enumerate(zip(lengths.tolist(), ends, strict=True))
+        ]
+
     @torch.no_grad()
     def converse(self, messages: list[dict]) -> str:
         """The reply to chat messages whose content is a string or a list of strings (text) and bytes (pictures)."""
+        ids, inputs = self._prompt(messages)
+        mask = torch.ones_like(ids)
+        out = self.model.generate(input_ids=ids, attention_mask=mask, **inputs, do_sample=False, max_new_tokens=LONGEST)
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def _prompt(self, messages: list[dict]) -> tuple[torch.Tensor, dict]:
+        """Token ids [1, n] up to where the assistant speaks, and the model's other inputs."""
         pictures = [
             p for m in messages if not isinstance(m["content"], str) for p in m["content"] if isinstance(p, bytes)
         ]
@@ -117,8 +150,8 @@ class Transformers:
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         inputs: dict = {}
         if pictures:
-            opened = [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]
-            inputs = dict(self.images(opened, return_tensors="pt"))
+            seen = [self.patches(data) for data in pictures]
+            inputs = {key: torch.cat([one[key] for one in seen]) for key in ("pixel_values", "image_grid_thw")}
             pieces = text.split("<|image_pad|>")
             text = pieces[0]
             for grid, piece in zip(inputs["image_grid_thw"], pieces[1:], strict=True):
@@ -126,9 +159,7 @@ class Transformers:
         ids = self.tokenizer(text, return_tensors="pt").input_ids
         if pictures:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-        mask = torch.ones_like(ids)
-        out = self.model.generate(input_ids=ids, attention_mask=mask, **inputs, do_sample=False, max_new_tokens=LONGEST)
-        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return ids, inputs
 
 
 def _part(piece: str | bytes) -> dict:

@@ -20,6 +20,7 @@ import numpy as np
 from . import questions, scenes
 
 NAMED = ("fresh", "held-out pairs", "jpeg", "photograph", "icon")
+BUNDLED = Path(__file__).resolve().parents[2] / "lookonce" / "data" / "shapes"
 FRESH = 7_000_000_000  # seeds from here on are never trained on
 SORTS = ("plain", "jpeg", "photograph", "icon")
 
@@ -154,7 +155,10 @@ def evaluate(
     return report
 
 
-FORMATS = ("picture first", "picture last", "own system prompt", "second turn", "lower case")
+FORMATS = (
+    "picture first", "picture last", "own system prompt", "second turn", "lower case", "upper case",
+    "two letters swapped",
+)  # fmt: skip
 PLAIN_TYPES = ("colour", "kind", "count_colour", "exists", "policy")
 
 
@@ -178,10 +182,18 @@ def formats(converse: Callable[[list[dict]], str], count: int = 100, seed: int =
             [{"role": "system", "content": "You inspect pictures. Be brief."}, user],
             [user | {"content": [data, second.text]}, *_turn(second.answer, first.text)],
             [user | {"content": [data, first.text.lower()]}],
+            [user | {"content": [data, first.text.upper()]}],
+            [user | {"content": [data, _slip(first.text, rng)]}],
         )
         for name, chat in zip(FORMATS, chats, strict=True):
             right[name] += first.accepts(converse(chat))
     return {name: round(right[name] / count, 4) for name in FORMATS}
+
+
+def _slip(text: str, rng: np.random.Generator) -> str:
+    """The text with two neighbouring letters swapped."""
+    at = int(rng.integers(1, len(text) - 2))
+    return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
 
 
 def _turn(answer: str, question: str) -> list[dict]:
@@ -218,27 +230,48 @@ def whole(answer_many: AnswerMany, count: int, seed: int) -> dict[str, dict]:
     return summaries
 
 
-def main() -> None:
+def asked_of(args: argparse.Namespace) -> tuple[AnswerMany, Callable[[list[dict]], str], Callable[[], dict]]:
+    """How to ask about a picture, how to converse, and what there is to tell of the answerer afterwards."""
     from .answerers import Lean, Transformers
+    from .served import Compared, Gateway
 
+    if not args.gateway:
+        return Lean(args.checkpoint), Transformers(args.checkpoint).converse, lambda: {"asked": "the lean model"}
+    gateway = Gateway(args.gateway)
+    if not args.unsplit:
+        return gateway, gateway.converse, lambda: {"asked": "a gateway"}
+    both = Compared(gateway, Transformers(args.checkpoint))
+    return both, both.converse, lambda: {"asked": "a gateway", "unsplit": both.summary()}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint folder as export writes it")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED, help="checkpoint folder as export writes it")
+    parser.add_argument("--gateway", metavar="URL", help="ask a running gateway that serves this checkpoint")
+    parser.add_argument(
+        "--unsplit", action="store_true", help="compare each of the gateway's answers with plain transformers'"
+    )
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file for all figures")
     parser.add_argument(
-        "--conversations", type=int, default=100, help="scenes for the conversation forms (transformers)"
+        "--conversations", type=int, default=100, help="scenes for the conversation forms (gateway or transformers)"
     )
     args = parser.parse_args()
-    summaries = whole(Lean(args.checkpoint), args.scenes, args.seed)
+    if args.unsplit and not args.gateway:
+        parser.error("--unsplit compares a gateway's answers: name it with --gateway")
+    answer_many, converse, told = asked_of(args)
+    summaries = whole(answer_many, args.scenes, args.seed)
     if args.conversations:
-        summaries["formats"] = formats(Transformers(args.checkpoint).converse, args.conversations)
+        summaries["formats"] = formats(converse, args.conversations)
         summaries["conversations"] = args.conversations
+    summaries["system"] = told()
     if args.out:
         args.out.write_text(json.dumps(summaries, indent=1) + "\n", encoding="utf-8")
     print(table((name, summary) for name, summary in summaries.items() if name in NAMED))
     fresh = summaries["fresh"]
     print(summaries.get("formats", ""))
+    print(summaries["system"])
     print({key: fresh[key] for key in ("describe_item_f1", "policy_auc", "policy_reliability")})
 
 

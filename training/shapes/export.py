@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from .model import Qwen2VL, Shape2VL
+from .model import Qwen2VL, Shape2VL, layers_of
 from .pixels import MEAN, STD
 from .scenes import MAX_PIXELS, MIN_PIXELS
 from .tokenizer import DEFAULT_SYSTEM, SPECIAL, TEMPLATE
@@ -109,13 +109,14 @@ def tokenizer_config(ids: dict[str, int]) -> dict:
 def export(state: Path, tokenizer: Path, out: Path, dtype: str = "float32") -> None:
     """Write every file of the checkpoint but its README.md into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    sizes = Shape2VL()
+    tensors = load_file(state)
+    sizes = Shape2VL(layers=layers_of(tensors))
     words = Tokenizer.from_file(str(tokenizer))
     ids = {token: words.token_to_id(token) for token in SPECIAL}
     if words.get_vocab_size() > sizes.vocab:
         raise ValueError(f"tokenizer has {words.get_vocab_size()} entries, the embedding table {sizes.vocab} rows")
     model = Qwen2VL(sizes)
-    model.load_state_dict(load_file(state))
+    model.load_state_dict(tensors)
     tensors = {name: value.to(getattr(torch, dtype)).contiguous() for name, value in model.state_dict().items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)

@@ -4,12 +4,13 @@ A batch holds pictures of one grid. The stream of a (seed, worker) is fixed; on 
 scene comes twice.
 """
 
-import os
-from collections.abc import Iterator
+import io
+from collections.abc import Callable, Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from . import pack, pixels, scenes
 from .tokenizer import Words, load
@@ -44,7 +45,6 @@ def vision_batch(seed: int, size: int, crowd: tuple[int, int]) -> dict:
 
 
 def _work(queue, make, first: int, args: tuple) -> None:
-    os.nice(5)
     seed = first
     while True:
         queue.put(make(seed, *args))
@@ -93,19 +93,39 @@ def layout_batch(seed: int, tokenizer: str, size: int, most: int, weights: dict,
     return {"grid": grid, "marks": marks, "numbers": numbers} | _packed(rows, marks, known)
 
 
-def picture_batch(seed: int, tokenizer: str, size: int, most: int, weights: dict, length: int, variety: float) -> dict:
-    """Scenes with pictures and packed questions; crowded scenes a little more often than sparse ones."""
+def picture_batch(
+    seed: int,
+    tokenizer: str,
+    size: int,
+    most: int,
+    weights: dict,
+    length: int,
+    variety: float,
+    alike: float = 0.0,
+    worn: float = 0.0,
+    see: Callable[[dict], None] | None = None,
+) -> dict:
+    """Scenes with pictures and packed questions; crowded scenes a little more often than sparse ones.
+
+    alike: share of scenes in which shapes of the same colour and kind abound. worn: share of pictures that come as JPEG
+    files of low quality, whatever has befallen them before. see: what to do with the pictures before
+    their guides are laid out; it may move the batch's marks.
+    """
     rng = np.random.default_rng([seed, 3])
     known, grid = words(tokenizer), pick_grid(rng)
     batch: dict = {"grid": grid, "patches": [], "marks": [], "numbers": []}
     rows = []
     for i in range(size):
         count = min(most, 1 + int(rng.random() ** 0.8 * most))
-        scene = scenes.draw(seed * 1000 + i, count, grid=grid)
+        pairs = scenes.alike(count, rng) if rng.random() < alike else None
+        scene = scenes.draw(seed * 1000 + i, count, grid=grid, pairs=pairs)
         mark, number = pixels.cells(scene.shapes, scene.image.size, grid)
-        batch["patches"].append(pixels.patches(scene.image, grid)[0])
+        image = Image.open(io.BytesIO(scene.jpeg(int(rng.integers(35, 80))))) if rng.random() < worn else scene.image
+        batch["patches"].append(pixels.patches(image, grid)[0])
         batch["marks"].append(mark)
         batch["numbers"].append(number)
         rows.append(pack.pack_row(known, scene.shapes, scene.image.size, grid, rng, weights, length, variety))
     batch["patches"] = np.stack(batch["patches"])
+    if see:
+        see(batch)
     return batch | _packed(rows, batch["marks"], known)

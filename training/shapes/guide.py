@@ -2,11 +2,14 @@
 
 Used in training only, fading out. From the place that predicts an answer, one head a group in layer READ should look
 at the asked colour and kind words, and in layer LOOK at the shapes they name, or at the first token when there is none.
-Without it the model lingers where it names what is there instead of what was asked for.
+Without it the model lingers where it names what is there instead of what was asked for. A description must say how many
+before it names what: its next group is looked for in LOOK and AGAIN, and counted in COUNT. Layers that a smaller model
+lacks are left out.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +18,8 @@ from .model import Qwen2VL, rotate_half
 from .questions import PLURAL, Question
 from .scenes import COLOURS, KINDS, Shape
 
-READ, LOOK = 1, 2  # layers
+READ, LOOK, AGAIN, COUNT = 1, 2, 3, 4  # layers
+WEIGHT = {COUNT: 4.0}  # of a layer's share in the loss, 1 elsewhere
 SINK = 0  # token position that stands for "nothing"
 COUNTING = (
     4.0  # share of the sink against one shape's when counting: attention only averages, so n shows as 4 / (4 + n)
@@ -47,24 +51,38 @@ def referents(question: Question, shapes: Sequence[Shape]) -> tuple[list[int], l
     return found, found
 
 
+@dataclass(frozen=True)
+class Listed:
+    """What one token of a description depends on.
+
+    shapes: those of the group it belongs to, none at the end. amount: whether it says how many. said: places in the
+    answer of the colour and the kind named last, where the token must know them to go on.
+    """
+
+    shapes: list[int]
+    amount: bool = False
+    said: tuple[int, int] | None = None
+
+
 def listing(
     answer: Sequence[int], colours: dict[int, str], kinds: dict[int, str], shapes: Sequence[Shape]
-) -> list[tuple[list[int], bool]]:
-    """Per token of a description, the shapes of the group it belongs to ([] at the end) and whether it says how many.
+) -> list[Listed]:
+    """What each token of a description depends on.
 
     The comma belongs to the group behind it: whether one comes is whether there is a group left.
     """
-    groups: list[tuple[list[int], bool]] = [([], False)] * len(answer)
-    start = 0
+    tokens: list[Listed] = []
+    said, start = None, 0
     for i, token in enumerate(answer):
         if token in kinds:
-            colour = next(colours[t] for t in answer[start : i + 1] if t in colours)
-            found = [n for n, s in enumerate(shapes) if s.colour == colour and s.kind == kinds[token]]
+            at = next(place for place in range(start, i + 1) if answer[place] in colours)
+            found = [n for n, s in enumerate(shapes) if s.colour == colours[answer[at]] and s.kind == kinds[token]]
             amount = start if start == 0 else start + 1
-            for place in range(start, i + 1):
-                groups[place] = (found, place == amount)
-            start = i + 1
-    return groups
+            tokens += [
+                Listed(found, place == amount, said if place <= amount else None) for place in range(start, i + 1)
+            ]
+            said, start = (at, i), i + 1
+    return tokens + [Listed([], said=said if place == start else None) for place in range(start, len(answer))]
 
 
 def follow(batch: dict, placed: list[Tensor], pad: int) -> None:
@@ -75,7 +93,7 @@ def follow(batch: dict, placed: list[Tensor], pad: int) -> None:
             if old == new:
                 continue
             for (layer, _), (row, _, targets) in batch["guides"].items():
-                if layer == LOOK:
+                if layer != READ:
                     mine = row == number
                     targets[mine, image + new] = targets[mine, image + old]
                     targets[mine, image + old] = 0
@@ -88,8 +106,10 @@ def loss(model: Qwen2VL, inputs: list[Tensor], positions: Tensor, mask: Tensor, 
     targets [n, t], how much attention each token should get, before normalising.
     """
     cos, sin = model.model.rotary(positions)
-    losses = []
+    total, count = inputs[0].new_zeros(()), 0
     for (number, head), (row, query, targets) in guides.items():
+        if number >= len(inputs):
+            continue
         layer = model.model.layers[number]
         attention = layer.self_attn
         size = attention.q_proj.weight.shape[0] // attention.heads
@@ -104,5 +124,7 @@ def loss(model: Qwen2VL, inputs: list[Tensor], positions: Tensor, mask: Tensor, 
         allowed = mask[row, 0, query]
         scores = scores.masked_fill(~allowed, -1e9)
         goal = targets * allowed
-        losses.append(-((goal / goal.sum(1, keepdim=True)) * scores.log_softmax(1)).sum(1))
-    return torch.cat(losses).mean()
+        missed = -((goal / goal.sum(1, keepdim=True)) * scores.log_softmax(1)).sum(1)
+        total = total + WEIGHT.get(number, 1.0) * missed.sum()
+        count += len(missed)
+    return total / max(count, 1)

@@ -4,6 +4,7 @@ Same arithmetic as transformers' Qwen2VLForConditionalGeneration (tests/training
 pictures of one grid, and a mask says which token may look at which.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,11 @@ class Shape2VL:
     rope_theta: float = 10000.0
     mrope: tuple[int, int, int] = (2, 7, 7)
     eps: float = 1e-6
+
+
+def layers_of(state: Mapping[str, Tensor]) -> int:
+    """How many language layers a whole state has."""
+    return 1 + max(int(name.split(".")[2]) for name in state if name.startswith("model.layers."))
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -25,7 +25,27 @@ HARD = {
     "exists": 0.9, "policy": 0.9, "where": 0.1, "relation": 0.1, "extreme": 0.4, "describe": 3.0, "missing": 0.2,
 }  # fmt: skip
 
-WEIGHTS = {"lookups": LOOKUPS, "mixed": MIXED, "hard": HARD}
+LISTS = {
+    "colour": 0.5, "kind": 0.6, "count_all": 1.4, "count_kind": 1.4, "count_colour": 1.4, "count_pair": 1.0,
+    "exists": 0.9, "policy": 0.9, "where": 0.1, "relation": 0.1, "extreme": 0.3, "describe": 5.0, "missing": 0.2,
+}  # fmt: skip
+
+AMOUNT = 4.0  # loss weight of how many in a description against its other tokens: the hardest to learn
+WEIGHTS = {"lists": LISTS, "lookups": LOOKUPS, "mixed": MIXED, "hard": HARD}
+
+
+@dataclass(frozen=True)
+class Guided:
+    """Where a token should look from its place `query`: at words (places by head) and at shapes (indices by head).
+
+    counting: whether the answer is how many; at_once: whether layer LOOK already counts, as the question names what.
+    """
+
+    query: int
+    words: list[list[int]] | None
+    shapes: tuple[list[int], list[int]]
+    counting: bool
+    at_once: bool
 
 
 @dataclass
@@ -38,7 +58,8 @@ class Row:
     sees_prefix: list[bool] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     types: list[str] = field(default_factory=list)  # question type of each answer token, else ""
-    guides: list[tuple[int, list[list[int]] | None, tuple, bool]] = field(default_factory=list)
+    guides: list[Guided] = field(default_factory=list)
+    heavy: set[int] = field(default_factory=set)  # places of tokens whose loss counts AMOUNT times
     segments: int = 0
     after: int = 0  # first position behind the prefix
 
@@ -58,7 +79,7 @@ class Row:
         """Forget the last segment if the row became longer than `length`."""
         if len(self.ids) > length and self.segments > 1:
             first = self.segment.index(self.segments)
-            self.guides = [guide for guide in self.guides if guide[0] < first]
+            self.guides = [guided for guided in self.guides if guided.query < first]
             for tokens in (self.ids, self.positions, self.segment, self.sees_prefix, self.loss, self.types):
                 del tokens[first:]
             self.segments -= 1
@@ -85,12 +106,13 @@ def rough(text: str, rng: np.random.Generator) -> str:
         return text.rstrip("?.")
     if dice < 0.13:
         return text.lower().rstrip("?.")
-    if dice < 0.15:
+    if dice < 0.17:
         return text.upper()
-    if dice < 0.17 and len(text) > 6:
+    if dice < 0.22 and len(text) > 6:
         at = int(rng.integers(1, len(text) - 2))
-        return text[:at] + text[at + 1] + text[at] + text[at + 2 :]
-    if dice < 0.18:
+        slips = (text[at + 1] + text[at], text[at], text[at] + text[at] + text[at + 1])  # swapped, dropped, doubled
+        return text[:at] + slips[int(rng.integers(3))] + text[at + 2 :]
+    if dice < 0.23:
         return text + " Please answer briefly."
     return text
 
@@ -160,17 +182,21 @@ def pack_row(
 
 
 def _guide(row: Row, words: Words, question: questions.Question, shapes, start: int) -> None:
-    """Note where the answer that comes next should look: (query place, word places by head, shapes by head)."""
+    """Note where the answer that comes next should look."""
     query = len(row.ids) - 1
     asked = range(start, len(row.ids))
     colours = [i for i in asked if row.ids[i] in words.colours]
     kinds = [i for i in asked if row.ids[i] in words.kinds]
     if question.type == "describe":
         answer = words.encode(question.answer)
-        for offset, (group, amount) in enumerate(guide.listing(answer, words.colours, words.kinds, shapes)):
-            row.guides.append((query + offset, None, (group, group), amount))
+        for offset, token in enumerate(guide.listing(answer, words.colours, words.kinds, shapes)):
+            said = [[query + 1 + place] for place in token.said] if token.said else None
+            row.guides.append(Guided(query + offset, said, (token.shapes,) * 2, token.amount, False))
+            if token.amount:
+                row.heavy.add(query + 1 + offset)
         return
-    row.guides.append((query, [colours, kinds], guide.referents(question, shapes), question.type.startswith("count")))
+    counting = question.type.startswith("count")
+    row.guides.append(Guided(query, [colours, kinds], guide.referents(question, shapes), counting, counting))
 
 
 def collate_guides(rows: list[Row], marks: list[np.ndarray], length: int, pad: int) -> dict:
@@ -178,14 +204,19 @@ def collate_guides(rows: list[Row], marks: list[np.ndarray], length: int, pad: i
     found: dict = {}
     for number, (row, mark) in enumerate(zip(rows, marks, strict=True)):
         image = row.ids.index(pad)
-        for query, texts, shapes, counting in row.guides:
-            for head, places in enumerate(texts or ()):
+        for guided in row.guides:
+            for head, places in enumerate(guided.words or ()):
                 if places:
-                    found.setdefault((guide.READ, 2 * head), []).append((number, query, places, 0.0))
-            for head, chosen in enumerate(shapes):
+                    found.setdefault((guide.READ, 2 * head), []).append((number, guided.query, places, 0.0))
+            for head, chosen in enumerate(guided.shapes):
                 places = [image + int(mark[i, 0]) for i in chosen]
-                sink = guide.COUNTING if counting else float(not places)
-                found.setdefault((guide.LOOK, 2 * head), []).append((number, query, places, sink))
+                sinks = {guide.LOOK: guide.COUNTING if guided.at_once else float(not places)}
+                if guided.counting:
+                    sinks[guide.COUNT] = guide.COUNTING
+                if not guided.at_once:
+                    sinks[guide.AGAIN] = float(not places)
+                for layer, sink in sinks.items():
+                    found.setdefault((layer, 2 * head), []).append((number, guided.query, places, sink))
     arrays = {}
     for key, entries in found.items():
         targets = np.zeros((len(entries), length), dtype=np.float32)
@@ -225,5 +256,6 @@ def collate(rows: list[Row]) -> dict:
         batch["segment"][i, :n] = row.segment
         batch["sees"][i, :n] = row.sees_prefix
         batch["loss"][i, :n] = row.loss
+        batch["loss"][i, [place for place in row.heavy if place < n]] *= AMOUNT
         batch["types"] += [kind for kind in row.types if kind]
     return batch

@@ -199,6 +199,21 @@ def _pairs(count: int, rng: np.random.Generator, held_out: str) -> list[tuple[st
     return pairs
 
 
+def alike(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Colour-kind pairs, none held out, among which the same pair and the same colour come again and again."""
+    pairs: list[tuple[str, str]] = []
+    while len(pairs) < count:
+        dice = rng.random() if pairs else 1.0
+        colour, kind = COLOURS[rng.integers(len(COLOURS))], KINDS[rng.integers(len(KINDS))]
+        if dice < 0.35:
+            colour, kind = pairs[rng.integers(len(pairs))]
+        elif dice < 0.65:
+            colour = pairs[rng.integers(len(pairs))][0]
+        if (colour, kind) not in HELD_OUT:
+            pairs.append((colour, kind))
+    return [pairs[i] for i in rng.permutation(count)]
+
+
 def layout(
     rng: np.random.Generator, count: int, width: int, height: int, grid: tuple[int, int], held_out: str = "never"
 ) -> tuple[Shape, ...]:
@@ -293,7 +308,7 @@ def _canvas(rng: np.random.Generator, grid: tuple[int, int] | None) -> tuple[int
     """Width and height in source pixels; near the wanted grid's proportions where one is given."""
     if grid:
         rows, columns = grid
-        scale = float(rng.choice([0.35, 0.6, 1.0, 1.0, 1.0, 1.3, 2.0], p=[0.06, 0.1, 0.24, 0.2, 0.2, 0.12, 0.08]))
+        scale = float(rng.choice([0.28, 0.35, 0.6, 1.0, 1.3, 2.0, 4.0], p=[0.05, 0.06, 0.11, 0.58, 0.11, 0.07, 0.02]))
         scale *= float(rng.uniform(0.9, 1.1))
         return round(columns * CELL * scale * rng.uniform(0.95, 1.05)), round(
             rows * CELL * scale * rng.uniform(0.95, 1.05)

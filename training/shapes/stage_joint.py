@@ -16,20 +16,20 @@ from torch.multiprocessing import start_processes
 
 from . import codes, feed, guide, pack
 from .answers import Tally, answer_loss
-from .model import Qwen2VL, Shape2VL
+from .model import Qwen2VL, Shape2VL, layers_of
 from .optim import Average, Optimisers, schedule
 from .stage_vision import normalise
 
 
 def load(paths: list[Path]) -> Qwen2VL:
     """A model from one whole file, or from a vision half and a language half."""
-    model = Qwen2VL(Shape2VL())
     state: dict = {}
     for path in paths:
         tensors = load_file(path)
         whole = any(name.startswith("visual.") for name in tensors)
         half = not whole and any(name.startswith("blocks.") for name in tensors)
         state |= {f"visual.{name}": value for name, value in tensors.items()} if half else tensors
+    model = Qwen2VL(Shape2VL(layers=layers_of(state)))
     model.load_state_dict(state)
     return model
 
@@ -61,9 +61,19 @@ def train(rank: int, args: argparse.Namespace, meeting: str) -> None:
     params = vision.params + language.params
     average = Average(model)
     first = args.seed * 1_000_000 + rank * 400_000
-    lesson = (str(args.tokenizer), args.batch // args.ranks, 6, pack.WEIGHTS[args.weights], args.length, args.variety)
+    weights = pack.WEIGHTS[args.weights]
+    lesson = (
+        str(args.tokenizer),
+        args.batch // args.ranks,
+        6,
+        weights,
+        args.length,
+        args.variety,
+        args.alike,
+        args.worn,
+    )
     source = feed.stream(feed.picture_batch, first, *lesson)
-    begun, kept, progress, tally, seen = time.monotonic(), time.monotonic(), args.done, Tally(0.98), {}
+    begun, kept, progress, tally, seen = time.process_time(), time.monotonic(), args.done, Tally(0.98), {}
     for step, data in enumerate(source, 1):
         image_tokens = model.visual(normalise(data["patches"]), data["grid"])
         target, placed = codes.target(data, image_tokens, directions)
@@ -71,7 +81,7 @@ def train(rank: int, args: argparse.Namespace, meeting: str) -> None:
         helper, figures = codes.loss(image_tokens, directions, target)
         result = answer_loss(model, image_tokens, data, words.ids["<|image_pad|>"], words.ids["<|im_end|>"])
         (result.loss + (1 - progress) * (args.helper * helper + args.guide * result.guide)).backward()
-        passed = (time.monotonic() - begun) / (60 * args.minutes)
+        passed = (time.process_time() - begun) / (60 * args.minutes)
         progress = share(params, args.done + passed * (1 - args.done))
         if progress >= 1:
             break
@@ -99,7 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--minutes", type=float, default=50, help="of the processor's time, not of the clock's")
     parser.add_argument("--done", type=float, default=0.0, help="progress in 0..1 at which to resume the schedule")
     parser.add_argument("--flat", type=float, default=0.1, help="progress until which the learning rate is held")
     parser.add_argument("--batch", type=int, default=12, help="pictures a step, over all ranks")
@@ -107,6 +117,8 @@ def main() -> None:
         "--length", type=int, default=230, help="tokens per picture: prefix and as many questions as fit"
     )
     parser.add_argument("--variety", type=float, default=0.25, help="share of unusual conversations")
+    parser.add_argument("--alike", type=float, default=0.0, help="share of scenes in which alike shapes abound")
+    parser.add_argument("--worn", type=float, default=0.0, help="share of pictures that are JPEG files of low quality")
     parser.add_argument("--rate", type=float, default=0.004, help="learning rate of Muon; AdamW has a tenth")
     parser.add_argument("--vision-rate", type=float, default=0.25, help="the vision tower's share of the learning rate")
     parser.add_argument("--weights", choices=pack.WEIGHTS, default="hard", help="how often each question type is asked")

@@ -56,7 +56,7 @@ def align(model: Qwen2VL, words: Words, directions: torch.Tensor) -> None:
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)
-    model = Qwen2VL(Shape2VL())
+    model = Qwen2VL(Shape2VL(layers=4))
     if args.resume:
         model.load_state_dict(load_file(args.resume), strict=False)
     words = feed.words(str(args.tokenizer))
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace) -> None:
     language = torch.nn.ModuleDict({"model": model.model, "lm_head": model.lm_head})
     average = Average(language, decay=0.99)
     lessons = [(0.12, 3, pack.LOOKUPS), (0.25, 4, pack.MIXED), (1.0, 6, pack.HARD)]
-    begun, step, kept, tally = time.monotonic(), 0, time.monotonic(), Tally()
+    begun, step, kept, tally = time.process_time(), 0, time.monotonic(), Tally()
     for number, (until, most, weights) in enumerate(lessons):
         if args.resume and number < 2:
             continue
@@ -76,7 +76,7 @@ def train(args: argparse.Namespace) -> None:
             feed.layout_batch, first, str(args.tokenizer), args.batch, most, weights, args.length, 0.15
         )
         for data in lesson:
-            progress = (time.monotonic() - begun) / (60 * args.minutes)
+            progress = (time.process_time() - begun) / (60 * args.minutes)
             if progress >= until:
                 break
             code = codes.write(
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=15)
+    parser.add_argument("--minutes", type=float, default=15, help="of the processor's time, not of the clock's")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--length", type=int, default=240)
     parser.add_argument("--muon-lr", type=float, default=0.02)

@@ -35,9 +35,9 @@ def train(
     directions = codes.basis(Shape2VL().hidden)
     optimisers = Optimisers([vision, head], muon_lr=rate, adam_lr=rate / 10)
     average = Average(vision)
-    begun, kept, seen = time.monotonic(), time.monotonic(), {}
+    begun, kept, seen = time.process_time(), time.monotonic(), {}
     for step, data in enumerate(feed.stream(feed.vision_batch, seed * 1_000_000, batch, crowd), 1):
-        progress = (time.monotonic() - begun) / (60 * minutes)
+        progress = (time.process_time() - begun) / (60 * minutes)
         if progress >= 1:
             break
         features = vision.features(normalise(data["patches"]), data["grid"])
@@ -62,7 +62,7 @@ def train(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=25)
+    parser.add_argument("--minutes", type=float, default=25, help="of the processor's time, not of the clock's")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--crowd", type=int, nargs=2, default=(3, 9))
