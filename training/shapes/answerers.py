@@ -122,13 +122,22 @@ class Transformers:
         ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         lengths = torch.tensor([len(row) for row in whole])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        seen = {key: torch.cat([inputs[key] for _, inputs in prompts]) for key in ("pixel_values", "image_grid_thw")}
-        kinds = (ids == self.model.config.image_token_id).int()
-        logits = self.model(input_ids=ids, attention_mask=mask, mm_token_type_ids=kinds, **seen).logits
+        logits = self._logits(ids, mask, self.patches(image))
         return [
             logits[i, length - len(end) - 1 : length - 1].argmax(-1).tolist() == end
             for i, (length, end) in enumerate(zip(lengths.tolist(), ends, strict=True))
         ]
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, seen: dict) -> torch.Tensor:
+        """Logits [n, t, vocabulary] of n prompts about one picture, which is encoded once."""
+        tokens = self.model.get_image_features(seen["pixel_values"], seen["image_grid_thw"]).pooler_output[0]
+        places = ids == self.model.config.image_token_id
+        embeds = self.model.get_input_embeddings()(ids)
+        embeds = embeds.masked_scatter(places[..., None], tokens.repeat(len(ids), 1))
+        grids = seen["image_grid_thw"].repeat(len(ids), 1)
+        rope = self.model.model.get_rope_index
+        positions, _ = rope(ids, mm_token_type_ids=places.int(), image_grid_thw=grids, attention_mask=mask)
+        return self.model(inputs_embeds=embeds, position_ids=positions, attention_mask=mask).logits
 
     @torch.no_grad()
     def converse(self, messages: list[dict]) -> str:

@@ -10,8 +10,10 @@ transformers or through the lean model here:
 
 import argparse
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from . import questions, scenes
 NAMED = ("fresh", "held-out pairs", "jpeg", "photograph", "icon")
 BUNDLED = Path(__file__).resolve().parents[2] / "lookonce" / "data" / "shapes"
 FRESH = 7_000_000_000  # seeds from here on are never trained on
+AT_ONCE = 4  # scenes under way at a gateway
 SORTS = ("plain", "jpeg", "photograph", "icon")
 
 
@@ -136,22 +139,28 @@ def evaluate(
     sort: str = "plain",
     held_out: str = "never",
     types: Sequence[str] = questions.TYPES,
+    at_once: int = 1,
 ) -> Report:
     """Ask one question of each type about `count` fresh scenes. held_out: "never" | "any" | "one" (see scenes.draw).
 
-    With held_out="one" only questions that name or are answered by a held-out pair's shape are asked.
+    With held_out="one" only questions that name or are answered by a held-out pair's shape are asked. at_once: scenes
+    under way at the same time, each in a thread, for answerers that mostly wait.
     """
-    report = Report()
-    for number in range(FRESH + seed * 1_000_000, FRESH + seed * 1_000_000 + count):
+
+    def about(number: int) -> tuple[int, list[questions.Question], Sequence[Answer]]:
         scene, data = picture(number, sort, held_out)
         asked = questions.ask_all(scene, np.random.default_rng([number, 13]), types)
         if held_out == "one":
             asked = [question for question in asked if _concerns(question, scene.shapes[0])]
-        if not asked:
-            continue
-        answers = answer_many(data, [question.text for question in asked])
-        for question, answer in zip(asked, answers, strict=True):
-            report.add(number, question, answer)
+        return number, asked, answer_many(data, [question.text for question in asked]) if asked else []
+
+    report, first = Report(), FRESH + seed * 1_000_000
+    with ThreadPoolExecutor(at_once) as pool:
+        for done, (number, asked, answers) in enumerate(pool.map(about, range(first, first + count)), 1):
+            for question, answer in zip(asked, answers, strict=True):
+                report.add(number, question, answer)
+            if done % 100 == 0:
+                print(f"{sort} {done} of {count}", file=sys.stderr, flush=True)
     return report
 
 
@@ -219,12 +228,13 @@ def table(rows: Iterable[tuple[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def whole(answer_many: AnswerMany, count: int, seed: int) -> dict[str, dict]:
+def whole(answer_many: AnswerMany, count: int, seed: int, at_once: int = 1) -> dict[str, dict]:
     """The evaluation that the model card quotes: fresh scenes, held-out pairs, and worn pictures."""
-    results = {"fresh": evaluate(answer_many, count, seed)}
-    results["held-out pairs"] = evaluate(answer_many, max(count // 5, 20), seed + 1, held_out="one")
+    results = {"fresh": evaluate(answer_many, count, seed, at_once=at_once)}
+    some = max(count // 5, 20)
+    results["held-out pairs"] = evaluate(answer_many, some, seed + 1, held_out="one", at_once=at_once)
     for offset, sort in enumerate(SORTS[1:]):
-        results[sort] = evaluate(answer_many, max(count // 10, 20), seed + 2 + offset, sort=sort)
+        results[sort] = evaluate(answer_many, max(count // 10, 20), seed + 2 + offset, sort=sort, at_once=at_once)
     summaries = {name: report.summary() for name, report in results.items()}
     summaries["fresh"]["wrong"] = results["fresh"].wrong[:60]
     return summaries
@@ -261,7 +271,7 @@ def main() -> None:
     if args.unsplit and not args.gateway:
         parser.error("--unsplit compares a gateway's answers: name it with --gateway")
     answer_many, converse, told = asked_of(args)
-    summaries = whole(answer_many, args.scenes, args.seed)
+    summaries = whole(answer_many, args.scenes, args.seed, AT_ONCE if args.gateway else 1)
     if args.conversations:
         summaries["formats"] = formats(converse, args.conversations)
         summaries["conversations"] = args.conversations

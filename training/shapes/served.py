@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 import lookonce
 from lookonce.client.options import Question
@@ -58,25 +59,29 @@ class Compared:
     unsplit: Transformers
     asked: int = 0
     different: list[dict] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)  # plain transformers' tokenizer is not for several threads at once
 
     def __call__(self, image: bytes, questions: Sequence[str]) -> list[Answer]:
         answers = self.gateway(image, questions)
         said = [answer.text for answer in answers]
-        for question, text, same in zip(questions, said, self.unsplit.would_say(image, questions, said), strict=True):
-            self.asked += 1
-            if not same:
-                alone = self.unsplit(image, [question])[0].text  # the last word: generated from nothing
-                if alone != text:
-                    self.different.append({"question": question, "gateway": text, "unsplit": alone})
+        with self.lock:
+            alike = self.unsplit.would_say(image, questions, said)
+            for question, text, same in zip(questions, said, alike, strict=True):
+                if not same:  # then what it generates from nothing is the last word
+                    self._compare(question, text, self.unsplit(image, [question])[0].text)
+            self.asked += len(questions)
         return answers
 
     def converse(self, messages: list[dict]) -> str:
         text = self.gateway.converse(messages)
-        alone = self.unsplit.converse(messages)
-        self.asked += 1
-        if alone != text:
-            self.different.append({"question": str(messages[-1]["content"])[-200:], "gateway": text, "unsplit": alone})
+        with self.lock:
+            self._compare(messages[-1]["content"][-1], text, self.unsplit.converse(messages))
+            self.asked += 1
         return text
+
+    def _compare(self, question: str | bytes, text: str, alone: str) -> None:
+        if text != alone:
+            self.different.append({"question": str(question)[:200], "gateway": text, "unsplit": alone})
 
     def summary(self) -> dict:
         return {"asked": self.asked, "different": len(self.different), "differences": self.different[:20]}
