@@ -21,7 +21,7 @@ from tests.processes import START_SECONDS
 def test_a_killed_gateway_goes_on_where_it_was(services: Services, tmp_path: Path) -> None:
     """SIGKILL, then SIGTERM, in the middle: each line is in the output once, and no finished one was asked again."""
     arguments = (*services.arguments(), "--data-dir", str(tmp_path / "data"), "--batch-concurrency", "2")
-    names, tokens = [f"line {n}" for n in range(14)], 150
+    names, tokens = [f"line {n}" for n in range(14)], 250
     before = services.describe_language().generated_tokens
     with GatewayProcess(*arguments) as gateway, gateway.client() as http:
         batch = begin(http, jsonl(*[chat_line(name, max_tokens=tokens, ignore_eos=True) for name in names]))

@@ -21,7 +21,7 @@ from tests.processes import START_SECONDS
 Picture = Callable[..., bytes]
 LONG = {
     "messages": [{"role": "user", "content": "Go on and on."}],
-    "max_tokens": 2000,
+    "max_tokens": 8000,  # seconds of work, however late the test looks
     "ignore_eos": True,
     "stream": True,
 }
