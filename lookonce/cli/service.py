@@ -113,7 +113,7 @@ class Service:
             await asyncio.sleep(delay)
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM, then SIGKILL after `grace` seconds. Returns once the process is gone."""
+        """SIGTERM, then SIGKILL after `grace` seconds (0: at once, as was asked). Returns once the process is gone."""
         self._stopping = True
         if self.pid is None:
             return
@@ -122,7 +122,8 @@ class Service:
         deadline = time.monotonic() + grace
         while self.pid is not None:
             if time.monotonic() >= deadline:
-                self._change("stopping", f"did not end within {grace:g} s; killing it")
+                if grace > 0:
+                    self._change("stopping", f"did not end within {grace:g} s; killing it")
                 self.send(signal.SIGKILL)
                 deadline = float("inf")
             await asyncio.sleep(0.02)
