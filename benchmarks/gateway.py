@@ -195,7 +195,7 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
     class Noise:
         async def load(self, reference: EmbeddingReference) -> tuple[Any, EmbeddingSource]:
             rows = np.random.default_rng(0).standard_normal((reference.tokens, checkpoint.hidden_size))
-            return loaded.lm_head.weight.new_tensor(rows), EmbeddingSource.L1
+            return loaded.text_model.embed_tokens.weight.new_tensor(rows), EmbeddingSource.L1
 
     adapter = Qwen2VLAdapter(loaded.text_model, loaded.lm_head)
     engine = PackedEngine(adapter, template.table, loaded.end_ids, Noise())
