@@ -187,6 +187,7 @@ async def wall_times(
         for round_ in range(rounds):
             engine = PackedEngine(adapter, table, frozenset(), Pictures(adapter.shape.hidden), options)
             await engine.start()
+            await run_engine(engine, [question(0, image(1000))])  # a running engine knows how long its steps take
             prompts = [question(number, image(round_)) for number in range(count)]
             began = time.perf_counter()
             await run_engine(engine, prompts)
