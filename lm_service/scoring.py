@@ -50,11 +50,11 @@ class Scorer:
         timings = Timings()
         try:
             if asked:
-                timings = await self._run(asked, results, name, request.client, deadline)
+                timings = await self._run(asked, results, name, request, deadline)
         except LookonceError as error:
             if error.kind not in _OF_ONE_IMAGE:
                 raise
-            timings = await self._run_by_image(asked, results, name, request.client, deadline)
+            timings = await self._run_by_image(asked, results, name, request, deadline)
         receipt = self._replies.receipt(timings, [entry.item.prompt for entry in asked])
         return language_pb2.ScoreResponse(results=results, receipt=receipt)
 
@@ -79,10 +79,11 @@ class Scorer:
         asked: Sequence[_Asked],
         results: Sequence[language_pb2.ScoreResult],
         name: str,
-        client: str,
+        request: language_pb2.ScoreRequest,
         deadline: float,
     ) -> Timings:
-        scores = await self._engine.score(Scoring(name, tuple(entry.item for entry in asked), client, deadline))
+        items = tuple(entry.item for entry in asked)
+        scores = await self._engine.score(Scoring(name, items, request.client, deadline, request.alone))
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
             results[entry.at].scores.CopyFrom(item_scores(entry.choices, lengths, logprobs, entry.item.prompt, cached))
@@ -95,7 +96,7 @@ class Scorer:
         asked: Sequence[_Asked],
         results: Sequence[language_pb2.ScoreResult],
         name: str,
-        client: str,
+        request: language_pb2.ScoreRequest,
         deadline: float,
     ) -> Timings:
         """One image's trouble came up: score each image's items on their own, so that the others get their answers."""
@@ -105,7 +106,7 @@ class Scorer:
         total = Timings()
         for group in groups.values():
             try:
-                part = await self._run(group, results, name, client, deadline)
+                part = await self._run(group, results, name, request, deadline)
             except LookonceError as error:
                 if error.kind not in _OF_ONE_IMAGE:
                     raise

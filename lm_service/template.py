@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from lookonce.checkpoint.files import read_json
 from lookonce.errors import CheckpointError, invalid
 
 _PRIVATE_USE = range(0xE000, 0xF900)
+_REMEMBERED, _REMEMBERED_CHARACTERS = 1024, 4096
+"""Conversations whose ids are kept, and the longest such: the same questions are asked about many pictures."""
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -50,12 +53,17 @@ class ChatTemplate:
         special_ids = [number for number, token in added.items() if token.special]
         names = {number: content for content, number in self._added.items()}
         self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids)
+        self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
 
     def ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image.
 
         Raises INVALID_ARGUMENT when the checkpoint's template refuses the messages.
         """
+        short = sum(len(part) for turn in turns for part in turn.parts if part is not None) <= _REMEMBERED_CHARACTERS
+        return list(self._remembered(tuple(turns)) if short else self._ids(turns))
+
+    def _ids(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         mark = self._mark(turns)
         messages: list[Any] = [
             {"role": turn.role, "content": [self._part(part, mark) for part in turn.parts]} for turn in turns
@@ -68,7 +76,7 @@ class ChatTemplate:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        return [token for piece in self._pieces(rendered[0][0]) for token in self._encode(piece, mark)]
+        return tuple(token for piece in self._pieces(rendered[0][0]) for token in self._encode(piece, mark))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text."""

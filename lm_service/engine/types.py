@@ -81,6 +81,7 @@ class Scoring:
     items: tuple[ScoreItem, ...]
     client: str = ""
     deadline: float | None = None
+    alone: bool = False  # shares no step with other requests: what they are changes nothing, to the last bit
 
 
 class EmbeddingSource(StrEnum):

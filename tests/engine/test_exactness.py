@@ -139,6 +139,26 @@ async def test_scores(lab):
                     assert given == pytest.approx(expected, abs=4e-4)
 
 
+async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):
+    def scoring(number):
+        items = [
+            ScoreItem(prompt(SYSTEM, picture(number, 9, 8 + number % 3), words(3 + i, 50 + i)), ((5,), (6, 7)))
+            for i in range(5)
+        ]
+        return Scoring(f"s{number}", tuple(items), alone=True)
+
+    async with lab.engine() as engine:
+        quiet = [(await engine.score(scoring(number))).logprobs for number in range(8)]
+    async with lab.engine() as engine:
+        beside = [
+            asyncio.create_task(ask(engine, generation(prompt(SYSTEM, picture(20 + i, 5, 5), words(9, 60 + i)), 12)))
+            for i in range(4)
+        ]
+        busy = await asyncio.gather(*(engine.score(scoring(number)) for number in reversed(range(8))))
+        await asyncio.gather(*beside)
+    assert [scores.logprobs for scores in reversed(busy)] == quiet
+
+
 async def test_scores_beside_answers(lab):
     asked = [prompt(SYSTEM, picture(i % 2, 9, 11), words(9, 60 + i)) for i in range(6)]
     items = [ScoreItem(wanted, ((1, 2), (1, 3), (4,))) for wanted in asked]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lm_service.engine.packed.prefix_cache import Node
-from lm_service.engine.packed.sequence import Sequence
+from lm_service.engine.packed.sequence import Request, Sequence
 from lm_service.engine.types import ImageSpan
 
 
@@ -19,6 +19,7 @@ class Fill:
     node: Node
     loading: bool
     context: Context | None = None  # of the request that asked for it first: whose trace its loading belongs to
+    owner: Request | None = None  # who shares no step with others
     rows: list[tuple[ImageSpan, torch.Tensor]] = field(default_factory=list)
 
 

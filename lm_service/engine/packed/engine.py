@@ -130,7 +130,7 @@ class PackedEngine:
     async def score(self, request: Scoring) -> Scores:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
-        inner = packed.Request(request.id, request.client, kept=False)
+        inner = packed.Request(request.id, request.client, kept=False, alone=request.alone)
         for index, item in enumerate(request.items):
             trie = ChoiceTrie(item.choices)
             inner.sequences.append(

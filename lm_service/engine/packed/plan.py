@@ -34,6 +34,8 @@ class _Member:
 def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
     """Sort key: shared prefixes first, then where the tail lies."""
     slot = chunk.sequence.slot
+    if chunk.sequence.owner is not None:
+        return (chunk.sequence.order, 0, chunk.sequence.index)  # the same order wherever the tails lie
     return (chunk.sequence.order, 0, 0) if slot is None else (chunk.sequence.order, slot.slab, slot.index)
 
 
@@ -101,7 +103,11 @@ def _width_class(count: int) -> int:
 
 
 def _neighbours(members: list[_Member]) -> Iterator[list[_Member]]:
-    """Members by place, cut where the next one is far away."""
+    """Members by place, cut where the next one is far away; those of a request that shares no step stay together in
+    their own order, so that where they lie changes nothing."""
+    if members[0].chunk.sequence.owner is not None:
+        yield members
+        return
     members = sorted(members, key=lambda member: member.place)
     start = 0
     for at in range(1, len(members) + 1):
@@ -113,8 +119,9 @@ def _neighbours(members: list[_Member]) -> Iterator[list[_Member]]:
 def _tail_part(shape: ModelShape, capacity: int, members: list[_Member], tail_tokens: int) -> TailPart:
     """One padded batch over neighbours; holes between their slots are computed and ignored."""
     low, high = members[0].place, members[-1].place
+    alone = members[0].chunk.sequence.owner is not None
     width = max(member.chunk.count for member in members)
-    in_place = high - low + 1 <= _SPARSE * len(members)
+    in_place = not alone and high - low + 1 <= _SPARSE * len(members)
     places = [member.place - low for member in members] if in_place else list(range(len(members)))
     batch = high - low + 1 if in_place else len(members)
 

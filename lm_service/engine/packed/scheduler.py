@@ -20,7 +20,7 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node, PrefixCache
 from lm_service.engine.packed.queue import FairQueue
-from lm_service.engine.packed.sequence import Sequence, Status
+from lm_service.engine.packed.sequence import Request, Sequence, Status
 from lm_service.engine.types import EmbeddingSource
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -60,6 +60,7 @@ class Scheduler:
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
         self._load, self._fail = load, fail
+        self._was_alone = False  # the last step was one request's
         self._version = 0  # of the tree's shape, for sequences' paths
         cache.on_split = self._on_split
 
@@ -127,7 +128,10 @@ class Scheduler:
         if not decodes and not prefills and self.counters.preemptions > preemptions:
             self._admit()  # those who stepped back for want of a longer slot return at once
             decodes, prefills = self._ready()
-        budget = self.budget.tokens(len(decodes))
+        turn = self._whose_turn([*decodes, *prefills])
+        decodes = [sequence for sequence in decodes if sequence.owner is turn]
+        prefills = [sequence for sequence in prefills if sequence.owner is turn]
+        budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens
         batch = Batch(tails=[TailChunk(sequence, 1) for sequence in decodes])
         for sequence in prefills:
             if budget <= 0:
@@ -135,7 +139,7 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             batch.tails.append(TailChunk(sequence, count))
             budget -= count
-        self._schedule_fills(batch, budget)
+        self._schedule_fills(batch, budget, turn)
         return batch
 
     def computed(self, batch: Batch) -> None:
@@ -153,13 +157,22 @@ class Scheduler:
                 self.counters.prefill_tokens += tail.count
             tail.sequence.computed += tail.count
 
-    def _schedule_fills(self, batch: Batch, budget: int) -> None:
+    def _whose_turn(self, ready: list[Sequence]) -> Request | None:
+        """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
+        two take turns."""
+        owners = [sequence.owner for sequence in ready]
+        owners += [fill.owner for fill in self.fills if _can_be_filled(fill)]
+        alone = [owner for owner in owners if owner is not None]
+        self._was_alone = bool(alone) and not (self._was_alone and None in owners)
+        return min(alone, key=lambda request: request.arrived) if self._was_alone else None
+
+    def _schedule_fills(self, batch: Batch, budget: int, turn: Request | None) -> None:
         """Fills take turns, so that a long one does not hold up the others."""
         for fill in list(self.fills):
             if budget <= 0:
                 return
             node = fill.node
-            if fill.loading or (node.parent is not None and node.parent.building):
+            if fill.owner is not turn or not _can_be_filled(fill):
                 continue
             count = min(node.length - node.filled, budget)
             batch.fills.append(FillChunk(fill, count))
@@ -237,7 +250,7 @@ class Scheduler:
         sequence.note_reuse(found.end)
         self._count_hit(sequence)
         for node in created:
-            fill = Fill(node, loading=bool(node.images), context=sequence.request.context)
+            fill = Fill(node, bool(node.images), context=sequence.request.context, owner=sequence.owner)
             self.fills.append(fill)
             if fill.loading:
                 self._load(fill)
@@ -258,6 +271,8 @@ class Scheduler:
         """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
         content, images = sequence.content_until(end), sequence.prompt.images
         cuts: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
+        if images and sequence.owner is not None and images[0].start > found.end:
+            cuts.append((images[0].start, True))  # what comes before is computed apart, whoever asks first
         if images and images[-1].end > found.end:
             cuts.append((images[-1].end, True))
         rest = end - 1 - (cuts[-1][0] if cuts else found.end)
@@ -379,3 +394,8 @@ class Scheduler:
             f"{sequence.length} tokens need more KV memory than there is: "
             f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token",
         )
+
+
+def _can_be_filled(fill: Fill) -> bool:
+    parent = fill.node.parent
+    return not fill.loading and not (parent is not None and parent.building)

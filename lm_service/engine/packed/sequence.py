@@ -34,6 +34,7 @@ class Request:
     id: str
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
+    alone: bool = False  # shares no step with other requests
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
@@ -66,6 +67,11 @@ class Sequence:
     path_version: int = -1
     timings: Timings = field(default_factory=Timings)
     admissions: int = 0
+
+    @property
+    def owner(self) -> Request | None:
+        """Its request, if that one shares no step with others."""
+        return self.request if self.request.alone else None
 
     @property
     def prompt_length(self) -> int:

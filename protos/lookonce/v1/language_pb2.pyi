@@ -185,16 +185,18 @@ class ScoreItem(_message.Message):
     def __init__(self, id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "items", "timeout", "client")
+    __slots__ = ("request_id", "items", "timeout", "client", "alone")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     timeout: float
     client: str
-    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ...) -> None: ...
+    alone: bool
+    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., alone: _Optional[bool] = ...) -> None: ...
 
 class ChoiceScore(_message.Message):
     __slots__ = ("choice", "probability", "logprob", "tokens")
