@@ -66,13 +66,20 @@ def command(settings: type[S], run: Callable[[S], int]) -> typer.Typer:
     return app
 
 
-def with_options(settings: type[Settings], call: Callable[[dict[str, Any]], int]) -> Callable[..., None]:
-    """A function whose signature holds an option for each field, for Typer to read."""
+def with_options(
+    settings: type[Settings], call: Callable[[dict[str, Any]], int], **arguments: Any
+) -> Callable[..., None]:
+    """A function whose signature holds an option for each field, for Typer to read. `arguments` are annotations of
+    further parameters, which come before the options and reach `call` among the flags."""
 
     def entry(**flags: Any) -> None:
         raise typer.Exit(call(flags))
 
     parameters = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
+        for name, annotation in arguments.items()
+    ]
+    parameters += [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(settings, name, field))
         for name, field in settings.model_fields.items()
     ]

@@ -15,7 +15,7 @@ settings.register_profile(
 )
 settings.load_profile("suite")
 
-SHARED = ("gateway", "client", "cli")
+SHARED = ("gateway", "client", "cli", "moderate")
 """Folders whose tests share one system. In other folders the tests of a module stay together."""
 APART = ("cli/test_up.py",)
 ONE_BY_ONE = ("", "fetching")

@@ -8,7 +8,7 @@ import platform
 import typer
 
 from lookonce import __version__
-from lookonce.cli import ask, demo, doctor, plan_command, split, top, up
+from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split, top, up
 from lookonce.cli.console import say
 
 HELP = """Split serving for vision-language models: encode an image once, ask it anything, many times.
@@ -17,6 +17,8 @@ HELP = """Split serving for vision-language models: encode an image once, ask it
   lookonce demo                         see it work, with nothing to download
   lookonce up --model DIR_OR_HUB_ID     start serving
   lookonce ask photo.jpg -q "What is this?"
+  lookonce moderate pictures/ --policy policy.yaml --out results.parquet
+  lookonce report results.parquet       a page to look at
   lookonce doctor --model DIR_OR_HUB_ID what this machine can run, and what to do about the rest
 
 `lookonce COMMAND --help` shows every setting with its environment variable and default.
@@ -45,5 +47,5 @@ def version() -> None:
             say(f"{package} not installed")
 
 
-for module in (up, ask, split, plan_command, top, doctor, demo):
+for module in (up, ask, moderate, report, split, plan_command, top, doctor, demo):
     module.register(app)

@@ -27,10 +27,12 @@ def settings_classes() -> dict[str, type[Settings]]:
     """The command that reads each settings class."""
     from gateway.settings import GatewaySettings
     from lm_service.settings import LanguageSettings
+    from lookonce.moderate.settings import ModerateSettings
     from vision_service.settings import VisionSettings
 
     return {
         "lookonce up": UpSettings,
+        "lookonce moderate": ModerateSettings,
         "python -m vision_service": VisionSettings,
         "python -m lm_service": LanguageSettings,
         "python -m gateway": GatewaySettings,

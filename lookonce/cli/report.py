@@ -1,0 +1,45 @@
+"""`lookonce report`: a page to look at the results of `lookonce moderate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lookonce.cli.console import fail, say
+from lookonce.errors import LookonceError
+
+HELP = """Write one HTML page about the results of `lookonce moderate`.
+
+\b
+  lookonce report results.parquet                    writes results.html
+  lookonce report results/ --out page.html           parts in a folder, also of a run that is under way
+
+It holds counts by rule, histograms of scores, thresholds to move, flagged pictures with their scores, errors and
+duplicates: all inside the one file, nothing is loaded from anywhere. The pictures are read from the source again.
+"""
+
+
+def report(
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="What `lookonce moderate` wrote to --out.")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; unset: RESULTS with .html.")] = None,
+    gallery: Annotated[int, typer.Option(min=0, max=5000, metavar="N", help="Most pictures held in the page.")] = 200,
+) -> None:
+    """Write the page."""
+    from lookonce.report.page import write_report
+
+    page = out or results.expanduser().absolute().with_suffix(".html")
+    try:
+        collected = write_report(results, page, gallery=gallery)
+    except LookonceError as error:
+        fail(error.message)
+    except OSError as error:
+        fail(f"{page}: cannot be written ({error.strerror})")
+    shown = f"{len(collected.cards)} of them in the page"
+    say(f"{page}: {collected.rows:,} pictures, {collected.flagged:,} flagged, {shown}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command("report", help=HELP)(report)

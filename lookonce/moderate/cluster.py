@@ -1,0 +1,206 @@
+"""The same job on a Ray cluster (extra `lookonce[ray]`): workers read and judge, this process keeps ledger and parts.
+
+The source is listed here and handed out with Ray Data in waves; each worker reads its inputs itself and reaches the
+services by their addresses. Rows come back in any order and go through the same ledger, so results and resuming are
+those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict, replace
+from typing import Any
+
+import orjson
+
+from lookonce.errors import LookonceError, invalid
+from lookonce.identity import image_digest
+from lookonce.moderate.connecting import Addresses, Served, connected
+from lookonce.moderate.job import Tally
+from lookonce.moderate.outcome import Failure, Outcome, Row, Timings
+from lookonce.moderate.run import Run
+from lookonce.moderate.settings import ModerateSettings
+from lookonce.moderate.sources.items import FileAt, Inline, Item, Locator, Span, Unusable, WebUrl, items
+from lookonce.moderate.sources.reader import Reader
+from lookonce.moderate.work import Plan, open_reader
+from lookonce.policy import Policy
+
+WAVE = 20_000  # inputs handed out at once
+WAVE_PARTS = 16  # and at most so many parts
+BATCH = 32  # inputs in one task
+_LOCATORS: dict[str, type[Any]] = {kind.__name__: kind for kind in (FileAt, Span, WebUrl, Inline, Unusable)}
+
+
+def connect(address: str) -> Any:
+    """Join the cluster: "auto", "local" (one started here), host:port or ray://host:10001. INVALID_ARGUMENT without."""
+    try:
+        import ray
+    except ImportError as error:
+        raise invalid("--ray needs Ray: pip install 'lookonce[ray]'", param="ray") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise invalid(f"--ray {address}: no Ray cluster answers there", param="ray") from error
+    return ray
+
+
+def to_record(item: Item) -> dict[str, Any]:
+    """An input as flat values, which Ray Data keeps in Arrow."""
+    fields = {"url": "", "offset": 0, "size": 0, "data": b"", "message": ""} | vars(item.locator)
+    return {"index": item.index, "name": item.name, "kind": type(item.locator).__name__, **fields}
+
+
+def from_record(record: dict[str, Any]) -> Item:
+    """What `to_record` made."""
+    kind = _LOCATORS[str(record["kind"])]
+    fields = {name: record[name] for name in kind.__dataclass_fields__}
+    for name in ("offset", "size"):
+        if name in fields:
+            fields[name] = int(fields[name])
+    locator: Locator = kind(**fields)
+    return Item(int(record["index"]), str(record["name"]), locator)
+
+
+class Claims:
+    """An actor: who comes first with a picture judges it."""
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def claim(self, digest: bytes) -> bool:
+        """Whether the caller is the first."""
+        first = digest not in self._seen
+        self._seen.add(digest)
+        return first
+
+
+class Worker:
+    """An actor of Ray Data: holds connections, reads and judges batches of inputs."""
+
+    def __init__(
+        self, policy: dict[str, Any], addresses: Addresses, served: Served, settings: dict[str, Any], claims: Any
+    ) -> None:
+        self._policy = Policy.model_validate(policy)
+        self._claims = claims
+        self._reader: Reader = open_reader(ModerateSettings(**settings), served.max_image_bytes)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._stack = AsyncExitStack()
+        self._judge = self._await(self._stack.enter_async_context(connected(addresses, self._policy, served)))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """A row for each input, as JSON."""
+        records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        return {"row": self._await(self._all([from_record(record) for record in records]))}
+
+    async def _all(self, inputs: Sequence[Item]) -> list[bytes]:
+        return list(await asyncio.gather(*(self._one(item) for item in inputs)))
+
+    async def _one(self, item: Item) -> bytes:
+        try:
+            data, read_ms = await self._reader.read(item)
+        except LookonceError as error:
+            return _packed(Row(item.index, item.name, failure=Failure.of(error)), None)
+        digest = image_digest(data)
+        outcome, timings = None, Timings()
+        if await asyncio.wrap_future(self._claims.claim.remote(digest).future()):
+            outcome, timings = await self._judge.judge(data)
+        return _packed(Row(item.index, item.name, digest, timings=replace(timings, read_ms=round(read_ms, 3))), outcome)
+
+    def _await(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], stopped: Callable[[], bool]) -> Tally:
+    """Judge every input without a row. Raises what ends the run; what is known then is recorded."""
+    ray = connect(made.settings.ray or "auto")
+    tally = Tally(done=run.known)
+    claims = ray.remote(num_cpus=0)(Claims).remote()
+    waiting: dict[bytes, list[Row]] = {}  # rows whose picture another worker judges
+    inputs = items(made.source)
+    size = min(WAVE, WAVE_PARTS * made.settings.part_rows)
+    ended = False
+    while not ended and not stopped():
+        wave, ended = await asyncio.to_thread(_wave, inputs, run, size)
+        rows = _judged(ray, made, claims, wave)
+        while (batch := await asyncio.to_thread(next, rows, None)) is not None:
+            await _record(run, batch, waiting, tally)
+            report(tally)
+            if stopped():
+                return tally
+        if ended:
+            await run.listing_ended()
+    return tally
+
+
+def _wave(inputs: Iterator[Item], run: Run, size: int) -> tuple[list[Item], bool]:
+    """Inputs without a row, and whether there are no more. Blocking."""
+    wave: list[Item] = []
+    for item in inputs:
+        run.listed(item.index + 1)
+        if not run.has(item.index):
+            wave.append(item)
+        if len(wave) == size:
+            return wave, False
+    return wave, True
+
+
+def _judged(ray: Any, made: Plan, claims: Any, wave: Sequence[Item]) -> Iterator[list[tuple[Row, Outcome | None]]]:
+    """Blocking."""
+    if not wave:
+        return
+    settings = made.settings.model_dump(mode="json", exclude_none=True)
+    arguments = (made.policy.model_dump(mode="json"), made.addresses, made.served, settings, claims)
+    judged = ray.data.from_items([to_record(item) for item in wave]).map_batches(
+        Worker,
+        batch_size=min(BATCH, max(1, len(wave) // made.settings.ray_actors)),
+        compute=ray.data.ActorPoolStrategy(size=made.settings.ray_actors),
+        fn_constructor_args=arguments,
+        num_cpus=0.1,
+    )
+    for batch in judged.iter_batches(batch_size=None):
+        yield [_unpacked(packed) for packed in batch["row"]]
+
+
+async def _record(
+    run: Run, batch: Sequence[tuple[Row, Outcome | None]], waiting: dict[bytes, list[Row]], tally: Tally
+) -> None:
+    rows: list[Row] = []
+    outcomes: dict[bytes, Outcome] = {}
+    for row, outcome in batch:
+        if row.digest is None:
+            rows.append(row)
+            tally.count(row, None, [], fresh=False)
+        elif outcome is not None:
+            outcomes[row.digest] = outcome
+            tally.count(row, outcome, run.fired(outcome), fresh=True)
+            rows.append(row)
+    for row, outcome in batch:
+        if row.digest is not None and outcome is None:
+            waiting.setdefault(row.digest, []).append(row)
+    for digest in list(waiting):
+        known = outcomes.get(digest) or await run.outcome(digest)
+        if known is not None:
+            for row in waiting.pop(digest):
+                rows.append(row)
+                tally.count(row, known, run.fired(known), fresh=False)
+    if rows:
+        await run.record(rows, outcomes)
+
+
+def _packed(row: Row, outcome: Outcome | None) -> bytes:
+    fields = asdict(row) | {"digest": row.digest.hex() if row.digest is not None else None}
+    return orjson.dumps({"row": fields, "outcome": outcome.to_json().decode() if outcome is not None else None})
+
+
+def _unpacked(packed: bytes) -> tuple[Row, Outcome | None]:
+    value = orjson.loads(packed)
+    fields, outcome = value["row"], value["outcome"]
+    failure = Failure(**fields["failure"]) if fields["failure"] else None
+    digest = bytes.fromhex(fields["digest"]) if fields["digest"] else None
+    row = Row(fields["index"], fields["source"], digest, failure, Timings(**fields["timings"]))
+    return row, Outcome.from_json(outcome.encode()) if outcome is not None else None

@@ -1,0 +1,231 @@
+"""The loop: read, judge, record, write parts. Any number of pictures under way, memory for a bounded number of them.
+
+Workers take inputs in order; each reads one, finds out whether its bytes are known already, judges it if not, and hands
+the row to the recorder. The recorder commits rows to the ledger a few times a second and writes each part as soon as
+all of its rows, and all before them, are known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import structlog
+
+from lookonce.errors import LookonceError
+from lookonce.identity import image_digest
+from lookonce.moderate.judge import Judge
+from lookonce.moderate.outcome import Failure, Outcome, Row, Timings
+from lookonce.moderate.run import Run
+from lookonce.moderate.sources.items import Item
+from lookonce.moderate.sources.reader import Reader
+
+PARTS_AHEAD = 32  # beyond the first part that is not complete
+LISTED_AT_ONCE = 64
+COMMIT_SECONDS = 0.2
+_INLINE_DIGEST_BYTES = 256 << 10
+log = structlog.get_logger(__name__)
+
+
+@dataclass
+class Tally:
+    """What this process has seen of the run."""
+
+    done: int = 0  # rows known, those of earlier processes included
+    judged: int = 0  # pictures, by this process
+    failed: int = 0
+    flagged: int = 0
+    duplicates: int = 0
+    fired: dict[str, int] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def count(self, row: Row, outcome: Outcome | None, fired: list[str], *, fresh: bool) -> None:
+        """One more row."""
+        self.done += 1
+        self.judged += fresh
+        failure = row.failure or (outcome.failure if outcome else None)
+        self.failed += failure is not None
+        self.duplicates += not fresh and row.digest is not None
+        self.flagged += bool(fired)
+        for rule in fired:
+            self.fired[rule] = self.fired.get(rule, 0) + 1
+
+
+class ByteBudget:
+    """Bytes of pictures in memory. Who comes when it is spent waits; what a read brings may go beyond it."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def wait(self) -> None:
+        """Until there is room."""
+        await self._room.wait()
+
+    def add(self, size: int) -> None:
+        """Take (or, negative, give back)."""
+        self._used += size
+        if self._used < self._limit:
+            self._room.set()
+        else:
+            self._room.clear()
+
+
+class Job:
+    """One process's work on a run. `stop` ends it after what is under way."""
+
+    def __init__(
+        self,
+        run: Run,
+        inputs: Iterator[Item],
+        reader: Reader,
+        judge: Judge,
+        *,
+        under_way: int,
+        max_bytes: int = 256 << 20,
+        on_progress: Callable[[Tally], None] = lambda tally: None,
+    ) -> None:
+        self.tally = Tally(done=run.known)
+        self.stopped = False
+        self._run = run
+        self._inputs = inputs
+        self._reader = reader
+        self._judge = judge
+        self._under_way = under_way
+        self._budget = ByteBudget(max_bytes)
+        self._progress = on_progress
+        self._judging: dict[bytes, asyncio.Future[Outcome]] = {}
+        self._listed: list[Item] = []
+        self._listing = asyncio.Lock()
+        self._ended = False
+        self._over = asyncio.Event()
+        self._rows: list[Row] = []
+        self._outcomes: dict[bytes, Outcome] = {}
+
+    def stop(self) -> None:
+        """Take no more inputs."""
+        self.stopped = True
+
+    async def work(self) -> bool:
+        """Work until every input is in a part, or until stopped; whether all are. What is known when it ends for
+        whatever reason is recorded."""
+        recorder = asyncio.create_task(self._record_now_and_then())
+        workers = {asyncio.create_task(self._worker()) for _ in range(self._under_way)}
+        try:
+            pending: set[asyncio.Task[None]] = {*workers, recorder}
+            while workers & pending:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+        finally:
+            for task in workers:
+                task.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+            self._over.set()
+            await recorder  # not cancelled: rows that it has in hand would be lost
+        return await self._run.complete()
+
+    async def _worker(self) -> None:
+        while not self.stopped and (item := await self._next()) is not None:
+            await self._run.wait_near(item.index, PARTS_AHEAD)
+            await self._budget.wait()
+            await self._one(item)
+
+    async def _next(self) -> Item | None:
+        """The next input without a row."""
+        async with self._listing:
+            while not self._listed and not self._ended:
+                batch = await asyncio.to_thread(_take, self._inputs, LISTED_AT_ONCE)
+                self._ended = len(batch) < LISTED_AT_ONCE
+                if batch:
+                    self._run.listed(batch[-1].index + 1)
+                self._listed = [item for item in reversed(batch) if not self._run.has(item.index)]
+                if self._ended:
+                    await self._run.listing_ended()
+            return self._listed.pop() if self._listed else None
+
+    async def _one(self, item: Item) -> None:
+        try:
+            data, read_ms = await self._reader.read(item)
+        except LookonceError as error:
+            self._keep(Row(item.index, item.name, failure=Failure.of(error)), None, fresh=False)
+            return
+        size = len(data)
+        self._budget.add(size)
+        try:
+            digest = await _digest(data)
+            outcome, timings = await self._outcome(digest, data)
+        finally:
+            self._budget.add(-size)
+        del data
+        fresh = timings is not None
+        timings = Timings(**{**vars(timings or Timings()), "read_ms": round(read_ms, 3)})
+        if fresh:
+            self._outcomes[digest] = outcome
+        self._keep(Row(item.index, item.name, digest, timings=timings), outcome, fresh=fresh)
+        if fresh:
+            self._judging.pop(digest).set_result(outcome)  # after its row, which stands before those of duplicates
+
+    async def _outcome(self, digest: bytes, data: bytes) -> tuple[Outcome, Timings | None]:
+        """What comes of the bytes; without timings when it was known, or is being found out by another worker."""
+        under_way = self._judging.get(digest)
+        if under_way is not None:
+            return await asyncio.shield(under_way), None
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._judging[digest] = future
+        try:
+            known = self._outcomes.get(digest) or await self._run.outcome(digest)
+            if known is not None:
+                self._judging.pop(digest).set_result(known)
+                return known, None
+            return await self._judge.judge(data)
+        except BaseException as error:
+            self._judging.pop(digest, None)
+            if isinstance(error, LookonceError):
+                future.set_exception(error)
+                future.exception()  # nobody may be waiting
+            else:
+                future.cancel()
+            raise
+
+    def _keep(self, row: Row, outcome: Outcome | None, *, fresh: bool) -> None:
+        self._rows.append(row)
+        self.tally.count(row, outcome, self._run.fired(outcome), fresh=fresh)
+        self._progress(self.tally)
+
+    async def _record_now_and_then(self) -> None:
+        while not self._over.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(COMMIT_SECONDS):
+                    await self._over.wait()
+            await self._record()
+        await self._record()  # what came while the last was being written
+
+    async def _record(self) -> None:
+        rows, self._rows = self._rows, []
+        outcomes = dict(self._outcomes)  # they stay known here until they are in the ledger
+        if rows:
+            await self._run.record(rows, outcomes)
+            for digest in outcomes:
+                self._outcomes.pop(digest, None)
+
+
+def _take(inputs: Iterator[Item], count: int) -> list[Item]:
+    """In a thread."""
+    batch = []
+    for item in inputs:
+        batch.append(item)
+        if len(batch) == count:
+            break
+    return batch
+
+
+async def _digest(data: bytes) -> bytes:
+    if len(data) <= _INLINE_DIGEST_BYTES:
+        return image_digest(data)
+    return await asyncio.to_thread(image_digest, data)

@@ -1,0 +1,173 @@
+"""Judges one picture: one encode, one Score call with all rules in it, a follow-up question for each that fires."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from lookonce.errors import ErrorKind, LookonceError
+from lookonce.moderate.identity import Models
+from lookonce.moderate.links import AWAY, FULL, LanguageLink, Link, Links, Patience, VisionLink
+from lookonce.moderate.outcome import PLACES, Failure, Outcome, Timings
+from lookonce.policy import Policy, Rule
+from lookonce.reference import EmbeddingReference
+from lookonce.rpc.convert import reference_to_proto
+from lookonce.rpc.errors import from_proto
+from protos.lookonce.v1 import common_pb2, language_pb2
+
+L = TypeVar("L", bound=Link[Any])
+T = TypeVar("T")
+_OF_THE_PICTURE = frozenset({
+    ErrorKind.IMAGE_INVALID,
+    ErrorKind.IMAGE_TOO_LARGE,
+    ErrorKind.PAYLOAD_TOO_LARGE,
+    ErrorKind.UNSUPPORTED,
+    ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+})  # fmt: skip
+_LOST = frozenset({ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID})
+_MOST_TRIES = 12
+"""Of what can be the picture's own doing, such as an embedding that is lost again and again, before it is given up."""
+
+
+class Judge:
+    """Applies one policy with one pair of models. Safe to use from many tasks at once."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        models: Models,
+        visions: Links[VisionLink],
+        languages: Links[LanguageLink],
+        patience: Patience,
+        *,
+        alone: bool = True,
+    ) -> None:
+        """`alone`: a picture is scored in a step of its own, so that its scores don't depend on others'."""
+        self._policy = policy
+        self._models = models
+        self._visions = visions
+        self._languages = languages
+        self._patience = patience
+        self._alone = alone
+
+    async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
+        """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
+
+        Raises what ends the run: UNAVAILABLE when a service stays away, FINGERPRINT_MISMATCH when the model has
+        changed, and whatever says that the request itself is wrong."""
+        for attempt in range(_MOST_TRIES):
+            try:
+                return await self._judge(image)
+            except LookonceError as error:
+                if error.kind in _OF_THE_PICTURE or (
+                    attempt == _MOST_TRIES - 1 and error.kind in {ErrorKind.INTERNAL, *_LOST}
+                ):
+                    return Outcome(failure=Failure.of(error)), Timings()
+                if error.kind not in {ErrorKind.INTERNAL, *_LOST}:
+                    raise
+        raise LookonceError(ErrorKind.INTERNAL, "not reached")
+
+    async def _judge(self, image: bytes) -> tuple[Outcome, Timings]:
+        started = time.perf_counter()
+        reference, how = await self._persistently(self._visions, lambda link: self._encode(link, image))
+        encoded = time.perf_counter()
+        rules = self._policy.of("image", (reference.width, reference.height))
+        picture = reference_to_proto(reference)
+        scores: dict[str, float] = {}
+        if rules:
+            scores = await self._persistently(self._languages, lambda link: self._score(link, picture, rules))
+        scored = time.perf_counter()
+        follow_ups: dict[str, str] = {}
+        for rule in rules:
+            if rule.follow_up and rule.fires(scores[rule.id]):
+                follow_ups[rule.id] = await self._persistently(
+                    self._languages, partial(self._follow_up, picture=picture, rule=rule)
+                )
+        followed = time.perf_counter()
+        timings = Timings(
+            encode_ms=_ms(encoded - started),
+            score_ms=_ms(scored - encoded) if rules else None,
+            follow_up_ms=_ms(followed - scored) if follow_ups else None,
+            embedding=how,
+        )
+        return Outcome(reference.width, reference.height, scores, follow_ups), timings
+
+    async def _persistently(self, links: Links[L], call: Callable[[L], Awaitable[T]]) -> T:
+        """The call's result, however often it takes; raises what trying again can't help."""
+        attempt = 0
+        while True:
+            with links.use() as link:
+                try:
+                    result = await call(link)
+                except LookonceError as error:
+                    if error.kind not in AWAY and error.kind not in FULL and error.kind is not ErrorKind.INTERNAL:
+                        raise
+                    if error.kind is ErrorKind.INTERNAL and attempt >= _MOST_TRIES // 3:
+                        raise
+                    await link.recover(error, attempt)
+                    attempt += 1
+                else:
+                    link.heard()
+                    return result
+
+    async def _encode(self, link: VisionLink, image: bytes) -> tuple[EmbeddingReference, str]:
+        most = self._models.max_pixels
+        reference, how = await link.streams.encode(image, max_pixels=most, timeout=self._patience.call)
+        if reference.fingerprint != self._models.vision:
+            raise other_model("vision service", self._models.vision, reference.fingerprint)
+        return reference, how
+
+    async def _score(
+        self, link: LanguageLink, picture: common_pb2.ImageReference, rules: Sequence[Rule]
+    ) -> dict[str, float]:
+        timeout = self._patience.call
+        request = language_pb2.ScoreRequest(timeout=timeout, alone=self._alone)
+        for rule in rules:
+            messages = self._messages(picture, rule.ask("image"))
+            request.items.add(id=rule.id, messages=messages, choices=rule.choices)
+        async with link.slots:
+            response = await link.client.score(request, timeout=timeout + 1)
+        scores: dict[str, float] = {}
+        for rule, result in zip(rules, response.results, strict=True):
+            if result.WhichOneof("outcome") == "error":
+                raise from_proto(result.error)
+            probabilities = {choice.choice: choice.probability for choice in result.scores.choices}
+            scores[rule.id] = round(rule.score(probabilities), PLACES)
+        return scores
+
+    async def _follow_up(self, link: LanguageLink, picture: common_pb2.ImageReference, rule: Rule) -> str:
+        timeout = self._patience.call
+        request = language_pb2.GenerateRequest(
+            messages=self._messages(picture, rule.ask_further("image")),
+            sampling=language_pb2.SamplingParameters(max_tokens=rule.follow_up_tokens),
+            timeout=timeout,
+        )
+        text, finished = "", False
+        async with link.slots:
+            async for event in link.client.generate(request, timeout=timeout + 1):
+                text += event.delta.text
+                finished = finished or event.WhichOneof("event") == "finish"
+        if not finished:
+            raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended an answer early")
+        return text.strip()
+
+    def _messages(self, picture: common_pb2.ImageReference, question: str) -> list[language_pb2.Message]:
+        """The picture first: all rules share its computation."""
+        asked = language_pb2.Message(
+            role="user", parts=[language_pb2.Part(image=picture), language_pb2.Part(text=question)]
+        )
+        if not self._policy.system:
+            return [asked]
+        return [language_pb2.Message(role="system", parts=[language_pb2.Part(text=self._policy.system)]), asked]
+
+
+def other_model(service: str, wanted: str, found: str) -> LookonceError:
+    """The run can't go on with another model."""
+    text = f"the {service} has another model than the run began with: {found[:12]} instead of {wanted[:12]}"
+    return LookonceError(ErrorKind.FINGERPRINT_MISMATCH, text)
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)

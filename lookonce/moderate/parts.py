@@ -1,0 +1,198 @@
+"""Where results lie: parts while the run goes on; at its end one file, or the folder of parts.
+
+OUT.parquet     the finished result; while the run goes on OUT.parquet.run/ holds parts and ledger
+OUT/            a folder: part-000000.parquet ..., _manifest.json; OUT/_run/ while the run goes on
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.moderate.columns import METADATA_KEY, Columns
+from lookonce.moderate.durable import sync_directory, write_durably
+from lookonce.moderate.identity import Manifest
+from lookonce.moderate.ledger import Full
+
+Form = Literal["parquet", "jsonl"]
+GROUP_ROWS = 65536
+_SUFFIXES: dict[str, Form] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+
+
+class Output:
+    """The paths of one result. Blocking."""
+
+    def __init__(self, out: Path, form: Form | None = None) -> None:
+        """Raises INVALID_ARGUMENT when `form` and the file's suffix disagree."""
+        self.out = out.expanduser().absolute()
+        by_suffix = _SUFFIXES.get(self.out.suffix.lower())
+        self.single = by_suffix is not None and not self.out.is_dir()
+        if self.single and form not in (None, by_suffix):
+            raise invalid(f"--out {out} says {by_suffix}, --format says {form}", param="format")
+        self.form: Form = (by_suffix if self.single else form) or "parquet"
+        self.run = self.out.with_name(self.out.name + ".run") if self.single else self.out / "_run"
+        self.parts = self.run / "parts" if self.single else self.out
+        self.ledger = self.run / "ledger.sqlite3"
+        self._lock: int | None = None
+
+    def claim(self) -> None:
+        """Make the directories, and keep every other process out. Raises INVALID_ARGUMENT or CONFLICT."""
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.parts.mkdir(exist_ok=True)
+            self._lock = os.open(self.run / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise invalid(f"--out {self.out}: cannot be written ({error.strerror})", param="out") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.release()
+            text = f"another `lookonce moderate` is writing {self.out}: wait for it, or choose another --out"
+            raise LookonceError(ErrorKind.CONFLICT, text, param="out") from None
+
+    def release(self) -> None:
+        """Let others in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def part(self, number: int) -> Path:
+        """The file of a part."""
+        return self.parts / f"part-{number:06}.{self.form}"
+
+    def manifest(self) -> Manifest | None:
+        """Of the run that is under way or finished here. Raises CONFLICT when it can't be read."""
+        for path in (self.run / "manifest.json", self._final_manifest):
+            if path.is_file():
+                return _manifest(path.read_bytes(), path)
+        if self.single and self.form == "parquet" and self.out.is_file():
+            try:
+                found = (pq.read_schema(self.out).metadata or {}).get(METADATA_KEY)
+            except (pa.ArrowInvalid, OSError):
+                found = None
+            if found is not None:
+                return _manifest(found, self.out)
+        return None
+
+    def begin(self, manifest: Manifest) -> None:
+        """Note which run this is."""
+        data = orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2)
+        write_durably(self.run / "manifest.json", lambda path: _keep(path, data))
+
+    def finished(self) -> bool:
+        """Whether a result is complete here, with no run under way."""
+        return not (self.run / "manifest.json").exists() and (
+            self.out.is_file() if self.single else self._final_manifest.is_file()
+        )
+
+    def occupied(self) -> bool:
+        """Whether something lies here that no run of ours left."""
+        if self.manifest() is not None:
+            return False
+        return self.out.is_file() if self.single else self.out.is_dir() and any(self.out.glob("part-*"))
+
+    def drop_parts(self) -> None:
+        """Forget what was written, to begin again."""
+        for path in self.parts.glob("part-*"):
+            path.unlink()
+        self._final_manifest.unlink(missing_ok=True)
+
+    def write_part(self, number: int, columns: Columns, rows: Sequence[Full]) -> None:
+        """Make a part durable."""
+        write_durably(self.part(number), lambda path: _write(path, self.form, columns, rows))
+
+    def finish(self, count: int, columns: Columns) -> None:
+        """From parts to the result, and nothing else left behind."""
+        if self.single:
+            files = [self.part(number) for number in range(count)]
+            write_durably(self.out, lambda path: _assemble(path, self.form, columns, files))
+        if not self.single or self.form == "jsonl":  # Parquet holds its manifest
+            data = (self.run / "manifest.json").read_bytes()
+            write_durably(self._final_manifest, lambda path: _keep(path, data))
+        (self.run / "manifest.json").unlink()  # from here on it is finished
+        sync_directory(self.run)
+        shutil.rmtree(self.run, ignore_errors=True)
+
+    @property
+    def _final_manifest(self) -> Path:
+        return self.out.with_name(self.out.name + ".manifest.json") if self.single else self.out / "_manifest.json"
+
+
+def read_results(out: Path) -> tuple[Manifest, Iterator[pa.RecordBatch]]:
+    """A finished result, or the parts of one under way, in batches. Raises NOT_FOUND or CONFLICT. Blocking."""
+    output = Output(out)
+    manifest = output.manifest()
+    if manifest is None:
+        raise LookonceError(ErrorKind.NOT_FOUND, f"{out} holds no results of `lookonce moderate`", param="results")
+    if output.single and output.out.is_file():
+        form, files = output.form, [output.out]
+    else:
+        form = manifest.identity.form  # type: ignore[assignment]
+        files = sorted(output.parts.glob(f"part-*.{form}"))
+    return manifest, _batches(files, form, Columns(manifest).schema)
+
+
+def _batches(files: Sequence[Path], form: Form, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    for path in files:
+        if form == "parquet":
+            with pq.ParquetFile(path) as file:
+                yield from file.iter_batches(batch_size=4096)
+        else:
+            lines: list[dict[str, object]] = []
+            with path.open("rb") as stream:
+                for line in stream:
+                    lines.append(orjson.loads(line))
+                    if len(lines) == 4096:
+                        yield pa.RecordBatch.from_pylist(lines, schema=schema)
+                        lines = []
+            if lines:
+                yield pa.RecordBatch.from_pylist(lines, schema=schema)
+
+
+def _write(path: Path, form: Form, columns: Columns, rows: Sequence[Full]) -> None:
+    if form == "parquet":
+        pq.write_table(columns.table(rows), path, compression="zstd")
+        return
+    with path.open("wb") as file:
+        for row in rows:
+            file.write(orjson.dumps(columns.record(row), option=orjson.OPT_APPEND_NEWLINE))
+
+
+def _assemble(path: Path, form: Form, columns: Columns, files: Sequence[Path]) -> None:
+    if form == "jsonl":
+        with path.open("wb") as target:
+            for file in files:
+                with file.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+        return
+    with pq.ParquetWriter(path, columns.schema, compression="zstd") as writer:
+        waiting: list[pa.Table] = []
+        for file in files:
+            waiting.append(pq.read_table(file))
+            if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting = []
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
+
+
+def _keep(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+def _manifest(data: bytes, path: Path) -> Manifest:
+    try:
+        return Manifest.from_json(orjson.loads(data))
+    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        text = f"{path} is not a manifest of this version of lookonce: use another --out"
+        raise LookonceError(ErrorKind.CONFLICT, text, param="out") from error

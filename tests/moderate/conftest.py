@@ -1,0 +1,64 @@
+"""The bundled model's two services, and a folder of pictures with their truth, for all tests of a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.cli.commands import Background, lookonce
+from tests.moderate.scenes import Pictures, make_pictures, policy_text
+from tests.processes import ROOT, ServiceProcess
+
+MODEL = ROOT / "lookonce/data/shapes"
+COUNT = 100
+
+
+@dataclass
+class Pair:
+    """A vision and a language service on one store."""
+
+    vision: ServiceProcess
+    language: ServiceProcess
+
+    def arguments(self) -> list[str]:
+        return ["--vision", self.vision.address, "--lm", self.language.address]
+
+    def moderate(self, source, policy, out, *more, seconds: float = 150):
+        """`lookonce moderate`, to its end."""
+        command = ["moderate", source, "--policy", policy, "--out", out, *self.arguments(), *more]
+        return lookonce(*command, seconds=seconds)
+
+    def moderating(self, source, policy, out, *more) -> Background:
+        """`lookonce moderate`, in the background."""
+        import sys
+
+        command = ["moderate", source, "--policy", policy, "--out", out, *self.arguments(), *more]
+        return Background(sys.executable, "-m", "lookonce", *map(str, command))
+
+
+def start_pair(store: str, *more: str) -> Pair:
+    args = ("--model", str(MODEL), "--store", store, "--threads", "1", *more)
+    vision = ServiceProcess("vision_service", *args)
+    return Pair(vision, ServiceProcess("lm_service", *args, "--vision", vision.address))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Iterator[Pair]:
+    services = start_pair(f"file://{tmp_path_factory.mktemp('embeddings')}")
+    with services.vision, services.language:
+        yield services
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Pictures:
+    return make_pictures(tmp_path_factory.mktemp("pictures"), COUNT, broken=0.03)
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("policy") / "policy.yaml"
+    path.write_text(policy_text())
+    return path

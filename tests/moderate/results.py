@@ -1,0 +1,65 @@
+"""Results as a run would have left them, without a model: for the report."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from lookonce.identity import image_digest
+from lookonce.moderate.columns import Columns
+from lookonce.moderate.identity import Identity, Manifest, Models
+from lookonce.moderate.ledger import Full
+from lookonce.moderate.outcome import Failure, Outcome, Row
+from lookonce.moderate.parts import Output
+from lookonce.moderate.sources.opening import open_source
+from lookonce.policy import parse_policy
+
+POLICY = """
+name: "<b>spoons</b> & forks"
+description: Made up.
+rules:
+- {id: spoon, question: "Is there a spoon?", threshold: 0.5, severity: high, follow_up: "Which?"}
+- {id: fork, question: "Is there a fork?", threshold: 0.8, severity: low}
+"""
+HOSTILE = "<script>window.hacked=1<script><img src=x onerror=window.hacked=1>.png"
+
+
+def write_results(folder: Path, count: int = 40) -> Path:
+    """`count` pictures in FOLDER/pictures, one of them broken, one twice, one with markup for a name; the results."""
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    for number in range(count):
+        name = HOSTILE if number == 3 else f"{number:03}.png"
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 30), (number * 6 % 256, 90, 200)).save(buffer, "PNG")
+        (pictures / name).write_bytes(b"broken" if number == 5 else buffer.getvalue())
+    (pictures / "zzz.png").write_bytes((pictures / "000.png").read_bytes())
+    source = open_source(str(pictures))
+    extent = source.extent()
+    models = Models("v" * 64, "l" * 64, 1_000_000, "made-up")
+    policy = parse_policy(POLICY)
+    identity = Identity(source.description, extent.digest, extent.count, policy.digest, models, "parquet", 1000)
+    manifest = Manifest(identity, policy, {"max_bytes": 1 << 20})
+    output = Output(folder / "results.parquet")
+    output.claim()
+    output.begin(manifest)
+    columns = Columns(manifest)
+    output.write_part(0, columns, [_row(number, name) for number, (name, _) in enumerate(source.entries())])
+    output.finish(1, columns)
+    output.release()
+    return output.out
+
+
+def _row(number: int, name: str) -> Full:
+    data = Path(name).read_bytes()
+    row = Row(number, name, image_digest(data))
+    if data == b"broken":
+        return row, Outcome(failure=Failure("image_invalid", "no picture")), None, None
+    copy = name.endswith("zzz.png")
+    spoon = 0.0 if copy else number % 10 / 10
+    words = {"spoon": "a <i>silver</i> spoon"} if spoon >= 0.5 else {}
+    outcome = Outcome(40, 30, {"spoon": spoon, "fork": (number % 5) / 5}, words)
+    first = str(Path(name).with_name("000.png"))
+    return row, outcome, 0 if copy else None, first if copy else None

@@ -1,0 +1,47 @@
+"""--ray: a local cluster of two nodes gives the rows of one process, also when it is killed and run again."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (lookonce[ray])"),
+    pytest.mark.filterwarnings("ignore"),  # Ray's own
+]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 128 << 20})
+    made.add_node(num_cpus=1, object_store_memory=128 << 20)
+    yield made.address
+    made.shutdown()
+
+
+def test_two_nodes_give_the_same_rows_and_take_up_again(cluster, pair, pictures, policy, tmp_path):
+    alone, out = tmp_path / "alone.parquet", tmp_path / "ray.parquet"
+    assert pair.moderate(pictures.folder, policy, alone, "--part-rows", "20").returncode == 0
+    options = ("--part-rows", "20", "--ray", cluster, "--ray-actors", "2")
+    with pair.moderating(pictures.folder, policy, out, *options) as run:
+        deadline = time.monotonic() + 120
+        while run.process.poll() is None and not list(tmp_path.glob("ray.parquet.run/parts/part-*")):
+            assert time.monotonic() < deadline, run.output
+            time.sleep(0.05)
+        run.process.kill()
+        run.process.wait()
+    done = pair.moderate(pictures.folder, policy, out, *options, seconds=170)
+    assert done.returncode == 0, done.stderr
+    expected, found = (pq.read_table(path).drop(["timings"]) for path in (alone, out))
+    assert found.equals(expected)
+
+
+def test_without_a_cluster_it_says_so(pair, pictures, policy, tmp_path):
+    done = pair.moderate(pictures.folder, policy, tmp_path / "o.parquet", "--ray", "127.0.0.1:1")
+    assert done.returncode == 1 and "no Ray cluster answers" in done.stderr

@@ -1,0 +1,68 @@
+"""`lookonce report`: one file, nothing loaded, nothing of the results taken for markup (tests/browser opens it)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from lookonce.report.collect import collect
+from tests.cli.commands import invoke
+from tests.moderate.results import write_results
+
+
+def content(page: str) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def test_the_page_holds_everything_and_loads_nothing(tmp_path):
+    results = write_results(tmp_path)
+    done = invoke("report", results)
+    assert done.returncode == 0 and "41 pictures" in done.stdout, done.stderr
+    page = (tmp_path / "results.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|/)""", page) and "@import" not in page
+    assert "default-src 'none'" in page and "unsafe-inline" not in page
+    shown = content(page)
+    assert shown["rows"] == 41 and shown["duplicates"] == 1
+    assert shown["errors"][0]["kind"] == "image_invalid" and shown["errors"][0]["count"] == 1
+    (spoon, fork) = shown["rules"]
+    assert (spoon["asked"], sum(spoon["bins"])) == (40, 40)
+    assert spoon["fired"] == sum(spoon["bins"][500:]) == 20
+    assert fork["fired"] == sum(fork["bins"][800:])
+    flagged = [card for card in shown["gallery"] if card["scores"][0] >= 0.5]
+    assert all(card["picture"].startswith("data:image/jpeg;base64,") for card in flagged)
+    assert flagged[0]["follow_ups"] == {"spoon": "a <i>silver</i> spoon"}
+    assert shown["repeated"] == [[str(tmp_path / "pictures/000.png"), 1]]
+
+
+def test_names_and_answers_are_never_markup(tmp_path):
+    results = write_results(tmp_path)
+    invoke("report", results)
+    page = (tmp_path / "results.html").read_text()
+    assert "<img src=x" not in page and "<b>spoons" not in page and "<i>silver" not in page
+    assert page.count("<script") == 2
+
+
+def test_the_gallery_is_bounded_and_best_first(tmp_path):
+    results = write_results(tmp_path)
+    collected = collect(results, 6)
+    assert 0 < len(collected.cards) <= 6
+    assert max(card["score_spoon"] for card in collected.cards.values()) == 0.9
+    assert not collect(results, 0).cards
+
+
+def test_pictures_that_changed_or_went_are_left_out(tmp_path):
+    results = write_results(tmp_path)
+    (tmp_path / "pictures/009.png").write_bytes((tmp_path / "pictures/008.png").read_bytes())
+    (tmp_path / "pictures/019.png").unlink()
+    invoke("report", results, "--out", tmp_path / "page.html")
+    cards = {
+        card["source"].rpartition("/")[2]: card for card in content((tmp_path / "page.html").read_text())["gallery"]
+    }
+    assert cards["009.png"]["picture"] is None and cards["008.png"]["picture"]
+
+
+def test_without_results_it_says_so(tmp_path):
+    done = invoke("report", tmp_path / "none.parquet")
+    assert done.returncode == 1 and "holds no results" in done.stderr
