@@ -14,6 +14,7 @@ MODULES = {
     "store_get": "store get of 4 MiB: embedded and Redis against a raw socket",
     "encode": "encode throughput through gRPC against the bare packed forward",
     "engine": "many questions over one image against the floor of bare forwards",
+    "moderate": "batch moderation through the services against bare encodes and scores",
     "gateway": "warm question through the whole system against the engine alone",
     "pressure": "500 clients that hang up at once, and a language service that is full",
     "memory": "resident memory and bytes read of each service at 2B dimensions (writes 4.4 GB; minutes)",

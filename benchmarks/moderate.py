@@ -1,0 +1,225 @@
+"""Batch moderation against its floor: bare packed encodes and bare packed scores of the same pictures, in one process.
+
+Each round draws new pictures. The floor is handed ready patches, prompts and embeddings: it encodes in batches of
+eight, then scores all rules of each picture; of the scores only the engine's forwards count, eight pictures under way.
+The job is `lookonce moderate` on real services, from files to a durable Parquet file. Rounds of the two take turns.
+Where the rest goes: CPU time of each process in a round, and what decoding, cutting patches and building prompts cost.
+Target: floor / job >= 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from PIL import Image
+
+from benchmarks.engine import Timed
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
+from lm_service.prompt import Message, PromptBuilder
+from lm_service.service import load_model
+from lm_service.settings import LanguageSettings
+from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.policy import Policy, parse_policy
+from lookonce.reference import EmbeddingReference
+from tests.moderate.scenes import make_pictures, policy_text
+from tests.processes import ServiceProcess
+from vision_service.encoder import Encoder
+from vision_service.preprocess import Patches, Preprocessor
+
+BUNDLED = Path(__file__).resolve().parent.parent / "lookonce/data/shapes"
+PACK = 8  # pictures of one bare encode, and scored at once
+
+
+class Rows:
+    """An EmbeddingLoader over what the floor has just encoded."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, torch.Tensor] = {}
+
+    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+        """At once."""
+        return self.rows[reference.key], EmbeddingSource.L1
+
+
+class Floor:
+    """Both halves of the model in this process."""
+
+    def __init__(self, model: Path, dtype: torch.dtype) -> None:
+        vision = open_checkpoint(str(model), needs=Half.VISION)
+        self.bounds = (vision.min_pixels, vision.max_pixels)
+        self.encoder = Encoder.load(vision, dtype, torch.device("cpu"))
+        self.preprocess = Preprocessor(vision.preprocessor)
+        self.encoder.warm_up(self.preprocess)
+        name = "bfloat16" if dtype is torch.bfloat16 else "float32"
+        loaded = load_model(LanguageSettings(model=str(model), dtype=name, device="cpu"))
+        self.merge = loaded.checkpoint.merge_size
+        self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
+        self.rows = Rows()
+        options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
+        self.engine = PackedEngine(self.timed, loaded.template.table, loaded.end_ids, self.rows, options)
+        family, config = loaded.checkpoint.family, loaded.checkpoint.config
+        self.builder = PromptBuilder(
+            loaded.template,
+            image_token_id=family.special_tokens(config).image_id,
+            merge_size=self.merge,
+            context_length=loaded.context_length,
+            max_images=1,
+            check_fingerprint=lambda reference: None,
+        )
+
+    def patches(self, data: bytes) -> Patches:
+        """Decoded and cut."""
+        return self.preprocess(Image.open(BytesIO(data)), *self.bounds)
+
+    def items(self, policy: Policy, key: bytes, patches: Patches) -> tuple[ScoreItem, ...]:
+        """The prompts of all rules."""
+        tokens = patches.count // self.merge**2
+        reference = EmbeddingReference(key, "0" * 64, key, patches.grid_thw, tokens, patches.width, patches.height)
+        found = []
+        for rule in policy.rules:
+            choices = tuple(tuple(self.builder.template.text_ids(choice)) for choice in rule.choices)
+            prompt = self.builder.build([Message("user", (reference, rule.ask("image")))])
+            found.append(ScoreItem(prompt, choices))
+        return tuple(found)
+
+    async def run(self, policy: Policy, files: Sequence[bytes], number: int) -> dict[str, float]:
+        """Seconds of each stage for all files."""
+        began = time.perf_counter()
+        cut = [self.patches(data) for data in files]
+        prepared = time.perf_counter()
+        keys = [(number * len(files) + place).to_bytes(32, "little") for place in range(len(files))]
+        asked = [self.items(policy, key, patches) for key, patches in zip(keys, cut, strict=True)]
+        built = time.perf_counter()
+        for start in range(0, len(cut), PACK):
+            for key, rows in zip(keys[start:], self.encoder.encode(cut[start : start + PACK]), strict=False):
+                self.rows.rows[key] = rows
+        encoded = time.perf_counter()
+        forwards = self.timed.seconds
+        waiting = iter(zip(keys, asked, strict=True))
+
+        async def worker() -> None:
+            for key, items in waiting:
+                await self.engine.score(Scoring(key.hex(), items))
+
+        await asyncio.gather(*(worker() for _ in range(PACK)))
+        scored = time.perf_counter()
+        self.rows.rows.clear()
+        return {
+            "decode and cut": prepared - began,
+            "build prompts": built - prepared,
+            "bare encodes": encoded - built,
+            "bare scores": self.timed.seconds - forwards,
+            "scores with the engine's own work": scored - encoded,
+        }
+
+
+def processor_seconds(process: psutil.Process) -> float:
+    """User and system, so far."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def job(folder: Path, pictures: Path, policy: Path, services: Sequence[ServiceProcess]) -> dict[str, float]:
+    """Seconds of the command from its first picture to its result, and CPU seconds of each process."""
+    before = [processor_seconds(psutil.Process(service.pid)) for service in services]
+    out = folder / "out.parquet"
+    vision, language = services
+    command = [sys.executable, "-m", "lookonce", "moderate", str(pictures), "--policy", str(policy), "--out", str(out)]
+    command += ["--vision", vision.address, "--lm", language.address, "--log-level", "warning"]
+    started = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not (folder / "out.parquet.run/ledger.sqlite3").exists() and process.poll() is None:
+            time.sleep(0.005)
+        began = time.perf_counter()
+        while not out.exists() and process.poll() is None:
+            time.sleep(0.005)
+        ended = time.perf_counter()
+        client = processor_seconds(psutil.Process(process.pid)) if process.poll() is None else 0.0
+        text = process.communicate()[0].decode()
+    if process.returncode != 0:
+        raise RuntimeError(text)
+    out.unlink()
+    after = [processor_seconds(psutil.Process(service.pid)) for service in services]
+    return {
+        "job": ended - began,
+        "start of the command": began - started,
+        "CPU vision service": after[0] - before[0],
+        "CPU language service": after[1] - before[1],
+        "CPU command": client,
+    }
+
+
+async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Medians over the rounds."""
+    torch.set_num_threads(options.threads)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    floor = Floor(options.model, dtype)
+    await floor.engine.start()
+    policy = folder / "policy.yaml"
+    policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
+    rules = parse_policy(policy.read_text())
+    args = ("--model", str(options.model), "--dtype", options.dtype, "--store", f"file://{folder}/store")
+    args = (*args, "--threads", str(options.service_threads), "--log-level", "warning")
+    rounds: list[dict[str, float]] = []
+    env = {"OMP_NUM_THREADS": str(options.service_threads)}
+    with (
+        ServiceProcess("vision_service", *args, env=env) as vision,
+        ServiceProcess("lm_service", *args, "--vision", vision.address, env=env) as language,
+    ):
+        for number in range(options.rounds + 1):
+            pictures = folder / f"pictures{number}"
+            count = options.pictures if number else 16
+            make_pictures(pictures, count + number, duplicates=0.0, broken=0.0)  # other seeds would be other sizes
+            for path in pictures.rglob("*.png"):
+                path.write_bytes(path.read_bytes() + number.to_bytes(4, "little"))  # new to the services
+            files = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
+            found = await floor.run(rules, files, number) | job(folder, pictures, policy, (vision, language))
+            if number:
+                rounds.append({name: value / len(files) for name, value in found.items()})
+    await floor.engine.close()
+    figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    figures["floor"] = figures["bare encodes"] + figures["bare scores"]
+    ratios = [(one["bare encodes"] + one["bare scores"]) / one["job"] for one in rounds]
+    return figures | {"floor / job": statistics.median(ratios)}
+
+
+def main() -> int:
+    """Print a table: milliseconds a picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=BUNDLED)
+    parser.add_argument("--pictures", type=int, default=300, help="a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the floor")
+    parser.add_argument("--service-threads", type=int, default=1, help="of each service: the two share the cores")
+    parser.add_argument("--json", type=Path, help="write the figures here as well")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="lookonce-bench-") as folder:
+        figures: dict[str, Any] = asyncio.run(measure(options, Path(folder)))
+    print(f"{'milliseconds a picture':40}{'median':>10}")
+    for name, value in figures.items():
+        print(f"{name:40}{value:>10.2f}")
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
