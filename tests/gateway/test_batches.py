@@ -71,7 +71,7 @@ def test_openais_client_works_unchanged(
 ) -> None:
     image = red.post("/v1/images", files={"file": picture()}).json()["id"]
     world.pictures.routes["/a.png"] = answer(picture())
-    inline = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    inline = "data:image/png;base64," + base64.base64.b64encode(picture()).decode()
     path = tmp_path / "requests.jsonl"
     path.write_bytes(
         jsonl(
@@ -129,15 +129,24 @@ def test_openais_client_works_unchanged(
 
 def test_lines_for_the_other_endpoints(red: httpx2.Client, picture: Picture) -> None:
     image = red.post("/v1/images", files={"file": picture()}).json()["id"]
-    verdict = {"custom_id": "m", "method": "POST", "url": "/v1/moderations", "body": {"input": "a star"}}
+    part = image_part(f"data:image/png;base64,{base64.b64encode(picture()).decode()}")
+    verdicts = [
+        {"custom_id": name, "method": "POST", "url": "/v1/moderations", "body": {"input": what}}
+        for name, what in (("text", "a star"), ("picture", [part]))
+    ]
     asked = {"questions": ["What?", {"text": "Star?", "choices": ["yes", "no"]}], "max_tokens": 2}
     url = f"/v1/images/{image}/questions"
-    moderated = begin(red, jsonl(verdict), "/v1/moderations")
+    moderated = begin(red, jsonl(*verdicts), "/v1/moderations")
     answered = begin(
         red, jsonl({"custom_id": "q", "method": "POST", "url": url, "body": asked}), "/v1/images/{id}/questions"
     )
-    line = results(red, ended(red, moderated), "output")["m"]
-    assert 0 < line["response"]["body"]["results"][0]["category_scores"]["star"] < 1
+    lines = results(red, ended(red, moderated), "output")
+    judged = {name: line["response"]["body"]["results"][0] for name, line in lines.items()}
+    assert {name: result["category_applied_input_types"]["star"] for name, result in judged.items()} == {
+        "text": ["text"],
+        "picture": ["image"],
+    }
+    assert all(0 < result["category_scores"]["star"] < 1 for result in judged.values())
     first, second = results(red, ended(red, answered), "output")["q"]["response"]["body"]["answers"]
     prompts = first["usage"]["prompt_tokens"] + second["usage"]["prompt_tokens"]
     assert ended(red, answered)["usage"]["input_tokens"] == prompts
