@@ -114,7 +114,7 @@ def test_more_mistakes_in_compose_files(tree, file, old, new, said):
 TEMPLATES = [
     ("models.yaml", "{{ $settings.device | quote }}", "{{ $settings.devise }}", "value is unset"),
     ("gateway.yaml", "{{ .Values.gateway.replicas }}", "{{ .Values.gateway.replica }}", "spec.replicas is unset"),
-    ("store.yaml", "- allkeys-lru", "- {{ .Values.store.policy }}", "args is unset"),
+    ("store.yaml", "- volatile-lru", "- {{ .Values.store.policy }}", "args is unset"),
     ("gateway.yaml", "path: /readyz", "path: {{ .Values.nothing }}", "path is unset"),
     ("network.yaml", '"part" "store" "model" ""', '"part" "stores" "model" ""', "reach store"),
     ("secrets.yaml", "api-keys:", "keys:", "has no key api-keys"),
