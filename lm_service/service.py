@@ -62,8 +62,8 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     checkpoint = open_checkpoint(settings.model, needs=Half.LANGUAGE, revision=settings.revision)
+    dtype = choose_dtype(settings.dtype, device, checkpoint.dtype)
     template = load_template(checkpoint.path)
     context_length = _context_length(checkpoint, settings.context_length)
     text_model, lm_head = load_language_model(checkpoint, dtype, device)

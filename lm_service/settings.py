@@ -30,7 +30,7 @@ class LanguageSettings(Settings):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute dtype (auto: bfloat16 where it is fast, else float32)."
+        "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
     )
     quantization: Literal["none", "int8"] = Field(
         "none", description="Weights of the layers in int8: half to a quarter of the memory, answers nearly the same."

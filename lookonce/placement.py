@@ -33,11 +33,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a setting; `auto` takes bfloat16 where `device` is fast at it, or else float32."""
+def choose_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
+    """The torch dtype of a setting for weights stored as `stored`; `auto` takes bfloat16 where `device` is fast at it
+    and the weights hold no more than that, or else float32."""
     if name != "auto":
         return _DTYPES[name]
-    return torch.bfloat16 if fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if stored != "float32" and fast_bfloat16(device) else torch.float32
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -50,10 +50,10 @@ class Tower:
 def load(settings: VisionSettings) -> Tower:
     """Open the checkpoint and load its vision half. Raises LookonceError."""
     device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)
+    dtype = choose_dtype(settings.dtype, device, checkpoint.dtype)
     preprocessor = Preprocessor(checkpoint.preprocessor)
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),

@@ -27,7 +27,7 @@ class VisionSettings(Settings):
     l1_bytes: int = Field(128 << 20, ge=0, description="Bytes of memory before a store that is not memory; 0: none")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute dtype; auto: bfloat16 where the hardware has it, else float32"
+        "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
     )
     quantization: Literal["none", "int8"] = Field(
         "none",

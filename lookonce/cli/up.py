@@ -55,7 +55,9 @@ class UpSettings(Settings):
     device: str = Field("auto", description="Device of both models: auto, cpu, cuda, cuda:1 ...")
     vision_device: str | None = Field(None, description="Device of the vision service; unset: --device.")
     lm_device: str | None = Field(None, description="Device of the language service; unset: --device.")
-    dtype: Dtype = Field("auto", description="Compute dtype of both (auto: bfloat16 where it is fast, else float32).")
+    dtype: Dtype = Field(
+        "auto", description="Compute dtype of both (auto: bfloat16 where it is fast, unless stored as float32)."
+    )
     vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
     lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")
     vision_quantization: Literal["none", "int8"] | None = Field(
