@@ -19,7 +19,7 @@ SHARED = ("gateway", "client", "cli", "moderate")
 """Folders whose tests share one system. In other folders the tests of a module stay together."""
 APART = ("cli/test_up.py",)
 ONE_BY_ONE = ("", "fetching")
-LONGEST_FIRST = ("gateway", "system/test_faults.py", "cli/test_up.py", "system", "client", "cli", "lm")
+LONGEST_FIRST = ("gateway", "moderate", "system/test_faults.py", "cli/test_up.py", "system", "client", "cli", "lm")
 
 
 def group_of(nodeid: str) -> str:
