@@ -32,6 +32,7 @@ from lookonce.checkpoint.lean import TextModel, load_language_model
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import CheckpointError, invalid
 from lookonce.placement import choose_device, choose_dtype, dtype_name
+from lookonce.quantization import scheme
 from lookonce.rpc.client import VisionClient
 from lookonce.rpc.server import Server
 from lookonce.stores import open_store
@@ -156,14 +157,14 @@ def _servicer(
         builder=builder,
         resolver=resolver,
         replies=Replies(model.template.table, checkpoint.name),
-        model=_description(model),
+        model=_description(settings, model),
         fingerprints=accepted.fingerprints,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
     )
 
 
-def _description(model: LoadedModel) -> common_pb2.ModelDescription:
+def _description(settings: LanguageSettings, model: LoadedModel) -> common_pb2.ModelDescription:
     checkpoint = model.checkpoint
     return common_pb2.ModelDescription(
         name=checkpoint.name,
@@ -177,6 +178,7 @@ def _description(model: LoadedModel) -> common_pb2.ModelDescription:
         version=lookonce.__version__,
         instance=uuid.uuid4().hex,
         started_at=time.time(),
+        quantization=scheme(settings.quantization, model.device),
     )
 
 

@@ -112,6 +112,7 @@ def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescrip
             version=__version__,
             instance=os.urandom(8).hex(),
             started_at=time.time(),
+            quantization=scheme(settings.quantization, encoder.device),
         ),
         fingerprint=tower.model.fingerprint,
         min_pixels=tower.model.bounds[0],

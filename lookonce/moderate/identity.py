@@ -41,8 +41,14 @@ class Models:
 
 
 def language_fingerprint(language: language_pb2.LanguageDescription) -> str:
-    """64 hexadecimal characters over checkpoint and compute dtype of the language half."""
-    fields = {"checkpoint": language.model.checkpoint, "family": language.model.family, "dtype": language.model.dtype}
+    """64 hexadecimal characters over checkpoint, compute dtype and quantisation of the language half."""
+    model = language.model
+    fields = {
+        "checkpoint": model.checkpoint,
+        "family": model.family,
+        "dtype": model.dtype,
+        "quantization": model.quantization or "none",
+    }
     return str(blake3(canonical_json(fields), derive_key_context=_CONTEXT).hexdigest())
 
 

@@ -125,7 +125,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("name", "checkpoint", "family", "dtype", "device", "hidden_size", "merge_size", "weight_bytes", "version", "instance", "started_at")
+    __slots__ = ("name", "checkpoint", "family", "dtype", "device", "hidden_size", "merge_size", "weight_bytes", "version", "instance", "started_at", "quantization")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,7 @@ class ModelDescription(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     name: str
     checkpoint: str
     family: str
@@ -148,4 +149,5 @@ class ModelDescription(_message.Message):
     version: str
     instance: str
     started_at: float
-    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., version: _Optional[str] = ..., instance: _Optional[str] = ..., started_at: _Optional[float] = ...) -> None: ...
+    quantization: str
+    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., version: _Optional[str] = ..., instance: _Optional[str] = ..., started_at: _Optional[float] = ..., quantization: _Optional[str] = ...) -> None: ...
