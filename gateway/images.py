@@ -8,7 +8,7 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -102,7 +102,7 @@ class ImageLibrary:
         """
         digest = await _digest(data, tenant.digest_key)
         record = await self._known(digest)
-        known, served = None, self._variants.choose(digest)
+        known, (served, *others) = None, self._variants.in_order(digest)
         if record is not None and not record.deleted:
             known = record.references.get(variant(max_pixels, served.name))
             left = record.expires - self._shelf.now()
@@ -111,12 +111,17 @@ class ImageLibrary:
         try:
             resolved = await self._encode(served, digest, data, tenant, max_pixels)
         except LookonceError as error:
-            if known is None or error.kind not in (ErrorKind.UNAVAILABLE, ErrorKind.OVERLOADED):
+            if error.kind not in (ErrorKind.UNAVAILABLE, ErrorKind.OVERLOADED):
                 raise
-            resolved = Resolved(known, "hit", 0.0, served.name)  # it may well be there: answering will tell
+            if known is not None:
+                resolved = Resolved(known, "hit", 0.0, served.name)  # it may well be there: answering will tell
+            elif others and error.kind is ErrorKind.UNAVAILABLE:
+                resolved = await self._encode_elsewhere(others, digest, data, tenant, max_pixels)
+            else:
+                raise
         new = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0)
         old = record if record is not None and not record.deleted else new
-        record = self._kept_for(old, keeping).with_reference(variant(max_pixels, served.name), resolved.reference)
+        record = self._kept_for(old, keeping).with_reference(variant(max_pixels, resolved.variant), resolved.reference)
         await self._keep(record, data)
         await self._shelf.save(record)
         await self._listing.add(record)
@@ -265,6 +270,18 @@ class ImageLibrary:
             raise not_found()
         await self._shelf.save(current.with_reference(variant(max_pixels, served.name), resolved.reference))
         return resolved
+
+    async def _encode_elsewhere(
+        self, others: Sequence[Variant], digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
+    ) -> Resolved:
+        """By the first of these variants that can be reached. Raises UNAVAILABLE when none can."""
+        for served in others[:-1]:
+            try:
+                return await self._encode(served, digest, data, tenant, max_pixels)
+            except LookonceError as error:
+                if error.kind is not ErrorKind.UNAVAILABLE:
+                    raise
+        return await self._encode(others[-1], digest, data, tenant, max_pixels)
 
     async def _encode(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None

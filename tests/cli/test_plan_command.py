@@ -90,6 +90,18 @@ def test_placements_respect_each_device():
     assert not placements(sized, [Device("cuda:0", 12 * GIB)], work, None)[0].fits
 
 
+def test_int8_is_offered_only_where_nothing_else_fits():
+    sized, work = size("72B"), Workload(1369, 130, 8)
+    best = placements(sized, [Device("cuda:0", 24 * GIB), Device("cuda:1", 96 * GIB)], work, None)[0]
+    assert best.fits and best.language.int8 and best.language.device.name == "cuda:1" and not best.vision.int8
+    # Each matrix one byte a weight and four a row; embedding, head, norms and biases as they were.
+    language = sized.halves[Half.LANGUAGE]
+    plain = language.parameters - language.matrix_parameters
+    assert best.language_need.weights == 2 * plain + language.matrix_parameters + 4 * language.matrix_rows
+    both = placements(size("7B"), [Device("cuda:0", 24 * GIB), Device("cuda:1", 96 * GIB)], work, None)
+    assert not any(item.language.int8 for item in both if item.fits and item.language.device.name == "cuda:1")
+
+
 def test_the_command_prints_all_and_its_commands_are_right(tmp_path):
     model = published.write(tmp_path / "Qwen2-VL-7B-Instruct", "7B")
     done = invoke("plan", "--model", model, "--gpus", "24,80", "--store", "redis://cache:6379")

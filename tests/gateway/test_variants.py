@@ -144,3 +144,14 @@ def test_receipts_metrics_and_a_file_that_changes(services: Services, picture: P
         # Erasure covers what every variant made.
         assert http.delete(f"/v1/images/{images[0]}").status_code == 200
         assert http.get(f"/v1/images/{images[0]}").status_code == 404
+
+
+def test_a_variant_that_nobody_serves_fails_no_request(services: Services, picture: Picture, tmp_path: Path) -> None:
+    there = f"there weight=1 vision={services.vision.address} lm={services.language.address}"
+    gone = f"gone weight=50 vision=unix:{tmp_path}/v.sock lm=unix:{tmp_path}/l.sock"
+    with GatewayProcess("--variants", f"{there}; {gone}") as gateway, gateway.client() as http:
+        assert http.get("/readyz").json()["status"] == "degraded"
+        for _ in range(3):
+            uploaded = http.post("/v1/images", files={"file": picture()})
+            assert uploaded.status_code == 200, uploaded.text
+            assert ask(http, uploaded.json()["id"])["variant"] == "there"
