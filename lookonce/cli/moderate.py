@@ -57,6 +57,10 @@ def moderate(flags: dict[str, Any]) -> int:
     settings = load(ModerateSettings, flags)
     try:
         addresses = addresses_of(settings)
+        if settings.ray is not None:
+            from lookonce.moderate.cluster import connect
+
+            connect(settings.ray)
         configure_logging("moderate", settings.log_level)
         return _run(source, settings, addresses)
     except LookonceError as error:

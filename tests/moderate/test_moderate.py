@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 import signal
@@ -189,5 +190,8 @@ def test_without_services_it_says_what_to_do(pictures, policy, tmp_path):
     assert done.returncode == 1 and "start `lookonce up`" in done.stderr
     done = invoke(*given, "--vision", "localhost:1")
     assert done.returncode == 1 and "--vision and --lm go together" in done.stderr
+    if importlib.util.find_spec("ray") is None:
+        done = invoke(*given, "--vision", "localhost:1", "--lm", "localhost:1", "--ray", "auto")
+        assert done.returncode == 1 and "pip install 'lookonce[ray]'" in done.stderr
     done = invoke("moderate", pictures.folder, "--out", tmp_path / "o.parquet")
     assert done.returncode == 2 and "--policy" in done.stderr

@@ -40,8 +40,3 @@ def test_two_nodes_give_the_same_rows_and_take_up_again(cluster, pair, pictures,
     assert done.returncode == 0, done.stderr
     expected, found = (pq.read_table(path).drop(["timings"]) for path in (alone, out))
     assert found.equals(expected)
-
-
-def test_without_a_cluster_it_says_so(pair, pictures, policy, tmp_path):
-    done = pair.moderate(pictures.folder, policy, tmp_path / "o.parquet", "--ray", "127.0.0.1:1")
-    assert done.returncode == 1 and "no Ray cluster answers" in done.stderr
