@@ -152,8 +152,11 @@ class Runner:
         feeding = asyncio.create_task(self._feed(job))
         stopping = asyncio.create_task(cancelled.wait())
         try:
-            left = max(0.0, job.expires_at - self._clock())
-            await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            while not (feeding.done() or stopping.done()):
+                left = job.expires_at - self._clock()
+                if left <= 0:
+                    break
+                await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
                 feeding.result()
                 return "completed" if await self._jobs.next_line(job, 0) is None else None

@@ -71,7 +71,7 @@ def test_openais_client_works_unchanged(
 ) -> None:
     image = red.post("/v1/images", files={"file": picture()}).json()["id"]
     world.pictures.routes["/a.png"] = answer(picture())
-    inline = "data:image/png;base64," + base64.base64.b64encode(picture()).decode()
+    inline = "data:image/png;base64," + base64.b64encode(picture()).decode()
     path = tmp_path / "requests.jsonl"
     path.write_bytes(
         jsonl(

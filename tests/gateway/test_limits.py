@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from unittest.mock import ANY
 
 import httpx2
 import pytest
@@ -14,6 +15,7 @@ from gateway.auth import Keyring
 from gateway.limits import Meter, Quota
 from lookonce import tracing
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tracing import Trace
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.pictures import photograph, save
@@ -94,10 +96,12 @@ def test_log_lines_and_answers_name_the_trace(metered: GatewayProcess, free: htt
     ],
 )
 def test_a_malformed_parent_begins_a_new_trace(header: str | None) -> None:
-    trace = tracing.begin(header)
-    assert trace.trace_id != PARENT.split("-")[1] and tracing.begin(trace.header).trace_id == trace.trace_id
-    assert tracing.begin("01" + PARENT[2:] + "-later").trace_id == PARENT.split("-")[1]
-    assert tracing.outgoing()[0][1].split("-")[1] == PARENT.split("-")[1]
+    trace = tracing.begin(header).trace
+    known = PARENT.split("-")[1]
+    assert trace is not None and trace.trace_id != known
+    assert tracing.begin(trace.header).trace == Trace(trace.trace_id, ANY, trace.flags)
+    step = tracing.begin("01" + PARENT[2:] + "-later")
+    assert step.trace == Trace(known, ANY) and step.outgoing[0][1].split("-")[1] == known
 
 
 def test_the_bucket_fills_at_the_rate_and_no_further_than_a_minute() -> None:
