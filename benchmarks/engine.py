@@ -30,6 +30,7 @@ from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.content import prompt_content
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.kv import KV
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.sequence import Request, Sequence
@@ -219,7 +220,7 @@ class Decoding:
         table: TokenTable,
         options: PackedOptions,
         pictures: list[EmbeddingReference | None],
-        donor: torch.Tensor | None = None,
+        donor: KV | None = None,
     ) -> None:
         """`donor` is the KV of an image's prefix, taken for every picture's to spare the prefills."""
         self.model = Timed(adapter)
@@ -267,7 +268,7 @@ def unshared_bare(bare: Bare, count: int) -> Callable[[], float]:
     return step
 
 
-def _prefix_kv(decoding: Decoding) -> torch.Tensor:
+def _prefix_kv(decoding: Decoding) -> KV:
     return next(node.kv for node in decoding.core.cache if node.images)
 
 

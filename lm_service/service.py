@@ -20,6 +20,7 @@ from lm_service.fingerprints import AcceptedEncoders
 from lm_service.l1 import TensorCache
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
+from lm_service.placing import Home, place, wanted
 from lm_service.prompt import PromptBuilder
 from lm_service.replies import Replies
 from lm_service.servicer import LanguageServicer
@@ -31,7 +32,7 @@ from lookonce.checkpoint.files import read_json
 from lookonce.checkpoint.lean import TextModel, load_language_model
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import CheckpointError, invalid
-from lookonce.placement import choose_device, choose_dtype, dtype_name
+from lookonce.placement import choose_dtype, dtype_name
 from lookonce.quantization import scheme
 from lookonce.rpc.client import VisionClient
 from lookonce.rpc.server import Server
@@ -45,13 +46,13 @@ SERVICE_NAME = "lookonce.v1.LanguageModel"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The language half on its device, and what its checkpoint says about it."""
+    """The language half on its devices, and what its checkpoint says about it."""
 
     checkpoint: Checkpoint
     template: ChatTemplate
     text_model: TextModel
     lm_head: torch.nn.Linear
-    device: torch.device
+    home: Home
     dtype: torch.dtype
     context_length: int
     end_ids: frozenset[int]
@@ -62,19 +63,20 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    device = choose_device(settings.device)
+    asked = wanted(settings.device, settings.device_map)
     checkpoint = open_checkpoint(settings.model, needs=Half.LANGUAGE, revision=settings.revision)
-    dtype = choose_dtype(settings.dtype, device, checkpoint.dtype)
+    dtype = choose_dtype(settings.dtype, asked.devices, checkpoint.dtype)
+    home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype)
     template = load_template(checkpoint.path)
     context_length = _context_length(checkpoint, settings.context_length)
-    text_model, lm_head = load_language_model(checkpoint, dtype, device)
+    text_model, lm_head = load_language_model(checkpoint, dtype, home.of)
     parameters = {*text_model.parameters(), *lm_head.parameters()}  # a tied head counts once
     return LoadedModel(
         checkpoint=checkpoint,
         template=template,
         text_model=text_model,
         lm_head=lm_head,
-        device=device,
+        home=home,
         dtype=dtype,
         context_length=context_length,
         end_ids=_end_ids(checkpoint, template),
@@ -93,7 +95,7 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         l1=TensorCache(settings.l1_bytes),
         cache=EmbeddingCache(store),
         peers=peers,
-        rules=RecordRules(checkpoint.hidden_size, checkpoint.merge_size, model.dtype, model.device),
+        rules=RecordRules(checkpoint.hidden_size, checkpoint.merge_size, model.dtype, model.home.devices[0]),
         accepted=accepted,
     )
     engine = _engine(settings, model, resolver)
@@ -107,7 +109,7 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         await engine.start()
         peers.start()
         await server.set_serving(True)
-        log.info("serving", address=address, model=checkpoint.name, device=str(model.device), store=_kind(settings))
+        log.info("serving", address=address, model=checkpoint.name, device=str(model.home), store=_kind(settings))
         await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
@@ -171,14 +173,14 @@ def _description(settings: LanguageSettings, model: LoadedModel) -> common_pb2.M
         checkpoint=checkpoint.identity,
         family=checkpoint.family.model_type,
         dtype=dtype_name(model.dtype),
-        device=str(model.device),
+        device=str(model.home),
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
         weight_bytes=model.weight_bytes,
         version=lookonce.__version__,
         instance=uuid.uuid4().hex,
         started_at=time.time(),
-        quantization=scheme(settings.quantization, model.device),
+        quantization=scheme(settings.quantization, model.home.devices[0]),
     )
 
 

@@ -29,6 +29,11 @@ class LanguageSettings(Settings):
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
+    device_map: str | None = Field(
+        None,
+        description="Layers over several devices, instead of device: auto (all GPUs, by free memory), cuda:0,cuda:1, "
+        "or with their layers cuda:0=0-39,cuda:1=40-79; unset: one device.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
     )

@@ -5,6 +5,9 @@ Imports torch: for the two model services only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import psutil
 import torch
 
 from lookonce.errors import LookonceError, invalid
@@ -33,12 +36,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device, stored: str) -> torch.dtype:
-    """The torch dtype of a setting for weights stored as `stored`; `auto` takes bfloat16 where `device` is fast at it
-    and the weights hold no more than that, or else float32."""
+def choose_dtype(name: str, devices: Sequence[torch.device], stored: str) -> torch.dtype:
+    """The torch dtype of a setting for weights stored as `stored`; `auto` takes bfloat16 where all `devices` are fast
+    at it and the weights hold no more than that, or else float32."""
     if name != "auto":
         return _DTYPES[name]
-    return torch.bfloat16 if stored != "float32" and fast_bfloat16(device) else torch.float32
+    return torch.bfloat16 if stored != "float32" and all(map(fast_bfloat16, devices)) else torch.float32
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device now."""
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    available: int = psutil.virtual_memory().available
+    return available
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -21,4 +21,4 @@ from lookonce import placement
 )
 def test_dtype(monkeypatch, name, stored, fast, expected):
     monkeypatch.setattr(placement, "fast_bfloat16", lambda device: fast)
-    assert placement.choose_dtype(name, torch.device("cpu"), stored) is expected
+    assert placement.choose_dtype(name, [torch.device("cpu")], stored) is expected

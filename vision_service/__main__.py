@@ -53,7 +53,7 @@ def load(settings: VisionSettings) -> Tower:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)
-    dtype = choose_dtype(settings.dtype, device, checkpoint.dtype)
+    dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
     preprocessor = Preprocessor(checkpoint.preprocessor)
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),

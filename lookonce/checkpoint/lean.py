@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lookonce.checkpoint.checkpoint import Checkpoint
-from lookonce.checkpoint.weights import load_weights
+from lookonce.checkpoint.weights import Where, load_weights
 from lookonce.errors import CheckpointError
 from lookonce.families import Half
 
@@ -191,9 +191,10 @@ def load_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.
 
 
 def load_language_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str | Where = "cpu"
 ) -> tuple[TextModel, nn.Linear]:
-    """The language half and its output head, in eval mode; a tied head shares the embedding's parameter.
+    """The language half and its output head, in eval mode; a tied head shares the embedding's parameter. `device` may
+    differ from tensor to tensor.
 
     Raises CheckpointError."""
     config = text_settings(checkpoint)

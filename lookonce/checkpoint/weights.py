@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ _TORCH_DTYPES = {
 }
 _LISTED = 5
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+Where = Callable[[str], torch.device]
+"""Says on which device a tensor belongs, by its name in the module."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ def load_weights(
     half: Half,
     *,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Where = "cpu",
 ) -> LoadReport:
-    """Fill a module built on the meta device with a half's weights, cast to `dtype` and placed on `device`.
+    """Fill a module built on the meta device with a half's weights, cast to `dtype` and placed on `device` (or each on
+    its own).
 
     The module's parameter names are those of `Checkpoint.tensors`. A head that the config ties and the checkpoint
     doesn't store shares the embedding's parameter. Non-persistent buffers are computed by `materialize_buffers`. Raises
@@ -56,31 +60,31 @@ def load_weights(
     shape.
     """
     started = time.perf_counter()
-    device = torch.device(device)
+    where = _always(torch.device(device)) if isinstance(device, str | torch.device) else device
     entries = checkpoint.half_entries(half)
     expected = module.state_dict(keep_vars=True)
     tied = half is Half.LANGUAGE and checkpoint.tied_head and _HEAD in expected and _HEAD not in entries
     if tied:
         del expected[_HEAD]
     _check(expected, entries, checkpoint.path)
-    state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, device)}
+    state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, where)}
     if tied:
         state[_HEAD] = state[_EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
-    materialize_buffers(module, device)
+    materialize_buffers(module, where)
     _check_nothing_on_meta(module)
     bytes_read = sum(entry.nbytes for entry in entries.values())
     return LoadReport(bytes_read, len(entries), time.perf_counter() - started)
 
 
-def materialize_buffers(module: torch.nn.Module, device: torch.device | str = "cpu") -> None:
+def materialize_buffers(module: torch.nn.Module, where: Where) -> None:
     """Compute the buffers that no checkpoint stores (rotary frequencies), in float32, for every submodule on meta.
 
     The owner is built anew from its own `config` off the meta device and its buffers are taken over.
     """
-    for owner in module.modules():
+    for path, owner in module.named_modules():
         hollow = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
         if not hollow:
             continue
@@ -88,7 +92,7 @@ def materialize_buffers(module: torch.nn.Module, device: torch.device | str = "c
             fresh = type(owner)(owner.config)
         buffers = dict(fresh.named_buffers(recurse=False))
         for name in hollow:
-            owner.register_buffer(name, buffers[name].to(device), persistent=False)
+            owner.register_buffer(name, buffers[name].to(where(f"{path}.{name}")), persistent=False)
 
 
 def _check(expected: dict[str, torch.Tensor], entries: dict[str, TensorEntry], path: Path) -> None:
@@ -128,11 +132,11 @@ def _by_file(entries: dict[str, TensorEntry]) -> list[tuple[Path, list[tuple[str
 
 
 def _read_file(
-    file: Path, group: list[tuple[str, TensorEntry]], dtype: torch.dtype, device: torch.device
+    file: Path, group: list[tuple[str, TensorEntry]], dtype: torch.dtype, where: Where
 ) -> list[tuple[str, torch.Tensor]]:
     try:
         with open(file, "rb", buffering=0) as stream:
-            return [(name, _read_tensor(stream.fileno(), entry, dtype, device)) for name, entry in group]
+            return [(name, _read_tensor(stream.fileno(), entry, dtype, where(name))) for name, entry in group]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); check the disk and its permissions") from None
 
@@ -160,6 +164,10 @@ def _read_into(descriptor: int, entry: TensorEntry, target: torch.Tensor, offset
         if count == 0:
             raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; download it again")
         view, offset = view[count:], offset + count
+
+
+def _always(device: torch.device) -> Where:
+    return lambda name: device
 
 
 def _check_nothing_on_meta(module: torch.nn.Module) -> None:

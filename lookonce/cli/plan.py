@@ -89,7 +89,10 @@ def plan_system(
         if model.revision is not None:
             built.always("revision", model.revision)
         built.always("listen", address)
-        built.offer("device", f"{part}_device", "device")
+        if part == "lm" and settings.lm_device_map is not None and "lm_device" not in given:
+            built.always("device", "auto")  # what is said of both is the vision service's alone
+        else:
+            built.offer("device", f"{part}_device", "device")
         built.offer("dtype", f"{part}_dtype", "dtype")
         built.offer("quantization", f"{part}_quantization")
         built.offer("threads", f"{part}_threads", "threads")
@@ -104,6 +107,7 @@ def plan_system(
     language_arguments, language = model_service("language", "lm_service", language_at, "lm")
     encoders = vision_arguments.own("quantization")  # what the vision service goes by when no flag says otherwise
     language_arguments.offer("encoder_quantization", "vision_quantization", default=encoders)
+    language_arguments.offer("device_map", "lm_device_map")
     language_arguments.offer("kv_bytes", "lm_kv_bytes")
     language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)

@@ -55,6 +55,11 @@ class UpSettings(Settings):
     device: str = Field("auto", description="Device of both models: auto, cpu, cuda, cuda:1 ...")
     vision_device: str | None = Field(None, description="Device of the vision service; unset: --device.")
     lm_device: str | None = Field(None, description="Device of the language service; unset: --device.")
+    lm_device_map: str | None = Field(
+        None,
+        description="Devices over which the language service's layers are spread, instead of --lm-device: auto, "
+        "cuda:0,cuda:1 or cuda:0=0-39,cuda:1=40-79; unset: one device.",
+    )
     dtype: Dtype = Field(
         "auto", description="Compute dtype of both (auto: bfloat16 where it is fast, unless stored as float32)."
     )

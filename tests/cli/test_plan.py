@@ -59,6 +59,16 @@ def test_device(tmp_path, monkeypatch, flags, environment, vision, language):
     assert (plan["vision"].get("--device"), plan["language"].get("--device")) == (vision, language)
 
 
+@pytest.mark.parametrize("given", ["flag", "variable"])
+def test_a_device_map_is_the_language_services_alone(tmp_path, monkeypatch, given):
+    flags = {"device": "cuda:2"} | ({"lm_device_map": "cuda:0,cuda:1"} if given == "flag" else {})
+    environment = {} if given == "flag" else {"LOOKONCE_LM_DEVICE_MAP": "cuda:0,cuda:1"}
+    plan = planned(tmp_path, flags, monkeypatch, **environment)
+    assert plan["vision"]["--device"] == "cuda:2" and "--device-map" not in plan["vision"]
+    assert plan["language"]["--device"] == "auto", "a device for both would contradict the map"
+    assert plan["language"].get("--device-map", environment.get("LOOKONCE_LM_DEVICE_MAP")) == "cuda:0,cuda:1"
+
+
 def test_variables_of_a_service_win_over_defaults_and_lose_to_flags(tmp_path, monkeypatch):
     variables = {
         "LOOKONCE_VISION_STORE": "redis://a",

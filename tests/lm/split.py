@@ -61,7 +61,7 @@ def record_of(reference: EmbeddingReference, rows: torch.Tensor, **changes) -> E
 async def running(path, directory, **settings):
     """A client of a language service running in this loop, on a unix socket in `directory`."""
     address = f"unix:{directory}/lm.sock"
-    chosen = LanguageSettings(model=str(path), listen=address, device="cpu", dtype="float32", **settings)
+    chosen = LanguageSettings(**{"model": str(path), "listen": address, "device": "cpu", "dtype": "float32"} | settings)
     service = asyncio.create_task(serve(chosen, load_model(chosen)))
     client = LanguageClient(address)
     try:

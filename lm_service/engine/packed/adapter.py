@@ -12,6 +12,14 @@ import torch
 
 
 @dataclass(frozen=True)
+class Stage:
+    """Consecutive layers on one device."""
+
+    device: torch.device
+    layers: int
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The dimensions that decide the size of KV."""
 
@@ -23,7 +31,12 @@ class ModelShape:
     vocabulary: int
     context: int  # longest sequence the model was made for
     dtype: torch.dtype
-    device: torch.device
+    stages: tuple[Stage, ...]  # where the layers are, in order
+
+    @property
+    def device(self) -> torch.device:
+        """Where a step begins: that of the embedding and the first layer."""
+        return self.stages[0].device
 
     @property
     def group(self) -> int:

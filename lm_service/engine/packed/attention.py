@@ -8,11 +8,11 @@ G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.adapter import Attend, ModelShape
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node
 
@@ -51,6 +51,17 @@ class TailPart:
     batch: int
     mask: torch.Tensor  # [b or 1, 1, n * G or 1, length], 0 where a key may be seen, else -inf
 
+    def to(self, device: torch.device) -> TailPart:
+        """The same with its tensors on another device."""
+        return replace(
+            self,
+            slots=self.slots if isinstance(self.slots, slice) else self.slots.to(device),
+            gather=None if self.gather is None else self.gather.to(device),
+            scatter=None if self.scatter is None else self.scatter.to(device),
+            tokens=self.tokens if isinstance(self.tokens, slice) else self.tokens.to(device),
+            mask=self.mask.to(device),
+        )
+
 
 @dataclass
 class AttentionPlan:
@@ -62,15 +73,43 @@ class AttentionPlan:
     tails: list[TailPart]
     tail_rows: torch.Tensor  # int64 [tail tokens * K]: where each tail token's heads are stored in the pool
 
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same with its tensors on another device."""
+        return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=self.tail_rows.to(device))
 
-class PackedAttention:
-    """An `Attend` over a plan."""
+
+def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> Attend:
+    """The attention of one step, whose plan lies on the model's first device."""
+    if len(shape.stages) == 1:
+        return PackedAttention(shape, pool, plan)
+    return StagedAttention(shape, pool, plan)
+
+
+class StagedAttention:
+    """An `Attend` over layers on several devices: each has the plan."""
 
     def __init__(self, shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> None:
+        self._by_layer: list[PackedAttention] = []
+        for stage in shape.stages:
+            here = PackedAttention(shape, pool, plan.to(stage.device), stage.device)
+            self._by_layer += [here] * stage.layers
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        return self._by_layer[layer](layer, q, k, v)
+
+
+class PackedAttention:
+    """An `Attend` over a plan, for layers on one device."""
+
+    def __init__(
+        self, shape: ModelShape, pool: TailPool, plan: AttentionPlan, device: torch.device | None = None
+    ) -> None:
+        """`device` is the layers', unless it is the model's first."""
         self._shape = shape
         self._pool = pool
         self._plan = plan
-        self._partial = partial_attention_for(shape)
+        self._partial = partial_attention_for(device or shape.device, shape.dtype)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
@@ -200,11 +239,11 @@ def _spread(x: torch.Tensor, group: int) -> torch.Tensor:
 Partial = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
 
 
-def partial_attention_for(shape: ModelShape) -> Partial:
+def partial_attention_for(device: torch.device, dtype: torch.dtype) -> Partial:
     """(q [b, h, n, d], k, v [b, h, L, d], causal) -> output and log-sum-exp [b, h, n] in float32."""
-    if shape.device.type == "cpu":
+    if device.type == "cpu":
         return _cpu_flash
-    if shape.device.type == "cuda" and shape.dtype != torch.float32:
+    if device.type == "cuda" and dtype != torch.float32:
         return _cuda_flash
     return plain_attention
 

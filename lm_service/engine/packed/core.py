@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.adapter import ModelAdapter
+from lm_service.engine.packed.adapter import ModelAdapter, ModelShape
 from lm_service.engine.packed.batch import Batch, Fill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
@@ -23,6 +23,7 @@ from lm_service.engine.packed.sequence import Request, Sequence
 from lm_service.engine.types import Delta, EngineState, Finish
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.placement import free_memory
 
 _log = structlog.get_logger(__name__)
 
@@ -48,7 +49,7 @@ class EngineCore:
 
     def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[Fill], None]) -> None:
         """`load` is told of fills that want embeddings."""
-        free = torch.cuda.mem_get_info(model.shape.device)[0] if model.shape.device.type == "cuda" else None
+        free = _free_for_kv(model.shape)
         self.options = options
         self.events: list[tuple[Request, Event]] = []
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
@@ -199,3 +200,8 @@ class EngineCore:
         if sequence.request.unfinished:
             self.events.append((sequence.request, error))
             self.cancel(sequence.request)
+
+
+def _free_for_kv(shape: ModelShape) -> int:
+    """Free bytes, those of the fullest device counted for all: KV is the same for every layer."""
+    return min(free_memory(stage.device) * shape.layers // stage.layers for stage in shape.stages)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
-
 from lookonce.errors import invalid
 
 _SHARE_OF_FREE = 0.25  # of free memory, for running sequences; as much again for prefixes
@@ -39,10 +37,9 @@ class PackedOptions:
                 f"slab_tokens must be a power of two of at least 64, got {self.slab_tokens}", param="slab_tokens"
             )
 
-    def budget(self, name: str, device_free: int | None = None) -> int:
-        """Bytes of `kv_bytes` or `prefix_bytes`; `device_free` is the accelerator's free memory, if there is one."""
+    def budget(self, name: str, free: int) -> int:
+        """Bytes of `kv_bytes` or `prefix_bytes`, where so many are free."""
         wanted: int | None = getattr(self, name)
         if wanted is not None:
             return wanted
-        free = psutil.virtual_memory().available if device_free is None else device_free
         return max(_LEAST_BYTES, int(free * _SHARE_OF_FREE))

@@ -1,4 +1,5 @@
-"""KV memory of running sequences: one buffer, allocated once, cut into slabs and those into slots of one capacity.
+"""KV memory of running sequences: a buffer on each device, allocated once, cut into slabs and those into slots of one
+capacity.
 
 A slab allocator (Bonwick, 1994): the slots of a slab lie at equal distances, so that attention over all of them is one
 batched product over a view. Knows nothing of sequences; never takes more than its budget.
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.adapter import ModelShape, Stage
+from lm_service.engine.packed.kv import KV
 from lookonce.errors import invalid
 
 _LEAST_CAPACITY = 32
@@ -42,10 +44,10 @@ class TailPool:
         self.slab_tokens = slab_tokens
         self._shape = shape
         rows = slab_tokens * shape.kv_heads
-        size = (shape.layers, 2, self.slabs * rows, shape.head_dim)
         # zeros, not empty: a masked key weighs nothing, but nothing times NaN is NaN
-        self._buffer = _zeros(size, shape)
-        self._flat = [(layer[0], layer[1]) for layer in self._buffer]  # per layer: keys and values [rows, d]
+        self._buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
+        # per layer: keys and values [rows, d]
+        self._flat = [(layer[0], layer[1]) for buffer in self._buffers for layer in buffer]
         self._rows = rows
         self._unused = list(range(self.slabs))  # heap of slabs without a class
         self._free: dict[int, list[int]] = {}  # slab in use -> heap of its free slots
@@ -55,8 +57,8 @@ class TailPool:
 
     @property
     def bytes(self) -> int:
-        """Size of the buffer."""
-        return self._buffer.numel() * self._buffer.element_size()
+        """Size of the buffers."""
+        return sum(buffer.nbytes for buffer in self._buffers)
 
     @property
     def used_slots(self) -> int:
@@ -105,16 +107,15 @@ class TailPool:
         larger = self.allocate(tokens)
         if larger is None:
             return None
-        self.kv(larger)[..., :length, :] = self.kv(slot)[..., :length, :]
+        self.kv(larger).cut(0, length).copy_(self.kv(slot).cut(0, length))
         self.free(slot)
         return larger
 
-    def kv(self, slot: Slot) -> torch.Tensor:
-        """View of a slot: [layers, 2, kv_heads, capacity, d]."""
-        heads = self._shape.kv_heads
-        start = slot.slab * self._rows + slot.index * heads * slot.capacity
-        part = self._buffer[:, :, start : start + heads * slot.capacity]
-        return part.view(self._shape.layers, 2, heads, slot.capacity, self._shape.head_dim)
+    def kv(self, slot: Slot) -> KV:
+        """View of a slot: of `capacity` tokens."""
+        heads, start = self._shape.kv_heads, self.row_of(slot)
+        parts = (buffer[:, :, start : start + heads * slot.capacity] for buffer in self._buffers)
+        return KV([part.view(-1, 2, heads, slot.capacity, self._shape.head_dim) for part in parts])
 
     def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer as rows [all, d]; `row_of` says where a token's heads lie."""
@@ -138,9 +139,11 @@ class TailPool:
         return views[layer]
 
 
-def _zeros(size: tuple[int, ...], shape: ModelShape) -> torch.Tensor:
-    """A zeroed buffer; on the CPU its pages are taken as slots are first used (torch.zeros would take them all)."""
-    if shape.device.type != "cpu":
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+def _zeros(shape: ModelShape, stage: Stage, rows: int) -> torch.Tensor:
+    """A zeroed buffer [layers of the stage, 2, rows, d]; on the CPU its pages are taken as slots are first used
+    (torch.zeros would take them all)."""
+    size = (stage.layers, 2, rows, shape.head_dim)
+    if stage.device.type != "cpu":
+        return torch.zeros(size, dtype=shape.dtype, device=stage.device)
     raw = np.zeros(math.prod(size) * shape.dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(raw).view(shape.dtype).view(size)

@@ -16,20 +16,21 @@ import torch
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.content import Content, common_length, text_content
+from lm_service.engine.packed.kv import KV
 from lm_service.engine.types import ImageSpan
 
 GRAIN = 32
 
 
 class Node:
-    """KV of a stretch of tokens: `kv` [layers, 2, kv_heads, length, d], filled up to `filled` tokens."""
+    """KV of a stretch of tokens, filled up to `filled` of them."""
 
     def __init__(self, number: int, parent: Node | None, content: Content, images: tuple[ImageSpan, ...]) -> None:
         self.id = number
         self.parent = parent
         self.content = content
         self.images = images  # spans counted from the node's own start
-        self.kv: torch.Tensor = torch.empty(0)
+        self.kv = KV()
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values [kv_heads, length, d] per layer
         self.start = parent.end if parent is not None else 0
         self.filled = 0
@@ -61,10 +62,10 @@ class Node:
         """Under which its parent keeps it."""
         return self.content[:, :GRAIN].tobytes()
 
-    def hold(self, kv: torch.Tensor) -> None:
-        """Take a KV tensor as its own."""
+    def hold(self, kv: KV) -> None:
+        """Take KV as its own."""
         self.kv = kv
-        self.layers = [(layer[0], layer[1]) for layer in kv.unbind(0)]
+        self.layers = kv.layers()
 
     def path(self) -> list[Node]:
         """From the first stretch to this one."""
@@ -117,17 +118,15 @@ class PrefixCache:
             self.settle(parent)
             return None
         node = Node(next(self._numbers), parent, content, images)
-        shape = self._shape
-        kv_size = (shape.layers, 2, shape.kv_heads, node.length, shape.head_dim)
-        node.hold(torch.empty(kv_size, dtype=shape.dtype, device=shape.device))
+        node.hold(KV.empty(self._shape, node.length))
         self.bytes += size
         self._nodes[node.id] = node
         node.last_used = next(self._clock)
         self._attach(parent, node)
         return node
 
-    def insert(self, parent: Node, content: Content, kv: torch.Tensor) -> None:
-        """Keep computed KV [layers, 2, kv_heads, T, d] of the tokens after `parent`, as far as the tree hasn't them."""
+    def insert(self, parent: Node, content: Content, kv: KV) -> None:
+        """Keep computed KV of the tokens after `parent`, as far as the tree hasn't them."""
         while not parent.detached:
             child, common = self._child(parent, content)
             if child is None:
@@ -139,7 +138,7 @@ class PrefixCache:
                 child = upper
             elif child.building:
                 return
-            parent, content, kv = child, content[:, common:], kv[..., common:, :]
+            parent, content, kv = child, content[:, common:], kv.cut(common)
         if parent.detached or content.shape[1] < GRAIN or content[:, :GRAIN].tobytes() in parent.children:
             return
         node = self.add(parent, content.copy(), ())
@@ -202,9 +201,9 @@ class PrefixCache:
         if node.parent is None or not self._room_beside(node):
             return None
         upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))
-        upper.hold(node.kv[..., :at, :].clone())
+        upper.hold(node.kv.cut(0, at).clone())
         upper.filled, upper.last_used = at, node.last_used
-        parent, lower_kv = node.parent, node.kv[..., at:, :].clone()
+        parent, lower_kv = node.parent, node.kv.cut(at).clone()
         self._unlink(node)
         parent.kin -= 1
         node.content, node.images = node.content[:, at:].copy(), _after(node.images, at)
@@ -268,7 +267,7 @@ class PrefixCache:
         node.detached = True
         del self._nodes[node.id]
         self.bytes -= node.length * self._shape.token_bytes
-        node.kv, node.layers = torch.empty(0), []
+        node.kv, node.layers = KV(), []
         if node.parent is not None:
             node.parent.kin -= 1
             self.settle(node.parent)

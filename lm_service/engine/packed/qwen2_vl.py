@@ -1,18 +1,20 @@
 """Qwen2-VL's text model as a packed adapter: the modules' weights, without module overhead.
 
 Projections that read the same input are one product. The adapter takes the projections' weights out of the modules, so
-that each exists once, in the form it is computed with.
+that each exists once, in the form it is computed with. Layers may lie on several devices, one after the other: what
+flows through them moves along.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.adapter import Attend, ModelShape
+from lm_service.engine.packed.adapter import Attend, ModelShape, Stage
 from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
@@ -37,11 +39,16 @@ class Qwen2VLAdapter:
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
         vocabulary = head.weight.shape[0]
-        self._head = _head(head, self._embedding)
         self._norm: torch.Tensor = model.norm.weight.data
+        self._head_device = head.weight.device
+        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight)
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
+        devices = [layer.input_layernorm.weight.device for layer in model.layers]
+        self._borders = {
+            index: devices[index] for index in range(1, len(devices)) if devices[index] != devices[index - 1]
+        }
         self._layers = [_layer(layer, quantization) for layer in model.layers]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
@@ -59,7 +66,7 @@ class Qwen2VLAdapter:
             vocabulary=vocabulary,
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
-            device=device,
+            stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
         )
 
     @property
@@ -78,12 +85,14 @@ class Qwen2VLAdapter:
         cos, sin = self._rotary(positions)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
+            if index in self._borders:
+                hidden, cos, sin, rows = (x.to(self._borders[index]) for x in (hidden, cos, sin, rows))
             mixed = self._attention(index, layer, hidden, cos, sin, attend)
             if index == last:
                 hidden, mixed = hidden.index_select(0, rows), mixed.index_select(0, rows)
             hidden = layer.output.plus(mixed, hidden)
             hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
-        return self._head(self._rms(hidden, self._norm))
+        return self._head(self._rms(hidden, self._norm).to(self._head_device))
 
     def _attention(
         self, index: int, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
@@ -134,9 +143,9 @@ def _layer(layer: Any, quantization: str) -> _Layer:
     )
 
 
-def _head(head: torch.nn.Linear, embedding: torch.Tensor) -> Linear:
+def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool) -> Linear:
     biases = [] if head.bias is None else [head.bias.data]
-    if head.weight.data_ptr() != embedding.data_ptr():
+    if not tied:
         return linear([_taken(head)], biases)
     if embedding.nbytes <= _SMALL_HEAD:
         return linear([embedding], biases)

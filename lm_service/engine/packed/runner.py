@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 
 from lm_service.engine.packed.adapter import ModelAdapter
-from lm_service.engine.packed.attention import PackedAttention
+from lm_service.engine.packed.attention import attention_over
 from lm_service.engine.packed.batch import Batch, FillChunk
 from lm_service.engine.packed.plan import make_plan, tail_order
 from lm_service.engine.packed.pool import TailPool
@@ -35,7 +35,7 @@ class Runner:
         for chunk in batch.fills:
             _place_images(hidden[begin : begin + chunk.count], chunk)
             begin += chunk.count
-        attention = PackedAttention(self._model.shape, self._pool, make_plan(self._model.shape, self._pool, batch))
+        attention = attention_over(self._model.shape, self._pool, make_plan(self._model.shape, self._pool, batch))
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
         logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
         return logits if rows else None

@@ -310,7 +310,7 @@ class Scheduler:
         at = 0
         for node in leaf.path():
             if node.id in sequence.inlined:
-                self._pool.kv(slot)[..., at : at + node.length, :] = node.kv
+                self._pool.kv(slot).cut(at, at + node.length).copy_(node.kv)
                 at += node.length
         sequence.inlined_tokens = at
 
@@ -341,7 +341,7 @@ class Scheduler:
         leaf, slot = sequence.leaf, sequence.slot
         if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
             return
-        kv = self._pool.kv(slot)[..., sequence.inlined_tokens : sequence.tail_length, :]
+        kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.tail_length)
         self._cache.insert(leaf, sequence.content_until(sequence.computed)[:, leaf.end :], kv)
 
     def _free(self, sequence: Sequence) -> None:
