@@ -47,6 +47,18 @@ class ModelSize:
     min_pixels: int
     max_pixels: int
     context: int  # tokens of the longest sequence
+    tied: bool  # one table is the embedding and the head
+    stored: str  # dtype of the weights as config.json says, bfloat16 (as all published ones are) where it doesn't
+
+    @property
+    def table_parameters(self) -> int:
+        """Of the embedding, and of a head that is its own."""
+        return self.architecture.vocab * self.architecture.hidden
+
+    def layer_bytes(self, dtype: str, *, int8: bool = False) -> int:
+        """Weights of one layer of the language half."""
+        tables = self.table_parameters * (1 if self.tied else 2) * DTYPE_BYTES[dtype]
+        return (self.halves[Half.LANGUAGE].weight_bytes(dtype, int8=int8) - tables) // self.architecture.layers
 
     @property
     def kv_elements(self) -> int:
@@ -132,7 +144,14 @@ def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any]
         int(preprocessor["min_pixels"]),
         int(preprocessor["max_pixels"]),
         int(family.text_config(config).get("max_position_embeddings", 32768)),
+        family.tied_head(config),
+        _stored_dtype(config, family.text_config(config)),
     )
+
+
+def _stored_dtype(*configs: dict[str, Any]) -> str:
+    stated = (config.get(name) for config in configs for name in ("dtype", "torch_dtype"))
+    return next((name for name in stated if name in DTYPE_BYTES), "bfloat16")
 
 
 def _count(half: Half, shapes: list[tuple[str, tuple[int, ...]]]) -> HalfSize:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from lookonce.cli.console import fail, say
 from lookonce.errors import LookonceError, invalid
 
 if TYPE_CHECKING:
-    from lookonce.cli.placing import Device
+    from lookonce.cli.placing import Device, Placement
 
 HELP = """Say what a model needs and which placement fits; reads its config, no weights.
 
@@ -23,7 +23,8 @@ HELP = """Say what a model needs and which placement fits; reads its config, no 
   lookonce plan --model Qwen/Qwen2-VL-72B-Instruct --gpus 80,80,80 --json
 
 Prints weights, KV and store by image, question and 1,000 images; each placement with its verdict; what hits save; and
-the commands that start the best one. docs/operations.md has the formulas. Exit status 1 when nothing fits.
+the commands that start the best one. A language half that no single GPU holds is spread over several. Exit status 1
+when nothing fits. docs/operations.md has the formulas.
 """
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
@@ -43,7 +44,7 @@ def plan(
     concurrency: Annotated[int, typer.Option(min=1, metavar="N", help="Questions under way at once.")] = 32,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="float32, bfloat16, float16; unset: bfloat16 on a GPU, else float32."),
+        typer.Option(metavar="DTYPE", help="float32, bfloat16, float16; unset: as the services choose."),
     ] = None,
     store: Annotated[str | None, typer.Option(metavar="URL", help="Store, for the commands.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
@@ -67,7 +68,7 @@ def plan(
     best = found[0]
     shown = dtype or best.language.dtype
     if as_json:
-        say(json.dumps([asdict(item) | {"fits": item.fits} for item in found], indent=2))
+        say(json.dumps([_as_json(item) for item in found], indent=2))
         raise typer.Exit(0 if best.fits else 1)
     sections = [
         plan_report.needs(size, work, width, height, shown),
@@ -79,6 +80,10 @@ def plan(
     say("\n\n".join("\n".join(section) for section in sections))
     if not best.fits:
         fail("nothing fits: give larger devices, smaller --image or --concurrency, or a smaller model")
+
+
+def _as_json(item: Placement) -> dict[str, Any]:
+    return asdict(item) | {"fits": item.fits, "language_device": item.language.where}
 
 
 def _devices(gpus: str, ram: float | None) -> list[Device]:

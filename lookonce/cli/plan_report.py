@@ -32,9 +32,10 @@ def needs(size: ModelSize, work: Workload, width: int, height: int, dtype: str) 
 
 def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterator[str]:
     """One line for each placement."""
-    yield f"{'vision on':<12}{'need':>10}   {'language on':<18}{'need':>10}   verdict"
-    for item in found:
-        language = item.language.device.name + (" int8" if item.language.int8 else "")
+    names = [item.language.where + (" int8" if item.language.int8 else "") for item in found]
+    width = max(18, *map(len, names))
+    yield f"{'vision on':<12}{'need':>10}   {'language on':<{width}}{'need':>10}   verdict"
+    for item, language in zip(found, names, strict=True):
         if item.fits:
             prefixes = int(item.kv_bytes * PREFIX_SHARE)
             images = prefixes // max(1, size.kv_bytes(work.image_tokens, item.language.dtype))
@@ -42,7 +43,7 @@ def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterat
         else:
             verdict = f"{format_size(-item.spare)} too little"
         seeing, saying = format_size(item.vision_need.total), format_size(item.language_need.total)
-        yield f"{item.vision.device.name:<12}{seeing:>10}   {language:<18}{saying:>10}   {verdict}"
+        yield f"{item.vision.device.name:<12}{seeing:>10}   {language:<{width}}{saying:>10}   {verdict}"
 
 
 def economics(size: ModelSize, work: Workload, prompt_tokens: int) -> Iterator[str]:
@@ -69,7 +70,7 @@ def commands(item: Placement, model: str, revision: str | None, store: str | Non
     yield "# on one machine"
     parts = [f"lookonce up {which}"]
     for name, choice in (("vision", item.vision), ("lm", item.language)):
-        parts.append(f"--{name}-device {choice.device.name} --{name}-dtype {choice.dtype}")
+        parts.append(f"--{name}-device{'-map' if choice.further else ''} {choice.where} --{name}-dtype {choice.dtype}")
         if choice.int8:
             parts.append(f"--{name}-quantization int8")
     parts += [f"--lm-{setting}" for setting in memory]
@@ -84,9 +85,11 @@ def commands(item: Placement, model: str, revision: str | None, store: str | Non
 
 
 def _service(module: str, choice: Choice, which: str, tail: str) -> str:
-    device = "cpu" if choice.device.is_cpu else "cuda:0"  # alone on its machine
+    flag = "--device-map" if choice.further else "--device"
+    # alone on its machine
+    device = "cpu" if choice.device.is_cpu else choice.mapped([f"cuda:{at}" for at, _ in enumerate(choice.devices)])
     small = " --quantization int8" if choice.int8 else ""
-    return f"python -m {module} {which} --device {device} --dtype {choice.dtype}{small} {tail}"
+    return f"python -m {module} {which} {flag} {device} --dtype {choice.dtype}{small} {tail}"
 
 
 def _mib(size: int) -> str:

@@ -11,14 +11,20 @@ import sys
 import pytest
 import torch
 
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.settings import LanguageSettings
+from lookonce import placement
 from lookonce.checkpoint import lean
+from lookonce.cli import placing
 from lookonce.cli.placing import Choice, Device, Workload, placements
 from lookonce.cli.up import UpSettings
 from lookonce.families import Half, family_of
 from lookonce.sizing import Economics, question_flops, size_of
+from lookonce.spreading import layers_of, parse
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT
+from vision_service.settings import VisionSettings
 
 TOTALS = {"2B": (665_271_296, 2_208_985_600), "7B": (675_759_104, 8_291_375_616), "72B": (699_356_672, 73_405_560_320)}
 GIB = 1 << 30
@@ -100,6 +106,66 @@ def test_int8_is_offered_only_where_nothing_else_fits():
     assert best.language_need.weights == 2 * plain + language.matrix_parameters + 4 * language.matrix_rows
     both = placements(size("7B"), [Device("cuda:0", 24 * GIB), Device("cuda:1", 96 * GIB)], work, None)
     assert not any(item.language.int8 for item in both if item.fits and item.language.device.name == "cuda:1")
+
+
+def test_several_gpus_where_no_single_one_will_do():
+    sized, work = size("72B"), Workload(1369, 130, 8)
+    gpus = [Device(f"cuda:{index}", 80 * GIB) for index in range(3)]
+    best, *others = placements(sized, gpus, work, None)
+    assert best.fits and best.language.devices == tuple(gpus) and not best.language.int8
+    assert sum(best.language.layers) == 80
+    shown = best.language.where.split(",")
+    assert shown[0].startswith("cuda:0=0-") and shown[2].endswith("-79")
+    # Nothing is over on any device, by the formulas of docs/operations.md.
+    table = 2 * 152_064 * 8192
+    for at, (device, layers) in enumerate(zip(best.language.devices, best.language.layers, strict=True)):
+        used = layers * (sized.layer_bytes("bfloat16") + best.kv_bytes // 80)
+        used += best.language_need.working + best.language_need.runtime + table * (at != 1)
+        used += best.vision_need.total * (device is best.vision.device)
+        assert used <= device.usable
+    assert sized.layer_bytes("bfloat16") == pytest.approx(2 * 877_684_736, rel=1e-6)
+    # One GPU is better than several, wherever it will do.
+    assert not any(item.language.further for item in placements(size("7B"), gpus, work, None))
+    assert not any(item.language.int8 for item in (best, *others))
+    (tight, *_) = placements(sized, [Device(f"cuda:{index}", 24 * GIB) for index in range(4)], work, None)
+    assert tight.fits and tight.language.int8 and len(tight.language.devices) == 4
+    (tiny, *_) = placements(sized, [Device(f"cuda:{index}", 12 * GIB) for index in range(4)], work, None)
+    assert not tiny.fits and tiny.spare < 0
+
+
+def test_the_commands_of_a_spread_placement(tmp_path):
+    done = invoke("plan", "--model", published.write(tmp_path / "m", "72B"), "--gpus", "80,80,80")
+    lines = done.stdout.splitlines()
+    (up,) = [line for line in lines if line.startswith("lookonce up")]
+    flags = shlex.split(up)[2:]
+    given = {name[2:].replace("-", "_"): value for name, value in zip(flags[::2], flags[1::2], strict=True)}
+    settings = UpSettings(**given)
+    assert settings.lm_device is None and settings.vision_device in ("cuda:0", "cuda:1", "cuda:2")
+    shares = parse(settings.lm_device_map)
+    assert [share.device for share in shares] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert layers_of(settings.lm_device_map, shares, 80) == [share.layers for share in shares]
+    (alone,) = [line for line in lines if line.startswith("python -m lm_service")]
+    assert f"--device-map {settings.lm_device_map} " in alone and "--device " not in alone
+
+
+def test_what_plan_takes_for_granted_are_the_services_defaults():
+    assert VisionSettings.model_fields["batch_patches"].default == placing.BATCH_PATCHES
+    assert LanguageSettings.model_fields["l1_bytes"].default == placing.L1_BYTES
+    assert LanguageSettings.model_fields["max_running"].default == placing.MAX_RUNNING
+    assert PackedOptions().burst_tokens == placing.BURST_TOKENS
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", None])
+def test_auto_is_what_the_services_make_of_it(monkeypatch, stored):
+    """On a GPU of today, and on a CPU that emulates bfloat16."""
+    config = published.config("2B") | {"torch_dtype": stored}
+    family = family_of(config)
+    sized = size_of(family, config, family.preprocessor({}))
+    monkeypatch.setattr(placement, "fast_bfloat16", lambda device: device.type == "cuda")
+    for item in placements(sized, [Device("cuda:0", 80 * GIB), Device("cpu", 80 * GIB)], Workload(1369, 130, 8), None):
+        for choice in (item.vision, item.language):
+            expected = placement.choose_dtype("auto", [torch.device(choice.device.name)], stored or "bfloat16")
+            assert choice.dtype == placement.dtype_name(expected)
 
 
 def test_the_command_prints_all_and_its_commands_are_right(tmp_path):
