@@ -1,7 +1,8 @@
 """Int8 weights against plain ones at Qwen2-VL-2B's dimensions: one block of the tower, one layer of the language model.
 
 Ratios of the matrices' own products within one run, rounds of both taking turns; and the error of each product.
-`python -m benchmarks.int8`
+`python -m benchmarks.int8`, and on a GPU, with `pip install 'lookonce[int8]'`:
+`python -m benchmarks.int8 --device cuda:0 --dtype bfloat16`
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 
 from lm_service.engine.packed.linear import gated_unit, linear
-from lookonce.quantization import Int8Matrix
+from lookonce.placement import choose_device
+from lookonce.quantization import Int8Matrix, check_usable
 
 TOWER = {"qkv": (1280, 3840), "proj": (1280, 1280), "fc1": (1280, 5120), "fc2": (5120, 1280)}
 HIDDEN, KEYS, INNER = 1536, 256, 8960
@@ -28,10 +30,18 @@ def best(*calls: Callable[[], object]) -> list[float]:
     least = [float("inf")] * len(calls)
     for _ in range(ROUNDS):
         for index, call in enumerate(calls):
+            wait()
             started = time.perf_counter()
             call()
+            wait()
             least[index] = min(least[index], time.perf_counter() - started)
     return least
+
+
+def wait() -> None:
+    """Until the GPU, if it is one, has done what it was told."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
 
 
 def tower_block(patches: int) -> dict[str, float]:
@@ -75,7 +85,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8", description=__doc__)
     parser.add_argument("--json", type=Path, help="where to write the result")
-    target = parser.parse_args().json
+    parser.add_argument("--device", default="cpu", help="cpu, cuda:0 ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    given = parser.parse_args()
+    device = choose_device(given.device)
+    check_usable("int8", [device])
+    torch.set_default_device(device)
+    torch.set_default_dtype(getattr(torch, given.dtype))
     torch.manual_seed(0)
     result: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
@@ -85,8 +101,8 @@ def main() -> None:
             result[f"language layer, {tokens} tokens"] = language_layer(tokens)
     for name, values in result.items():
         print(f"{name:<28}" + "  ".join(f"{key} {value:8.3f}" for key, value in values.items()))
-    if target is not None:
-        target.write_text(json.dumps(result, indent=2))
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":

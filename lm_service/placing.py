@@ -11,6 +11,7 @@ import torch
 from lookonce.checkpoint.headers import TensorEntry
 from lookonce.errors import LookonceError, invalid
 from lookonce.placement import choose_device, free_memory
+from lookonce.sizing import SCALE_BYTES
 from lookonce.spreading import AUTO, Share, layers_of, parse, spread
 from lookonce.units import format_size
 
@@ -33,6 +34,15 @@ class Home:
             return self.devices[0 if tensor == _EMBEDDING else -1]
         number = int(match[1])
         return next(device for device, part in zip(self.devices, self.layers, strict=True) if number in part)
+
+    def of_unquantized(self, tensor: str) -> torch.device:
+        """Where a tensor is read to when the layers are quantised on their way to their devices: layers to the CPU."""
+        return torch.device("cpu") if _LAYER.match(tensor) else self.of(tensor)
+
+    @property
+    def of_layers(self) -> list[torch.device]:
+        """The device of each layer."""
+        return [device for device, part in zip(self.devices, self.layers, strict=True) for _ in part]
 
     def __str__(self) -> str:
         if len(self.devices) == 1:
@@ -68,18 +78,20 @@ def place(
     asked: Wanted,
     entries: Mapping[str, TensorEntry],
     dtype: torch.dtype,
+    quantization: str = "none",
     *,
     free: Callable[[torch.device], int] = free_memory,
 ) -> Home:
-    """A home for the half with these tensors, held in `dtype`: the layers as given, or as many on each device as leave
-    most room for KV. Raises INVALID_ARGUMENT when they don't fit what is free."""
+    """A home for the half with these tensors, held in `dtype` or with its layers' matrices quantised: the layers
+    as given, or as many on each device as leave most room for KV. Raises INVALID_ARGUMENT when they don't fit what is
+    free."""
     layers = 1 + max((int(match[1]) for name in entries if (match := _LAYER.match(name))), default=0)
     if not asked.shares:
         return Home(asked.devices, (range(layers),))
     devices, shares = asked.devices, asked.shares
     if asked.text == AUTO:  # a small model needs no more devices than it has layers
         devices, shares = devices[:layers], shares[:layers]
-    weights = _Weights.of(entries, dtype, layers)
+    weights = _Weights.of(entries, dtype, layers, int8=quantization == "int8")
     rooms = [free(device) for device in devices]
     rooms[0] -= weights.first
     rooms[-1] -= weights.last
@@ -91,19 +103,20 @@ def place(
 
 @dataclass(frozen=True)
 class _Weights:
-    """Bytes in the compute dtype."""
+    """Bytes in memory."""
 
     first: int  # the embedding
     last: int  # norm and head
     layer: int  # the largest layer
 
     @classmethod
-    def of(cls, entries: Mapping[str, TensorEntry], dtype: torch.dtype, layers: int) -> _Weights:
+    def of(cls, entries: Mapping[str, TensorEntry], dtype: torch.dtype, layers: int, *, int8: bool) -> _Weights:
         first, last, each = 0, 0, [0] * layers
         for name, entry in entries.items():
             size = torch.Size(entry.shape).numel() * dtype.itemsize
             if match := _LAYER.match(name):
-                each[int(match[1])] += size
+                small = int8 and len(entry.shape) == 2
+                each[int(match[1])] += size // dtype.itemsize + SCALE_BYTES * entry.shape[0] if small else size
             elif name == _EMBEDDING:
                 first += size
             else:

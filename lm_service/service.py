@@ -33,7 +33,7 @@ from lookonce.checkpoint.lean import TextModel, load_language_model
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import CheckpointError, invalid
 from lookonce.placement import choose_dtype, dtype_name
-from lookonce.quantization import scheme
+from lookonce.quantization import check_usable, scheme
 from lookonce.rpc.client import VisionClient
 from lookonce.rpc.server import Server
 from lookonce.stores import open_store
@@ -64,12 +64,14 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     asked = wanted(settings.device, settings.device_map)
+    check_usable(settings.quantization, asked.devices)
     checkpoint = open_checkpoint(settings.model, needs=Half.LANGUAGE, revision=settings.revision)
     dtype = choose_dtype(settings.dtype, asked.devices, checkpoint.dtype)
-    home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype)
+    home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype, settings.quantization)
     template = load_template(checkpoint.path)
     context_length = _context_length(checkpoint, settings.context_length)
-    text_model, lm_head = load_language_model(checkpoint, dtype, home.of)
+    where = home.of if settings.quantization == "none" else home.of_unquantized
+    text_model, lm_head = load_language_model(checkpoint, dtype, where)
     parameters = {*text_model.parameters(), *lm_head.parameters()}  # a tied head counts once
     return LoadedModel(
         checkpoint=checkpoint,
@@ -134,7 +136,8 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         context_tokens=model.context_length,
         step_seconds=settings.step_seconds,
     )
-    adapter = Qwen2VLAdapter(model.text_model, model.lm_head, quantization=settings.quantization)
+    devices = model.home.of_layers
+    adapter = Qwen2VLAdapter(model.text_model, model.lm_head, quantization=settings.quantization, devices=devices)
     return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
 
 

@@ -18,7 +18,7 @@ from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.process import leave_after
-from lookonce.quantization import scheme
+from lookonce.quantization import check_usable, scheme
 from lookonce.rpc.server import Server, ServerOptions
 from lookonce.settings import command
 from lookonce.stores import Store, open_store
@@ -50,6 +50,7 @@ class Tower:
 def load(settings: VisionSettings) -> Tower:
     """Open the checkpoint and load its vision half. Raises LookonceError."""
     device = choose_device(settings.device)
+    check_usable(settings.quantization, [device])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)

@@ -13,7 +13,7 @@ RUN python -m pip install "pip==25.3" && python -m venv --without-pip /opt/looko
 COPY pyproject.toml constraints.txt ./
 RUN case "${VARIANT}" in \
       cpu) set -- "$(sed -n 's/^torch==.*/&+cpu/p' constraints.txt)" --index-url "${TORCH_INDEX}" ;; \
-      cuda) set -- "$(sed -n '/^torch==/p' constraints.txt)" ;; \
+      cuda) set -- "$(sed -n '/^torch==/p' constraints.txt)" "$(sed -n '/^bitsandbytes==/p' constraints.txt)" ;; \
       *) echo "VARIANT must be cpu or cuda, not ${VARIANT}" >&2; exit 1 ;; \
     esac \
     && python -m pip --python /opt/lookonce/bin/python install "$@" \

@@ -28,6 +28,7 @@ class SpreadLab(Lab):
     def __init__(self, path, counts):
         super().__init__(path)
         devices = tuple(standin.device(index) for index in range(len(counts)))
+        self.path = path
         self.home = Home(devices, tuple(consecutive(counts)))
         checkpoint = open_checkpoint(str(path), needs=Half.LANGUAGE)
         self.tied = checkpoint.tied_head
@@ -103,3 +104,21 @@ async def test_a_step_moves_what_flows_once_a_border(spread):
         flows = standin.COPIES[f"standin:{number - 1}", f"standin:{number}"]
         plans = 2 if number == 1 else 0  # a mask and the rows of the pool
         assert flows == (4 + plans) * steps
+
+
+async def test_int8_layers_are_quantised_on_their_way(spread, monkeypatch):
+    """Read to the CPU, brought to their devices one by one; the answers are near the plain ones, and not the same."""
+    checkpoint = open_checkpoint(str(spread.path), needs=Half.LANGUAGE)
+    weights = load_language_model(checkpoint, torch.float32, spread.home.of_unquantized)
+    assert {layer.mlp.up_proj.weight.device.type for layer in weights[0].layers} == {"cpu"}
+    assert weights[0].embed_tokens.weight.device == spread.home.devices[0]
+    adapter = Qwen2VLAdapter(*weights, quantization="int8", devices=spread.home.of_layers)
+    assert [stage.device for stage in adapter.shape.stages] == list(spread.home.devices)
+    monkeypatch.setattr(spread, "adapter", adapter)
+    wanted = prompt(SYSTEM, picture(1, 9, 11), words(5, 2))
+    async with spread.engine() as engine:
+        (answer,) = await ask(engine, generation(wanted, 4))
+    plain = spread.logits(wanted, answer.tokens).log_softmax(-1)[len(wanted.token_ids) - 1 : -1]
+    expected = [float(row[token]) for row, token in zip(plain, answer.tokens, strict=True)]
+    errors = [abs(one.logprob - other) for one, other in zip(answer.logprobs, expected, strict=True)]
+    assert 1e-4 < max(errors) < 0.3

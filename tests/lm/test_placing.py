@@ -73,6 +73,19 @@ def test_auto_takes_all_gpus_and_the_cpu_where_there_is_none(gpus, monkeypatch):
     assert str(homes("72B", "auto", {"cpu": 512})) == "cpu"
 
 
+def test_int8_layers_take_half_the_room(gpus):
+    asked, free = wanted("auto", "cuda:0,cuda:1"), {"cuda:0": 40, "cuda:1": 40}
+    with pytest.raises(LookonceError, match="more than its memory has free"):
+        homes("72B", "cuda:0,cuda:1", free)
+    home = place(asked, tensors("72B"), torch.bfloat16, "int8", free=lambda device: free[str(device)] * GIB)
+    assert (
+        str(home) == "cuda:0=0-39,cuda:1=40-79"
+        and home.of_layers == [torch.device("cuda:0")] * 40 + [torch.device("cuda:1")] * 40
+    )
+    assert home.of_unquantized("model.layers.79.mlp.up_proj.weight") == torch.device("cpu")
+    assert home.of_unquantized("lm_head.weight") == torch.device("cuda:1")
+
+
 def test_layers_as_given(gpus):
     home = homes("2B", "cuda:0=0-4,cpu=5-27", {"cuda:0": 2, "cpu": 60})
     assert str(home) == "cuda:0=0-4,cpu=5-27"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from PIL import Image
@@ -9,7 +11,17 @@ from PIL import Image
 from lm_service.fingerprints import AcceptedEncoders
 from lookonce.checkpoint import Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
-from lookonce.quantization import ELSEWHERE, ON_CPU, Int8Matrix, scheme
+from lookonce.quantization import (
+    ELSEWHERE,
+    ON_CPU,
+    ON_CUDA,
+    SCHEMES,
+    CudaRows,
+    Int8Matrix,
+    WidenedWeights,
+    check_usable,
+    scheme,
+)
 from tests.pictures import photograph
 from vision_service.encoder import Encoder
 from vision_service.preprocess import Preprocessor
@@ -33,20 +45,37 @@ def test_products_are_close_and_rows_keep_to_themselves(dtype):
     assert torch.equal(matrix(torch.zeros(1, 64, dtype=dtype))[0], bias.to(dtype))
 
 
-def test_elsewhere_the_weights_alone_are_rounded(monkeypatch):
+def test_elsewhere_the_weights_alone_are_rounded():
     """The way of other devices, computed here: as exact as eight bits of weight are."""
-    weight = torch.randn(96, 64) / 8
-    monkeypatch.setattr("lookonce.quantization._pack", lambda *_: None)
-    matrix = Int8Matrix(weight)
-    matrix._weight = (weight / matrix_scales(weight)[:, None]).round().to(torch.int8)
-    matrix._scales = matrix_scales(weight)
-    x = torch.randn(7, 64)
-    error = (matrix(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64) / 8, torch.randn(7, 64)
+    error = (WidenedWeights(weight)(x) - x @ weight.t()).norm() / (x @ weight.t()).norm()
     assert 0 < error < 0.01
 
 
-def matrix_scales(weight):
-    return weight.abs().amax(1) / 127
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_way_of_cuda_computed_here(dtype):
+    """bitsandbytes computes its operators on the CPU too, if slowly: their arithmetic is what is looked at."""
+    torch.manual_seed(0)
+    weight = torch.randn(96, 64) / 8
+    x = torch.randn(15, 64, dtype=dtype) * torch.logspace(-6, 6, 15).view(15, 1).to(dtype)  # beyond float16's range
+    product = CudaRows(weight.to(dtype))
+    got, exact = product(x), x.float() @ weight.t()
+    assert got.dtype == dtype and ((got.float() - exact).norm(dim=-1) / exact.norm(dim=-1)).max() < 0.03
+    for row in range(15):
+        assert torch.equal(product(x[row : row + 1])[0], got[row])
+    assert not product(torch.zeros(2, 64, dtype=dtype)).any()
+
+
+def test_cuda_without_the_library_is_refused_by_name(monkeypatch):
+    gpu = torch.device("cuda:0")
+    check_usable("int8", [gpu, CPU])
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    check_usable("none", [gpu])
+    check_usable("int8", [CPU])
+    with pytest.raises(LookonceError, match=r"quantization int8 on CUDA.*pip install 'lookonce\[int8\]'") as caught:
+        check_usable("int8", [CPU, gpu])
+    assert caught.value.param == "quantization"
 
 
 def test_embeddings_are_close_and_a_picture_alone_is_as_in_company(checkpoint_path):
@@ -64,15 +93,15 @@ def test_embeddings_are_close_and_a_picture_alone_is_as_in_company(checkpoint_pa
 
 def test_int8_is_another_encoder(checkpoint_path):
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
-    prints = {way: checkpoint.encoder_spec("float32", way).fingerprint() for way in ("none", ON_CPU, ELSEWHERE)}
-    assert len(set(prints.values())) == 3
+    prints = {way: checkpoint.encoder_spec("float32", way).fingerprint() for way in ("none", *SCHEMES)}
+    assert len(set(prints.values())) == 4
     assert scheme("none", CPU) == "none" and scheme("int8", CPU) == ON_CPU
-    assert scheme("int8", torch.device("cuda:0")) == ELSEWHERE
+    assert scheme("int8", torch.device("cuda:0")) == ON_CUDA and scheme("int8", torch.device("mps")) == ELSEWHERE
     plain = AcceptedEncoders.of(checkpoint, "float32")
     small = AcceptedEncoders.of(checkpoint, "float32", "int8")
     plain.check(prints["none"])
-    small.check(prints[ON_CPU])
-    small.check(prints[ELSEWHERE])
+    for way in SCHEMES:
+        small.check(prints[way])
     for accepted, wrong in ((plain, prints[ON_CPU]), (small, prints["none"])):
         with pytest.raises(LookonceError) as caught:
             accepted.check(wrong)

@@ -7,6 +7,7 @@ flows through them moves along.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -33,9 +34,17 @@ class _Layer:
 class Qwen2VLAdapter:
     """A `ModelAdapter` over transformers' Qwen2VLTextModel and an output head."""
 
-    def __init__(self, model: Any, head: torch.nn.Linear, *, quantization: str = "none") -> None:
+    def __init__(
+        self,
+        model: Any,
+        head: torch.nn.Linear,
+        *,
+        quantization: str = "none",
+        devices: Sequence[torch.device] | None = None,
+    ) -> None:
         """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter. `quantization` ("none",
-        "int8") is that of the layers' matrices; embedding and head stay as they are."""
+        "int8") is that of the layers' matrices; embedding and head stay as they are. Layers are brought to their
+        `devices` one at a time, before they are quantised; None: they are there."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
         vocabulary = head.weight.shape[0]
@@ -45,11 +54,11 @@ class Qwen2VLAdapter:
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
-        devices = [layer.input_layernorm.weight.device for layer in model.layers]
+        devices = devices or [layer.input_layernorm.weight.device for layer in model.layers]
         self._borders = {
             index: devices[index] for index in range(1, len(devices)) if devices[index] != devices[index - 1]
         }
-        self._layers = [_layer(layer, quantization) for layer in model.layers]
+        self._layers = [_layer(*pair, quantization) for pair in zip(model.layers, devices, strict=True)]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
@@ -129,17 +138,18 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _layer(layer: Any, quantization: str) -> _Layer:
+def _layer(layer: Any, device: torch.device, quantization: str) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
-    biases = [] if attention.q_proj.bias is None else [module.bias.data for module in qkv]
+    biases = [] if attention.q_proj.bias is None else [module.bias.data.to(device) for module in qkv]
+    gate, up = (_taken(module).to(device) for module in (mlp.gate_proj, mlp.up_proj))
     return _Layer(
-        input_norm=layer.input_layernorm.weight.data,
-        qkv=linear([_taken(module) for module in qkv], biases, quantization=quantization),
-        output=linear([_taken(attention.o_proj)], quantization=quantization),
-        mlp_norm=layer.post_attention_layernorm.weight.data,
-        gate_up=gated_unit(_taken(mlp.gate_proj), _taken(mlp.up_proj), quantization=quantization),
-        down=linear([_taken(mlp.down_proj)], quantization=quantization),
+        input_norm=layer.input_layernorm.weight.data.to(device),
+        qkv=linear([_taken(module).to(device) for module in qkv], biases, quantization=quantization),
+        output=linear([_taken(attention.o_proj).to(device)], quantization=quantization),
+        mlp_norm=layer.post_attention_layernorm.weight.data.to(device),
+        gate_up=gated_unit(gate, up, quantization=quantization),
+        down=linear([_taken(mlp.down_proj).to(device)], quantization=quantization),
     )
 
 
