@@ -9,7 +9,7 @@ from typing import Any
 import kubernetes_validate
 import yaml
 
-from deploy.check import metrics, objects
+from deploy.check import metrics, objects, tls
 from deploy.check.tools import run
 
 CHART = Path("deploy/helm/lookonce")
@@ -63,6 +63,9 @@ def schema(where: str, item: dict[str, Any]) -> Iterator[str]:
     name = f"{item.get('kind')}/{item.get('metadata', {}).get('name')}"
     if item.get("apiVersion") == "keda.sh/v1alpha1":
         yield from (f"{where}: {name}: {text}" for text in objects.scaled_object(item))
+        return
+    if item.get("apiVersion") == "cert-manager.io/v1":
+        yield from (f"{where}: {text}" for text in tls.certificate(item))
         return
     for version in VERSIONS:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from deploy.check import traffic
+from deploy.check import tls, traffic
 from deploy.check.settings import CLASSES, check_environment, check_keys
 from deploy.check.tools import is_pinned
 from gateway.variants import parse_variants
@@ -13,7 +13,7 @@ from lookonce.errors import LookonceError
 
 Object = dict[str, Any]
 _EMPTY_OK = (".args", ".emptyDir")
-_DECLARED = ("lookonce-keys", "hub-token", "lookonce-store", "cache")
+_DECLARED = ("lookonce-keys", "hub-token", "lookonce-store", "cache", "lookonce-ca", "lookonce-eyes", "lookonce-words")
 """Secrets that the profiles say exist."""
 
 
@@ -35,6 +35,7 @@ def check(where: str, items: list[Object]) -> Iterator[str]:
         elif item["kind"] == "PodDisruptionBudget" and not _selected(item["spec"]["selector"]["matchLabels"], items):
             yield f"{name}: protects nothing"
     yield from (f"{where}: {text}" for text in traffic.check(items))
+    yield from (f"{where}: {text}" for text in tls.check(items, _DECLARED))
 
 
 def scaled_object(item: Object) -> Iterator[str]:

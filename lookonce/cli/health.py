@@ -45,8 +45,8 @@ class Probe(Protocol):
 class GrpcProbe:
     """grpc.health.v1 of one address."""
 
-    def __init__(self, address: str, tls: Tls | None = None) -> None:
-        self._channel = open_channel(address, tls)
+    def __init__(self, address: str, tls: Tls | None = None, *, server_name: str | None = None) -> None:
+        self._channel = open_channel(address, tls, server_name=server_name)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def check(self) -> Health:
@@ -83,9 +83,10 @@ class HttpProbe:
         await self._client.aclose()
 
 
-async def check_once(address: str, tls: Tls | None = None) -> Health:
-    """Ask the service at an address."""
-    probe: Probe = HttpProbe(address) if address.startswith(("http://", "https://")) else GrpcProbe(address, tls)
+async def check_once(address: str, tls: Tls | None = None, *, server_name: str | None = None) -> Health:
+    """Ask the service at an address; `server_name` is what its certificate is for, when that is not the host."""
+    over_http = address.startswith(("http://", "https://"))
+    probe: Probe = HttpProbe(address) if over_http else GrpcProbe(address, tls, server_name=server_name)
     try:
         return await probe.check()
     finally:
@@ -98,8 +99,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("address", help="host:port or unix:/path of a model service, http://host:port of a gateway")
     for name in ("ca", "certificate", "key"):
         parser.add_argument(f"--tls-{name}", type=Path, help=f"PEM {name} for a service behind TLS")
+    parser.add_argument("--tls-name", help="what its certificate is for, when that is not the address asked")
     given = parser.parse_args(arguments)
-    health = asyncio.run(check_once(given.address, Tls(given.tls_certificate, given.tls_key, given.tls_ca)))
+    tls = Tls(given.tls_certificate, given.tls_key, given.tls_ca)
+    health = asyncio.run(check_once(given.address, tls, server_name=given.tls_name))
     print(health.value)
     return 0 if health is Health.READY else 1
 

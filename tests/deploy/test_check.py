@@ -207,6 +207,85 @@ def test_mistakes_in_objects(rendered, mistake):
     assert any(said in problem for problem in problems), problems
 
 
+def readiness(items, name):
+    return container(items, name)["readinessProbe"]["exec"]["command"]
+
+
+TLS = {
+    "no mount": (
+        lambda items: container(items, "gateway")["volumeMounts"].pop(1),
+        "ca.crt is not mounted",
+    ),
+    "no such file": (
+        lambda items: env(items, "stable-vision", "LOOKONCE_VISION_TLS_KEY").update(value="/etc/lookonce-tls/key.pem"),
+        "no Secret for TLS holds key.pem",
+    ),
+    "no such secret": (
+        lambda items: find(items, "Certificate", "stable-language")["spec"].update(secretName="other"),
+        "there is no Secret lookonce-stable-language-tls",
+    ),
+    "kubelet's probe": (
+        lambda items: container(items, "stable-vision").update(readinessProbe={"grpc": {"port": 50051}}),
+        "readinessProbe: the kubelet's gRPC probe speaks no TLS",
+    ),
+    "probe without a certificate": (
+        lambda items: readiness(items, "stable-language").pop(),
+        "shows no certificate where one is demanded",
+    ),
+    "probe that trusts nobody": (
+        lambda items: readiness(items, "stable-language").remove("--tls-ca=/etc/lookonce-tls/ca.crt"),
+        "cannot check the certificate",
+    ),
+    "service in the clear": (
+        lambda items: container(items, "stable-vision")["env"].remove(
+            env(items, "stable-vision", "LOOKONCE_VISION_TLS_CERTIFICATE")
+        ),
+        "LOOKONCE_LM_VISION_TLS_CA must be set if, and only if, Deployment/lookonce-stable-vision serves TLS",
+    ),
+    "caller without a certificate": (
+        lambda items: container(items, "gateway")["env"].remove(
+            env(items, "gateway", "LOOKONCE_GATEWAY_RPC_TLS_CERTIFICATE")
+        ),
+        "Deployment/lookonce-stable-language demands a certificate; LOOKONCE_GATEWAY_RPC_TLS_CERTIFICATE is not set",
+    ),
+    "another's name": (
+        lambda items: find(items, "Certificate", "stable-vision")["spec"]["dnsNames"].pop(0),
+        "its certificate is not for lookonce-stable-vision",
+    ),
+    "servers only": (
+        lambda items: find(items, "Certificate", "stable-language")["spec"]["usages"].remove("client auth"),
+        "must serve for server auth and client auth",
+    ),
+    "no issuer": (
+        lambda items: find(items, "Certificate", "gateway")["spec"]["issuerRef"].pop("name"),
+        "issuerRef needs a name",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TLS)
+def test_mistakes_with_tls(rendered, mistake):
+    change, said = TLS[mistake]
+    items = copy.deepcopy(rendered["tls"])
+    change(items)
+    problems = list(objects.check("planted", items))
+    assert any(said in problem for problem in problems), problems
+
+
+def test_tls_without_certificates_is_not_rendered(tree):
+    plant(tree, "helm/profiles/tls.yaml", "certManager: {issuer: lookonce-ca}", "secrets: {gateway: one}")
+    answer = helm.render(tree, tree / helm.PROFILES / "tls.yaml")
+    assert isinstance(answer, str) and "tls.secrets.vision or tls.certManager.issuer is required" in answer
+
+
+def test_one_sided_tls_shows_no_certificates(rendered):
+    items = rendered["canary"]
+    given = {one["name"] for one in container(items, "gateway")["env"]}
+    assert "LOOKONCE_GATEWAY_RPC_TLS_CA" in given and "LOOKONCE_GATEWAY_RPC_TLS_CERTIFICATE" not in given
+    assert not any(part.startswith("--tls-certificate") for part in readiness(items, "canary-vision"))
+    assert not [item for item in items if item["kind"] == "Certificate"]
+
+
 def test_mistakes_that_kubernetes_schema_sees(rendered):
     item = copy.deepcopy(find(rendered["laptop"], "Deployment", "gateway"))
     assert list(helm.schema("whole", item)) == []
@@ -269,7 +348,7 @@ def test_mistakes_in_names_of_metrics():
 
 
 def test_profiles_and_dashboards_are_there():
-    assert {path.stem for path in (ROOT / helm.PROFILES).glob("*.yaml")} >= {"laptop", "gpus", "canary"}
+    assert {path.stem for path in (ROOT / helm.PROFILES).glob("*.yaml")} >= {"laptop", "gpus", "canary", "tls"}
     for file in (ROOT / metrics.DASHBOARDS).glob("*.json"):
         assert json.loads(file.read_text())["uid"].startswith("lookonce-")
     assert yaml.safe_load((ROOT / "deploy/prometheus/compose.yaml").read_text())["scrape_configs"]

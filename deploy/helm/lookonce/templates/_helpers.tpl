@@ -107,3 +107,39 @@ podSelector:
 {{- end }}
 - ports: [{port: 53, protocol: UDP}, {port: 53, protocol: TCP}]
 {{- end }}
+
+{{- define "lookonce.tlsSecret" -}}
+{{- if .root.Values.tls.certManager.issuer -}}
+{{ include "lookonce.name" .root }}{{ with .model }}-{{ . }}{{ end }}-{{ .part }}-tls
+{{- else -}}
+{{ required (printf "tls.secrets.%s or tls.certManager.issuer is required with tls.enabled" .part) (index .root.Values.tls.secrets .part) }}
+{{- end -}}
+{{- end }}
+
+{{- define "lookonce.tlsVolume" -}}
+- name: tls
+  secret: {secretName: {{ include "lookonce.tlsSecret" . | quote }}, defaultMode: 0440}
+{{- end }}
+
+{{- define "lookonce.rpcProbe" -}}
+{{- if .root.Values.tls.enabled -}}
+# The kubelet's own gRPC probe speaks no TLS.
+exec:
+  command:
+    - python
+    - -m
+    - lookonce.cli.health
+    - 127.0.0.1:{{ .port }}
+    - --tls-ca=/etc/lookonce-tls/ca.crt
+    - --tls-name={{ .name }}
+    {{- if .root.Values.tls.mutual }}
+    - --tls-certificate=/etc/lookonce-tls/tls.crt
+    - --tls-key=/etc/lookonce-tls/tls.key
+    {{- end }}
+timeoutSeconds: 10
+periodSeconds: 10
+{{- else -}}
+grpc: {port: {{ .port }}}
+periodSeconds: 5
+{{- end }}
+{{- end }}
