@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
+from lm_service.phases import Phases
 from lm_service.prompt import PromptBuilder
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
@@ -83,7 +84,9 @@ class Scorer:
         deadline: float,
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
+        phases = Phases()
         scores = await self._engine.score(Scoring(name, items, request.client, deadline, request.alone))
+        phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
             results[entry.at].scores.CopyFrom(item_scores(entry.choices, lengths, logprobs, entry.item.prompt, cached))

@@ -12,6 +12,7 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
 from lm_service.metrics import METRICS
+from lm_service.phases import Phases
 from lm_service.prompt import PromptBuilder, is_short
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
@@ -53,7 +54,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         with _counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
-            gaps = _Gaps()
+            gaps, phases = _Gaps(), Phases()
             stream = cast(AsyncGenerator[Delta | Finish, None], self._engine.generate(generation))
             async with aclosing(stream) as events:
                 async for event in events:
@@ -62,6 +63,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
                         yield self._replies.delta(event)
                     else:
                         _observe(event.timings, event.completion_tokens, first=event.index == 0)
+                        phases.answered(event)
                         yield self._replies.finish(event, generation.prompt)
 
     async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:

@@ -46,12 +46,12 @@ class Exporter:
         self._provider.add_span_processor(BatchSpanProcessor(sender, schedule_delay_millis=SEND_SECONDS * 1000))
         self._tracer = self._provider.get_tracer("lookonce", __version__)
 
-    def start(self, name: str, kind: Kind, parent: Trace | None) -> Step:
-        """A span below `parent` (None: the first of a new trace)."""
+    def start(self, name: str, kind: Kind, parent: Trace | None, *, at: int | None = None) -> Step:
+        """A span below `parent` (None: the first of a new trace), begun now or `at` nanoseconds since the epoch."""
         context = otel.set_span_in_context(
             otel.NonRecordingSpan(_context(parent) if parent else otel.INVALID_SPAN_CONTEXT)
         )
-        span = self._tracer.start_span(name, context=context, kind=_KINDS[kind])
+        span = self._tracer.start_span(name, context=context, kind=_KINDS[kind], start_time=at)
         made = span.get_span_context()
         return Step(Trace(f"{made.trace_id:032x}", f"{made.span_id:016x}", f"{made.trace_flags:02x}"), span)
 

@@ -66,12 +66,13 @@ class Step:
         if self._span is not None:
             self._span.update_name(name)
 
-    def end(self, failure: str | None = None) -> None:
-        """The step is over; `failure` is the kind of the error that ended it."""
+    def end(self, failure: str | None = None, *, at: int | None = None) -> None:
+        """The step is over, now or `at` nanoseconds since the epoch; `failure` is the kind of the error that ended
+        it."""
         if self._span is not None:
             if failure is not None:
                 _mark_failed(self._span, failure)
-            self._span.end()
+            self._span.end(at)
             self._span = None
 
 
@@ -138,6 +139,16 @@ def step(name: str, kind: Kind = "internal") -> Iterator[Step]:
         begun.end(failure_of(error))
         raise
     begun.end()
+
+
+def record(name: str, begun: int, start: float, end: float, **attributes: Value) -> None:
+    """A step below the current one that is over already: from `start` to `end`, in milliseconds after `begun`, which is
+    in nanoseconds since the epoch."""
+    current = _current.get()
+    if _exporter is not None and current is not None and current.trace is not None:
+        done = _exporter.start(name, "internal", current.trace, at=begun + int(start * 1e6))
+        done.note(**attributes)
+        done.end(at=begun + int(max(start, end) * 1e6))
 
 
 def annotate(**attributes: Value) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from lookonce import tracing
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import DIGEST_BYTES, SHARED_TENANT_KEY, embedding_key, image_digest
@@ -21,7 +22,7 @@ from lookonce.singleflight import Flight, How, SingleFlight
 from lookonce.stores import Store
 from lookonce.tensors import view_of
 from vision_service import metrics
-from vision_service.batcher import Batcher, Encode
+from vision_service.batcher import Batcher, Encode, Encoded
 from vision_service.image_index import ImageIndex
 from vision_service.images import Decoder
 from vision_service.preprocess import Patches, Preprocessor
@@ -261,7 +262,7 @@ class VisionCore:
         return _Made(record, job.work)
 
     async def _embed(self, job: _Job) -> EmbeddingRecord:
-        started = time.perf_counter()
+        begun, started = time.time_ns(), time.perf_counter()
         loop = asyncio.get_running_loop()
         async with self._slots:
             await self._batcher.room()
@@ -278,6 +279,7 @@ class VisionCore:
         job.work.queue_ms = 1000 * (entered - started) + encoded.queue_ms
         job.work.preprocess_ms = 1000 * (prepared - entered)
         job.work.encode_ms = encoded.encode_ms
+        _record(begun, 1000 * (entered - started), 1000 * (prepared - started), encoded)
         self._pace += 0.05 * (encoded.encode_ms / 1000 - self._pace)
         return EmbeddingRecord(
             fingerprint=self.model.fingerprint,
@@ -307,6 +309,15 @@ class VisionCore:
         elif outcome == "coalesced":
             self.counters.coalesced += 1
             metrics.COALESCED.inc()
+
+
+def _record(begun: int, entered: float, prepared: float, encoded: Encoded) -> None:
+    """What a picture went through, as steps of the trace of whoever asked for it first; milliseconds after `begun`."""
+    batched = prepared + encoded.queue_ms
+    tracing.record("encode.wait", begun, 0.0, entered)
+    tracing.record("encode.prepare", begun, entered, prepared)
+    tracing.record("encode.batch", begun, prepared, batched)
+    tracing.record("encode.forward", begun, batched, batched + encoded.encode_ms)
 
 
 async def _digest(image: bytes, tenant_key: bytes) -> bytes:

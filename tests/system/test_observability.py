@@ -3,6 +3,7 @@ rules that evaluate, names that promtool accepts."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
 import shutil
@@ -29,6 +30,8 @@ needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
     reason="needs Debian's prometheus (apt-get install it)",
 )
+ENGINE = ("queue", "embedding", "prefill", "decode")
+ENCODER = ("wait", "prepare", "batch", "forward")
 GATEWAY, VISION, LANGUAGE = "lookonce-gateway", "lookonce-vision", "lookonce-language"
 
 
@@ -92,10 +95,12 @@ def test_one_request_is_one_trace_through_every_hop_and_its_logs(observed):
         (GATEWAY, "language service: Generate"),
         (LANGUAGE, "lookonce.v1.LanguageModel/Generate"),
         (LANGUAGE, "store.get"),
+        *((LANGUAGE, f"engine.{phase}") for phase in ENGINE),
+        *((VISION, f"encode.{phase}") for phase in ENCODER),
     }
     spans = collector.wait_for(trace_id, hops)
     by_id = {span.span_id: span for span in spans}
-    assert all(span.end > span.start for span in spans)
+    assert all(span.end >= span.start for span in spans)
     for span in spans:
         parent = by_id.get(span.parent)
         if parent is None:
@@ -106,12 +111,50 @@ def test_one_request_is_one_trace_through_every_hop_and_its_logs(observed):
     assert under[VISION, "lookonce.v1.VisionEncoder/Encode"] == "vision service: Encode"
     assert under[LANGUAGE, "lookonce.v1.LanguageModel/Generate"] == "language service: Generate"
     assert under[LANGUAGE, "store.get"] == "lookonce.v1.LanguageModel/Generate"
+    phases(spans)
     facts = {span.name: span.attributes for span in spans}
     assert facts["lookonce.v1.VisionEncoder/Encode"]["lookonce.encode_ms"] > 0
     assert facts["lookonce.v1.LanguageModel/Generate"]["lookonce.prefill_tokens"] > 0
     assert facts["POST /v1/chat/completions"]["lookonce.status"] == 200
     for process in (system.gateways[0], system.visions[0], system.languages[0]):
         assert lines_of(lambda process=process: process.log, trace_id), process
+
+
+def phases(spans):
+    """What happens within a service follows one upon the other, and lies within the call it belongs to."""
+    named = {span.name: span for span in spans}
+    for service, call, prefix, names in (
+        (LANGUAGE, "lookonce.v1.LanguageModel/Generate", "engine", ENGINE),
+        (VISION, "lookonce.v1.VisionEncoder/Encode", "encode", ENCODER),
+    ):
+        parts = [named[f"{prefix}.{name}"] for name in names]
+        assert {part.parent for part in parts} == {named[call].span_id}
+        assert {part.service for part in parts} == {service}
+        assert parts[0].start >= named[call].start and parts[-1].end <= named[call].end
+        for earlier, later in itertools.pairwise(parts):
+            assert abs(later.start - earlier.end) < 2000, (earlier, later)  # nanoseconds, of rounding
+    assert named["engine.decode"].attributes["lookonce.tokens"] == 4
+    assert named["engine.embedding"].attributes["lookonce.source"] in ("store", "fetched")
+    assert named["engine.prefill"].attributes["lookonce.prefill_tokens"] > 0
+
+
+def test_scores_and_warm_questions_have_phases_too(observed):
+    """A warm question loads nothing, so no such phase is shown; a score is one phase after the wait."""
+    system, collector, _ = observed
+    image = system.upload(save(photograph("coffee", (140, 100)), "PNG"))["id"]
+    system.ask(image, ["What is it?"], max_tokens=2)
+    trace_id = secrets.token_hex(16)
+    body = {"questions": ["What else?", {"text": "Is it?", "choices": ["yes", "no"]}], "max_tokens": 3}
+    header = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    assert system.http.post(f"/v1/images/{image}/questions", json=body, headers=header).status_code == 200
+    wanted = {(LANGUAGE, f"engine.{phase}") for phase in ("queue", "prefill", "decode", "score")}
+    spans = collector.wait_for(trace_id, wanted | {(LANGUAGE, "lookonce.v1.LanguageModel/Score")})
+    names = [span.name for span in spans]
+    assert "engine.embedding" not in names and names.count("engine.queue") == 2
+    by_id = {span.span_id: span for span in spans}
+    under = {span.name: by_id[span.parent].name for span in spans if span.name.startswith("engine.")}
+    assert under["engine.score"] == "lookonce.v1.LanguageModel/Score"
+    assert under["engine.decode"] == "lookonce.v1.LanguageModel/Generate"
 
 
 def test_a_failed_request_says_so_in_its_trace(observed):
