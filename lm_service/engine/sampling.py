@@ -27,28 +27,18 @@ class SamplerState:
         self.sampling = sampling
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.prompt: frozenset[int] = frozenset(prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
+        self.greedy = sampling.temperature == 0.0  # the most probable token is taken
+        self.filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0  # some tokens are left out
+        self.penalised = (  # earlier tokens change the logits
+            sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
+        )
         self._index = index
         self._generator: torch.Generator | None = None  # made for the first draw: greedy answers need none
 
-    @property
-    def greedy(self) -> bool:
-        """Whether the most probable token is taken."""
-        return self.sampling.temperature == 0.0
-
-    @property
-    def filtered(self) -> bool:
-        """Whether top-k, top-p or min-p leave tokens out."""
-        return self.sampling.top_k > 0 or self.sampling.top_p < 1.0 or self.sampling.min_p > 0.0
-
-    @property
-    def penalised(self) -> bool:
-        """Whether earlier tokens change the logits."""
-        wanted = self.sampling
-        return wanted.repetition_penalty != 1.0 or wanted.presence_penalty != 0.0 or wanted.frequency_penalty != 0.0
-
     def append(self, token_id: int) -> None:
-        """Count a generated token."""
-        self.counts[token_id] += 1
+        """Count a generated token, where that matters."""
+        if self.penalised:
+            self.counts[token_id] += 1
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this answer."""
@@ -116,12 +106,13 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
         )
         scores = torch.stack(list(rows))
     chosen = scores.argmax(-1)
-    for filtered in (False, True):
+    for filtered in (False, True) if any(not state.greedy for state in states) else ():
         rows_at = [i for i, state in enumerate(states) if not state.greedy and state.filtered is filtered]
         if rows_at:
             at = torch.tensor(rows_at, device=scores.device)
             chosen[at] = _draw(scores[at], [states[i] for i in rows_at], filtered=filtered)
-    return [int(token) for token in chosen.tolist()]
+    tokens: list[int] = chosen.tolist()
+    return tokens
 
 
 def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: bool) -> torch.Tensor:
@@ -147,7 +138,8 @@ def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: boo
 
 def finite_rows(logits: torch.Tensor) -> list[bool]:
     """Whether each row's best logit is a finite number; NaN spreads to the maximum, so False means a failed forward."""
-    return [bool(good) for good in logits.amax(-1).isfinite().tolist()]
+    finite: list[bool] = logits.amax(-1).isfinite().tolist()
+    return finite
 
 
 def token_logprobs(

@@ -31,19 +31,18 @@ class FillChunk:
     count: int
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class TailChunk:
     """The next `count` tokens of a sequence."""
 
     sequence: Sequence
     count: int
+    first_output: int = field(init=False)  # within the chunk, first token whose logits are wanted; `count`: none's
 
-    @property
-    def first_output(self) -> int:
-        """Index within the chunk of the first token whose logits are wanted; `count` when none is."""
+    def __post_init__(self) -> None:
         sequence = self.sequence
-        wanted = sequence.prompt_length - 1 if sequence.trie is not None else sequence.length - 1
-        return min(self.count, max(0, wanted - sequence.computed))
+        wanted = sequence.prompt_length if sequence.trie is not None else len(sequence.tokens)
+        self.first_output = min(self.count, max(0, wanted - 1 - sequence.computed))
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,14 @@ Content = npt.NDArray[np.int64]
 def prompt_content(prompt: Prompt) -> Content:
     """The content of a prompt."""
     content = np.zeros((8, len(prompt.token_ids)), dtype=np.int64)
-    content[0] = prompt.token_ids
     content[1:4] = prompt.positions.numpy()
+    text = 0
     for span in prompt.images:
+        content[0, text : span.start] = prompt.token_ids[text : span.start]
+        text = span.end
         content[0, span.start : span.end] = -1 - np.arange(span.reference.tokens)
         content[4:8, span.start : span.end] = np.frombuffer(span.reference.key, dtype="<i8")[:, None]
+    content[0, text:] = prompt.token_ids[text:]
     return content
 
 

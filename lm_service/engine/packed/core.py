@@ -176,7 +176,8 @@ class EngineCore:
 
     def _answered(self, sequence: Sequence, events: list[Delta | Finish]) -> None:
         self._generated += 1
-        self.events.extend((sequence.request, event) for event in events)
+        for event in events:
+            self.events.append((sequence.request, event))
         if isinstance(events[-1], Finish):
             sequence.request.unfinished -= 1
             self.scheduler.finish(sequence)

@@ -5,7 +5,7 @@ Fills come first, then tails sorted by the path of their shared prefixes: all to
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,15 +20,21 @@ from lm_service.engine.packed.pool import TailPool
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
 _FAR = 16  # slots further apart than this are not read together
+_WIDTHS = 64  # more than there are width classes
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A tail on its way into a `TailPart`."""
+class _Members:
+    """Some of a step's tails, one a place of each array: int64 [n]."""
 
-    place: int  # of its slot in the pool's `class_view`
-    chunk: TailChunk
-    begin: int  # its first token among the step's tail tokens
+    number: npt.NDArray[np.int64]  # which of the batch's tails
+    place: npt.NDArray[np.int64]  # of its slot in the pool's `class_view`
+    start: npt.NDArray[np.int64]  # tokens in its slot already
+    count: npt.NDArray[np.int64]  # new tokens
+    begin: npt.NDArray[np.int64]  # its first token among the step's tail tokens
+
+    def __getitem__(self, which: slice | npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Members:
+        return _Members(self.number[which], self.place[which], self.start[which], self.count[which], self.begin[which])
 
 
 def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
@@ -42,21 +48,13 @@ def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
 def make_plan(shape: ModelShape, pool: TailPool, batch: Batch) -> AttentionPlan:
     """The plan of a batch whose tails are in `tail_order`."""
     fills = _fill_parts(batch.fills)
-    groups: dict[tuple[int, int], list[_Member]] = defaultdict(list)
-    begin = 0
-    for chunk in batch.tails:
-        slot = chunk.sequence.slot
-        if slot is not None:
-            groups[slot.capacity, _width_class(chunk.count)].append(_Member(pool.place_of(slot), chunk, begin))
-        begin += chunk.count
+    tails, tail_rows = _tail_parts(shape, pool, batch.tails)
     return AttentionPlan(
         fill_tokens=fills[-1].end if fills else 0,
         fills=fills,
         shared=_shared_parts(batch.tails),
-        tails=[
-            _tail_part(shape, key[0], near, begin) for key, members in groups.items() for near in _neighbours(members)
-        ],
-        tail_rows=_tail_rows(shape, pool, batch.tails),
+        tails=tails,
+        tail_rows=tail_rows,
     )
 
 
@@ -72,89 +70,95 @@ def _fill_parts(chunks: list[FillChunk]) -> list[FillPart]:
 def _shared_parts(chunks: list[TailChunk]) -> list[SharedPart]:
     found: dict[int, SharedPart] = {}
     begin = 0
-    for chunk in chunks:
-        end = begin + chunk.count
-        for depth, node in enumerate(chunk.sequence.path):
+    for _, alike in itertools.groupby(chunks, lambda chunk: chunk.sequence.order):
+        group = list(alike)
+        end = begin + sum(chunk.count for chunk in group)
+        for depth, node in enumerate(group[0].sequence.path):
             start = found[node.id].begin if node.id in found else begin
             found[node.id] = SharedPart(node, start, end, first=depth == 0)
         begin = end
     return list(found.values())
 
 
-def _tail_rows(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> torch.Tensor:
-    """Pool row of every head of every tail token, int64 [tail tokens * K]."""
-    counts = np.array([chunk.count for chunk in chunks], dtype=np.int64)
-    slots = [chunk.sequence.slot for chunk in chunks]
-    first = [
-        pool.row_of(slot) + chunk.sequence.tail_length
-        for slot, chunk in zip(slots, chunks, strict=True)
-        if slot is not None
+def _tail_parts(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> tuple[list[TailPart], torch.Tensor]:
+    """The batches of tails, and the pool row of every head of every tail token, int64 [tail tokens * K]."""
+    known = [
+        (chunk.count, slot.capacity, pool.row_of(slot), pool.place_of(slot), chunk.sequence.tail_length)
+        for chunk in chunks
+        if (slot := chunk.sequence.slot) is not None
     ]
-    capacity = np.array([slot.capacity for slot in slots if slot is not None], dtype=np.int64)
-    within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-    tokens = np.repeat(np.array(first, dtype=np.int64), counts) + within
-    rows = tokens[:, None] + np.repeat(capacity, counts)[:, None] * np.arange(shape.kv_heads)
-    return torch.from_numpy(rows.reshape(-1)).to(shape.device)
+    count, capacity, row, place, start = np.array(known, dtype=np.int64).reshape(-1, 5).T
+    begin = count.cumsum() - count
+    within = np.arange(count.sum()) - np.repeat(begin, count)
+    tokens = np.repeat(row + start, count) + within
+    rows = tokens[:, None] + np.repeat(capacity, count)[:, None] * np.arange(shape.kv_heads)
+    everybody = _Members(np.arange(len(chunks)), place, start, count, begin)
+    classes = capacity * _WIDTHS + _width_class(count)
+    parts = [
+        _tail_part(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, len(tokens))
+        for key in (classes[:1] if (classes == classes[:1]).all() else np.unique(classes))
+        for near in _neighbours(chunks, everybody[classes == key])
+    ]
+    return parts, torch.from_numpy(rows.reshape(-1)).to(shape.device)
 
 
-def _width_class(count: int) -> int:
+def _width_class(count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Chunks of one class are padded to the longest of them: 1; 2 to 4; 5 to 16; 17 to 64; ..."""
-    return ((count - 1).bit_length() + 1) // 2
+    bits = np.frexp(count - 1)[1]  # frexp's exponent is the bit length
+    return (bits.astype(np.int64) + 1) // 2
 
 
-def _neighbours(members: list[_Member]) -> Iterator[list[_Member]]:
+def _neighbours(chunks: list[TailChunk], members: _Members) -> Iterator[_Members]:
     """Members by place, cut where the next one is far away; those of a request that shares no step stay together in
     their own order, so that where they lie changes nothing."""
-    if members[0].chunk.sequence.owner is not None:
+    if chunks[int(members.number[0])].sequence.owner is not None:
         yield members
         return
-    members = sorted(members, key=lambda member: member.place)
-    start = 0
-    for at in range(1, len(members) + 1):
-        if at == len(members) or members[at].place - members[at - 1].place > _FAR:
-            yield members[start:at]
-            start = at
+    members = members[np.argsort(members.place, kind="stable")]
+    cuts = [0, *(np.flatnonzero(np.diff(members.place) > _FAR) + 1).tolist(), len(members.place)]
+    for start, end in itertools.pairwise(cuts):
+        yield members[start:end]
 
 
-def _tail_part(shape: ModelShape, capacity: int, members: list[_Member], tail_tokens: int) -> TailPart:
+def _tail_part(
+    shape: ModelShape, capacity: int, chunks: list[TailChunk], members: _Members, tail_tokens: int
+) -> TailPart:
     """One padded batch over neighbours; holes between their slots are computed and ignored."""
-    low, high = members[0].place, members[-1].place
-    alone = members[0].chunk.sequence.owner is not None
-    width = max(member.chunk.count for member in members)
-    in_place = not alone and high - low + 1 <= _SPARSE * len(members)
-    places = [member.place - low for member in members] if in_place else list(range(len(members)))
-    batch = high - low + 1 if in_place else len(members)
+    size, width, low = len(chunks), int(members.count.max()), int(members.place[0])
+    span = int(members.place[-1]) - low + 1
+    in_place = chunks[0].sequence.owner is None and span <= _SPARSE * size
+    places = members.place - low if in_place else np.arange(size)
+    batch = span if in_place else size
 
     starts = np.zeros(batch, dtype=np.int64)
-    gather = np.zeros((batch, width), dtype=np.int64)
-    tokens: list[int] = []
-    scatter: list[int] = []
-    for place, member in zip(places, members, strict=True):
-        chunk, begin = member.chunk, member.begin
-        starts[place] = chunk.sequence.tail_length
-        gather[place, : chunk.count] = range(begin, begin + chunk.count)
-        tokens.extend(range(begin, begin + chunk.count))
-        scatter.extend(range(place * width, place * width + chunk.count))
-    length = int(max(starts[place] + member.chunk.count for place, member in zip(places, members, strict=True)))
-    visible = np.arange(length) <= (starts[:, None] + np.arange(width))[:, :, None]  # [b, n, length]
-    for place, member in zip(places, members, strict=True):
-        if member.chunk.sequence.trie is not None:
-            _limit_to_branch(visible[place], member.chunk)
+    starts[places] = members.start
+    steps = np.arange(width)
+    held = steps < members.count[:, None]  # [n, width]: which places of the batch are tokens
+    tokens = (members.begin[:, None] + steps)[held]
+    scatter = (places[:, None] * width + steps)[held]
+    length = int((members.start + members.count).max())
+    visible = np.arange(length) <= (starts[:, None] + steps)[:, :, None]  # [b, n, length]
+    for place, chunk in zip(places, chunks, strict=True):
+        if chunk.sequence.trie is not None:
+            _limit_to_branch(visible[place], chunk)
 
     device = shape.device
-    as_they_come = tokens == list(range(tail_tokens))
+    as_they_come = len(tokens) == tail_tokens and bool((tokens == np.arange(tail_tokens)).all())
+    full = len(tokens) == batch * width
+    gather = None
+    if not (as_they_come and full):
+        gather = np.zeros(batch * width, dtype=np.int64)
+        gather[scatter] = tokens
     mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
     if width > 1:
         mask = mask.repeat_interleave(shape.group, dim=1)
     return TailPart(
         capacity=capacity,
         length=length,
-        slots=slice(low, high + 1) if in_place else torch.tensor([member.place for member in members], device=device),
-        gather=None
-        if as_they_come and len(tokens) == batch * width
-        else torch.from_numpy(gather.reshape(-1)).to(device),
-        scatter=None if len(tokens) == batch * width else torch.tensor(scatter, device=device),
-        tokens=slice(0, tail_tokens) if as_they_come else torch.tensor(tokens, device=device),
+        slots=slice(low, low + span) if in_place else torch.from_numpy(members.place.copy()).to(device),
+        gather=None if gather is None else torch.from_numpy(gather).to(device),
+        scatter=None if full else torch.from_numpy(scatter).to(device),
+        tokens=slice(0, tail_tokens) if as_they_come else torch.from_numpy(tokens).to(device),
         batch=batch,
         mask=mask.unsqueeze(1).to(device),
     )

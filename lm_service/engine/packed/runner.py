@@ -46,6 +46,7 @@ def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64],
     total = batch.tokens
     ids, positions = np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64)
     rows: list[int] = []
+    single: list[tuple[int, int, int]] = []  # tokens that decode: row, id, position
     begin = 0
     for fill in batch.fills:
         node, end = fill.fill.node, begin + fill.count
@@ -54,15 +55,21 @@ def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64],
         begin = end
     for tail in batch.tails:
         sequence, end = tail.sequence, begin + tail.count
-        stop = sequence.computed + tail.count
-        if tail.count == 1 and sequence.decoding:
-            ids[begin] = sequence.tokens[sequence.computed]
-            positions[:, begin] = sequence.prompt.next_position + sequence.computed - sequence.prompt_length
+        computed = sequence.computed
+        if tail.count == 1 and computed >= sequence.prompt_length and sequence.trie is None:
+            single.append(
+                (begin, sequence.tokens[computed], sequence.prompt.next_position + computed - sequence.prompt_length)
+            )
+            rows.append(begin)
         else:
-            ids[begin:end] = sequence.tokens[sequence.computed : stop]
-            positions[:, begin:end] = sequence.positions(sequence.computed, stop)
-        rows.extend(range(begin + tail.first_output, end))
+            stop = computed + tail.count
+            ids[begin:end] = sequence.tokens[computed:stop]
+            positions[:, begin:end] = sequence.positions(computed, stop)
+            rows.extend(range(begin + tail.first_output, end))
         begin = end
+    if single:
+        at, tokens, places = np.array(single, dtype=np.int64).T
+        ids[at], positions[:, at] = tokens, places
     return ids, positions, rows
 
 

@@ -243,7 +243,7 @@ class Scheduler:
         self.queue.pop(sequence)
         self.running.append(sequence)
         self.admitted.append(sequence)
-        sequence.leaf, sequence.slot, sequence.pending = leaf, slot, created
+        sequence.leaf, sequence.leaf_end, sequence.slot, sequence.pending = leaf, leaf.end, slot, created
         sequence.inlined = {node.id for node in inlined}
         sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
         sequence.note_admission()
@@ -342,14 +342,14 @@ class Scheduler:
         if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
             return
         kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.tail_length)
-        self._cache.insert(leaf, sequence.content_until(sequence.computed)[:, leaf.end :], kv)
+        self._cache.insert(leaf, sequence.content_between(leaf.end, sequence.computed), kv)
 
     def _free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._pool.free(sequence.slot)
         if sequence.leaf is not None:
             self._cache.release(sequence.leaf)
-        sequence.slot = sequence.leaf = None
+        sequence.slot, sequence.leaf, sequence.leaf_end = None, None, 0
         sequence.pending, sequence.path, sequence.order = [], (), ()
         sequence.inlined, sequence.inlined_tokens, sequence.computed = set(), 0, 0
 

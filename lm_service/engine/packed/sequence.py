@@ -57,6 +57,7 @@ class Sequence:
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None
+    leaf_end: int = 0  # tokens of the prefix that ends with `leaf`; 0 without one
     inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the tail
     inlined_tokens: int = 0
     pending: list[Node] = field(default_factory=list)  # nodes of its prefix still to be filled
@@ -67,16 +68,15 @@ class Sequence:
     path_version: int = -1
     timings: Timings = field(default_factory=Timings)
     admissions: int = 0
+    prompt_length: int = field(init=False)  # tokens of the prompt
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.prompt.token_ids)
 
     @property
     def owner(self) -> Request | None:
         """Its request, if that one shares no step with others."""
         return self.request if self.request.alone else None
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt.token_ids)
 
     @property
     def length(self) -> int:
@@ -91,7 +91,7 @@ class Sequence:
     @property
     def tail_length(self) -> int:
         """Tokens in its slot."""
-        return self.inlined_tokens + self.computed - (self.leaf.end if self.leaf is not None else 0)
+        return self.inlined_tokens + self.computed - self.leaf_end
 
     @property
     def decoding(self) -> bool:
@@ -110,6 +110,15 @@ class Sequence:
             first = self.prompt.next_position + have - self.prompt_length
             self.content = np.concatenate([self.content, text_content(self.tokens[have:end], first)], axis=1)
         return self.content[:, :end]
+
+    def content_between(self, start: int, end: int) -> Content:
+        """The content of the tokens [start, end)."""
+        have = self.content.shape[1]
+        if end <= have:
+            return self.content[:, start:end]
+        begin = max(start, have)
+        rest = text_content(self.tokens[begin:end], self.prompt.next_position + begin - self.prompt_length)
+        return rest if start >= have else np.concatenate([self.content[:, start:], rest], axis=1)
 
     def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
