@@ -19,8 +19,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import DynamicCache
@@ -37,11 +38,13 @@ from lm_service.engine.packed.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, ImageSpan, Prompt, Sampling, ScoreItem, Scoring
 from lm_service.positions import mrope_positions
+from lookonce.apart import apart
 from lookonce.checkpoint import open_checkpoint
 from lookonce.checkpoint.modules import load_language_model, load_vision_tower
 from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.reference import EmbeddingReference
 
+T = TypeVar("T")
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
 SYSTEM, QUESTION, TOKENS = 20, 20, 16
 MIB = 1 << 20
@@ -194,13 +197,13 @@ async def wall_times(
             await run_engine(engine, prompts)
             wall = time.perf_counter() - began
             await engine.close()
-            floor = await asyncio.to_thread(bare.floor, count)
+            floor = await asyncio.to_thread(apart, bare.floor, count)
             ratios.append(wall / floor)
-            seeing.append(wall / (floor + await asyncio.to_thread(bare.looks, count)))
+            seeing.append(wall / (floor + await asyncio.to_thread(apart, bare.looks, count)))
             seconds.append(wall)
             if bare.tower is not None:
-                encode = await asyncio.to_thread(bare.encode)
-                gains.append(count * await asyncio.to_thread(bare.whole) / (encode + wall))
+                encode = await asyncio.to_thread(apart, bare.encode)
+                gains.append(count * await asyncio.to_thread(apart, bare.whole) / (encode + wall))
                 shares.append((encode + floor) / (encode + wall))
         results[f"wall/floor N={count}"] = statistics.median(ratios)
         results[f"wall/floor that sees the image N={count}"] = statistics.median(seeing)
@@ -304,6 +307,13 @@ def decode_ratios(
     }
 
 
+def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    """Call a function in the engine's thread: one that computed in another would slow both (see lookonce.apart)."""
+    done: Future[T] = Future()
+    engine._tell(lambda: done.set_result(function(*args)))
+    return asyncio.wrap_future(done)
+
+
 async def score_ratio(
     adapter: Qwen2VLAdapter, bare: Bare, table: TokenTable, options: PackedOptions, rounds: int
 ) -> dict[str, float]:
@@ -318,8 +328,8 @@ async def score_ratio(
     behind = [Prompt(prompt.token_ids[cut:], (), prompt.positions[:, cut:], prompt.next_position) for prompt in asked]
     plain = [question(number, None) for number in range(32)]
     first = Prompt(asked[0].token_ids[:cut], asked[0].images, asked[0].positions[:, :cut], 0)
-    prefix = await asyncio.to_thread(bare.prefill, [first], None)
-    prefix.batch_repeat_interleave(32)
+    prefix = await _beside(engine, bare.prefill, [first], None)
+    await _beside(engine, prefix.batch_repeat_interleave, 32)
     without: list[float] = []
     beside: list[float] = []
     shares: list[float] = []
@@ -328,9 +338,9 @@ async def score_ratio(
         await engine.score(Scoring("s", items))
         scored = time.perf_counter()
         shares.append((scored - began) / (timed.seconds - forward))
-        await asyncio.to_thread(bare.prefill, plain, None)
+        await _beside(engine, bare.prefill, plain, None)
         unseen = time.perf_counter()
-        await asyncio.to_thread(bare.prefill, behind, prefix)
+        await _beside(engine, bare.prefill, behind, prefix)
         seen = time.perf_counter()
         prefix.crop(-QUESTION)
         without.append((scored - began) / (unseen - scored))
@@ -362,15 +372,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or make_random_checkpoint(Path(folder) / "model", size=arguments.size)
         checkpoint = open_checkpoint(str(path))
-        adapter = Qwen2VLAdapter(*load_language_model(checkpoint, torch.float32))
-        model, head = load_language_model(checkpoint, torch.float32)
-        tower = load_vision_tower(checkpoint, torch.float32) if arguments.unsplit else None
+        adapter = apart(lambda: Qwen2VLAdapter(*load_language_model(checkpoint, torch.float32)))
+        model, head = apart(load_language_model, checkpoint, torch.float32)
+        tower = apart(load_vision_tower, checkpoint, torch.float32) if arguments.unsplit else None
     bare = Bare(model, head, Pictures(adapter.shape.hidden).rows, tower)
     table = TokenTable([(number, b"a") for number in range(adapter.shape.vocabulary)])
     options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=2048 * MIB)
     results: dict[str, float] = {}
     if "decode" in arguments.parts:
-        results |= decode_ratios(adapter, bare, table, options, arguments.rounds)
+        results |= apart(decode_ratios, adapter, bare, table, options, arguments.rounds)
     if "score" in arguments.parts:
         results |= asyncio.run(score_ratio(adapter, bare, table, options, arguments.rounds))
     if "wall" in arguments.parts:

@@ -6,6 +6,7 @@ import structlog
 
 from lm_service.settings import LanguageSettings
 from lookonce import tracing
+from lookonce.apart import apart
 from lookonce.errors import LookonceError
 from lookonce.process import leave_after
 from lookonce.settings import command
@@ -25,7 +26,7 @@ def run(settings: LanguageSettings) -> int:
     try:
         tracing.export_spans("language", settings.trace_endpoint, share=settings.trace_share)
         start_metrics(settings)
-        model = load_model(settings)
+        model = apart(load_model, settings)
         uvloop.run(serve(settings, model))
     except LookonceError as error:
         log.error("cannot start", kind=error.kind.value, reason=error.message)

@@ -20,6 +20,7 @@ from lm_service.l1 import TensorCache
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
 from lm_service.validation import DamagedRecord, RecordRules
+from lookonce.apart import apart
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.record import EmbeddingRecord, parse_record
@@ -137,7 +138,7 @@ class EmbeddingResolver:
 
     async def _admit(self, record: EmbeddingRecord, reference: EmbeddingReference) -> torch.Tensor:
         try:
-            rows = await asyncio.to_thread(self._rules.rows, record, reference)
+            rows = await asyncio.to_thread(apart, self._rules.rows, record, reference)
         except LookonceError:
             METRICS.invalid.inc()
             raise

@@ -27,6 +27,7 @@ from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
 from lm_service.template import ChatTemplate, load_template
 from lm_service.validation import RecordRules
+from lookonce.apart import apart
 from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.checkpoint.files import read_json
 from lookonce.checkpoint.lean import TextModel, load_language_model
@@ -137,7 +138,9 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         step_seconds=settings.step_seconds,
     )
     devices = model.home.of_layers
-    adapter = Qwen2VLAdapter(model.text_model, model.lm_head, quantization=settings.quantization, devices=devices)
+    adapter = apart(
+        Qwen2VLAdapter, model.text_model, model.lm_head, quantization=settings.quantization, devices=devices
+    )
     return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
 
 

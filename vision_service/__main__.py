@@ -14,6 +14,7 @@ import structlog
 import torch
 
 from lookonce import __version__, tracing
+from lookonce.apart import apart
 from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
@@ -128,7 +129,7 @@ def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescrip
 async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
     started = time.monotonic()
-    tower = await asyncio.to_thread(load, settings)
+    tower = await asyncio.to_thread(apart, load, settings)
     store, shared = open_stores(settings)
     core = build_core(settings, tower, store, shared)
     core.start()

@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node
+
+_FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
 
 
 @dataclass(frozen=True)
@@ -144,16 +147,36 @@ class PackedAttention:
         if out is None:
             return
         grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
-        merged = self._partial(grouped, _spread(k, shape.group), _spread(v, shape.group), True)
         seen = [node.layers[layer] for node in part.ancestors]
-        if part.start:
-            seen.append((keys[:, : part.start], values[:, : part.start]))
-        for earlier_keys, earlier_values in seen:
-            other = self._partial(
-                grouped, _spread(earlier_keys, shape.group), _spread(earlier_values, shape.group), False
-            )
-            merged = merge(merged, other)
-        out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(merged[0].permute(2, 0, 1, 3))
+        before = part.start + sum(node.length for node in part.ancestors)
+        if before <= count * _FEW_BEFORE:
+            seen.append((keys[:, : part.start + count], values[:, : part.start + count]))
+            mixed = self._causal(grouped, seen, before)
+        else:
+            if part.start:
+                seen.append((keys[:, : part.start], values[:, : part.start]))
+            mixed = self._merged(grouped, k, v, seen)
+        out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(mixed.permute(2, 0, 1, 3))
+
+    def _causal(self, q: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], before: int) -> torch.Tensor:
+        """Output [K, G, n, d] over all keys at once. Kernels align rows and columns at the first, so that as many rows
+        as there are keys `before` are computed in vain: for a few, cheaper than a product of their own and a merge."""
+        group = self._shape.group
+        keys, values = (
+            seen[0] if len(seen) == 1 else (torch.cat([k for k, _ in seen], 1), torch.cat([v for _, v in seen], 1))
+        )
+        rows = functional.pad(q, (0, 0, before, 0)) if before else q
+        return self._partial(rows, _spread(keys, group), _spread(values, group), True)[0][:, :, before:]
+
+    def _merged(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Output [K, G, n, d] over the stretch itself, causally, and over what comes before."""
+        group = self._shape.group
+        merged = self._partial(q, _spread(k, group), _spread(v, group), True)
+        for keys, values in seen:
+            merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
+        return merged[0]
 
     def _tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shape, plan = self._shape, self._plan
