@@ -52,20 +52,23 @@ class Answers:
         self._reconnect_wait = reconnect_wait  # seconds
         self.interactive = 0  # calls under way for askers who wait
 
-    def generate(self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, asker: Asker) -> Answering:
-        """Stream the events of an answer. Close the iterator to stop the work.
+    def generate(
+        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, asker: Asker, *, whole: bool = False
+    ) -> Answering:
+        """Stream the events of an answer; of a `whole` one, nothing before it has ended. Close the iterator to stop the
+        work.
 
         A replica that fails before the first event is replaced in silence, as are lost embeddings; afterwards the
         failure is raised from the iterator."""
         resolved: list[Resolved] = []
-        return Answering(self._events(turns, sampling, asker, resolved), resolved)
+        return Answering(self._events(turns, sampling, asker, resolved, whole), resolved)
 
     async def complete(
         self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, asker: Asker
     ) -> tuple[list[Completion], list[Resolved]]:
         """The whole of an answer (or n). Nothing was shown yet: a replica that dies midway costs one more try."""
         for last in (False, True):
-            answering = self.generate(turns, sampling, asker)
+            answering = self.generate(turns, sampling, asker, whole=True)
             try:
                 return await collect(answering, max(1, sampling.n)), answering.resolved
             except LookonceError as error:
@@ -132,6 +135,7 @@ class Answers:
         sampling: language_pb2.SamplingParameters,
         asker: Asker,
         resolved: list[Resolved],
+        whole: bool,
     ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
         deadline = time.monotonic() + asker.timeout
         candidates = self._candidates(images_of(turns))
@@ -139,7 +143,7 @@ class Answers:
             last, started = served is candidates[-1], False
             try:
                 with _measured(served):
-                    attempt = self._attempt(served, turns, sampling, asker, resolved, deadline, last)
+                    attempt = self._attempt(served, turns, sampling, asker, resolved, deadline, last, whole)
                     async with aclosing(attempt) as events:
                         async for event in events:
                             started = True
@@ -158,6 +162,7 @@ class Answers:
         resolved: list[Resolved],
         deadline: float,
         last: bool,
+        whole: bool,
     ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
         images, replicas = images_of(turns), served.language
         await self._resolve(served, images, asker, resolved)
@@ -176,6 +181,7 @@ class Answers:
                 sampling=sampling,
                 timeout=left,
                 client=asker.client,
+                whole=whole,
             )
             try:
                 with self._counted(asker), replicas.use(endpoint) as client:

@@ -47,7 +47,9 @@ class Metrics:
         self.invalid = Counter("lookonce_lm_embeddings_refused", "Records refused before the model saw them.")
         self.fetch_failures = Counter("lookonce_lm_fetch_failures", "Fetches that failed, absent records apart.")
         self.inter_token = Histogram(
-            "lookonce_lm_inter_token_seconds", "From one token of an answer to its next.", buckets=_SHORT_SECONDS
+            "lookonce_lm_inter_token_seconds",
+            "From one token of an answer to its next, on average over the answer.",
+            buckets=_SHORT_SECONDS,
         )
         self.step_seconds = Histogram(
             "lookonce_lm_step_seconds", "One step of the engine, prefill and decode together.", buckets=_SHORT_SECONDS

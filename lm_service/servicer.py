@@ -54,12 +54,11 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         with _counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
-            gaps, phases = _Gaps(), Phases()
+            phases = Phases()
             stream = cast(AsyncGenerator[Delta | Finish, None], self._engine.generate(generation))
             async with aclosing(stream) as events:
                 async for event in events:
                     if isinstance(event, Delta):
-                        gaps.note(event.index)
                         yield self._replies.delta(event)
                     else:
                         _observe(event.timings, event.completion_tokens, first=event.index == 0)
@@ -105,25 +104,11 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         else:
             prompt = await asyncio.to_thread(self._builder.build, messages)
         name = request.request_id or uuid.uuid4().hex
-        return Generation(name, prompt, sampling, request.client, deadline)
+        return Generation(name, prompt, sampling, request.client, deadline, whole=request.whole)
 
     def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
         check_ids(request)
         return time.monotonic() + timeout_of(request, context.time_remaining(), self._max_timeout)
-
-
-class _Gaps:
-    """Times between the tokens of each of a request's answers."""
-
-    def __init__(self) -> None:
-        self._last: dict[int, float] = {}
-
-    def note(self, index: int) -> None:
-        """A token of an answer is here."""
-        now = time.monotonic()
-        if index in self._last:
-            METRICS.inter_token.observe(now - self._last[index])
-        self._last[index] = now
 
 
 @contextmanager
@@ -145,6 +130,9 @@ def _counted(method: str) -> Iterator[None]:
 
 def _observe(timings: Timings, completion_tokens: int, *, first: bool) -> None:
     METRICS.completion_tokens.inc(completion_tokens)
+    between = completion_tokens - 1
+    for _ in range(between):
+        METRICS.inter_token.observe((timings.total_ms - timings.ttft_ms) / 1000 / between)
     if first:
         tracing.annotate(queue_ms=timings.queue_ms, load_ms=timings.load_ms, ttft_ms=timings.ttft_ms)
         tracing.annotate(prefill_tokens=timings.prefill_tokens, cached_tokens=timings.cached_tokens)

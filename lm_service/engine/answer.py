@@ -54,12 +54,15 @@ class Answer:
         self.stop: str | None = None  # the stop string that was met
         self._limit = min(sampling.max_tokens, room)
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
+        self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
         self._detokenizer = table.detokenizer()
         self._matcher = StopMatcher(sampling.stop)
 
-    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> Delta:
-        """Take the next token. When it ends the answer, `reason` (and `stop`) are set and all text left is out."""
+    def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        """Add the next token. When it ends the answer, `reason` (and `stop`) are set."""
         self.tokens.append(token_id)
+        if logprob is not None:
+            self._logprobs.append(logprob)
         if token_id in self._end_ids:
             self.reason = FinishReason.STOP
             text = self._rest("")
@@ -70,7 +73,13 @@ class Answer:
             elif len(self.tokens) >= self._limit:
                 self.reason = FinishReason.LENGTH
                 text = self._rest(text)
-        return Delta(self.index, text, (token_id,), () if logprob is None else (logprob,))
+        self._text += text
+
+    def take(self) -> Delta:
+        """What came since this was called last. Once the answer has ended no text is held back."""
+        delta = Delta(self.index, self._text, tuple(self.tokens[self._taken :]), tuple(self._logprobs))
+        self._text, self._logprobs, self._taken = "", [], len(self.tokens)
+        return delta
 
     def _rest(self, shown: str) -> str:
         text, self.stop = self._matcher.push(self._detokenizer.flush())

@@ -63,6 +63,7 @@ class Generation:
     sampling: Sampling
     client: str = ""
     deadline: float | None = None  # time.monotonic() seconds
+    whole: bool = False  # each answer in one delta, when it has ended
 
 
 @dataclass(frozen=True)

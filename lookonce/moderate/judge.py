@@ -143,6 +143,7 @@ class Judge:
             messages=self._messages(picture, rule.ask_further("image")),
             sampling=language_pb2.SamplingParameters(max_tokens=rule.follow_up_tokens),
             timeout=timeout,
+            whole=True,
         )
         text, finished = "", False
         async with link.slots:

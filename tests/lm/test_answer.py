@@ -27,7 +27,8 @@ def answer(text, table=BYTES, tokens=None, max_tokens=1000, room=1000, **samplin
     for token in tokens if tokens is not None else text.encode():
         if one.reason is not None:
             break
-        shown.append(one.push(token).text)
+        one.push(token)
+        shown.append(one.take().text)
     return one, shown
 
 

@@ -25,6 +25,7 @@ from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import free_memory
 
+_HAND_OVER_SECONDS = 0.02
 _log = structlog.get_logger(__name__)
 
 
@@ -60,6 +61,7 @@ class EngineCore:
         self.step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
+        self._handed_over = 0.0
 
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
@@ -160,27 +162,43 @@ class EngineCore:
         wanted = outputs(batch)
         bad: list[Sequence] = []
         scored: list[Sequence] = []
-        answered: list[tuple[Sequence, list[Delta | Finish]]] = []
+        answered: list[Sequence] = []
         if logits is not None:
             wanted, bad = split_bad(wanted, logits)
             scored = extend_scores(wanted, logits)
-            answered = list(extend_answers(wanted, logits))
+            answered = extend_answers(wanted, logits)
         self.scheduler.computed(batch)
         for sequence in bad:
             self.scheduler.poisoned(sequence)
             self.scheduler.fail(sequence, internal_error())
-        for sequence, events in answered:
-            self._answered(sequence, events)
+        due = self._due(batch)
+        for sequence in answered:
+            self._answered(sequence, due=due)
         for sequence in scored:
             self._scored(sequence)
 
-    def _answered(self, sequence: Sequence, events: list[Delta | Finish]) -> None:
+    def _due(self, batch: Batch) -> bool:
+        """Whether tokens are to be handed over after this step. Not after each where all decode and steps are short:
+        nobody reads that fast, and every token handed over costs a good part of a short step."""
+        now, scheduler = time.perf_counter(), self.scheduler
+        prefills = batch.tokens > len(batch.tails) or scheduler.fills or scheduler.queue
+        if not prefills and now - self._handed_over < _HAND_OVER_SECONDS:
+            return False
+        self._handed_over = now
+        return True
+
+    def _answered(self, sequence: Sequence, *, due: bool) -> None:
+        request, answer = sequence.request, sequence.answer
         self._generated += 1
-        for event in events:
-            self.events.append((sequence.request, event))
-        if isinstance(events[-1], Finish):
-            sequence.request.unfinished -= 1
+        if answer is None:
+            return
+        if answer.reason is not None:
+            finish = Finish(answer.index, answer.reason, len(answer.tokens), sequence.timings, answer.stop)
+            self.events += [(request, answer.take()), (request, finish)]
+            request.unfinished -= 1
             self.scheduler.finish(sequence)
+        elif not request.whole and (due or len(answer.tokens) == 1):
+            self.events.append((request, answer.take()))
 
     def _scored(self, sequence: Sequence) -> None:
         sequence.timings.total_ms = sequence.timings.ttft_ms = sequence.elapsed_ms()

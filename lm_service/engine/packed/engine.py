@@ -100,7 +100,7 @@ class PackedEngine:
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """See `Engine.generate`."""
         check_generation(request, self._context, self._shape, self.options)
-        inner = packed.Request(request.id, request.client, kept=self.options.keep_answers)
+        inner = packed.Request(request.id, request.client, kept=self.options.keep_answers, whole=request.whole)
         content = prompt_content(request.prompt)
         room = self._context - len(request.prompt.token_ids)
         for index in range(request.sampling.n):

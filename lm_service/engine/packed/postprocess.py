@@ -1,8 +1,6 @@
-"""From logits to what clients get: tokens, text, log-probabilities, the ends of answers, and scores."""
+"""From logits to answers that are a token longer, and to scores."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 
@@ -10,7 +8,6 @@ from lm_service.engine.packed.batch import Batch, TailChunk
 from lm_service.engine.packed.choices import gather_logprobs
 from lm_service.engine.packed.sequence import Sequence
 from lm_service.engine.sampling import finite_rows, sample, token_logprobs
-from lm_service.engine.types import Delta, Finish
 
 
 def outputs(batch: Batch) -> list[tuple[TailChunk, int, int]]:
@@ -35,13 +32,11 @@ def split_bad(
     return good, [chunk.sequence for chunk, first, last in wanted if not all(finite[first:last])]
 
 
-def extend_answers(
-    wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor
-) -> Iterator[tuple[Sequence, list[Delta | Finish]]]:
-    """Sample the next token of every answer; what that yields, an answer's end included."""
+def extend_answers(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:
+    """Sample the next token of every answer; the sequences that have one more."""
     chosen = [(chunk.sequence, row) for chunk, row, _ in wanted if chunk.sequence.answer is not None]
     if not chosen:
-        return
+        return []
     states = [sequence.sampler for sequence, _ in chosen if sequence.sampler is not None]
     if len(chosen) < logits.shape[0]:
         logits = logits[torch.tensor([row for _, row in chosen], device=logits.device)]
@@ -51,15 +46,14 @@ def extend_answers(
         answer = sequence.answer
         if answer is None:
             continue
-        if not answer.tokens:
-            sequence.timings.ttft_ms = sequence.elapsed_ms()
-        events: list[Delta | Finish] = [answer.push(token, logprob)]
+        answer.push(token, logprob)
         state.append(token)
         sequence.tokens.append(token)
+        if len(answer.tokens) == 1:
+            sequence.timings.ttft_ms = sequence.elapsed_ms()
         if answer.reason is not None:
             sequence.timings.total_ms = sequence.elapsed_ms()
-            events.append(Finish(answer.index, answer.reason, len(answer.tokens), sequence.timings, answer.stop))
-        yield sequence, events
+    return [sequence for sequence, _ in chosen]
 
 
 def extend_scores(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:

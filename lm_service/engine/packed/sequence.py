@@ -35,6 +35,7 @@ class Request:
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
     alone: bool = False  # shares no step with other requests
+    whole: bool = False  # its answers are handed over when they have ended, not before
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
