@@ -18,7 +18,7 @@ from lookonce.errors import LookonceError
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_units import StandIn
-from tests.valkey import free_port
+from tests.ports import free_port
 
 Picture = Callable[..., bytes]
 KEYS = [number.to_bytes(4, "little") * 8 for number in range(2000)]

@@ -19,7 +19,7 @@ from tests.processes import ServiceProcess
 from tests.system.cluster import GatewayProcess
 from tests.system.hosts import Hosts, why_not
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("hosts"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 KEY = "long-key-of-the-hosts-test"
 _serial = itertools.count()
 

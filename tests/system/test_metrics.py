@@ -10,9 +10,9 @@ import pytest
 
 from lookonce.checkpoint.random import make_random_checkpoint
 from tests.pictures import photograph, save
+from tests.ports import free_port
 from tests.processes import ROOT
 from tests.system.cluster import System
-from tests.valkey import free_port
 
 QUESTIONS = 6
 

@@ -20,12 +20,13 @@ from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.errors import LookonceError
 from tests.cli.commands import invoke
 from tests.pictures import photograph, save
+from tests.ports import free_port
 from tests.processes import ROOT
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.system.collector import Collector
-from tests.valkey import ValkeyServer, free_port
+from tests.valkey import ValkeyServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("observability")]
+pytestmark = pytest.mark.slow
 needs_prometheus = pytest.mark.skipif(
     not (shutil.which("prometheus") and shutil.which("promtool")),
     reason="needs Debian's prometheus (apt-get install it)",

@@ -15,7 +15,7 @@ from tests.processes import ServiceProcess
 from tests.system.cluster import GatewayProcess
 from tests.valkey import ValkeyServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("rollout")]
+pytestmark = pytest.mark.slow
 NAMES = ("coffee", "chelsea", "rocket", "astronaut")
 
 
