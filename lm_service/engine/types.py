@@ -127,6 +127,12 @@ class Delta:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] = ()
 
+    def followed_by(self, other: Delta) -> Delta:
+        """Both as one."""
+        return Delta(
+            self.index, self.text + other.text, self.token_ids + other.token_ids, self.logprobs + other.logprobs
+        )
+
 
 class FinishReason(StrEnum):
     """Why an answer ended."""

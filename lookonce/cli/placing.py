@@ -18,7 +18,7 @@ CPU_RUNTIME = 400 << 20
 """What a process on the CPU holds beside its model."""
 QUANTIZED = (False, True)
 BATCH_PATCHES = 16384
-BURST_TOKENS = 2048
+BURST_TOKENS = 4096
 L1_BYTES = 256 << 20
 MAX_RUNNING = 128
 """The services' defaults of the settings of these names; a test holds them equal."""

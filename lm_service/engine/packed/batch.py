@@ -22,6 +22,12 @@ class Fill:
     owner: Request | None = None  # who shares no step with others
     rows: list[tuple[ImageSpan, torch.Tensor]] = field(default_factory=list)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can go on: its embeddings are here, and what comes before it is filled."""
+        parent = self.node.parent
+        return not self.loading and not (parent is not None and parent.building)
+
 
 @dataclass(frozen=True)
 class FillChunk:

@@ -25,7 +25,6 @@ from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import free_memory
 
-_HAND_OVER_SECONDS = 0.02
 _log = structlog.get_logger(__name__)
 
 
@@ -53,6 +52,7 @@ class EngineCore:
         free = _free_for_kv(model.shape)
         self.options = options
         self.events: list[tuple[Request, Event]] = []
+        self.urgent = False  # there are others among them than tokens that follow an answer's first
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self.scheduler = Scheduler(model.shape, self.pool, self.cache, options, load=load, fail=self._failed)
@@ -61,7 +61,6 @@ class EngineCore:
         self.step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
-        self._handed_over = 0.0
 
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
@@ -171,23 +170,12 @@ class EngineCore:
         for sequence in bad:
             self.scheduler.poisoned(sequence)
             self.scheduler.fail(sequence, internal_error())
-        due = self._due(batch)
         for sequence in answered:
-            self._answered(sequence, due=due)
+            self._answered(sequence)
         for sequence in scored:
             self._scored(sequence)
 
-    def _due(self, batch: Batch) -> bool:
-        """Whether tokens are to be handed over after this step. Not after each where all decode and steps are short:
-        nobody reads that fast, and every token handed over costs a good part of a short step."""
-        now, scheduler = time.perf_counter(), self.scheduler
-        prefills = batch.tokens > len(batch.tails) or scheduler.fills or scheduler.queue
-        if not prefills and now - self._handed_over < _HAND_OVER_SECONDS:
-            return False
-        self._handed_over = now
-        return True
-
-    def _answered(self, sequence: Sequence, *, due: bool) -> None:
+    def _answered(self, sequence: Sequence) -> None:
         request, answer = sequence.request, sequence.answer
         self._generated += 1
         if answer is None:
@@ -195,10 +183,12 @@ class EngineCore:
         if answer.reason is not None:
             finish = Finish(answer.index, answer.reason, len(answer.tokens), sequence.timings, answer.stop)
             self.events += [(request, answer.take()), (request, finish)]
+            self.urgent = True
             request.unfinished -= 1
             self.scheduler.finish(sequence)
-        elif not request.whole and (due or len(answer.tokens) == 1):
+        elif not request.whole:
             self.events.append((request, answer.take()))
+            self.urgent = self.urgent or len(answer.tokens) == 1
 
     def _scored(self, sequence: Sequence) -> None:
         sequence.timings.total_ms = sequence.timings.ttft_ms = sequence.elapsed_ms()
@@ -206,18 +196,21 @@ class EngineCore:
         sequence.request.unfinished -= 1
         if not sequence.request.unfinished:
             self.events.append((sequence.request, Scored()))
+            self.urgent = True
 
     def _note_admissions(self) -> None:
         for sequence in self.scheduler.admitted:
             if not sequence.request.admitted:
                 sequence.request.admitted = True
                 self.events.append((sequence.request, Admitted()))
+                self.urgent = True
         self.scheduler.admitted.clear()
 
     def _failed(self, sequence: Sequence, error: LookonceError) -> None:
         """One sequence's failure is its request's."""
         if sequence.request.unfinished:
             self.events.append((sequence.request, error))
+            self.urgent = True
             self.cancel(sequence.request)
 
 

@@ -7,7 +7,8 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence, Set
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence, Set
 
 import structlog
 import torch
@@ -37,6 +38,7 @@ from lm_service.engine.types import (
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 
+_HAND_OVER_SECONDS = 0.02
 _log = structlog.get_logger(__name__)
 
 
@@ -70,6 +72,8 @@ class PackedEngine:
         self._streams: dict[packed.Request, _Stream] = {}
         self._waiting = 0  # requests that have no place yet
         self._admitted = 0  # sequences that have one
+        self._outbox: deque[tuple[packed.Request, Event]] = deque()  # from the worker thread to the event loop
+        self._timed = False  # a delivery is on its way
         self._state = self._core.state()
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,7 +95,8 @@ class PackedEngine:
         await asyncio.to_thread(self._thread.join)
         for task in list(self._tasks):
             task.cancel()
-        self._deliver([(request, _unavailable()) for request in self._streams])
+        self._outbox.extend((request, _unavailable()) for request in self._streams)
+        self._deliver()
 
     def describe(self) -> EngineState:
         """The state after the latest step."""
@@ -205,8 +210,13 @@ class PackedEngine:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(call)
 
-    def _deliver(self, events: list[tuple[packed.Request, Event]]) -> None:
-        for request, event in events:
+    def _deliver_soon(self) -> None:
+        asyncio.get_running_loop().call_later(_HAND_OVER_SECONDS, self._deliver)
+
+    def _deliver(self) -> None:
+        self._timed = False
+        events = [self._outbox.popleft() for _ in range(len(self._outbox))]
+        for request, event in merged(events):
             stream = self._streams.get(request)
             if stream is None:
                 continue
@@ -241,10 +251,17 @@ class PackedEngine:
                 self._mailbox.get_nowait()()
 
     def _post(self) -> None:
-        self._state = self._core.state()
-        events, self._core.events = self._core.events, []
-        if events:
-            self._call_loop(lambda: self._deliver(events))
+        """Hand over what came of a step: first tokens and ends at once, the tokens between within 20 ms, so that a step
+        of a few milliseconds does not wake every caller."""
+        core = self._core
+        self._state = core.state()
+        self._outbox.extend(core.events)
+        if core.urgent:
+            self._call_loop(self._deliver)
+        elif core.events and not self._timed:
+            self._timed = True
+            self._call_loop(self._deliver_soon)
+        core.events, core.urgent = [], False
 
     def _ask_for_embeddings(self, fill: Fill) -> None:
         self._call_loop(lambda: self._start_loading(fill))
@@ -277,6 +294,22 @@ class PackedEngine:
             self._tell(lambda: self._core.scheduler.loaded(fill, source, load_ms))
             return
         self._tell(lambda: self._core.scheduler.fail_fill(fill, failure))
+
+
+def merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:
+    """The same with the tokens of each answer in one delta."""
+    kept: list[tuple[packed.Request, Event]] = []
+    places: dict[tuple[packed.Request, int], int] = {}
+    for request, event in events:
+        if isinstance(event, Delta):
+            place = places.setdefault((request, event.index), len(kept))
+            if place < len(kept):
+                earlier = kept[place][1]
+                if isinstance(earlier, Delta):
+                    kept[place] = request, earlier.followed_by(event)
+                continue
+        kept.append((request, event))
+    return kept
 
 
 async def _next(stream: _Stream, deadline: float | None) -> Event:

@@ -19,7 +19,7 @@ class PackedOptions:
     kv_bytes: int | None = None  # KV of running sequences beyond their shared prefix
     prefix_bytes: int | None = None  # KV of shared prefixes, kept from one request to the next
     step_tokens: int = 512  # most prefill tokens of a step in which someone decodes
-    burst_tokens: int = 2048  # most prefill tokens of a step in which nobody does
+    burst_tokens: int = 4096  # most prefill tokens of a step in which nobody does
     step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `budget.py`
     slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
     inline_tokens: int = 64  # prefixes shorter than this are copied into each sequence, not shared

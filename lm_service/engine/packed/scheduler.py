@@ -8,7 +8,6 @@ is room, else computed again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.batch import Batch, Fill, FillChunk, TailChunk
 from lm_service.engine.packed.budget import StepBudget
 from lm_service.engine.packed.content import spans_within
+from lm_service.engine.packed.counters import Counters
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node, PrefixCache
@@ -25,17 +25,6 @@ from lm_service.engine.types import EmbeddingSource
 from lookonce.errors import ErrorKind, LookonceError
 
 _HEADROOM = 16  # tokens a new tail has room for beyond the prompt
-
-
-@dataclass
-class Counters:
-    """What the scheduler has seen since the start."""
-
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    prefix_hits: int = 0
-    prefix_misses: int = 0
-    preemptions: int = 0
 
 
 class Scheduler:
@@ -161,7 +150,7 @@ class Scheduler:
         """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
         two take turns."""
         owners = [sequence.owner for sequence in ready]
-        owners += [fill.owner for fill in self.fills if _can_be_filled(fill)]
+        owners += [fill.owner for fill in self.fills if fill.ready]
         alone = [owner for owner in owners if owner is not None]
         self._was_alone = bool(alone) and not (self._was_alone and None in owners)
         return min(alone, key=lambda request: request.arrived) if self._was_alone else None
@@ -172,7 +161,7 @@ class Scheduler:
             if budget <= 0:
                 return
             node = fill.node
-            if fill.owner is not turn or not _can_be_filled(fill):
+            if fill.owner is not turn or not fill.ready:
                 continue
             count = min(node.length - node.filled, budget)
             batch.fills.append(FillChunk(fill, count))
@@ -394,8 +383,3 @@ class Scheduler:
             f"{sequence.length} tokens need more KV memory than there is: "
             f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token",
         )
-
-
-def _can_be_filled(fill: Fill) -> bool:
-    parent = fill.node.parent
-    return not fill.loading and not (parent is not None and parent.building)
