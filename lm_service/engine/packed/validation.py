@@ -44,7 +44,8 @@ def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
         )
     if not length:
         raise invalid("the prompt is empty", param="prompt")
-    if min(prompt.token_ids) < 0 or max(prompt.token_ids) >= shape.vocabulary:
+    used = set(prompt.token_ids)  # most are the image's placeholder
+    if min(used) < 0 or max(used) >= shape.vocabulary:
         raise invalid(f"the prompt has a token id outside the vocabulary of {shape.vocabulary}", param="prompt")
     if tuple(prompt.positions.shape) != (3, length):
         raise invalid(f"positions are {list(prompt.positions.shape)}, not [3, {length}]", param="prompt")
