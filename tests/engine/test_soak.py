@@ -50,8 +50,11 @@ async def act(engine, chance: random.Random) -> None:
         await engine.score(Scoring("s", tuple(ScoreItem(wanted, ((1,), (2, 3), (2, 4))) for _ in range(3))))
     elif kind == "leave":
         async with contextlib.aclosing(engine.generate(generation(wanted, 60, **client))) as stream:
-            for _ in range(chance.randint(1, 6)):
-                await anext(stream)
+            left = chance.randint(1, 6)
+            async for _ in stream:
+                left -= 1
+                if not left:
+                    break
     elif kind == "talk":
         parts = [SYSTEM, image, text]
         for turn in range(3):
@@ -67,7 +70,7 @@ async def act(engine, chance: random.Random) -> None:
 async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     model, lab.album = Audited(lab.adapter), Album(lab.adapter.shape.hidden)
     token = lab.adapter.shape.token_bytes
-    options = {"max_running": 9, "kv_bytes": 8 * 64 * token, "prefix_bytes": 450 * token, "slab_tokens": 64}
+    options = {"max_running": 9, "kv_bytes": 4 * 64 * token, "prefix_bytes": 450 * token, "slab_tokens": 64}
     engine = PackedEngine(model, TOKENS, frozenset(), lab.album, PackedOptions(**options, long_tail_tokens=40))
     model.core = engine._core
     await engine.start()
@@ -85,7 +88,7 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     await drained(engine)
     state = engine.describe()
     assert model.forwards > actions and model.most > 300 * token
-    assert state.extra["prefix_evictions"] > 0 and (state.extra["preemptions"] > 0 or actions < 1000)  # by chance
+    assert state.extra["prefix_evictions"] > 0 and state.extra["preemptions"] > 0
     await engine.forget([], [picture(number).image_digest for number in range(IMAGES)])
     assert all(not node.images for node in engine._core.cache)
     await engine.close()
