@@ -101,7 +101,7 @@ async def test_splitting_a_prefix_in_use(lab):
     first, second = prompt(document, words(30, 31)), prompt(document, words(14, 32))
     async with lab.engine(long_tail_tokens=32) as engine:
         stream = engine.generate(generation(first, 60))
-        got = [await anext(stream) for _ in range(5)]
+        got = [await anext(stream)]
         (answer,) = await ask(engine, generation(second, 5))
         lab.check(second, answer)
         assert answer.finish.timings.cached_tokens == 120
