@@ -21,7 +21,7 @@ from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
 from lm_service.validation import DamagedRecord, RecordRules
 from lookonce.apart import apart
-from lookonce.embeddings import EmbeddingCache
+from lookonce.embeddings import INLINE_BYTES, EmbeddingCache
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.record import EmbeddingRecord, parse_record
 from lookonce.reference import EmbeddingReference
@@ -138,7 +138,10 @@ class EmbeddingResolver:
 
     async def _admit(self, record: EmbeddingRecord, reference: EmbeddingReference) -> torch.Tensor:
         try:
-            rows = await asyncio.to_thread(apart, self._rules.rows, record, reference)
+            if sum(view.data.nbytes for view in record.tensors.values()) <= INLINE_BYTES:
+                rows = self._rules.rows(record, reference)
+            else:
+                rows = await asyncio.to_thread(apart, self._rules.rows, record, reference)
         except LookonceError:
             METRICS.invalid.inc()
             raise

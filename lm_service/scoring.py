@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
 from lm_service.phases import Phases
-from lm_service.prompt import PromptBuilder
+from lm_service.prompt import SHORT, PromptBuilder
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
 from lookonce.errors import ErrorKind, LookonceError
@@ -19,6 +20,8 @@ from protos.lookonce.v1 import language_pb2
 
 _OF_ONE_IMAGE = {ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID, ErrorKind.FINGERPRINT_MISMATCH}
 """Failures that say nothing of items about other images."""
+_INLINE_SECONDS = 0.001
+"""Preparing items may hold up the event loop for so long: less than a thread needs to take them over."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Scorer:
         """Results in the order asked. Raises what concerns the whole request (OVERLOADED, DEADLINE_EXCEEDED)."""
         check_items(request.items)
         results = [language_pb2.ScoreResult(id=item.id) for item in request.items]
-        asked = await asyncio.to_thread(self._asked, request.items, results)
+        asked = await self._asked(request.items, results)
         name = request.request_id or uuid.uuid4().hex
         timings = Timings()
         try:
@@ -59,21 +62,31 @@ class Scorer:
         receipt = self._replies.receipt(timings, [entry.item.prompt for entry in asked])
         return language_pb2.ScoreResponse(results=results, receipt=receipt)
 
-    def _asked(
+    async def _asked(
         self, items: Sequence[language_pb2.ScoreItem], results: Sequence[language_pb2.ScoreResult]
     ) -> list[_Asked]:
-        """The items that are fit; the errors of the others go into their results."""
-        asked = []
-        for at, item in enumerate(items):
-            try:
-                choices = choices_of(item)
-                tokens = tuple(tuple(self._builder.template.text_ids(choice)) for choice in choices)
-                prompt = self._builder.build(messages_of(item.messages), reserve=max(map(len, tokens)))
-            except LookonceError as error:
-                results[at].error.CopyFrom(to_proto(error))
-            else:
-                asked.append(_Asked(at, choices, ScoreItem(prompt, tokens)))
-        return asked
+        """The items that are fit; the errors of the others go into their results. Long ones are left to a thread."""
+
+        def prepare(places: range) -> list[_Asked | None]:
+            return [self._prepare(at, items[at], results[at]) for at in places]
+
+        asked: list[_Asked | None] = []
+        until = time.perf_counter() + _INLINE_SECONDS
+        while len(asked) < len(items) and _is_short(items[len(asked)]) and time.perf_counter() < until:
+            asked += prepare(range(len(asked), len(asked) + 1))
+        if len(asked) < len(items):
+            asked += await asyncio.to_thread(prepare, range(len(asked), len(items)))
+        return [entry for entry in asked if entry is not None]
+
+    def _prepare(self, at: int, item: language_pb2.ScoreItem, result: language_pb2.ScoreResult) -> _Asked | None:
+        try:
+            choices = choices_of(item)
+            tokens = tuple(self._builder.template.choice_ids(choice) for choice in choices)
+            prompt = self._builder.build(messages_of(item.messages), reserve=max(map(len, tokens)))
+        except LookonceError as error:
+            result.error.CopyFrom(to_proto(error))
+            return None
+        return _Asked(at, choices, ScoreItem(prompt, tokens))
 
     async def _run(
         self,
@@ -90,8 +103,8 @@ class Scorer:
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
             results[entry.at].scores.CopyFrom(item_scores(entry.choices, lengths, logprobs, entry.item.prompt, cached))
-            METRICS.prompt_tokens.inc(len(entry.item.prompt.token_ids))
-            METRICS.cached_tokens.inc(cached)
+        METRICS.prompt_tokens.inc(sum(len(item.prompt.token_ids) for item in items))
+        METRICS.cached_tokens.inc(sum(scores.cached_tokens))
         return scores.timings
 
     async def _run_by_image(
@@ -118,6 +131,12 @@ class Scorer:
             else:
                 _add(total, part)
         return total
+
+
+def _is_short(item: language_pb2.ScoreItem) -> bool:
+    parts = [part for message in item.messages for part in message.parts]
+    size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
+    return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
 
 
 def _add(total: Timings, part: Timings) -> None:

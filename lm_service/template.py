@@ -54,6 +54,7 @@ class ChatTemplate:
         names = {number: content for content, number in self._added.items()}
         self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
+        self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text: tuple(self.text_ids(text)))
 
     def ids(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image.
@@ -81,6 +82,10 @@ class ChatTemplate:
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def choice_ids(self, text: str) -> tuple[int, ...]:
+        """`text_ids` of a short text that is likely to be asked for again."""
+        return self._choices(text)
 
     def token_id(self, token: str) -> int | None:
         """The id of an added token, if the vocabulary has it."""

@@ -38,7 +38,11 @@ class VisionSettings(Settings):
     max_pixels: int | None = Field(None, ge=784, description="Most pixels of a resized image (the checkpoint's own)")
     max_image_bytes: Bytes = Field(20 << 20, description="Largest encoded image file")
     max_source_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image before resizing")
-    batch_patches: int = Field(16384, ge=1, description="Patches encoded in one batch, unless one image has more")
+    batch_patches: int | None = Field(
+        None,
+        ge=1,
+        description="Patches of a batch, unless one image has more; unset: 2048 on a CPU, else 16384",
+    )
     batch_wait_ms: float = Field(3.0, ge=0, le=1000, description="How long an image waits for company")
     decode_workers: int = Field(2, ge=1, le=64, description="Threads that decode and resize")
     max_waiting: int = Field(256, ge=1, description="Images under way at once; more are refused (OVERLOADED)")

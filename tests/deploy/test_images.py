@@ -25,6 +25,7 @@ for package in packages:
     for found in pkgutil.walk_packages(getattr(root, "__path__", []), package + "."):
         if found.name not in ("lookonce.checkpoint.modules", "lookonce.checkpoint.split"):
             importlib.import_module(found.name)
+import uvloop  # what each process runs on, imported when it starts
 print("whole")
 """
 LIGHT = "lookonce.stores,lookonce.rpc,lookonce.cli.health,lookonce.spans,lookonce.telemetry"
