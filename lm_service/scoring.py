@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
@@ -18,6 +19,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.rpc.errors import to_proto
 from protos.lookonce.v1 import language_pb2
 
+T = TypeVar("T")
 _OF_ONE_IMAGE = {ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID, ErrorKind.FINGERPRINT_MISMATCH}
 """Failures that say nothing of items about other images."""
 _INLINE_SECONDS = 0.001
@@ -53,7 +55,9 @@ class Scorer:
         name = request.request_id or uuid.uuid4().hex
         timings = Timings()
         try:
-            if asked:
+            if asked and request.alone:
+                timings = await self._run_by_image(asked, results, name, request, deadline)
+            elif asked:
                 timings = await self._run(asked, results, name, request, deadline)
         except LookonceError as error:
             if error.kind not in _OF_ONE_IMAGE:
@@ -115,21 +119,25 @@ class Scorer:
         request: language_pb2.ScoreRequest,
         deadline: float,
     ) -> Timings:
-        """One image's trouble came up: score each image's items on their own, so that the others get their answers."""
+        """Score each image's items on their own: one's trouble is not the others'."""
         groups: dict[tuple[bytes, ...], list[_Asked]] = {}
         for entry in asked:
             groups.setdefault(entry.images, []).append(entry)
-        total = Timings()
-        for group in groups.values():
+
+        async def run(group: Sequence[_Asked]) -> Timings:
             try:
-                part = await self._run(group, results, name, request, deadline)
+                return await self._run(group, results, name, request, deadline)
             except LookonceError as error:
                 if error.kind not in _OF_ONE_IMAGE:
                     raise
                 for entry in group:
                     results[entry.at].error.CopyFrom(to_proto(error))
-            else:
-                _add(total, part)
+                return Timings()
+
+        parts = await _all([run(group) for group in groups.values()])
+        total = parts[0] if len(parts) == 1 else Timings()
+        for part in parts if len(parts) > 1 else ():
+            _add(total, part)
         return total
 
 
@@ -137,6 +145,16 @@ def _is_short(item: language_pb2.ScoreItem) -> bool:
     parts = [part for message in item.messages for part in message.parts]
     size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
     return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, or the first failure, which ends the others."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def _add(total: Timings, part: Timings) -> None:

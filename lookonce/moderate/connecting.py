@@ -99,12 +99,12 @@ async def connected(addresses: Addresses, policy: Policy, served: Served) -> Asy
 
     def open_language(address: str) -> LanguageLink:
         client = LanguageClient(address, tls=addresses.tls)
-        return LanguageLink(client, addresses.scores, patience, check_language)
+        return LanguageLink(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
 
     visions = Links([open_vision(address) for address in addresses.vision])
     languages = Links([open_language(address) for address in addresses.language])
     try:
-        yield Judge(policy, models, visions, languages, patience, alone=addresses.reproducible)
+        yield Judge(policy, models, visions, languages, patience)
     finally:
         await visions.close()
         await languages.close()

@@ -1,4 +1,4 @@
-"""Judges one picture: one encode, one Score call with all rules in it, a follow-up question for each that fires."""
+"""Judges one picture: one encode, all rules scored in one call, a follow-up question for each that fires."""
 
 from __future__ import annotations
 
@@ -41,16 +41,12 @@ class Judge:
         visions: Links[VisionLink],
         languages: Links[LanguageLink],
         patience: Patience,
-        *,
-        alone: bool = True,
     ) -> None:
-        """`alone`: a picture is scored in a step of its own, so that its scores don't depend on others'."""
         self._policy = policy
         self._models = models
         self._visions = visions
         self._languages = languages
         self._patience = patience
-        self._alone = alone
 
     async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
         """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
@@ -122,15 +118,14 @@ class Judge:
     async def _score(
         self, link: LanguageLink, picture: common_pb2.ImageReference, rules: Sequence[Rule]
     ) -> dict[str, float]:
-        timeout = self._patience.call
-        request = language_pb2.ScoreRequest(timeout=timeout, alone=self._alone)
-        for rule in rules:
-            messages = self._messages(picture, rule.ask("image"))
-            request.items.add(id=rule.id, messages=messages, choices=rule.choices)
-        async with link.slots:
-            response = await link.client.score(request, timeout=timeout + 1)
+        items = [
+            language_pb2.ScoreItem(
+                id=rule.id, messages=self._messages(picture, rule.ask("image")), choices=rule.choices
+            )
+            for rule in rules
+        ]
         scores: dict[str, float] = {}
-        for rule, result in zip(rules, response.results, strict=True):
+        for rule, result in zip(rules, await link.calls.score(items), strict=True):
             if result.WhichOneof("outcome") == "error":
                 raise from_proto(result.error)
             probabilities = {choice.choice: choice.probability for choice in result.scores.choices}

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.moderate.calls import ScoreCalls
 from lookonce.moderate.encoding import EncodeStreams
 from lookonce.rpc.client import LanguageClient, VisionClient
 
@@ -141,9 +142,18 @@ class VisionLink(Link[VisionClient]):
 class LanguageLink(Link[LanguageClient]):
     """A language service, asked about a bounded number of pictures at once."""
 
-    def __init__(self, client: LanguageClient, slots: int, patience: Patience, check: Check[LanguageClient]) -> None:
+    def __init__(
+        self, client: LanguageClient, pictures: int, patience: Patience, check: Check[LanguageClient], *, alone: bool
+    ) -> None:
+        """`alone`: a picture is scored in a step of its own, so that its scores don't depend on others'."""
         super().__init__(client, patience, check)
-        self.slots = asyncio.Semaphore(slots)
+        self.calls = ScoreCalls(client, pictures, alone=alone, timeout=patience.call)
+        self.slots = asyncio.Semaphore(pictures)  # of follow-up questions
+
+    async def close(self) -> None:
+        """End the calls, close the channel."""
+        await self.calls.close()
+        await super().close()
 
 
 class Links(Generic[L]):
