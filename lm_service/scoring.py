@@ -9,6 +9,8 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import structlog
+
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
 from lm_service.phases import Phases
@@ -20,6 +22,7 @@ from lookonce.rpc.errors import to_proto
 from protos.lookonce.v1 import language_pb2
 
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 _OF_ONE_IMAGE = {ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID, ErrorKind.FINGERPRINT_MISMATCH}
 """Failures that say nothing of items about other images."""
 _INLINE_SECONDS = 0.001
@@ -42,10 +45,13 @@ class _Asked:
 class Scorer:
     """Answers ScoreRequests."""
 
-    def __init__(self, engine: Engine, builder: PromptBuilder, replies: Replies) -> None:
+    def __init__(self, engine: Engine, builder: PromptBuilder, replies: Replies, *, packs: bool = False) -> None:
+        """`packs`: images of one request that is to be scored `alone` share steps, if that turns out to change no bit:
+        a product's rows don't depend on how many there are on CPUs, and do on GPUs."""
         self._engine = engine
         self._builder = builder
         self._replies = replies
+        self._packs = None if packs else False  # None: to be found out
 
     async def score(self, request: language_pb2.ScoreRequest, deadline: float) -> language_pb2.ScoreResponse:
         """Results in the order asked. Raises what concerns the whole request (OVERLOADED, DEADLINE_EXCEEDED)."""
@@ -55,7 +61,7 @@ class Scorer:
         name = request.request_id or uuid.uuid4().hex
         timings = Timings()
         try:
-            if asked and request.alone:
+            if asked and request.alone and not await self._may_pack(asked, name, request, deadline):
                 timings = await self._run_by_image(asked, results, name, request, deadline)
             elif asked:
                 timings = await self._run(asked, results, name, request, deadline)
@@ -111,6 +117,32 @@ class Scorer:
         METRICS.cached_tokens.inc(sum(scores.cached_tokens))
         return scores.timings
 
+    async def _may_pack(
+        self, asked: Sequence[_Asked], name: str, request: language_pb2.ScoreRequest, deadline: float
+    ) -> bool:
+        """Whether the items of a request that shares no step with others may share steps among themselves. The first
+        request with several images is computed both ways to find out."""
+        groups = _by_image(asked)
+        if len(groups) == 1:
+            return True
+        if self._packs is None:
+            self._packs, found = False, None  # those who come meanwhile are scored apart
+
+            async def score(entries: Sequence[_Asked]) -> tuple[tuple[float, ...], ...]:
+                items = tuple(entry.item for entry in entries)
+                return (await self._engine.score(Scoring(name, items, request.client, deadline, True))).logprobs
+
+            try:
+                packed = dict(zip((entry.at for entry in asked), await score(asked), strict=True))
+                apart = [await score(group) for group in groups]
+                found = apart == [tuple(packed[entry.at] for entry in group) for group in groups]
+                log.info("images of one request are scored", together=found)
+            except LookonceError:
+                return False
+            finally:
+                self._packs = found
+        return bool(self._packs)
+
     async def _run_by_image(
         self,
         asked: Sequence[_Asked],
@@ -120,9 +152,6 @@ class Scorer:
         deadline: float,
     ) -> Timings:
         """Score each image's items on their own: one's trouble is not the others'."""
-        groups: dict[tuple[bytes, ...], list[_Asked]] = {}
-        for entry in asked:
-            groups.setdefault(entry.images, []).append(entry)
 
         async def run(group: Sequence[_Asked]) -> Timings:
             try:
@@ -134,7 +163,7 @@ class Scorer:
                     results[entry.at].error.CopyFrom(to_proto(error))
                 return Timings()
 
-        parts = await _all([run(group) for group in groups.values()])
+        parts = await _all([run(group) for group in _by_image(asked)])
         total = parts[0] if len(parts) == 1 else Timings()
         for part in parts if len(parts) > 1 else ():
             _add(total, part)
@@ -145,6 +174,13 @@ def _is_short(item: language_pb2.ScoreItem) -> bool:
     parts = [part for message in item.messages for part in message.parts]
     size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
     return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
+
+
+def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:
+    groups: dict[tuple[bytes, ...], list[_Asked]] = {}
+    for entry in asked:
+        groups.setdefault(entry.images, []).append(entry)
+    return list(groups.values())
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:

@@ -169,6 +169,7 @@ def _servicer(
         fingerprints=accepted.fingerprints,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
+        packs=all(device.type == "cpu" for device in model.home.devices),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.moderate.identity import Models
-from lookonce.moderate.links import AWAY, FULL, LanguageLink, Link, Links, Patience, VisionLink
+from lookonce.moderate.links import AWAY, FULL, LanguageLink, Link, Links, Patience, VisionLink, pause
 from lookonce.moderate.outcome import PLACES, Failure, Outcome, Timings
 from lookonce.policy import Policy, Rule
 from lookonce.reference import EmbeddingReference
@@ -63,6 +64,7 @@ class Judge:
                     return Outcome(failure=Failure.of(error)), Timings()
                 if error.kind not in {ErrorKind.INTERNAL, *_LOST}:
                     raise
+                await asyncio.sleep(pause(attempt))  # services that are back may not have found each other yet
         raise LookonceError(ErrorKind.INTERNAL, "not reached")
 
     async def _judge(self, image: bytes) -> tuple[Outcome, Timings]:

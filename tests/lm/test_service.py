@@ -174,20 +174,23 @@ def unsplit_logprob(unsplit, turns, choice):
     return float(logits.gather(-1, ids[0, :, None]).sum())
 
 
-async def test_pictures_scored_alone_are_the_same_bits_in_one_call_or_several(client, tower, tmp_path):
+async def test_pictures_scored_alone_are_the_same_bits_in_one_call_or_several(checkpoint_path, tower, tmp_path):
     turns = [("user", [picture, question]) for question in ("Cat?", "Or else?") for picture in (CAT, CUP, MAN)]
-    messages = await store_pictures(f"file://{tmp_path}/store", tower, turns)
+    url = f"file://{tmp_path}/store"
+    messages = await store_pictures(url, tower, turns)
     items = [
         language_pb2.ScoreItem(id=str(number), messages=[message], choices=["yes", "no", "maybe so"])
         for number, message in enumerate(messages)
     ]
-    whole = await client.score(language_pb2.ScoreRequest(items=items, alone=True), timeout=60)
-    assert [result.id for result in whole.results] == [item.id for item in items]
-    for picture in range(3):
-        request = language_pb2.ScoreRequest(items=items[picture::3], alone=True)
-        apart = await client.score(request, timeout=60)
-        for one, other in zip(whole.results[picture::3], apart.results, strict=True):
-            assert [entry.logprob for entry in one.scores.choices] == [entry.logprob for entry in other.scores.choices]
+    # in bfloat16, company shows
+    async with running(checkpoint_path, tmp_path, store=url, dtype="bfloat16") as client:
+        whole = await client.score(language_pb2.ScoreRequest(items=items, alone=True), timeout=60)
+        assert [result.id for result in whole.results] == [item.id for item in items]
+        for picture in range(3):
+            request = language_pb2.ScoreRequest(items=items[picture::3], alone=True)
+            apart = await client.score(request, timeout=60)
+            for one, other in zip(whole.results[picture::3], apart.results, strict=True):
+                assert [each.logprob for each in one.scores.choices] == [each.logprob for each in other.scores.choices]
 
 
 @pytest.mark.parametrize("alone", [False, True])
