@@ -1,9 +1,12 @@
 """Batch moderation against its floor: bare packed encodes and bare packed scores of the same pictures, in one process.
 
 Each round draws new pictures. The floor is handed ready patches, prompts and embeddings: it encodes in batches of
-eight, then scores all rules of each picture; of the scores only the engine's forwards count, eight pictures under way.
+eight, then scores all rules of each picture; of the scores only the engine's forwards count, eight pictures under way,
+packed as they come. With two threads OpenMP lets the helpers of one process sleep between products once more than one
+of its threads computes (here: encodes and scores); "helpers awake" is the same with each stage's threads to themselves.
 The job is `lookonce moderate` on real services, from files to a durable Parquet file. Rounds of the two take turns.
-Where the rest goes: CPU time of each process in a round, and what decoding, cutting patches and building prompts cost.
+Where the rest of the job goes: CPU time of each process in a round, and what decoding, cutting patches and building
+prompts cost.
 Target: floor / job >= 0.9.
 """
 
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -72,8 +76,8 @@ class Floor:
         self.merge = loaded.checkpoint.merge_size
         self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
         self.rows = Rows()
-        options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
-        self.engine = PackedEngine(self.timed, loaded.template.table, loaded.end_ids, self.rows, options)
+        self._vocabulary = (loaded.template.table, loaded.end_ids)
+        self.engine = self.new_engine()
         family, config = loaded.checkpoint.family, loaded.checkpoint.config
         self.builder = PromptBuilder(
             loaded.template,
@@ -83,6 +87,11 @@ class Floor:
             max_images=1,
             check_fingerprint=lambda reference: None,
         )
+
+    def new_engine(self) -> PackedEngine:
+        """Not started."""
+        options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
+        return PackedEngine(self.timed, *self._vocabulary, self.rows, options)
 
     def patches(self, data: bytes) -> Patches:
         """Decoded and cut."""
@@ -107,20 +116,11 @@ class Floor:
         keys = [(number * len(files) + place).to_bytes(32, "little") for place in range(len(files))]
         asked = [self.items(policy, key, patches) for key, patches in zip(keys, cut, strict=True)]
         built = time.perf_counter()
-        for start in range(0, len(cut), PACK):
-            for key, rows in zip(keys[start:], self.encoder.encode(cut[start : start + PACK]), strict=False):
-                self.rows.rows[key] = rows
+        self.encode(keys, cut)
         encoded = time.perf_counter()
         forwards = self.timed.seconds
-        waiting = iter(zip(keys, asked, strict=True))
-
-        async def worker() -> None:
-            for key, items in waiting:
-                await self.engine.score(Scoring(key.hex(), items))
-
-        await asyncio.gather(*(worker() for _ in range(PACK)))
+        await self.score(self.engine, keys, asked)
         scored = time.perf_counter()
-        self.rows.rows.clear()
         return {
             "decode and cut": prepared - began,
             "build prompts": built - prepared,
@@ -128,6 +128,54 @@ class Floor:
             "bare scores": self.timed.seconds - forwards,
             "scores with the engine's own work": scored - encoded,
         }
+
+    async def run_awake(self, policy: Policy, files: Sequence[bytes]) -> dict[str, float]:
+        """Seconds of the bare stages, each in a thread that ends with it: before anything else computes here."""
+        cut = [self.patches(data) for data in files]
+        keys = [place.to_bytes(32, "big") for place in range(len(files))]
+        asked = [self.items(policy, key, patches) for key, patches in zip(keys, cut, strict=True)]
+
+        def encode() -> float:
+            self.encode(keys[:PACK], cut[:PACK])
+            began = time.perf_counter()
+            self.encode(keys, cut)
+            return time.perf_counter() - began
+
+        with ThreadPoolExecutor(1) as thread:
+            encodes = await asyncio.get_running_loop().run_in_executor(thread, encode)
+        engine = self.new_engine()
+        await engine.start()
+        await self.score(engine, keys[:PACK], asked[:PACK], keep=True)
+        forwards = self.timed.seconds
+        await self.score(engine, keys[PACK:], asked[PACK:])
+        scores = (self.timed.seconds - forwards) * len(files) / (len(files) - PACK)
+        await engine.close()
+        return {"bare encodes, helpers awake": encodes, "bare scores, helpers awake": scores}
+
+    def encode(self, keys: Sequence[bytes], cut: Sequence[Patches]) -> None:
+        """Packs of eight."""
+        for start in range(0, len(cut), PACK):
+            for key, rows in zip(keys[start:], self.encoder.encode(cut[start : start + PACK]), strict=False):
+                self.rows.rows[key] = rows
+
+    async def score(
+        self,
+        engine: PackedEngine,
+        keys: Sequence[bytes],
+        asked: Sequence[tuple[ScoreItem, ...]],
+        *,
+        keep: bool = False,
+    ) -> None:
+        """Eight pictures at once; unless `keep`, their embeddings are forgotten."""
+        waiting = iter(zip(keys, asked, strict=True))
+
+        async def worker() -> None:
+            for key, items in waiting:
+                await engine.score(Scoring(key.hex(), items))
+
+        await asyncio.gather(*(worker() for _ in range(PACK)))
+        if not keep:
+            self.rows.rows.clear()
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -170,11 +218,14 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     """Medians over the rounds."""
     torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
-    floor = Floor(options.model, dtype)
-    await floor.engine.start()
+    with ThreadPoolExecutor(1) as thread:
+        floor = thread.submit(Floor, options.model, dtype).result()
     policy = folder / "policy.yaml"
     policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
     rules = parse_policy(policy.read_text())
+    make_pictures(folder / "first", options.pictures, duplicates=0.0, broken=0.0)
+    awake = await floor.run_awake(rules, [path.read_bytes() for path in sorted((folder / "first").rglob("*.png"))])
+    await floor.engine.start()
     args = ("--model", str(options.model), "--dtype", options.dtype, "--store", f"file://{folder}/store")
     args = (*args, "--threads", str(options.service_threads), "--log-level", "warning")
     rounds: list[dict[str, float]] = []
@@ -197,7 +248,10 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
     figures["floor"] = figures["bare encodes"] + figures["bare scores"]
     ratios = [(one["bare encodes"] + one["bare scores"]) / one["job"] for one in rounds]
-    return figures | {"floor / job": statistics.median(ratios)}
+    figures |= {"floor / job": statistics.median(ratios)}
+    figures |= {name: 1000 * value / options.pictures for name, value in awake.items()}
+    figures["floor, helpers awake"] = 1000 * sum(awake.values()) / options.pictures
+    return figures | {"floor, helpers awake / job": figures["floor, helpers awake"] / figures["job"]}
 
 
 def main() -> int:
