@@ -41,6 +41,7 @@ from lm_service.service import load_model
 from lm_service.settings import LanguageSettings
 from lookonce.checkpoint import Half, open_checkpoint
 from lookonce.policy import Policy, parse_policy
+from lookonce.process import keep_freed_memory
 from lookonce.reference import EmbeddingReference
 from tests.moderate.scenes import make_pictures, policy_text
 from tests.processes import ServiceProcess
@@ -220,6 +221,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     with ThreadPoolExecutor(1) as thread:
         floor = thread.submit(Floor, options.model, dtype).result()
+    keep_freed_memory()  # as the services do
     policy = folder / "policy.yaml"
     policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
     rules = parse_policy(policy.read_text())

@@ -8,7 +8,7 @@ from lm_service.settings import LanguageSettings
 from lookonce import tracing
 from lookonce.apart import apart
 from lookonce.errors import LookonceError
-from lookonce.process import leave_after
+from lookonce.process import keep_freed_memory, leave_after
 from lookonce.settings import command
 from lookonce.telemetry import configure_logging
 
@@ -27,6 +27,7 @@ def run(settings: LanguageSettings) -> int:
         tracing.export_spans("language", settings.trace_endpoint, share=settings.trace_share)
         start_metrics(settings)
         model = apart(load_model, settings)
+        keep_freed_memory()
         uvloop.run(serve(settings, model))
     except LookonceError as error:
         log.error("cannot start", kind=error.kind.value, reason=error.message)

@@ -18,7 +18,7 @@ from lookonce.apart import apart
 from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
-from lookonce.process import leave_after
+from lookonce.process import keep_freed_memory, leave_after
 from lookonce.quantization import check_usable, scheme
 from lookonce.rpc.server import Server, ServerOptions
 from lookonce.settings import command
@@ -132,6 +132,7 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
     started = time.monotonic()
     tower = await asyncio.to_thread(apart, load, settings)
+    keep_freed_memory()
     store, shared = open_stores(settings)
     core = build_core(settings, tower, store, shared)
     core.start()
