@@ -16,6 +16,7 @@ from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_
 from lookonce.rpc.server import Tls
 from lookonce.settings import Bytes, Seconds, Settings
 from lookonce.telemetry import LogFormat
+from lookonce.units import split_list
 
 
 class GatewaySettings(Settings):
@@ -150,7 +151,7 @@ class GatewaySettings(Settings):
             raise ValueError("--variants and --variants-file exclude each other")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("--tls-certificate and --tls-key go together")
-        if (self.fetch_urls == "allowlist") != bool(split_list(self.fetch_hosts)):
+        if (self.fetch_urls == "allowlist") != bool(distinct(self.fetch_hosts)):
             raise ValueError("--fetch-urls allowlist and --fetch-hosts go together")
         if self.uds is None and not is_loopback(self.host) and not self.has_keys:
             raise ValueError(
@@ -169,7 +170,7 @@ class GatewaySettings(Settings):
     @classmethod
     def _readable(cls, value: str, info: ValidationInfo) -> str:
         parse = {"fetch_hosts": parse_hosts, "fetch_ports": parse_ports}.get(info.field_name or "", parse_networks)
-        parse(split_list(value))
+        parse(distinct(value))
         return value
 
     @property
@@ -177,9 +178,9 @@ class GatewaySettings(Settings):
         """The rules of fetching clients' URLs."""
         return FetchPolicy(
             mode=self.fetch_urls,
-            hosts=parse_hosts(split_list(self.fetch_hosts)),
-            ports=parse_ports(split_list(self.fetch_ports)),
-            networks=parse_networks(split_list(self.fetch_allow_networks)),
+            hosts=parse_hosts(distinct(self.fetch_hosts)),
+            ports=parse_ports(distinct(self.fetch_ports)),
+            networks=parse_networks(distinct(self.fetch_allow_networks)),
             ca=self.fetch_ca,
             max_redirects=self.fetch_redirects,
             timeout=self.fetch_timeout,
@@ -197,12 +198,12 @@ class GatewaySettings(Settings):
     @property
     def vision_addresses(self) -> tuple[str, ...]:
         """Addresses of the vision services."""
-        return split_list(self.vision)
+        return distinct(self.vision)
 
     @property
     def lm_addresses(self) -> tuple[str, ...]:
         """Addresses of the language services."""
-        return split_list(self.lm)
+        return distinct(self.lm)
 
     def variant_specs(self) -> tuple[VariantSpec, ...]:
         """What is served: the variants, or the one of --vision and --lm. Raises INVALID_ARGUMENT."""
@@ -218,9 +219,9 @@ class GatewaySettings(Settings):
         return Tls(self.rpc_tls_certificate, self.rpc_tls_key, self.rpc_tls_ca)
 
 
-def split_list(text: str) -> tuple[str, ...]:
+def distinct(text: str) -> tuple[str, ...]:
     """Items of a comma-separated list, blank ones dropped, repeated ones once."""
-    return tuple(dict.fromkeys(item.strip() for item in text.split(",") if item.strip()))
+    return tuple(dict.fromkeys(split_list(text)))
 
 
 def is_loopback(host: str) -> bool:

@@ -11,6 +11,7 @@ from pydantic_settings import SettingsConfigDict
 from lookonce.rpc.server import ServerOptions, Tls
 from lookonce.settings import Bytes, Seconds, Settings
 from lookonce.telemetry import LogFormat
+from lookonce.units import split_list
 
 
 class LanguageSettings(Settings):
@@ -76,9 +77,9 @@ class LanguageSettings(Settings):
     log_format: LogFormat = Field("auto", description="auto, console or json.")
 
     @property
-    def vision_addresses(self) -> list[str]:
+    def vision_addresses(self) -> tuple[str, ...]:
         """The vision services, in the order they are asked."""
-        return [address.strip() for address in self.vision.split(",") if address.strip()]
+        return split_list(self.vision)
 
     @property
     def server(self) -> ServerOptions:

@@ -1,4 +1,4 @@
-"""Sizes ("2GiB") and durations ("7d") as people write them, in settings and store URLs. Knows nothing of either."""
+"""Sizes ("2GiB"), durations ("7d") and lists ("a, b") as people write them, in settings and store URLs."""
 
 from __future__ import annotations
 
@@ -60,3 +60,8 @@ def _split(text: str, units: dict[str, float] | dict[str, int], param: str, want
     if match is None or match[2].lower() not in units:
         raise invalid(f"{param} must be {wanted}, got {text!r}", param=param)
     return float(match[1]), match[2].lower()
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Items of a comma-separated list, blank ones dropped."""
+    return tuple(item.strip() for item in text.split(",") if item.strip())

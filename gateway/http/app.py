@@ -15,7 +15,7 @@ from gateway.http import batches, chat, files, images, moderations, openapi, pla
 from gateway.http.errors import on_http_exception, on_lookonce_error
 from gateway.http.middleware import Authentication, Limits, RequestScope
 from gateway.http.sse import ClientGone
-from gateway.settings import split_list
+from gateway.settings import distinct
 from lookonce.errors import LookonceError
 
 
@@ -35,7 +35,7 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     app.add_exception_handler(ClientGone, _on_client_gone)
     stack: ASGIApp = Authentication(app, keyring)
     stack = Limits(stack, max_body_bytes=settings.max_body_bytes, max_concurrency=settings.max_concurrency)
-    origins = split_list(settings.cors_origins)
+    origins = distinct(settings.cors_origins)
     if origins:
         stack = CORSMiddleware(
             stack,

@@ -13,6 +13,7 @@ from lookonce.checkpoint import files
 from lookonce.checkpoint.checkpoint import Checkpoint, identity_record, open_checkpoint
 from lookonce.checkpoint.headers import TensorEntry
 from lookonce.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSpec, plan_by_bytes, write_json, write_shards
+from lookonce.durable import sync
 from lookonce.errors import CheckpointError
 from lookonce.families import Half
 
@@ -110,7 +111,7 @@ def _write_half(
 
     shards = list(write_shards(directory, plan_by_bytes(tensors, max_shard_bytes), data))
     for shard in shards:
-        _flush(shard)
+        sync(shard)
     for name in files.small_files({half}):
         if name != files.IDENTITY and (checkpoint.path / name).is_file():
             shutil.copyfile(checkpoint.path / name, directory / name)
@@ -127,14 +128,6 @@ def _pieces(entry: TensorEntry) -> Iterator[bytes]:
                 raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; download it again")
             yield piece
             offset += len(piece)
-
-
-def _flush(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _replace(out: Path, temporary: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 from lookonce.cli.console import fail, note, printable, say
 from lookonce.cli.rundir import default_data_dir
 from lookonce.errors import LookonceError, invalid
+from lookonce.units import split_list
 
 if TYPE_CHECKING:
     from lookonce.cli.api import Api
@@ -167,7 +168,7 @@ def _print_answer(question: str, answer: dict[str, Any], *, alone: bool) -> None
 def _choices(text: str | None) -> list[str] | None:
     if text is None:
         return None
-    options = [option.strip() for option in text.split(",") if option.strip()]
+    options = list(split_list(text))
     if len(options) < 2 or len(set(options)) != len(options):
         raise invalid(f"--choices={text!r}: give two or more different ones, separated by commas", param="choices")
     return options

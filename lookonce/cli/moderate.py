@@ -15,6 +15,7 @@ from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import default_data_dir, find_running
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.settings import load, with_options
+from lookonce.units import split_list
 
 if TYPE_CHECKING:
     from lookonce.moderate.connecting import Addresses
@@ -149,7 +150,7 @@ def _stop_on_signals(job: Any) -> None:
 
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
-    from lookonce.moderate.connecting import Addresses, split_addresses
+    from lookonce.moderate.connecting import Addresses
     from lookonce.moderate.links import Patience
     from lookonce.rpc.server import Tls
 
@@ -166,8 +167,8 @@ def addresses_of(settings: ModerateSettings) -> Addresses:
         vision, language = (str(running.services[name]["address"]) for name in ("vision", "language"))
     tls = Tls(settings.tls_certificate, settings.tls_key, settings.tls_ca)
     return Addresses(
-        split_addresses(vision),
-        split_addresses(language),
+        split_list(vision),
+        split_list(language),
         tls if tls.enabled else None,
         settings.connections,
         settings.scores,

@@ -11,6 +11,7 @@ import typer
 
 from lookonce.cli.console import fail, say
 from lookonce.errors import LookonceError, invalid
+from lookonce.units import split_list
 
 if TYPE_CHECKING:
     from lookonce.cli.placing import Device, Placement
@@ -90,7 +91,7 @@ def _devices(gpus: str, ram: float | None) -> list[Device]:
     from lookonce.cli.placing import GIB, Device
 
     devices = []
-    for index, text in enumerate(filter(None, (item.strip() for item in gpus.split(",")))):
+    for index, text in enumerate(split_list(gpus)):
         if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]{1,3})?", text) or float(text) == 0:
             raise invalid(f"--gpus must be GiB separated by commas, such as 24,80; got {text!r}", param="gpus")
         devices.append(Device(f"cuda:{index}", int(float(text) * GIB)))

@@ -108,8 +108,3 @@ async def connected(addresses: Addresses, policy: Policy, served: Served) -> Asy
     finally:
         await visions.close()
         await languages.close()
-
-
-def split_addresses(text: str) -> tuple[str, ...]:
-    """Comma separated."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())

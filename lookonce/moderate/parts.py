@@ -17,9 +17,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lookonce.durable import sync, write_durably
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderate.columns import METADATA_KEY, Columns
-from lookonce.moderate.durable import sync_directory, write_durably
 from lookonce.moderate.identity import Manifest
 from lookonce.moderate.ledger import Full
 
@@ -120,7 +120,7 @@ class Output:
             data = (self.run / "manifest.json").read_bytes()
             write_durably(self._final_manifest, lambda path: _keep(path, data))
         (self.run / "manifest.json").unlink()  # from here on it is finished
-        sync_directory(self.run)
+        sync(self.run)
         shutil.rmtree(self.run, ignore_errors=True)
 
     @property

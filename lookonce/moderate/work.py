@@ -19,6 +19,7 @@ from lookonce.moderate.sources.items import Source, items
 from lookonce.moderate.sources.opening import SourceOptions, open_source
 from lookonce.moderate.sources.reader import Reader
 from lookonce.policy import Policy, read_policy
+from lookonce.units import split_list
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def plan(source_name: str, settings: ModerateSettings, addresses: Addresses) -> 
 def open_reader(settings: ModerateSettings, max_bytes: int) -> Reader:
     """A reader within the settings. Raises INVALID_ARGUMENT for networks or ports that are none."""
     try:
-        networks = parse_networks(_split(settings.fetch_networks))
-        ports = parse_ports(_split(settings.fetch_ports))
+        networks = parse_networks(split_list(settings.fetch_networks))
+        ports = parse_ports(split_list(settings.fetch_ports))
     except ValueError as error:
         raise invalid(f"--fetch-networks or --fetch-ports: {error}", param="fetch_networks") from None
     policy = FetchPolicy(ports=ports, networks=tuple(networks), concurrency=settings.read_threads)
@@ -88,7 +89,3 @@ async def working(made: Plan, run: Run, report: Callable[[Tally], None]) -> Asyn
             )
     finally:
         reader.close()
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

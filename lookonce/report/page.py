@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from lookonce.moderate.durable import write_durably
+from lookonce.durable import write_durably
 from lookonce.report.collect import Collected, card, collect, repeated
 from lookonce.report.thumbnails import thumbnails
 

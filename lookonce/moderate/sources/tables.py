@@ -7,6 +7,7 @@ import binascii
 import csv
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import PurePosixPath
@@ -29,7 +30,7 @@ _CHUNK = 1 << 20
 _BATCH_ROWS = 64
 
 
-class Table:
+class Table(ABC):
     """Shared by all: where entries lead to. Relative paths are relative to the table, or to `root`."""
 
     def __init__(self, name: str, *, column: str | None = None, id_column: str | None = None, root: str = "") -> None:
@@ -46,9 +47,9 @@ class Table:
                 digest.update(chunk)
         return Extent(digest.hexdigest(), sum(1 for _ in self.entries()))
 
+    @abstractmethod
     def entries(self) -> Iterator[tuple[str, Locator]]:
         """One for each line or row."""
-        raise NotImplementedError
 
     def _row(self, number: int, row: dict[str, Any], column: str) -> tuple[str, Locator]:
         locator = self._locator(row.get(column), column)
