@@ -6,8 +6,10 @@ import importlib.util
 import json
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow as pa
@@ -34,6 +36,19 @@ def results(pair, pictures, policy, tmp_path_factory) -> Path:
 def settled(path: Path) -> pa.Table:
     """A result without its timings."""
     return pq.read_table(path).drop(["timings"])
+
+
+def begun(ledger: Path, rows: int) -> bool:
+    """Whether the ledger is there and, if `rows` are wanted, has seen one."""
+    if not ledger.exists():
+        return False
+    with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
+        try:
+            return rows == 0 or bool(
+                db.execute("SELECT (SELECT count(*) FROM rows) + parts FROM progress").fetchone()[0]
+            )
+        except sqlite3.Error:  # being made
+            return False
 
 
 def name_of(row: dict) -> str:
@@ -91,8 +106,8 @@ def test_killed_and_taken_up_again_it_ends_the_same(pair, pictures, policy, resu
     while True:
         with pair.moderating(pictures.folder, policy, out, "--part-rows", "25") as run:
             run_folder = tmp_path / "out.parquet.run"
-            deadline = time.monotonic() + 60
-            while kills < KILLS and run.process.poll() is None and not (run_folder / "ledger.sqlite3").exists():
+            deadline = time.monotonic() + 120
+            while kills < KILLS and run.process.poll() is None and not begun(run_folder / "ledger.sqlite3", rows=kills):
                 assert time.monotonic() < deadline, run.output
                 time.sleep(0.02)
             if kills < KILLS:
