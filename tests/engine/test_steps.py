@@ -6,12 +6,15 @@ import asyncio
 import threading
 import time
 
+import torch
+
 from lm_service.engine.packed.budget import StepBudget
 from lm_service.engine.packed.core import Admitted, EngineCore
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.sequence import Request
-from lm_service.engine.types import EngineState
+from lm_service.engine.types import EmbeddingSource, EngineState
+from lookonce.errors import ErrorKind, LookonceError
 from tests.engine import lab as laboratory
 from tests.engine.lab import TOKENS, ask, drained, generation, picture, prompt, words
 
@@ -109,6 +112,32 @@ def test_each_requests_admission_is_told(lab):
     assert not core.scheduler.running and not len(core.scheduler.queue)
     admitted = [request.id for request, event in core.events if isinstance(event, Admitted)]
     assert sorted(admitted) == ["long", "many", "one"]
+
+
+def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
+    """An image is erased while a sequence waits for its embeddings, and that one steps back when they are there."""
+    fills, token = [], lab.adapter.shape.token_bytes
+    options = PackedOptions(kv_bytes=64 * token, prefix_bytes=1 << 20, slab_tokens=64)
+    core = EngineCore(lab.adapter, options, fills.append)
+    writer, looker = Request("writer", "writer", kept=False), Request("looker", "looker", kept=False)
+    image = picture(1, 9, 11)
+    writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
+    looker.sequences = [laboratory.sequence(looker, prompt(SYSTEM, image, words(5, 1)), 3)]
+    core.submit(writer)
+    core.step()
+    core.submit(looker)
+    tail, slot = writer.sequences[0], writer.sequences[0].slot
+    while tail.tail_length < slot.capacity:
+        core.step()
+    assert core.forget([image.key], []) and len(core.scheduler.running) == 2
+    fills[0].rows = [(span, torch.zeros(image.tokens, lab.adapter.shape.hidden)) for span in fills[0].node.images]
+    core.scheduler.loaded(fills[0], EmbeddingSource.L1, 0.0)
+    core.step()  # the writer needs a longer slot
+    assert core.scheduler.counters.preemptions and looker.sequences[0].admissions == 2
+    core.step()
+    assert not any(isinstance(event, LookonceError) for _, event in core.events)
+    core.fail_all(LookonceError(ErrorKind.UNAVAILABLE, "over"))
+    assert core.pool.used_slots == 0 and core.cache.bytes == 0
 
 
 async def test_a_prefix_filled_for_one_who_waits_lets_another_wait(lab):

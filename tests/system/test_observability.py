@@ -198,6 +198,14 @@ class Prometheus:
         command.append(f"--web.listen-address=127.0.0.1:{self.port}")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
 
+    @property
+    def ready(self):
+        """It listens before it can answer."""
+        try:
+            return httpx2.get(f"http://127.0.0.1:{self.port}/-/ready", trust_env=False).status_code == 200
+        except httpx2.TransportError:
+            return False
+
     def api(self, path, **parameters):
         reply = httpx2.get(
             f"http://127.0.0.1:{self.port}/api/v1/{path}", params=parameters, trust_env=False, timeout=30
@@ -226,10 +234,8 @@ def test_every_dashboard_query_returns_data_and_every_rule_evaluates(observed, t
             ask(system, save(photograph("chelsea", size), "PNG"), secrets.token_hex(16))
             ask(system, save(photograph("chelsea", (150, 100)), "PNG"), secrets.token_hex(16))
             turn += 1
-            try:
+            if prometheus.ready:
                 missing = [item for item in missing if not prometheus.api("query", query=item[2])["result"]]
-            except httpx2.TransportError:  # it is still starting
-                time.sleep(0.2)
         rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
         assert len(rules) == 10
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules

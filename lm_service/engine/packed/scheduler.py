@@ -117,6 +117,7 @@ class Scheduler:
         if not decodes and not prefills and self.counters.preemptions > preemptions:
             self._admit()  # those who stepped back for want of a longer slot return at once
             decodes, prefills = self._ready()
+        self._drop_unwanted_fills()  # of those who stepped back
         turn = self._whose_turn([*decodes, *prefills])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
         prefills = [sequence for sequence in prefills if sequence.owner is turn]
