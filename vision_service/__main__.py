@@ -36,7 +36,7 @@ from vision_service.servicer import VisionServicer
 from vision_service.settings import VisionSettings
 
 log = structlog.get_logger(__name__)
-_BATCH_PATCHES = {True: 2048, False: 16384}
+BATCH_PATCHES = {True: 2048, False: 16384}
 """By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
 
 
@@ -83,7 +83,7 @@ def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Sto
         limits=CoreLimits(
             decode_workers=settings.decode_workers,
             max_waiting=settings.max_waiting,
-            batch_patches=settings.batch_patches or _BATCH_PATCHES[tower.encoder.device.type == "cpu"],
+            batch_patches=settings.batch_patches or BATCH_PATCHES[tower.encoder.device.type == "cpu"],
             queue_patches=settings.queue_patches,
             batch_wait=settings.batch_wait_ms / 1000,
             lease_seconds=settings.lease_seconds,

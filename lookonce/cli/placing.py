@@ -17,7 +17,7 @@ GPU_RUNTIME = 3 * GIB // 4
 CPU_RUNTIME = 400 << 20
 """What a process on the CPU holds beside its model."""
 QUANTIZED = (False, True)
-BATCH_PATCHES = 16384
+BATCH_PATCHES = {True: 2048, False: 16384}  # by whether on a CPU
 BURST_TOKENS = 4096
 L1_BYTES = 256 << 20
 MAX_RUNNING = 128
@@ -118,7 +118,7 @@ class Placement:
 def vision_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
     """Weights, and the activations of the largest batch: two rows of the width and three of the MLP for each patch."""
     dims = size.architecture
-    patches = max(BATCH_PATCHES, size.patches(work.image_tokens))
+    patches = max(BATCH_PATCHES[choice.device.is_cpu], size.patches(work.image_tokens))
     row = dims.vision_width * (2 + 3 * dims.mlp_ratio) * DTYPE_BYTES[choice.dtype]
     weights = size.halves[Half.VISION].weight_bytes(choice.dtype, int8=choice.int8)
     return Need(weights, patches * row, _runtime(choice))

@@ -24,6 +24,7 @@ from lookonce.spreading import layers_of, parse
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT
+from vision_service import __main__ as vision
 from vision_service.settings import VisionSettings
 
 TOTALS = {"2B": (665_271_296, 2_208_985_600), "7B": (675_759_104, 8_291_375_616), "72B": (699_356_672, 73_405_560_320)}
@@ -149,7 +150,8 @@ def test_the_commands_of_a_spread_placement(tmp_path):
 
 
 def test_what_plan_takes_for_granted_are_the_services_defaults():
-    assert VisionSettings.model_fields["batch_patches"].default == placing.BATCH_PATCHES
+    assert VisionSettings.model_fields["batch_patches"].default is None
+    assert vision.BATCH_PATCHES == placing.BATCH_PATCHES
     assert LanguageSettings.model_fields["l1_bytes"].default == placing.L1_BYTES
     assert LanguageSettings.model_fields["max_running"].default == placing.MAX_RUNNING
     assert PackedOptions().burst_tokens == placing.BURST_TOKENS
