@@ -78,7 +78,10 @@ class Batcher:
         await self._room.wait()
 
     async def encode(self, patches: Patches) -> Encoded:
-        """Wait for a batch, then for its rows. Cancelling takes the picture out of the queue."""
+        """Wait for a batch, then for its rows. Cancelling takes the picture out of the queue. Raises UNAVAILABLE when
+        nothing is encoded any more."""
+        if self._task is not None and self._task.done():
+            raise _stopping()
         item = _Item(patches, asyncio.get_running_loop().create_future())
         self._queue.append(item)
         self._count(patches.count)
@@ -99,9 +102,12 @@ class Batcher:
                 batch = self._take()
                 if batch:
                     await self._encode_batch(batch)
+        except Exception:
+            log.exception("batching ended")
+            raise
         finally:
             for item in self._queue:
-                _fail(item, LookonceError(ErrorKind.UNAVAILABLE, "the vision service is stopping", retry_after=1.0))
+                _fail(item, _stopping())
             self._queue.clear()
 
     async def _linger(self) -> None:
@@ -160,7 +166,7 @@ class Batcher:
             return
         except asyncio.CancelledError:
             for item in batch:
-                _fail(item, LookonceError(ErrorKind.UNAVAILABLE, "the vision service is stopping", retry_after=1.0))
+                _fail(item, _stopping())
             raise
         took = time.perf_counter() - started
         metrics.BATCH_PATCHES.observe(sum(item.patches.count for item in batch))
@@ -174,6 +180,10 @@ class Batcher:
     def _forward(self, batch: list[Patches]) -> list[torch.Tensor | None]:
         """In the encode thread. None for a picture whose rows are not finite."""
         return [rows if bool(rows.isfinite().all()) else None for rows in self._encode(batch)]
+
+
+def _stopping() -> LookonceError:
+    return LookonceError(ErrorKind.UNAVAILABLE, "the vision service is stopping", retry_after=1.0)
 
 
 def _fail(item: _Item, error: LookonceError) -> None:
