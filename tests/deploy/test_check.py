@@ -198,13 +198,17 @@ OBJECTS = {
 }
 
 
+def assert_found(items, change, said):
+    """What the check says of a copy of these objects with a change in it."""
+    planted = copy.deepcopy(items)
+    change(planted)
+    problems = list(objects.check("planted", planted))
+    assert any(said in problem for problem in problems), problems
+
+
 @pytest.mark.parametrize("mistake", OBJECTS)
 def test_mistakes_in_objects(rendered, mistake):
-    change, said = OBJECTS[mistake]
-    items = copy.deepcopy(rendered["laptop"])
-    change(items)
-    problems = list(objects.check("planted", items))
-    assert any(said in problem for problem in problems), problems
+    assert_found(rendered["laptop"], *OBJECTS[mistake])
 
 
 def readiness(items, name):
@@ -265,11 +269,7 @@ TLS = {
 
 @pytest.mark.parametrize("mistake", TLS)
 def test_mistakes_with_tls(rendered, mistake):
-    change, said = TLS[mistake]
-    items = copy.deepcopy(rendered["tls"])
-    change(items)
-    problems = list(objects.check("planted", items))
-    assert any(said in problem for problem in problems), problems
+    assert_found(rendered["tls"], *TLS[mistake])
 
 
 def test_tls_without_certificates_is_not_rendered(tree):

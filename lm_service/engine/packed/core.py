@@ -175,6 +175,10 @@ class EngineCore:
         for sequence in scored:
             self._scored(sequence)
 
+    def _emit(self, request: Request, event: Event, *, urgent: bool = True) -> None:
+        self.events.append((request, event))
+        self.urgent = self.urgent or urgent
+
     def _answered(self, sequence: Sequence) -> None:
         request, answer = sequence.request, sequence.answer
         self._generated += 1
@@ -182,35 +186,31 @@ class EngineCore:
             return
         if answer.reason is not None:
             finish = Finish(answer.index, answer.reason, len(answer.tokens), sequence.timings, answer.stop)
-            self.events += [(request, answer.take()), (request, finish)]
-            self.urgent = True
+            self._emit(request, answer.take())
+            self._emit(request, finish)
             request.unfinished -= 1
             self.scheduler.finish(sequence)
         elif not request.whole:
-            self.events.append((request, answer.take()))
-            self.urgent = self.urgent or len(answer.tokens) == 1
+            self._emit(request, answer.take(), urgent=len(answer.tokens) == 1)
 
     def _scored(self, sequence: Sequence) -> None:
         sequence.timings.total_ms = sequence.timings.ttft_ms = sequence.elapsed_ms()
         self.scheduler.finish(sequence)
         sequence.request.unfinished -= 1
         if not sequence.request.unfinished:
-            self.events.append((sequence.request, Scored()))
-            self.urgent = True
+            self._emit(sequence.request, Scored())
 
     def _note_admissions(self) -> None:
         for sequence in self.scheduler.admitted:
             if not sequence.request.admitted:
                 sequence.request.admitted = True
-                self.events.append((sequence.request, Admitted()))
-                self.urgent = True
+                self._emit(sequence.request, Admitted())
         self.scheduler.admitted.clear()
 
     def _failed(self, sequence: Sequence, error: LookonceError) -> None:
         """One sequence's failure is its request's."""
         if sequence.request.unfinished:
-            self.events.append((sequence.request, error))
-            self.urgent = True
+            self._emit(sequence.request, error)
             self.cancel(sequence.request)
 
 

@@ -216,7 +216,7 @@ class PackedEngine:
     def _deliver(self) -> None:
         self._timed = False
         events = [self._outbox.popleft() for _ in range(len(self._outbox))]
-        for request, event in merged(events):
+        for request, event in _merged(events):
             stream = self._streams.get(request)
             if stream is None:
                 continue
@@ -296,7 +296,7 @@ class PackedEngine:
         self._tell(lambda: self._core.scheduler.fail_fill(fill, failure))
 
 
-def merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:
+def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:
     """The same with the tokens of each answer in one delta."""
     kept: list[tuple[packed.Request, Event]] = []
     places: dict[tuple[packed.Request, int], int] = {}

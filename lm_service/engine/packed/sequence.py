@@ -106,10 +106,8 @@ class Sequence:
 
     def content_until(self, end: int) -> Content:
         """The content of the tokens [0, end)."""
-        have = self.content.shape[1]
-        if end > have:
-            first = self.prompt.next_position + have - self.prompt_length
-            self.content = np.concatenate([self.content, text_content(self.tokens[have:end], first)], axis=1)
+        if end > self.content.shape[1]:
+            self.content = self.content_between(0, end)
         return self.content[:, :end]
 
     def content_between(self, start: int, end: int) -> Content:
