@@ -12,7 +12,7 @@ import yaml
 
 from deploy.check import docker
 from deploy.check.settings import CLASSES, check_environment
-from deploy.check.tools import is_pinned, run
+from deploy.check.tools import is_pinned, is_shut, run
 
 FOLDER = Path("deploy/compose")
 STACKS = (("compose",), ("compose", "gpus"), ("compose", "monitoring"), ("compose", "gpus", "monitoring"))
@@ -72,6 +72,8 @@ def _rules(root: Path, where: str, stack: dict[str, Any]) -> Iterator[str]:
         at = f"deploy/compose ({where}): {name}"
         if not is_pinned(service.get("image", "")):
             yield f"{at}: image {service.get('image')!r} is not pinned to a version"
+        if is_shut(service.get("command", ())):
+            yield f"{at}: --protected-mode no must be said: else it depends on the image whether others are admitted"
         yield from _hardening(at, service)
         yield from _mounts(root, at, service, stack.get("volumes", {}))
         yield from _needs(root, at, service, services)

@@ -45,6 +45,8 @@ def _rules(root: Path, file: Path, groups: set[str]) -> Iterator[str]:
             for group in re.findall(r"--group (\S+)", line):
                 if group not in groups:
                     yield f"{file}: pyproject.toml has no dependency group {group}"
+            if "compileall" in line:
+                yield f"{file}: pip compiles what it installs; compileall fails at files for other Pythons"
     last = max(index for index, (name, _) in enumerate(instructions) if name == "FROM")
     yield from _runtime(root, file, instructions[last:])
 

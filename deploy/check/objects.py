@@ -7,7 +7,7 @@ from typing import Any
 
 from deploy.check import tls, traffic
 from deploy.check.settings import CLASSES, check_environment, check_keys
-from deploy.check.tools import is_pinned
+from deploy.check.tools import is_pinned, is_shut
 from gateway.variants import parse_variants
 from lookonce.errors import LookonceError
 
@@ -104,6 +104,8 @@ def _container(name: str, container: Object) -> Iterator[str]:
         yield f"{name}: must drop all capabilities and gain none"
     if not is_pinned(container["image"]):
         yield f"{name}: image {container['image']} is not pinned to a version"
+    if is_shut([*container.get("command", ()), *container.get("args", ())]):
+        yield f"{name}: --protected-mode no must be said: else it depends on the image whether others are admitted"
     if not {"readinessProbe", "livenessProbe"} <= container.keys():
         yield f"{name}: needs a readiness and a liveness probe"
     ports = {port["containerPort"]: port["name"] for port in container["ports"]}

@@ -1,8 +1,9 @@
 # The gateway: no torch, no weights. Build from the repository's root:
 #   docker build -f deploy/docker/gateway.Dockerfile -t lookonce-gateway .
-ARG PYTHON=3.11.14-slim-bookworm
+# Another image by the name your registry has for it, or one that holds your pip.conf and certificates: --build-arg PYTHON=...
+ARG PYTHON=python:3.11.14-slim-bookworm
 
-FROM python:${PYTHON} AS build
+FROM ${PYTHON} AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m pip install "pip==25.3" && python -m venv --without-pip /opt/lookonce
@@ -14,10 +15,9 @@ COPY lookonce lookonce
 COPY vision_service vision_service
 COPY lm_service lm_service
 COPY gateway gateway
-RUN python -m pip --python /opt/lookonce/bin/python install -c constraints.txt --no-deps . \
-    && /opt/lookonce/bin/python -m compileall -q /opt/lookonce/lib
+RUN python -m pip --python /opt/lookonce/bin/python install -c constraints.txt --no-deps .
 
-FROM python:${PYTHON}
+FROM ${PYTHON}
 LABEL org.opencontainers.image.title="lookonce gateway" org.opencontainers.image.licenses="Apache-2.0"
 ENV PATH=/opt/lookonce/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \
     LOOKONCE_GATEWAY_HOST=0.0.0.0 LOOKONCE_GATEWAY_PORT=8000 LOOKONCE_GATEWAY_LOG_FORMAT=json

@@ -1,33 +1,35 @@
 # The vision service, for the CPU or for CUDA. Build from the repository's root:
 #   docker build -f deploy/docker/vision.Dockerfile -t lookonce-vision .
 #   docker build -f deploy/docker/vision.Dockerfile -t lookonce-vision:cuda --build-arg VARIANT=cuda .
-ARG PYTHON=3.11.14-slim-bookworm
+# Another image by the name your registry has for it, or one that holds your pip.conf and certificates: --build-arg PYTHON=...
+ARG PYTHON=python:3.11.14-slim-bookworm
 
-FROM python:${PYTHON} AS build
-# cpu or cuda: torch comes from PyTorch's index of CPU wheels, or with its CUDA libraries from the package index.
+FROM ${PYTHON} AS build
+# cpu or cuda: torch comes from PyTorch's index of CPU wheels (of which a mirror needs torch alone), or with its CUDA
+# libraries from the package index.
 ARG VARIANT=cpu
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 RUN python -m pip install "pip==25.3" && python -m venv --without-pip /opt/lookonce
 COPY pyproject.toml constraints.txt ./
-RUN case "${VARIANT}" in \
-      cpu) set -- "$(sed -n 's/^torch==.*/&+cpu/p' constraints.txt)" --index-url "${TORCH_INDEX}" ;; \
-      cuda) set -- "$(sed -n '/^torch==/p' constraints.txt)" "$(sed -n '/^bitsandbytes==/p' constraints.txt)" ;; \
+RUN set -- install -c constraints.txt --group vision \
+    && case "${VARIANT}" in \
+      cpu) python -m pip --python /opt/lookonce/bin/python install --no-deps --index-url "${TORCH_INDEX}" \
+             "$(sed -n 's/^torch==.*/&+cpu/p' constraints.txt)" ;; \
+      cuda) set -- "$@" bitsandbytes ;; \
       *) echo "VARIANT must be cpu or cuda, not ${VARIANT}" >&2; exit 1 ;; \
     esac \
-    && python -m pip --python /opt/lookonce/bin/python install "$@" \
-    && python -m pip --python /opt/lookonce/bin/python install -c constraints.txt --group vision
+    && python -m pip --python /opt/lookonce/bin/python "$@"
 COPY LICENSE README.md ./
 COPY protos protos
 COPY lookonce lookonce
 COPY vision_service vision_service
 COPY lm_service lm_service
 COPY gateway gateway
-RUN python -m pip --python /opt/lookonce/bin/python install -c constraints.txt --no-deps . \
-    && /opt/lookonce/bin/python -m compileall -q /opt/lookonce/lib
+RUN python -m pip --python /opt/lookonce/bin/python install -c constraints.txt --no-deps .
 
-FROM python:${PYTHON}
+FROM ${PYTHON}
 LABEL org.opencontainers.image.title="lookonce vision service" org.opencontainers.image.licenses="Apache-2.0"
 # Weights and what is remembered of them lie in /models: a volume, so that the root can be read-only.
 ENV PATH=/opt/lookonce/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 \

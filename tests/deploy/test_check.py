@@ -75,6 +75,7 @@ DOCKER = [
     ("vision", "COPY lm_service lm_service", "COPY llm_service lm_service", "not there"),
     ("language", '"-m", "lm_service"', '"-m", "llm_service"', "no module of ours"),
     ("vision", "WORKDIR /src", "WORKDIR src", "DL3000"),
+    ("vision", "--no-deps .\n", "--no-deps . && python -m compileall /opt\n", "files for other Pythons"),
 ]
 
 
@@ -93,6 +94,7 @@ COMPOSE = [
     ("compose", "valkey/valkey:9.1-alpine", "valkey/valkey", "not pinned"),
     ("compose", "${LOOKONCE_BIND:-127.0.0.1}", "${LOOKONCE_BIND:-0.0.0.0}", "published on 127.0.0.1"),
     ("compose", "${STORE_MEMORY:-4gb}", "${STORE_MEMORY}", "may be unset"),
+    ("compose", '--protected-mode, "no"', '--databases, "1"', "--protected-mode no must be said"),
     ("compose", "      interval: 5s\n", "      intervall: 5s\n", "intervall"),
     ("monitoring", "../prometheus/rules.yaml:", "../prometheus/rule.yaml:", "not there"),
     ("gpus", "      LOOKONCE_LM_DEVICE: cuda:0", "      LOOKONCE_LM_DTYPE: fp64", "LOOKONCE_LM_DTYPE='fp64'"),
@@ -115,6 +117,7 @@ TEMPLATES = [
     ("models.yaml", "{{ $settings.device | quote }}", "{{ $settings.devise }}", "value is unset"),
     ("gateway.yaml", "{{ .Values.gateway.replicas }}", "{{ .Values.gateway.replica }}", "spec.replicas is unset"),
     ("store.yaml", "- volatile-lru", "- {{ .Values.store.policy }}", "args is unset"),
+    ("store.yaml", "- --protected-mode", "- --databases", "--protected-mode no must be said"),
     ("gateway.yaml", "path: /readyz", "path: {{ .Values.nothing }}", "path is unset"),
     ("network.yaml", '"part" "store" "model" ""', '"part" "stores" "model" ""', "reach store"),
     ("secrets.yaml", "api-keys:", "keys:", "has no key api-keys"),
