@@ -5,6 +5,7 @@ Outermost first: RequestScope, Limits, Authentication, then the routes.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 import time
@@ -83,6 +84,12 @@ class RequestScope:
             answer = closing_at_the_end(stack, send_with_id)
             try:
                 await self.app(scope, receive, answer)
+            except asyncio.CancelledError:
+                # Only uvicorn cancels, when the time to drain is over. An answer that has begun is cut there.
+                log.warning("cut at the end of the grace time", request_id=request_id)
+                if status == 0:
+                    error = LookonceError(ErrorKind.UNAVAILABLE, "the server is stopping: try again", retry_after=1.0)
+                    await error_response(error)(scope, receive, answer)
             except Exception:
                 log.exception("request failed", request_id=request_id)
                 if status == 0:

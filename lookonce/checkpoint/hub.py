@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
 
 @contextlib.contextmanager
 def _translated(repository: str, revision: str | None) -> Iterator[None]:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     at = f" at revision {revision!r}" if revision else ""
     try:
@@ -85,10 +86,16 @@ def _translated(repository: str, revision: str | None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
         raise CheckpointError(f"{repository}{at}: the hub answered HTTP {status}; try again later") from None
-    except (errors.LocalEntryNotFoundError, OSError):
+    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
         raise CheckpointError(
             f"{repository}{at} is not in the hub cache and the hub can't be reached: "
             "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
+        ) from None
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else "a download was cut short"
+        raise CheckpointError(
+            f"{repository}{at}: the hub cache {constants.HF_HUB_CACHE} can't be written ({why}): "
+            "make room there, give it to this process's user, or set HF_HOME to another directory"
         ) from None
     except errors.HFValidationError:
         raise CheckpointError(

@@ -93,6 +93,13 @@ def test_unreachable_with_nothing_or_only_the_other_half_cached(hub, opened):
     assert "reached" in done.stderr
 
 
+def test_a_cache_that_cannot_be_written_is_named(opened, tmp_path):
+    (tmp_path / "hf").write_text("a file where a directory is needed")
+    done = opened("vision")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"the hub cache {tmp_path}/hf/hub can't be written (Not a directory)" in done.stderr
+
+
 def test_unknown_gated_and_pickled_repositories(hub, opened):
     cases = [({"model": "acme/absent"}, "acme/absent was not found on the hub: check the spelling")]
     cases.append(({"revision": "v9"}, "acme/model has no revision 'v9' on the hub"))

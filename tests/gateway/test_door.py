@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -153,3 +155,25 @@ def test_sigterm_lets_a_stream_finish_and_exits_0(services: Services) -> None:
             assert [line for line in lines if line][-1] == "data: [DONE]"
         stopping.join()
     assert status == [0]
+
+
+def test_what_outlasts_the_grace_time_is_told_to_try_again(services: Services) -> None:
+    arguments = (*services.arguments(), "--drain-grace", "1")
+    with GatewayProcess(*arguments) as process, process.client() as http, services.language.frozen():
+        answers: list[httpx2.Response] = []
+        asking = threading.Thread(
+            target=lambda: answers.append(http.post("/v1/chat/completions", json={**LONG, "stream": False}))
+        )
+        asking.start()
+        deadline = time.monotonic() + 60
+        while "lookonce_gateway_in_flight 2.0" not in http.get("/metrics").text:  # the question, and this one
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert process.terminate() == 0
+        asking.join()
+        (answer,) = answers
+        assert answer.status_code == 503 and float(answer.headers["retry-after"]) > 0
+        assert answer.json()["error"]["code"] == "unavailable"
+        assert process.line("request", request_id=answer.headers["x-request-id"])["status"] == 503
+        for line in process.log.splitlines():  # the libraries' lines, too
+            assert json.loads(line)["service"] == "gateway"
