@@ -76,7 +76,8 @@ async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remot
         return [[body.input]]
     files = await remote.fetch(gateway.fetcher, asker.tenant)
     images = {_param(place): item.image_url for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
-    kept = await keep_all(images, files, gateway, asker.tenant)
+    most = gateway.policy.max_pixels if gateway.policy is not None else None
+    kept = await keep_all(images, files, gateway, asker.tenant, max_pixels=most)
     parts: list[Item] = []
     for place, item in enumerate(body.input):
         if isinstance(item, str):

@@ -67,11 +67,16 @@ def is_remote(url: str) -> bool:
 
 
 async def keep_all(
-    images: Mapping[str, ImageUrl], files: Mapping[str, bytes], gateway: Gateway, tenant: Tenant
+    images: Mapping[str, ImageUrl],
+    files: Mapping[str, bytes],
+    gateway: Gateway,
+    tenant: Tenant,
+    *,
+    max_pixels: int | None = None,
 ) -> dict[str, ImagePart]:
     """The pictures, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
-    now, several at a time. `files`: what was fetched for those at URLs. Raises the first one's error, naming its
-    field."""
+    now, several at a time. `files`: what was fetched for those at URLs; `max_pixels`: none is encoded larger. Raises
+    the first one's error, naming its field."""
     at_once = asyncio.Semaphore(ENCODED_AT_ONCE)
     same: dict[str, list[str]] = defaultdict(list)
     for param, image in images.items():
@@ -80,7 +85,9 @@ async def keep_all(
     async def one_after_the_other(params: Sequence[str]) -> list[tuple[str, ImagePart | LookonceError]]:
         """The variants of one picture: they change one record."""
         async with at_once:
-            return [(name, await _kept(images[name], files.get(name), gateway, tenant, name)) for name in params]
+            return [
+                (name, await _kept(images[name], files.get(name), gateway, tenant, name, max_pixels)) for name in params
+            ]
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one_after_the_other(params)) for params in same.values()]
@@ -95,9 +102,10 @@ async def keep_all(
 
 
 async def _kept(
-    image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str
+    image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, most: int | None
 ) -> ImagePart | LookonceError:
-    max_pixels = pixels_of(image.detail, gateway.settings)
+    bounds = [bound for bound in (pixels_of(image.detail, gateway.settings), most) if bound is not None]
+    max_pixels = min(bounds, default=None)
     identifier = image_reference(image.url)
     try:
         if identifier is not None:

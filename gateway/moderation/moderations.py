@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from gateway.answers import Answers
@@ -44,8 +44,8 @@ class Moderations:
         self._concurrency = concurrency
 
     async def moderate(self, inputs: Sequence[Sequence[Item]], asker: Asker) -> list[dict[str, Any]]:
-        """A result for each input; an input is one or more pictures and texts that are judged together: each rule
-        by its highest score. Raises the first failure."""
+        """A result for each input; an input is one or more pictures, within the policy's `max_pixels`, and texts that
+        are judged together: each rule by its highest score. Raises the first failure."""
         gate = asyncio.Semaphore(self._concurrency)
 
         async def one(item: Item) -> Scores:
@@ -67,8 +67,7 @@ class Moderations:
         rules = self._policy.of(kind, _size(item))
         if not rules:
             return Scores(kind, {}, {}, None)
-        shown = _within(item, self._policy.max_pixels)
-        questions = [ChoiceQuestion(rule.id, self._turns(shown, rule.ask(kind)), rule.choices) for rule in rules]
+        questions = [ChoiceQuestion(rule.id, self._turns(item, rule.ask(kind)), rule.choices) for rule in rules]
         outcomes, cost, resolved = await self._answers.score(questions, asker)
         probabilities: dict[str, float] = {}
         for rule, outcome in zip(rules, outcomes, strict=True):
@@ -76,7 +75,7 @@ class Moderations:
                 raise outcome
             probabilities[rule.id] = rule.score({choice.choice: choice.probability for choice in outcome.choices})
         fired = [rule for rule in rules if rule.follow_up and rule.fires(probabilities[rule.id])]
-        follow_ups = {rule.id: await self._follow_up(rule, kind, shown, asker) for rule in fired}
+        follow_ups = {rule.id: await self._follow_up(rule, kind, item, asker) for rule in fired}
         return Scores(kind, probabilities, follow_ups, receipt(resolved, cost, self._model.name))
 
     async def _follow_up(self, rule: Rule, kind: InputType, shown: Item, asker: Asker) -> str:
@@ -119,13 +118,6 @@ def _size(item: Item) -> tuple[int, int] | None:
         return None
     reference = item.resolved.reference if item.resolved is not None else item.record.reference
     return (reference.width, reference.height) if reference is not None else None
-
-
-def _within(item: Item, max_pixels: int | None) -> Item:
-    """The picture at the policy's size: another embedding than the one that may have come with the request."""
-    if not isinstance(item, ImagePart) or max_pixels is None or (item.max_pixels or max_pixels) < max_pixels:
-        return item
-    return replace(item, max_pixels=max_pixels, resolved=item.resolved if item.max_pixels == max_pixels else None)
 
 
 def _merged(receipts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -114,6 +114,23 @@ def test_the_highest_score_of_the_parts_counts(judged: httpx2.Client) -> None:
     assert together["results"][0]["category_scores"]["star"] == pytest.approx(max(single), rel=1e-3)
 
 
+def test_a_new_picture_is_encoded_once_at_the_size_of_the_policy(
+    services: Services, picture: Picture, tmp_path: Path
+) -> None:
+    path = tmp_path / "policy.yaml"
+    path.write_text(f"max_pixels: 12544\n{POLICY}")
+    with GatewayProcess(*services.arguments(), "--policy", str(path)) as process, process.client() as http:
+        files = [picture(336, 224), picture(56, 56)]
+        body = {"input": [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]}
+        before = services.encodes()
+        first, again = (http.post("/v1/moderations", json=body).json()["results"][0] for _ in range(2))
+        assert services.encodes() == before + len(files)
+        assert (first["receipt"]["embedding"], again["receipt"]["embedding"]) == ("miss", "hit")
+        assert again["category_scores"] == first["category_scores"]
+        (large,) = (image for image in http.get("/v1/images").json()["data"] if image["width"] == 336)
+        assert large["tokens"] <= 12544 // 28**2  # of 96
+
+
 @pytest.mark.parametrize(
     ("body", "param", "text"),
     [
