@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
+SLOW_STAMP := $(VENV)/.setup-slow-done
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
@@ -20,6 +21,10 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
 	@touch $@
 
+$(SLOW_STAMP): $(STAMP)
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS=dev,slow scripts/setup.sh
+	@touch $@
+
 demo: setup  ## Start everything, ask two pictures eight questions each, check every answer
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce demo $(ARGS)
 
@@ -29,7 +34,7 @@ up: setup  ## Start the three processes (ARGS="--model DIR --port 8000")
 test: setup  ## The test suite (under 6 minutes on 2 cores)
 	@$(PYTEST) -m "not slow and not browser" $(ARGS)
 
-test-slow: setup  ## The sweeps that `make test` leaves out
+test-slow: $(SLOW_STAMP)  ## The sweeps that `make test` leaves out (installs Ray and servers for buckets first)
 	@$(PYTEST) -m "slow and not browser" --timeout 1800 $(ARGS)
 
 test-browser: setup  ## The playground in a real Chromium (Debian: apt-get install chromium; or CHROMIUM=path)

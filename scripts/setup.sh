@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV="${VENV:-.venv}"
+EXTRAS="${EXTRAS:-dev}"
 PYTHON="${PYTHON:-python3}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -33,5 +34,5 @@ else
 fi
 echo "setup: installing lookonce and its tools"
 pip install --quiet -c constraints.txt hatchling editables
-pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+pip install --quiet -c constraints.txt --no-build-isolation -e ".[$EXTRAS]"
 echo "setup: done ($VENV)"

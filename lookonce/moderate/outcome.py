@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from lookonce.errors import LookonceError
+from lookonce.errors import ErrorKind, LookonceError
 
 PLACES = 6
 """Decimal places of a score: more would be the noise of how pictures happened to share a batch."""
@@ -22,7 +22,10 @@ class Failure:
 
     @classmethod
     def of(cls, error: LookonceError) -> Failure:
-        """The failure that an error means."""
+        """The failure that an error means. Raises the error itself where it is no picture's doing: a bucket that does
+        not accept the credentials (any more) ends the run, which goes on with better ones."""
+        if error.kind is ErrorKind.UNAUTHENTICATED:
+            raise error
         return cls(error.kind.value, error.message)
 
 

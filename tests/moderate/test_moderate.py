@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import signal
 import sqlite3
+import sys
 import time
 from collections import Counter
 from contextlib import closing
@@ -200,7 +200,7 @@ def test_a_service_that_stays_away_ends_the_run_for_now(pictures, policy, tmp_pa
     assert (tmp_path / "out.parquet.run" / "ledger.sqlite3").exists()
 
 
-def test_without_services_it_says_what_to_do(pictures, policy, tmp_path):
+def test_without_services_it_says_what_to_do(pictures, policy, tmp_path, monkeypatch):
     from tests.cli.commands import invoke
 
     given = ("moderate", pictures.folder, "--policy", policy, "--out", tmp_path / "o.parquet")
@@ -208,8 +208,8 @@ def test_without_services_it_says_what_to_do(pictures, policy, tmp_path):
     assert done.returncode == 1 and "start `lookonce up`" in done.stderr
     done = invoke(*given, "--vision", "localhost:1")
     assert done.returncode == 1 and "--vision and --lm go together" in done.stderr
-    if importlib.util.find_spec("ray") is None:
-        done = invoke(*given, "--vision", "localhost:1", "--lm", "localhost:1", "--ray", "auto")
-        assert done.returncode == 1 and "pip install 'lookonce[ray]'" in done.stderr
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if not installed
+    done = invoke(*given, "--vision", "localhost:1", "--lm", "localhost:1", "--ray", "auto")
+    assert done.returncode == 1 and "pip install 'lookonce[ray]'" in done.stderr
     done = invoke("moderate", pictures.folder, "--out", tmp_path / "o.parquet")
     assert done.returncode == 2 and "--policy" in done.stderr

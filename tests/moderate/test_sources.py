@@ -125,8 +125,8 @@ async def test_file_systems_of_fsspec():
         memory.pipe(f"/bucket/{name}", data)
     assert list((await read("memory://bucket/")).values()) == [b"one", b"two", b"four", b"three"]
     assert list((await read("memory://bucket/a/*.png")).values()) == [b"one"]
-    memory.pipe("/bucket/list.txt", b"a/1.png\nb.webp\ngone.png\n")
-    assert list((await read("memory://bucket/list.txt")).values()) == [b"one", b"three", ErrorKind.NOT_FOUND]
+    memory.pipe("/bucket/z/list.txt", b"../a/1.png\n../b.webp\ngone.png\n")
+    assert list((await read("memory://bucket/z/list.txt")).values()) == [b"one", b"three", ErrorKind.NOT_FOUND]
 
 
 def test_the_extent_changes_with_the_source(folder):
@@ -149,10 +149,12 @@ def test_the_extent_changes_with_the_source(folder):
         ("https://example.com/a.png", "write URLs into a text file"),
         ("ftp://example.com/", "sources are paths"),
         ("s3://bucket/x/", "lookonce[s3]"),
+        ("gs://bucket/x/", "lookonce[gcs]"),
     ],
 )
 def test_what_is_no_source_says_so(tmp_path, monkeypatch, source, text):
-    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if not installed
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if not installed
     (tmp_path / "empty").mkdir()
     for name in ("b.bin", "bad.parquet", "bad.tar"):
         (tmp_path / name).write_bytes(b"neither")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.moderate.sources.buckets import BUCKETS, fault, open_bucket, read_object
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_SCHEMES = (*_EXTRAS, "memory", "abfs", "az", "hdfs", "file")
+_SCHEMES = ("memory", "abfs", "az", "hdfs", "file")
 _MAGIC = "*?["
 
 
@@ -42,15 +42,16 @@ def has_magic(name: str) -> bool:
 
 @lru_cache(maxsize=32)
 def _filesystem(scheme: str) -> Any:
+    if scheme in BUCKETS:
+        return open_bucket(scheme)
     import fsspec
 
     if scheme not in _SCHEMES:
         raise invalid(f"{scheme}://: sources are paths, {', '.join(f'{s}://' for s in ('s3', 'gs'))}", param="source")
     try:
-        return fsspec.filesystem(scheme, **({"use_listings_cache": False} if scheme in _EXTRAS else {}))
+        return fsspec.filesystem(scheme)
     except ImportError as error:
-        extra = _EXTRAS.get(scheme)
-        remedy = f"pip install 'lookonce[{extra}]'" if extra else f"install fsspec's package for {scheme}"
+        remedy = f"install fsspec's package for {scheme}"
         raise invalid(f"{scheme}:// needs a package that is not installed: {remedy}", param="source") from error
 
 
@@ -72,7 +73,7 @@ def is_directory(name: str) -> bool:
         if filesystem.isdir(path_of):
             return True
         if not filesystem.exists(path_of):
-            raise LookonceError(ErrorKind.NOT_FOUND, f"{name}: no such object or prefix", param="source")
+            raise LookonceError(ErrorKind.NOT_FOUND, f"{name}: no such bucket, object or prefix", param="source")
         return False
 
 
@@ -104,6 +105,8 @@ def read_span(name: str, offset: int, size: int) -> bytes:
                 file.seek(offset)
                 return file.read(size)
         filesystem, path = _split(name)
+        if scheme_of(name) in BUCKETS:
+            return read_object(filesystem, path, offset, size)
         known = filesystem.info(path)["size"]  # some filesystems refuse a range beyond the end
         if offset >= known:
             return b""
@@ -139,7 +142,7 @@ def _walk_local(directory: str) -> Iterator[Entry]:
 
 
 def _walk_remote(filesystem: Any, scheme: str, path: str) -> Iterator[Entry]:
-    with translated(path):
+    with translated(f"{scheme}://{path}"):
         found = filesystem.ls(path, detail=True)
     entries = [one for one in found if one["name"].rstrip("/") != path.rstrip("/")]
     for entry in sorted(entries, key=lambda one: str(one["name"])):
@@ -188,6 +191,9 @@ class translated:
             return
         if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
             raise LookonceError(ErrorKind.NOT_FOUND, f"{self._name}: no such file", param="source") from error
+        scheme = scheme_of(self._name)
+        if scheme in BUCKETS:
+            raise fault(self._name, scheme, error) from error
         if isinstance(error, PermissionError):
             text = f"{self._name}: this user may not read it"
             raise LookonceError(ErrorKind.PERMISSION_DENIED, text, param="source") from error

@@ -7,10 +7,10 @@ import binascii
 import csv
 import io
 import os
+import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 from typing import Any
 
 import orjson
@@ -83,7 +83,8 @@ class Table(ABC):
         if scheme or os.path.isabs(value):
             return FileAt(value)
         if scheme_of(self._root):
-            return FileAt(f"{self._root.rstrip('/')}/{PurePosixPath(value)}")
+            scheme, _, root = self._root.partition("://")
+            return FileAt(f"{scheme}://{posixpath.normpath(posixpath.join(root, value))}")
         return FileAt(os.path.normpath(os.path.join(self._root, value)))
 
     def _choose(self, names: list[str]) -> str:
