@@ -75,11 +75,14 @@ class VisionPeers:
         self._watchers = [asyncio.create_task(peer.watch()) for peer in self.peers]
 
     async def fetch(self, key: bytes) -> bytes | None:
-        """A serialized record from the first service that has it; None when none does."""
+        """A serialized record from the first service that has it; None when none does. Raises EMBEDDING_MISSING, with
+        `retry_after`, when one that may have it can't be asked."""
+        unasked = False
         for peer in self.peers:
             if peer.fingerprint is None:
                 await peer.describe()
             if not peer.usable:
+                unasked = unasked or peer.fingerprint is None
                 continue
             try:
                 record = await peer.client.fetch(key, timeout=self._fetch_timeout)
@@ -87,8 +90,12 @@ class VisionPeers:
                 if error.kind is not ErrorKind.EMBEDDING_MISSING:
                     METRICS.fetch_failures.inc()
                     log.warning("fetch failed", address=peer.client.address, kind=error.kind, reason=error.message)
+                    unasked = True
                 continue
             return record
+        if unasked:
+            text = "the image's embedding is in no store, and a vision service that may have it cannot be reached"
+            raise LookonceError(ErrorKind.EMBEDDING_MISSING, text, param="image", retry_after=CONNECT_SECONDS)
         return None
 
     async def close(self) -> None:

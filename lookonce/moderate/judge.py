@@ -29,7 +29,8 @@ _OF_THE_PICTURE = frozenset({
 })  # fmt: skip
 _LOST = frozenset({ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID})
 _MOST_TRIES = 12
-"""Of what can be the picture's own doing, such as an embedding that is lost again and again, before it is given up."""
+"""Of what can be the picture's own doing, such as an embedding that is lost again and again, before it is given up.
+Tries that fail because a language service can't reach the vision service are not counted: those take patience."""
 
 
 class Judge:
@@ -48,24 +49,41 @@ class Judge:
         self._visions = visions
         self._languages = languages
         self._patience = patience
+        self._judged = False  # any picture
 
     async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
         """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
 
         Raises what ends the run: UNAVAILABLE when a service stays away, FINGERPRINT_MISMATCH when the model has
         changed, and whatever says that the request itself is wrong."""
-        for attempt in range(_MOST_TRIES):
+        attempt, counted, began = 0, 0, time.monotonic()
+        while True:
             try:
-                return await self._judge(image)
+                judged = await self._judge(image)
             except LookonceError as error:
-                if error.kind in _OF_THE_PICTURE or (
-                    attempt == _MOST_TRIES - 1 and error.kind in {ErrorKind.INTERNAL, *_LOST}
-                ):
+                if error.kind in _OF_THE_PICTURE:
                     return Outcome(failure=Failure.of(error)), Timings()
                 if error.kind not in {ErrorKind.INTERNAL, *_LOST}:
                     raise
-                await asyncio.sleep(pause(attempt))  # services that are back may not have found each other yet
-        raise LookonceError(ErrorKind.INTERNAL, "not reached")
+                apart = error.kind in _LOST and error.retry_after is not None  # the services can't reach each other
+                counted += not apart
+                if apart and time.monotonic() - began > self._patience.away:
+                    raise LookonceError(ErrorKind.UNAVAILABLE, f"for too long, {error.message}") from error
+                if counted == _MOST_TRIES:
+                    self._check_that_any_is_judged(error)
+                    return Outcome(failure=Failure.of(error)), Timings()
+                await asyncio.sleep(pause(attempt))
+                attempt += 1
+            else:
+                self._judged = True
+                return judged
+
+    def _check_that_any_is_judged(self, error: LookonceError) -> None:
+        """Raise UNAVAILABLE when no embedding of any picture has reached the language service."""
+        if error.kind in _LOST and not self._judged:
+            remedy = "give the language services --vision, or one store to both"
+            text = f"no picture could be judged, for {error.message}: {remedy}"
+            raise LookonceError(ErrorKind.UNAVAILABLE, text) from error
 
     async def _judge(self, image: bytes) -> tuple[Outcome, Timings]:
         started = time.perf_counter()
@@ -100,6 +118,8 @@ class Judge:
                 try:
                     result = await call(link)
                 except LookonceError as error:
+                    if error.kind in _LOST:
+                        link.shun()
                     if error.kind not in AWAY and error.kind not in FULL and error.kind is not ErrorKind.INTERNAL:
                         raise
                     if error.kind is ErrorKind.INTERNAL and attempt >= _MOST_TRIES // 3:

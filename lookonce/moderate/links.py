@@ -26,6 +26,7 @@ L = TypeVar("L", bound="Link[Any]")
 AWAY = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.CANCELLED})
 FULL = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds
+_SHUNNED = 5.0  # seconds
 log = structlog.get_logger(__name__)
 
 
@@ -52,6 +53,7 @@ class Link(Generic[C]):
         self._patience = patience
         self._check = check
         self._heard = time.monotonic()  # the last answer
+        self._shunned = 0.0  # until then
         self._back = asyncio.Event()
         self._back.set()
         self._watcher: asyncio.Task[None] | None = None
@@ -60,6 +62,15 @@ class Link(Generic[C]):
     def away(self) -> bool:
         """Whether it is being waited for."""
         return not self._back.is_set()
+
+    @property
+    def shunned(self) -> bool:
+        """Whether others are better asked."""
+        return time.monotonic() < self._shunned
+
+    def shun(self) -> None:
+        """It answers, but can't do what it is asked for: that is quickly said, and must not draw all pictures to it."""
+        self._shunned = time.monotonic() + _SHUNNED
 
     def heard(self) -> None:
         """It has answered something."""
@@ -157,7 +168,7 @@ class LanguageLink(Link[LanguageClient]):
 
 
 class Links(Generic[L]):
-    """Equal services at several addresses; each call goes to the one with least to do."""
+    """Equal services at several addresses; each call goes to the one with least to do, among those that can do it."""
 
     def __init__(self, links: Sequence[L]) -> None:
         self.links = links
@@ -165,7 +176,7 @@ class Links(Generic[L]):
     @contextmanager
     def use(self) -> Iterator[L]:
         """The least busy that is not away; a waiting one when all are."""
-        link = min(self.links, key=lambda one: (one.away, one.active))
+        link = min(self.links, key=lambda one: (one.away, one.shunned, one.active))
         link.active += 1
         try:
             yield link
