@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from lookonce.errors import LookonceError, invalid
+from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
 from lookonce.moderate.connecting import Addresses, Served, connected
 from lookonce.moderate.job import Tally
@@ -93,9 +93,12 @@ class Worker:
         self._judge = self._await(self._stack.enter_async_context(connected(addresses, self._policy, served)))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        """A row for each input, as JSON."""
+        """A row for each input, as JSON; or, instead of all, what ends the run: of an exception Ray would make text."""
         records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return {"row": self._await(self._all([from_record(record) for record in records]))}
+        try:
+            return {"row": self._await(self._all([from_record(record) for record in records]))}
+        except LookonceError as error:
+            return {"row": [orjson.dumps({"ended": [error.kind.value, error.message]})]}
 
     async def _all(self, inputs: Sequence[Item]) -> list[bytes]:
         return list(await asyncio.gather(*(self._one(item) for item in inputs)))
@@ -199,6 +202,9 @@ def _packed(row: Row, outcome: Outcome | None) -> bytes:
 
 def _unpacked(packed: bytes) -> tuple[Row, Outcome | None]:
     value = orjson.loads(packed)
+    if "ended" in value:
+        kind, message = value["ended"]
+        raise LookonceError(ErrorKind(kind), message)
     fields, outcome = value["row"], value["outcome"]
     failure = Failure(**fields["failure"]) if fields["failure"] else None
     digest = bytes.fromhex(fields["digest"]) if fields["digest"] else None

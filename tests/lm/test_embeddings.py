@@ -146,9 +146,13 @@ async def test_each_vision_service_is_asked_in_turn(tmp_path):
     assert (empty.fetches, peer.fetches) == (1, 1)
 
 
-async def test_nowhere_is_embedding_missing(tmp_path):
-    async with resolving(tmp_path, Peer(), addresses=["127.0.0.1:1"]) as resolver:
-        assert (await refused(resolver, reference())).kind is ErrorKind.EMBEDDING_MISSING
+async def test_nowhere_is_embedding_missing_and_may_pass_where_somebody_was_not_asked(tmp_path):
+    async with resolving(tmp_path / "asked", Peer(), Peer(THEIRS)) as resolver:
+        error = await refused(resolver, reference())
+        assert (error.kind, error.retry_after) == (ErrorKind.EMBEDDING_MISSING, None)
+    async with resolving(tmp_path / "away", Peer(), addresses=["127.0.0.1:1"]) as resolver:
+        error = await refused(resolver, reference())
+        assert error.kind is ErrorKind.EMBEDDING_MISSING and error.retry_after
 
 
 async def test_a_damaged_record_in_the_store_is_dropped_and_fetched_again(tmp_path):

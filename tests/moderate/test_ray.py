@@ -8,6 +8,9 @@ import time
 import pyarrow.parquet as pq
 import pytest
 
+from tests.cli.commands import until
+from tests.moderate.conftest import start_pair
+
 SECONDS = 600  # a run took 12 on a quiet machine, 60 on a very busy one
 pytestmark = [
     pytest.mark.slow,
@@ -41,3 +44,14 @@ def test_two_nodes_give_the_same_rows_and_take_up_again(cluster, pair, pictures,
     assert done.returncode == 0, done.stderr
     expected, found = (pq.read_table(path).drop(["timings"]) for path in (alone, out))
     assert found.equals(expected)
+
+
+def test_a_service_that_stays_away_ends_the_run_for_now(cluster, pictures, policy, tmp_path):
+    services = start_pair("memory://")
+    with services.vision, services.language:
+        options = ("--ray", cluster, "--ray-actors", "1", "--part-rows", "20", "--patience", "3s")
+        with services.moderating(pictures.folder, policy, tmp_path / "out.parquet", *options) as run:
+            until((tmp_path / "out.parquet.run").exists, SECONDS, lambda: run.output)
+            services.language.kill()
+            assert run.wait_exit(SECONDS) == 75, run.output
+            assert "did not answer" in run.output and "Run the same command again" in run.output
