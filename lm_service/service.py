@@ -136,6 +136,7 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         prefix_bytes=settings.prefix_bytes,
         context_tokens=model.context_length,
         step_seconds=settings.step_seconds,
+        native=settings.attention == "auto",
     )
     devices = model.home.of_layers
     adapter = apart(

@@ -44,6 +44,10 @@ class LanguageSettings(Settings):
     encoder_quantization: Literal["none", "int8"] = Field(
         "none", description="Quantization of the encoders whose embeddings are accepted."
     )
+    attention: Literal["auto", "torch"] = Field(
+        "auto",
+        description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own.",
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the model; unset: torch's choice.")
     l1_bytes: Bytes = Field(256 << 20, description="Embeddings kept on the device.")
     kv_bytes: Bytes | None = Field(

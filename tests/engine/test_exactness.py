@@ -37,7 +37,15 @@ async def test_one_image(lab):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"step_tokens": 5, "burst_tokens": 7}, {"inline_tokens": 1}, {"inline_tokens": 400}]
+    "options",
+    [
+        {},
+        {"native": False},
+        {"step_tokens": 5, "burst_tokens": 7},
+        {"inline_tokens": 1},
+        {"inline_tokens": 1, "native": False},
+        {"inline_tokens": 400},
+    ],
 )
 async def test_32_neighbours(lab, options):
     """Many questions on few images at once, small images too, whatever the chunks and whether prefixes are copied."""
@@ -127,7 +135,7 @@ async def test_scores(lab):
     items = [
         ScoreItem(prompt(SYSTEM, picture(1, 9, 11), words(3 + i, 50 + i)), choices[: 2 + i % 5]) for i in range(12)
     ]
-    for options in ({}, {"step_tokens": 4, "burst_tokens": 5}):
+    for options in ({}, {"native": False}, {"step_tokens": 4, "burst_tokens": 5}):
         async with lab.engine(**options) as engine:
             scores = await engine.score(Scoring("s", tuple(items)))
             assert lab.album.loads.total() == 1

@@ -8,12 +8,13 @@ G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape
+from lm_service.engine.packed.native.plan import NativePlan
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node
 
@@ -73,18 +74,21 @@ class AttentionPlan:
     fill_tokens: int  # tokens [0, fill_tokens) belong to `fills`, the others to tails
     fills: list[FillPart]
     shared: list[SharedPart]
-    tails: list[TailPart]
-    tail_rows: torch.Tensor  # int64 [tail tokens * K]: where each tail token's heads are stored in the pool
+    # the tails, either for torch's own operations or for the compiled kernels
+    tails: list[TailPart] = field(default_factory=list)
+    tail_rows: torch.Tensor | None = None  # int64 [tail tokens * K]: where a tail token's heads are stored in the pool
+    native: NativePlan | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same with its tensors on another device."""
-        return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=self.tail_rows.to(device))
+        rows = None if self.tail_rows is None else self.tail_rows.to(device)
+        return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=rows)
 
 
-def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> Attend:
-    """The attention of one step, whose plan lies on the model's first device."""
+def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan, native: Attend | None = None) -> Attend:
+    """The attention of one step, whose plan lies on the model's first device; `native` is that of its tails."""
     if len(shape.stages) == 1:
-        return PackedAttention(shape, pool, plan)
+        return PackedAttention(shape, pool, plan, tails=native)
     return StagedAttention(shape, pool, plan)
 
 
@@ -106,9 +110,15 @@ class PackedAttention:
     """An `Attend` over a plan, for layers on one device."""
 
     def __init__(
-        self, shape: ModelShape, pool: TailPool, plan: AttentionPlan, device: torch.device | None = None
+        self,
+        shape: ModelShape,
+        pool: TailPool,
+        plan: AttentionPlan,
+        device: torch.device | None = None,
+        tails: Attend | None = None,
     ) -> None:
-        """`device` is the layers', unless it is the model's first."""
+        """`device` is the layers', unless it is the model's first. `tails` does the tails' part; None: torch does."""
+        self._tails = tails or self._torch_tails
         self._shape = shape
         self._pool = pool
         self._plan = plan
@@ -178,9 +188,11 @@ class PackedAttention:
             merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
         return merged[0]
 
-    def _tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _torch_tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shape, plan = self._shape, self._plan
         keys, values = self._pool.flat(layer)
+        if plan.tail_rows is None:
+            raise ValueError("the plan is for the compiled kernels")
         keys.index_copy_(0, plan.tail_rows, k.reshape(-1, shape.head_dim))
         values.index_copy_(0, plan.tail_rows, v.reshape(-1, shape.head_dim))
         q = q.reshape(q.shape[0], shape.kv_heads, shape.group, shape.head_dim)

@@ -56,7 +56,7 @@ class EngineCore:
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self.scheduler = Scheduler(model.shape, self.pool, self.cache, options, load=load, fail=self._failed)
-        self._runner = Runner(model, self.pool)
+        self._runner = Runner(model, self.pool, native=options.native)
         self.steps = 0
         self.step_seconds = 0.0
         self.forward_seconds = 0.0

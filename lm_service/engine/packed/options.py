@@ -26,6 +26,7 @@ class PackedOptions:
     long_tail_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
     keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
+    native: bool = True  # attend by kernels compiled for this CPU, where the model's heads and dtype have some
     retry_after: float = 1.0  # seconds, in OVERLOADED
 
     def __post_init__(self) -> None:

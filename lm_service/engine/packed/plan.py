@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ import torch
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import AttentionPlan, FillPart, SharedPart, TailPart
 from lm_service.engine.packed.batch import Batch, FillChunk, TailChunk
+from lm_service.engine.packed.native.kernels import Kernels
+from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
 from lm_service.engine.packed.pool import TailPool
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
@@ -28,13 +30,15 @@ class _Members:
     """Some of a step's tails, one a place of each array: int64 [n]."""
 
     number: npt.NDArray[np.int64]  # which of the batch's tails
+    capacity: npt.NDArray[np.int64]  # of its slot
     place: npt.NDArray[np.int64]  # of its slot in the pool's `class_view`
     start: npt.NDArray[np.int64]  # tokens in its slot already
     count: npt.NDArray[np.int64]  # new tokens
     begin: npt.NDArray[np.int64]  # its first token among the step's tail tokens
 
     def __getitem__(self, which: slice | npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Members:
-        return _Members(self.number[which], self.place[which], self.start[which], self.count[which], self.begin[which])
+        held = (self.number, self.capacity, self.place, self.start, self.count, self.begin)
+        return _Members(*(array[which] for array in held))
 
 
 def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
@@ -45,17 +49,17 @@ def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
     return (chunk.sequence.order, 0, 0) if slot is None else (chunk.sequence.order, slot.slab, slot.index)
 
 
-def make_plan(shape: ModelShape, pool: TailPool, batch: Batch) -> AttentionPlan:
-    """The plan of a batch whose tails are in `tail_order`."""
+def make_plan(shape: ModelShape, pool: TailPool, batch: Batch, kernels: Kernels | None = None) -> AttentionPlan:
+    """The plan of a batch whose tails are in `tail_order`; with `kernels`, one for them."""
     fills = _fill_parts(batch.fills)
-    tails, tail_rows = _tail_parts(shape, pool, batch.tails)
-    return AttentionPlan(
-        fill_tokens=fills[-1].end if fills else 0,
-        fills=fills,
-        shared=_shared_parts(batch.tails),
-        tails=tails,
-        tail_rows=tail_rows,
-    )
+    shared, members, rows = _shared_parts(batch.tails), *_members(shape, pool, batch.tails)
+    plan = AttentionPlan(fills[-1].end if fills else 0, fills, shared)
+    if kernels is not None and batch.tails:
+        stretches = [Stretch(part.node, part.begin, part.end) for part in shared]
+        tails = _native_tails(batch.tails, members, rows)
+        return replace(plan, native=native_plan(stretches, tails, kernels.heads))
+    tail_rows = torch.from_numpy(rows.reshape(-1)).to(shape.device)
+    return replace(plan, tails=_tail_parts(shape, batch.tails, members, len(rows)), tail_rows=tail_rows)
 
 
 def _fill_parts(chunks: list[FillChunk]) -> list[FillPart]:
@@ -80,8 +84,8 @@ def _shared_parts(chunks: list[TailChunk]) -> list[SharedPart]:
     return list(found.values())
 
 
-def _tail_parts(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> tuple[list[TailPart], torch.Tensor]:
-    """The batches of tails, and the pool row of every head of every tail token, int64 [tail tokens * K]."""
+def _members(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> tuple[_Members, npt.NDArray[np.int64]]:
+    """The tails, and the pool row of every head of every tail token, int64 [tail tokens, K]."""
     known = [
         (chunk.count, slot.capacity, pool.row_of(slot), pool.place_of(slot), chunk.sequence.tail_length)
         for chunk in chunks
@@ -89,17 +93,46 @@ def _tail_parts(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> t
     ]
     count, capacity, row, place, start = np.array(known, dtype=np.int64).reshape(-1, 5).T
     begin = count.cumsum() - count
-    within = np.arange(count.sum()) - np.repeat(begin, count)
-    tokens = np.repeat(row + start, count) + within
-    rows = tokens[:, None] + np.repeat(capacity, count)[:, None] * np.arange(shape.kv_heads)
-    everybody = _Members(np.arange(len(chunks)), place, start, count, begin)
-    classes = capacity * _WIDTHS + _width_class(count)
-    parts = [
-        _tail_part(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, len(tokens))
+    members = _Members(np.arange(len(chunks)), capacity, place, start, count, begin)
+    tokens = np.repeat(row + start, count) + _within(members)
+    return members, tokens[:, None] + np.repeat(capacity, count)[:, None] * np.arange(shape.kv_heads)
+
+
+def _within(members: _Members) -> npt.NDArray[np.int64]:
+    """Each tail token's place among those of its chunk, int64 [tail tokens]."""
+    within: npt.NDArray[np.int64] = np.arange(members.count.sum()) - np.repeat(members.begin, members.count)
+    return within
+
+
+def _native_tails(chunks: list[TailChunk], members: _Members, rows: npt.NDArray[np.int64]) -> Tails:
+    visible = np.repeat(members.start, members.count) + _within(members) + 1
+    mask_rows = np.full(len(rows), -1)
+    limited: list[npt.NDArray[np.bool_]] = []
+    for number, chunk in enumerate(chunks):
+        if chunk.sequence.trie is None:
+            continue
+        begin, seen = int(members.begin[number]), visible[members.begin[number] :][: chunk.count]
+        mask_rows[begin : begin + chunk.count] = sum(mask.shape[0] for mask in limited) + np.arange(chunk.count)
+        limited.append(np.arange(seen[-1]) < seen[:, None])
+        _limit_to_branch(limited[-1], chunk)
+    masks = np.zeros(
+        (sum(mask.shape[0] for mask in limited), max((mask.shape[1] for mask in limited), default=0)), dtype=bool
+    )
+    first = 0
+    for mask in limited:
+        masks[first : first + len(mask), : mask.shape[1]] = mask
+        first += len(mask)
+    return Tails(rows, visible, mask_rows, masks)
+
+
+def _tail_parts(shape: ModelShape, chunks: list[TailChunk], everybody: _Members, tail_tokens: int) -> list[TailPart]:
+    """The batches of tails."""
+    classes = everybody.capacity * _WIDTHS + _width_class(everybody.count)
+    return [
+        _tail_part(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, tail_tokens)
         for key in (classes[:1] if (classes == classes[:1]).all() else np.unique(classes))
         for near in _neighbours(chunks, everybody[classes == key])
     ]
-    return parts, torch.from_numpy(rows.reshape(-1)).to(shape.device)
 
 
 def _width_class(count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -9,6 +9,7 @@ import torch
 from lm_service.engine.packed.adapter import ModelAdapter
 from lm_service.engine.packed.attention import attention_over
 from lm_service.engine.packed.batch import Batch, FillChunk
+from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
 from lm_service.engine.packed.plan import make_plan, tail_order
 from lm_service.engine.packed.pool import TailPool
 
@@ -16,9 +17,12 @@ from lm_service.engine.packed.pool import TailPool
 class Runner:
     """The model, and the pool its sequences' keys and values go to."""
 
-    def __init__(self, model: ModelAdapter, pool: TailPool) -> None:
+    def __init__(self, model: ModelAdapter, pool: TailPool, *, native: bool = True) -> None:
+        """`native`: attend by compiled kernels where there are some for this model."""
         self._model = model
         self._pool = pool
+        self._kernels = kernels_for(model.shape) if native else None
+        self._workspace = Workspace()
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
@@ -35,7 +39,12 @@ class Runner:
         for chunk in batch.fills:
             _place_images(hidden[begin : begin + chunk.count], chunk)
             begin += chunk.count
-        attention = attention_over(self._model.shape, self._pool, make_plan(self._model.shape, self._pool, batch))
+        shape = self._model.shape
+        plan = make_plan(shape, self._pool, batch, self._kernels)
+        native = None
+        if plan.native is not None and self._kernels is not None:
+            native = NativeTails(self._kernels, shape, self._pool, plan.native, self._workspace)
+        attention = attention_over(shape, self._pool, plan, native)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
         logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
         return logits if rows else None

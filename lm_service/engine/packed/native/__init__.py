@@ -1,0 +1,1 @@
+"""Attention of a step as compiled code for the CPU at hand."""

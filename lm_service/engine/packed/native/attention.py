@@ -1,0 +1,99 @@
+"""Attention of a step's tail tokens by the compiled kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
+from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave
+from lm_service.engine.packed.native.table import Field
+from lm_service.engine.packed.native.team import barrier, run
+from lm_service.engine.packed.pool import TailPool
+
+
+def kernels_for(shape: ModelShape) -> Kernels | None:
+    """The kernels for a model's heads, where they serve it: float32 on the CPU."""
+    if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
+        return None
+    return compiled(shape.head_dim, shape.group, shape.kv_heads) if supported(shape.head_dim) else None
+
+
+class Workspace:
+    """Memory for partial results, kept from step to step and grown when a step needs more."""
+
+    def __init__(self) -> None:
+        self._partial = torch.empty(0)
+
+    def partial(self, count: int) -> torch.Tensor:
+        """Room for so many float32, not written yet."""
+        if self._partial.numel() < count:
+            self._partial = torch.empty(count)
+        return self._partial
+
+
+class NativeTails:
+    """Stores a step's new keys and values and attends from its tail tokens, layer by layer."""
+
+    def __init__(
+        self, kernels: Kernels, shape: ModelShape, pool: TailPool, plan: NativePlan, workspace: Workspace
+    ) -> None:
+        self._kernels, self._pool = kernels, pool
+        partial, tails = workspace.partial(max(wave.partial for wave in plan.waves)), plan.tails
+        masks = np.ascontiguousarray(tails.masks, dtype=np.uint8)
+        table = np.zeros(len(Field), dtype=np.int64)
+        self._held = (plan, masks, partial)  # what the table points to
+        table[Field.POOL_ROWS] = tails.rows.ctypes.data
+        table[Field.VISIBLE] = tails.visible.ctypes.data
+        table[Field.MASK_ROWS] = tails.mask_rows.ctypes.data
+        table[Field.MASKS], table[Field.MASK_WIDTH] = masks.ctypes.data, masks.shape[1]
+        table[Field.SEEN], table[Field.SEEN_PARTS] = plan.seen.ctypes.data, plan.seen_parts.ctypes.data
+        table[Field.PARTIAL] = partial.data_ptr()
+        table[Field.BARRIER] = barrier()
+        self._waves = [_Wave(table.copy(), wave, shape) for wave in plan.waves]
+        self._waves[0].table[Field.STORED] = len(tails.visible)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> [T, heads * d]."""
+        out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+        keys, values = self._pool.flat(layer)
+        places = (q, k, v)
+        tensors = [number for tensor in places for number in (tensor.data_ptr(), tensor.stride(0))]
+        tensors += (keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        for wave in self._waves:
+            wave.attend(self._kernels, layer, tensors)
+        return out
+
+
+class _Wave:
+    """A table for each wave."""
+
+    def __init__(self, table: Ints, wave: Wave, shape: ModelShape) -> None:
+        self._nodes = _node_table(wave, shape)
+        self._layer_bytes, self._first = self._nodes.strides[0], self._nodes.ctypes.data
+        table[Field.LOOKS], table[Field.ITEMS] = len(wave.items), wave.items.ctypes.data
+        table[Field.PARTS] = wave.parts.ctypes.data
+        table[Field.BEGIN], table[Field.END] = wave.begin, wave.end
+        self.table, self._address = table, table.ctypes.data
+
+    def attend(self, kernels: Kernels, layer: int, tensors: list[int]) -> None:
+        """`tensors` are the fields from QUERY to OUT."""
+        table = self.table
+        table[Field.LOOK_COUNTER : Field.LOOKS] = 0
+        table[Field.NODES] = self._first + layer * self._layer_bytes
+        table[Field.QUERY : Field.ITEMS] = tensors
+        run(kernels.attend, self._address)
+
+
+def _node_table(wave: Wave, shape: ModelShape) -> Ints:
+    """int64 [layers, stretches, 3]: addresses of keys and values, and how far heads are apart."""
+    table = np.zeros((shape.layers, len(wave.nodes), 3), dtype=np.int64)
+    layers = np.arange(shape.layers)
+    for number, node in enumerate(wave.nodes):
+        (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
+        size = kv.element_size()
+        table[:, number, 0] = kv.data_ptr() + layers * (kv.stride(0) * size)
+        table[:, number, 1] = table[:, number, 0] + kv.stride(1) * size
+        table[:, number, 2] = kv.stride(2)
+    return table

@@ -1,0 +1,203 @@
+"""Writing LLVM's intermediate code: loops, vectors of float32 and their arithmetic, in as few words as kernels need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llvmlite import ir
+
+BYTE, INT, FLOAT, POINTER = ir.IntType(8), ir.IntType(64), ir.FloatType(), ir.PointerType()
+Value = Any  # llvmlite has no types of its own
+
+_UNALIGNED = 4
+_LEAST_EXPONENT = -87.3  # e to this is the least normal float32
+
+
+class Code:
+    """One function while it is written. Integers are 64 bits wide, `lanes` float32 make a vector."""
+
+    def __init__(self, module: ir.Module, name: str, parameters: int, lanes: int) -> None:
+        """A function of so many pointers that returns nothing."""
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER] * parameters), name)
+        self.function, self.lanes = function, lanes
+        self.vector = ir.VectorType(FLOAT, lanes)
+        self._module = module
+        self._variables = function.append_basic_block("variables")
+        self.build = ir.IRBuilder(function.append_basic_block("begin"))
+        self._begin = self.build.block
+
+    def end(self) -> None:
+        """Return, and be done."""
+        self.build.ret_void()
+        with self.build.goto_block(self._variables):
+            self.build.branch(self._begin)
+
+    # memory
+
+    def variable(self, kind: ir.Type, initial: Value | None = None, count: int = 1) -> Value:
+        """Room for `count` values on the stack; a lone one that is only read and set becomes a register."""
+        with self.build.goto_block(self._variables):
+            room = self.build.alloca(kind, count)
+        room.type, room.align = POINTER, 64  # not a pointer to `kind`: what is read from it says its own
+        if initial is not None:
+            self.build.store(initial, room)
+        return room
+
+    def get(self, variable: Value, kind: ir.Type) -> Value:
+        """The value of a variable."""
+        return self.build.load(variable, typ=kind)
+
+    def set(self, variable: Value, value: Value) -> None:
+        """Give a variable a value."""
+        self.build.store(value, variable)
+
+    def place(self, base: Value, index: Value | int, kind: ir.Type = INT) -> Value:
+        """Pointer to base[index] of integers, or another kind."""
+        return self.build.gep(base, [self.whole(index)], source_etype=kind)
+
+    def integer(self, base: Value, index: Value | int) -> Value:
+        """base[index] of integers."""
+        return self.build.load(self.place(base, index), typ=INT)
+
+    def address(self, base: Value, index: Value | int) -> Value:
+        """The pointer that base[index] holds."""
+        return self.build.inttoptr(self.integer(base, index), POINTER)
+
+    def at(self, base: Value, index: Value | int) -> Value:
+        """Pointer to base[index] of float32."""
+        return self.place(base, index, FLOAT)
+
+    def number(self, base: Value, index: Value | int = 0) -> Value:
+        """base[index] of float32."""
+        return self.build.load(self.at(base, index), typ=FLOAT)
+
+    def put(self, value: Value, base: Value, index: Value | int = 0) -> None:
+        """base[index] = value, a float32 or a vector that begins there."""
+        self.build.store(value, self.at(base, index), align=_UNALIGNED)
+
+    def row(self, base: Value, index: Value | int = 0) -> Value:
+        """The vector that begins at base[index]."""
+        return self.build.load(self.at(base, index), align=_UNALIGNED, typ=self.vector)
+
+    # control
+
+    @contextmanager
+    def loop(self, stop: Value | int, start: Value | int = 0, step: int = 1) -> Iterator[Value]:
+        """What is written in its body happens for start, start + step, ... below stop."""
+        counter = self.variable(INT, self.whole(start))
+        check, body, behind = (self.function.append_basic_block(name) for name in ("check", "body", "behind"))
+        self.build.branch(check)
+        self.build.position_at_end(check)
+        now = self.get(counter, INT)
+        self.build.cbranch(self.build.icmp_signed("<", now, self.whole(stop)), body, behind)
+        self.build.position_at_end(body)
+        yield now
+        self.set(counter, self.build.add(now, self.whole(step)))
+        self.build.branch(check)
+        self.build.position_at_end(behind)
+
+    @contextmanager
+    def work(self, counter: Value, stop: Value) -> Iterator[Value]:
+        """What is written in its body happens for each number below `stop` that the integer at `counter` hands out,
+        in one of the threads that run this."""
+        take, body, behind = (self.function.append_basic_block(name) for name in ("take", "work", "done"))
+        self.build.branch(take)
+        self.build.position_at_end(take)
+        number = self.build.atomic_rmw("add", counter, self.whole(1), "monotonic")
+        self.build.cbranch(self.build.icmp_signed("<", number, stop), body, behind)
+        self.build.position_at_end(body)
+        yield number
+        self.build.branch(take)
+        self.build.position_at_end(behind)
+
+    # integers
+
+    @staticmethod
+    def whole(value: Value | int) -> Value:
+        """An integer, where it isn't one yet."""
+        return ir.Constant(INT, int(value)) if isinstance(value, int) else value
+
+    def plus(self, *values: Value | int) -> Value:
+        """Their sum."""
+        total = self.whole(values[0])
+        for value in values[1:]:
+            total = self.build.add(total, self.whole(value))
+        return total
+
+    def minus(self, left: Value | int, right: Value | int) -> Value:
+        """left - right."""
+        return self.build.sub(self.whole(left), self.whole(right))
+
+    def times(self, left: Value | int, right: Value | int) -> Value:
+        """left * right."""
+        return self.build.mul(self.whole(left), self.whole(right))
+
+    def over(self, left: Value | int, right: Value | int) -> Value:
+        """left / right, rounded down, of numbers that are not negative."""
+        return self.build.udiv(self.whole(left), self.whole(right))
+
+    def rest(self, left: Value | int, right: Value | int) -> Value:
+        """What `over` leaves."""
+        return self.build.urem(self.whole(left), self.whole(right))
+
+    def least(self, left: Value | int, right: Value | int) -> Value:
+        """The smaller of two."""
+        left, right = self.whole(left), self.whole(right)
+        return self.build.select(self.build.icmp_signed("<", left, right), left, right)
+
+    # float32 and vectors of it
+
+    def constant(self, value: float, kind: ir.Type | None = None) -> Value:
+        """A number, or a vector of it."""
+        kind = kind or FLOAT
+        return ir.Constant(kind, [value] * self.lanes if kind == self.vector else value)
+
+    def spread(self, value: Value) -> Value:
+        """A vector of one number."""
+        empty = ir.Constant(self.vector, ir.Undefined)
+        first = self.build.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
+        return self.build.shuffle_vector(
+            first, empty, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), [0] * self.lanes)
+        )
+
+    def multiply_add(self, left: Value, right: Value, added: Value) -> Value:
+        """left * right + added, rounded once."""
+        kind = left.type
+        return self.build.call(self._intrinsic("llvm.fma", kind, kind, kind, kind), [left, right, added])
+
+    def larger(self, left: Value, right: Value) -> Value:
+        """The larger of two, lane by lane."""
+        return self.build.select(self.build.fcmp_ordered(">", left, right), left, right)
+
+    def total(self, vector: Value) -> Value:
+        """The sum of a vector's lanes."""
+        add = self._intrinsic("llvm.vector.reduce.fadd", FLOAT, FLOAT, self.vector)
+        return self.build.call(add, [self.constant(0.0), vector], fastmath=("reassoc",))
+
+    def exponential(self, x: Value) -> Value:
+        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero."""
+        kind, build = x.type, self.build
+        x = self.larger(x, self.constant(_LEAST_EXPONENT, kind))
+        power = build.fmul(x, self.constant(1.4426950408889634, kind))
+        power = build.call(self._intrinsic("llvm.rint", kind, kind), [power])
+        x = self.multiply_add(power, self.constant(-0.693359375, kind), x)
+        x = self.multiply_add(power, self.constant(2.12194440e-4, kind), x)
+        series = self.constant(1.9875691500e-4, kind)
+        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+            series = self.multiply_add(series, x, self.constant(term, kind))
+        series = self.multiply_add(series, build.fmul(x, x), build.fadd(x, self.constant(1.0, kind)))
+        bits = ir.VectorType(ir.IntType(32), self.lanes) if kind == self.vector else ir.IntType(32)
+        exponent = build.add(build.fptosi(power, bits), _each(bits, 127, self.lanes))
+        return build.fmul(series, build.bitcast(build.shl(exponent, _each(bits, 23, self.lanes)), kind))
+
+    def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:
+        """LLVM's own function of that name for operands of which the last says the kind."""
+        name += f".v{self.lanes}f32" if operands[-1] == self.vector else ".f32"
+        known = self._module.globals.get(name)
+        return known or ir.Function(self._module, ir.FunctionType(result, operands), name)
+
+
+def _each(kind: ir.Type, value: int, lanes: int) -> Value:
+    return ir.Constant(kind, [value] * lanes if isinstance(kind, ir.VectorType) else value)

@@ -1,0 +1,131 @@
+"""What the kernels are told of a step, the same for every layer: int64 arrays, see `table.Field`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lm_service.engine.packed.native.heads import Heads
+from lm_service.engine.packed.native.table import Item, Part
+from lm_service.engine.packed.prefix_cache import Node
+
+_CHUNK = 512  # keys of a stretch that one piece of work looks at, about; never depends on who looks
+
+_ROOM = 16 << 20  # float32 that the pieces of a wave leave behind, at most
+
+Ints = npt.NDArray[np.int64]
+_NOTHING: Ints = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A filled prefix stretch, seen by tail tokens [begin, end)."""
+
+    node: Node
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Tails:
+    """The step's tail tokens."""
+
+    rows: Ints  # [T, kv_heads] where keys and values are stored in the pool
+    visible: Ints  # [T] keys of its own tail that a token may see
+    mask_rows: Ints  # [T] row of `masks`, or -1
+    masks: npt.NDArray[np.bool_]  # [rows, longest]
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Tail tokens [begin, end) and the work of `look` for them."""
+
+    begin: int
+    end: int
+    nodes: list[Node]
+    items: Ints  # [pieces, len(Item)]
+    parts: Ints  # [stretches, len(Part)]
+    partial: int  # float32 that its pieces leave behind
+
+
+@dataclass(frozen=True)
+class NativePlan:
+    """A step's tails, in waves whose partial results find room at once."""
+
+    tails: Tails
+    waves: list[Wave]
+    seen: Ints  # [T + 1]: token t sees the stretches seen_parts[seen[t] : seen[t + 1]] of its wave
+    seen_parts: Ints
+
+
+def native_plan(stretches: list[Stretch], tails: Tails, heads: Heads, room: int = _ROOM) -> NativePlan:
+    """Cut a step into waves that leave about `room` float32 behind at most (or one token's)."""
+    tokens = len(tails.visible)
+    chunks = [_chunks(stretch) for stretch in stretches]
+    each = np.zeros(tokens + 1, dtype=np.int64)  # chunks that a token looks at
+    for stretch, count in zip(stretches, chunks, strict=True):
+        each[stretch.begin] += count
+        each[stretch.end] -= count
+    used = (each.cumsum()[:tokens] * (heads.kv_heads * heads.group * (heads.size + 2))).cumsum()
+    waves, begin = [], 0
+    while begin < tokens:
+        before = int(used[begin - 1]) if begin else 0
+        end = max(begin + 1, int(np.searchsorted(used, before + room, side="right")))
+        waves.append(_wave(stretches, begin, end, heads))
+        begin = end
+    return NativePlan(tails, waves, *_seen(stretches, waves, tokens))
+
+
+def _chunks(stretch: Stretch) -> int:
+    return -(-stretch.node.length // _CHUNK)
+
+
+def _within(stretches: list[Stretch], begin: int, end: int) -> list[Stretch]:
+    """What the tokens [begin, end) see."""
+    return [
+        Stretch(stretch.node, max(stretch.begin, begin), min(stretch.end, end))
+        for stretch in stretches
+        if stretch.begin < end and stretch.end > begin
+    ]
+
+
+def _wave(stretches: list[Stretch], begin: int, end: int, heads: Heads) -> Wave:
+    """Cut what is looked at into pieces: for each stretch and head, chunks of keys, and in each blocks of rows."""
+    inside = _within(stretches, begin, end)
+    items: list[Ints] = [np.empty((0, len(Item)), dtype=np.int64)]
+    parts = np.zeros((len(inside), len(Part)), dtype=np.int64)
+    place = 0
+    for number, stretch in enumerate(inside):
+        first, count = stretch.begin * heads.group, (stretch.end - stretch.begin) * heads.group
+        height = min(heads.block, -(-count // heads.lanes) * heads.lanes)
+        chunks, blocks = _chunks(stretch), -(-count // height)
+        parts[number] = first, place, chunks, blocks, height
+        pieces = np.empty((heads.kv_heads, chunks, blocks, len(Item)), dtype=np.int64)
+        bounds = np.arange(chunks + 1) * stretch.node.length // chunks
+        offsets = np.arange(blocks) * height
+        pieces[..., Item.PART] = number
+        pieces[..., Item.HEAD] = np.arange(heads.kv_heads)[:, None, None]
+        pieces[..., Item.ROW] = first + offsets
+        pieces[..., Item.ROWS] = np.minimum(height, count - offsets)
+        pieces[..., Item.BEGIN] = bounds[:-1, None]
+        pieces[..., Item.END] = bounds[1:, None]
+        pieces[..., Item.HEIGHT] = height
+        items.append(pieces.reshape(-1, len(Item)))
+        items[-1][:, Item.PLACE] = place + np.arange(len(items[-1])) * (height * (heads.size + 2))
+        place += len(items[-1]) * height * (heads.size + 2)
+    return Wave(begin, end, [stretch.node for stretch in inside], np.concatenate(items), parts, place)
+
+
+def _seen(stretches: list[Stretch], waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
+    """For each token the stretches it sees, in their order: offsets, and numbers within its wave."""
+    token, number = [_NOTHING], [_NOTHING]
+    for wave in waves:
+        for at, stretch in enumerate(_within(stretches, wave.begin, wave.end)):
+            token.append(np.arange(stretch.begin, stretch.end))
+            number.append(np.full(stretch.end - stretch.begin, at))
+    tokens_, numbers = np.concatenate(token), np.concatenate(number)
+    offsets = np.zeros(tokens + 1, dtype=np.int64)
+    np.add.at(offsets, tokens_ + 1, 1)
+    return offsets.cumsum(), numbers[np.argsort(tokens_, kind="stable")]

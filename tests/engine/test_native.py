@@ -1,0 +1,194 @@
+"""The compiled kernels against softmax attention in float64, for many sizes of heads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from lm_service.engine.packed.adapter import ModelShape, Stage
+from lm_service.engine.packed.kv import KV
+from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
+from lm_service.engine.packed.pool import TailPool
+from lm_service.engine.packed.prefix_cache import Node
+
+LAYERS = 2
+SIZES = [(8, 1, 1), (12, 5, 1), (20, 3, 2), (32, 2, 2), (40, 8, 1), (64, 7, 4), (80, 2, 3), (128, 6, 2), (256, 1, 2)]
+
+
+def shape_of(size: int, group: int, kv_heads: int, dtype: torch.dtype = torch.float32) -> ModelShape:
+    stage = Stage(torch.device("cpu"), LAYERS)
+    return ModelShape(LAYERS, group * kv_heads, kv_heads, size, 64, 512, 4096, dtype, (stage,))
+
+
+@dataclass
+class Tail:
+    """A sequence: keys it holds already, new tokens, the stretches it sees, which of its keys each new token sees."""
+
+    held: int
+    new: int
+    sees: list[int]
+    mask: np.ndarray | None = None
+
+
+class Scene:
+    """A step made by hand: stretches of prefixes with random KV, and tails in a pool."""
+
+    def __init__(self, shape: ModelShape, lengths: list[int], tails: list[Tail], seed: int = 0) -> None:
+        self.shape, self.tails = shape, tails
+        torch.manual_seed(seed)
+        self.nodes = []
+        for number, length in enumerate(lengths):
+            node = Node(number, None, np.zeros((4, length), dtype=np.int64), ())
+            node.hold(KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2))
+            self.nodes.append(node)
+        self.pool = TailPool(shape, 64 * 4096 * shape.token_bytes // 32, 4096)
+        self.slots = [self.pool.allocate(tail.held + tail.new) for tail in tails]
+        for slot in self.slots:
+            for part in self.pool.kv(slot).parts:
+                part.normal_()
+        count = sum(tail.new for tail in tails)
+        width = shape.heads + 2 * shape.kv_heads
+        heads = torch.randn(LAYERS, count, width, shape.head_dim) * 2  # one piece, as projections leave it
+        self.q, self.k = heads[:, :, : shape.heads], heads[:, :, shape.heads : -shape.kv_heads]
+        self.v = heads[:, :, -shape.kv_heads :]
+
+    def stretches(self) -> list[Stretch]:
+        found = []
+        for number, node in enumerate(self.nodes):
+            tokens, begin = [], 0
+            for tail in self.tails:
+                tokens += list(range(begin, begin + tail.new)) if number in tail.sees else []
+                begin += tail.new
+            assert tokens == list(range(tokens[0], tokens[-1] + 1)), "who sees a stretch are neighbours"
+            found.append(Stretch(node, tokens[0], tokens[-1] + 1))
+        return found
+
+    def told(self) -> Tails:
+        rows, visible, mask_rows, masks = [], [], [], []
+        width = max((tail.held + tail.new for tail in self.tails if tail.mask is not None), default=0)
+        for tail, slot in zip(self.tails, self.slots, strict=True):
+            heads = np.arange(self.shape.kv_heads) * slot.capacity
+            for token in range(tail.new):
+                rows.append(self.pool.row_of(slot) + tail.held + token + heads)
+                visible.append(tail.held + token + 1)
+                mask_rows.append(-1 if tail.mask is None else len(masks))
+                if tail.mask is not None:
+                    masks.append(np.pad(tail.mask[token], (0, width - tail.mask.shape[1])))
+        table = np.array(masks, dtype=bool).reshape(len(masks), width)
+        return Tails(np.array(rows), np.array(visible), np.array(mask_rows), table)
+
+    def attend(self, room: int = 1 << 24) -> list[torch.Tensor]:
+        """Each layer's output [T, heads * d] by the kernels."""
+        kernels = kernels_for(self.shape)
+        plan = native_plan(self.stretches(), self.told(), kernels.heads, room)
+        self.waves = len(plan.waves)
+        attention = NativeTails(kernels, self.shape, self.pool, plan, Workspace())
+        return [attention(layer, self.q[layer], self.k[layer], self.v[layer]) for layer in range(LAYERS)]
+
+    def expected(self, layer: int) -> torch.Tensor:
+        """The same, one row at a time; the pool holds the new keys and values by now."""
+        out, token, group = [], 0, self.shape.group
+        for tail, slot in zip(self.tails, self.slots, strict=True):
+            own = self.pool.kv(slot).layers()[layer]
+            for new in range(tail.new):
+                length = tail.held + new + 1
+                seen = torch.ones(length, dtype=torch.bool)
+                if tail.mask is not None:
+                    seen = torch.from_numpy(tail.mask[new, :length])
+                row = []
+                for head in range(self.shape.heads):
+                    parts = [self.nodes[number].layers[layer] for number in tail.sees]
+                    keys, values = (
+                        torch.cat(
+                            [*(part[side][head // group] for part in parts), own[side][head // group, :length][seen]]
+                        )
+                        for side in (0, 1)
+                    )
+                    scores = keys.double() @ self.q[layer, token, head].double() * self.shape.head_dim**-0.5
+                    row.append(scores.softmax(0) @ values.double())
+                out.append(torch.cat(row))
+                token += 1
+        return torch.stack(out)
+
+    def check(self, room: int = 1 << 24, tolerance: float = 5e-6) -> list[torch.Tensor]:
+        found = self.attend(room)
+        for layer in range(LAYERS):
+            at = 0
+            for tail, slot in zip(self.tails, self.slots, strict=True):
+                for side, new in ((0, self.k), (1, self.v)):
+                    held = self.pool.kv(slot).layers()[layer][side][:, tail.held : tail.held + tail.new]
+                    assert torch.equal(held, new[layer, at : at + tail.new].transpose(0, 1))
+                at += tail.new
+            torch.testing.assert_close(found[layer].double(), self.expected(layer), atol=tolerance, rtol=1e-5)
+        return found
+
+
+@pytest.mark.parametrize(("size", "group", "kv_heads"), SIZES)
+def test_decoding_and_prefill_over_shared_stretches(size, group, kv_heads):
+    """Stretches of one key and of several chunks, seen by some, by all and one after another; tails of all lengths."""
+    tails = [Tail(0, 1, [0]), Tail(31, 1, [0]), Tail(63, 1, [0, 1]), Tail(64, 2, [0, 1]), Tail(0, 7, [0, 1])]
+    tails += [Tail(200, 1, []), Tail(0, 3, []), Tail(5, 1, [2]), Tail(3, 66, [2, 3])]
+    Scene(shape_of(size, group, kv_heads), [1037, 1, 63, 130], tails).check()
+
+
+@pytest.mark.parametrize(("size", "group", "kv_heads"), [(32, 2, 2), (64, 7, 4)])
+def test_in_waves_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads):
+    tails = [Tail(3 * i % 40, 1 + i % 5, [0, 1 + (i >= 20)]) for i in range(41)]
+    made = shape_of(size, group, kv_heads)
+    whole = Scene(made, [700, 20, 513], tails)
+    found = whole.check()
+    cut = Scene(made, [700, 20, 513], tails)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 3)
+    try:
+        again = cut.check(room=20_000)
+    finally:
+        torch.set_num_threads(threads)
+    assert whole.waves == 1 and cut.waves > 2
+    assert all(map(torch.equal, found, again))
+
+
+def test_a_row_is_the_same_bits_alone_and_in_company():
+    made = shape_of(32, 2, 2)
+    tails = [Tail(10 + i, 1, [0]) for i in range(45)]
+    company = Scene(made, [900], tails)
+    found = company.attend()
+    for token in (0, 17, 44):
+        alone = Scene(made, [900], [tails[token]])
+        alone.nodes = company.nodes
+        for mine, theirs in zip(
+            alone.pool.kv(alone.slots[0]).parts, company.pool.kv(company.slots[token]).parts, strict=True
+        ):
+            mine.copy_(theirs)
+        alone.q, alone.k, alone.v = (x[:, token : token + 1] for x in (company.q, company.k, company.v))
+        assert all(torch.equal(one[0], many[token]) for one, many in zip(alone.attend(), found, strict=True))
+
+
+def test_masked_keys_weigh_nothing():
+    """Branches of a trie: each new token sees what was held, and some of the new ones."""
+    mask = np.ones((6, 76), dtype=bool)
+    mask[:, 70:] = np.tril(np.random.default_rng(0).random((6, 6)) > 0.5) | np.eye(6, dtype=bool)
+    sparse = np.zeros((70, 70), dtype=bool)
+    np.fill_diagonal(sparse, True)  # whole blocks of keys that a row doesn't see
+    tails = [Tail(70, 6, [0], mask), Tail(4, 2, [0]), Tail(0, 70, [0], sparse), Tail(0, 70, [], sparse)]
+    Scene(shape_of(32, 2, 2), [100], tails).check()
+
+
+def test_scores_as_large_as_float32_allows():
+    """Neither overflow nor a sum of zero, whatever lies before what matters."""
+    scene = Scene(shape_of(16, 2, 1), [300], [Tail(80, 1, [0]), Tail(2, 3, [0])])
+    scene.nodes[0].kv.parts[0][:, 0] *= 300
+    scene.check(tolerance=1e-3)  # scores of a thousand are that inexact in float32
+    scene = Scene(shape_of(16, 2, 1), [300], [Tail(80, 1, [0]), Tail(2, 3, [0])])
+    scene.nodes[0].kv.parts[0][:, 0] -= 1e4
+    found = scene.attend()
+    assert all(torch.isfinite(layer).all() for layer in found)
+
+
+@pytest.mark.parametrize("shape", [shape_of(6, 1, 1), shape_of(512, 1, 1), shape_of(64, 2, 2, torch.bfloat16)])
+def test_what_has_no_kernels(shape):
+    assert kernels_for(shape) is None
