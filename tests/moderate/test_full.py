@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.moderate.conftest import start_pair
+from tests.moderate.conftest import MODEL, Pair, start_pair
 from tests.moderate.scenes import area_under_curve, holds, make_pictures
+from tests.processes import ServiceProcess
 from tests.valkey import ValkeyServer
 
 COUNT = int(os.environ.get("LOOKONCE_FULL_COUNT", "5000"))
@@ -27,12 +28,23 @@ def many(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(pair, many, policy, tmp_path_factory):
+def small(tmp_path_factory):
+    """Services whose caches are full early in the run: by default they may take a quarter of the machine's memory."""
+    args = ("--model", str(MODEL), "--store", f"file://{tmp_path_factory.mktemp('embeddings')}", "--threads", "1")
+    caches = ("--l1-bytes", "16MiB", "--prefix-bytes", "48MiB", "--kv-bytes", "64MiB")
+    vision = ServiceProcess("vision_service", *args, "--l1-bytes", str(16 << 20))
+    services = Pair(vision, ServiceProcess("lm_service", *args, *caches, "--vision", vision.address))
+    with services.vision, services.language:
+        yield services
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, many, policy, tmp_path_factory):
     """The result, and anonymous resident bytes of the command and of both services while pictures were judged (not
     while the file was assembled). Pages of the store's file are none of a process's own memory."""
     out = tmp_path_factory.mktemp("full") / "results.parquet"
-    with pair.moderating(many.folder, policy, out) as run:
-        pids = {"command": run.process.pid, "vision": pair.vision.pid, "language": pair.language.pid}
+    with small.moderating(many.folder, policy, out) as run:
+        pids = {"command": run.process.pid, "vision": small.vision.pid, "language": small.language.pid}
         held: dict[str, list[int]] = {name: [] for name in pids}
         while run.process.poll() is None:
             if len(list(out.parent.glob("results.parquet.run/parts/part-*"))) < max(1, COUNT // 1000):
