@@ -8,6 +8,7 @@ those of a run on one machine. Who judges bytes that several workers hold is dec
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
@@ -42,7 +43,8 @@ def connect(address: str) -> Any:
         raise invalid("--ray needs Ray: pip install 'lookonce[ray]'", param="ray") from error
     if not ray.is_initialized():
         try:
-            ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="warning")
+            where = None if address == "local" else address
+            ray.init(address=where, log_to_driver=False, logging_level=logging.WARNING)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise invalid(f"--ray {address}: no Ray cluster answers there", param="ray") from error
     return ray

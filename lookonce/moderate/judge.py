@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -49,14 +50,14 @@ class Judge:
         self._visions = visions
         self._languages = languages
         self._patience = patience
-        self._judged = False  # any picture
+        self._judged_at = 0.0  # the last picture, on the monotonic clock
 
     async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
         """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
 
         Raises what ends the run: UNAVAILABLE when a service stays away, FINGERPRINT_MISMATCH when the model has
         changed, and whatever says that the request itself is wrong."""
-        attempt, counted, began = 0, 0, time.monotonic()
+        tries, attempt, lost_since = 0, 0, math.inf
         while True:
             try:
                 judged = await self._judge(image)
@@ -65,24 +66,25 @@ class Judge:
                     return Outcome(failure=Failure.of(error)), Timings()
                 if error.kind not in {ErrorKind.INTERNAL, *_LOST}:
                     raise
-                apart = error.kind in _LOST and error.retry_after is not None  # the services can't reach each other
-                counted += not apart
-                if apart and time.monotonic() - began > self._patience.away:
-                    raise LookonceError(ErrorKind.UNAVAILABLE, f"for too long, {error.message}") from error
-                if counted == _MOST_TRIES:
-                    self._check_that_any_is_judged(error)
+                now = time.monotonic()
+                if error.kind in _LOST and error.retry_after is not None:  # the services can't reach each other
+                    lost_since = min(lost_since, now)
+                else:
+                    tries += 1
+                if tries == _MOST_TRIES or now - lost_since > self._patience.away:
+                    self._check_that_others_are_judged(error, lost_since)
                     return Outcome(failure=Failure.of(error)), Timings()
                 await asyncio.sleep(pause(attempt))
                 attempt += 1
             else:
-                self._judged = True
+                self._judged_at = time.monotonic()
                 return judged
 
-    def _check_that_any_is_judged(self, error: LookonceError) -> None:
-        """Raise UNAVAILABLE when no embedding of any picture has reached the language service."""
-        if error.kind in _LOST and not self._judged:
+    def _check_that_others_are_judged(self, error: LookonceError, lost_since: float) -> None:
+        """Raise UNAVAILABLE when embeddings don't reach the language service: none ever, or none since then."""
+        if error.kind in _LOST and (self._judged_at == 0.0 or self._judged_at < lost_since < math.inf):
             remedy = "give the language services --vision, or one store to both"
-            text = f"no picture could be judged, for {error.message}: {remedy}"
+            text = f"no picture can be judged, for {error.message}: {remedy}"
             raise LookonceError(ErrorKind.UNAVAILABLE, text) from error
 
     async def _judge(self, image: bytes) -> tuple[Outcome, Timings]:

@@ -47,10 +47,12 @@ def undisturbed(small, many, policy, tmp_path_factory):
         pids = {"command": run.process.pid, "vision": small.vision.pid, "language": small.language.pid}
         held: dict[str, list[int]] = {name: [] for name in pids}
         while run.process.poll() is None:
-            if len(list(out.parent.glob("results.parquet.run/parts/part-*"))) < max(1, COUNT // 1000):
-                for name, pid in pids.items():
-                    held[name].append(anonymous(pid))
+            if len(list(out.parent.glob("results.parquet.run/parts/part-*"))) == max(1, COUNT // 1000):
+                break
+            for name, pid in pids.items():
+                held[name].append(anonymous(pid))
             time.sleep(0.5)
+        run.process.wait()
         assert run.process.returncode == 0, run.output
         print(run.output[-600:])
     return pq.read_table(out), {name: [size for size in sizes if size] for name, sizes in held.items()}

@@ -11,7 +11,7 @@ import pytest
 from tests.cli.commands import until
 from tests.moderate.conftest import start_pair
 
-SECONDS = 600  # a run took 12 on a quiet machine, 60 on a very busy one
+SECONDS = 600  # for what took 20 to 60 on two busy cores
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (lookonce[slow])"),
