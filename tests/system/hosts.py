@@ -70,16 +70,21 @@ class Hosts:
         ip("-n", f"{self._id}-{name}", "neigh", *arguments, "dev", "eth0")
 
     def __enter__(self):
-        bridge = f"{self._id}br"
-        ip("link", "add", bridge, "type", "bridge")
+        # The bridge has a namespace of its own: the firewall of a machine with Docker drops what its bridges forward.
+        switch = f"{self._id}-switch"
         try:
-            ip("addr", "add", f"{NETWORK}.254/24", "dev", bridge)
-            ip("link", "set", bridge, "up")
-            for number, name in enumerate(self.names):
+            ip("netns", "add", switch)
+            ip("-n", switch, "link", "add", "bridge", "type", "bridge")
+            ip("-n", switch, "link", "set", "bridge", "up")
+            ip("link", "add", f"{self._id}v0", "type", "veth", "peer", "name", "port0", "netns", switch)
+            ip("-n", switch, "link", "set", "port0", "master", "bridge", "up")
+            ip("addr", "add", f"{NETWORK}.254/24", "dev", f"{self._id}v0")
+            ip("link", "set", f"{self._id}v0", "up")
+            for number, name in enumerate(self.names, 1):
                 space = f"{self._id}-{name}"
                 ip("netns", "add", space)
-                ip("link", "add", f"{self._id}v{number}", "type", "veth", "peer", "name", "eth0", "netns", space)
-                ip("link", "set", f"{self._id}v{number}", "master", bridge, "up")
+                ip("-n", switch, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", space)
+                ip("-n", switch, "link", "set", f"port{number}", "master", "bridge", "up")
                 ip("-n", space, "link", "set", "eth0", "address", self._mac[name], "up")
                 ip("-n", space, "link", "set", "lo", "up")
                 ip("-n", space, "addr", "add", f"{self.address[name]}/24", "dev", "eth0")
@@ -89,6 +94,6 @@ class Hosts:
         return self
 
     def __exit__(self, *error):
-        for name in self.names:
+        for name in (*self.names, "switch"):
             ip("netns", "del", f"{self._id}-{name}", check=False)
-        ip("link", "del", f"{self._id}br", check=False)
+        ip("link", "del", f"{self._id}v0", check=False)
