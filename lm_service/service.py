@@ -129,6 +129,7 @@ def start_metrics(settings: LanguageSettings) -> None:
 
 
 def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingResolver) -> PackedEngine:
+    native = settings.kernels == "auto"
     options = PackedOptions(
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
@@ -136,11 +137,16 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         prefix_bytes=settings.prefix_bytes,
         context_tokens=model.context_length,
         step_seconds=settings.step_seconds,
-        native=settings.attention == "auto",
+        native=native,
     )
     devices = model.home.of_layers
     adapter = apart(
-        Qwen2VLAdapter, model.text_model, model.lm_head, quantization=settings.quantization, devices=devices
+        Qwen2VLAdapter,
+        model.text_model,
+        model.lm_head,
+        quantization=settings.quantization,
+        devices=devices,
+        native=native,
     )
     return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
 

@@ -44,7 +44,7 @@ class LanguageSettings(Settings):
     encoder_quantization: Literal["none", "int8"] = Field(
         "none", description="Quantization of the encoders whose embeddings are accepted."
     )
-    attention: Literal["auto", "torch"] = Field(
+    kernels: Literal["auto", "torch"] = Field(
         "auto",
         description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own.",
     )

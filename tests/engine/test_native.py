@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from lm_service.engine.packed.adapter import ModelShape, Stage
 from lm_service.engine.packed.kv import KV
 from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
 from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
+from lm_service.engine.packed.native.rows import rows_for
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node
 
@@ -187,6 +189,28 @@ def test_scores_as_large_as_float32_allows():
     scene.nodes[0].kv.parts[0][:, 0] -= 1e4
     found = scene.attend()
     assert all(torch.isfinite(layer).all() for layer in found)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "size", "rotated"), [(128, 32, 6), (64, 16, 3), (100, 8, 1), (1536, 128, 14), (36, 24, 2)]
+)
+@pytest.mark.parametrize("count", [1, 9, 300])
+def test_rows_are_normed_and_rotated(hidden, size, rotated, count):
+    torch.manual_seed(count)
+    kernels = rows_for(hidden, size, rotated, 1e-6, torch.zeros(1))
+    x, weight = torch.randn(count, 2 * hidden)[:, hidden:] * 3, torch.randn(hidden)
+    expected = functional.rms_norm(x.double(), (hidden,), weight.double(), 1e-6)
+    torch.testing.assert_close(kernels.norm(x, weight).double(), expected, atol=2e-6, rtol=2e-6)
+
+    heads = torch.randn(count, rotated + 2, size)
+    angles = torch.randn(size // 2, count).t().unsqueeze(1)
+    first, second = heads[:, :rotated].double().chunk(2, dim=-1)
+    cos, sin = angles.double().cos(), angles.double().sin()
+    expected = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    values = heads[:, rotated:].clone()
+    kernels.rotate(heads[:, :rotated], angles.cos(), angles.sin())
+    torch.testing.assert_close(heads[:, :rotated].double(), expected, atol=2e-6, rtol=2e-6)
+    assert torch.equal(heads[:, rotated:], values)
 
 
 @pytest.mark.parametrize("shape", [shape_of(6, 1, 1), shape_of(512, 1, 1), shape_of(64, 2, 2, torch.bfloat16)])

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape, Stage
 from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
+from lm_service.engine.packed.native.rows import rows_for
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
@@ -41,10 +42,11 @@ class Qwen2VLAdapter:
         *,
         quantization: str = "none",
         devices: Sequence[torch.device] | None = None,
+        native: bool = True,
     ) -> None:
         """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter. `quantization` ("none",
         "int8") is that of the layers' matrices; embedding and head stay as they are. Layers are brought to their
-        `devices` one at a time, before they are quantised; None: they are there."""
+        `devices` one at a time, before they are quantised; None: they are there. `native`: use compiled kernels."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
         vocabulary = head.weight.shape[0]
@@ -77,6 +79,10 @@ class Qwen2VLAdapter:
             dtype=self._embedding.dtype,
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
         )
+        shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
+        self._rows = None
+        if native and len(shape.stages) == 1:
+            self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
 
     @property
     def shape(self) -> ModelShape:
@@ -109,11 +115,16 @@ class Qwen2VLAdapter:
         shape = self._shape
         projected = layer.qkv(self._rms(hidden, layer.input_norm))
         heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        rotated = _rotate(heads[:, : shape.heads + shape.kv_heads], cos, sin)
-        values = heads[:, shape.heads + shape.kv_heads :]
+        rotated, values = heads[:, : shape.heads + shape.kv_heads], heads[:, shape.heads + shape.kv_heads :]
+        if self._rows is not None:
+            self._rows.rotate(rotated, cos, sin)
+        else:
+            rotated = _rotate(rotated, cos, sin)
         return attend(index, rotated[:, : shape.heads], rotated[:, shape.heads :], values)
 
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self._rows is not None:
+            return self._rows.norm(x, weight)
         if x.dtype == torch.float32:
             return functional.rms_norm(x, (x.shape[-1],), weight, self._epsilon)
         wide = x.float()
@@ -122,7 +133,8 @@ class Qwen2VLAdapter:
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, 1, d / 2] of M-RoPE: each frequency follows one of the three position rows."""
-        angles = positions.index_select(0, self._section_row).t().float() * self._frequencies
+        rows = positions.index_select(0, self._section_row).t().contiguous()
+        angles = rows.float() * self._frequencies
         dtype = self._shape.dtype
         cos, sin = angles.cos().mul_(self._rope_scale), angles.sin().mul_(self._rope_scale)
         return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)

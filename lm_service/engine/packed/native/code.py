@@ -112,6 +112,16 @@ class Code:
         self.build.branch(take)
         self.build.position_at_end(behind)
 
+    @contextmanager
+    def shared_rows(self, table: Value, counter: int, count: Value, piece: int) -> Iterator[Value]:
+        """What is written in its body happens for each number below `count`, `piece` of them at a time; the counter is
+        that place of the table."""
+        pieces = self.over(self.plus(count, piece - 1), piece)
+        with self.work(self.place(table, counter), pieces) as number:
+            first = self.times(number, piece)
+            with self.loop(self.least(self.plus(first, piece), count), first) as row:
+                yield row
+
     # integers
 
     @staticmethod
@@ -175,6 +185,10 @@ class Code:
         """The sum of a vector's lanes."""
         add = self._intrinsic("llvm.vector.reduce.fadd", FLOAT, FLOAT, self.vector)
         return self.build.call(add, [self.constant(0.0), vector], fastmath=("reassoc",))
+
+    def root(self, x: Value) -> Value:
+        """The square root."""
+        return self.build.call(self._intrinsic("llvm.sqrt", x.type, x.type), [x])
 
     def exponential(self, x: Value) -> Value:
         """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero."""

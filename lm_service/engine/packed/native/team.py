@@ -29,9 +29,11 @@ def barrier() -> int:
     return ctypes.cast(_BARRIER, ctypes.c_void_p).value or 0 if threads() > 1 and _BARRIER is not None else 0
 
 
-def run(task: Any, argument: int) -> None:
-    """Call a compiled function with a pointer in each of the threads; back when all are. Python runs meanwhile."""
-    if threads() > 1 and _PARALLEL is not None:
-        _PARALLEL(task, argument, threads(), 0)
+def run(task: Any, argument: int, *, alone: bool = False) -> None:
+    """Call a compiled function with a pointer in each of the threads (`alone`: in this one); back when all are. Python
+    runs meanwhile."""
+    count = 1 if alone else threads()
+    if count > 1 and _PARALLEL is not None:
+        _PARALLEL(task, argument, count, 0)
     else:
         task(argument)
