@@ -26,6 +26,6 @@ COPY --from=build /opt/lookonce /opt/lookonce
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
-HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
     CMD ["python", "-m", "lookonce.cli.health", "http://127.0.0.1:8000"]
 ENTRYPOINT ["python", "-m", "gateway"]
