@@ -12,6 +12,7 @@ from torch.nn import functional
 from lm_service.engine.packed.adapter import ModelShape, Stage
 from lm_service.engine.packed.kv import KV
 from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.native.kernels import compiled
 from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
 from lm_service.engine.packed.native.rows import rows_for
 from lm_service.engine.packed.pool import TailPool
@@ -211,6 +212,27 @@ def test_rows_are_normed_and_rotated(hidden, size, rotated, count):
     kernels.rotate(heads[:, :rotated], angles.cos(), angles.sin())
     torch.testing.assert_close(heads[:, :rotated].double(), expected, atol=2e-6, rtol=2e-6)
     assert torch.equal(heads[:, rotated:], values)
+
+
+def test_what_is_no_number_stays_so_and_harms_nobody_else():
+    """The engine ends requests whose logits are no numbers; nothing on the way there may make them some again."""
+    tails = [Tail(3, 2, [0]), Tail(70, 1, [0]), Tail(3, 1, [0])]
+    scene = Scene(shape_of(32, 2, 2), [600], tails)
+    scene.q[:, 1] = torch.nan
+    scene.k[:, 2] = torch.inf
+    found = scene.attend()
+    assert all(layer[1].isnan().all() and layer[2].isnan().any() for layer in found)
+    assert all(layer[row].isfinite().all() for layer in found for row in (0, 3))
+
+
+def test_torch_serves_where_nothing_can_be_compiled(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no executable memory")
+
+    compiled.cache_clear()
+    monkeypatch.setattr("lm_service.engine.packed.native.compiling.binding.create_mcjit_compiler", refuse)
+    assert kernels_for(shape_of(32, 2, 2)) is None
+    assert rows_for(40, 8, 3, 1e-5, torch.zeros(1)) is None
 
 
 @pytest.mark.parametrize("shape", [shape_of(6, 1, 1), shape_of(512, 1, 1), shape_of(64, 2, 2, torch.bfloat16)])

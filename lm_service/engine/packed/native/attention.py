@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.native.compiling import compiled_or_none
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
 from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave
 from lm_service.engine.packed.native.table import Field
@@ -17,7 +18,9 @@ def kernels_for(shape: ModelShape) -> Kernels | None:
     """The kernels for a model's heads, where they serve it: float32 on the CPU."""
     if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
         return None
-    return compiled(shape.head_dim, shape.group, shape.kv_heads) if supported(shape.head_dim) else None
+    if not supported(shape.head_dim):
+        return None
+    return compiled_or_none(lambda: compiled(shape.head_dim, shape.group, shape.kv_heads))
 
 
 class Workspace:

@@ -178,7 +178,7 @@ class Code:
         return self.build.call(self._intrinsic("llvm.fma", kind, kind, kind, kind), [left, right, added])
 
     def larger(self, left: Value, right: Value) -> Value:
-        """The larger of two, lane by lane."""
+        """The larger of two, lane by lane; the right one where either is no number."""
         return self.build.select(self.build.fcmp_ordered(">", left, right), left, right)
 
     def total(self, vector: Value) -> Value:
@@ -191,11 +191,16 @@ class Code:
         return self.build.call(self._intrinsic("llvm.sqrt", x.type, x.type), [x])
 
     def exponential(self, x: Value) -> Value:
-        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero."""
+        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero, NaN of NaN.
+
+        The power of two is rounded by adding a number so large that its last place counts ones: its lowest bits are
+        then that power, and are moved to the result's exponent.
+        """
         kind, build = x.type, self.build
-        x = self.larger(x, self.constant(_LEAST_EXPONENT, kind))
-        power = build.fmul(x, self.constant(1.4426950408889634, kind))
-        power = build.call(self._intrinsic("llvm.rint", kind, kind), [power])
+        x = self.larger(self.constant(_LEAST_EXPONENT, kind), x)
+        large = self.constant(12582912.0, kind)  # 1.5 * 2^23
+        rounded = self.multiply_add(x, self.constant(1.4426950408889634, kind), large)
+        power = build.fsub(rounded, large)
         x = self.multiply_add(power, self.constant(-0.693359375, kind), x)
         x = self.multiply_add(power, self.constant(2.12194440e-4, kind), x)
         series = self.constant(1.9875691500e-4, kind)
@@ -203,7 +208,7 @@ class Code:
             series = self.multiply_add(series, x, self.constant(term, kind))
         series = self.multiply_add(series, build.fmul(x, x), build.fadd(x, self.constant(1.0, kind)))
         bits = ir.VectorType(ir.IntType(32), self.lanes) if kind == self.vector else ir.IntType(32)
-        exponent = build.add(build.fptosi(power, bits), _each(bits, 127, self.lanes))
+        exponent = build.add(build.bitcast(rounded, bits), _each(bits, 127, self.lanes))
         return build.fmul(series, build.bitcast(build.shl(exponent, _each(bits, 23, self.lanes)), kind))
 
     def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:

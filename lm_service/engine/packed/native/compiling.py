@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, c_void_p
-from typing import Any
+from typing import Any, TypeVar
 
+import structlog
 from llvmlite import binding, ir
+
+T = TypeVar("T")
+_log = structlog.get_logger(__name__)
 
 Task = CFUNCTYPE(None, c_void_p)  # what a kernel is called as: with the address of its table
 
 binding.initialize_native_target()
 binding.initialize_native_asmprinter()
-_FEATURES = binding.get_host_cpu_features()
+
+
+def _features() -> dict[str, bool]:
+    try:
+        return dict(binding.get_host_cpu_features())
+    except RuntimeError:  # LLVM can't tell them of every kind of CPU
+        return {}
+
+
+_FEATURES = _features()
 LANES, VECTORS = (16, 4) if _FEATURES.get("avx512f") else (8, 2) if _FEATURES.get("avx2") else (4, 4)
 """Float32 of a vector, and how many of them a product of small tiles keeps side by side in registers."""
 
@@ -33,7 +46,7 @@ class Compiled:
         written = ir.Module("lookonce")
         write(written)
         machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=binding.get_host_cpu_name(), features=_FEATURES.flatten(), opt=2
+            cpu=binding.get_host_cpu_name(), features=_flat(_FEATURES), opt=2
         )
         module = binding.parse_assembly(str(written))
         _passes().run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
@@ -43,6 +56,19 @@ class Compiled:
     def task(self, name: str) -> Any:
         """One of its functions, to be called with a pointer."""
         return Task(self._engine.get_function_address(name))
+
+
+def _flat(features: dict[str, bool]) -> str:
+    return ",".join(("+" if there else "-") + name for name, there in sorted(features.items()))
+
+
+def compiled_or_none(make: Callable[[], T]) -> T | None:
+    """What `make` compiles; None, and a line in the log, where that can't be done: then torch's operations serve."""
+    try:
+        return make()
+    except (RuntimeError, OSError) as error:
+        _log.warning("no compiled kernels on this machine", reason=str(error))
+        return None
 
 
 def _passes() -> binding.ModulePassManager:

@@ -89,8 +89,8 @@ class Look:
         stop = code.integer(item, Item.END)
         with code.loop(stop, code.integer(item, Item.BEGIN), KEYS) as first:
             count = code.least(KEYS, code.minus(stop, first))
-            self._score(code, code.at(keys, code.times(first, self.size)), queries, scores, maxima, count)
-            faded = self._weigh(code, scores, maxima, sums, count)
+            before = self._score(code, code.at(keys, code.times(first, self.size)), queries, scores, maxima, count)
+            faded = self._weigh(code, scores, before, maxima, sums, count)
             self._mix(code, code.at(values, code.times(first, self.size)), scores, out, faded, count)
 
         with code.loop(self.size) as place, code.loop(code.integer(item, Item.ROWS)) as row:
@@ -118,10 +118,12 @@ class Look:
                 scaled = code.build.fmul(code.number(source, code.plus(begin, place)), code.constant(self._shape.scale))
                 code.put(scaled, queries, code.plus(code.times(place, rows), row))
 
-    def _score(self, code: Code, keys: Value, queries: Value, scores: Value, maxima: list[Value], count: Value) -> None:
-        """Scores [count, rows] of the keys from `keys` on; maxima risen to them. Sets maxima's *old* values aside."""
+    def _score(
+        self, code: Code, keys: Value, queries: Value, scores: Value, maxima: list[Value], count: Value
+    ) -> list[Value]:
+        """Scores [count, rows] of the keys from `keys` on; maxima rise to them. Returns what those were before."""
         rows = len(maxima) * self.lanes
-        self._before = [code.get(maximum, code.vector) for maximum in maxima]
+        before = [code.get(maximum, code.vector) for maximum in maxima]
         whole = code.minus(count, code.rest(count, _TILE))
         for height, start, stop in ((_TILE, 0, whole), (1, whole, count)):
             with code.loop(stop, start, height) as key:
@@ -133,17 +135,17 @@ class Look:
                         code.put(score, scores, code.plus(code.times(code.plus(key, line), rows), column * self.lanes))
                         maximum = maxima[column]
                         code.set(maximum, code.larger(code.get(maximum, code.vector), score))
+        return before
 
-    def _weigh(self, code: Code, scores: Value, maxima: list[Value], sums: list[Value], count: Value) -> list[Value]:
+    def _weigh(
+        self, code: Code, scores: Value, before: list[Value], maxima: list[Value], sums: list[Value], count: Value
+    ) -> list[Value]:
         """Scores become weights, added to the sums; returns what earlier results fade by."""
         build, rows = code.build, len(maxima) * self.lanes
-        faded = []
-        for column, maximum in enumerate(maxima):
-            highest = code.get(maximum, code.vector)
-            fade = code.exponential(build.fsub(self._before[column], highest))
-            code.set(sums[column], build.fmul(code.get(sums[column], code.vector), fade))
-            faded.append(fade)
         highest = [code.get(maximum, code.vector) for maximum in maxima]
+        faded = [code.exponential(build.fsub(old, new)) for old, new in zip(before, highest, strict=True)]
+        for total, fade in zip(sums, faded, strict=True):
+            code.set(total, build.fmul(code.get(total, code.vector), fade))
         with code.loop(count) as key:
             for column in range(len(maxima)):
                 place = code.plus(code.times(key, rows), column * self.lanes)

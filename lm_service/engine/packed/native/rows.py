@@ -11,7 +11,7 @@ import torch
 from llvmlite import ir
 
 from lm_service.engine.packed.native.code import Code
-from lm_service.engine.packed.native.compiling import Compiled, lanes_for
+from lm_service.engine.packed.native.compiling import Compiled, compiled_or_none, lanes_for
 from lm_service.engine.packed.native.team import run
 
 _PIECE = 8  # rows that a thread takes at once
@@ -111,4 +111,4 @@ def rows_for(hidden: int, head_dim: int, rotated: int, epsilon: float, like: tor
     """Kernels for rows such as `like`; None where there are none."""
     if like.device.type != "cpu" or like.dtype != torch.float32 or hidden % 4 or head_dim % 8:
         return None
-    return RowKernels(hidden, head_dim, rotated, epsilon)
+    return compiled_or_none(lambda: RowKernels(hidden, head_dim, rotated, epsilon))
