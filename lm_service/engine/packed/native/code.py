@@ -191,7 +191,7 @@ class Code:
         return self.build.call(self._intrinsic("llvm.sqrt", x.type, x.type), [x])
 
     def exponential(self, x: Value) -> Value:
-        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero, NaN of NaN.
+        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero; NaN stays.
 
         The power of two is rounded by adding a number so large that its last place counts ones: its lowest bits are
         then that power, and are moved to the result's exponent.
