@@ -181,6 +181,13 @@ def run_engine(engine: PackedEngine, prompts: list[Prompt]) -> Any:
     return asyncio.gather(*(one(prompt) for prompt in prompts))
 
 
+def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    """Call a function in the engine's thread: one that computed in another would slow both (see lookonce.apart)."""
+    done: Future[T] = Future()
+    engine._tell(lambda: done.set_result(function(*args)))
+    return asyncio.wrap_future(done)
+
+
 async def wall_times(
     adapter: Qwen2VLAdapter, bare: Bare, table: TokenTable, options: PackedOptions, counts: list[int], rounds: int
 ) -> dict[str, float]:
@@ -191,8 +198,8 @@ async def wall_times(
     await run_engine(engine, [question(0, image(0))])  # a running engine knows how long its steps take
     encode = whole = 0.0
     if bare.tower is not None:
-        encode = statistics.median([await asyncio.to_thread(apart, bare.encode) for _ in range(rounds)])
-        whole = statistics.median([await asyncio.to_thread(apart, bare.whole) for _ in range(rounds)])
+        encode = statistics.median([await _beside(engine, bare.encode) for _ in range(rounds)])
+        whole = statistics.median([await _beside(engine, bare.whole) for _ in range(rounds)])
         print(f"  encode {encode:.2f} s, the unsplit model's answer {whole:.2f} s", flush=True)
     for count in counts:
         walls, floors, looks = [], [], []
@@ -203,8 +210,8 @@ async def wall_times(
             await run_engine(engine, prompts)
             walls.append(time.perf_counter() - began)
             await engine.forget([picture.key], [])
-            floors.append(await asyncio.to_thread(apart, bare.floor, count))
-            looks.append(await asyncio.to_thread(apart, bare.looks, count))
+            floors.append(await _beside(engine, bare.floor, count))
+            looks.append(await _beside(engine, bare.looks, count))
         times = list(zip(walls, floors, looks, strict=True))
         results[f"wall/floor N={count}"] = statistics.median(wall / floor for wall, floor, _ in times)
         results[f"wall/floor that sees the image N={count}"] = statistics.median(
@@ -312,13 +319,6 @@ def decode_ratios(
         "transformers unshared / decode on one image": median["transformers"] / median["shared"],
         "share of the step outside the forward": overhead,
     }
-
-
-def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    """Call a function in the engine's thread: one that computed in another would slow both (see lookonce.apart)."""
-    done: Future[T] = Future()
-    engine._tell(lambda: done.set_result(function(*args)))
-    return asyncio.wrap_future(done)
 
 
 async def score_ratio(
