@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape
-from lm_service.engine.packed.native.plan import NativePlan
+from lm_service.engine.packed.native.plan import NativePlan, Stretch
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node
 
@@ -33,12 +33,9 @@ class FillPart:
 
 
 @dataclass(frozen=True)
-class SharedPart:
-    """A filled prefix stretch, seen by tail tokens [begin, end), counted from the first tail token."""
+class SharedPart(Stretch):
+    """A filled prefix stretch and who sees it; tail tokens count from the first one."""
 
-    node: Node
-    begin: int
-    end: int
     first: bool  # nothing shared comes before it
 
 

@@ -17,7 +17,7 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import AttentionPlan, FillPart, SharedPart, TailPart
 from lm_service.engine.packed.batch import Batch, FillChunk, TailChunk
 from lm_service.engine.packed.native.kernels import Kernels
-from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
+from lm_service.engine.packed.native.plan import Tails, native_plan
 from lm_service.engine.packed.pool import TailPool
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
@@ -55,9 +55,7 @@ def make_plan(shape: ModelShape, pool: TailPool, batch: Batch, kernels: Kernels 
     shared, members, rows = _shared_parts(batch.tails), *_members(shape, pool, batch.tails)
     plan = AttentionPlan(fills[-1].end if fills else 0, fills, shared)
     if kernels is not None and batch.tails:
-        stretches = [Stretch(part.node, part.begin, part.end) for part in shared]
-        tails = _native_tails(batch.tails, members, rows)
-        return replace(plan, native=native_plan(stretches, tails, kernels.heads))
+        return replace(plan, native=native_plan(shared, _native_tails(batch.tails, members, rows), kernels.heads))
     tail_rows = torch.from_numpy(rows.reshape(-1)).to(shape.device)
     return replace(plan, tails=_tail_parts(shape, batch.tails, members, len(rows)), tail_rows=tail_rows)
 
@@ -106,23 +104,27 @@ def _within(members: _Members) -> npt.NDArray[np.int64]:
 
 def _native_tails(chunks: list[TailChunk], members: _Members, rows: npt.NDArray[np.int64]) -> Tails:
     visible = np.repeat(members.start, members.count) + _within(members) + 1
-    mask_rows = np.full(len(rows), -1)
-    limited: list[npt.NDArray[np.bool_]] = []
+    mask_rows, masks = np.full(len(rows), -1), []
+    limited = 0
     for number, chunk in enumerate(chunks):
         if chunk.sequence.trie is None:
             continue
         begin, seen = int(members.begin[number]), visible[members.begin[number] :][: chunk.count]
-        mask_rows[begin : begin + chunk.count] = sum(mask.shape[0] for mask in limited) + np.arange(chunk.count)
-        limited.append(np.arange(seen[-1]) < seen[:, None])
-        _limit_to_branch(limited[-1], chunk)
-    masks = np.zeros(
-        (sum(mask.shape[0] for mask in limited), max((mask.shape[1] for mask in limited), default=0)), dtype=bool
-    )
-    first = 0
-    for mask in limited:
-        masks[first : first + len(mask), : mask.shape[1]] = mask
-        first += len(mask)
-    return Tails(rows, visible, mask_rows, masks)
+        masks.append(np.arange(seen[-1]) < seen[:, None])
+        _limit_to_branch(masks[-1], chunk)
+        mask_rows[begin : begin + chunk.count] = limited + np.arange(chunk.count)
+        limited += chunk.count
+    return Tails(rows, visible, mask_rows, _stacked(masks))
+
+
+def _stacked(tables: list[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
+    """One below the other, as wide as the widest."""
+    size = (sum(table.shape[0] for table in tables), max((table.shape[1] for table in tables), default=0))
+    out, first = np.zeros(size, dtype=bool), 0
+    for table in tables:
+        out[first : first + table.shape[0], : table.shape[1]] = table
+        first += table.shape[0]
+    return out
 
 
 def _tail_parts(shape: ModelShape, chunks: list[TailChunk], everybody: _Members, tail_tokens: int) -> list[TailPart]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,6 @@ from lm_service.engine.packed.native.table import Item, Part
 from lm_service.engine.packed.prefix_cache import Node
 
 _CHUNK = 512  # keys of a stretch that one piece of work looks at, about; never depends on who looks
-
 _ROOM = 16 << 20  # float32 that the pieces of a wave leave behind, at most
 
 Ints = npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class NativePlan:
     seen_parts: Ints
 
 
-def native_plan(stretches: list[Stretch], tails: Tails, heads: Heads, room: int = _ROOM) -> NativePlan:
+def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: int = _ROOM) -> NativePlan:
     """Cut a step into waves that leave about `room` float32 behind at most (or one token's)."""
     tokens = len(tails.visible)
     chunks = [_chunks(stretch) for stretch in stretches]
@@ -82,7 +82,7 @@ def _chunks(stretch: Stretch) -> int:
     return -(-stretch.node.length // _CHUNK)
 
 
-def _within(stretches: list[Stretch], begin: int, end: int) -> list[Stretch]:
+def _within(stretches: Sequence[Stretch], begin: int, end: int) -> list[Stretch]:
     """What the tokens [begin, end) see."""
     return [
         Stretch(stretch.node, max(stretch.begin, begin), min(stretch.end, end))
@@ -91,7 +91,7 @@ def _within(stretches: list[Stretch], begin: int, end: int) -> list[Stretch]:
     ]
 
 
-def _wave(stretches: list[Stretch], begin: int, end: int, heads: Heads) -> Wave:
+def _wave(stretches: Sequence[Stretch], begin: int, end: int, heads: Heads) -> Wave:
     """Cut what is looked at into pieces: for each stretch and head, chunks of keys, and in each blocks of rows."""
     inside = _within(stretches, begin, end)
     items: list[Ints] = [np.empty((0, len(Item)), dtype=np.int64)]
@@ -118,7 +118,7 @@ def _wave(stretches: list[Stretch], begin: int, end: int, heads: Heads) -> Wave:
     return Wave(begin, end, [stretch.node for stretch in inside], np.concatenate(items), parts, place)
 
 
-def _seen(stretches: list[Stretch], waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
+def _seen(stretches: Sequence[Stretch], waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
     """For each token the stretches it sees, in their order: offsets, and numbers within its wave."""
     token, number = [_NOTHING], [_NOTHING]
     for wave in waves:
