@@ -55,8 +55,11 @@ class EngineCore:
         self.urgent = False  # there are others among them than tokens that follow an answer's first
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
-        self.scheduler = Scheduler(model.shape, self.pool, self.cache, options, load=load, fail=self._failed)
         self._runner = Runner(model, self.pool, native=options.native)
+        inline = options.inline_below(native=self._runner.native)
+        self.scheduler = Scheduler(
+            model.shape, self.pool, self.cache, options, inline_below=inline, load=load, fail=self._failed
+        )
         self.steps = 0
         self.step_seconds = 0.0
         self.forward_seconds = 0.0

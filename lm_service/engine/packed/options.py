@@ -22,12 +22,19 @@ class PackedOptions:
     burst_tokens: int = 4096  # most prefill tokens of a step in which nobody does
     step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `budget.py`
     slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
-    inline_tokens: int = 64  # prefixes shorter than this are copied into each sequence, not shared
+    inline_tokens: int | None = None  # prefixes shorter than this are copied into each sequence, not shared; see below
     long_tail_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
     keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
     native: bool = True  # attend by kernels compiled for this CPU, where the model's heads and dtype have some
     retry_after: float = 1.0  # seconds, in OVERLOADED
+
+    def inline_below(self, *, native: bool) -> int:
+        """`inline_tokens`, or what is faster: compiled kernels share the shortest prefix, while torch's operations take
+        longer to merge a short one than to see it in every sequence."""
+        if self.inline_tokens is not None:
+            return self.inline_tokens
+        return 1 if native else 64
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "step_tokens", "burst_tokens"):

@@ -24,6 +24,11 @@ class Runner:
         self._kernels = kernels_for(model.shape) if native else None
         self._workspace = Workspace()
 
+    @property
+    def native(self) -> bool:
+        """Whether there are such kernels."""
+        return self._kernels is not None
+
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
         """Logits [rows, vocabulary] of the tokens that want them, in the order of `batch.tails`, which this sorts.

@@ -37,10 +37,12 @@ class Scheduler:
         cache: PrefixCache,
         options: PackedOptions,
         *,
+        inline_below: int,
         load: Callable[[Fill], None],
         fail: Callable[[Sequence, LookonceError], None],
     ) -> None:
-        """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on."""
+        """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
+        Prefixes of fewer tokens than `inline_below` are copied into each sequence."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
         self.fills: list[Fill] = []
@@ -48,7 +50,7 @@ class Scheduler:
         self.counters = Counters()
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
-        self._load, self._fail = load, fail
+        self._inline_below, self._load, self._fail = inline_below, load, fail
         self._was_alone = False  # the last step was one request's
         self._version = 0  # of the tree's shape, for sequences' paths
         cache.on_split = self._on_split
@@ -252,7 +254,7 @@ class Scheduler:
         """The short stretches of a prefix, later ones first, as long as they leave most of a slab to the sequence."""
         chosen, room = [], self._pool.slab_tokens // 4
         for node in reversed(leaf.path()):
-            if node.length < self._options.inline_tokens and node.length <= room:
+            if node.length < self._inline_below and node.length <= room:
                 chosen.append(node)
                 room -= node.length
         return chosen
