@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lm_service.engine.packed.sequence import Sequence
 from lm_service.engine.types import FinishReason, ScoreItem, Scoring
 from lookonce.errors import ErrorKind, LookonceError
 from tests.engine.lab import Answered, ask, drained, generation, picture, prompt, words
@@ -145,6 +147,23 @@ async def test_an_images_kv_is_held_once(lab):
             await stream.aclose()
         await drained(engine)
         assert engine.describe().prefix_bytes == (9 + 99) * TOKEN_BYTES
+
+
+async def test_what_has_ended_is_gone_without_garbage_collection(lab):
+    """Prompts of a thousand image tokens are not small; collections of the oldest generation are rare."""
+    wanted = prompt(SYSTEM, picture(1, 5, 5), words(7, 3))
+    gc.collect()
+    gc.disable()
+    try:
+        async with lab.engine() as engine:
+            for _ in range(4):
+                await asyncio.gather(*(ask(engine, generation(wanted, 2, n=2)) for _ in range(4)))
+                await engine.score(Scoring("s", (ScoreItem(wanted, ((1,), (2, 3))),) * 8))
+            await drained(engine)
+            alive = sum(type(thing) is Sequence for thing in gc.get_objects())
+    finally:
+        gc.enable()
+    assert alive <= 16, "more than the last step's"
 
 
 async def test_what_can_never_fit_is_refused(lab):

@@ -148,12 +148,13 @@ class PackedEngine:
                     trie=trie,
                 )
             )
-        if inner.sequences:
+        sequences = tuple(inner.sequences)
+        if sequences:
             async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
                 async for event in events:
                     if isinstance(event, Scored):
                         break
-        return _scores(inner)
+        return _scores(sequences)
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
         """See `Engine.forget`."""
@@ -200,6 +201,8 @@ class PackedEngine:
             del self._streams[request]
             if request.unfinished:
                 self._tell(lambda: self._core.cancel(request))
+            else:
+                request.sequences.clear()  # they know it: else both, and their prompts, stay until garbage is collected
 
     def _tell(self, command: Callable[[], None]) -> None:
         self._mailbox.put(command)
@@ -326,11 +329,11 @@ def _unavailable() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
 
 
-def _scores(request: packed.Request) -> Scores:
-    each = [sequence.timings for sequence in request.sequences]
+def _scores(sequences: Sequence[packed.Sequence]) -> Scores:
+    each = [sequence.timings for sequence in sequences]
     slowest = max(each, key=lambda timings: timings.total_ms, default=Timings())
     return Scores(
-        logprobs=tuple(tuple(sequence.trie.sums) for sequence in request.sequences if sequence.trie is not None),
+        logprobs=tuple(tuple(sequence.trie.sums) for sequence in sequences if sequence.trie is not None),
         cached_tokens=tuple(timings.cached_tokens for timings in each),
         timings=Timings(
             queue_ms=max((timings.queue_ms for timings in each), default=0.0),
