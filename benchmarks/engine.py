@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import DynamicCache
 
+from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Pictures, image, question
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.content import prompt_content
@@ -36,8 +36,7 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
-from lm_service.engine.types import EmbeddingSource, Generation, ImageSpan, Prompt, Sampling, ScoreItem, Scoring
-from lm_service.positions import mrope_positions
+from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring
 from lookonce.apart import apart
 from lookonce.checkpoint import open_checkpoint
 from lookonce.checkpoint.modules import load_language_model, load_vision_tower
@@ -46,36 +45,7 @@ from lookonce.process import keep_freed_memory
 from lookonce.reference import EmbeddingReference
 
 T = TypeVar("T")
-ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
-SYSTEM, QUESTION, TOKENS = 20, 20, 16
 MIB = 1 << 20
-
-
-def image(number: int) -> EmbeddingReference:
-    """A reference to a picture of 999 tokens."""
-    key = number.to_bytes(32, "little")
-    return EmbeddingReference(key, "0" * 64, key, (1, 2 * ROWS, 2 * COLUMNS), ROWS * COLUMNS, COLUMNS * 28, ROWS * 28)
-
-
-def question(number: int, picture: EmbeddingReference | None) -> Prompt:
-    """A system prompt, maybe a picture, and a question; every question is another."""
-    generator = torch.Generator().manual_seed(number)
-    words = torch.randint(0, 400, (QUESTION,), generator=generator).tolist()
-    spans = [] if picture is None else [ImageSpan(SYSTEM, picture)]
-    ids = [7] * SYSTEM + [9] * (picture.tokens if picture else 0) + words if picture else words
-    positions, following = mrope_positions(len(ids), spans, 2)
-    return Prompt(tuple(ids), tuple(spans), positions, following)
-
-
-class Pictures:
-    """An EmbeddingLoader that has everything at hand."""
-
-    def __init__(self, hidden: int) -> None:
-        self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
-
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
-        """The same rows for every picture."""
-        return self.rows, EmbeddingSource.L1
 
 
 class Timed:
@@ -91,84 +61,6 @@ class Timed:
         out = self.adapter.forward(*args)
         self.seconds += time.perf_counter() - began
         return out
-
-
-class Bare:
-    """transformers' modules, called as directly as can be."""
-
-    def __init__(self, model: Any, head: torch.nn.Linear, rows: torch.Tensor, tower: Any = None) -> None:
-        self.model, self.head, self.rows, self.tower = model, head, rows, tower
-
-    @torch.inference_mode()
-    def prefill(self, prompts: list[Prompt], cache: DynamicCache | None) -> DynamicCache:
-        """One batch of prompts of one length; logits of their last tokens."""
-        hidden = self.model.embed_tokens(torch.tensor([prompt.token_ids for prompt in prompts]))
-        for at, prompt in enumerate(prompts):
-            for span in prompt.images:
-                hidden[at, span.start : span.end] = self.rows
-        positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
-        cache = cache or DynamicCache()
-        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
-        self.head(out.last_hidden_state[:, -1]).argmax(-1)
-        return cache
-
-    @torch.inference_mode()
-    def decode(self, cache: DynamicCache, batch: int, position: int) -> None:
-        """One decode step."""
-        hidden = self.model.embed_tokens(torch.full((batch, 1), 5))
-        positions = torch.full((3, batch, 1), position)
-        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
-        self.head(out.last_hidden_state[:, -1]).argmax(-1)
-
-    @torch.inference_mode()
-    def look(self, rows: int) -> None:
-        """What the floor leaves out: attention of so many tokens over the image's KV, held once, in every layer."""
-        config = self.model.config
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        queries = torch.zeros(1, heads, rows * config.num_attention_heads // heads, size)
-        keys = torch.zeros(1, heads, SYSTEM + ROWS * COLUMNS, size)
-        for _ in range(config.num_hidden_layers):
-            torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
-
-    def looks(self, count: int) -> float:
-        """Seconds that all looks of `count` questions take."""
-        began = time.perf_counter()
-        self.look(count * QUESTION)
-        for _ in range(TOKENS - 1):
-            self.look(count)
-        return time.perf_counter() - began
-
-    @torch.inference_mode()
-    def encode(self) -> float:
-        """Seconds to encode one picture; 0 without a tower."""
-        if self.tower is None:
-            return 0.0
-        pixels = torch.zeros(4 * ROWS * COLUMNS, 1176)
-        began = time.perf_counter()
-        self.tower(pixels, torch.tensor([[1, 2 * ROWS, 2 * COLUMNS]]))
-        return time.perf_counter() - began
-
-    def whole(self) -> float:
-        """Seconds in which the unsplit model answers one question: picture, prompt and answer, with nothing reused."""
-        encoded = self.encode()
-        asked = question(0, image(0))
-        began = time.perf_counter()
-        cache = self.prefill([asked], None)
-        for step in range(TOKENS - 1):
-            self.decode(cache, 1, asked.next_position + step)
-        return encoded + time.perf_counter() - began
-
-    def floor(self, count: int) -> float:
-        """Seconds of the least work that answers `count` questions on one image."""
-        whole = question(0, image(0))
-        prefix = Prompt(whole.token_ids[:-QUESTION], whole.images, whole.positions[:, :-QUESTION], whole.next_position)
-        questions = [question(number, None) for number in range(count)]
-        began = time.perf_counter()
-        self.prefill([prefix], None)
-        cache = self.prefill(questions, None)
-        for step in range(TOKENS - 1):
-            self.decode(cache, count, QUESTION + step)
-        return time.perf_counter() - began
 
 
 def run_engine(engine: PackedEngine, prompts: list[Prompt]) -> Any:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from types import TracebackType
 
 import httpx2
@@ -16,7 +17,7 @@ START_SECONDS = 120.0
 BUCKET = "pictures"
 
 
-class BucketServer:
+class BucketServer(ABC):
     """A server with one bucket; `env` leads the product to it. A context manager."""
 
     scheme: str
@@ -37,13 +38,13 @@ class BucketServer:
         """The URL of an object or prefix."""
         return f"{self.scheme}://{BUCKET}/{name}"
 
+    @abstractmethod
     def put(self, name: str, data: bytes) -> None:
         """Make an object."""
-        raise NotImplementedError
 
+    @abstractmethod
     def make_bucket(self) -> None:
         """Make BUCKET."""
-        raise NotImplementedError
 
     def __enter__(self) -> BucketServer:
         deadline = time.monotonic() + START_SECONDS

@@ -44,13 +44,12 @@ class NativeTails:
     ) -> None:
         self._kernels, self._pool = kernels, pool
         partial, tails = workspace.partial(max(wave.partial for wave in plan.waves)), plan.tails
-        masks = np.ascontiguousarray(tails.masks, dtype=np.uint8)
         table = np.zeros(len(Field), dtype=np.int64)
-        self._held = (plan, masks, partial)  # what the table points to
+        self._held = (plan, partial)  # what the table points to
         table[Field.POOL_ROWS] = tails.rows.ctypes.data
         table[Field.VISIBLE] = tails.visible.ctypes.data
         table[Field.MASK_ROWS] = tails.mask_rows.ctypes.data
-        table[Field.MASKS], table[Field.MASK_WIDTH] = masks.ctypes.data, masks.shape[1]
+        table[Field.MASKS], table[Field.MASK_WIDTH] = tails.masks.ctypes.data, tails.masks.shape[1]
         table[Field.SEEN], table[Field.SEEN_PARTS] = plan.seen.ctypes.data, plan.seen_parts.ctypes.data
         table[Field.PARTIAL] = partial.data_ptr()
         table[Field.BARRIER] = barrier()
@@ -91,10 +90,10 @@ class _Wave:
 
 def _node_table(wave: Wave, shape: ModelShape) -> Ints:
     """int64 [layers, stretches, 3]: addresses of keys and values, and how far heads are apart."""
-    table = np.zeros((shape.layers, len(wave.nodes), 3), dtype=np.int64)
+    table = np.zeros((shape.layers, len(wave.stretches), 3), dtype=np.int64)
     layers = np.arange(shape.layers)
-    for number, node in enumerate(wave.nodes):
-        (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
+    for number, stretch in enumerate(wave.stretches):
+        (kv,) = stretch.node.kv.parts  # [layers, 2, kv_heads, T, d]
         size = kv.element_size()
         table[:, number, 0] = kv.data_ptr() + layers * (kv.stride(0) * size)
         table[:, number, 1] = table[:, number, 0] + kv.stride(1) * size

@@ -18,11 +18,11 @@ binding.initialize_native_target()
 binding.initialize_native_asmprinter()
 
 
-def _features() -> dict[str, bool]:
+def _features() -> binding.FeatureMap:
     try:
-        return dict(binding.get_host_cpu_features())
+        return binding.get_host_cpu_features()
     except RuntimeError:  # LLVM can't tell them of every kind of CPU
-        return {}
+        return binding.FeatureMap()
 
 
 _FEATURES = _features()
@@ -46,7 +46,7 @@ class Compiled:
         written = ir.Module("lookonce")
         write(written)
         machine = binding.Target.from_default_triple().create_target_machine(
-            cpu=binding.get_host_cpu_name(), features=_flat(_FEATURES), opt=2
+            cpu=binding.get_host_cpu_name(), features=_FEATURES.flatten(), opt=2
         )
         module = binding.parse_assembly(str(written))
         _passes().run(module, binding.create_pass_builder(machine, binding.create_pipeline_tuning_options()))
@@ -56,10 +56,6 @@ class Compiled:
     def task(self, name: str) -> Any:
         """One of its functions, to be called with a pointer."""
         return Task(self._engine.get_function_address(name))
-
-
-def _flat(features: dict[str, bool]) -> str:
-    return ",".join(("+" if there else "-") + name for name, there in sorted(features.items()))
 
 
 def compiled_or_none(make: Callable[[], T]) -> T | None:

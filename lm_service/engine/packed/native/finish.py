@@ -24,11 +24,9 @@ class Finish:
         fields = code.function.args[0]
         begin = code.times(code.integer(fields, Field.BEGIN), self.heads)
         end = code.times(code.integer(fields, Field.END), self.heads)
-        pieces = code.over(code.plus(code.minus(end, begin), PIECE - 1), PIECE)
-        with code.work(code.place(fields, Field.FINISH_COUNTER), pieces) as piece:
-            first = code.plus(begin, code.times(piece, PIECE))
-            with code.loop(code.least(code.plus(first, PIECE), end), first) as pair:
-                self._finish_head(code, fields, code.over(pair, self.heads), code.rest(pair, self.heads))
+        with code.shared_rows(fields, Field.FINISH_COUNTER, code.minus(end, begin), PIECE) as number:
+            pair = code.plus(begin, number)
+            self._finish_head(code, fields, code.over(pair, self.heads), code.rest(pair, self.heads))
         code.end()
         return code.function
 

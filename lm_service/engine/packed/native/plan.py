@@ -35,7 +35,7 @@ class Tails:
     rows: Ints  # [T, kv_heads] where keys and values are stored in the pool
     visible: Ints  # [T] keys of its own tail that a token may see
     mask_rows: Ints  # [T] row of `masks`, or -1
-    masks: npt.NDArray[np.bool_]  # [rows, longest]
+    masks: npt.NDArray[np.bool_]  # [rows, longest], a byte each
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Wave:
 
     begin: int
     end: int
-    nodes: list[Node]
+    stretches: list[Stretch]  # of those tokens
     items: Ints  # [pieces, len(Item)]
     parts: Ints  # [stretches, len(Part)]
     partial: int  # float32 that its pieces leave behind
@@ -75,7 +75,7 @@ def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: 
         end = max(begin + 1, int(np.searchsorted(used, before + room, side="right")))
         waves.append(_wave(stretches, begin, end, heads))
         begin = end
-    return NativePlan(tails, waves, *_seen(stretches, waves, tokens))
+    return NativePlan(tails, waves, *_seen(waves, tokens))
 
 
 def _chunks(stretch: Stretch) -> int:
@@ -115,14 +115,14 @@ def _wave(stretches: Sequence[Stretch], begin: int, end: int, heads: Heads) -> W
         items.append(pieces.reshape(-1, len(Item)))
         items[-1][:, Item.PLACE] = place + np.arange(len(items[-1])) * (height * (heads.size + 2))
         place += len(items[-1]) * height * (heads.size + 2)
-    return Wave(begin, end, [stretch.node for stretch in inside], np.concatenate(items), parts, place)
+    return Wave(begin, end, inside, np.concatenate(items), parts, place)
 
 
-def _seen(stretches: Sequence[Stretch], waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
+def _seen(waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
     """For each token the stretches it sees, in their order: offsets, and numbers within its wave."""
     token, number = [_NOTHING], [_NOTHING]
     for wave in waves:
-        for at, stretch in enumerate(_within(stretches, wave.begin, wave.end)):
+        for at, stretch in enumerate(wave.stretches):
             token.append(np.arange(stretch.begin, stretch.end))
             number.append(np.full(stretch.end - stretch.begin, at))
     tokens_, numbers = np.concatenate(token), np.concatenate(number)

@@ -13,7 +13,7 @@ import torch
 
 _LIBRARY = ctypes.CDLL(None)  # with what torch brings along: libgomp, on Linux
 _PARALLEL = getattr(_LIBRARY, "GOMP_parallel", None)
-_BARRIER = getattr(_LIBRARY, "GOMP_barrier", None)
+_BARRIER: int = ctypes.cast(getattr(_LIBRARY, "GOMP_barrier", 0), ctypes.c_void_p).value or 0
 if _PARALLEL is not None:
     _PARALLEL.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     _PARALLEL.restype = None
@@ -21,12 +21,12 @@ if _PARALLEL is not None:
 
 def threads() -> int:
     """How many `run` uses."""
-    return torch.get_num_threads() if _PARALLEL is not None and _BARRIER is not None else 1
+    return torch.get_num_threads() if _PARALLEL is not None and _BARRIER else 1
 
 
 def barrier() -> int:
     """Address of a function that returns when every thread of a team has called it; 0 where there is one thread."""
-    return ctypes.cast(_BARRIER, ctypes.c_void_p).value or 0 if threads() > 1 and _BARRIER is not None else 0
+    return _BARRIER if threads() > 1 else 0
 
 
 def run(task: Any, argument: int, *, alone: bool = False) -> None:
