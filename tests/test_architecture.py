@@ -99,7 +99,7 @@ def test_no_assert_checks_a_request(package):
     ],
 )
 def test_light_modules_leave_torch_out(module):
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'llvmlite') if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=180, check=True
     )

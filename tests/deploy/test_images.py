@@ -31,8 +31,8 @@ print("whole")
 LIGHT = "lookonce.stores,lookonce.rpc,lookonce.cli.health,lookonce.spans,lookonce.telemetry"
 PACKAGES = {
     "gateway": f"gateway,{LIGHT}",
-    "vision": f"vision_service,lookonce.checkpoint,{LIGHT}",
-    "language": f"lm_service,lookonce.checkpoint,{LIGHT}",
+    "vision": f"vision_service,lookonce.checkpoint,lookonce.native,{LIGHT}",
+    "language": f"lm_service,lookonce.checkpoint,lookonce.native,{LIGHT}",
 }
 
 

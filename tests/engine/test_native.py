@@ -230,7 +230,7 @@ def test_torch_serves_where_nothing_can_be_compiled(monkeypatch):
         raise RuntimeError("no executable memory")
 
     compiled.cache_clear()
-    monkeypatch.setattr("lm_service.engine.packed.native.compiling.binding.create_mcjit_compiler", refuse)
+    monkeypatch.setattr("lookonce.native.compiling.binding.create_mcjit_compiler", refuse)
     assert kernels_for(shape_of(32, 2, 2)) is None
     assert rows_for(40, 8, 3, 1e-5, torch.zeros(1)) is None
 

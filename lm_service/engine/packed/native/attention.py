@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape
-from lm_service.engine.packed.native.compiling import compiled_or_none
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
 from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave
 from lm_service.engine.packed.native.table import Field
-from lm_service.engine.packed.native.team import barrier, run
 from lm_service.engine.packed.pool import TailPool
+from lookonce.native.compiling import compiled_or_none
+from lookonce.native.team import barrier, run
 
 
 def kernels_for(shape: ModelShape) -> Kernels | None:

@@ -13,12 +13,12 @@ from typing import Any
 
 from llvmlite import ir
 
-from lm_service.engine.packed.native.code import Code
-from lm_service.engine.packed.native.compiling import VECTORS, Compiled, lanes_for
 from lm_service.engine.packed.native.finish import Finish
 from lm_service.engine.packed.native.heads import Heads
 from lm_service.engine.packed.native.look import Look
 from lm_service.engine.packed.native.table import Field
+from lookonce.native.code import Code
+from lookonce.native.compiling import VECTORS, Compiled, lanes_for
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lm_service.engine.packed.native.code import FLOAT, Code, Value
 from lm_service.engine.packed.native.heads import KEYS, NEVER, PIECE, Heads
 from lm_service.engine.packed.native.table import Field, Item
+from lookonce.native.code import FLOAT, Code, Value
 
 _TILE = 4  # keys, or places of a head, computed together
 

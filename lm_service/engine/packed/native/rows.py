@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from llvmlite import ir
 
-from lm_service.engine.packed.native.code import Code
-from lm_service.engine.packed.native.compiling import Compiled, compiled_or_none, lanes_for
-from lm_service.engine.packed.native.team import run
+from lookonce.native.code import Code
+from lookonce.native.compiling import Compiled, compiled_or_none, lanes_for
+from lookonce.native.team import run
 
 _PIECE = 8  # rows that a thread takes at once
 _ALONE = 1 << 14  # float32 up to which other threads don't pay

@@ -1,0 +1,1 @@
+"""Writing and running code for the CPU at hand. Imports torch and llvmlite: for the two model services only."""
