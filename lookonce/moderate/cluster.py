@@ -2,7 +2,8 @@
 
 The source is listed here and handed out with Ray Data in waves; each worker reads its inputs itself and reaches the
 services by their addresses. Rows come back in any order and go through the same ledger, so results and resuming are
-those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor.
+those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor. Pictures that
+may be killing services are judged here, one by one, when no worker asks anything: at the end of a wave.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import orjson
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
+from lookonce.moderate.asking import Suspected
 from lookonce.moderate.connecting import Addresses, Served, connected
 from lookonce.moderate.job import Tally
 from lookonce.moderate.outcome import Failure, Outcome, Row, Timings
@@ -92,7 +94,8 @@ class Worker:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._stack = AsyncExitStack()
-        self._judge = self._await(self._stack.enter_async_context(connected(addresses, self._policy, served)))
+        connection = connected(addresses, self._policy, served, trials=False)
+        self._judge = self._await(self._stack.enter_async_context(connection))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         """A row for each input, as JSON; or, instead of all, what ends the run: of an exception Ray would make text."""
@@ -113,7 +116,10 @@ class Worker:
         digest = image_digest(data)
         outcome, timings = None, Timings()
         if await asyncio.wrap_future(self._claims.claim.remote(digest).future()):
-            outcome, timings = await self._judge.judge(data)
+            try:
+                outcome, timings = await self._judge.judge(data)
+            except Suspected:
+                return orjson.dumps({"suspect": item.index})
         return _packed(Row(item.index, item.name, digest, timings=replace(timings, read_ms=round(read_ms, 3))), outcome)
 
     def _await(self, work: Any) -> Any:
@@ -132,11 +138,14 @@ async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], 
     while not ended and not stopped():
         wave, ended = await asyncio.to_thread(_wave, inputs, run, size)
         rows = _judged(ray, made, claims, wave)
+        suspects: set[int] = set()
         while (batch := await asyncio.to_thread(next, rows, None)) is not None:
-            await _record(run, batch, waiting, tally)
+            suspects.update(each for each in batch if isinstance(each, int))
+            await _record(run, [each for each in batch if not isinstance(each, int)], waiting, tally)
             report(tally)
             if stopped():
                 return tally
+        await _try([item for item in wave if item.index in suspects], made, run, waiting, tally)
         if ended:
             await run.listing_ended()
     return tally
@@ -154,8 +163,31 @@ def _wave(inputs: Iterator[Item], run: Run, size: int) -> tuple[list[Item], bool
     return wave, True
 
 
-def _judged(ray: Any, made: Plan, claims: Any, wave: Sequence[Item]) -> Iterator[list[tuple[Row, Outcome | None]]]:
-    """Blocking."""
+async def _try(suspects: Sequence[Item], made: Plan, run: Run, waiting: dict[bytes, list[Row]], tally: Tally) -> None:
+    """Judge them here."""
+    if not suspects:
+        return
+    reader = made.reader()
+    try:
+        async with connected(made.addresses, made.policy, made.served) as judge:
+            for item in suspects:
+                try:
+                    data, read_ms = await reader.read(item)
+                except LookonceError as error:
+                    row, outcome = Row(item.index, item.name, failure=Failure.of(error)), None
+                else:
+                    outcome, timings = await judge.judge(data)
+                    timings = replace(timings, read_ms=round(read_ms, 3))
+                    row = Row(item.index, item.name, image_digest(data), timings=timings)
+                await _record(run, [(row, outcome)], waiting, tally)
+    finally:
+        reader.close()
+
+
+def _judged(
+    ray: Any, made: Plan, claims: Any, wave: Sequence[Item]
+) -> Iterator[list[tuple[Row, Outcome | None] | int]]:
+    """Rows, and indices of suspects. Blocking."""
     if not wave:
         return
     settings = made.settings.model_dump(mode="json", exclude_none=True)
@@ -202,8 +234,10 @@ def _packed(row: Row, outcome: Outcome | None) -> bytes:
     return orjson.dumps({"row": fields, "outcome": outcome.to_json().decode() if outcome is not None else None})
 
 
-def _unpacked(packed: bytes) -> tuple[Row, Outcome | None]:
+def _unpacked(packed: bytes) -> tuple[Row, Outcome | None] | int:
     value = orjson.loads(packed)
+    if "suspect" in value:
+        return int(value["suspect"])
     if "ended" in value:
         kind, message = value["ended"]
         raise LookonceError(ErrorKind(kind), message)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from lookonce.errors import LookonceError, invalid
+from lookonce.moderate.asking import Asking
 from lookonce.moderate.identity import Models, language_fingerprint
 from lookonce.moderate.judge import Judge, other_model
 from lookonce.moderate.links import AWAY, LanguageLink, Links, Patience, VisionLink, pause
@@ -79,19 +80,24 @@ async def _described(client: VisionClient | LanguageClient, patience: Patience):
 
 
 @asynccontextmanager
-async def connected(addresses: Addresses, policy: Policy, served: Served) -> AsyncIterator[Judge]:
-    """A judge, for as long as the block runs."""
+async def connected(
+    addresses: Addresses, policy: Policy, served: Served, *, trials: bool = True
+) -> AsyncIterator[Judge]:
+    """A judge, for as long as the block runs. Only one process of a run makes `trials`."""
     models, patience = served.models, addresses.patience
 
-    async def check_vision(client: VisionClient) -> None:
+    async def check_vision(client: VisionClient) -> str:
         found = await client.describe()
         if found.fingerprint != models.vision:
             raise other_model(client.label, models.vision, found.fingerprint)
+        return found.model.instance
 
-    async def check_language(client: LanguageClient) -> None:
-        found = language_fingerprint(await client.describe())
+    async def check_language(client: LanguageClient) -> str:
+        described = await client.describe()
+        found = language_fingerprint(described)
         if found != models.language:
             raise other_model(client.label, models.language, found)
+        return described.model.instance
 
     def open_vision(address: str) -> VisionLink:
         clients = [VisionClient(address, tls=addresses.tls) for _ in range(addresses.connections)]
@@ -104,7 +110,7 @@ async def connected(addresses: Addresses, policy: Policy, served: Served) -> Asy
     visions = Links([open_vision(address) for address in addresses.vision])
     languages = Links([open_language(address) for address in addresses.language])
     try:
-        yield Judge(policy, models, visions, languages, patience)
+        yield Judge(policy, models, visions, languages, patience, Asking(trials=trials))
     finally:
         await visions.close()
         await languages.close()

@@ -5,22 +5,20 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeVar
 
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.moderate.asking import LOST, Asking, ServiceCrashed, plain_picture
 from lookonce.moderate.identity import Models
-from lookonce.moderate.links import AWAY, FULL, LanguageLink, Link, Links, Patience, VisionLink, pause
-from lookonce.moderate.outcome import PLACES, Failure, Outcome, Timings
+from lookonce.moderate.links import LanguageLink, Links, Patience, VisionLink, pause
+from lookonce.moderate.outcome import PLACES, SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.policy import Policy, Rule
 from lookonce.reference import EmbeddingReference
 from lookonce.rpc.convert import reference_to_proto
 from lookonce.rpc.errors import from_proto
 from protos.lookonce.v1 import common_pb2, language_pb2
 
-L = TypeVar("L", bound=Link[Any])
-T = TypeVar("T")
 _OF_THE_PICTURE = frozenset({
     ErrorKind.IMAGE_INVALID,
     ErrorKind.IMAGE_TOO_LARGE,
@@ -28,7 +26,6 @@ _OF_THE_PICTURE = frozenset({
     ErrorKind.UNSUPPORTED,
     ErrorKind.CONTEXT_LENGTH_EXCEEDED,
 })  # fmt: skip
-_LOST = frozenset({ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID})
 _MOST_TRIES = 12
 """Of what can be the picture's own doing, such as an embedding that is lost again and again, before it is given up.
 Tries that fail because a language service can't reach the vision service are not counted: those take patience."""
@@ -44,19 +41,21 @@ class Judge:
         visions: Links[VisionLink],
         languages: Links[LanguageLink],
         patience: Patience,
+        asking: Asking,
     ) -> None:
         self._policy = policy
         self._models = models
         self._visions = visions
         self._languages = languages
         self._patience = patience
+        self._asking = asking
         self._judged_at = 0.0  # the last picture, on the monotonic clock
 
     async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
         """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
 
         Raises what ends the run: UNAVAILABLE when a service stays away, FINGERPRINT_MISMATCH when the model has
-        changed, and whatever says that the request itself is wrong."""
+        changed, and whatever says that the request itself is wrong; and Suspected, where no trials are made."""
         tries, attempt, lost_since = 0, 0, math.inf
         while True:
             try:
@@ -64,10 +63,10 @@ class Judge:
             except LookonceError as error:
                 if error.kind in _OF_THE_PICTURE:
                     return Outcome(failure=Failure.of(error)), Timings()
-                if error.kind not in {ErrorKind.INTERNAL, *_LOST}:
+                if error.kind not in {ErrorKind.INTERNAL, *LOST}:
                     raise
                 now = time.monotonic()
-                if error.kind in _LOST and error.retry_after is not None:  # the services can't reach each other
+                if error.kind in LOST and error.retry_after is not None:  # the services can't reach each other
                     lost_since = min(lost_since, now)
                 else:
                     tries += 1
@@ -76,33 +75,35 @@ class Judge:
                     return Outcome(failure=Failure.of(error)), Timings()
                 await asyncio.sleep(pause(attempt))
                 attempt += 1
+            except ServiceCrashed as error:
+                return Outcome(failure=Failure(SERVICE_CRASHED, str(error))), Timings()
             else:
                 self._judged_at = time.monotonic()
                 return judged
 
     def _check_that_others_are_judged(self, error: LookonceError, lost_since: float) -> None:
         """Raise UNAVAILABLE when embeddings don't reach the language service: none ever, or none since then."""
-        if error.kind in _LOST and (self._judged_at == 0.0 or self._judged_at < lost_since < math.inf):
+        if error.kind in LOST and (self._judged_at == 0.0 or self._judged_at < lost_since < math.inf):
             remedy = "give the language services --vision, or one store to both"
             text = f"no picture can be judged, for {error.message}: {remedy}"
             raise LookonceError(ErrorKind.UNAVAILABLE, text) from error
 
     async def _judge(self, image: bytes) -> tuple[Outcome, Timings]:
         started = time.perf_counter()
-        reference, how = await self._persistently(self._visions, lambda link: self._encode(link, image))
+        reference, how = await self._asking.ask(self._visions, self._encode, image, _plain_image)
         encoded = time.perf_counter()
         rules = self._policy.of("image", (reference.width, reference.height))
         picture = reference_to_proto(reference)
         scores: dict[str, float] = {}
         if rules:
-            scores = await self._persistently(self._languages, lambda link: self._score(link, picture, rules))
+            score = partial(self._score, rules=rules)
+            scores = await self._asking.ask(self._languages, score, picture, self._plain)
         scored = time.perf_counter()
         follow_ups: dict[str, str] = {}
         for rule in rules:
             if rule.follow_up and rule.fires(scores[rule.id]):
-                follow_ups[rule.id] = await self._persistently(
-                    self._languages, partial(self._follow_up, picture=picture, rule=rule)
-                )
+                follow_up = partial(self._follow_up, rule=rule)
+                follow_ups[rule.id] = await self._asking.ask(self._languages, follow_up, picture, self._plain)
         followed = time.perf_counter()
         timings = Timings(
             encode_ms=_ms(encoded - started),
@@ -112,25 +113,11 @@ class Judge:
         )
         return Outcome(reference.width, reference.height, scores, follow_ups), timings
 
-    async def _persistently(self, links: Links[L], call: Callable[[L], Awaitable[T]]) -> T:
-        """The call's result, however often it takes; raises what trying again can't help."""
-        attempt = 0
-        while True:
-            with links.use() as link:
-                try:
-                    result = await call(link)
-                except LookonceError as error:
-                    if error.kind in _LOST:
-                        link.shun()
-                    if error.kind not in AWAY and error.kind not in FULL and error.kind is not ErrorKind.INTERNAL:
-                        raise
-                    if error.kind is ErrorKind.INTERNAL and attempt >= _MOST_TRIES // 3:
-                        raise
-                    await link.recover(error, attempt)
-                    attempt += 1
-                else:
-                    link.heard()
-                    return result
+    async def _plain(self) -> common_pb2.ImageReference:
+        """Of a plain picture, encoded now."""
+        with self._visions.use() as link:
+            reference, _ = await self._encode(link, plain_picture())
+        return reference_to_proto(reference)
 
     async def _encode(self, link: VisionLink, image: bytes) -> tuple[EmbeddingReference, str]:
         most = self._models.max_pixels
@@ -181,6 +168,10 @@ class Judge:
         if not self._policy.system:
             return [asked]
         return [language_pb2.Message(role="system", parts=[language_pb2.Part(text=self._policy.system)]), asked]
+
+
+async def _plain_image() -> bytes:
+    return plain_picture()
 
 
 def other_model(service: str, wanted: str, found: str) -> LookonceError:

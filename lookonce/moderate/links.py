@@ -21,7 +21,8 @@ from lookonce.moderate.encoding import EncodeStreams
 from lookonce.rpc.client import LanguageClient, VisionClient
 
 C = TypeVar("C", bound=VisionClient | LanguageClient)
-Check = Callable[[C], Awaitable[None]]
+Check = Callable[[C], Awaitable[str]]
+"""Names the process that answers; raises for another model."""
 L = TypeVar("L", bound="Link[Any]")
 AWAY = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.CANCELLED})
 FULL = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED})
@@ -45,11 +46,12 @@ def pause(attempt: int, retry_after: float | None = None) -> float:
 
 
 class Link(Generic[C]):
-    """`check` is called when the service is back, before anything is asked of it; it raises for another model."""
+    """`check` is called when the service is back, before anything is asked of it."""
 
     def __init__(self, client: C, patience: Patience, check: Check[C]) -> None:
         self.client = client
         self.active = 0
+        self.process = ""  # that answered last when it was looked at
         self._patience = patience
         self._check = check
         self._heard = time.monotonic()  # the last answer
@@ -76,19 +78,24 @@ class Link(Generic[C]):
         """It has answered something."""
         self._heard = time.monotonic()
 
-    async def recover(self, error: LookonceError, attempt: int) -> None:
-        """After a call failed: return when it is worth trying again. Raises UNAVAILABLE when patience is at its end,
-        and what `check` raises."""
+    async def look(self) -> str:
+        """The process that answers now. Raises UNAVAILABLE, and what `check` raises."""
+        self.process = await self._check(self.client)
+        return self.process
+
+    async def recover(self, error: LookonceError, attempt: int) -> str:
+        """After a call failed: return when it is worth trying again, with the process that answered first. Raises
+        UNAVAILABLE when patience is at its end, and what `check` raises."""
         if error.kind in AWAY:
             if self._watcher is None or self._watcher.done():
                 self._back.clear()
                 self._watcher = asyncio.create_task(self._watch())
             await asyncio.shield(self._watcher)
-            await asyncio.sleep(pause(attempt))
-        else:
-            await asyncio.sleep(pause(attempt, error.retry_after))
+        process = self.process
+        await asyncio.sleep(pause(attempt, None if error.kind in AWAY else error.retry_after))
         if time.monotonic() - self._heard > self._patience.away:
             raise self._given_up()
+        return process
 
     async def close(self) -> None:
         """Stop waiting, close the channel."""
@@ -119,7 +126,7 @@ class Link(Generic[C]):
         if not await self.client.healthy():
             return False
         try:
-            await self._check(self.client)
+            await self.look()
         except LookonceError as error:
             if error.kind in AWAY:
                 return False

@@ -11,11 +11,13 @@ from lookonce.errors import ErrorKind, LookonceError
 
 PLACES = 6
 """Decimal places of a score: more would be the noise of how pictures happened to share a batch."""
+SERVICE_CRASHED = "service_crashed"
+"""The kind of a picture that kills a service whenever it is asked about. No service can say so: no ErrorKind."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there are no scores: a kind of `lookonce.errors.ErrorKind`, and our words."""
+    """Why there are no scores: a kind of `lookonce.errors.ErrorKind`, or SERVICE_CRASHED, and our words."""
 
     kind: str
     message: str

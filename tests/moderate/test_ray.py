@@ -9,7 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.cli.commands import until
-from tests.moderate.conftest import start_pair
+from tests.moderate.conftest import MODEL, Pair, start_pair
+from tests.moderate.poison import MARKER, MortalService, poisoned
+from tests.processes import ServiceProcess
 
 SECONDS = 600  # for what took 20 to 60 on two busy cores
 pytestmark = [
@@ -55,3 +57,23 @@ def test_a_service_that_stays_away_ends_the_run_for_now(cluster, pictures, polic
             services.language.kill()
             assert run.wait_exit(SECONDS) == 75, run.output
             assert "did not answer" in run.output and "Run the same command again" in run.output
+
+
+def test_a_picture_that_kills_the_vision_service_is_found_when_no_worker_asks(
+    cluster, pair, pictures, policy, tmp_path
+):
+    source, alone, out = tmp_path / "source", tmp_path / "alone.parquet", tmp_path / "out.parquet"
+    source.mkdir()
+    good = [pictures.folder / name for name, truth in sorted(pictures.truth.items()) if truth is not None]
+    for number, path in enumerate(good[:30]):
+        (source / f"{number:03}.png").write_bytes(poisoned(path, MARKER) if number == 10 else path.read_bytes())
+    assert pair.moderate(source, policy, alone).returncode == 0
+    args = ("--model", str(MODEL), "--threads", "1", "--store", f"file://{tmp_path}/store")
+    vision = MortalService(ServiceProcess("vision_service", *args), MARKER)
+    with vision, ServiceProcess("lm_service", *args, "--vision", vision.address) as language:
+        options = ("--ray", cluster, "--ray-actors", "2")
+        done = Pair(vision, language).moderate(source, policy, out, *options, seconds=SECONDS)
+        assert done.returncode == 0, done.stderr
+    expected, found = (pq.read_table(path).drop(["timings"]).to_pylist() for path in (alone, out))
+    assert found[10]["error"] == "service_crashed" and found[10]["score_star"] is None
+    assert found[:10] + found[11:] == expected[:10] + expected[11:]
