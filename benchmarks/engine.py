@@ -28,7 +28,7 @@ import torch
 from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Pictures, image, question
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
-from lm_service.engine.packed.content import prompt_content
+from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.kv import KV
@@ -142,7 +142,7 @@ class Decoding:
             answer = Answer(0, sampling, table, frozenset(), 4000)
             state = SamplerState(sampling, prompt.token_ids)
             tokens = list(prompt.token_ids)
-            request.sequences = [Sequence(request, 0, prompt, prompt_content(prompt), tokens, answer, state)]
+            request.sequences = [Sequence(request, 0, prompt, *prompt_contents([prompt]), tokens, answer, state)]
             self.core.submit(request)
         while not all(sequence.decoding for sequence in self.core.scheduler.running) or self.core.scheduler.queue:
             self.core.step()

@@ -13,7 +13,7 @@ import torch
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
-from lm_service.engine.packed.content import prompt_content
+from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
@@ -171,7 +171,7 @@ def sequence(request: Request, wanted: Prompt, max_tokens: int) -> Sequence:
     sampling = Sampling(max_tokens)
     answer = Answer(0, sampling, TOKENS, frozenset(), 4000)
     state = SamplerState(sampling, wanted.token_ids)
-    return Sequence(request, 0, wanted, prompt_content(wanted), list(wanted.token_ids), answer, state)
+    return Sequence(request, 0, wanted, *prompt_contents([wanted]), list(wanted.token_ids), answer, state)
 
 
 def generation(wanted: Prompt, max_tokens: int = 4, **rest: Any) -> Generation:

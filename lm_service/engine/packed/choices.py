@@ -5,17 +5,21 @@ Only tokens that are followed by another need a place in the forward; a choice's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+_REMEMBERED, _REMEMBERED_TOKENS = 256, 64  # tries that are kept, and the most tokens of one
+
 
 class ChoiceTrie:
     """Places 0 .. n-1 follow the prompt in a packed forward, parents before children."""
 
-    def __init__(self, choices: Sequence[Sequence[int]]) -> None:
+    def __init__(self, choices: tuple[tuple[int, ...], ...]) -> None:
+        self.choices = choices
         self.tokens: list[int] = []  # token of each place
         self.parents: list[int] = []  # place before it; -1: the prompt's last token
         self._targets: list[dict[int, list[int]]] = [{}]  # [1 + place] -> next token -> choices that add it
@@ -33,11 +37,8 @@ class ChoiceTrie:
         for place, parent in enumerate(self.parents):
             depths[place] = 0 if parent < 0 else depths[parent] + 1
         self.depths = np.array(depths, dtype=np.int64)
-        self.sums = [0.0] * len(choices)
-
-    def reset(self) -> None:
-        """Begin again."""
-        self.sums = [0.0] * len(self.sums)
+        self.visible = self._visible()
+        self.visible.setflags(write=False)
 
     def ancestors(self, place: int) -> list[int]:
         """The places a place may see, itself included."""
@@ -47,30 +48,36 @@ class ChoiceTrie:
             place = self.parents[place]
         return seen
 
-    def visible(self) -> npt.NDArray[np.bool_]:
+    def _visible(self) -> npt.NDArray[np.bool_]:
         """[n, n]: whether each place (row) sees each other."""
         seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=np.bool_)
         for place in range(len(self.tokens)):
             seen[place, self.ancestors(place)] = True
         return seen
 
-    def targets(self, place: int) -> list[int]:
+    def targets(self, place: int) -> Collection[int]:
         """Tokens whose log-probability is wanted after a place (-1: after the prompt)."""
-        return list(self._targets[1 + place])
+        return self._targets[1 + place].keys()
 
-    def add(self, place: int, logprobs: Sequence[float]) -> None:
-        """Take the log-probabilities of `targets(place)`, in that order."""
+    def add(self, sums: list[float], place: int, logprobs: Sequence[float]) -> None:
+        """Add the log-probabilities of `targets(place)`, in that order, to the sums of the choices."""
         for numbers, logprob in zip(self._targets[1 + place].values(), logprobs, strict=True):
             for number in numbers:
-                self.sums[number] += logprob
+                sums[number] += logprob
 
 
-def gather_logprobs(logits: torch.Tensor, wanted: Sequence[Sequence[int]]) -> list[list[float]]:
+def trie_of(choices: tuple[tuple[int, ...], ...]) -> ChoiceTrie:
+    """Their trie, most often one made before: many questions have the same choices."""
+    return _remembered(choices) if sum(map(len, choices)) <= _REMEMBERED_TOKENS else ChoiceTrie(choices)
+
+
+_remembered = lru_cache(maxsize=_REMEMBERED)(ChoiceTrie)
+
+
+def gather_logprobs(logits: torch.Tensor, wanted: Sequence[Collection[int]]) -> list[list[float]]:
     """Log-probabilities of the wanted tokens of each row of logits [rows, vocabulary]."""
     rows = [row for row, tokens in enumerate(wanted) for _ in tokens]
     columns = [token for tokens in wanted for token in tokens]
-    logits = logits.float()
-    normal = logits.logsumexp(-1)
-    at = torch.tensor(rows, device=logits.device)
-    values = iter((logits[at, torch.tensor(columns, device=logits.device)] - normal[at]).tolist())
+    at, tokens = torch.tensor([rows, columns], device=logits.device)
+    values = iter(logits.float().log_softmax(-1)[at, tokens].tolist())
     return [[next(values) for _ in tokens] for tokens in wanted]

@@ -1,12 +1,16 @@
 """What tells one KV prefix from another: tokens, their positions and, for image tokens, the embedding's whole key.
 
-A prompt's content is int64 [8, T]: row 0 the token id (minus one less the row number within its image for image
-tokens), rows 1 to 3 the positions, rows 4 to 7 the 256 bits of the embedding key. Nothing is hashed or cut short.
+Content is int64 [8, T]: row 0 the token id (minus one less the row number within its image for image tokens), rows 1
+to 3 the positions, rows 4 to 7 the 256 bits of the embedding key. Nothing is hashed or cut short.
+
+A prompt's is made of two parts: what many prompts of one request begin with alike, up to the end of the last image, is
+made, and found in the cache, once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +20,86 @@ from lm_service.engine.types import ImageSpan, Prompt
 Content = npt.NDArray[np.int64]
 
 
-def prompt_content(prompt: Prompt) -> Content:
-    """The content of a prompt."""
-    content = np.zeros((8, len(prompt.token_ids)), dtype=np.int64)
-    content[1:4] = prompt.positions.numpy()
-    text = 0
+@dataclass(eq=False)
+class Head:
+    """What prompts begin with, up to the end of their last image."""
+
+    columns: Content
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return int(self.columns.shape[1])
+
+
+@dataclass(eq=False)
+class PromptContent:
+    """The content of a prompt, and of what was added to it."""
+
+    head: Head
+    rest: Content
+
+    @property
+    def length(self) -> int:
+        """Its tokens."""
+        return self.head.length + int(self.rest.shape[1])
+
+    def cut(self, start: int, end: int) -> Content:
+        """That of the tokens [start, end), not to be written to."""
+        border = self.head.length
+        if start >= border:
+            return self.rest[:, start - border : end - border]
+        if end <= border:
+            return self.head.columns[:, start:end]
+        return np.concatenate([self.head.columns[:, start:], self.rest[:, : end - border]], axis=1)
+
+    def followed_by(self, more: Content) -> PromptContent:
+        """The same and more."""
+        return PromptContent(self.head, np.concatenate([self.rest, more], axis=1))
+
+
+def prompt_contents(prompts: Iterable[Prompt]) -> list[PromptContent]:
+    """The contents of prompts; neighbours that begin alike share their head."""
+    contents: list[PromptContent] = []
+    before: Prompt | None = None
+    for prompt in prompts:
+        end = prompt.images[-1].end if prompt.images else 0
+        alike = before is not None and _begin_alike(before, prompt, end)
+        head = contents[-1].head if alike else Head(_columns(prompt, 0, end))
+        contents.append(PromptContent(head, _columns(prompt, end, len(prompt.token_ids))))
+        before = prompt
+    return contents
+
+
+def _begin_alike(one: Prompt, other: Prompt, end: int) -> bool:
+    """Whether two prompts are the same up to the end of their last image."""
+    if one.images != other.images:
+        return False
+    if one.positions is not other.positions:
+        differs = one.positions.numpy()[:, :end] != other.positions.numpy()[:, :end]
+        if differs.any():
+            return False
+    starts = (0, *(span.end for span in one.images))
+    return all(
+        one.token_ids[start : span.start] == other.token_ids[start : span.start]
+        for start, span in zip(starts, one.images, strict=False)
+    )
+
+
+def _columns(prompt: Prompt, start: int, end: int) -> Content:
+    """Those of [start, end), which cuts no image in two."""
+    content = np.zeros((8, end - start), dtype=np.int64)
+    content[1:4] = prompt.positions.numpy()[:, start:end]
+    text = start
     for span in prompt.images:
-        content[0, text : span.start] = prompt.token_ids[text : span.start]
+        if not start <= span.start < end:
+            continue
+        first, last = span.start - start, span.end - start
+        content[0, text - start : first] = prompt.token_ids[text : span.start]
+        content[0, first:last] = -1 - np.arange(span.reference.tokens)
+        content[4:8, first:last] = np.frombuffer(span.reference.key, dtype="<i8")[:, None]
         text = span.end
-        content[0, span.start : span.end] = -1 - np.arange(span.reference.tokens)
-        content[4:8, span.start : span.end] = np.frombuffer(span.reference.key, dtype="<i8")[:, None]
-    content[0, text:] = prompt.token_ids[text:]
+    content[0, text - start :] = prompt.token_ids[text:end]
     return content
 
 

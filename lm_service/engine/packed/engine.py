@@ -18,8 +18,8 @@ from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed import sequence as packed
 from lm_service.engine.packed.adapter import ModelAdapter
 from lm_service.engine.packed.batch import Fill
-from lm_service.engine.packed.choices import ChoiceTrie
-from lm_service.engine.packed.content import prompt_content
+from lm_service.engine.packed.choices import trie_of
+from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.validation import check_embedding, check_generation, check_scoring
@@ -106,7 +106,7 @@ class PackedEngine:
         """See `Engine.generate`."""
         check_generation(request, self._context, self._shape, self.options)
         inner = packed.Request(request.id, request.client, kept=self.options.keep_answers, whole=request.whole)
-        content = prompt_content(request.prompt)
+        (content,) = prompt_contents([request.prompt])
         room = self._context - len(request.prompt.token_ids)
         for index in range(request.sampling.n):
             inner.sequences.append(
@@ -136,16 +136,18 @@ class PackedEngine:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         inner = packed.Request(request.id, request.client, kept=False, alone=request.alone)
-        for index, item in enumerate(request.items):
-            trie = ChoiceTrie(item.choices)
+        contents = prompt_contents(item.prompt for item in request.items)
+        for index, (item, content) in enumerate(zip(request.items, contents, strict=True)):
+            trie = trie_of(item.choices)
             inner.sequences.append(
                 packed.Sequence(
                     request=inner,
                     index=index,
                     prompt=item.prompt,
-                    content=prompt_content(item.prompt),
+                    content=content,
                     tokens=[*item.prompt.token_ids, *trie.tokens],
                     trie=trie,
+                    sums=[0.0] * len(item.choices),
                 )
             )
         sequences = tuple(inner.sequences)
@@ -333,7 +335,7 @@ def _scores(sequences: Sequence[packed.Sequence]) -> Scores:
     each = [sequence.timings for sequence in sequences]
     slowest = max(each, key=lambda timings: timings.total_ms, default=Timings())
     return Scores(
-        logprobs=tuple(tuple(sequence.trie.sums) for sequence in sequences if sequence.trie is not None),
+        logprobs=tuple(tuple(sequence.sums) for sequence in sequences),
         cached_tokens=tuple(timings.cached_tokens for timings in each),
         timings=Timings(
             queue_ms=max((timings.queue_ms for timings in each), default=0.0),

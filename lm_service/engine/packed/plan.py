@@ -107,7 +107,7 @@ def _native_tails(chunks: list[TailChunk], members: _Members, rows: npt.NDArray[
     mask_rows, masks = np.full(len(rows), -1), []
     limited = 0
     for number, chunk in enumerate(chunks):
-        if chunk.sequence.trie is None:
+        if not _branches(chunk):
             continue
         begin, seen = int(members.begin[number]), visible[members.begin[number] :][: chunk.count]
         masks.append(np.arange(seen[-1]) < seen[:, None])
@@ -174,7 +174,7 @@ def _tail_part(
     length = int((members.start + members.count).max())
     visible = np.arange(length) <= (starts[:, None] + steps)[:, :, None]  # [b, n, length]
     for place, chunk in zip(places, chunks, strict=True):
-        if chunk.sequence.trie is not None:
+        if _branches(chunk):
             _limit_to_branch(visible[place], chunk)
 
     device = shape.device
@@ -199,15 +199,21 @@ def _tail_part(
     )
 
 
+def _branches(chunk: TailChunk) -> bool:
+    """Whether it has tokens of a choice trie."""
+    trie = chunk.sequence.trie
+    return trie is not None and chunk.sequence.prompt_length - chunk.sequence.computed < chunk.count
+
+
 def _limit_to_branch(visible: npt.NDArray[np.bool_], chunk: TailChunk) -> None:
     """Rows of a choice trie see the prompt and their own branch only."""
     sequence = chunk.sequence
     trie = sequence.trie
     first = sequence.prompt_length - sequence.computed  # row of the chunk that is the trie's place 0
-    if trie is None or first >= chunk.count:
+    if trie is None:
         return
     start = sequence.tail_length + first  # column of place 0
     places = slice(max(0, -first), chunk.count - first)
-    branch = trie.visible()[places]
+    branch = trie.visible[places]
     columns = min(branch.shape[1], visible.shape[1] - start)
     visible[max(0, first) : chunk.count, start : start + columns] = branch[:, :columns]

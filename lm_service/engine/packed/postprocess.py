@@ -75,6 +75,6 @@ def extend_scores(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor
     targets = [sequence.trie.targets(place) if sequence.trie is not None else [] for sequence, place in places]
     for (sequence, place), values in zip(places, gather_logprobs(logits, targets), strict=True):
         if sequence.trie is not None:
-            sequence.trie.add(place, values)
+            sequence.trie.add(sequence.sums, place, values)
     ended = (sequence for sequence, place in places if sequence.trie and place == len(sequence.trie.tokens) - 1)
     return list(dict.fromkeys(ended))

@@ -11,11 +11,12 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape
-from lm_service.engine.packed.content import Content, common_length, text_content
+from lm_service.engine.packed.content import Content, Head, PromptContent, common_length, text_content
 from lm_service.engine.packed.kv import KV
 from lm_service.engine.types import ImageSpan
 
@@ -89,12 +90,15 @@ class PrefixCache:
         self.root = Node(next(self._numbers), None, text_content((), 0), ())
         self._idle: list[tuple[int, int]] = []  # heap of (last use, id) of nodes that were evictable when pushed
         self._nodes: dict[int, Node] = {}
+        self._heads: WeakKeyDictionary[Head, Node] = WeakKeyDictionary()  # nodes that end where a head does
         self.on_split: Callable[[Node, Node], None] = lambda upper, lower: None
 
-    def match(self, content: Content) -> tuple[Node, Node | None]:
-        """The deepest filled node that is a prefix of `content`, and the node being filled that leads on, if any."""
-        node, rest = self.root, content
+    def match(self, content: PromptContent, length: int) -> tuple[Node, Node | None]:
+        """The deepest filled node that is a prefix of the first `length` tokens, and the node being filled that leads
+        on, if any. Where the head ends is looked up once for all prompts that share it."""
+        node = self._found(content.head)
         while True:
+            rest = content.cut(node.end, length)
             child, common = self._child(node, rest)
             if child is None:
                 break
@@ -103,10 +107,17 @@ class PrefixCache:
             if common < child.length:
                 node = (self._split(child, common) if common else None) or node
                 break
-            node, rest = child, rest[:, common:]
+            node = child
+            if node.end == content.head.length:
+                self._heads[content.head] = node
         for used in node.path():
             used.last_used = next(self._clock)
         return node, None
+
+    def _found(self, head: Head) -> Node:
+        """The node a head ends with, if it was found and is still there; else the root."""
+        node = self._heads.get(head)
+        return self.root if node is None or node.detached else node
 
     def add(self, parent: Node, content: Content, images: tuple[ImageSpan, ...]) -> Node | None:
         """A new node to be filled, least recently used ones evicted for it; None when there still is no room."""

@@ -103,7 +103,7 @@ class Scheduler:
             sequence
             for sequence in self.queue
             if sequence.blocked_on is node
-            or np.array_equal(sequence.content[:, node.start : node.end], node.content)  # next in its line
+            or np.array_equal(sequence.content.cut(node.start, node.end), node.content)  # next in its line
         ]
         for sequence in [*self._users(node), *waiting]:
             self.fail(sequence, error)
@@ -208,8 +208,7 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence) -> bool:
         """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
         end = sequence.prompt_length if sequence.trie is not None else sequence.length
-        content = sequence.content_until(end)
-        found, building = self._cache.match(content[:, : end - 1])
+        found, building = self._cache.match(sequence.content_until(end), end - 1)
         if building is not None:
             building.waiters += 1
             sequence.blocked_on = building
@@ -252,8 +251,9 @@ class Scheduler:
 
     def _worth_copying(self, leaf: Node) -> list[Node]:
         """The short stretches of a prefix, later ones first, as long as they leave most of a slab to the sequence."""
-        chosen, room = [], self._pool.slab_tokens // 4
-        for node in reversed(leaf.path()):
+        chosen: list[Node] = []
+        room = self._pool.slab_tokens // 4
+        for node in reversed(leaf.path()) if self._inline_below > 1 else ():
             if node.length < self._inline_below and node.length <= room:
                 chosen.append(node)
                 room -= node.length
@@ -275,7 +275,7 @@ class Scheduler:
         created: list[Node] = []
         parent, start = found, found.end
         for cut, needed in cuts:
-            node = self._cache.add(parent, content[:, start:cut].copy(), spans_within(images, start, cut))
+            node = self._cache.add(parent, content.cut(start, cut).copy(), spans_within(images, start, cut))
             if node is None and needed:
                 for made in reversed(created):
                     self._cache.detach(made)
@@ -321,8 +321,7 @@ class Scheduler:
         """Free what a sequence holds and let it wait at the front; it goes on where it stopped."""
         if sequence.answer is not None:
             self._keep_tail(sequence)
-        if sequence.trie is not None:
-            sequence.trie.reset()
+        sequence.sums = [0.0] * len(sequence.sums)
         self.running.remove(sequence)
         self._free(sequence)
         sequence.status = Status.WAITING

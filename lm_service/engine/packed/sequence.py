@@ -6,13 +6,14 @@ import time
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.packed.choices import ChoiceTrie
-from lm_service.engine.packed.content import Content, text_content
+from lm_service.engine.packed.content import Content, PromptContent, text_content
 from lm_service.engine.packed.pool import Slot
 from lm_service.engine.packed.prefix_cache import Node
 from lm_service.engine.sampling import SamplerState
@@ -50,11 +51,12 @@ class Sequence:
     request: Request
     index: int
     prompt: Prompt
-    content: Content  # of the prompt, and of the answer so far once preempted: int64 [8, T]
+    content: PromptContent  # and that of the answer so far once preempted
     tokens: list[int]  # prompt and answer (or the tokens of a choice trie) so far
     answer: Answer | None = None  # of a generation
     sampler: SamplerState | None = None
     trie: ChoiceTrie | None = None  # of a scoring
+    sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None
@@ -99,25 +101,28 @@ class Sequence:
         """Whether it has sampled a token already."""
         return self.answer is not None and bool(self.answer.tokens)
 
-    @property
+    @cached_property
     def group(self) -> bytes:
         """What fair admission takes turns by within a client: its images."""
         return b"".join(span.reference.key for span in self.prompt.images)
 
-    def content_until(self, end: int) -> Content:
-        """The content of the tokens [0, end)."""
-        if end > self.content.shape[1]:
-            self.content = self.content_between(0, end)
-        return self.content[:, :end]
+    def content_until(self, end: int) -> PromptContent:
+        """The content of the tokens [0, end) at least."""
+        have = self.content.length
+        if end > have:
+            self.content = self.content.followed_by(self._answer_content(have, end))
+        return self.content
 
     def content_between(self, start: int, end: int) -> Content:
         """The content of the tokens [start, end)."""
-        have = self.content.shape[1]
+        have = self.content.length
         if end <= have:
-            return self.content[:, start:end]
-        begin = max(start, have)
-        rest = text_content(self.tokens[begin:end], self.prompt.next_position + begin - self.prompt_length)
-        return rest if start >= have else np.concatenate([self.content[:, start:], rest], axis=1)
+            return self.content.cut(start, end)
+        rest = self._answer_content(max(start, have), end)
+        return rest if start >= have else np.concatenate([self.content.cut(start, have), rest], axis=1)
+
+    def _answer_content(self, start: int, end: int) -> Content:
+        return text_content(self.tokens[start:end], self.prompt.next_position + start - self.prompt_length)
 
     def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
@@ -130,7 +135,7 @@ class Sequence:
                 row = np.arange(first + start, first + end)
             return np.broadcast_to(row, (3, end - start))
         if end <= prompt:
-            return self.content[1:4, start:end]
+            return self.content.cut(start, end)[1:4]
         return np.concatenate([self.positions(start, prompt), self.positions(prompt, end)], axis=1)
 
     def note_admission(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape
@@ -14,6 +16,8 @@ from lookonce.reference import EmbeddingReference
 def check_generation(request: Generation, context: int, shape: ModelShape, options: PackedOptions) -> None:
     """Raise INVALID_ARGUMENT or CONTEXT_LENGTH_EXCEEDED for what cannot be answered."""
     check_prompt(request.prompt, context, shape)
+    for span in request.prompt.images:  # penalties count placeholders, too
+        _check_tokens(request.prompt.token_ids[span.start : span.end], shape)
     if request.sampling.max_tokens < 1:
         raise invalid(f"max_tokens must be at least 1, got {request.sampling.max_tokens}", param="max_tokens")
     if not 1 <= request.sampling.n <= options.max_running:
@@ -25,16 +29,17 @@ def check_scoring(request: Scoring, context: int, shape: ModelShape, options: Pa
     for item in request.items:
         longest = max(map(len, item.choices), default=0)
         check_prompt(item.prompt, context - longest + 1, shape)
-        if not item.choices or not all(item.choices):
+    for choices in {item.choices for item in request.items}:
+        if not choices or not all(choices):
             raise invalid("choices must be given, and none of them empty", param="choices")
-        if any(not 0 <= token < shape.vocabulary for choice in item.choices for token in choice):
+        if any(not 0 <= token < shape.vocabulary for choice in choices for token in choice):
             raise invalid(f"choices: a token id is outside the vocabulary of {shape.vocabulary}", param="choices")
-        if sum(map(len, item.choices)) > options.slab_tokens // 4:
+        if sum(map(len, choices)) > options.slab_tokens // 4:
             raise invalid(f"choices must not exceed {options.slab_tokens // 4} tokens in all", param="choices")
 
 
 def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
-    """Raise unless the prompt fits the context and its images agree with its tokens."""
+    """Raise unless the prompt fits the context, its text the vocabulary, and its images agree with its tokens."""
     length = len(prompt.token_ids)
     if length >= context:
         raise LookonceError(
@@ -44,16 +49,20 @@ def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
         )
     if not length:
         raise invalid("the prompt is empty", param="prompt")
-    used = set(prompt.token_ids)  # most are the image's placeholder
-    if min(used) < 0 or max(used) >= shape.vocabulary:
-        raise invalid(f"the prompt has a token id outside the vocabulary of {shape.vocabulary}", param="prompt")
     if tuple(prompt.positions.shape) != (3, length):
         raise invalid(f"positions are {list(prompt.positions.shape)}, not [3, {length}]", param="prompt")
     end = 0
     for span in prompt.images:
         if span.start < end or span.end >= length or span.reference.tokens < 1:
             raise invalid("images must not overlap, nor end the prompt", param="prompt")
+        _check_tokens(prompt.token_ids[end : span.start], shape)
         end = span.end
+    _check_tokens(prompt.token_ids[end:], shape)
+
+
+def _check_tokens(token_ids: Sequence[int], shape: ModelShape) -> None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= shape.vocabulary):
+        raise invalid(f"the prompt has a token id outside the vocabulary of {shape.vocabulary}", param="prompt")
 
 
 def check_embedding(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> None:
