@@ -71,6 +71,8 @@ def moderate(flags: dict[str, Any]) -> int:
 
 
 def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
+    import uvloop
+
     from lookonce.moderate.estimate import estimate
     from lookonce.moderate.run import Run, prepare
     from lookonce.moderate.summary import print_summary, summarise
@@ -78,7 +80,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
 
     made = plan(source, settings, addresses)
     if settings.dry_run:
-        say(asyncio.run(estimate(made)))
+        say(uvloop.run(estimate(made)))
         return 0
     if prepare(made.output, made.manifest, restart=settings.restart):
         note(f"{made.output.out} is finished already")
@@ -88,7 +90,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
     try:
         if run.known:
             note(f"going on after {run.known:,} pictures")
-        status = asyncio.run(_work(made, run))
+        status = uvloop.run(_work(made, run))
     finally:
         run.close()
     if status == 0:
