@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +18,13 @@ _LEAST_EXPONENT = -87.3  # e to this is the least normal float32
 class Code:
     """One function while it is written. Integers are 64 bits wide, `lanes` float32 make a vector."""
 
-    def __init__(self, module: ir.Module, name: str, parameters: int, lanes: int) -> None:
-        """A function of so many pointers that returns nothing."""
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [POINTER] * parameters), name)
+    def __init__(self, module: ir.Module, name: str, parameters: int | Sequence[ir.Type], lanes: int) -> None:
+        """A function of so many pointers, or of other kinds, that returns nothing."""
+        kinds = [POINTER] * parameters if isinstance(parameters, int) else parameters
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), kinds), name)
         self.function, self.lanes = function, lanes
         self.vector = ir.VectorType(FLOAT, lanes)
-        self._module = module
+        self.module = module
         self._variables = function.append_basic_block("variables")
         self.build = ir.IRBuilder(function.append_basic_block("begin"))
         self._begin = self.build.block
@@ -186,6 +187,27 @@ class Code:
         add = self._intrinsic("llvm.vector.reduce.fadd", FLOAT, FLOAT, self.vector)
         return self.build.call(add, [self.constant(0.0), vector], fastmath=("reassoc",))
 
+    def transposed(self, rows: list[Value]) -> list[Value]:
+        """A square of as many vectors as each has lanes: what was lane j of row i is lane i of row j. Squares of half
+        its size change places, and in each of them again."""
+        distance = self.lanes // 2
+        while distance:
+            for place in range(self.lanes):
+                if not place & distance:
+                    upper, lower = rows[place], rows[place + distance]
+                    rows[place] = self._mixed(upper, lower, 0, distance)
+                    rows[place + distance] = self._mixed(upper, lower, distance, distance)
+            distance //= 2
+        return rows
+
+    def _mixed(self, upper: Value, lower: Value, begin: int, distance: int) -> Value:
+        """Of each pair of neighbouring stretches of so many lanes one: of `upper`, then of `lower`; the first or the
+        second of its own pair."""
+        taken = [
+            lane + begin if not lane & distance else self.lanes + lane - distance + begin for lane in range(self.lanes)
+        ]
+        return self.build.shuffle_vector(upper, lower, ir.Constant(ir.VectorType(ir.IntType(32), self.lanes), taken))
+
     def root(self, x: Value) -> Value:
         """The square root."""
         return self.build.call(self._intrinsic("llvm.sqrt", x.type, x.type), [x])
@@ -214,8 +236,8 @@ class Code:
     def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:
         """LLVM's own function of that name for operands of which the last says the kind."""
         name += f".v{self.lanes}f32" if operands[-1] == self.vector else ".f32"
-        known = self._module.globals.get(name)
-        return known or ir.Function(self._module, ir.FunctionType(result, operands), name)
+        known = self.module.globals.get(name)
+        return known or ir.Function(self.module, ir.FunctionType(result, operands), name)
 
 
 def _each(kind: ir.Type, value: int, lanes: int) -> Value:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lm_service.engine.packed.native.heads import KEYS, NEVER, PIECE, Heads
+from lm_service.engine.packed.native.heads import PIECE, Heads
 from lm_service.engine.packed.native.online import Row, State
 from lm_service.engine.packed.native.table import Field, Part
 from lookonce.native.code import BYTE, FLOAT, Code, Value
+from lookonce.native.queries import KEYS, NEVER
 
 
 class Finish:

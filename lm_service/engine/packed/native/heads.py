@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KEYS = 64  # of a block of the online softmax
 PIECE = 4  # tokens of one piece of storing; tokens' heads of one piece of `finish`
-NEVER = -1e30  # a score that weighs nothing; finite, so that the difference of two is no NaN
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lm_service.engine.packed.native.heads import NEVER
 from lookonce.native.code import FLOAT, Code, Value
+from lookonce.native.queries import NEVER
 
 
 class Row:
