@@ -66,7 +66,8 @@ def load(settings: VisionSettings) -> Tower:
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint),
     )
-    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization)
+    native = settings.kernels == "auto"
+    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization, native=native)
     encoder.warm_up(preprocessor)
     return Tower(checkpoint, encoder, preprocessor, model)
 

@@ -1,7 +1,8 @@
 """The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
 
-Attention runs per picture (pictures with equally many patches together); everything else runs over the whole batch. The
-patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
+Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do all but
+the matrix products (`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
+The patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
 from lookonce.quantization import quantize
+from vision_service.native.blocks import blocks_for
 from vision_service.preprocess import CHANNELS, Patches, Preprocessor
 
 Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
@@ -26,8 +28,15 @@ class Encoder:
     """A loaded tower. `encode` is called from one thread at a time."""
 
     def __init__(
-        self, tower: VisionTower, preprocessor: Preprocessor, *, dtype: torch.dtype, device: torch.device
+        self,
+        tower: VisionTower,
+        preprocessor: Preprocessor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool = True,
     ) -> None:
+        """`native`: use compiled kernels where there are some for this tower."""
         self.tower = tower
         self.dtype = dtype
         self.device = device
@@ -38,17 +47,29 @@ class Encoder:
         self._frequencies = tower.rotary_frequencies.to(device)
         kernel = tower.patch_embed.proj.weight
         self._kernel = kernel.view(kernel.shape[0], -1)  # [width, 3 * temporal_patch * patch * patch]
+        self._blocks = blocks_for(tower, dtype, device) if native else None
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, quantization: str = "none"
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: str = "none",
+        native: bool = True,
     ) -> Encoder:
         """Read the vision half of a checkpoint; `quantization` ("none", "int8") is that of the blocks' matrices. Raises
         CheckpointError."""
         tower = load_vision_tower(checkpoint, dtype, device)
         if quantization == "int8":
             quantize(tower.blocks)
-        return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device)
+        return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device, native=native)
+
+    @property
+    def native(self) -> bool:
+        """Whether compiled kernels serve."""
+        return self._blocks is not None
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
@@ -69,10 +90,12 @@ class Encoder:
 
     def _forward(self, batch: list[Patches]) -> torch.Tensor:
         """[tokens of all, hidden]."""
-        tower = self.tower
-        runs: list[Run] = [(len(list(group)), count) for count, group in groupby(patches.count for patches in batch)]
+        tower, counts = self.tower, [patches.count for patches in batch]
         cos, sin = self._rotary(batch)
         hidden = self._embed(batch)
+        if self._blocks is not None:
+            return self._blocks(hidden, counts, cos, sin)
+        runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
         for block in tower.blocks:
             hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
             hidden = hidden + block.mlp(block.norm2(hidden))

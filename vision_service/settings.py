@@ -33,6 +33,10 @@ class VisionSettings(Settings):
         "none",
         description="Weights of the blocks in int8; another fingerprint (see --encoder-quantization of lm_service)",
     )
+    kernels: Literal["auto", "torch"] = Field(
+        "auto",
+        description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
     min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
     max_pixels: int | None = Field(None, ge=784, description="Most pixels of a resized image (the checkpoint's own)")

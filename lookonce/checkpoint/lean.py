@@ -46,6 +46,7 @@ class VisionMlp(nn.Module):
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
+        self.inner = inner
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
 

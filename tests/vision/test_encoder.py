@@ -14,11 +14,14 @@ from vision_service.preprocess import Preprocessor
 SIZES = [(57, 200), (56, 56), (300, 200), (29, 31), (200, 300), (56, 57)]
 
 
-@pytest.fixture(scope="module", params=["tiny", "small"])
+@pytest.fixture(scope="module", params=[("tiny", True), ("tiny", False), ("small", True)], ids=str)
 def encoder(request, tmp_path_factory):
-    path = make_random_checkpoint(tmp_path_factory.mktemp("encoder") / request.param, size=request.param)
+    """With compiled kernels and without."""
+    size, native = request.param
+    path = make_random_checkpoint(tmp_path_factory.mktemp("encoder") / size, size=size)
     checkpoint = open_checkpoint(str(path), needs=Half.VISION)
-    encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
+    encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"), native=native)
+    assert encoder.native == native
     encoder.preprocess = Preprocessor(checkpoint.preprocessor)
     encoder.library_tower = load_vision_tower(checkpoint, torch.float32)
     return encoder

@@ -1,0 +1,127 @@
+"""The compiled kernels of a tower, as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from torch import nn
+
+from lookonce.native.compiling import VECTORS, Compiled, lanes_for
+from lookonce.native.team import barrier, run
+from vision_service.native import attention
+from vision_service.native.attention import Heads, write_attention
+from vision_service.native.rows import write_gelu, write_norm
+
+_ALONE = 1 << 14  # float32 up to which other threads don't pay
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tower's: `heads` heads of `size` in rows of `width`, `inner` places between the two layers of an MLP."""
+
+    size: int
+    heads: int
+    inner: int
+    epsilon: float
+
+    @property
+    def width(self) -> int:
+        """Of a patch's row."""
+        return self.size * self.heads
+
+    @property
+    def supported(self) -> bool:
+        """Whether there are kernels for it."""
+        return self.size % 8 == 0 and 8 <= self.size <= 256 and self.inner % 4 == 0
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The pictures of a batch, end to end: who attends to whom, and by which angles it is rotated."""
+
+    blocks: npt.NDArray[np.int64]  # [blocks, len(Block)]
+    cos: torch.Tensor  # [patches, d / 2]
+    sin: torch.Tensor
+
+
+class Kernels:
+    """For float32 on the CPU; called from one thread at a time."""
+
+    def __init__(self, shape: Shape) -> None:
+        self._shape, self._heads = shape, _heads(shape)
+        code = _compiled(shape)
+        self._code, self._laid = code, torch.empty(0)
+        self._attend, self._norm, self._add_norm, self._gelu = map(code.task, ("attend", "norm", "add_norm", "gelu"))
+
+    def pack(self, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> Packed:
+        """Pictures of so many patches each, end to end. The largest come first: they are work for longest."""
+        ends = np.cumsum(counts).tolist()
+        pictures = sorted(zip(counts, ends, strict=True), reverse=True)
+        height = self._heads.block
+        blocks = [
+            (end - count, end, row, min(height, end - row))
+            for count, end in pictures
+            for row in range(end - count, end, height)
+        ]
+        return Packed(np.array(blocks, dtype=np.int64), cos.contiguous(), sin.contiguous())
+
+    def attend(self, qkv: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """[patches, 3 * width] -> [patches, width]: each picture's patches attend to each other."""
+        qkv, patches = qkv.contiguous(), qkv.shape[0]
+        heads, shape = self._heads, self._shape
+        plane = patches * heads.size
+        if self._laid.numel() < 3 * heads.count * plane:
+            self._laid = torch.empty(3 * heads.count * plane)
+        out = qkv.new_empty((patches, shape.width))
+        table = np.zeros(len(attention.Field), dtype=np.int64)
+        table[attention.Field.PATCHES :] = (
+            *(patches, qkv.data_ptr(), packed.cos.data_ptr(), packed.sin.data_ptr(), self._laid.data_ptr(), plane),
+            *(out.data_ptr(), packed.blocks.ctypes.data, len(packed.blocks), barrier()),
+        )
+        run(self._attend, table.ctypes.data)
+        return out
+
+    def norm(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Layer norm of x [patches, width]."""
+        out = torch.empty_like(x)
+        self._rows(self._norm, x, 0, out.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr())
+        return out
+
+    def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: nn.LayerNorm, out: torch.Tensor) -> None:
+        """x += added, and `out` becomes the layer norm of that; all [patches, width]."""
+        added = added.contiguous()
+        weights = norm.weight.data_ptr(), norm.bias.data_ptr()
+        self._rows(self._add_norm, x, added.data_ptr(), out.data_ptr(), *weights)
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x [patches, inner] * sigmoid(1.702 x), in place of x."""
+        x = x.contiguous()
+        self._rows(self._gelu, x, 0, 0, 0, 0)
+        return x
+
+    @staticmethod
+    def _rows(task: Any, x: torch.Tensor, *others: int) -> None:
+        table = np.array((0, x.shape[0], x.data_ptr(), *others), dtype=np.int64)
+        run(task, table.ctypes.data, alone=x.numel() <= _ALONE)
+
+
+def _heads(shape: Shape) -> Heads:
+    return Heads(shape.size, shape.heads, lanes_for(shape.size), VECTORS)
+
+
+@lru_cache
+def _compiled(shape: Shape) -> Compiled:
+    def write(module: ir.Module) -> None:
+        write_attention(module, _heads(shape))
+        write_norm(module, "norm", shape.width, shape.epsilon, adding=False)
+        write_norm(module, "add_norm", shape.width, shape.epsilon, adding=True)
+        write_gelu(module, shape.inner)
+
+    return Compiled(write)
