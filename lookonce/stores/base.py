@@ -14,7 +14,12 @@ Value = bytes | bytearray | memoryview
 
 
 class StoreFailure(Exception):
-    """A driver could not do what was asked (server gone, timed out, full, file damaged). The cause is chained."""
+    """A driver could not do what was asked (server gone, timed out, full, file damaged). The cause is chained; `code`
+    is the word that the server's own error began with, such as NOPERM, if it sent one."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 @runtime_checkable

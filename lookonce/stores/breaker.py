@@ -139,6 +139,7 @@ class CircuitBreaker:
         self._driver.metrics.error()
         stats = self._driver.metrics.stats
         cause = type(failure.__cause__).__name__ if failure.__cause__ else str(failure)
+        cause = f"{cause}: {failure.code}" if failure.code else cause
         if self._probe_at is None and self._failures < self._threshold:
             log.warning("store operation failed", store=stats.store, namespace=stats.namespace, cause=cause)
             return

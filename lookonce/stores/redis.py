@@ -8,6 +8,7 @@ A driver: whatever goes wrong is a StoreFailure, within bounded time. Keys are `
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -19,7 +20,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from lookonce.stores.base import StoreFailure, Value
 from lookonce.stores.metrics import StoreMetrics, StoreStats
@@ -32,6 +33,7 @@ if owner and owner ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
+_CODE: Final = re.compile("[A-Z]{2,20}")
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
@@ -149,7 +151,7 @@ class RedisStore:
             async with asyncio.timeout(self._settings.operation_timeout), self._slots:
                 return await operation()
         except (RedisError, OSError) as error:  # OSError includes TimeoutError
-            raise StoreFailure("redis operation failed") from error
+            raise StoreFailure("redis operation failed", _code(error)) from error
 
     def _name(self, key: bytes) -> str:
         return self._prefix + key.hex()
@@ -207,3 +209,11 @@ def sentinel(url: str, settings: RedisSettings) -> tuple[aioredis.Redis, tuple[A
         **arguments,
     )
     return watchers.master_for(parts.path.strip("/")), tuple(watchers.sentinels)
+
+
+def _code(error: Exception) -> str:
+    """The word that an error of the server began with. What follows it may name keys and users."""
+    word = getattr(error, "status_code", None)  # the client's, which cuts it off the text
+    if word is None and isinstance(error, ResponseError):
+        word = str(error).partition(" ")[0]
+    return word if isinstance(word, str) and _CODE.fullmatch(word) else ""

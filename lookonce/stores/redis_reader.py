@@ -197,7 +197,7 @@ class _Link(asyncio.BufferedProtocol):
         end = self._line.find(b"\r\n", 0, self._got)
         if end < 0:
             if self._got == len(self._line):
-                self._fail(InvalidResponse("the first line of a reply is too long"))
+                self._fail(_too_long(self._line))
             return
         kind, text, rest = self._line[:1], bytes(self._line[1:end]), self._line[end + 2 : self._got]
         if kind == b"$" and text.isdigit():
@@ -240,3 +240,10 @@ class _Link(asyncio.BufferedProtocol):
         self._value, self._got = None, 0
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
+
+
+def _too_long(line: bytearray) -> ResponseError | InvalidResponse:
+    """What a reply means whose first line doesn't end within the buffer: protected mode refuses with a paragraph."""
+    if line[:1] == b"-":
+        return ResponseError(line[1:].decode(errors="replace"))
+    return InvalidResponse("the first line of a reply is too long")

@@ -7,6 +7,7 @@ import os
 from contextlib import asynccontextmanager
 
 import pytest
+from structlog.testing import capture_logs
 
 from lookonce.stores import open_store
 from tests.valkey import PATIENT, ValkeyServer
@@ -122,6 +123,32 @@ async def test_a_password_without_a_user():
             async with opened(wrong) as store:
                 assert await store.get(KEY) is None
                 assert errors(store) == 1
+
+
+async def test_the_log_names_what_a_server_refuses_with_and_no_more():
+    denied = b"-DENIED Valkey is running in protected mode. " + b"Do this or that. " * 60 + b"\r\n"
+    with ValkeyServer(requirepass="secret", maxmemory="1", maxmemory_policy="noeviction") as server:
+        with server.client(password="secret") as admin:
+            admin.execute_command("ACL", "SETUSER", "anna", "on", ">pw", "~mine:*", "+@all")
+        async with scripted(denied) as protected:
+            causes = {
+                protected: ("ResponseError: DENIED", None),
+                f"redis://127.0.0.1:{server.port}": ("ResponseError: NOAUTH", "AuthenticationError: NOAUTH"),
+                f"redis://:wrong@127.0.0.1:{server.port}": (
+                    "ResponseError: WRONGPASS",
+                    "AuthenticationError: WRONGPASS",
+                ),
+                f"redis://anna:pw@127.0.0.1:{server.port}": ("ResponseError: NOPERM", "NoPermissionError: NOPERM"),
+                f"redis://:secret@127.0.0.1:{server.port}": (None, "OutOfMemoryError: OOM"),
+            }
+            for url, (get, put) in causes.items():
+                with capture_logs() as lines:
+                    async with opened(url) as store:
+                        await store.get(KEY)
+                        if put is not None:
+                            await store.put(KEY, b"value")
+                assert [line["cause"] for line in lines] == [cause for cause in (get, put) if cause is not None], lines
+                assert "anna" not in str(lines) and "secret" not in str(lines)
 
 
 async def test_closing_drops_connections_and_gets_under_way():
