@@ -39,10 +39,10 @@ from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring
 from lookonce.apart import apart
 from lookonce.checkpoint import open_checkpoint
-from lookonce.checkpoint.modules import load_language_model, load_vision_tower
 from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.process import keep_freed_memory
 from lookonce.reference import EmbeddingReference
+from tests.modules import load_language_model, load_vision_tower
 
 T = TypeVar("T")
 MIB = 1 << 20

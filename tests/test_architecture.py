@@ -57,6 +57,18 @@ def test_the_import_rule_sees_a_planted_fault():
     assert {name.split(".")[0] for name in imported(tree)} & set(PACKAGES) - MAY_IMPORT["lm_service"]
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_transformers_models_stay_out(package):
+    """Its modelling code costs a process seconds and 150 MB. The unsplit model that `demo` shows beside ours is it."""
+    found = {
+        f"{path.relative_to(ROOT)}"
+        for path in sources(package)
+        for name in imported(ast.parse(path.read_text()))
+        if name == "transformers" or name.startswith("transformers.models")
+    }
+    assert found <= {"lookonce/cli/baseline.py"}
+
+
 @pytest.mark.parametrize("package", [*PACKAGES, "benchmarks", "deploy", "training", "scripts"])
 def test_nothing_unsafe_is_loaded(package):
     wrong = []

@@ -73,7 +73,7 @@ def test_greedy_text_depends_on_the_picture_and_does_not_get_stuck(tmp_path, tie
 
 
 def test_weights_are_finite_and_biases_are_not_zero(tiny):
-    from lookonce.checkpoint.modules import load_vision_tower
+    from tests.modules import load_vision_tower
 
     for name, value in load_vision_tower(open_checkpoint(str(tiny)), torch.float32).named_parameters():
         assert torch.isfinite(value).all() and value.std() > 0, name

@@ -31,9 +31,9 @@ from lm_service.engine.types import (
 )
 from lm_service.positions import mrope_positions
 from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.modules import load_language_model
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.reference import EmbeddingReference
+from tests.modules import load_language_model
 
 VOCABULARY = 512
 PAD = 500  # stands for an image's placeholder

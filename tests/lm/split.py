@@ -13,7 +13,6 @@ from PIL import Image
 from lm_service.service import load_model, serve
 from lm_service.settings import LanguageSettings
 from lookonce.checkpoint import open_checkpoint
-from lookonce.checkpoint.modules import load_vision_tower
 from lookonce.identity import embedding_key, image_digest
 from lookonce.record import EMBEDDING, EmbeddingRecord
 from lookonce.reference import EmbeddingReference
@@ -21,6 +20,7 @@ from lookonce.rpc.client import LanguageClient
 from lookonce.rpc.convert import reference_to_proto
 from lookonce.tensors import view_of
 from protos.lookonce.v1 import language_pb2
+from tests.modules import load_vision_tower
 
 
 def encoded(picture: Image.Image) -> bytes:

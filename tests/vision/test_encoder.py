@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.modules import load_vision_tower
 from lookonce.checkpoint.random import make_random_checkpoint
+from tests.modules import load_vision_tower
 from vision_service.encoder import Encoder
 from vision_service.preprocess import Preprocessor
 

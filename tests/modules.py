@@ -1,7 +1,5 @@
-"""Each half of a model as transformers' own modules: what `lean` is held against in tests and benchmarks.
-
-The services never import this: transformers' modelling code costs them seconds and 150 MB.
-"""
+"""Each half of a model as transformers' own modules: what `lookonce.checkpoint.lean` is held against, here and in
+benchmarks."""
 
 from __future__ import annotations
 
