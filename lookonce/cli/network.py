@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
 
@@ -28,10 +29,17 @@ def check_port_free(host: str, port: int) -> None:
         raise invalid(f"--host={host}: not an address of this machine", param="host") from None
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A port that nothing listens on now."""
-    with bind(host, 0) as probe:
-        return int(probe.getsockname()[1])
+def take_port(host: str = "127.0.0.1") -> int:
+    """A free port, kept for a child of this process, which may listen there, and again after it ended.
+
+    It stays bound, not listening, until this process ends: the kernel gives it to nobody else who takes any port, while
+    a server that sets SO_REUSEADDR, as all do, can listen there. Outside Linux it couldn't: there the port is let go.
+    """
+    with bind(host, 0) as kept:
+        port = int(kept.getsockname()[1])
+        if sys.platform == "linux":
+            kept.detach()
+    return port
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from lookonce.cli.health import GrpcProbe, HttpProbe
 from lookonce.cli.model import Model
-from lookonce.cli.network import base_url, free_port
+from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.service import ServicePlan
 from lookonce.cli.up import UpSettings
@@ -71,7 +71,7 @@ def plan_system(
     environment = os.environ if environment is None else environment
     _refuse_own_doors(environment)
     vision_at, language_at = (
-        directory.socket_address(name) or f"127.0.0.1:{free_port()}" for name in ("vision", "language")
+        directory.socket_address(name) or f"127.0.0.1:{take_port()}" for name in ("vision", "language")
     )
     child_environment = {**environment, "LOOKONCE_UP": "1", "PYTHONUNBUFFERED": "1"}
     store = f"file://{quote(str(directory.store))}"
@@ -143,7 +143,7 @@ def _gateway_address(arguments: Arguments, settings: UpSettings, given: set[str]
         port = settings.port
     else:
         port = int(arguments.own("port") or settings.port)
-    return host, port or free_port(host)
+    return host, port or take_port(host)
 
 
 def _flag(name: str) -> str:

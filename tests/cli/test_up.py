@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -172,6 +173,9 @@ def test_ask_starts_a_system_for_the_call_with_loopback_ports_when_the_path_is_l
 
 def test_a_killed_supervisor_takes_its_children_along(checkpoint, tmp_path):
     with Up(tmp_path / "data", "--model", checkpoint, "--port", "0") as system:
+        until((tmp_path / "data/run/up.json").exists, 60, lambda: system.output)
+        with socket.socket() as other, pytest.raises(OSError):  # the free port that was chosen is nobody else's
+            other.bind(("127.0.0.1", int(system.system.url.rpartition(":")[2])))
         system.wait_for("loading|ready")
         until(lambda: all(system.pids().values()), 60, lambda: system.output)
         pids = system.pids()
