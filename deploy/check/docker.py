@@ -55,8 +55,11 @@ def _runtime(root: Path, file: Path, stage: list[tuple[str, str]]) -> Iterator[s
     users = [line for name, line in stage if name == "USER"]
     if not users or not re.fullmatch(r"[1-9][0-9]*:[1-9][0-9]*", users[-1]):
         yield f"{file}: must end as a numbered user other than root"
-    if not any(name == "HEALTHCHECK" for name, _ in stage):
+    asked = [line for name, line in stage if name == "HEALTHCHECK"]
+    if not asked:
         yield f"{file}: has no HEALTHCHECK"
+    elif not re.search(r"\$\{LOOKONCE_\w+_(LISTEN|PORT)\}", asked[-1]):
+        yield f"{file}: HEALTHCHECK asks at a fixed port, not where the environment lets the service listen"
     entries = [line for name, line in stage if name == "ENTRYPOINT"]
     module = re.search(r'"-m", "(\w+)"', entries[-1] if entries else "")
     if module is None or not (root / module[1] / "__main__.py").is_file():

@@ -27,5 +27,5 @@ USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-m", "lookonce.cli.health", "http://127.0.0.1:8000"]
+    CMD ["sh", "-c", "exec python -m lookonce.cli.health http://127.0.0.1:${LOOKONCE_GATEWAY_PORT}"]
 ENTRYPOINT ["python", "-m", "gateway"]

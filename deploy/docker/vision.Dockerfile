@@ -44,5 +44,5 @@ USER 10001:10001
 EXPOSE 50051 9090
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \
-    CMD ["python", "-m", "lookonce.cli.health", "127.0.0.1:50051"]
+    CMD ["sh", "-c", "exec python -m lookonce.cli.health ${LOOKONCE_VISION_LISTEN}"]
 ENTRYPOINT ["python", "-m", "vision_service"]

@@ -69,6 +69,7 @@ def test_the_chart_holds_whole_linted_and_against_each_version():
 DOCKER = [
     ("gateway", "USER 10001:10001", "USER root", "other than root"),
     ("vision", "HEALTHCHECK", "# HEALTHCHECK", "no HEALTHCHECK"),
+    ("vision", "${LOOKONCE_VISION_LISTEN}", "127.0.0.1:50051", "at a fixed port"),
     ("language", "3.11.14-slim-bookworm", "latest", "not pinned"),
     ("gateway", "--group gateway", "--group everything", "no dependency group everything"),
     ("gateway", "--group gateway", "--group gateway torch", "has no torch"),

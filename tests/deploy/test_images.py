@@ -1,15 +1,23 @@
-"""What each image installs is enough for its process: everything it imports, with all other distributions hidden."""
+"""What each image installs is enough for its process: everything it imports, with all other distributions hidden. Its
+health check asks where the process listens."""
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from contextlib import asynccontextmanager
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
+from lookonce.rpc.server import Server, ServerOptions
+from tests.ports import free_port
 from tests.processes import ROOT
 
 HIDE = """
@@ -87,3 +95,41 @@ def test_an_image_holds_what_its_process_imports(part):
     command = [sys.executable, "-c", HIDE, ",".join(sorted(hidden)), PACKAGES[part]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "whole", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("part", "variable"),
+    [("gateway", "LOOKONCE_GATEWAY_PORT"), ("vision", "LOOKONCE_VISION_LISTEN"), ("language", "LOOKONCE_LM_LISTEN")],
+)
+async def test_the_health_check_asks_where_the_environment_lets_the_process_listen(part, variable):
+    text = (ROOT / f"deploy/docker/{part}.Dockerfile").read_text()
+    command = json.loads(re.search(r"^HEALTHCHECK .*\\\n\s+CMD (.+)$", text, re.M)[1])
+    ready = ready_over_http if part == "gateway" else ready_over_grpc
+    async with ready() as port:
+        for listen, status in ((port, 0), (free_port(), 1)):
+            told = {variable: str(listen) if part == "gateway" else f"0.0.0.0:{listen}"}
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+            check = await asyncio.create_subprocess_exec(
+                *command, cwd=ROOT, env={"PATH": path, **told}, stdout=asyncio.subprocess.DEVNULL
+            )
+            assert await check.wait() == status
+
+
+@asynccontextmanager
+async def ready_over_grpc():
+    server = Server(ServerOptions("0.0.0.0:0"))
+    address = await server.start()
+    await server.set_serving(True)
+    yield int(address.rpartition(":")[2])
+    await server.grpc.stop(None)
+
+
+@asynccontextmanager
+async def ready_over_http():
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        yield server.sockets[0].getsockname()[1]
