@@ -237,7 +237,7 @@ def test_every_dashboard_query_returns_data_and_every_rule_evaluates(observed, t
             if prometheus.ready:
                 missing = [item for item in missing if not prometheus.api("query", query=item[2])["result"]]
         rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
-        assert len(rules) == 10
+        assert len(rules) == 11
         assert {rule["health"] for rule in rules} <= {"ok", "unknown"}, rules
         assert not [rule["name"] for rule in rules if rule["state"] == "firing"]
     finally:
