@@ -7,7 +7,8 @@ The patch embedding, a convolution whose kernel equals its stride, is computed a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from lookonce.blocked import BlockedLinear, blocked_pays, lay_out
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
 from lookonce.quantization import quantize
@@ -41,12 +43,12 @@ class Encoder:
         self.dtype = dtype
         self.device = device
         self.merge_area = preprocessor.merge**2
-        self._temporal_patch = preprocessor.temporal_patch
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
-        kernel = tower.patch_embed.proj.weight
-        self._kernel = kernel.view(kernel.shape[0], -1)  # [width, 3 * temporal_patch * patch * patch]
+        self._frames, self._project = _projection(tower.patch_embed.proj.weight)
+        if dtype == torch.float32:
+            lay_out(tower)
         self._blocks = blocks_for(tower, dtype, device) if native else None
 
     @classmethod
@@ -112,12 +114,28 @@ class Encoder:
     def _embed(self, batch: list[Patches]) -> torch.Tensor:
         """[patches of all, width]."""
         pixels = np.concatenate([patches.pixels for patches in batch]) if len(batch) > 1 else batch[0].pixels
-        index = torch.from_numpy(pixels).to(self.device).to(torch.int32) + self._offsets
-        values = self._table.index_select(0, index.view(-1)).view(index.shape)
-        frames = values[:, :, None].expand(-1, -1, self._temporal_patch, -1).reshape(len(pixels), -1)
-        return functional.linear(frames, self._kernel)
+        if self._blocks is not None:
+            values = self._blocks.kernels.lookup(pixels, self._table)
+        else:
+            index = torch.from_numpy(pixels).to(self.device).to(torch.int32) + self._offsets
+            values = self._table.index_select(0, index.view(-1))
+        values = values.view(len(pixels), CHANNELS, 1, -1)
+        return self._project(values.expand(-1, -1, self._frames, -1).reshape(len(pixels), -1))
 
 
+def _projection(kernel: torch.Tensor) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
+    """The product with a kernel [width, 3, frames, patch, patch], and how many frames of a picture it takes. They are
+    all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
+    frames = kernel.shape[2]
+    if kernel.dtype == torch.float32:
+        frames, kernel = 1, kernel.sum(2)
+    weight = kernel.flatten(1)
+    if kernel.dtype == torch.float32 and blocked_pays(weight):
+        return frames, BlockedLinear(weight)
+    return frames, partial(functional.linear, weight=weight)
+
+
+@lru_cache(maxsize=64)
 def patch_positions(height: int, width: int, merge: int) -> torch.Tensor:
     """Row and column [height * width, 2] of each patch, in the order that keeps merge cells together."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

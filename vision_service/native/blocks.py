@@ -17,7 +17,7 @@ class NativeBlocks:
     """Called from one thread at a time."""
 
     def __init__(self, tower: VisionTower, shape: Shape) -> None:
-        self._tower, self._kernels = tower, Kernels(shape)
+        self._tower, self.kernels = tower, Kernels(shape)
         self._rows = max(1, _MLP_FLOATS // shape.inner)
 
     def __call__(
@@ -25,7 +25,7 @@ class NativeBlocks:
     ) -> torch.Tensor:
         """Embedded patches [patches, width] of pictures with so many each -> [tokens, hidden]; `hidden` is overwritten.
         Cosines and sines are [patches, 1, d / 2]."""
-        kernels, merger = self._kernels, self._tower.merger
+        kernels, merger = self.kernels, self._tower.merger
         packed, blocks = kernels.pack(counts, cos, sin), list(self._tower.blocks)
         following = [block.norm1 for block in blocks[1:]] + [merger.ln_q]
         normed = kernels.norm(hidden, blocks[0].norm1)

@@ -17,7 +17,7 @@ from lookonce.native.compiling import VECTORS, Compiled, lanes_for
 from lookonce.native.team import barrier, run
 from vision_service.native import attention
 from vision_service.native.attention import Heads, write_attention
-from vision_service.native.rows import write_gelu, write_norm
+from vision_service.native.rows import write_gelu, write_lookup, write_norm
 
 _ALONE = 1 << 14  # float32 up to which other threads don't pay
 
@@ -59,6 +59,7 @@ class Kernels:
         code = _compiled(shape)
         self._code, self._laid = code, torch.empty(0)
         self._attend, self._norm, self._add_norm, self._gelu = map(code.task, ("attend", "norm", "add_norm", "gelu"))
+        self._lookup = code.task("lookup")
 
     def pack(self, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> Packed:
         """Pictures of so many patches each, end to end. The largest come first: they are work for longest."""
@@ -86,6 +87,14 @@ class Kernels:
             *(out.data_ptr(), packed.blocks.ctypes.data, len(packed.blocks), barrier()),
         )
         run(self._attend, table.ctypes.data)
+        return out
+
+    def lookup(self, pixels: npt.NDArray[np.uint8], table: torch.Tensor) -> torch.Tensor:
+        """Values of pixels [patches, 3, places] by a table [3 * 256] -> [patches, 3 * places]."""
+        patches, channels, places = pixels.shape
+        out = table.new_empty((patches, channels * places))
+        fields = np.array((0, patches, pixels.ctypes.data, table.data_ptr(), out.data_ptr(), places), dtype=np.int64)
+        run(self._lookup, fields.ctypes.data, alone=out.numel() <= _ALONE)
         return out
 
     def norm(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
@@ -123,5 +132,6 @@ def _compiled(shape: Shape) -> Compiled:
         write_norm(module, "norm", shape.width, shape.epsilon, adding=False)
         write_norm(module, "add_norm", shape.width, shape.epsilon, adding=True)
         write_gelu(module, shape.inner)
+        write_lookup(module)
 
     return Compiled(write)

@@ -1,4 +1,4 @@
-"""What happens to each patch's row by itself, in one pass over it: residual and layer norm, and QuickGELU."""
+"""What happens to each patch by itself, in one pass: values of its pixels, residual and layer norm, QuickGELU."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from lookonce.native.code import Code, Value
+from lookonce.native.code import BYTE, INT, Code, Value
 from lookonce.native.compiling import lanes_for
+from vision_service.preprocess import CHANNELS
 
 _PIECE = 8  # rows that a thread takes at once
 
@@ -22,6 +23,34 @@ class Field(IntEnum):
     OUT = 4
     WEIGHT = 5
     SHIFT = 6
+
+
+class Lookup(IntEnum):
+    """The same for `lookup`."""
+
+    COUNTER = 0
+    ROWS = 1
+    PIXELS = 2  # pointer to uint8 [ROWS, 3, PLACES]
+    TABLE = 3  # float32 [3, 256]
+    OUT = 4  # float32 [ROWS, 3, PLACES]
+    PLACES = 5
+
+
+def write_lookup(module: ir.Module) -> None:
+    """A function `lookup` of a pointer to its table: OUT = TABLE[channel, PIXELS]."""
+    code = Code(module, "lookup", 1, 4)
+    fields, build = code.function.args[0], code.build
+    pixels, table, out = (code.address(fields, field) for field in (Lookup.PIXELS, Lookup.TABLE, Lookup.OUT))
+    places = code.integer(fields, Lookup.PLACES)
+    rows = code.integer(fields, Lookup.ROWS)
+    with code.shared_rows(fields, Lookup.COUNTER, rows, _PIECE) as row, code.loop(CHANNELS) as channel:
+        begin = code.times(code.plus(code.times(row, CHANNELS), channel), places)
+        source, target = code.place(pixels, begin, BYTE), code.at(out, begin)
+        values = code.at(table, code.times(channel, 256))
+        with code.loop(places) as place:
+            pixel = build.zext(build.load(code.place(source, place, BYTE), typ=BYTE), INT)
+            code.put(code.number(values, pixel), target, place)
+    code.end()
 
 
 def write_norm(module: ir.Module, name: str, width: int, epsilon: float, *, adding: bool) -> None:

@@ -1,8 +1,7 @@
 """Matrix products of a model's weights, in whatever form the device computes them fastest.
 
-On the CPU a weight is laid out once for oneDNN's blocked product, which then neither repacks it in every step (what
-MKL's sgemm does, at a cost that a decode step's few rows never earn back) nor needs a pass of its own for SiLU, a gate
-or a residual. Elsewhere these are `functional.linear` and plain arithmetic.
+On the CPU they are oneDNN's blocked products (lookonce/blocked.py), which need no pass of their own for SiLU, a gate or
+a residual. Elsewhere these are `functional.linear` and plain arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional
 
+from lookonce.blocked import BlockedLinear, blocked, blocked_pays, product, product_with
 from lookonce.quantization import Int8Matrix
 
 _FEW_ROWS = 256
@@ -71,33 +71,17 @@ class PlainGatedUnit:
         return functional.silu(gate).mul_(up)
 
 
-class BlockedLinear:
-    """A `Linear` over a weight in oneDNN's layout."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """`weight` [out, in] is copied, `bias` [out] is not."""
-        self._weight, self._bias = _blocked(weight), bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """See `Linear`."""
-        return _product(x, self._weight, self._bias, "none")
-
-    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """See `Linear`."""
-        return _product_with(x, residual, self._weight, self._bias, "add")
-
-
 class BlockedGatedUnit:
     """A `GatedUnit` as two products: the first ends with SiLU, the second with the multiplication."""
 
     def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
         """Two matrices [out, in], copied."""
-        self._gate, self._up = _blocked(gate), _blocked(up)
+        self._gate, self._up = blocked(gate), blocked(up)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `GatedUnit`."""
-        gate = _product(x, self._gate, None, "swish")
-        return _product_with(x, gate, self._up, None, "mul")
+        gate = product(x, self._gate, None, "swish")
+        return product_with(x, gate, self._up, None, "mul")
 
 
 class Int8Linear:
@@ -129,14 +113,6 @@ class Int8GatedUnit:
         return functional.silu(gate).mul_(up)
 
 
-def blocked_pays(like: torch.Tensor) -> bool:
-    """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
-    if like.device.type != "cpu" or not torch._C._has_mkldnn:
-        return False
-    has_bfloat16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and has_bfloat16)
-
-
 def linear(
     weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = (), *, quantization: str = "none"
 ) -> Linear:
@@ -153,23 +129,3 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "non
     if quantization == "int8":
         return Int8GatedUnit(gate, up)
     return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
-
-
-# What graphs frozen by torch.compile call.
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
-    return out
-
-
-def _product_with(
-    x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str
-) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
-    return out
-
-
-def _blocked(weight: torch.Tensor) -> torch.Tensor:
-    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return laid_out

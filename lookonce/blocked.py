@@ -1,0 +1,79 @@
+"""Matrix products on the CPU with weights laid out once for oneDNN's blocked product, as graphs frozen by torch.compile
+have them. MKL's sgemm repacks them every time, at a cost that few rows never earn back.
+
+Imports torch: for the two model services only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class BlockedLinear:
+    """x [T, in] -> x W^T + b [T, out], W in oneDNN's layout."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight` [out, in] is copied, `bias` [out] is not."""
+        self._weight, self._bias = blocked(weight), bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return product(x, self._weight, self._bias, "none")
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The product and a residual [T, out]."""
+        return product_with(x, residual, self._weight, self._bias, "add")
+
+
+class BlockedModule(nn.Module):
+    """Stands in for a Linear."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._linear = BlockedLinear(linear.weight, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]."""
+        if x.shape[0] == 1:  # alone it would be a product of another kind, with other roundings
+            return self._linear(x.expand(2, -1))[:1]
+        return self._linear(x)
+
+
+def lay_out(module: nn.Module) -> None:
+    """Replace every Linear below a module for which it pays, one at a time, so that no more than one exists in both
+    forms."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            if blocked_pays(child.weight):
+                setattr(module, name, BlockedModule(child))
+        else:
+            lay_out(child)
+
+
+def blocked_pays(like: torch.Tensor) -> bool:
+    """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
+    if like.device.type != "cpu" or not torch._C._has_mkldnn:
+        return False
+    has_bfloat16: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return like.dtype == torch.float32 or (like.dtype == torch.bfloat16 and has_bfloat16)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str) -> torch.Tensor:
+    """x W^T + b, W as `blocked` lays it out, then "none" or a function such as "swish"."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "")
+    return out
+
+
+def product_with(
+    x: torch.Tensor, other: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, then: str
+) -> torch.Tensor:
+    """x W^T + b, then "add" or "mul" with `other` [T, out]."""
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, then)
+    return out
+
+
+def blocked(weight: torch.Tensor) -> torch.Tensor:
+    """A copy of a matrix [out, in] in oneDNN's layout."""
+    laid_out: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    return laid_out
