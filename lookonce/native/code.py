@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,8 +12,12 @@ from llvmlite import ir
 BYTE, INT, FLOAT, POINTER = ir.IntType(8), ir.IntType(64), ir.FloatType(), ir.PointerType()
 Value = Any  # llvmlite has no types of its own
 
+LOG2_E = math.log2(math.e)  # e to the power of x is 2 to the power of x times that
+
 _UNALIGNED = 4
-_LEAST_EXPONENT = -87.3  # e to this is the least normal float32
+_LEAST_EXPONENT = -126.0  # 2 to this is the least normal float32
+_LARGE = 12582912.0  # 1.5 * 2^23
+_SERIES = (1.3264727065e-3, 9.6715126489e-3, 5.5507337437e-2, 2.4022242085e-1, 6.9314697760e-1, 1.0)
 
 
 class Code:
@@ -212,26 +217,24 @@ class Code:
         """The square root."""
         return self.build.call(self._intrinsic("llvm.sqrt", x.type, x.type), [x])
 
-    def exponential(self, x: Value) -> Value:
-        """e to the power of x <= 0, lane by lane, as in Cephes' expf: relative error below 2e-7, never zero; NaN stays.
+    def power(self, x: Value) -> Value:
+        """2 to the power of x <= 0, lane by lane: relative error below 2e-7, never zero; NaN stays.
 
-        The power of two is rounded by adding a number so large that its last place counts ones: its lowest bits are
-        then that power, and are moved to the result's exponent.
+        x is rounded by adding a number so large that its last place counts ones: its lowest bits are then x's whole
+        part and the exponent's bias, and are moved to the exponent. The series is 2^x's for the rest, of the least
+        relative error between -1/2 and 1/2 that so many terms have.
         """
         kind, build = x.type, self.build
         x = self.larger(self.constant(_LEAST_EXPONENT, kind), x)
-        large = self.constant(12582912.0, kind)  # 1.5 * 2^23
-        rounded = self.multiply_add(x, self.constant(1.4426950408889634, kind), large)
-        power = build.fsub(rounded, large)
-        x = self.multiply_add(power, self.constant(-0.693359375, kind), x)
-        x = self.multiply_add(power, self.constant(2.12194440e-4, kind), x)
-        series = self.constant(1.9875691500e-4, kind)
-        for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-            series = self.multiply_add(series, x, self.constant(term, kind))
-        series = self.multiply_add(series, build.fmul(x, x), build.fadd(x, self.constant(1.0, kind)))
+        large = self.constant(_LARGE + 127, kind)
+        rounded = build.fadd(x, large)
+        rest = build.fsub(x, build.fsub(rounded, large))
+        series = self.constant(_SERIES[0], kind)
+        for term in _SERIES[1:]:
+            series = self.multiply_add(series, rest, self.constant(term, kind))
         bits = ir.VectorType(ir.IntType(32), self.lanes) if kind == self.vector else ir.IntType(32)
-        exponent = build.add(build.bitcast(rounded, bits), _each(bits, 127, self.lanes))
-        return build.fmul(series, build.bitcast(build.shl(exponent, _each(bits, 23, self.lanes)), kind))
+        whole = build.shl(build.bitcast(rounded, bits), _each(bits, 23, self.lanes))
+        return build.fmul(series, build.bitcast(whole, kind))
 
     def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:
         """LLVM's own function of that name for operands of which the last says the kind."""

@@ -35,7 +35,7 @@ class Queries:
         self.sums = [code.variable(code.vector) for _ in self._columns]
 
     def lay(self, row: RowPointer, scale: float = 1.0) -> None:
-        """Read the queries and scale them. Nothing has been seen yet."""
+        """Read the queries and scale them: a score weighs 2 to its power. Nothing has been seen yet."""
         code = self._code
         zero = code.constant(0.0, code.vector)
         for maximum, total in zip(self.maxima, self.sums, strict=True):
@@ -104,13 +104,13 @@ class Queries:
         """Scores become weights, added to the sums; returns what earlier results fade by."""
         code, build = self._code, self._code.build
         highest = [code.get(maximum, code.vector) for maximum in self.maxima]
-        faded = [code.exponential(build.fsub(old, new)) for old, new in zip(before, highest, strict=True)]
+        faded = [code.power(build.fsub(old, new)) for old, new in zip(before, highest, strict=True)]
         for total, fade in zip(self.sums, faded, strict=True):
             code.set(total, build.fmul(code.get(total, code.vector), fade))
         with code.loop(count) as key:
             for column, total in enumerate(self.sums):
                 place = self._at(key, column * code.lanes)
-                weight = code.exponential(build.fsub(code.row(self._scores, place), highest[column]))
+                weight = code.power(build.fsub(code.row(self._scores, place), highest[column]))
                 code.put(weight, self._scores, place)
                 code.set(total, build.fadd(code.get(total, code.vector), weight))
         return faded

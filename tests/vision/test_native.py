@@ -47,7 +47,7 @@ def test_pictures_attend_to_themselves(size, heads):
     """And to the same bits alone, in other company, and on any number of threads."""
     torch.manual_seed(size)
     kernels = kernels_for(size, heads)
-    qkv, angles = 1.5 * torch.randn(sum(COUNTS), 3 * size * heads), 9 * torch.randn(sum(COUNTS), size // 2)
+    qkv, angles = torch.randn(sum(COUNTS), 3 * size * heads), 9 * torch.randn(sum(COUNTS), size // 2)
     found = attend(kernels, COUNTS, qkv, angles)
     for got, exact in zip(found, expected(COUNTS, qkv, angles), strict=True):
         torch.testing.assert_close(got.double(), exact, atol=5e-6, rtol=1e-5)

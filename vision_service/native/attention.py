@@ -12,7 +12,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from lookonce.native.code import INT, POINTER, Code, Value
+from lookonce.native.code import INT, LOG2_E, POINTER, Code, Value
 from lookonce.native.compiling import lanes_for
 from lookonce.native.queries import Queries
 
@@ -80,7 +80,7 @@ def _write_lay(module: ir.Module, heads: Heads) -> ir.Function:
     fields, build = code.function.args[0], code.build
     laid, plane = code.address(fields, Field.LAID), code.integer(fields, Field.PLANE)
     source, cosines, sines = (code.address(fields, field) for field in (Field.QKV, Field.COS, Field.SIN))
-    scale = code.constant(heads.size**-0.5, code.vector)
+    scale = code.constant(heads.size**-0.5 * LOG2_E, code.vector)
     with code.shared_rows(fields, Field.LAY_COUNTER, code.integer(fields, Field.PATCHES), _PIECE) as patch:
         angle, begin = code.times(patch, half), code.times(patch, 3 * heads.count * heads.size)
         for part, factor in enumerate((scale, None)):

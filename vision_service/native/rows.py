@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from lookonce.native.code import BYTE, INT, Code, Value
+from lookonce.native.code import BYTE, INT, LOG2_E, Code, Value
 from lookonce.native.compiling import lanes_for
 from vision_service.preprocess import CHANNELS
 
@@ -106,9 +106,9 @@ def write_gelu(module: ir.Module, width: int) -> None:
         line = code.at(source, code.times(row, width))
         with code.loop(width, step=code.lanes) as place:
             value = code.row(line, place)
-            turned = build.fmul(value, code.constant(1.702, code.vector))
+            turned = build.fmul(value, code.constant(1.702 * LOG2_E, code.vector))
             negative = build.fcmp_ordered("<", turned, zero)
-            small = code.exponential(build.select(negative, turned, build.fneg(turned)))  # never overflows
+            small = code.power(build.select(negative, turned, build.fneg(turned)))  # never overflows
             share = build.fdiv(build.select(negative, small, one), build.fadd(one, small))
             code.put(build.fmul(value, share), line, place)
     code.end()

@@ -104,10 +104,10 @@ class Finish:
         highest = code.get(row.maximum, FLOAT)
         sums = code.variable(code.vector, code.constant(0.0, code.vector))
         with code.loop(count, step=lanes) as place:
-            weight = code.exponential(build.fsub(code.row(scores, place), code.spread(highest)))
+            weight = code.power(build.fsub(code.row(scores, place), code.spread(highest)))
             code.put(weight, scores, place)
             code.set(sums, build.fadd(code.get(sums, code.vector), weight))
-        row.fade(code.exponential(build.fsub(before, highest)), code.total(code.get(sums, code.vector)))
+        row.fade(code.power(build.fsub(before, highest)), code.total(code.get(sums, code.vector)))
         with code.loop(count) as key:
             line = code.at(values, code.times(key, self.size))
             weight = code.spread(code.number(scores, key))
@@ -136,7 +136,7 @@ class Finish:
                 weight = code.number(partial, code.plus(lane, code.times(height, self.size + 1)))
                 before = code.get(row.maximum, FLOAT)
                 highest = code.larger(before, other)
-                mine, theirs = (code.exponential(build.fsub(score, highest)) for score in (before, other))
+                mine, theirs = (code.power(build.fsub(score, highest)) for score in (before, other))
                 code.set(row.maximum, highest)
                 row.fade(mine, build.fmul(weight, theirs))
                 begin, theirs = code.times(lane, self.size), code.spread(theirs)

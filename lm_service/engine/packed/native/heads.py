@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lookonce.native.code import LOG2_E
+
 PIECE = 4  # tokens of one piece of storing; tokens' heads of one piece of `finish`
 
 
@@ -25,5 +27,5 @@ class Heads:
 
     @property
     def scale(self) -> float:
-        """Of scores."""
-        return float(self.size**-0.5)
+        """Of scores, whose weights are powers of two."""
+        return float(self.size**-0.5) * LOG2_E
