@@ -128,6 +128,17 @@ class Code:
             with self.loop(self.least(self.plus(first, piece), count), first) as row:
                 yield row
 
+    def call_in_turn(self, functions: Sequence[ir.Function], table: Value, barrier: int) -> None:
+        """Call functions of a table, each when all threads have ended the one before; that place of the table holds the
+        address of a function that waits for them, or 0."""
+        wait = self.integer(table, barrier)
+        for number, function in enumerate(functions):
+            if number:
+                with self.build.if_then(self.build.icmp_signed("!=", wait, self.whole(0))):
+                    waiting = ir.FunctionType(ir.VoidType(), []).as_pointer()
+                    self.build.call(self.build.inttoptr(wait, waiting), [])
+            self.build.call(function, [table])
+
     # integers
 
     @staticmethod

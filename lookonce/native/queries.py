@@ -19,6 +19,8 @@ _TILE = 4  # keys, or places of a head, computed together
 
 RowPointer = Callable[[Value], Value]
 """From a row's number to where it begins, a pointer to its `size` float32."""
+RowNumber = Callable[[Value], Value]
+"""From a row's number to an integer."""
 
 
 class Queries:
@@ -48,12 +50,14 @@ class Queries:
             target = code.at(self._queries, self._at(place, column))
             code.build.call(lay, [lines, place, target, code.whole(self._rows), code.constant(scale)])
 
-    def look(self, keys: Value, values: Value, begin: Value | int, stop: Value) -> None:
-        """See keys [begin, stop) of `keys` and `values` [T, d]."""
+    def look(self, keys: Value, values: Value, begin: Value | int, stop: Value, last: RowNumber | None = None) -> None:
+        """See keys [begin, stop) of `keys` and `values` [T, d]; with `last`, which says the last one that a row may
+        see, no later ones."""
         code = self._code
+        bounds = None if last is None else self._bounds(last)
         with code.loop(stop, begin, KEYS) as first:
             count, offset = code.least(KEYS, code.minus(stop, first)), code.times(first, self._size)
-            before = self._score(code.at(keys, offset), count)
+            before = self._score(code.at(keys, offset), count, first, bounds)
             self._mix(code.at(values, offset), self._weigh(before, count), count)
 
     def take(self, row: RowPointer, *, divided: bool) -> None:
@@ -84,8 +88,17 @@ class Queries:
         """The place of a row in a matrix [n, rows]."""
         return self._code.plus(self._code.times(line, self._rows), column)
 
-    def _score(self, keys: Value, count: Value) -> list[Value]:
-        """Scores [count, rows] of the keys from `keys` on; maxima rise to them. Returns what those were before."""
+    def _bounds(self, last: RowNumber) -> list[Value]:
+        """Numbers of keys as vectors of float32, which holds them exactly below 2^24."""
+        code = self._code
+        numbers = code.variable(FLOAT, count=self._rows)
+        with code.loop(self._rows) as row:
+            code.put(code.build.sitofp(last(row), FLOAT), numbers, row)
+        return [code.row(numbers, column * code.lanes) for column in self._columns]
+
+    def _score(self, keys: Value, count: Value, first: Value, bounds: list[Value] | None) -> list[Value]:
+        """Scores [count, rows] of the keys from `keys` on, of which the first has the number `first`; maxima rise to
+        them. Returns what those were before."""
         code = self._code
         before = [code.get(maximum, code.vector) for maximum in self.maxima]
         whole = code.minus(count, code.rest(count, _TILE))
@@ -95,6 +108,10 @@ class Queries:
                 zeros = [[code.constant(0.0, code.vector)] * len(self._columns) for _ in lines]
                 for line, scored in enumerate(self._product(lines, 1, self._queries, zeros, self._size)):
                     for column, score in enumerate(scored):
+                        if bounds is not None:
+                            number = code.build.sitofp(code.plus(first, key, line), FLOAT)
+                            seen = code.build.fcmp_ordered("<=", code.spread(number), bounds[column])
+                            score = code.build.select(seen, score, code.constant(NEVER, code.vector))
                         code.put(score, self._scores, self._at(code.plus(key, line), column * code.lanes))
                         maximum = self.maxima[column]
                         code.set(maximum, code.larger(code.get(maximum, code.vector), score))

@@ -64,12 +64,7 @@ def write_attention(module: ir.Module, heads: Heads) -> None:
     """Write both kernels as the function `attend` of a pointer to the table."""
     lay, look = _write_lay(module, heads), _write_look(module, heads)
     code = Code(module, "attend", 1, heads.lanes)
-    fields, build = code.function.args[0], code.build
-    build.call(lay, [fields])
-    barrier = code.integer(fields, Field.BARRIER)
-    with build.if_then(build.icmp_signed("!=", barrier, code.whole(0))):
-        build.call(build.inttoptr(barrier, ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
-    build.call(look, [fields])
+    code.call_in_turn((lay, look), code.function.args[0], Field.BARRIER)
     code.end()
 
 

@@ -82,10 +82,18 @@ class AttentionPlan:
         return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=rows)
 
 
-def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan, native: Attend | None = None) -> Attend:
-    """The attention of one step, whose plan lies on the model's first device; `native` is that of its tails."""
+Fills = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Layer, queries, keys and values of the tokens being filled, and where their output goes, [tokens, H * d]: that is
+written in every layer but the last."""
+
+
+def attention_over(
+    shape: ModelShape, pool: TailPool, plan: AttentionPlan, tails: Attend | None = None, fills: Fills | None = None
+) -> Attend:
+    """The attention of one step, whose plan lies on the model's first device; `tails` and `fills` do their parts of it
+    where there are kernels for them."""
     if len(shape.stages) == 1:
-        return PackedAttention(shape, pool, plan, tails=native)
+        return PackedAttention(shape, pool, plan, tails=tails, fills=fills)
     return StagedAttention(shape, pool, plan)
 
 
@@ -113,9 +121,12 @@ class PackedAttention:
         plan: AttentionPlan,
         device: torch.device | None = None,
         tails: Attend | None = None,
+        fills: Fills | None = None,
     ) -> None:
-        """`device` is the layers', unless it is the model's first. `tails` does the tails' part; None: torch does."""
+        """`device` is the layers', unless it is the model's first. `tails` and `fills` do their parts; None: torch
+        does."""
         self._tails = tails or self._torch_tails
+        self._fills = fills or self._torch_fills
         self._shape = shape
         self._pool = pool
         self._plan = plan
@@ -127,14 +138,17 @@ class PackedAttention:
         count = plan.fill_tokens
         if not plan.fills:
             return self._tails(layer, q, k, v)
-        final = layer == shape.layers - 1  # no row of a fill is read after the last layer's keys and values
         out = q.new_empty((q.shape[0], shape.heads * shape.head_dim))
-        for part in plan.fills:
-            rows = slice(part.begin, part.end)
-            self._fill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
+        self._fills(layer, q[:count], k[:count], v[:count], out[:count])
         if count < q.shape[0]:
             out[count:] = self._tails(layer, q[count:], k[count:], v[count:])
         return out
+
+    def _torch_fills(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        final = layer == self._shape.layers - 1  # no row of a fill is read after the last layer's keys and values
+        for part in self._plan.fills:
+            rows = slice(part.begin, part.end)
+            self._fill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
 
     def _fill(
         self,

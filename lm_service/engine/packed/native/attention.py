@@ -7,7 +7,7 @@ import torch
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
-from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave
+from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table
 from lm_service.engine.packed.native.table import Field
 from lm_service.engine.packed.pool import TailPool
 from lookonce.native.compiling import compiled_or_none
@@ -72,7 +72,7 @@ class _Wave:
     """A table for each wave."""
 
     def __init__(self, table: Ints, wave: Wave, shape: ModelShape) -> None:
-        self._nodes = _node_table(wave, shape)
+        self._nodes = node_table([stretch.node for stretch in wave.stretches], shape)
         self._layer_bytes, self._first = self._nodes.strides[0], self._nodes.ctypes.data
         table[Field.LOOKS], table[Field.ITEMS] = len(wave.items), wave.items.ctypes.data
         table[Field.PARTS] = wave.parts.ctypes.data
@@ -86,16 +86,3 @@ class _Wave:
         table[Field.NODES] = self._first + layer * self._layer_bytes
         table[Field.QUERY : Field.ITEMS] = tensors
         run(kernels.attend, self._address)
-
-
-def _node_table(wave: Wave, shape: ModelShape) -> Ints:
-    """int64 [layers, stretches, 3]: addresses of keys and values, and how far heads are apart."""
-    table = np.zeros((shape.layers, len(wave.stretches), 3), dtype=np.int64)
-    layers = np.arange(shape.layers)
-    for number, stretch in enumerate(wave.stretches):
-        (kv,) = stretch.node.kv.parts  # [layers, 2, kv_heads, T, d]
-        size = kv.element_size()
-        table[:, number, 0] = kv.data_ptr() + layers * (kv.stride(0) * size)
-        table[:, number, 1] = table[:, number, 0] + kv.stride(1) * size
-        table[:, number, 2] = kv.stride(2)
-    return table

@@ -1,8 +1,9 @@
-"""Attention of a step's tail tokens, compiled for one size of heads and the CPU at hand.
+"""Attention of a step's tokens, compiled for one size of heads and the CPU at hand.
 
-Two kernels, one after the other: `look` (and meanwhile new keys and values are stored), then `finish`. They read a
-table (`table.Field`) and take work from a counter in it until there is none, so that any number of threads may run
-them at once. A row's numbers depend neither on the rows beside it nor on the number of threads.
+For tails two kernels, one after the other: `look` (and meanwhile new keys and values are stored), then `finish`; for
+prefixes `fill`. They read a table (`table.Field`, `fill.Field`) and take work from a counter in it until there is none,
+so that any number of threads may run them at once. A row's numbers depend neither on the rows beside it nor on the
+number of threads.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from lm_service.engine.packed.native.fill import Fill, tokens_of_block
 from lm_service.engine.packed.native.finish import Finish
 from lm_service.engine.packed.native.heads import Heads
 from lm_service.engine.packed.native.look import Look
@@ -26,7 +28,8 @@ class Kernels:
     """Compiled for `heads`."""
 
     heads: Heads
-    attend: Any  # a function of a pointer to the table: both kernels
+    attend: Any  # a function of a pointer to `table.Field`: `look` and `finish`
+    fill: Any | None  # a function of a pointer to `fill.Field`
     code: Compiled
 
 
@@ -40,16 +43,13 @@ def compiled(head_dim: int, group: int, kv_heads: int) -> Kernels:
     """The kernels for such heads; compiled at the first call."""
     heads = Heads(head_dim, group, kv_heads, lanes_for(head_dim), VECTORS)
     code = Compiled(lambda module: _write(module, heads))
-    return Kernels(heads, code.task("attend"), code)
+    return Kernels(heads, code.task("attend"), code.task("fill") if tokens_of_block(heads) else None, code)
 
 
 def _write(module: ir.Module, heads: Heads) -> None:
     look, finish = Look(module, heads).write(), Finish(module, heads).write()
     code = Code(module, "attend", 1, heads.lanes)
-    fields, build = code.function.args[0], code.build
-    build.call(look, [fields])
-    barrier = code.integer(fields, Field.BARRIER)
-    with build.if_then(build.icmp_signed("!=", barrier, code.whole(0))):
-        build.call(build.inttoptr(barrier, ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
-    build.call(finish, [fields])
+    code.call_in_turn((look, finish), code.function.args[0], Field.BARRIER)
     code.end()
+    if tokens_of_block(heads):
+        Fill(module, heads).write()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.heads import Heads
 from lm_service.engine.packed.native.table import Item, Part
 from lm_service.engine.packed.prefix_cache import Node
@@ -76,6 +77,19 @@ def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: 
         waves.append(_wave(stretches, begin, end, heads))
         begin = end
     return NativePlan(tails, waves, *_seen(waves, tokens))
+
+
+def node_table(nodes: Sequence[Node], shape: ModelShape) -> Ints:
+    """int64 [layers, nodes, 3]: addresses of keys and values, and how far heads are apart."""
+    table = np.zeros((shape.layers, len(nodes), 3), dtype=np.int64)
+    layers = np.arange(shape.layers)
+    for number, node in enumerate(nodes):
+        (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
+        size = kv.element_size()
+        table[:, number, 0] = kv.data_ptr() + layers * (kv.stride(0) * size)
+        table[:, number, 1] = table[:, number, 0] + kv.stride(1) * size
+        table[:, number, 2] = kv.stride(2)
+    return table
 
 
 def _chunks(stretch: Stretch) -> int:

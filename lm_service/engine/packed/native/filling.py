@@ -1,0 +1,74 @@
+"""Filling of prefixes by the compiled kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.attention import FillPart
+from lm_service.engine.packed.native.fill import Field, Item, tokens_of_block
+from lm_service.engine.packed.native.kernels import Kernels
+from lm_service.engine.packed.native.plan import Ints, node_table
+from lookonce.native.team import barrier, run
+
+
+class NativeFills:
+    """Stores a step's new keys and values of prefixes and attends from its tokens, layer by layer."""
+
+    def __init__(self, kernels: Kernels, shape: ModelShape, parts: Sequence[FillPart]) -> None:
+        """`parts` in the order of the step's tokens, from the first one on."""
+        self._kernel, self._last = kernels.fill, shape.layers - 1
+        stretches = [[*part.ancestors, part.node] for part in parts]
+        nodes = [node for path in stretches for node in path]
+        own = np.cumsum([len(path) for path in stretches]) - 1
+        height = tokens_of_block(kernels.heads)
+        items = [item for number, part in enumerate(parts) for item in _items(part, int(own[number]), height)]
+        items.sort(key=lambda item: -item[Item.PLACE])  # those with the most to look at first
+        self._items = _for_heads(items, shape.kv_heads)
+        self._places = np.array(
+            [
+                (own[number], part.start + place)
+                for number, part in enumerate(parts)
+                for place in range(part.end - part.begin)
+            ],
+            dtype=np.int64,
+        )
+        self._lengths = np.array([node.length for node in nodes], dtype=np.int64)
+        self._nodes = node_table(nodes, shape)
+        self._table = table = np.zeros(len(Field), dtype=np.int64)
+        table[Field.TOKENS] = len(self._places)
+        table[Field.ITEMS], table[Field.LENGTHS] = self._items.ctypes.data, self._lengths.ctypes.data
+        table[Field.PLACES], table[Field.BARRIER] = self._places.ctypes.data, barrier()
+        self._address, self._first = table.ctypes.data, self._nodes.ctypes.data
+        self._layer_bytes = self._nodes.strides[0]
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> out [T, heads * d]. That is not
+        written in the last layer: there no row of a fill is read after its keys and values."""
+        table = self._table
+        table[: Field.TOKENS] = 0
+        table[Field.LOOKS] = 0 if layer == self._last else len(self._items)
+        table[Field.NODES] = self._first + layer * self._layer_bytes
+        tensors = [number for tensor in (q, k, v) for number in (tensor.data_ptr(), tensor.stride(0))]
+        table[Field.QUERY : Field.ITEMS] = [*tensors, out.data_ptr()]
+        run(self._kernel, self._address)
+
+
+def _items(part: FillPart, own: int, height: int) -> Iterator[list[int]]:
+    """Its blocks, for one head."""
+    place, end = part.start, part.start + part.end - part.begin
+    while place < end:
+        border = min(end, place - place % height + height)
+        token = part.begin + place - part.start
+        yield [0, token, border - place, place, own - len(part.ancestors), own]
+        place = border
+
+
+def _for_heads(items: list[list[int]], kv_heads: int) -> Ints:
+    """int64 [items * kv_heads, len(Item)]: all heads of a block one after the other."""
+    table = np.repeat(np.array(items, dtype=np.int64), kv_heads, axis=0)
+    table[:, Item.HEAD] = np.tile(np.arange(kv_heads), len(items))
+    return table
