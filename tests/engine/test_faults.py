@@ -112,12 +112,12 @@ async def test_forget(lab):
     first, second = picture(1, 9, 11), picture(2, 9, 11)
     async with lab.engine() as engine:
         for image in (first, second):
-            await ask(engine, generation(prompt(SYSTEM, image, words(40, 1)), 3))
+            await ask(engine, generation(prompt(image, words(40, 1)), 3))
         held = engine.describe().prefix_bytes
         assert await engine.forget([first.key], []) == 2  # the image's prefix and the answer kept behind it
         assert engine.describe().prefix_bytes == held // 2
         assert await engine.forget([first.key], []) == 0
-        stream = engine.generate(generation(prompt(SYSTEM, second, words(6, 2)), 240, logprobs=None))
+        stream = engine.generate(generation(prompt(second, words(6, 2)), 240, logprobs=None))
         await anext(stream)
         assert await engine.forget([], [second.image_digest]) == 2
         assert engine.describe().prefix_bytes > 0
@@ -127,7 +127,7 @@ async def test_forget(lab):
         assert engine.describe().prefix_bytes == 0
         lab.album.lost.add(second.key)
         with pytest.raises(LookonceError):
-            await ask(engine, generation(prompt(SYSTEM, second, words(6, 2)), 3))
+            await ask(engine, generation(prompt(second, words(6, 2)), 3))
 
 
 async def test_close_ends_everything(lab):

@@ -71,7 +71,7 @@ async def test_a_slow_models_steps_are_cut_to_the_time_they_may_take(lab):
     model = Watched(lab.adapter, token_seconds=0.001)
     engine = engine_of(lab, model, step_seconds=0.08)
     await engine.start()
-    wanted = prompt(SYSTEM, picture(1, 20, 30), words(9, 3))
+    wanted = prompt(picture(1, 20, 30), words(9, 3))
     (answer,) = await ask(engine, generation(wanted, 3))
     await engine.close()
     lab.check(wanted, answer)
@@ -122,7 +122,7 @@ def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     writer, looker = Request("writer", "writer", kept=False), Request("looker", "looker", kept=False)
     image = picture(1, 9, 11)
     writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
-    looker.sequences = [laboratory.sequence(looker, prompt(SYSTEM, image, words(5, 1)), 3)]
+    looker.sequences = [laboratory.sequence(looker, prompt(image, words(5, 1)), 3)]
     core.submit(writer)
     core.step()
     core.submit(looker)

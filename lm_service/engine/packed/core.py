@@ -56,9 +56,8 @@ class EngineCore:
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self._runner = Runner(model, self.pool, native=options.native)
-        inline = options.inline_below(native=self._runner.native)
         self.scheduler = Scheduler(
-            model.shape, self.pool, self.cache, options, inline_below=inline, load=load, fail=self._failed
+            model.shape, self.pool, self.cache, options, native=self._runner.native, load=load, fail=self._failed
         )
         self.steps = 0
         self.step_seconds = 0.0
@@ -68,7 +67,9 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
         request.unfinished = len(request.sequences)
-        for sequence in request.sequences:
+        for sequence in sorted(
+            request.sequences, key=lambda one: one.followed > 0
+        ):  # those that need not wait go first
             self.scheduler.add(sequence)
 
     def cancel(self, request: Request) -> None:

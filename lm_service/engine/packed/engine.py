@@ -18,10 +18,10 @@ from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed import sequence as packed
 from lm_service.engine.packed.adapter import ModelAdapter
 from lm_service.engine.packed.batch import Fill
-from lm_service.engine.packed.choices import trie_of
 from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.questions import score_sequences, scores_of
 from lm_service.engine.packed.validation import check_embedding, check_generation, check_scoring
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
@@ -33,7 +33,6 @@ from lm_service.engine.types import (
     Generation,
     Scores,
     Scoring,
-    Timings,
 )
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
@@ -65,6 +64,7 @@ class PackedEngine:
         """`table` holds the vocabulary's text, `end_ids` the tokens that end an answer."""
         self.options = options or PackedOptions()
         self._shape = model.shape
+        self._stems_from = self.options.stems_from(model.shape.device.type)
         self._context = self.options.context_tokens or model.shape.context
         self._table, self._end_ids, self._loader = table, end_ids, loader
         self._core = EngineCore(model, self.options, self._ask_for_embeddings)
@@ -136,27 +136,14 @@ class PackedEngine:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         inner = packed.Request(request.id, request.client, kept=False, alone=request.alone)
-        contents = prompt_contents(item.prompt for item in request.items)
-        for index, (item, content) in enumerate(zip(request.items, contents, strict=True)):
-            trie = trie_of(item.choices)
-            inner.sequences.append(
-                packed.Sequence(
-                    request=inner,
-                    index=index,
-                    prompt=item.prompt,
-                    content=content,
-                    tokens=[*item.prompt.token_ids, *trie.tokens],
-                    trie=trie,
-                    sums=[0.0] * len(item.choices),
-                )
-            )
+        inner.sequences = score_sequences(inner, request, worth=self._stems_from, longest=self.options.long_tail_tokens)
         sequences = tuple(inner.sequences)
         if sequences:
             async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
                 async for event in events:
                     if isinstance(event, Scored):
                         break
-        return _scores(sequences)
+        return scores_of(sequences)
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
         """See `Engine.forget`."""
@@ -329,24 +316,3 @@ async def _next(stream: _Stream, deadline: float | None) -> Event:
 
 def _unavailable() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
-
-
-def _scores(sequences: Sequence[packed.Sequence]) -> Scores:
-    each = [sequence.timings for sequence in sequences]
-    slowest = max(each, key=lambda timings: timings.total_ms, default=Timings())
-    return Scores(
-        logprobs=tuple(tuple(sequence.sums) for sequence in sequences),
-        cached_tokens=tuple(timings.cached_tokens for timings in each),
-        timings=Timings(
-            queue_ms=max((timings.queue_ms for timings in each), default=0.0),
-            load_ms=max((timings.load_ms for timings in each), default=0.0),
-            ttft_ms=slowest.ttft_ms,
-            total_ms=slowest.total_ms,
-            prefill_tokens=sum(timings.prefill_tokens for timings in each),
-            cached_tokens=sum(timings.cached_tokens for timings in each),
-            prefix_hit=bool(each) and all(timings.prefix_hit for timings in each),
-            embedding=max(
-                (timings.embedding for timings in each), key=list(EmbeddingSource).index, default=EmbeddingSource.NONE
-            ),
-        ),
-    )

@@ -24,6 +24,7 @@ class PackedOptions:
     slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
     inline_tokens: int | None = None  # prefixes shorter than this are copied into each sequence, not shared; see below
     long_tail_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
+    stem_tokens: int | None = None  # what questions begin with alike is computed once if that spares so many; see below
     keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
     native: bool = True  # attend by kernels compiled for this CPU, where the model's heads and dtype have some
@@ -35,6 +36,12 @@ class PackedOptions:
         if self.inline_tokens is not None:
             return self.inline_tokens
         return 1 if native else 64
+
+    def stems_from(self, device_type: str) -> int:
+        """`stem_tokens`, or about what the step costs that those wait for who don't compute a stem themselves."""
+        if self.stem_tokens is not None:
+            return self.stem_tokens
+        return 16 if device_type == "cpu" else 1024
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_waiting", "step_tokens", "burst_tokens"):

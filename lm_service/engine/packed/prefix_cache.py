@@ -41,6 +41,7 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.key_lengths: Counter[int] = Counter()
         self.last_used = 0
+        self.private = False  # never to be found here: whoever made it knows it; gone with its last user
         self.detached = False  # forgotten or aborted: no longer to be found, gone with its last user
 
     @property
@@ -119,7 +120,9 @@ class PrefixCache:
         node = self._heads.get(head)
         return self.root if node is None or node.detached else node
 
-    def add(self, parent: Node, content: Content, images: tuple[ImageSpan, ...]) -> Node | None:
+    def add(
+        self, parent: Node, content: Content, images: tuple[ImageSpan, ...], *, private: bool = False
+    ) -> Node | None:
         """A new node to be filled, least recently used ones evicted for it; None when there still is no room."""
         size = content.shape[1] * self._shape.token_bytes
         parent.users += 1  # the parent must not go while room is made
@@ -133,6 +136,7 @@ class PrefixCache:
         self.bytes += size
         self._nodes[node.id] = node
         node.last_used = next(self._clock)
+        node.private = private
         self._attach(parent, node)
         return node
 
@@ -236,10 +240,10 @@ class PrefixCache:
         return fits
 
     def _attach(self, parent: Node, node: Node) -> None:
-        key = node.key
-        parent.children[key] = node
-        parent.key_lengths[min(node.length, GRAIN)] += 1
         parent.kin += 1
+        if not node.private:
+            parent.children[node.key] = node
+            parent.key_lengths[min(node.length, GRAIN)] += 1
 
     def _unlink(self, node: Node) -> None:
         parent = node.parent
@@ -252,10 +256,10 @@ class PrefixCache:
             del parent.key_lengths[width]
 
     def settle(self, node: Node) -> None:
-        """Where nothing holds a node any more: drop it if it was detached, else let it be evicted."""
+        """Where nothing holds a node any more: drop it if nobody can find it, else let it be evicted."""
         if node.users or node.waiters or node.kin or node.parent is None or node.id not in self._nodes:
             return
-        if node.detached:
+        if node.detached or (node.private and not node.building):
             self._drop(node)
         elif not node.building:
             heapq.heappush(self._idle, (node.last_used, node.id))

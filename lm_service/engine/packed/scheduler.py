@@ -12,15 +12,17 @@ from collections.abc import Callable
 import numpy as np
 
 from lm_service.engine.packed.adapter import ModelShape
-from lm_service.engine.packed.batch import Batch, Fill, FillChunk, TailChunk
+from lm_service.engine.packed.batch import Batch, Fill, TailChunk
 from lm_service.engine.packed.budget import StepBudget
 from lm_service.engine.packed.content import spans_within
 from lm_service.engine.packed.counters import Counters
+from lm_service.engine.packed.fills import Fills
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
 from lm_service.engine.packed.prefix_cache import Node, PrefixCache
 from lm_service.engine.packed.queue import FairQueue
 from lm_service.engine.packed.sequence import Request, Sequence, Status
+from lm_service.engine.packed.stem_nodes import StemNodes
 from lm_service.engine.types import EmbeddingSource
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -37,37 +39,45 @@ class Scheduler:
         cache: PrefixCache,
         options: PackedOptions,
         *,
-        inline_below: int,
+        native: bool,
         load: Callable[[Fill], None],
         fail: Callable[[Sequence, LookonceError], None],
     ) -> None:
         """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
-        Prefixes of fewer tokens than `inline_below` are copied into each sequence."""
+        `native`: compiled kernels attend, to which a short stretch more or less is nothing."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.fills: list[Fill] = []
+        self.fills = Fills(cache)
         self.admitted: list[Sequence] = []  # since somebody last looked
         self.counters = Counters()
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
-        self._inline_below, self._load, self._fail = inline_below, load, fail
+        self._stems = StemNodes(pool, cache)
+        self._native, self._load, self._fail = native, load, fail
+        self._inline_below = options.inline_below(native=native)  # shorter prefixes are copied into each sequence
         self._was_alone = False  # the last step was one request's
         self._version = 0  # of the tree's shape, for sequences' paths
         cache.on_split = self._on_split
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait."""
+        sequence.request.present += 1
         self.queue.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, wherever it is, and free what it holds."""
+        if sequence.status is Status.DONE:
+            return
         if sequence.status is Status.WAITING:
             self._unblock(sequence)
             self.queue.remove(sequence)
-        elif sequence.status is Status.RUNNING:
+        else:
             self.running.remove(sequence)
             self._free(sequence)
         sequence.status = Status.DONE
+        sequence.request.present -= 1
+        if not sequence.request.present:
+            self._stems.release(sequence.request)
 
     def finish(self, sequence: Sequence) -> None:
         """`remove`, keeping its KV for a next turn if that is wanted."""
@@ -108,18 +118,18 @@ class Scheduler:
         for sequence in [*self._users(node), *waiting]:
             self.fail(sequence, error)
         self._cache.detach(node)
-        self._drop_unwanted_fills()
+        self.fills.drop_unwanted()
 
     def schedule(self) -> Batch:
         """The next step. Decodes go first, prefills share what the token budget leaves."""
-        self._drop_unwanted_fills()
+        self.fills.drop_unwanted()
         self._admit()
         preemptions = self.counters.preemptions
         decodes, prefills = self._ready()
         if not decodes and not prefills and self.counters.preemptions > preemptions:
             self._admit()  # those who stepped back for want of a longer slot return at once
             decodes, prefills = self._ready()
-        self._drop_unwanted_fills()  # of those who stepped back
+        self.fills.drop_unwanted()  # of those who stepped back
         turn = self._whose_turn([*decodes, *prefills])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
         prefills = [sequence for sequence in prefills if sequence.owner is turn]
@@ -131,23 +141,21 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             batch.tails.append(TailChunk(sequence, count))
             budget -= count
-        self._schedule_fills(batch, budget, turn)
+        self.fills.take(batch, budget, turn)
         return batch
 
     def computed(self, batch: Batch) -> None:
         """Count a batch as done."""
         for chunk in batch.fills:
-            node = chunk.fill.node
-            node.filled += chunk.count
+            self.fills.computed(chunk)
             self.counters.prefill_tokens += chunk.count
-            if not node.building and chunk.fill in self.fills:
-                self.fills.remove(chunk.fill)
         for tail in batch.tails:
             if tail.sequence.computed >= tail.sequence.prompt_length:
                 self.counters.decode_tokens += tail.count
             else:
                 self.counters.prefill_tokens += tail.count
             tail.sequence.computed += tail.count
+            self._stems.fill(tail.sequence)
 
     def _whose_turn(self, ready: list[Sequence]) -> Request | None:
         """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
@@ -157,20 +165,6 @@ class Scheduler:
         alone = [owner for owner in owners if owner is not None]
         self._was_alone = bool(alone) and not (self._was_alone and None in owners)
         return min(alone, key=lambda request: request.arrived) if self._was_alone else None
-
-    def _schedule_fills(self, batch: Batch, budget: int, turn: Request | None) -> None:
-        """Fills take turns, so that a long one does not hold up the others."""
-        for fill in list(self.fills):
-            if budget <= 0:
-                return
-            node = fill.node
-            if fill.owner is not turn or not fill.ready:
-                continue
-            count = min(node.length - node.filled, budget)
-            batch.fills.append(FillChunk(fill, count))
-            budget -= count
-            self.fills.remove(fill)
-            self.fills.append(fill)
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """Running sequences that can compute: those that decode, with room for a token, and those that prefill."""
@@ -208,7 +202,10 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence) -> bool:
         """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
         end = sequence.prompt_length if sequence.trie is not None else sequence.length
-        found, building = self._cache.match(sequence.content_until(end), end - 1)
+        content = sequence.content_until(end)
+        found, building = self._cache.match(content, self._look_until(sequence, end))
+        if building is None:
+            found, building = self._stems.find(sequence, found)
         if building is not None:
             building.waiters += 1
             sequence.blocked_on = building
@@ -241,13 +238,34 @@ class Scheduler:
         sequence.note_reuse(found.end)
         self._count_hit(sequence)
         for node in created:
-            fill = Fill(node, bool(node.images), context=sequence.request.context, owner=sequence.owner)
-            self.fills.append(fill)
+            fill = self.fills.add(node, sequence)
             if fill.loading:
                 self._load(fill)
+        self._stems.begin(sequence)
         if not created:
             self._start(sequence)
         return True
+
+    def _look_until(self, sequence: Sequence, end: int) -> int:
+        """How much of a prompt to look up. What others left behind the images is cut at other places than this
+        request's own stems, and may be there or not: scores that are to be the same every time are computed from the
+        images on."""
+        head = sequence.content.head.length
+        if self._has_own_node(sequence, end - 1 - head, end):
+            sequence.stems = ()
+        elif sequence.stems or (head and sequence.owner is not None):
+            return head
+        return end - 1
+
+    def _has_own_node(self, sequence: Sequence, rest: int, end: int) -> bool:
+        """Whether so many tokens before the last one become a node of the tree."""
+        several = len(sequence.request.sequences) > 1 and sequence.answer is not None
+        long = rest >= self._options.long_tail_tokens or self._is_too_long(sequence, rest, end)
+        return rest > 0 and (several or long)
+
+    def _is_too_long(self, sequence: Sequence, rest: int, end: int) -> bool:
+        """Whether they would take too much of a slab."""
+        return rest + len(sequence.tokens) - end + _HEADROOM > self._pool.slab_tokens * 3 // 4
 
     def _worth_copying(self, leaf: Node) -> list[Node]:
         """The short stretches of a prefix, later ones first, as long as they leave most of a slab to the sequence."""
@@ -263,15 +281,13 @@ class Scheduler:
         """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
         content, images = sequence.content_until(end), sequence.prompt.images
         cuts: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
-        if images and sequence.owner is not None and images[0].start > found.end:
-            cuts.append((images[0].start, True))  # what comes before is computed apart, whoever asks first
+        if images and images[0].start > found.end and (self._native or sequence.owner is not None):
+            cuts.append((images[0].start, True))  # computed apart, whoever asks first: it is the same for all images
         if images and images[-1].end > found.end:
             cuts.append((images[-1].end, True))
         rest = end - 1 - (cuts[-1][0] if cuts else found.end)
-        too_long = rest + len(sequence.tokens) - end + _HEADROOM > self._pool.slab_tokens * 3 // 4
-        several = len(sequence.request.sequences) > 1 and sequence.answer is not None
-        if rest > 0 and (rest >= self._options.long_tail_tokens or several or too_long):
-            cuts.append((end - 1, too_long))
+        if self._has_own_node(sequence, rest, end):
+            cuts.append((end - 1, self._is_too_long(sequence, rest, end)))
         created: list[Node] = []
         parent, start = found, found.end
         for cut, needed in cuts:
@@ -338,6 +354,7 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._pool.free(sequence.slot)
+        self._stems.give_up(sequence)
         if sequence.leaf is not None:
             self._cache.release(sequence.leaf)
         sequence.slot, sequence.leaf, sequence.leaf_end = None, None, 0
@@ -352,13 +369,6 @@ class Scheduler:
 
     def _users(self, node: Node) -> list[Sequence]:
         return [sequence for sequence in self.running if node in sequence.pending]
-
-    def _drop_unwanted_fills(self) -> None:
-        """Whoever wanted them has gone."""
-        for fill in sorted(self.fills, key=lambda fill: -fill.node.start):  # children first
-            if not (fill.node.users or fill.node.waiters or fill.node.kin):
-                self._cache.detach(fill.node)
-                self.fills.remove(fill)
 
     def _refresh_path(self, sequence: Sequence) -> None:
         if sequence.path_version != self._version and sequence.leaf is not None:

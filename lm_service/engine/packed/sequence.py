@@ -42,6 +42,9 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     admitted: bool = False
     unfinished: int = 0
+    present: int = 0  # sequences that wait or run
+    stems: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by the node before them and their content
+    held: list[Node] = field(default_factory=list)  # stems kept until the last sequence has ended
 
 
 @dataclass(eq=False)
@@ -57,6 +60,9 @@ class Sequence:
     sampler: SamplerState | None = None
     trie: ChoiceTrie | None = None  # of a scoring
     sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
+    stems: tuple[int, ...] = ()  # where stretches end that other questions of the request go on with alike
+    followed: int = 0  # of those, the first ones, which an earlier question computes; it computes the others itself
+    growing: list[Node] = field(default_factory=list)  # stems it computes in its own tail
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None

@@ -1,0 +1,61 @@
+"""Prefix nodes on their way: which of them a step takes further, and which nobody wants any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lm_service.engine.packed.batch import Batch, Fill, FillChunk
+from lm_service.engine.packed.prefix_cache import Node, PrefixCache
+from lm_service.engine.packed.sequence import Request, Sequence
+
+
+class Fills:
+    """They take turns, so that a long one does not hold up the others."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self._cache = cache
+        self._fills: list[Fill] = []
+
+    def __len__(self) -> int:
+        return len(self._fills)
+
+    def __iter__(self) -> Iterator[Fill]:
+        return iter(self._fills)
+
+    def add(self, node: Node, sequence: Sequence) -> Fill:
+        """A new node, wanted by a sequence first."""
+        fill = Fill(node, bool(node.images), context=sequence.request.context, owner=sequence.owner)
+        self._fills.append(fill)
+        return fill
+
+    def take(self, batch: Batch, budget: int, turn: Request | None) -> None:
+        """Add to a step what it has tokens for. A stretch goes on in the step that completes the one before it: what is
+        before it in a step is stored first."""
+        complete: set[int] = set()
+        for fill in list(self._fills):
+            if budget <= 0:
+                return
+            node, parent = fill.node, fill.node.parent
+            if fill.owner is not turn or not (fill.ready or (not fill.loading and parent and parent.id in complete)):
+                continue
+            count = min(node.length - node.filled, budget)
+            batch.fills.append(FillChunk(fill, count))
+            budget -= count
+            if node.filled + count == node.length:
+                complete.add(node.id)
+            self._fills.remove(fill)
+            self._fills.append(fill)
+
+    def computed(self, chunk: FillChunk) -> None:
+        """Count a chunk as done."""
+        node = chunk.fill.node
+        node.filled += chunk.count
+        if not node.building and chunk.fill in self._fills:
+            self._fills.remove(chunk.fill)
+
+    def drop_unwanted(self) -> None:
+        """Whoever wanted them has gone."""
+        for fill in sorted(self._fills, key=lambda fill: -fill.node.start):  # children first
+            if not (fill.node.users or fill.node.waiters or fill.node.kin):
+                self._cache.detach(fill.node)
+                self._fills.remove(fill)
