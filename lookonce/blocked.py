@@ -9,6 +9,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+_EXACT = 16  # rows up to which each number of them may occur
+
+
+def rounded_up(rows: int) -> int:
+    """At most an eighth more rows, and one of few numbers: oneDNN compiles a product for each number of rows it meets,
+    which takes 0.3 to 0.7 ms and keeps 0.5 MiB and more."""
+    if rows <= _EXACT:
+        return rows
+    step = max(8, 1 << ((rows - 1).bit_length() - 4))
+    return -(-rows // step) * step
+
 
 class BlockedLinear:
     """x [T, in] -> x W^T + b [T, out], W in oneDNN's layout."""

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from lookonce.blocked import BlockedLinear, blocked_pays, lay_out
+from lookonce.blocked import BlockedLinear, blocked_pays, lay_out, rounded_up
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
 from lookonce.quantization import quantize
@@ -79,7 +79,8 @@ class Encoder:
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
         rows = self._forward(packed).to("cpu")
-        parts = torch.split(rows, [patches.count // self.merge_area for patches in packed])
+        tokens = sum(patches.count for patches in packed) // self.merge_area
+        parts = torch.split(rows[:tokens], [patches.count // self.merge_area for patches in packed])
         results: list[torch.Tensor] = [rows] * len(batch)
         for index, part in zip(order, parts, strict=True):
             results[index] = part
@@ -91,10 +92,14 @@ class Encoder:
         self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches]) -> torch.Tensor:
-        """[tokens of all, hidden]."""
+        """[tokens of all, hidden], and further rows: on a CPU there is one more picture, of as many patches as make
+        their number a round one."""
         tower, counts = self.tower, [patches.count for patches in batch]
-        cos, sin = self._rotary(batch)
-        hidden = self._embed(batch)
+        missing = rounded_up(sum(counts)) - sum(counts) if self.device.type == "cpu" else 0
+        missing += -missing % self.merge_area
+        counts += [missing] if missing else []
+        cos, sin = self._rotary(batch, missing)
+        hidden = self._embed(batch, missing)
         if self._blocks is not None:
             return self._blocks(hidden, counts, cos, sin)
         runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
@@ -104,16 +109,20 @@ class Encoder:
         merged: torch.Tensor = tower.merger(hidden)
         return merged
 
-    def _rotary(self, batch: list[Patches]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotary(self, batch: list[Patches], missing: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [patches of all, 1, head width / 2], float32: of the row first, then of the column."""
         merge = self.tower.spatial_merge_size
         positions = torch.cat([patch_positions(*patches.grid_thw[1:], merge) for patches in batch]).to(self.device)
+        positions = functional.pad(positions, (0, 0, 0, missing))
         angles = (positions[:, :, None].float() * self._frequencies).flatten(1)
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    def _embed(self, batch: list[Patches]) -> torch.Tensor:
+    def _embed(self, batch: list[Patches], missing: int) -> torch.Tensor:
         """[patches of all, width]."""
-        pixels = np.concatenate([patches.pixels for patches in batch]) if len(batch) > 1 else batch[0].pixels
+        parts = [patches.pixels for patches in batch]
+        if missing:
+            parts.append(np.zeros_like(parts[0], shape=(missing, *parts[0].shape[1:])))
+        pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if self._blocks is not None:
             values = self._blocks.kernels.lookup(pixels, self._table)
         else:

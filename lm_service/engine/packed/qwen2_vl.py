@@ -18,6 +18,7 @@ from torch.nn import functional
 from lm_service.engine.packed.adapter import Attend, ModelShape, Stage
 from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
 from lm_service.engine.packed.native.rows import rows_for
+from lookonce.blocked import rounded_up
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
@@ -80,6 +81,7 @@ class Qwen2VLAdapter:
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
         )
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
+        self._rounds = self._embedding.device.type == "cpu"
         self._rows = None
         if native and len(shape.stages) == 1:
             self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
@@ -96,24 +98,47 @@ class Qwen2VLAdapter:
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [len(rows), vocabulary]. What follows the last layer's attention runs for those rows only."""
+        """Logits [len(rows), vocabulary]. What follows the last layer's attention runs for those rows only. Where
+        products are compiled for a number of rows, there are rows of zeros behind them, up to a round number."""
+        tokens, wanted = hidden.shape[0], rows.shape[0]
+        hidden, rows = self._padded(hidden), self._repeated(rows)
         cos, sin = self._rotary(positions)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             if index in self._borders:
                 hidden, cos, sin, rows = (x.to(self._borders[index]) for x in (hidden, cos, sin, rows))
-            mixed = self._attention(index, layer, hidden, cos, sin, attend)
+            mixed = self._attention(index, layer, hidden, tokens, cos, sin, attend)
             if index == last:
                 hidden, mixed = hidden.index_select(0, rows), mixed.index_select(0, rows)
+            else:
+                mixed = self._padded(mixed)
             hidden = layer.output.plus(mixed, hidden)
             hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
-        return self._head(self._rms(hidden, self._norm).to(self._head_device))
+        return self._head(self._rms(hidden, self._norm).to(self._head_device))[:wanted]
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, n] and rows of zeros."""
+        missing = rounded_up(x.shape[0]) - x.shape[0] if self._rounds else 0
+        return functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Numbers of rows [n], the last one repeated."""
+        missing = rounded_up(rows.shape[0]) - rows.shape[0] if self._rounds else 0
+        return torch.cat([rows, rows[-1:].expand(missing)]) if missing else rows
 
     def _attention(
-        self, index: int, layer: _Layer, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend
+        self,
+        index: int,
+        layer: _Layer,
+        hidden: torch.Tensor,
+        tokens: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
     ) -> torch.Tensor:
+        """Of the first `tokens` rows."""
         shape = self._shape
-        projected = layer.qkv(self._rms(hidden, layer.input_norm))
+        projected = layer.qkv(self._rms(hidden, layer.input_norm))[:tokens]
         heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         rotated, values = heads[:, : shape.heads + shape.kv_heads], heads[:, shape.heads + shape.kv_heads :]
         if self._rows is not None:
