@@ -63,6 +63,8 @@ async def test_numbers_that_are_not_finite_spoil_nobody_else(lab):
         *failures, (answer,) = await asyncio.gather(*bad, ask(engine, generation(fine, 8)), return_exceptions=True)
         assert all(isinstance(f, LookonceError) and f.kind is ErrorKind.INTERNAL for f in failures)
         lab.check(fine, answer)
+        (answer,) = await ask(engine, generation(fine, 2))
+        assert answer.finish.timings.prefix_hit, "what both have in common, and the neighbour's image, stay"
         lab.album.rows = rows
         for wanted in (prompt(SYSTEM, picture(1), words(4, 0)), prompt(words(20, 3))):
             (answer,) = await ask(engine, generation(wanted, 9))

@@ -50,6 +50,10 @@ class KV:
         for part in self.parts:
             part.zero_()
 
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite."""
+        return all(bool(part.isfinite().all()) for part in self.parts)
+
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [kv_heads, T, d] of each layer, views."""
         return [(layer[0], layer[1]) for part in self.parts for layer in part.unbind(0)]

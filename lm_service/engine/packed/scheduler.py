@@ -92,11 +92,14 @@ class Scheduler:
             self._fail(sequence, error)
 
     def poisoned(self, sequence: Sequence) -> None:
-        """Its numbers are not finite: nobody may find or inherit them."""
+        """Its numbers are not finite: nobody may find or inherit them. What is whole of its prefix stays: the text
+        before an image is that of all others."""
         if sequence.slot is not None:
             self._pool.kv(sequence.slot).zero_()
-        if sequence.leaf is not None and sequence.leaf.path():
-            self._cache.detach(sequence.leaf.path()[0])
+        path = sequence.leaf.path() if sequence.leaf is not None else []
+        suspect = next((node for node in path if node.images or not node.kv.is_finite()), None)
+        if suspect is not None:
+            self._cache.detach(suspect)
 
     def loaded(self, fill: Fill, source: EmbeddingSource, load_ms: float) -> None:
         """A fill's embeddings are here."""
