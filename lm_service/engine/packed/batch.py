@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextvars import Context
 from dataclasses import dataclass, field
 
@@ -25,8 +26,12 @@ class Fill:
     @property
     def ready(self) -> bool:
         """Whether it can go on: its embeddings are here, and what comes before it is filled."""
+        return self.ready_after(())
+
+    def ready_after(self, complete: Collection[int]) -> bool:
+        """The same in a step that completes the nodes of these numbers."""
         parent = self.node.parent
-        return not self.loading and not (parent is not None and parent.building)
+        return not self.loading and not (parent is not None and parent.building and parent.id not in complete)
 
 
 @dataclass(frozen=True)

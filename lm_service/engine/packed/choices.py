@@ -19,7 +19,6 @@ class ChoiceTrie:
     """Places 0 .. n-1 follow the prompt in a packed forward, parents before children."""
 
     def __init__(self, choices: tuple[tuple[int, ...], ...]) -> None:
-        self.choices = choices
         self.tokens: list[int] = []  # token of each place
         self.parents: list[int] = []  # place before it; -1: the prompt's last token
         self._targets: list[dict[int, list[int]]] = [{}]  # [1 + place] -> next token -> choices that add it

@@ -67,9 +67,8 @@ class EngineCore:
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
         request.unfinished = len(request.sequences)
-        for sequence in sorted(
-            request.sequences, key=lambda one: one.followed > 0
-        ):  # those that need not wait go first
+        # those that need not wait for another's stem go first
+        for sequence in sorted(request.sequences, key=lambda one: one.followed > 0):
             self.scheduler.add(sequence)
 
     def cancel(self, request: Request) -> None:

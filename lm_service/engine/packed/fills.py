@@ -35,8 +35,8 @@ class Fills:
         for fill in list(self._fills):
             if budget <= 0:
                 return
-            node, parent = fill.node, fill.node.parent
-            if fill.owner is not turn or not (fill.ready or (not fill.loading and parent and parent.id in complete)):
+            node = fill.node
+            if fill.owner is not turn or not fill.ready_after(complete):
                 continue
             count = min(node.length - node.filled, budget)
             batch.fills.append(FillChunk(fill, count))

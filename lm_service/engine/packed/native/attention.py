@@ -7,7 +7,7 @@ import torch
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
-from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table
+from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table, tensor_fields
 from lm_service.engine.packed.native.table import Field
 from lm_service.engine.packed.pool import TailPool
 from lookonce.native.compiling import compiled_or_none
@@ -60,9 +60,7 @@ class NativeTails:
         """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> [T, heads * d]."""
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
         keys, values = self._pool.flat(layer)
-        places = (q, k, v)
-        tensors = [number for tensor in places for number in (tensor.data_ptr(), tensor.stride(0))]
-        tensors += (keys.data_ptr(), values.data_ptr(), out.data_ptr())
+        tensors = [*tensor_fields(q, k, v), keys.data_ptr(), values.data_ptr(), out.data_ptr()]
         for wave in self._waves:
             wave.attend(self._kernels, layer, tensors)
         return out

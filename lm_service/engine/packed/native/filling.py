@@ -11,7 +11,7 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import FillPart
 from lm_service.engine.packed.native.fill import Field, Item, tokens_of_block
 from lm_service.engine.packed.native.kernels import Kernels
-from lm_service.engine.packed.native.plan import Ints, node_table
+from lm_service.engine.packed.native.plan import Ints, node_table, tensor_fields
 from lookonce.native.team import barrier, run
 
 
@@ -52,8 +52,7 @@ class NativeFills:
         table[: Field.TOKENS] = 0
         table[Field.LOOKS] = 0 if layer == self._last else len(self._items)
         table[Field.NODES] = self._first + layer * self._layer_bytes
-        tensors = [number for tensor in (q, k, v) for number in (tensor.data_ptr(), tensor.stride(0))]
-        table[Field.QUERY : Field.ITEMS] = [*tensors, out.data_ptr()]
+        table[Field.QUERY : Field.ITEMS] = [*tensor_fields(q, k, v), out.data_ptr()]
         run(self._kernel, self._address)
 
 

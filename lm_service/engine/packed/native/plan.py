@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.heads import Heads
@@ -77,6 +78,11 @@ def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: 
         waves.append(_wave(stretches, begin, end, heads))
         begin = end
     return NativePlan(tails, waves, *_seen(waves, tokens))
+
+
+def tensor_fields(*tensors: torch.Tensor) -> list[int]:
+    """For each where it begins, and how far its tokens are apart."""
+    return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0))]
 
 
 def node_table(nodes: Sequence[Node], shape: ModelShape) -> Ints:
