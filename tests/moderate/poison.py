@@ -27,7 +27,7 @@ class MortalService:
         self.address = f"unix:{self._folder.name}/front.sock"
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._restart: asyncio.Future[ServiceProcess] | None = None
+        self._supervising: asyncio.Task[None] | None = None
 
     def __enter__(self) -> MortalService:
         self.service.__enter__()
@@ -48,8 +48,8 @@ class MortalService:
 
     async def _end(self) -> None:
         self._server.close()
-        if self._restart is not None:
-            await self._restart
+        if self._supervising is not None:
+            await self._supervising
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -85,8 +85,19 @@ class MortalService:
     def _die(self) -> None:
         self.deaths += 1
         self.service.kill()
-        if self._restart is None or self._restart.done():
-            self._restart = self._loop.run_in_executor(None, self.service.restart)
+        if self._supervising is None or self._supervising.done():
+            self._supervising = self._loop.create_task(self._supervise())
+
+    async def _supervise(self) -> None:
+        """Until it is up, however often it dies of a client who was there before the supervisor saw it ready."""
+        restarted_after = 0
+        while restarted_after < self.deaths:
+            restarted_after = self.deaths
+            try:
+                await self._loop.run_in_executor(None, self.service.restart)
+            except AssertionError:
+                if restarted_after == self.deaths:  # it ended by itself
+                    raise
 
 
 def poisoned(picture: Path, marker: bytes) -> bytes:
