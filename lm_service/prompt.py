@@ -95,7 +95,7 @@ class PromptBuilder:
             )
 
     def _expand(self, ids: Sequence[int], images: Sequence[EmbeddingReference]) -> tuple[list[int], list[ImageSpan]]:
-        places = sum(token == self._image_token_id for token in ids)
+        places = ids.count(self._image_token_id)
         if places != len(images):
             raise invalid(
                 f"the model's chat template made {places} placeholders for {len(images)} images; it takes images "
@@ -104,12 +104,12 @@ class PromptBuilder:
             )
         expanded: list[int] = []
         spans: list[ImageSpan] = []
-        waiting = iter(images)
-        for token in ids:
-            if token == self._image_token_id:
-                image = next(waiting)
-                spans.append(ImageSpan(len(expanded), image))
-                expanded += [token] * image.tokens
-            else:
-                expanded.append(token)
+        begin = 0
+        for image in images:
+            place = ids.index(self._image_token_id, begin)
+            expanded += ids[begin:place]
+            spans.append(ImageSpan(len(expanded), image))
+            expanded += [self._image_token_id] * image.tokens
+            begin = place + 1
+        expanded += ids[begin:]
         return expanded, spans

@@ -27,33 +27,52 @@ MAX_ID_CHARACTERS = 256
 MAX_FORGOTTEN = 10_000
 
 
-def messages_of(messages: Sequence[language_pb2.Message], where: str = "messages") -> list[Message]:
-    """A conversation, its size bounded; its content is checked by PromptBuilder."""
+def messages_of(
+    messages: Sequence[language_pb2.Message],
+    where: str = "messages",
+    known: dict[bytes, EmbeddingReference] | None = None,
+) -> list[Message]:
+    """A conversation, its size bounded; its content is checked by PromptBuilder. Images that stand in `known`, by their
+    serialised form, are not read again; new ones are added."""
     if len(messages) > MAX_MESSAGES:
         raise invalid(f"{where} may hold {MAX_MESSAGES} messages, got {len(messages)}", param=where)
     parts = sum(len(message.parts) for message in messages)
     if parts > MAX_PARTS:
         raise invalid(f"{where} may hold {MAX_PARTS} parts, got {parts}", param=where)
-    characters = sum(len(part.text) for message in messages for part in message.parts)
+    known = {} if known is None else known
+    read = [Message(message.role, _parts(message.parts, where, i, known)) for i, message in enumerate(messages)]
+    characters = sum(len(part) for message in read for part in message.parts if isinstance(part, str))
     if characters > MAX_TEXT_CHARACTERS:
         raise LookonceError(
             ErrorKind.PAYLOAD_TOO_LARGE,
             f"{where} may hold {MAX_TEXT_CHARACTERS} characters, got {characters}",
             param=where,
         )
-    return [
-        Message(m.role, tuple(_part(part, f"{where}[{i}].parts[{j}]") for j, part in enumerate(m.parts)))
-        for i, m in enumerate(messages)
-    ]
+    return read
 
 
-def _part(part: language_pb2.Part, where: str) -> str | EmbeddingReference:
-    kind = part.WhichOneof("content")
-    if kind == "text":
-        return str(part.text)
-    if kind == "image":
-        return reference_from_proto(part.image)
-    raise invalid(f"{where} holds neither text nor an image", param=where)
+def _parts(
+    parts: Sequence[language_pb2.Part], where: str, at: int, known: dict[bytes, EmbeddingReference]
+) -> tuple[str | EmbeddingReference, ...]:
+    read: list[str | EmbeddingReference] = []
+    for number, part in enumerate(parts):
+        kind = part.WhichOneof("content")
+        if kind == "text":
+            read.append(part.text)
+        elif kind == "image":
+            read.append(_reference(part.image, known))
+        else:
+            place = f"{where}[{at}].parts[{number}]"
+            raise invalid(f"{place} holds neither text nor an image", param=place)
+    return tuple(read)
+
+
+def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingReference]) -> EmbeddingReference:
+    serialised = image.SerializeToString()
+    found = known.get(serialised)
+    if found is None:
+        found = known[serialised] = reference_from_proto(image)
+    return found
 
 
 def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> Sampling:

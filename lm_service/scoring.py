@@ -18,6 +18,7 @@ from lm_service.prompt import SHORT, PromptBuilder
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.reference import EmbeddingReference
 from lookonce.rpc.errors import to_proto
 from protos.lookonce.v1 import language_pb2
 
@@ -77,8 +78,10 @@ class Scorer:
     ) -> list[_Asked]:
         """The items that are fit; the errors of the others go into their results. Long ones are left to a thread."""
 
+        known: dict[bytes, EmbeddingReference] = {}  # items about one image name it each by itself
+
         def prepare(places: range) -> list[_Asked | None]:
-            return [self._prepare(at, items[at], results[at]) for at in places]
+            return [self._prepare(at, items[at], results[at], known) for at in places]
 
         asked: list[_Asked | None] = []
         until = time.perf_counter() + _INLINE_SECONDS
@@ -88,11 +91,17 @@ class Scorer:
             asked += await asyncio.to_thread(prepare, range(len(asked), len(items)))
         return [entry for entry in asked if entry is not None]
 
-    def _prepare(self, at: int, item: language_pb2.ScoreItem, result: language_pb2.ScoreResult) -> _Asked | None:
+    def _prepare(
+        self,
+        at: int,
+        item: language_pb2.ScoreItem,
+        result: language_pb2.ScoreResult,
+        known: dict[bytes, EmbeddingReference],
+    ) -> _Asked | None:
         try:
             choices = choices_of(item)
             tokens = tuple(self._builder.template.choice_ids(choice) for choice in choices)
-            prompt = self._builder.build(messages_of(item.messages), reserve=max(map(len, tokens)))
+            prompt = self._builder.build(messages_of(item.messages, known=known), reserve=max(map(len, tokens)))
         except LookonceError as error:
             result.error.CopyFrom(to_proto(error))
             return None
@@ -171,9 +180,7 @@ class Scorer:
 
 
 def _is_short(item: language_pb2.ScoreItem) -> bool:
-    parts = [part for message in item.messages for part in message.parts]
-    size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
-    return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
+    return item.ByteSize() <= SHORT and len(item.choices) <= 16
 
 
 def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:

@@ -30,7 +30,7 @@ class Addresses:
     language: tuple[str, ...]
     tls: Tls | None = None
     connections: int = 2  # to each vision service
-    scores: int = 8  # pictures a language service scores at once
+    scores: int = 16  # pictures a language service scores at once
     reproducible: bool = True
     patience: Patience = field(default_factory=Patience)
 

@@ -30,7 +30,7 @@ class ModerateSettings(Settings):
     root: str = Field("", description="What relative paths in a list are relative to; unset: the list's own folder.")
     part_rows: int = Field(1000, ge=1, le=1_000_000, description="Inputs in one durable part.")
     connections: int = Field(2, ge=1, le=64, description="Connections to each vision service.")
-    scores: int = Field(8, ge=1, le=1024, description="Pictures that each language service scores at once.")
+    scores: int = Field(16, ge=1, le=1024, description="Pictures that each language service scores at once.")
     reproducible: bool = Field(
         True, description="Score each picture in a step of its own: the same scores to the last bit in every run. "
         "Off: packed with others, which can be faster on accelerators.",
