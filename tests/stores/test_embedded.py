@@ -254,8 +254,7 @@ import asyncio, itertools, os, sys
 from lookonce.stores import open_store
 from tests.stores.records import make_record
 
-async def main():
-    store = open_store("file://" + sys.argv[1], max_bytes=4 * 1024**2)
+async def writer(store):
     for turn in itertools.count():
         if turn == 20:
             print("ready", flush=True)
@@ -264,6 +263,10 @@ async def main():
         view = await store.get(os.urandom(1) * 32)
         if os.urandom(1)[0] < 40:
             await store.delete(os.urandom(1) * 32)
+
+async def main():
+    store = open_store("file://" + sys.argv[1], max_bytes=4 * 1024**2)
+    await asyncio.gather(*(writer(store) for _ in range(8)))
 
 asyncio.run(main())
 """
