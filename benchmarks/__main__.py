@@ -14,7 +14,7 @@ MODULES = {
     "store_get": "store get of 4 MiB: embedded and Redis against a raw socket",
     "encode": "encode throughput through gRPC against the bare packed forward",
     "engine": "many questions over one image against the floor of bare forwards",
-    "moderate": "batch moderation through the services against bare encodes and scores",
+    "moderate": "batch moderation through the services against two floors: transformers bare, own kernels bare",
     "gateway": "warm question through the whole system against the engine alone",
     "pressure": "500 clients that hang up at once, and a language service that is full",
     "int8": "int8 weights against plain ones at 2B dimensions: products of one block and one layer",

@@ -1,10 +1,14 @@
-"""Batch moderation against its floor: bare packed encodes and bare packed scores of the same pictures, in one process.
+"""Batch moderation against its floors: bare packed encodes and bare packed scores of the same pictures, in one process.
 
-Each round draws new pictures. The floor is handed ready patches, prompts and embeddings: it encodes in batches of
-eight, then scores all rules of each picture; of the scores only the engine's forwards count, eight pictures under way,
-packed as they come. With two threads OpenMP lets the helpers of one process sleep between products once more than one
-of its threads computes (here: encodes and scores); "helpers awake" is the same with each stage's threads to themselves.
-The job is `lookonce moderate` on real services, from files to a durable Parquet file. Rounds of the two take turns.
+Each round draws new pictures. A floor is handed ready patches and prompts: it encodes all, then scores all rules of
+each picture; only the forwards count. There are two:
+- "transformers": its modules, called as directly as can be, packed in the fastest of several ways, in a process of its
+  own (benchmarks.bare_moderation), which also holds its probabilities against our engine's.
+- "own kernels", the stricter one: our encoder in batches of eight, and our engine's forwards, eight pictures under way,
+  packed as they come; so prefixes and beginnings of questions are shared, and kernels are compiled, as in the services.
+  With two threads OpenMP lets the helpers of one process sleep between products once more than one of its threads
+  computes (here: encodes and scores); "helpers awake" is the same with each stage's threads to themselves.
+The job is `lookonce moderate` on real services, from files to a durable Parquet file. Floors and job take turns.
 Where the rest of the job goes: CPU time of each process in a round, and what decoding, cutting patches and building
 prompts cost.
 Target: floor / job >= 0.9.
@@ -39,7 +43,8 @@ from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.service import load_model
 from lm_service.settings import LanguageSettings
-from lookonce.checkpoint import Half, open_checkpoint
+from lm_service.template import load_template
+from lookonce.checkpoint import open_checkpoint
 from lookonce.policy import Policy, parse_policy
 from lookonce.process import keep_freed_memory
 from lookonce.reference import EmbeddingReference
@@ -63,36 +68,22 @@ class Rows:
         return self.rows[reference.key], EmbeddingSource.L1
 
 
-class Floor:
-    """Both halves of the model in this process."""
+class Preparation:
+    """What happens to pictures and rules before either half of the model sees them; loads no weights."""
 
-    def __init__(self, model: Path, dtype: torch.dtype) -> None:
-        vision = open_checkpoint(str(model), needs=Half.VISION)
-        self.bounds = (vision.min_pixels, vision.max_pixels)
-        self.encoder = Encoder.load(vision, dtype, torch.device("cpu"))
-        self.preprocess = Preprocessor(vision.preprocessor)
-        self.encoder.warm_up(self.preprocess)
-        name = "bfloat16" if dtype is torch.bfloat16 else "float32"
-        loaded = load_model(LanguageSettings(model=str(model), dtype=name, device="cpu"))
-        self.merge = loaded.checkpoint.merge_size
-        self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
-        self.rows = Rows()
-        self._vocabulary = (loaded.template.table, loaded.end_ids)
-        self.engine = self.new_engine()
-        family, config = loaded.checkpoint.family, loaded.checkpoint.config
+    def __init__(self, model: Path) -> None:
+        self.checkpoint = open_checkpoint(str(model))
+        self.bounds = (self.checkpoint.min_pixels, self.checkpoint.max_pixels)
+        self.merge = self.checkpoint.merge_size
+        self.preprocess = Preprocessor(self.checkpoint.preprocessor)
         self.builder = PromptBuilder(
-            loaded.template,
-            image_token_id=family.special_tokens(config).image_id,
+            load_template(self.checkpoint.path),
+            image_token_id=self.checkpoint.family.special_tokens(self.checkpoint.config).image_id,
             merge_size=self.merge,
-            context_length=loaded.context_length,
+            context_length=1 << 15,
             max_images=1,
             check_fingerprint=lambda reference: None,
         )
-
-    def new_engine(self) -> PackedEngine:
-        """Not started."""
-        options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
-        return PackedEngine(self.timed, *self._vocabulary, self.rows, options)
 
     def patches(self, data: bytes) -> Patches:
         """Decoded and cut."""
@@ -108,6 +99,26 @@ class Floor:
             prompt = self.builder.build([Message("user", (reference, rule.ask("image")))])
             found.append(ScoreItem(prompt, choices))
         return tuple(found)
+
+
+class Floor:
+    """Both halves of the model in this process, by our own kernels."""
+
+    def __init__(self, preparation: Preparation, dtype: torch.dtype) -> None:
+        self.patches, self.items = preparation.patches, preparation.items
+        self.encoder = Encoder.load(preparation.checkpoint, dtype, torch.device("cpu"))
+        self.encoder.warm_up(preparation.preprocess)
+        name = "bfloat16" if dtype is torch.bfloat16 else "float32"
+        loaded = load_model(LanguageSettings(model=str(preparation.checkpoint.path), dtype=name, device="cpu"))
+        self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
+        self.rows = Rows()
+        self._vocabulary = (loaded.template.table, loaded.end_ids)
+        self.engine = self.new_engine()
+
+    def new_engine(self) -> PackedEngine:
+        """Not started."""
+        options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
+        return PackedEngine(self.timed, *self._vocabulary, self.rows, options)
 
     async def run(self, policy: Policy, files: Sequence[bytes], number: int) -> dict[str, float]:
         """Seconds of each stage for all files."""
@@ -125,8 +136,8 @@ class Floor:
         return {
             "decode and cut": prepared - began,
             "build prompts": built - prepared,
-            "bare encodes": encoded - built,
-            "bare scores": self.timed.seconds - forwards,
+            "bare encodes, own kernels": encoded - built,
+            "bare scores, own kernels": self.timed.seconds - forwards,
             "scores with the engine's own work": scored - encoded,
         }
 
@@ -151,7 +162,7 @@ class Floor:
         await self.score(engine, keys[PACK:], asked[PACK:])
         scores = (self.timed.seconds - forwards) * len(files) / (len(files) - PACK)
         await engine.close()
-        return {"bare encodes, helpers awake": encodes, "bare scores, helpers awake": scores}
+        return {"bare encodes, own, helpers awake": encodes, "bare scores, own, helpers awake": scores}
 
     def encode(self, keys: Sequence[bytes], cut: Sequence[Patches]) -> None:
         """Packs of eight."""
@@ -177,6 +188,18 @@ class Floor:
         await asyncio.gather(*(worker() for _ in range(PACK)))
         if not keep:
             self.rows.rows.clear()
+
+
+def transformers_floor(options: argparse.Namespace, pictures: Path, policy: Path) -> dict[str, float]:
+    """Seconds of its stages. Raises RuntimeError when its probabilities are not ours."""
+    command = [sys.executable, "-m", "benchmarks.bare_moderation", "--model", str(options.model)]
+    command += ["--pictures", str(pictures), "--policy", str(policy)]
+    command += ["--dtype", options.dtype, "--threads", str(options.threads)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"benchmarks.bare_moderation: status {done.returncode}: {done.stdout.decode()}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    return found
 
 
 def processor_seconds(process: psutil.Process) -> float:
@@ -226,7 +249,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     torch.set_num_threads(options.threads)
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     with ThreadPoolExecutor(1) as thread:
-        floor = thread.submit(Floor, options.model, dtype).result()
+        floor = thread.submit(Floor, Preparation(options.model), dtype).result()
     keep_freed_memory()  # as the services do
     policy = folder / "policy.yaml"
     policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
@@ -249,17 +272,27 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
             for path in pictures.rglob("*.png"):
                 path.write_bytes(path.read_bytes() + number.to_bytes(4, "little"))  # new to the services
             files = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
-            found = await floor.run(rules, files, number) | job(folder, pictures, policy, (vision, language))
+            found = await floor.run(rules, files, number)
+            if number:  # the first warms up
+                found |= transformers_floor(options, pictures, policy)
+            found |= job(folder, pictures, policy, (vision, language))
             if number:
                 rounds.append({name: value / len(files) for name, value in found.items()})
     await floor.engine.close()
+    return summary(rounds, {name: value / options.pictures for name, value in awake.items()})
+
+
+def summary(rounds: Sequence[dict[str, float]], awake: dict[str, float]) -> dict[str, float]:
+    """Milliseconds a picture, and ratios, from seconds a picture."""
     figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    figures["floor"] = figures["bare encodes"] + figures["bare scores"]
-    ratios = [(one["bare encodes"] + one["bare scores"]) / one["job"] for one in rounds]
-    figures |= {"floor / job": statistics.median(ratios)}
-    figures |= {name: 1000 * value / options.pictures for name, value in awake.items()}
-    figures["floor, helpers awake"] = 1000 * sum(awake.values()) / options.pictures
-    return figures | {"floor, helpers awake / job": figures["floor, helpers awake"] / figures["job"]}
+    for kind in ("own kernels", "transformers"):
+        floors = [one[f"bare encodes, {kind}"] + one[f"bare scores, {kind}"] for one in rounds]
+        figures[f"floor, {kind}"] = 1000 * statistics.median(floors)
+        ratios = [floor / one["job"] for floor, one in zip(floors, rounds, strict=True)]
+        figures[f"floor, {kind} / job"] = statistics.median(ratios)
+    figures |= {name: 1000 * value for name, value in awake.items()}
+    figures["floor, own, helpers awake"] = 1000 * sum(awake.values())
+    return figures | {"floor, own, helpers awake / job": figures["floor, own, helpers awake"] / figures["job"]}
 
 
 def main() -> int:
