@@ -32,7 +32,7 @@ class Node:
         self.content = content
         self.images = images  # spans counted from the node's own start
         self.kv = KV()
-        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # keys and values [kv_heads, length, d] per layer
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # once asked for
         self.start = parent.end if parent is not None else 0
         self.filled = 0
         self.users = 0  # sequences whose leaf this is
@@ -64,10 +64,16 @@ class Node:
         """Under which its parent keeps it."""
         return self.content[:, :GRAIN].tobytes()
 
+    @property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [kv_heads, length, d] per layer. Compiled kernels do without: they want addresses."""
+        if not self._layers:
+            self._layers = self.kv.layers()
+        return self._layers
+
     def hold(self, kv: KV) -> None:
         """Take KV as its own."""
-        self.kv = kv
-        self.layers = kv.layers()
+        self.kv, self._layers = kv, []
 
     def path(self) -> list[Node]:
         """From the first stretch to this one."""
@@ -282,7 +288,7 @@ class PrefixCache:
         node.detached = True
         del self._nodes[node.id]
         self.bytes -= node.length * self._shape.token_bytes
-        node.kv, node.layers = KV(), []
+        node.hold(KV())
         if node.parent is not None:
             node.parent.kin -= 1
             self.settle(node.parent)
