@@ -1,9 +1,11 @@
 """Batch moderation against its floors: bare packed encodes and bare packed scores of the same pictures, in one process.
 
 Each round draws new pictures. A floor is handed ready patches and prompts: it encodes all, then scores all rules of
-each picture; only the forwards count. There are two:
-- "transformers": its modules, called as directly as can be, packed in the fastest of several ways, in a process of its
-  own (benchmarks.bare_moderation), which also holds its probabilities against our engine's.
+each picture; only the forwards count. There are three:
+- "transformers, plain": its modules, called as directly as can be, eight pictures packed at once: of each what all its
+  questions share, then their tails. In a process of its own (benchmarks.bare_moderation), which also holds its
+  probabilities against our engine's.
+- "transformers": the same, packed in the fastest of several ways, what only some questions begin with shared as well.
 - "own kernels", the stricter one: our encoder in batches of eight, and our engine's forwards, eight pictures under way,
   packed as they come; so prefixes and beginnings of questions are shared, and kernels are compiled, as in the services.
   With two threads OpenMP lets the helpers of one process sleep between products once more than one of its threads
@@ -285,7 +287,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
 def summary(rounds: Sequence[dict[str, float]], awake: dict[str, float]) -> dict[str, float]:
     """Milliseconds a picture, and ratios, from seconds a picture."""
     figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    for kind in ("own kernels", "transformers"):
+    for kind in ("own kernels", "transformers", "transformers, plain"):
         floors = [one[f"bare encodes, {kind}"] + one[f"bare scores, {kind}"] for one in rounds]
         figures[f"floor, {kind}"] = 1000 * statistics.median(floors)
         ratios = [floor / one["job"] for floor, one in zip(floors, rounds, strict=True)]
