@@ -180,7 +180,9 @@ class Scorer:
 
 
 def _is_short(item: language_pb2.ScoreItem) -> bool:
-    return item.ByteSize() <= SHORT and len(item.choices) <= 16
+    parts = [part for message in item.messages for part in message.parts]
+    size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
+    return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
 
 
 def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:

@@ -46,7 +46,7 @@ class Scene:
         self.nodes = []
         for number, length in enumerate(lengths):
             node = Node(number, None, np.zeros((4, length), dtype=np.int64), ())
-            node.hold(KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2))
+            node.kv = KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2)
             self.nodes.append(node)
         self.pool = TailPool(shape, 64 * 4096 * shape.token_bytes // 32, 4096)
         self.slots = [self.pool.allocate(tail.held + tail.new) for tail in tails]
@@ -96,7 +96,7 @@ class Scene:
         """The same, one row at a time; the pool holds the new keys and values by now."""
         out, token, group = [], 0, self.shape.group
         for tail, slot in zip(self.tails, self.slots, strict=True):
-            own = self.pool.kv(slot).layers()[layer]
+            own = self.pool.kv(slot).layers[layer]
             for new in range(tail.new):
                 length = tail.held + new + 1
                 seen = torch.ones(length, dtype=torch.bool)
@@ -104,7 +104,7 @@ class Scene:
                     seen = torch.from_numpy(tail.mask[new, :length])
                 row = []
                 for head in range(self.shape.heads):
-                    parts = [self.nodes[number].layers[layer] for number in tail.sees]
+                    parts = [self.nodes[number].kv.layers[layer] for number in tail.sees]
                     keys, values = (
                         torch.cat(
                             [*(part[side][head // group] for part in parts), own[side][head // group, :length][seen]]
@@ -123,7 +123,7 @@ class Scene:
             at = 0
             for tail, slot in zip(self.tails, self.slots, strict=True):
                 for side, new in ((0, self.k), (1, self.v)):
-                    held = self.pool.kv(slot).layers()[layer][side][:, tail.held : tail.held + tail.new]
+                    held = self.pool.kv(slot).layers[layer][side][:, tail.held : tail.held + tail.new]
                     assert torch.equal(held, new[layer, at : at + tail.new].transpose(0, 1))
                 at += tail.new
             torch.testing.assert_close(found[layer].double(), self.expected(layer), atol=tolerance, rtol=1e-5)

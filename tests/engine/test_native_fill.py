@@ -27,7 +27,7 @@ class Prefixes:
             for depth, length in enumerate(lengths):
                 content = np.zeros((8, length), dtype=np.int64)
                 node = Node(10 * number + depth, path[-1] if path else None, content, ())
-                node.hold(KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2))
+                node.kv = KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2)
                 path.append(node)
             path[-1].kv.zero_()
             self.paths.append(path)
@@ -63,7 +63,8 @@ class Prefixes:
         out, token, group = [], 0, self.shape.group
         for path, count in zip(self.paths, self.counts, strict=True):
             before = sum(node.length for node in path[:-1])
-            keys, values = (torch.cat([node.layers[layer][side] for node in path], dim=1).double() for side in (0, 1))
+            held = [node.kv.layers[layer] for node in path]
+            keys, values = (torch.cat([pair[side] for pair in held], dim=1).double() for side in (0, 1))
             seen = torch.arange(before + count) <= before + torch.arange(count)[:, None]
             heads = []
             for head in range(self.shape.heads):
@@ -81,7 +82,7 @@ def test_prefixes_are_filled_causally(size, group, kv_heads):
     outs = prefixes.fill(1.0)
     token = 0
     for path, count in zip(prefixes.paths, prefixes.counts, strict=True):
-        for layer, (keys, values) in enumerate(path[-1].layers):
+        for layer, (keys, values) in enumerate(path[-1].kv.layers):
             assert torch.equal(keys, prefixes.k[layer, token : token + count].transpose(0, 1))
             assert torch.equal(values, prefixes.v[layer, token : token + count].transpose(0, 1))
         token += count

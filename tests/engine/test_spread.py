@@ -86,7 +86,7 @@ async def test_each_layer_lies_with_its_keys_and_values(spread):
         for index, layer in enumerate(model.layers):
             expected = spread.home.of(f"model.layers.{index}.")
             assert layer.input_layernorm.weight.device == expected
-            held = [core.pool.flat(index)[0], *(node.layers[index][1] for node in core.cache)]
+            held = [core.pool.flat(index)[0], *(node.kv.layers[index][1] for node in core.cache)]
             assert len(held) > 1 and {tensor.device for tensor in held} == {expected}
         assert core.cache.bytes == sum(node.kv.nbytes for node in core.cache)
         assert core.pool.bytes <= core.options.kv_bytes

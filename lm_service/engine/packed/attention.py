@@ -161,14 +161,14 @@ class PackedAttention:
     ) -> None:
         """Store a stretch's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
         shape, count = self._shape, q.shape[0]
-        keys, values = part.node.layers[layer]
+        keys, values = part.node.kv.layers[layer]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
         keys[:, part.start : part.start + count] = k
         values[:, part.start : part.start + count] = v
         if out is None:
             return
         grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
-        seen = [node.layers[layer] for node in part.ancestors]
+        seen = [node.kv.layers[layer] for node in part.ancestors]
         before = part.start + sum(node.length for node in part.ancestors)
         if before <= count * _FEW_BEFORE:
             seen.append((keys[:, : part.start + count], values[:, : part.start + count]))
@@ -224,13 +224,13 @@ class PackedAttention:
         rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
         alone = len(parts) == 1 and parts[0].end - parts[0].begin == count
         if alone:
-            keys, values = parts[0].node.layers[layer]
+            keys, values = parts[0].node.kv.layers[layer]
             out, lse = self._partial(rows, keys.unsqueeze(0), values.unsqueeze(0), False)
         else:
             out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -torch.inf, dtype=torch.float32)
         for part in () if alone else parts:
             at = slice(part.begin * shape.group, part.end * shape.group)
-            keys, values = part.node.layers[layer]
+            keys, values = part.node.kv.layers[layer]
             done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
             out[:, :, at], lse[:, :, at] = done if part.first else merge((out[:, :, at], lse[:, :, at]), done)
         out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)

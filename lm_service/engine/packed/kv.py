@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -54,6 +55,7 @@ class KV:
         """Whether all numbers are finite."""
         return all(bool(part.isfinite().all()) for part in self.parts)
 
+    @cached_property
     def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [kv_heads, T, d] of each layer, views."""
+        """Keys and values [kv_heads, T, d] of each layer, views. Compiled kernels do without: they want addresses."""
         return [(layer[0], layer[1]) for part in self.parts for layer in part.unbind(0)]

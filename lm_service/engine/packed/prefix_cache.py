@@ -13,8 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from weakref import WeakKeyDictionary
 
-import torch
-
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.content import Content, Head, PromptContent, common_length, text_content
 from lm_service.engine.packed.kv import KV
@@ -32,7 +30,6 @@ class Node:
         self.content = content
         self.images = images  # spans counted from the node's own start
         self.kv = KV()
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # once asked for
         self.start = parent.end if parent is not None else 0
         self.filled = 0
         self.users = 0  # sequences whose leaf this is
@@ -63,17 +60,6 @@ class Node:
     def key(self) -> bytes:
         """Under which its parent keeps it."""
         return self.content[:, :GRAIN].tobytes()
-
-    @property
-    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [kv_heads, length, d] per layer. Compiled kernels do without: they want addresses."""
-        if not self._layers:
-            self._layers = self.kv.layers()
-        return self._layers
-
-    def hold(self, kv: KV) -> None:
-        """Take KV as its own."""
-        self.kv, self._layers = kv, []
 
     def path(self) -> list[Node]:
         """From the first stretch to this one."""
@@ -138,7 +124,7 @@ class PrefixCache:
             self.settle(parent)
             return None
         node = Node(next(self._numbers), parent, content, images)
-        node.hold(KV.empty(self._shape, node.length))
+        node.kv = KV.empty(self._shape, node.length)
         self.bytes += size
         self._nodes[node.id] = node
         node.last_used = next(self._clock)
@@ -222,14 +208,14 @@ class PrefixCache:
         if node.parent is None or not self._room_beside(node):
             return None
         upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))
-        upper.hold(node.kv.cut(0, at).clone())
+        upper.kv = node.kv.cut(0, at).clone()
         upper.filled, upper.last_used = at, node.last_used
         parent, lower_kv = node.parent, node.kv.cut(at).clone()
         self._unlink(node)
         parent.kin -= 1
         node.content, node.images = node.content[:, at:].copy(), _after(node.images, at)
         node.filled, node.start = node.length, upper.end
-        node.hold(lower_kv)
+        node.kv = lower_kv
         node.parent = upper
         self._nodes[upper.id] = upper
         self._attach(parent, upper)
@@ -288,7 +274,7 @@ class PrefixCache:
         node.detached = True
         del self._nodes[node.id]
         self.bytes -= node.length * self._shape.token_bytes
-        node.hold(KV())
+        node.kv = KV()
         if node.parent is not None:
             node.parent.kin -= 1
             self.settle(node.parent)
