@@ -27,7 +27,7 @@ from lookonce import tracing
 from lookonce.errors import LookonceError
 from lookonce.fetching.fetcher import Fetcher
 from lookonce.policy import read_policy
-from lookonce.process import leave_after
+from lookonce.process import heap_frozen, leave_after
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command
 from lookonce.stores import open_store
@@ -142,7 +142,8 @@ async def _serve(settings: GatewaySettings) -> None:
 
         await gateway.variants.start()
         _start_batches(gateway, keyring)
-        await serve(app, settings, drain)
+        with heap_frozen():
+            await serve(app, settings, drain)
     finally:
         await gateway.close()
 

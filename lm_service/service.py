@@ -34,6 +34,7 @@ from lookonce.checkpoint.lean import TextModel, load_language_model
 from lookonce.embeddings import EmbeddingCache
 from lookonce.errors import CheckpointError, invalid
 from lookonce.placement import choose_dtype, dtype_name
+from lookonce.process import heap_frozen
 from lookonce.quantization import check_usable, scheme
 from lookonce.rpc.client import VisionClient
 from lookonce.rpc.server import Server
@@ -111,9 +112,10 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         address = await server.start()
         await engine.start()
         peers.start()
-        await server.set_serving(True)
-        log.info("serving", address=address, model=checkpoint.name, device=str(model.home), store=_kind(settings))
-        await server.wait()
+        with heap_frozen():
+            await server.set_serving(True)
+            log.info("serving", address=address, model=checkpoint.name, device=str(model.home), store=_kind(settings))
+            await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
         await peers.close()

@@ -1,12 +1,15 @@
-"""A service's process: the memory it keeps at hand, and its end without taking the interpreter apart."""
+"""A service's process: the memory it keeps at hand, what its garbage collector need not look at, and its end without
+taking the interpreter apart."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -22,6 +25,19 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGE_BYTES)
+
+
+@contextmanager
+def heap_frozen() -> Iterator[None]:
+    """While the block runs, the garbage collector leaves alone what is there now: modules and a model, some hundred
+    thousand objects that stay for good. Walking them takes 0.1 s, in which no thread has Python's lock. What is made in
+    the block is collected as ever. Enter it when everything is built; blocks for about as long as one such walk."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()  # for whoever goes on in this process, such as a test
 
 
 def leave_after(main: Callable[[], object]) -> NoReturn:

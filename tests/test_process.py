@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
+
+from lookonce.process import heap_frozen
 
 SCRIPT = """
 import logging, sys, threading, time
@@ -50,3 +54,31 @@ def test_another_exception_is_printed_as_ever():
     )  # fmt: skip
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+class Knot:
+    """Only the collector frees it: it holds itself."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_a_frozen_heap_leaves_alone_what_was_there_and_no_garbage():
+    before, kept = weakref.ref(Knot()), Knot()
+    with heap_frozen():
+        assert before() is None
+        assert gc.is_tracked(kept) and not any(it is kept for it in gc.get_objects())  # what a collection walks
+        during = weakref.ref(Knot())
+        gc.collect()
+        assert during() is None
+    held = weakref.ref(kept)
+    del kept
+    gc.collect()
+    assert held() is None
+
+
+def test_a_heap_is_as_before_when_the_block_fails():
+    kept = Knot()
+    with pytest.raises(ZeroDivisionError), heap_frozen():
+        raise ZeroDivisionError
+    assert any(it is kept for it in gc.get_objects())

@@ -18,7 +18,7 @@ from lookonce.apart import apart
 from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
-from lookonce.process import keep_freed_memory, leave_after
+from lookonce.process import heap_frozen, keep_freed_memory, leave_after
 from lookonce.quantization import check_usable, scheme
 from lookonce.rpc.server import Server, ServerOptions
 from lookonce.settings import command
@@ -151,18 +151,19 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
         address = await server.start()
         if settings.metrics_listen is not None:
             serve_metrics(settings.metrics_listen)
-        await server.set_serving(True)
-        log.info(
-            "ready",
-            address=address,
-            model=tower.checkpoint.name,
-            device=str(tower.encoder.device),
-            dtype=dtype_name(tower.encoder.dtype),
-            weights=format_size(tower.checkpoint.weight_bytes(Half.VISION)),
-            fingerprint=tower.model.fingerprint[:16],
-            seconds=round(time.monotonic() - started, 2),
-        )
-        yield server
+        with heap_frozen():
+            await server.set_serving(True)
+            log.info(
+                "ready",
+                address=address,
+                model=tower.checkpoint.name,
+                device=str(tower.encoder.device),
+                dtype=dtype_name(tower.encoder.dtype),
+                weights=format_size(tower.checkpoint.weight_bytes(Half.VISION)),
+                fingerprint=tower.model.fingerprint[:16],
+                seconds=round(time.monotonic() - started, 2),
+            )
+            yield server
     finally:
         await core.close()
         await store.close()
