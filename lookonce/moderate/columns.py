@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import orjson
@@ -81,5 +80,5 @@ class Columns:
             "vision_fingerprint": identity.models.vision,
             "language_fingerprint": identity.models.language,
             "policy_digest": identity.policy_digest,
-            "timings": asdict(row.timings),
+            "timings": vars(row.timings),
         }

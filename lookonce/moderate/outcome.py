@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -43,7 +43,7 @@ class Outcome:
 
     def to_json(self) -> bytes:
         """For the ledger."""
-        return orjson.dumps(asdict(self))
+        return orjson.dumps(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Outcome:
@@ -65,7 +65,7 @@ class Timings:
 
     def to_json(self) -> bytes:
         """For the ledger."""
-        return orjson.dumps({name: value for name, value in asdict(self).items() if value is not None})
+        return orjson.dumps({name: value for name, value in vars(self).items() if value is not None})
 
     @classmethod
     def from_json(cls, data: bytes) -> Timings:
