@@ -4,7 +4,7 @@ Everything that must agree changes in one transaction, so a process killed at an
 writes that wait at the same time share one (group_commit). Uses are gathered in memory and written with the next write,
 or every few seconds.
 
-Every operation runs in one of two threads, one that reads and one that writes. A driver: raises StoreFailure.
+Every operation runs in a small thread pool. A driver: raises StoreFailure.
 """
 
 from __future__ import annotations
@@ -86,12 +86,9 @@ class EmbeddedStore:
         self._file = open_lmdb(path, map_bytes=2 * max_bytes + 256 * 1024**2)
         self._env = self._file.env
         self._tables = self._file.tables
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix=f"store-{namespace}-read")
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix=f"store-{namespace}-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix=f"store-{namespace}-write")
         self._queue = GroupCommit[_Write[Any]](self._writer, together=self._write, alone=self._write_alone)
-        self._lookups = GroupCommit[Callable[[], Any]](  # they share hops, which cost more than what is done there
-            self._reader, together=lambda reads: [read() for read in reads], alone=lambda read: read()
-        )
         self._write([])  # publishes the totals
 
     async def get(self, key: bytes) -> memoryview | None:
@@ -153,11 +150,12 @@ class EmbeddedStore:
     def _shut(self) -> None:
         self._writer.submit(self._flush)
         self._writer.shutdown()
-        self._reader.shutdown()
+        self._readers.shutdown()
         close_lmdb(self._file)
 
     async def _read(self, operation: Callable[..., T], *arguments: Any) -> T:
-        return await self._answer(partial(self._lookups.submit, partial(operation, *arguments), 0))
+        run = asyncio.get_running_loop().run_in_executor
+        return await self._answer(partial(run, self._readers, operation, *arguments))
 
     async def _change(self, write: _Write[T]) -> T:
         if self._queue.waiting >= MAX_WAITING_WRITES:

@@ -1,7 +1,7 @@
 """Group commit: writes that wait while one is under way are done together, in one transaction with one sync.
 
 Nobody waits for company: a lone write starts at once, and what has queued by the time it is done goes next, together.
-Knows nothing of what is written. Reads may go through one as well: they share the hop to a thread and back.
+Knows nothing of what is written.
 """
 
 from __future__ import annotations
