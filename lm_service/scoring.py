@@ -117,7 +117,8 @@ class Scorer:
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
         phases = Phases()
-        scores = await self._engine.score(Scoring(name, items, request.client, deadline, request.alone))
+        mixes = request.alone and bool(self._packs)
+        scores = await self._engine.score(Scoring(name, items, request.client, deadline, request.alone, mixes))
         phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
@@ -137,13 +138,13 @@ class Scorer:
         if self._packs is None:
             self._packs, found = False, None  # those who come meanwhile are scored apart
 
-            async def score(entries: Sequence[_Asked]) -> tuple[tuple[float, ...], ...]:
+            async def score(entries: Sequence[_Asked], *, mixes: bool) -> tuple[tuple[float, ...], ...]:
                 items = tuple(entry.item for entry in entries)
-                return (await self._engine.score(Scoring(name, items, request.client, deadline, True))).logprobs
+                return (await self._engine.score(Scoring(name, items, request.client, deadline, True, mixes))).logprobs
 
             try:
-                packed = dict(zip((entry.at for entry in asked), await score(asked), strict=True))
-                apart = [await score(group) for group in groups]
+                packed = dict(zip((entry.at for entry in asked), await score(asked, mixes=True), strict=True))
+                apart = [await score(group, mixes=False) for group in groups]
                 found = apart == [tuple(packed[entry.at] for entry in group) for group in groups]
                 log.info("images of one request are scored", together=found)
             except LookonceError:

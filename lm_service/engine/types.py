@@ -82,7 +82,8 @@ class Scoring:
     items: tuple[ScoreItem, ...]
     client: str = ""
     deadline: float | None = None
-    alone: bool = False  # shares no step with other requests: what they are changes nothing, to the last bit
+    alone: bool = False  # what other requests are changes nothing, to the last bit: it shares no step with them
+    mixes: bool = False  # `alone` all the same: as found out, products of some rows don't depend on other rows
 
 
 class EmbeddingSource(StrEnum):

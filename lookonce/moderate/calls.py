@@ -22,8 +22,8 @@ class ScoreCalls:
     """`score` is called once for each picture, from any number of tasks."""
 
     def __init__(self, client: LanguageClient, pictures: int, *, alone: bool, timeout: float) -> None:
-        """At most about `pictures` are with the service; `timeout` is that of a call, in seconds. `alone`: a picture
-        shares no step with another, whatever call it comes in."""
+        """At most about `pictures` are with the service; `timeout` is that of a call, in seconds. `alone`: nothing
+        scored beside a picture may change its scores, whatever call it comes in."""
         self._client = client
         self._pictures = -(-pictures // _CALLS)
         self._calls = min(_CALLS, pictures)

@@ -163,7 +163,7 @@ class LanguageLink(Link[LanguageClient]):
     def __init__(
         self, client: LanguageClient, pictures: int, patience: Patience, check: Check[LanguageClient], *, alone: bool
     ) -> None:
-        """`alone`: a picture is scored in a step of its own, so that its scores don't depend on others'."""
+        """`alone`: nothing that is scored beside a picture may change its scores."""
         super().__init__(client, patience, check)
         self.calls = ScoreCalls(client, pictures, alone=alone, timeout=patience.call)
         self.slots = asyncio.Semaphore(pictures)  # of follow-up questions

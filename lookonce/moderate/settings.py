@@ -32,8 +32,8 @@ class ModerateSettings(Settings):
     connections: int = Field(2, ge=1, le=64, description="Connections to each vision service.")
     scores: int = Field(16, ge=1, le=1024, description="Pictures that each language service scores at once.")
     reproducible: bool = Field(
-        True, description="Score each picture in a step of its own: the same scores to the last bit in every run. "
-        "Off: packed with others, which can be faster on accelerators.",
+        True, description="Score each picture so that others change nothing of it: the same scores to the last bit in "
+        "every run. Off: packed with others, which can be faster on accelerators.",
     )  # fmt: skip
     under_way: int | None = Field(
         None, ge=1, le=65536, description="Pictures under way; unset: as many as keep the services busy."

@@ -64,10 +64,11 @@ async def test_each_stem_is_computed_once(lab):
             check(lab, items, scores)
 
 
-async def test_the_bits_depend_on_the_request_alone(lab):
+@pytest.mark.parametrize("mixes", [False, True])
+async def test_the_bits_depend_on_the_request_alone(lab, mixes):
     """Not on what others left in the cache, not on how many places there are, not on what runs beside."""
     images = [picture(number, 9, 8 + number % 3) for number in range(4)]
-    requests = [Scoring(f"s{number}", questions(image), alone=True) for number, image in enumerate(images)]
+    requests = [Scoring(f"s{number}", questions(image), alone=True, mixes=mixes) for number, image in enumerate(images)]
     async with lab.engine(stem_tokens=8) as engine:
         quiet = [(await engine.score(request)).logprobs for request in requests]
         assert [(await engine.score(request)).logprobs for request in requests] == quiet

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 
+import pytest
 import torch
 
 from lm_service.engine.packed.budget import StepBudget
@@ -13,7 +14,7 @@ from lm_service.engine.packed.core import Admitted, EngineCore
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.sequence import Request
-from lm_service.engine.types import EmbeddingSource, EngineState
+from lm_service.engine.types import EmbeddingSource, EngineState, ScoreItem, Scoring
 from lookonce.errors import ErrorKind, LookonceError
 from tests.engine import lab as laboratory
 from tests.engine.lab import TOKENS, ask, drained, generation, picture, prompt, words
@@ -64,6 +65,73 @@ async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
     model.permit()  # were there a fifth, it could run
     await engine.close()
     assert len(model.sizes) == 4
+
+
+@pytest.mark.parametrize("native", [True, False])
+async def test_a_question_begins_in_the_step_that_completes_its_image(lab, native):
+    model = Watched(lab.adapter)
+    engine = engine_of(lab, model, native=native, inline_tokens=1)
+    await engine.start()
+    await ask(engine, generation(prompt(SYSTEM, words(3, 1)), 1))
+    wanted = prompt(SYSTEM, picture(1, 9, 11), words(7, 3))
+    (answer,) = await ask(engine, generation(wanted, 1))
+    followers = [prompt(SYSTEM, picture(2, 9, 11), words(5 + i, 4)) for i in range(3)]
+    begun = len(model.sizes)
+    answers = await asyncio.gather(*(ask(engine, generation(follower, 1)) for follower in followers))
+    state = engine.describe()
+    await engine.close()
+    lab.check(wanted, answer)
+    for follower, (given,) in zip(followers, answers, strict=True):
+        lab.check(follower, given)
+    assert sum(model.sizes[begun:]) == 99 + 5 + 6 + 7 + 9 * (not native)  # tokens; one image for all three
+    assert max(model.sizes[begun:]) >= 99 + 5 + 6 + 7  # in one step, but for what comes before the image
+    assert state.extra["prefix_misses"] >= 2
+
+
+@pytest.mark.parametrize(("alone", "mixes", "steps"), [(False, False, 1), (True, True, 1), (True, False, 3)])
+async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, alone, mixes, steps):
+    """The image, what the questions begin with alike, and the questions."""
+    model = Watched(lab.adapter)
+    engine = engine_of(lab, model, stem_tokens=8)
+    await engine.start()
+    wanted = [
+        tuple(
+            ScoreItem(prompt(SYSTEM, picture(number, 9, 11), [*words(9, 40), *words(2 + i, 50 + i)]), ((5,), (6, 7)))
+            for i in range(5)
+        )
+        for number in range(2)
+    ]
+    first, second = [await engine.score(Scoring("s", items, alone=alone, mixes=mixes)) for items in wanted]
+    await engine.close()
+    assert model.sizes[-steps:] == ([99 + 9 + 20 + 5] if steps == 1 else [99, 9, 20 + 5])
+    for items, scores in zip(wanted, (first, second), strict=True):
+        for item, sums in zip(items, scores.logprobs, strict=True):
+            for choice, given in zip(item.choices, sums, strict=True):
+                rows = lab.logits(item.prompt, choice).log_softmax(-1)[len(item.prompt.token_ids) - 1 :]
+                assert given == pytest.approx(sum(float(rows[i, token]) for i, token in enumerate(choice)), abs=4e-4)
+
+
+async def test_who_is_let_in_last_may_cut_what_others_of_the_step_see(lab):
+    """Behind one who waits for a prefix of this step comes one who shares half of what a third has."""
+    model = Watched(lab.adapter, permits=2)
+    engine = engine_of(lab, model)
+    await engine.start()
+    shared = words(40, 1)
+    wanted = [prompt(shared, words(20, 2)), prompt(words(50, 3)), prompt(shared, words(20, 4))]
+    counts = [12, 3, 3]
+    tasks = [asyncio.create_task(ask(engine, generation(wanted[0], counts[0], n=2)))]
+    while len(model.sizes) < 3:  # noqa: ASYNC110 - the engine's thread is held in a forward
+        await asyncio.sleep(0.001)
+    for follower, count in zip(wanted[1:], counts[1:], strict=True):
+        tasks.append(asyncio.create_task(ask(engine, generation(follower, count, n=2))))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    for _ in range(40):
+        model.permit()
+    for each, answers in zip(wanted, await asyncio.gather(*tasks), strict=True):
+        for answer in answers:
+            lab.check(each, answer)
+    await engine.close()
 
 
 async def test_a_slow_models_steps_are_cut_to_the_time_they_may_take(lab):

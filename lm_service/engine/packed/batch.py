@@ -41,6 +41,12 @@ class FillChunk:
     fill: Fill
     count: int
 
+    @property
+    def completes(self) -> bool:
+        """Whether they are the node's last ones."""
+        node = self.fill.node
+        return node.filled + self.count == node.length
+
 
 @dataclass(slots=True)
 class TailChunk:
@@ -65,6 +71,11 @@ class Batch:
 
     def __bool__(self) -> bool:
         return bool(self.fills or self.tails)
+
+    @property
+    def completes(self) -> set[int]:
+        """Numbers of the nodes whose last tokens it computes."""
+        return {chunk.fill.node.id for chunk in self.fills if chunk.completes}
 
     @property
     def tokens(self) -> int:

@@ -19,7 +19,7 @@ from lm_service.engine.packed.postprocess import extend_answers, extend_scores, 
 from lm_service.engine.packed.prefix_cache import PrefixCache
 from lm_service.engine.packed.runner import Runner
 from lm_service.engine.packed.scheduler import Scheduler
-from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.packed.sequence import Request, Sequence, Status
 from lm_service.engine.types import Delta, EngineState, Finish
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
@@ -57,18 +57,23 @@ class EngineCore:
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self._runner = Runner(model, self.pool, native=options.native)
         self.scheduler = Scheduler(
-            model.shape, self.pool, self.cache, options, native=self._runner.native, load=load, fail=self._failed
+            model.shape, self.pool, self.cache, options, native=self.native, load=load, fail=self._failed
         )
         self.steps = 0
         self.step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
 
+    @property
+    def native(self) -> bool:
+        """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
+        return self._runner.native
+
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
         request.unfinished = len(request.sequences)
         # those that need not wait for another's stem go first
-        for sequence in sorted(request.sequences, key=lambda one: one.followed > 0):
+        for sequence in sorted(request.sequences, key=lambda one: one.follows):
             self.scheduler.add(sequence)
 
     def cancel(self, request: Request) -> None:
@@ -138,9 +143,12 @@ class EngineCore:
             logits = self._run(batch)
         except Exception:  # noqa: BLE001 - logged; each part is tried again alone
             _log.exception("step_failed", tokens=batch.tokens)
-            parts = [Batch(fills=[fill]) for fill in batch.fills] + [Batch(tails=[tail]) for tail in batch.tails]
-            for part in parts:
-                self._compute_alone(part)
+            for fill in batch.fills:
+                if fill.fill in self.scheduler.fills:  # else those who wanted it have failed with one before it
+                    self._compute_alone(Batch(fills=[fill]))
+            for tail in batch.tails:
+                if tail.sequence.status is Status.RUNNING:
+                    self._compute_alone(Batch(tails=[tail]))
             return
         self._postprocess(batch, logits)
 

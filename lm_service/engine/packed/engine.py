@@ -135,7 +135,8 @@ class PackedEngine:
     async def score(self, request: Scoring) -> Scores:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
-        inner = packed.Request(request.id, request.client, kept=False, alone=request.alone)
+        mixes = request.mixes and self._core.native
+        inner = packed.Request(request.id, request.client, kept=False, alone=request.alone, mixes=mixes)
         inner.sequences = score_sequences(inner, request, worth=self._stems_from, longest=self.options.long_tail_tokens)
         sequences = tuple(inner.sequences)
         if sequences:

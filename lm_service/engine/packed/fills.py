@@ -28,23 +28,26 @@ class Fills:
         self._fills.append(fill)
         return fill
 
-    def take(self, batch: Batch, budget: int, turn: Request | None) -> None:
-        """Add to a step what it has tokens for. A stretch goes on in the step that completes the one before it: what is
-        before it in a step is stored first."""
-        complete: set[int] = set()
+    def take(self, batch: Batch, budget: int, turn: Request | None) -> int:
+        """Add to a step what it has tokens for and has not yet; how many are left.
+
+        A stretch goes on in the step that completes the one before it: what is before it in a step is stored first. Not
+        in a step of one request: what is in that must not depend on what is filled already."""
+        taken, complete = {chunk.fill for chunk in batch.fills}, batch.completes
         for fill in list(self._fills):
             if budget <= 0:
-                return
+                break
             node = fill.node
-            if fill.owner is not turn or not fill.ready_after(complete):
+            if fill.owner is not turn or fill in taken or not fill.ready_after(complete):
                 continue
-            count = min(node.length - node.filled, budget)
-            batch.fills.append(FillChunk(fill, count))
-            budget -= count
-            if node.filled + count == node.length:
+            chunk = FillChunk(fill, min(node.length - node.filled, budget))
+            batch.fills.append(chunk)
+            budget -= chunk.count
+            if chunk.completes and turn is None:
                 complete.add(node.id)
             self._fills.remove(fill)
             self._fills.append(fill)
+        return budget
 
     def computed(self, chunk: FillChunk) -> None:
         """Count a chunk as done."""

@@ -38,7 +38,8 @@ class PackedOptions:
         return 1 if native else 64
 
     def stems_from(self, device_type: str) -> int:
-        """`stem_tokens`, or about what the step costs that those wait for who don't compute a stem themselves."""
+        """`stem_tokens`, or about what a stretch of its own costs: with compiled kernels little, else operations of its
+        own in every layer."""
         if self.stem_tokens is not None:
             return self.stem_tokens
         return 16 if device_type == "cpu" else 1024

@@ -86,22 +86,24 @@ class PrefixCache:
         self._heads: WeakKeyDictionary[Head, Node] = WeakKeyDictionary()  # nodes that end where a head does
         self.on_split: Callable[[Node, Node], None] = lambda upper, lower: None
 
-    def match(self, content: PromptContent, length: int) -> tuple[Node, Node | None]:
+    def match(self, content: PromptContent, length: int, complete: Collection[int] = ()) -> tuple[Node, Node | None]:
         """The deepest filled node that is a prefix of the first `length` tokens, and the node being filled that leads
-        on, if any. Where the head ends is looked up once for all prompts that share it."""
+        on, if any. Nodes of the numbers in `complete` count as filled, but are not cut.
+
+        Where the head ends is looked up once for all prompts that share it."""
         node = self._found(content.head)
         while True:
             rest = content.cut(node.end, length)
             child, common = self._child(node, rest)
             if child is None:
                 break
-            if child.building:
+            if child.building and (child.id not in complete or common < child.length):
                 return node, child
             if common < child.length:
                 node = (self._split(child, common) if common else None) or node
                 break
             node = child
-            if node.end == content.head.length:
+            if node.end == content.head.length and not node.building:
                 self._heads[content.head] = node
         for used in node.path():
             used.last_used = next(self._clock)

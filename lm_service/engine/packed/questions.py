@@ -43,7 +43,7 @@ def _find_stems(head: Head, sequences: Sequences[Sequence], worth: int) -> None:
     for sequence, rest, ends in zip(sequences, rests, stems(rests, worth), strict=True):
         if ends:
             sequence.stems = tuple(head.length + end for end in ends)
-            sequence.followed = sum(rest[:end] in begun for end in ends)
+            sequence.follows = rest[: ends[0]] in begun
             begun.update(rest[:end] for end in ends)
 
 

@@ -7,15 +7,15 @@ is room, else computed again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.batch import Batch, Fill, TailChunk
 from lm_service.engine.packed.budget import StepBudget
-from lm_service.engine.packed.content import spans_within
 from lm_service.engine.packed.counters import Counters
+from lm_service.engine.packed.cuts import HEADROOM, Cuts
 from lm_service.engine.packed.fills import Fills
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.pool import TailPool
@@ -25,8 +25,6 @@ from lm_service.engine.packed.sequence import Request, Sequence, Status
 from lm_service.engine.packed.stem_nodes import StemNodes
 from lm_service.engine.types import EmbeddingSource
 from lookonce.errors import ErrorKind, LookonceError
-
-_HEADROOM = 16  # tokens a new tail has room for beyond the prompt
 
 
 class Scheduler:
@@ -52,9 +50,9 @@ class Scheduler:
         self.counters = Counters()
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
-        self._stems = StemNodes(pool, cache)
-        self._native, self._load, self._fail = native, load, fail
-        self._inline_below = options.inline_below(native=native)  # shorter prefixes are copied into each sequence
+        self._cuts = Cuts(cache, options, pool.slab_tokens, native=native)
+        self._stems = StemNodes(cache)
+        self._load, self._fail = load, fail
         self._was_alone = False  # the last step was one request's
         self._version = 0  # of the tree's shape, for sequences' paths
         cache.on_split = self._on_split
@@ -144,8 +142,40 @@ class Scheduler:
             count = min(sequence.remaining, budget)
             batch.tails.append(TailChunk(sequence, count))
             budget -= count
-        self.fills.take(batch, budget, turn)
+        budget = self.fills.take(batch, budget, turn)
+        if turn is None:
+            self._follow(batch, budget)
+        for tail in batch.tails:
+            self._refresh_path(tail.sequence)  # not before: who was let in last may have cut a node
         return batch
+
+    def _follow(self, batch: Batch, budget: int) -> None:
+        """Let those take part in a step who wait for nothing but what it completes: in every layer, prefixes are stored
+        before anybody looks at them."""
+        following: set[Sequence] = set()
+        complete = batch.completes
+        while complete and budget > 0:
+            self._admit(complete)
+            left = self.fills.take(batch, budget, None)
+            complete = batch.completes
+            for sequence in self.running:
+                if left > 0 and sequence not in following and self._ready_after(sequence, complete):
+                    following.add(sequence)
+                    self._start(sequence)
+                    batch.tails.append(TailChunk(sequence, min(sequence.remaining, left)))
+                    left -= batch.tails[-1].count
+            if left == budget:
+                return
+            budget = left
+
+    def _ready_after(self, sequence: Sequence, complete: Collection[int]) -> bool:
+        """Whether it can begin its tail in a step that completes the nodes of these numbers. What is to be copied must
+        be there before."""
+        return (
+            bool(sequence.pending)
+            and sequence.owner is None
+            and all(node.id in complete and node.id not in sequence.inlined for node in sequence.pending)
+        )
 
     def computed(self, batch: Batch) -> None:
         """Count a batch as done."""
@@ -153,12 +183,12 @@ class Scheduler:
             self.fills.computed(chunk)
             self.counters.prefill_tokens += chunk.count
         for tail in batch.tails:
+            self._started(tail.sequence)
             if tail.sequence.computed >= tail.sequence.prompt_length:
                 self.counters.decode_tokens += tail.count
             else:
                 self.counters.prefill_tokens += tail.count
             tail.sequence.computed += tail.count
-            self._stems.fill(tail.sequence)
 
     def _whose_turn(self, ready: list[Sequence]) -> Request | None:
         """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
@@ -178,11 +208,11 @@ class Scheduler:
         prefills: list[Sequence] = []
         for sequence in self.running:
             if not sequence.pending:
-                self._refresh_path(sequence)
                 (decodes if sequence.decoding and sequence.remaining == 1 else prefills).append(sequence)
         return decodes, prefills
 
-    def _admit(self) -> None:
+    def _admit(self, complete: Collection[int] = ()) -> None:
+        """As many as there are places for; nodes of the numbers in `complete` count as filled."""
         admitted = True
         while admitted and len(self.running) < self._options.max_running:
             admitted = False
@@ -190,10 +220,10 @@ class Scheduler:
                 if len(self.running) >= self._options.max_running:
                     return
                 node = sequence.blocked_on
-                if node is not None and node.building and not node.detached:
+                if node is not None and node.building and not node.detached and node.id not in complete:
                     continue
                 self._unblock(sequence)
-                if self._try_admit(sequence):
+                if self._try_admit(sequence, complete):
                     admitted = True
                 elif sequence.blocked_on is None and (self.running or self.fills):
                     return  # it keeps its turn: none that needs less may pass it over for ever
@@ -202,40 +232,41 @@ class Scheduler:
                     admitted = True
                     break
 
-    def _try_admit(self, sequence: Sequence) -> bool:
+    def _try_admit(self, sequence: Sequence, complete: Collection[int]) -> bool:
         """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
         end = sequence.prompt_length if sequence.trie is not None else sequence.length
         content = sequence.content_until(end)
-        found, building = self._cache.match(content, self._look_until(sequence, end))
+        found, building = self._cache.match(content, self._cuts.look_until(sequence, end), complete)
         if building is None:
-            found, building = self._stems.find(sequence, found)
+            found, building = self._stems.find(sequence, found, complete)
         if building is not None:
             building.waiters += 1
             sequence.blocked_on = building
             return False
         self._cache.acquire(found)
-        created = self._create_nodes(sequence, found, end)
+        created = self._cuts.create_nodes(sequence, found, end)
         if created is None:
             self._cache.release(found)
             return False
         leaf = created[-1] if created else found
-        inlined = self._worth_copying(leaf)
+        copied = sum(node.length for node in self._cuts.worth_copying(leaf))
         answer = sequence.answer
-        slot = self._pool.allocate(
-            sum(node.length for node in inlined) + sequence.length - leaf.end + (_HEADROOM if answer is not None else 0)
-        )
+        slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
         if slot is None:
             for node in reversed(created):
                 self._cache.detach(node)
             self._cache.release(found)
             return False
+        created += self._stems.create(sequence, leaf)
+        leaf = created[-1] if created else found
         self._cache.acquire(leaf)
         self._cache.release(found)
         self.queue.pop(sequence)
         self.running.append(sequence)
         self.admitted.append(sequence)
-        sequence.leaf, sequence.leaf_end, sequence.slot, sequence.pending = leaf, leaf.end, slot, created
-        sequence.inlined = {node.id for node in inlined}
+        sequence.leaf, sequence.leaf_end, sequence.slot = leaf, leaf.end, slot
+        sequence.pending = [*(node for node in found.path() if node.building), *created]
+        sequence.inlined = {node.id for node in self._cuts.worth_copying(leaf)}
         sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
         sequence.note_admission()
         sequence.note_reuse(found.end)
@@ -244,66 +275,9 @@ class Scheduler:
             fill = self.fills.add(node, sequence)
             if fill.loading:
                 self._load(fill)
-        self._stems.begin(sequence)
-        if not created:
+        if not sequence.pending:
             self._start(sequence)
         return True
-
-    def _look_until(self, sequence: Sequence, end: int) -> int:
-        """How much of a prompt to look up. What others left behind the images is cut at other places than this
-        request's own stems, and may be there or not: scores that are to be the same every time are computed from the
-        images on."""
-        head = sequence.content.head.length
-        if self._has_own_node(sequence, end - 1 - head, end):
-            sequence.stems = ()
-        elif sequence.stems or (head and sequence.owner is not None):
-            return head
-        return end - 1
-
-    def _has_own_node(self, sequence: Sequence, rest: int, end: int) -> bool:
-        """Whether so many tokens before the last one become a node of the tree."""
-        several = len(sequence.request.sequences) > 1 and sequence.answer is not None
-        long = rest >= self._options.long_tail_tokens or self._is_too_long(sequence, rest, end)
-        return rest > 0 and (several or long)
-
-    def _is_too_long(self, sequence: Sequence, rest: int, end: int) -> bool:
-        """Whether they would take too much of a slab."""
-        return rest + len(sequence.tokens) - end + _HEADROOM > self._pool.slab_tokens * 3 // 4
-
-    def _worth_copying(self, leaf: Node) -> list[Node]:
-        """The short stretches of a prefix, later ones first, as long as they leave most of a slab to the sequence."""
-        chosen: list[Node] = []
-        room = self._pool.slab_tokens // 4
-        for node in reversed(leaf.path()) if self._inline_below > 1 else ():
-            if node.length < self._inline_below and node.length <= room:
-                chosen.append(node)
-                room -= node.length
-        return chosen
-
-    def _create_nodes(self, sequence: Sequence, found: Node, end: int) -> list[Node] | None:
-        """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
-        content, images = sequence.content_until(end), sequence.prompt.images
-        cuts: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
-        if images and images[0].start > found.end and (self._native or sequence.owner is not None):
-            cuts.append((images[0].start, True))  # computed apart, whoever asks first: it is the same for all images
-        if images and images[-1].end > found.end:
-            cuts.append((images[-1].end, True))
-        rest = end - 1 - (cuts[-1][0] if cuts else found.end)
-        if self._has_own_node(sequence, rest, end):
-            cuts.append((end - 1, self._is_too_long(sequence, rest, end)))
-        created: list[Node] = []
-        parent, start = found, found.end
-        for cut, needed in cuts:
-            node = self._cache.add(parent, content.cut(start, cut).copy(), spans_within(images, start, cut))
-            if node is None and needed:
-                for made in reversed(created):
-                    self._cache.detach(made)
-                return None
-            if node is None:
-                break
-            created.append(node)
-            parent, start = node, cut
-        return created
 
     def _started(self, sequence: Sequence) -> bool:
         """Whether its prefix is filled; if it just came to be, its tail is begun."""
@@ -316,7 +290,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> None:
         """Copy short stretches of its prefix into its tail: cheaper than a product of their own in every layer."""
         leaf, slot = sequence.leaf, sequence.slot
-        if leaf is None or slot is None:
+        if leaf is None or slot is None or sequence.inlined_tokens:
             return
         at = 0
         for node in leaf.path():
@@ -357,7 +331,6 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._pool.free(sequence.slot)
-        self._stems.give_up(sequence)
         if sequence.leaf is not None:
             self._cache.release(sequence.leaf)
         sequence.slot, sequence.leaf, sequence.leaf_end = None, None, 0

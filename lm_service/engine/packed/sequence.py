@@ -35,7 +35,8 @@ class Request:
     id: str
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
-    alone: bool = False  # shares no step with other requests
+    alone: bool = False  # other requests change nothing of it, to the last bit
+    mixes: bool = False  # though `alone`, it shares steps with others: no row depends on the others of a step
     whole: bool = False  # its answers are handed over when they have ended, not before
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
@@ -61,8 +62,7 @@ class Sequence:
     trie: ChoiceTrie | None = None  # of a scoring
     sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
     stems: tuple[int, ...] = ()  # where stretches end that other questions of the request go on with alike
-    followed: int = 0  # of those, the first ones, which an earlier question computes; it computes the others itself
-    growing: list[Node] = field(default_factory=list)  # stems it computes in its own tail
+    follows: bool = False  # an earlier question has the first of them, too
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None
@@ -85,7 +85,8 @@ class Sequence:
     @property
     def owner(self) -> Request | None:
         """Its request, if that one shares no step with others."""
-        return self.request if self.request.alone else None
+        request = self.request
+        return request if request.alone and not request.mixes else None
 
     @property
     def length(self) -> int:
