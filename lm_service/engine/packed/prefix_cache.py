@@ -91,7 +91,7 @@ class PrefixCache:
         on, if any. Nodes of the numbers in `complete` count as filled, but are not cut.
 
         Where the head ends is looked up once for all prompts that share it."""
-        node = self._found(content.head)
+        node = self._found(content.head, complete)
         while True:
             rest = content.cut(node.end, length)
             child, common = self._child(node, rest)
@@ -103,16 +103,18 @@ class PrefixCache:
                 node = (self._split(child, common) if common else None) or node
                 break
             node = child
-            if node.end == content.head.length and not node.building:
+            if node.end == content.head.length:
                 self._heads[content.head] = node
         for used in node.path():
             used.last_used = next(self._clock)
         return node, None
 
-    def _found(self, head: Head) -> Node:
-        """The node a head ends with, if it was found and is still there; else the root."""
+    def _found(self, head: Head, complete: Collection[int]) -> Node:
+        """The node a head ends with, if it was found and is still there, and filled; else the root."""
         node = self._heads.get(head)
-        return self.root if node is None or node.detached else node
+        if node is None or node.detached or (node.building and node.id not in complete):
+            return self.root
+        return node
 
     def add(
         self, parent: Node, content: Content, images: tuple[ImageSpan, ...], *, private: bool = False
