@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lm_service.engine.answer import Answer
@@ -27,6 +29,8 @@ from lm_service.engine.types import (
     ImageSpan,
     Prompt,
     Sampling,
+    ScoreItem,
+    Scores,
     TokenLogprob,
 )
 from lm_service.positions import mrope_positions
@@ -144,6 +148,14 @@ class Lab:
             values = torch.tensor([value for _, value in given.top])
             torch.testing.assert_close(values, row[ids], atol=tolerance, rtol=0)
             assert token == int(row.argmax())
+
+    def check_scores(self, items: Iterable[ScoreItem], scores: Scores, tolerance: float = 4e-4) -> None:
+        """Every choice's log-probability is that which transformers alone gives its tokens."""
+        for item, sums in zip(items, scores.logprobs, strict=True):
+            for choice, given in zip(item.choices, sums, strict=True):
+                rows = self.logits(item.prompt, choice).log_softmax(-1)[len(item.prompt.token_ids) - 1 : -1]
+                expected = sum(float(row[token]) for row, token in zip(rows, choice, strict=True))
+                assert given == pytest.approx(expected, abs=tolerance)
 
 
 class Answered:

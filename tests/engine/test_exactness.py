@@ -140,11 +140,7 @@ async def test_scores(lab):
             scores = await engine.score(Scoring("s", tuple(items)))
             assert lab.album.loads.total() == 1
             assert scores.cached_tokens == (0, *[108] * 11)
-            for item, sums in zip(items, scores.logprobs, strict=True):
-                for choice, given in zip(item.choices, sums, strict=True):
-                    rows = lab.logits(item.prompt, choice).log_softmax(-1)[len(item.prompt.token_ids) - 1 :]
-                    expected = sum(float(rows[i, token]) for i, token in enumerate(choice))
-                    assert given == pytest.approx(expected, abs=4e-4)
+            lab.check_scores(items, scores)
 
 
 async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):

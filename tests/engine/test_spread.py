@@ -69,11 +69,7 @@ async def test_answers_are_those_of_transformers(spread):
         for answer in await ask(engine, generation(prompts[0], 3, n=2)):
             spread.check(prompts[0], answer)
         scores = await engine.score(Scoring("s", items))
-    for item, sums in zip(items, scores.logprobs, strict=True):
-        for choice, given in zip(item.choices, sums, strict=True):
-            rows = spread.logits(item.prompt, choice).log_softmax(-1)[len(item.prompt.token_ids) - 1 : -1]
-            expected = sum(float(row[token]) for row, token in zip(rows, choice, strict=True))
-            assert given == pytest.approx(expected, abs=5e-4)
+    spread.check_scores(items, scores, 5e-4)
 
 
 async def test_each_layer_lies_with_its_keys_and_values(spread):
