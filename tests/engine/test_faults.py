@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import pytest
 import structlog
@@ -72,14 +73,15 @@ async def test_numbers_that_are_not_finite_spoil_nobody_else(lab):
 
 
 class Failing:
-    """A model whose forward fails whenever a certain token is fed."""
+    """A model whose forward fails whenever a certain token is fed, or the first so many times."""
 
-    def __init__(self, adapter, token):
-        self._adapter, self._token = adapter, token
+    def __init__(self, adapter, token, times=math.inf):
+        self._adapter, self._token, self._times = adapter, token, times
         self.shape = adapter.shape
 
     def embed(self, token_ids):
-        if (token_ids == self._token).any():
+        if self._times and (token_ids == self._token).any():
+            self._times -= 1
             raise RuntimeError("secret detail")
         return self._adapter.embed(token_ids)
 
@@ -106,6 +108,27 @@ async def test_a_failing_step_fails_only_the_sequence_at_fault(lab, monkeypatch)
     assert "secret" not in failure.message
     for wanted, (answer,) in zip(good, answers, strict=True):
         lab.check(wanted, answer)
+    await engine.close()
+
+
+async def test_who_waits_with_the_same_words_about_another_image_is_not_failed(lab, monkeypatch):
+    """What questions begin with alike cannot be computed for one request; another's, which waits, is about its own."""
+    monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
+    options = PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20, max_running=2, stem_tokens=4)
+    model = Failing(lab.adapter, 511, times=2)  # the step, and the stem alone
+    engine = PackedEngine(model, TOKENS, frozenset(), lab.album, options)
+    await engine.start()
+    first, second = (
+        tuple(ScoreItem(prompt(SYSTEM, picture(number), [*words(8, 4), 511, *words(3, i)]), ((5,),)) for i in range(2))
+        for number in (1, 2)
+    )
+    with structlog.testing.capture_logs() as logs:
+        failure, scores = await asyncio.gather(
+            engine.score(Scoring("f", first)), engine.score(Scoring("s", second)), return_exceptions=True
+        )
+    assert [entry["event"] for entry in logs] == ["step_failed", "sequence_failed"]
+    assert isinstance(failure, LookonceError) and failure.kind is ErrorKind.INTERNAL
+    lab.check_scores(second, scores)
     await engine.close()
 
 

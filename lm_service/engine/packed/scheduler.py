@@ -108,13 +108,15 @@ class Scheduler:
                 sequence.timings.load_ms = max(sequence.timings.load_ms, load_ms)
 
     def fail_fill(self, fill: Fill, error: LookonceError) -> None:
-        """A fill cannot be finished; neither can those who need it."""
+        """A fill cannot be finished; neither can those who need it. Those next in line who would come to it are told at
+        once; to a private node nobody else comes."""
         node = fill.node
+        prefix = np.concatenate([part.content for part in node.path()], axis=1)
         waiting = [
             sequence
             for sequence in self.queue
             if sequence.blocked_on is node
-            or np.array_equal(sequence.content.cut(node.start, node.end), node.content)  # next in its line
+            or (not node.private and np.array_equal(sequence.content.cut(0, node.end), prefix))
         ]
         for sequence in [*self._users(node), *waiting]:
             self.fail(sequence, error)
@@ -249,6 +251,7 @@ class Scheduler:
             self._cache.release(found)
             return False
         leaf = created[-1] if created else found
+        # stems change nothing of what is enough: they are either copied, too, or not part of the tail
         copied = sum(node.length for node in self._cuts.worth_copying(leaf))
         answer = sequence.answer
         slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
