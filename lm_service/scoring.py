@@ -117,8 +117,8 @@ class Scorer:
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
         phases = Phases()
-        mixes = request.alone and bool(self._packs)
-        scores = await self._engine.score(Scoring(name, items, request.client, deadline, request.alone, mixes))
+        scoring = Scoring(name, items, request.client, deadline, request.alone, mixes=bool(self._packs))
+        scores = await self._engine.score(scoring)
         phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
