@@ -1,5 +1,6 @@
 """Matrix products on the CPU with weights laid out once for oneDNN's blocked product, as graphs frozen by torch.compile
-have them. MKL's sgemm repacks them every time, at a cost that few rows never earn back.
+have them. MKL's sgemm repacks them every time, at a cost that few rows never earn back. They serve where products of
+our own (lookonce/native/panels.py) don't.
 
 Imports torch: for the two model services only.
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+
+from lookonce.native.panels import PanelModule, panels_serve
+from lookonce.quantization import Int8Linear
 
 _EXACT = 16  # rows up to which each number of them may occur
 
@@ -51,15 +55,21 @@ class BlockedModule(nn.Module):
         return self._linear(x)
 
 
-def lay_out(module: nn.Module) -> None:
+def lay_out(module: nn.Module, *, native: bool = True) -> None:
     """Replace every Linear below a module for which it pays, one at a time, so that no more than one exists in both
-    forms."""
+    forms. `native`: by compiled products of our own where they serve."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            if blocked_pays(child.weight):
-                setattr(module, name, BlockedModule(child))
-        else:
-            lay_out(child)
+        if not isinstance(child, nn.Linear):
+            lay_out(child, native=native)
+        elif native and panels_serve(child.weight):
+            setattr(module, name, PanelModule(child))
+        elif blocked_pays(child.weight):
+            setattr(module, name, BlockedModule(child))
+
+
+def needs_round_rows(module: nn.Module) -> bool:
+    """Whether products below a module are compiled for each number of rows."""
+    return any(isinstance(child, BlockedModule | Int8Linear | nn.Linear) for child in module.modules())
 
 
 def blocked_pays(like: torch.Tensor) -> bool:

@@ -16,9 +16,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from lookonce.blocked import BlockedLinear, blocked_pays, lay_out, rounded_up
+from lookonce.blocked import BlockedLinear, blocked_pays, lay_out, needs_round_rows, rounded_up
 from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
+from lookonce.native.panels import PanelLinear, panels_serve
 from lookonce.quantization import quantize
 from vision_service.native.blocks import blocks_for
 from vision_service.preprocess import CHANNELS, Patches, Preprocessor
@@ -46,9 +47,10 @@ class Encoder:
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
-        self._frames, self._project = _projection(tower.patch_embed.proj.weight)
+        self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
         if dtype == torch.float32:
-            lay_out(tower)
+            lay_out(tower, native=native)
+        self._rounds = device.type == "cpu" and (isinstance(self._project, BlockedLinear) or needs_round_rows(tower))
         self._blocks = blocks_for(tower, dtype, device) if native else None
 
     @classmethod
@@ -92,10 +94,10 @@ class Encoder:
         self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches]) -> torch.Tensor:
-        """[tokens of all, hidden], and further rows: on a CPU there is one more picture, of as many patches as make
-        their number a round one."""
+        """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
+        more picture, of as many patches as make their number a round one."""
         tower, counts = self.tower, [patches.count for patches in batch]
-        missing = rounded_up(sum(counts)) - sum(counts) if self.device.type == "cpu" else 0
+        missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
         missing += -missing % self.merge_area
         counts += [missing] if missing else []
         cos, sin = self._rotary(batch, missing)
@@ -132,13 +134,15 @@ class Encoder:
         return self._project(values.expand(-1, -1, self._frames, -1).reshape(len(pixels), -1))
 
 
-def _projection(kernel: torch.Tensor) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
+def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
     """The product with a kernel [width, 3, frames, patch, patch], and how many frames of a picture it takes. They are
     all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
     frames = kernel.shape[2]
     if kernel.dtype == torch.float32:
         frames, kernel = 1, kernel.sum(2)
     weight = kernel.flatten(1)
+    if native and panels_serve(weight):
+        return frames, PanelLinear(weight)
     if kernel.dtype == torch.float32 and blocked_pays(weight):
         return frames, BlockedLinear(weight)
     return frames, partial(functional.linear, weight=weight)

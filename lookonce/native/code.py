@@ -157,9 +157,12 @@ class Code:
         """left - right."""
         return self.build.sub(self.whole(left), self.whole(right))
 
-    def times(self, left: Value | int, right: Value | int) -> Value:
-        """left * right."""
-        return self.build.mul(self.whole(left), self.whole(right))
+    def times(self, *values: Value | int) -> Value:
+        """Their product."""
+        product = self.whole(values[0])
+        for value in values[1:]:
+            product = self.build.mul(product, self.whole(value))
+        return product
 
     def over(self, left: Value | int, right: Value | int) -> Value:
         """left / right, rounded down, of numbers that are not negative."""
@@ -246,6 +249,14 @@ class Code:
         bits = ir.VectorType(ir.IntType(32), self.lanes) if kind == self.vector else ir.IntType(32)
         whole = build.shl(build.bitcast(rounded, bits), _each(bits, 23, self.lanes))
         return build.fmul(series, build.bitcast(whole, kind))
+
+    def sigmoid(self, x: Value) -> Value:
+        """1 / (1 + e to the power of -x), of a vector; never overflows."""
+        build, one, zero = self.build, self.constant(1.0, self.vector), self.constant(0.0, self.vector)
+        turned = build.fmul(x, self.constant(LOG2_E, self.vector))
+        negative = build.fcmp_ordered("<", turned, zero)
+        small = self.power(build.select(negative, turned, build.fneg(turned)))
+        return build.fdiv(build.select(negative, small, one), build.fadd(one, small))
 
     def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:
         """LLVM's own function of that name for operands of which the last says the kind."""

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from lookonce.native.code import BYTE, INT, LOG2_E, Code, Value
+from lookonce.native.code import BYTE, INT, Code, Value
 from lookonce.native.compiling import lanes_for
 from vision_service.preprocess import CHANNELS
 
@@ -101,14 +101,10 @@ def write_gelu(module: ir.Module, width: int) -> None:
     code = Code(module, "gelu", 1, lanes_for(width))
     fields, build = code.function.args[0], code.build
     source = code.address(fields, Field.ROW)
-    one, zero = (code.constant(value, code.vector) for value in (1.0, 0.0))
     with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
         line = code.at(source, code.times(row, width))
         with code.loop(width, step=code.lanes) as place:
             value = code.row(line, place)
-            turned = build.fmul(value, code.constant(1.702 * LOG2_E, code.vector))
-            negative = build.fcmp_ordered("<", turned, zero)
-            small = code.power(build.select(negative, turned, build.fneg(turned)))  # never overflows
-            share = build.fdiv(build.select(negative, small, one), build.fadd(one, small))
+            share = code.sigmoid(build.fmul(value, code.constant(1.702, code.vector)))
             code.put(build.fmul(value, share), line, place)
     code.end()

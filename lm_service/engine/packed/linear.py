@@ -1,7 +1,7 @@
 """Matrix products of a model's weights, in whatever form the device computes them fastest.
 
-On the CPU they are oneDNN's blocked products (lookonce/blocked.py), which need no pass of their own for SiLU, a gate or
-a residual. Elsewhere these are `functional.linear` and plain arithmetic.
+On the CPU they are compiled products of our own (lookonce/native/panels.py), or oneDNN's (lookonce/blocked.py), which
+need no pass of their own for SiLU, a gate or a residual. Elsewhere these are `functional.linear` and plain arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from lookonce.blocked import BlockedLinear, blocked, blocked_pays, product, product_with
+from lookonce.native.panels import PanelGatedUnit, PanelLinear, panels_serve
 from lookonce.quantization import Int8Matrix
 
 _FEW_ROWS = 256
@@ -114,18 +115,27 @@ class Int8GatedUnit:
 
 
 def linear(
-    weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor] = (), *, quantization: str = "none"
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor] = (),
+    *,
+    quantization: str = "none",
+    native: bool = True,
 ) -> Linear:
-    """One product with several matrices [out, in], one below the other; `quantization` is "none" or "int8"."""
+    """One product with several matrices [out, in], one below the other; `quantization` is "none" or "int8". `native`:
+    compiled by us where that serves."""
     weight = weights[0] if len(weights) == 1 else torch.cat(list(weights))
     bias = torch.cat(list(biases)) if biases else None
     if quantization == "int8":
         return Int8Linear(weight, bias)
+    if native and panels_serve(weight):
+        return PanelLinear(weight, bias)
     return BlockedLinear(weight, bias) if blocked_pays(weight) else PlainLinear(weight, bias)
 
 
-def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "none") -> GatedUnit:
+def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "none", native: bool = True) -> GatedUnit:
     """The unit of these two matrices."""
     if quantization == "int8":
         return Int8GatedUnit(gate, up)
+    if native and panels_serve(gate):
+        return PanelGatedUnit(gate, up)
     return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ from lm_service.engine.packed.adapter import Attend, ModelShape, Stage
 from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
 from lm_service.engine.packed.native.rows import rows_for
 from lookonce.blocked import rounded_up
+from lookonce.native.panels import PanelGatedUnit, PanelLinear
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
@@ -31,6 +33,11 @@ class _Layer:
     mlp_norm: torch.Tensor  # [hidden]
     gate_up: GatedUnit  # hidden -> intermediate
     down: Linear  # intermediate -> hidden
+
+    @property
+    def matrices(self) -> tuple[Linear | GatedUnit, ...]:
+        """In the order they are used in."""
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 class Qwen2VLAdapter:
@@ -53,7 +60,7 @@ class Qwen2VLAdapter:
         vocabulary = head.weight.shape[0]
         self._norm: torch.Tensor = model.norm.weight.data
         self._head_device = head.weight.device
-        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight)
+        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native)
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
@@ -61,7 +68,7 @@ class Qwen2VLAdapter:
         self._borders = {
             index: devices[index] for index in range(1, len(devices)) if devices[index] != devices[index - 1]
         }
-        self._layers = [_layer(*pair, quantization) for pair in zip(model.layers, devices, strict=True)]
+        self._layers = [_layer(*pair, quantization, native=native) for pair in zip(model.layers, devices, strict=True)]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
@@ -81,7 +88,9 @@ class Qwen2VLAdapter:
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
         )
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
-        self._rounds = self._embedding.device.type == "cpu"
+        products = [self._head, *(matrix for layer in self._layers for matrix in layer.matrices)]
+        compiled = all(isinstance(matrix, PanelLinear | PanelGatedUnit) for matrix in products)
+        self._rounds = self._embedding.device.type == "cpu" and not compiled
         self._rows = None
         if native and len(shape.stages) == 1:
             self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
@@ -175,27 +184,28 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _layer(layer: Any, device: torch.device, quantization: str) -> _Layer:
+def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [] if attention.q_proj.bias is None else [module.bias.data.to(device) for module in qkv]
     gate, up = (_taken(module).to(device) for module in (mlp.gate_proj, mlp.up_proj))
+    matrix = partial(linear, quantization=quantization, native=native)
     return _Layer(
         input_norm=layer.input_layernorm.weight.data.to(device),
-        qkv=linear([_taken(module).to(device) for module in qkv], biases, quantization=quantization),
-        output=linear([_taken(attention.o_proj).to(device)], quantization=quantization),
+        qkv=matrix([_taken(module).to(device) for module in qkv], biases),
+        output=matrix([_taken(attention.o_proj).to(device)]),
         mlp_norm=layer.post_attention_layernorm.weight.data.to(device),
-        gate_up=gated_unit(gate, up, quantization=quantization),
-        down=linear([_taken(mlp.down_proj).to(device)], quantization=quantization),
+        gate_up=gated_unit(gate, up, quantization=quantization, native=native),
+        down=matrix([_taken(mlp.down_proj).to(device)]),
     )
 
 
-def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool) -> Linear:
+def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool, native: bool) -> Linear:
     biases = [] if head.bias is None else [head.bias.data]
     if not tied:
-        return linear([_taken(head)], biases)
+        return linear([_taken(head)], biases, native=native)
     if embedding.nbytes <= _SMALL_HEAD:
-        return linear([embedding], biases)
+        return linear([embedding], biases, native=native)
     return PlainLinear(embedding, *biases)  # the embedding needs its rows as they are
 
 

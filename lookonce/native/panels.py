@@ -1,0 +1,122 @@
+"""Matrices laid out for the compiled products (lookonce/native/products.py), and their products with rows.
+
+Imports torch: for the two model services only. Float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from lookonce.native.compiling import LANES, Compiled, compiled_or_none
+from lookonce.native.products import WIDTH, Field, write_products
+from lookonce.native.team import run
+
+_ALONE = 1 << 19  # multiplications up to which other threads don't pay
+
+Ints = npt.NDArray[np.int64]
+
+
+def panels_serve(weight: torch.Tensor) -> bool:
+    """Whether there are compiled products for a matrix [out, in]."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[0] % LANES:
+        return False
+    return _compiled() is not None
+
+
+class PanelLinear:
+    """x [T, in] -> x W^T + b [T, out]."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """`weight` [out, in] is copied, `bias` [out] is not."""
+        columns, depth = weight.shape
+        self._panels = _panels(weight, WIDTH)
+        self._bias = weight.new_zeros(columns) if bias is None else bias.contiguous()
+        self._product, self._plus = _task("product"), _task("product_plus")
+        self.table = _table(self._panels, columns, depth)
+        """The fields that are the same for all rows, int64 [len(Field)]."""
+        self.table[Field.BIAS] = self._bias.data_ptr()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return _run(self._product, self.table, x, 0)
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """The product and a residual [T, out]."""
+        residual = residual.contiguous()
+        return _run(self._plus, self.table, x, residual.data_ptr())
+
+
+class PanelGatedUnit:
+    """x [T, in] -> SiLU(x G^T) * (x U^T) [T, out]: the first half of SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
+        """Two matrices [out, in], copied."""
+        halves = [_panels(matrix, WIDTH // 2) for matrix in (gate, up)]
+        self._panels = torch.cat(halves, dim=2)
+        self._product = _task("product_gated")
+        self.table = _table(self._panels, *gate.shape)
+        """The fields that are the same for all rows, int64 [len(Field)]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product."""
+        return _run(self._product, self.table, x, 0)
+
+
+class PanelModule(nn.Module):
+    """Stands in for a Linear."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._linear = PanelLinear(linear.weight, linear.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, in] -> [T, out]."""
+        return self._linear(x)
+
+
+def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """[out, in] -> [panels, in, width], zeros in columns that there aren't."""
+    columns, depth = weight.shape
+    count = -(-columns // width)
+    laid = weight.new_zeros((count, depth, width))
+    whole = columns // width
+    laid[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
+    if whole < count:
+        laid[whole, :, : columns - whole * width] = weight[whole * width :].t()
+    return laid
+
+
+def _table(panels: torch.Tensor, columns: int, depth: int) -> Ints:
+    table = np.zeros(len(Field), dtype=np.int64)
+    table[Field.DEPTH], table[Field.COLUMNS], table[Field.PANELS] = depth, columns, len(panels)
+    table[Field.WEIGHT] = panels.data_ptr()
+    return table
+
+
+def _run(task: Any, fields: Ints, x: torch.Tensor, other: int) -> torch.Tensor:
+    x, table = x.contiguous(), fields.copy()
+    rows, columns, depth = x.shape[0], int(fields[Field.COLUMNS]), int(fields[Field.DEPTH])
+    out = x.new_empty((rows, columns))
+    table[Field.ROWS], table[Field.SOURCE] = rows, x.data_ptr()
+    table[Field.OTHER], table[Field.OUT] = other, out.data_ptr()
+    run(task, table.ctypes.data, alone=rows * columns * depth <= _ALONE)
+    return out
+
+
+@lru_cache
+def _compiled() -> Compiled | None:
+    return compiled_or_none(lambda: Compiled(write_products))
+
+
+@lru_cache
+def _task(name: str) -> Any:
+    code = _compiled()
+    if code is None:
+        raise RuntimeError("no compiled products on this machine")
+    return code.task(name)
