@@ -53,9 +53,14 @@ class Compiled:
         self._engine = binding.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
 
+    def address(self, name: str) -> int:
+        """Of one of its functions."""
+        found: int = self._engine.get_function_address(name)
+        return found
+
     def task(self, name: str) -> Any:
         """One of its functions, to be called with a pointer."""
-        return Task(self._engine.get_function_address(name))
+        return Task(self.address(name))
 
 
 def compiled_or_none(make: Callable[[], T]) -> T | None:

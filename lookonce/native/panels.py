@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lookonce.native.compiling import LANES, Compiled, compiled_or_none
+from lookonce.native.compiling import LANES, Compiled, Task, compiled_or_none
 from lookonce.native.products import WIDTH, Field, write_products
 from lookonce.native.team import run
 
@@ -115,8 +115,14 @@ def _compiled() -> Compiled | None:
 
 
 @lru_cache
-def _task(name: str) -> Any:
+def product_address(name: str) -> int:
+    """Of one of the functions that `write_products` writes."""
     code = _compiled()
     if code is None:
         raise RuntimeError("no compiled products on this machine")
-    return code.task(name)
+    return code.address(name)
+
+
+@lru_cache
+def _task(name: str) -> Any:
+    return Task(product_address(name))

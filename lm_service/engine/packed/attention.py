@@ -82,18 +82,10 @@ class AttentionPlan:
         return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=rows)
 
 
-Fills = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Layer, queries, keys and values of the tokens being filled, and where their output goes, [tokens, H * d]: that is
-written in every layer but the last."""
-
-
-def attention_over(
-    shape: ModelShape, pool: TailPool, plan: AttentionPlan, tails: Attend | None = None, fills: Fills | None = None
-) -> Attend:
-    """The attention of one step, whose plan lies on the model's first device; `tails` and `fills` do their parts of it
-    where there are kernels for them."""
+def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> Attend:
+    """The attention of one step by torch's operations; its plan lies on the model's first device."""
     if len(shape.stages) == 1:
-        return PackedAttention(shape, pool, plan, tails=tails, fills=fills)
+        return PackedAttention(shape, pool, plan)
     return StagedAttention(shape, pool, plan)
 
 
@@ -115,18 +107,9 @@ class PackedAttention:
     """An `Attend` over a plan, for layers on one device."""
 
     def __init__(
-        self,
-        shape: ModelShape,
-        pool: TailPool,
-        plan: AttentionPlan,
-        device: torch.device | None = None,
-        tails: Attend | None = None,
-        fills: Fills | None = None,
+        self, shape: ModelShape, pool: TailPool, plan: AttentionPlan, device: torch.device | None = None
     ) -> None:
-        """`device` is the layers', unless it is the model's first. `tails` and `fills` do their parts; None: torch
-        does."""
-        self._tails = tails or self._torch_tails
-        self._fills = fills or self._torch_fills
+        """`device` is the layers', unless it is the model's first."""
         self._shape = shape
         self._pool = pool
         self._plan = plan
@@ -137,14 +120,14 @@ class PackedAttention:
         plan, shape = self._plan, self._shape
         count = plan.fill_tokens
         if not plan.fills:
-            return self._tails(layer, q, k, v)
+            return self._attend_tails(layer, q, k, v)
         out = q.new_empty((q.shape[0], shape.heads * shape.head_dim))
-        self._fills(layer, q[:count], k[:count], v[:count], out[:count])
+        self._fill_all(layer, q, k, v, out)
         if count < q.shape[0]:
-            out[count:] = self._tails(layer, q[count:], k[count:], v[count:])
+            out[count:] = self._attend_tails(layer, q[count:], k[count:], v[count:])
         return out
 
-    def _torch_fills(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    def _fill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         final = layer == self._shape.layers - 1  # no row of a fill is read after the last layer's keys and values
         for part in self._plan.fills:
             rows = slice(part.begin, part.end)
@@ -199,7 +182,7 @@ class PackedAttention:
             merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
         return merged[0]
 
-    def _torch_tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend_tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shape, plan = self._shape, self._plan
         keys, values = self._pool.flat(layer)
         if plan.tail_rows is None:

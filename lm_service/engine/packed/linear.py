@@ -7,6 +7,7 @@ need no pass of their own for SiLU, a gate or a residual. Elsewhere these are `f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -37,6 +38,23 @@ class GatedUnit(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The product."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """Those of a decoder layer."""
+
+    input_norm: torch.Tensor  # [hidden]
+    qkv: Linear  # hidden -> (heads + 2 kv_heads) * d
+    output: Linear  # heads * d -> hidden
+    mlp_norm: torch.Tensor  # [hidden]
+    gate_up: GatedUnit  # hidden -> intermediate
+    down: Linear  # intermediate -> hidden
+
+    @property
+    def matrices(self) -> tuple[Linear | GatedUnit, ...]:
+        """In the order they are used in."""
+        return self.qkv, self.output, self.gate_up, self.down
 
 
 class PlainLinear:

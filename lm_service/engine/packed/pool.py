@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape, Stage
@@ -48,6 +49,7 @@ class TailPool:
         self._buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
         # per layer: keys and values [rows, d]
         self._flat = [(layer[0], layer[1]) for buffer in self._buffers for layer in buffer]
+        self._addresses = np.array([[part.data_ptr() for part in layer] for layer in self._flat], dtype=np.int64)
         self._rows = rows
         self._unused = list(range(self.slabs))  # heap of slabs without a class
         self._free: dict[int, list[int]] = {}  # slab in use -> heap of its free slots
@@ -120,6 +122,11 @@ class TailPool:
     def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer as rows [all, d]; `row_of` says where a token's heads lie."""
         return self._flat[layer]
+
+    @property
+    def addresses(self) -> npt.NDArray[np.int64]:
+        """Of keys and values of each layer, int64 [layers, 2]."""
+        return self._addresses
 
     def row_of(self, slot: Slot) -> int:
         """Row of a slot's first token of its first head; heads follow `capacity` rows apart, tokens one row apart."""

@@ -8,7 +8,6 @@ flows through them moves along.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -17,27 +16,13 @@ import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.adapter import Attend, ModelShape, Stage
-from lm_service.engine.packed.linear import GatedUnit, Linear, PlainLinear, gated_unit, linear
+from lm_service.engine.packed.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
+from lm_service.engine.packed.native.attention import NativeAttention
+from lm_service.engine.packed.native.layers import layers_for
 from lm_service.engine.packed.native.rows import rows_for
 from lookonce.blocked import rounded_up
-from lookonce.native.panels import PanelGatedUnit, PanelLinear
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
-
-
-@dataclass(frozen=True)
-class _Layer:
-    input_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # hidden -> (heads + 2 kv_heads) * d
-    output: Linear  # heads * d -> hidden
-    mlp_norm: torch.Tensor  # [hidden]
-    gate_up: GatedUnit  # hidden -> intermediate
-    down: Linear  # intermediate -> hidden
-
-    @property
-    def matrices(self) -> tuple[Linear | GatedUnit, ...]:
-        """In the order they are used in."""
-        return self.qkv, self.output, self.gate_up, self.down
 
 
 class Qwen2VLAdapter:
@@ -88,12 +73,11 @@ class Qwen2VLAdapter:
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
         )
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
-        products = [self._head, *(matrix for layer in self._layers for matrix in layer.matrices)]
-        compiled = all(isinstance(matrix, PanelLinear | PanelGatedUnit) for matrix in products)
-        self._rounds = self._embedding.device.type == "cpu" and not compiled
         self._rows = None
         if native and len(shape.stages) == 1:
             self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
+        self._compiled = layers_for(self._layers, self._norm, self._rows, shape)
+        self._rounds = self._embedding.device.type == "cpu" and self._compiled is None
 
     @property
     def shape(self) -> ModelShape:
@@ -107,11 +91,14 @@ class Qwen2VLAdapter:
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Logits [len(rows), vocabulary]. What follows the last layer's attention runs for those rows only. Where
-        products are compiled for a number of rows, there are rows of zeros behind them, up to a round number."""
+        """Logits [len(rows), vocabulary]; `hidden` may be overwritten. What follows the last layer's attention runs for
+        those rows only. Where products are compiled for a number of rows, there are rows of zeros behind them, up to a
+        round number."""
+        cos, sin = self._rotary(positions)
+        if self._compiled is not None and isinstance(attend, NativeAttention):
+            return self._head(self._compiled(hidden, cos, sin, attend, rows))
         tokens, wanted = hidden.shape[0], rows.shape[0]
         hidden, rows = self._padded(hidden), self._repeated(rows)
-        cos, sin = self._rotary(positions)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             if index in self._borders:
@@ -138,7 +125,7 @@ class Qwen2VLAdapter:
     def _attention(
         self,
         index: int,
-        layer: _Layer,
+        layer: LayerWeights,
         hidden: torch.Tensor,
         tokens: int,
         cos: torch.Tensor,
@@ -184,13 +171,13 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool) -> _Layer:
+def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [] if attention.q_proj.bias is None else [module.bias.data.to(device) for module in qkv]
     gate, up = (_taken(module).to(device) for module in (mlp.gate_proj, mlp.up_proj))
     matrix = partial(linear, quantization=quantization, native=native)
-    return _Layer(
+    return LayerWeights(
         input_norm=layer.input_layernorm.weight.data.to(device),
         qkv=matrix([_taken(module).to(device) for module in qkv], biases),
         output=matrix([_taken(attention.o_proj).to(device)]),

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.adapter import ModelAdapter
+from lm_service.engine.packed.adapter import Attend, ModelAdapter
 from lm_service.engine.packed.attention import AttentionPlan, attention_over
 from lm_service.engine.packed.batch import Batch, FillChunk
-from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.native.attention import NativeAttention, NativeTails, Workspace, kernels_for
 from lm_service.engine.packed.native.filling import NativeFills
 from lm_service.engine.packed.plan import make_plan, tail_order
 from lm_service.engine.packed.pool import TailPool
@@ -45,21 +45,21 @@ class Runner:
         for chunk in batch.fills:
             _place_images(hidden[begin : begin + chunk.count], chunk)
             begin += chunk.count
-        shape = self._model.shape
-        plan = make_plan(shape, self._pool, batch, self._kernels)
-        attention = attention_over(shape, self._pool, plan, *self._native_parts(plan))
+        plan = make_plan(self._model.shape, self._pool, batch, self._kernels)
+        attention = self._attention(plan)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
         logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
         return logits if rows else None
 
-    def _native_parts(self, plan: AttentionPlan) -> tuple[NativeTails | None, NativeFills | None]:
-        """What the kernels do of a step: tails and fills."""
-        kernels, shape, tails, fills = self._kernels, self._model.shape, None, None
-        if kernels is not None and plan.native is not None:
+    def _attention(self, plan: AttentionPlan) -> Attend:
+        kernels, shape = self._kernels, self._model.shape
+        if kernels is None:
+            return attention_over(shape, self._pool, plan)
+        fills = NativeFills(kernels, shape, plan.fills) if plan.fills else None
+        tails = None
+        if plan.native is not None:
             tails = NativeTails(kernels, shape, self._pool, plan.native, self._workspace)
-        if kernels is not None and kernels.fill is not None and plan.fills:
-            fills = NativeFills(kernels, shape, plan.fills)
-        return tails, fills
+        return NativeAttention(shape, plan.fill_tokens, fills, tails)
 
 
 def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:

@@ -1,4 +1,4 @@
-"""Attention of a step's tail tokens by the compiled kernels."""
+"""Attention of a step's tokens by the compiled kernels."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import numpy as np
 import torch
 
 from lm_service.engine.packed.adapter import ModelShape
+from lm_service.engine.packed.native.filling import NativeFills
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
-from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table, tensor_fields
+from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table, row_addresses, tensor_fields
 from lm_service.engine.packed.native.table import Field
 from lm_service.engine.packed.pool import TailPool
 from lookonce.native.compiling import compiled_or_none
-from lookonce.native.team import barrier, run
+from lookonce.native.program import run_program
+from lookonce.native.team import barrier
+
+_BYTES = 4  # of a float32
 
 
 def kernels_for(shape: ModelShape) -> Kernels | None:
     """The kernels for a model's heads, where they serve it: float32 on the CPU."""
     if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
         return None
-    if not supported(shape.head_dim):
+    if not supported(shape.head_dim, shape.group):
         return None
     return compiled_or_none(lambda: compiled(shape.head_dim, shape.group, shape.kv_heads))
 
@@ -42,45 +46,69 @@ class NativeTails:
     def __init__(
         self, kernels: Kernels, shape: ModelShape, pool: TailPool, plan: NativePlan, workspace: Workspace
     ) -> None:
-        self._kernels, self._pool = kernels, pool
+        self._kernel = kernels.attend
         partial, tails = workspace.partial(max(wave.partial for wave in plan.waves)), plan.tails
-        table = np.zeros(len(Field), dtype=np.int64)
-        self._held = (plan, partial)  # what the table points to
-        table[Field.POOL_ROWS] = tails.rows.ctypes.data
-        table[Field.VISIBLE] = tails.visible.ctypes.data
-        table[Field.MASK_ROWS] = tails.mask_rows.ctypes.data
-        table[Field.MASKS], table[Field.MASK_WIDTH] = tails.masks.ctypes.data, tails.masks.shape[1]
-        table[Field.SEEN], table[Field.SEEN_PARTS] = plan.seen.ctypes.data, plan.seen_parts.ctypes.data
-        table[Field.PARTIAL] = partial.data_ptr()
-        table[Field.BARRIER] = barrier()
+        table = np.zeros((shape.layers, len(Field)), dtype=np.int64)
+        self._held = (plan, partial)  # what the tables point to
+        table[:, Field.POOL_KEYS : Field.OUT] = pool.addresses
+        table[:, Field.POOL_ROWS] = tails.rows.ctypes.data
+        table[:, Field.VISIBLE] = tails.visible.ctypes.data
+        table[:, Field.MASK_ROWS] = tails.mask_rows.ctypes.data
+        table[:, Field.MASKS], table[:, Field.MASK_WIDTH] = tails.masks.ctypes.data, tails.masks.shape[1]
+        table[:, Field.SEEN], table[:, Field.SEEN_PARTS] = plan.seen.ctypes.data, plan.seen_parts.ctypes.data
+        table[:, Field.PARTIAL] = partial.data_ptr()
+        table[:, Field.BARRIER] = barrier()
         self._waves = [_Wave(table.copy(), wave, shape) for wave in plan.waves]
-        self._waves[0].table[Field.STORED] = len(tails.visible)
+        self._waves[0].table[:, Field.STORED] = len(tails.visible)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> [T, heads * d]."""
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-        keys, values = self._pool.flat(layer)
-        tensors = [*tensor_fields(q, k, v), keys.data_ptr(), values.data_ptr(), out.data_ptr()]
-        for wave in self._waves:
-            wave.attend(self._kernels, layer, tensors)
+        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
         return out
+
+    def calls(self, tensors: list[int], out: int) -> Ints:
+        """What to call, int64 [layers, waves, 2], when in every layer queries, keys and values are where `tensors`
+        says (see `tensor_fields`) and the output goes to `out`. Each call is for once."""
+        calls = np.empty((len(self._waves[0].table), len(self._waves), 2), dtype=np.int64)
+        calls[:, :, 0] = self._kernel
+        for number, wave in enumerate(self._waves):
+            wave.table[:, Field.LOOK_COUNTER : Field.LOOKS] = 0
+            wave.table[:, Field.QUERY : Field.POOL_KEYS], wave.table[:, Field.OUT] = tensors, out
+            calls[:, number, 1] = row_addresses(wave.table)
+        return calls
 
 
 class _Wave:
-    """A table for each wave."""
+    """A table for each layer."""
 
     def __init__(self, table: Ints, wave: Wave, shape: ModelShape) -> None:
         self._nodes = node_table([stretch.node for stretch in wave.stretches], shape)
-        self._layer_bytes, self._first = self._nodes.strides[0], self._nodes.ctypes.data
-        table[Field.LOOKS], table[Field.ITEMS] = len(wave.items), wave.items.ctypes.data
-        table[Field.PARTS] = wave.parts.ctypes.data
-        table[Field.BEGIN], table[Field.END] = wave.begin, wave.end
-        self.table, self._address = table, table.ctypes.data
+        table[:, Field.NODES] = row_addresses(self._nodes)
+        table[:, Field.LOOKS], table[:, Field.ITEMS] = len(wave.items), wave.items.ctypes.data
+        table[:, Field.PARTS] = wave.parts.ctypes.data
+        table[:, Field.BEGIN], table[:, Field.END] = wave.begin, wave.end
+        self.table = table
 
-    def attend(self, kernels: Kernels, layer: int, tensors: list[int]) -> None:
-        """`tensors` are the fields from QUERY to OUT."""
-        table = self.table
-        table[Field.LOOK_COUNTER : Field.LOOKS] = 0
-        table[Field.NODES] = self._first + layer * self._layer_bytes
-        table[Field.QUERY : Field.ITEMS] = tensors
-        run(kernels.attend, self._address)
+
+class NativeAttention:
+    """An `Attend` of which kernels do all."""
+
+    def __init__(self, shape: ModelShape, fill_tokens: int, fills: NativeFills | None, tails: NativeTails | None):
+        """The first `fill_tokens` tokens of the step belong to `fills`, the others to `tails`."""
+        self._shape, self._count, self._fills, self._tails = shape, fill_tokens, fills, tails
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
+        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
+        return out
+
+    def calls(self, tensors: list[int], out: int) -> Ints:
+        """See `NativeTails.calls`; int64 [layers, n, 2]."""
+        found = [] if self._fills is None else [self._fills.calls(tensors, out)]
+        if self._tails is not None:
+            (q, q_step, k, k_step, v, v_step), first = tensors, self._count * _BYTES
+            behind = [q + first * q_step, q_step, k + first * k_step, k_step, v + first * v_step, v_step]
+            found.append(self._tails.calls(behind, out + first * self._shape.heads * self._shape.head_dim))
+        return np.concatenate(found, axis=1)

@@ -11,8 +11,9 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import FillPart
 from lm_service.engine.packed.native.fill import Field, Item, tokens_of_block
 from lm_service.engine.packed.native.kernels import Kernels
-from lm_service.engine.packed.native.plan import Ints, node_table, tensor_fields
-from lookonce.native.team import barrier, run
+from lm_service.engine.packed.native.plan import Ints, node_table, row_addresses, tensor_fields
+from lookonce.native.program import run_program
+from lookonce.native.team import barrier
 
 
 class NativeFills:
@@ -20,7 +21,7 @@ class NativeFills:
 
     def __init__(self, kernels: Kernels, shape: ModelShape, parts: Sequence[FillPart]) -> None:
         """`parts` in the order of the step's tokens, from the first one on."""
-        self._kernel, self._last = kernels.fill, shape.layers - 1
+        self._kernel = kernels.fill
         stretches = [[*part.ancestors, part.node] for part in parts]
         nodes = [node for path in stretches for node in path]
         own = np.cumsum([len(path) for path in stretches]) - 1
@@ -38,22 +39,26 @@ class NativeFills:
         )
         self._lengths = np.array([node.length for node in nodes], dtype=np.int64)
         self._nodes = node_table(nodes, shape)
-        self._table = table = np.zeros(len(Field), dtype=np.int64)
-        table[Field.TOKENS] = len(self._places)
-        table[Field.ITEMS], table[Field.LENGTHS] = self._items.ctypes.data, self._lengths.ctypes.data
-        table[Field.PLACES], table[Field.BARRIER] = self._places.ctypes.data, barrier()
-        self._address, self._first = table.ctypes.data, self._nodes.ctypes.data
-        self._layer_bytes = self._nodes.strides[0]
+        self._table = table = np.zeros((shape.layers, len(Field)), dtype=np.int64)
+        table[:, Field.TOKENS], table[:-1, Field.LOOKS] = len(self._places), len(self._items)
+        table[:, Field.ITEMS], table[:, Field.LENGTHS] = self._items.ctypes.data, self._lengths.ctypes.data
+        table[:, Field.PLACES], table[:, Field.BARRIER] = self._places.ctypes.data, barrier()
+        table[:, Field.NODES] = row_addresses(self._nodes)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> out [T, heads * d]. That is not
         written in the last layer: there no row of a fill is read after its keys and values."""
+        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
+
+    def calls(self, tensors: list[int], out: int) -> Ints:
+        """What to call, int64 [layers, 1, 2], when in every layer queries, keys and values are where `tensors` says
+        (see `tensor_fields`) and the output goes to `out`. Each call is for once."""
         table = self._table
-        table[: Field.TOKENS] = 0
-        table[Field.LOOKS] = 0 if layer == self._last else len(self._items)
-        table[Field.NODES] = self._first + layer * self._layer_bytes
-        table[Field.QUERY : Field.ITEMS] = [*tensor_fields(q, k, v), out.data_ptr()]
-        run(self._kernel, self._address)
+        table[:, : Field.TOKENS] = 0
+        table[:, Field.QUERY : Field.OUT], table[:, Field.OUT] = tensors, out
+        calls = np.empty((len(table), 1, 2), dtype=np.int64)
+        calls[:, 0, 0], calls[:, 0, 1] = self._kernel, row_addresses(table)
+        return calls
 
 
 def _items(part: FillPart, own: int, height: int) -> Iterator[list[int]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from llvmlite import ir
 
@@ -28,22 +27,26 @@ class Kernels:
     """Compiled for `heads`."""
 
     heads: Heads
-    attend: Any  # a function of a pointer to `table.Field`: `look` and `finish`
-    fill: Any | None  # a function of a pointer to `fill.Field`
+    attend: int  # address of a function of a pointer to `table.Field`: `look` and `finish`
+    fill: int  # address of a function of a pointer to `fill.Field`
     code: Compiled
 
 
-def supported(head_dim: int) -> bool:
-    """Whether there are kernels for heads of this size."""
-    return head_dim % 4 == 0 and 8 <= head_dim <= 256
+def supported(head_dim: int, group: int) -> bool:
+    """Whether there are kernels for such heads."""
+    return head_dim % 4 == 0 and 8 <= head_dim <= 256 and tokens_of_block(_heads(head_dim, group, 1)) > 0
 
 
 @lru_cache
 def compiled(head_dim: int, group: int, kv_heads: int) -> Kernels:
     """The kernels for such heads; compiled at the first call."""
-    heads = Heads(head_dim, group, kv_heads, lanes_for(head_dim), VECTORS)
+    heads = _heads(head_dim, group, kv_heads)
     code = Compiled(lambda module: _write(module, heads))
-    return Kernels(heads, code.task("attend"), code.task("fill") if tokens_of_block(heads) else None, code)
+    return Kernels(heads, code.address("attend"), code.address("fill"), code)
+
+
+def _heads(head_dim: int, group: int, kv_heads: int) -> Heads:
+    return Heads(head_dim, group, kv_heads, lanes_for(head_dim), VECTORS)
 
 
 def _write(module: ir.Module, heads: Heads) -> None:
@@ -51,5 +54,4 @@ def _write(module: ir.Module, heads: Heads) -> None:
     code = Code(module, "attend", 1, heads.lanes)
     code.call_in_turn((look, finish), code.function.args[0], Field.BARRIER)
     code.end()
-    if tokens_of_block(heads):
-        Fill(module, heads).write()
+    Fill(module, heads).write()

@@ -85,6 +85,11 @@ def tensor_fields(*tensors: torch.Tensor) -> list[int]:
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0))]
 
 
+def row_addresses(table: Ints) -> Ints:
+    """Where its rows begin."""
+    return table.ctypes.data + table.strides[0] * np.arange(len(table))
+
+
 def node_table(nodes: Sequence[Node], shape: ModelShape) -> Ints:
     """int64 [layers, nodes, 3]: addresses of keys and values, and how far heads are apart."""
     table = np.zeros((shape.layers, len(nodes), 3), dtype=np.int64)

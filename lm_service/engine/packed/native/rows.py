@@ -1,5 +1,5 @@
-"""What a layer does to each token's row by itself, in one pass over it: the root-mean-square norm, and the rotation of
-queries and keys. As torch's own operations they are a dozen small ones in every layer."""
+"""What a layer does to each token's row by itself, in one pass over it: the root-mean-square norm, the rotation of
+queries and keys, and the choice of some rows. As torch's own operations they are a dozen small ones in every layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ _PIECE = 8  # rows that a thread takes at once
 _ALONE = 1 << 14  # float32 up to which other threads don't pay
 
 
-class _Field(IntEnum):
+class Field(IntEnum):
+    """What the kernels' table holds at each place. Pointers are addresses."""
+
     COUNTER = 0
     ROWS = 1
     STEP = 2  # float32 from one row to the next
     ROW = 3  # pointer to the first
     OUT = 4
-    WEIGHT = 5
+    WEIGHT = 5  # of `gather`: int64 [ROWS], which rows
     COS = 6
     SIN = 7
 
@@ -35,15 +37,16 @@ class RowKernels:
     def __init__(self, hidden: int, head_dim: int, rotated: int, epsilon: float) -> None:
         """Rows of `hidden` places are normed; of each token the first `rotated` heads of `head_dim` are rotated."""
         code = _compiled(hidden, head_dim, rotated, epsilon)
-        self._code, self._norm, self._rotate = code, code.task("norm"), code.task("rotate")
+        self._norm, self._rotate = code.task("norm"), code.task("rotate")
+        self.code = code
         self._turned = head_dim * rotated
-        self._table = np.zeros(len(_Field), dtype=np.int64)
+        self._table = np.zeros(len(Field), dtype=np.int64)
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] / sqrt(mean(x^2) + epsilon) * weight [hidden]."""
         x = x.contiguous()
         out, table = torch.empty_like(x), self._table
-        table[: _Field.COS] = 0, *x.shape, x.data_ptr(), out.data_ptr(), weight.data_ptr()
+        table[: Field.COS] = 0, *x.shape, x.data_ptr(), out.data_ptr(), weight.data_ptr()
         run(self._norm, table.ctypes.data, alone=x.numel() <= _ALONE)
         return out
 
@@ -60,6 +63,7 @@ def _compiled(hidden: int, head_dim: int, rotated: int, epsilon: float) -> Compi
     def write(module: ir.Module) -> None:
         _write_norm(module, hidden, epsilon)
         _write_rotation(module, head_dim // 2, rotated)
+        _write_gather(module, hidden)
 
     return Compiled(write)
 
@@ -67,10 +71,10 @@ def _compiled(hidden: int, head_dim: int, rotated: int, epsilon: float) -> Compi
 def _write_norm(module: ir.Module, hidden: int, epsilon: float) -> None:
     code = Code(module, "norm", 1, lanes_for(hidden))
     fields, build = code.function.args[0], code.build
-    source, out, weight = (code.address(fields, field) for field in (_Field.ROW, _Field.OUT, _Field.WEIGHT))
+    source, out, weight = (code.address(fields, field) for field in (Field.ROW, Field.OUT, Field.WEIGHT))
     sums = [code.variable(code.vector) for _ in range(4)]
     together = 4 if hidden % (4 * code.lanes) == 0 else 1  # sums that needn't wait for each other
-    with code.shared_rows(fields, _Field.COUNTER, code.integer(fields, _Field.ROWS), _PIECE) as row:
+    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
         begin = code.times(row, hidden)
         line, target = code.at(source, begin), code.at(out, begin)
         for total in sums[:together]:
@@ -92,9 +96,9 @@ def _write_norm(module: ir.Module, hidden: int, epsilon: float) -> None:
 def _write_rotation(module: ir.Module, half: int, rotated: int) -> None:
     code = Code(module, "rotate", 1, lanes_for(half))
     fields, build = code.function.args[0], code.build
-    rows, step = code.address(fields, _Field.ROW), code.integer(fields, _Field.STEP)
-    cosines, sines = code.address(fields, _Field.COS), code.address(fields, _Field.SIN)
-    with code.shared_rows(fields, _Field.COUNTER, code.integer(fields, _Field.ROWS), _PIECE) as token:
+    rows, step = code.address(fields, Field.ROW), code.integer(fields, Field.STEP)
+    cosines, sines = code.address(fields, Field.COS), code.address(fields, Field.SIN)
+    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as token:
         angle, begin = code.times(token, half), code.times(token, step)
         for place in range(0, half, code.lanes):
             cos, sin = (code.row(table, code.plus(angle, place)) for table in (cosines, sines))
@@ -104,6 +108,18 @@ def _write_rotation(module: ir.Module, half: int, rotated: int) -> None:
                 turned = build.fneg(build.fmul(second, sin))
                 code.put(code.multiply_add(first, cos, turned), rows, at)
                 code.put(code.multiply_add(second, cos, build.fmul(first, sin)), rows, code.plus(at, half))
+    code.end()
+
+
+def _write_gather(module: ir.Module, hidden: int) -> None:
+    code = Code(module, "gather", 1, lanes_for(hidden))
+    fields = code.function.args[0]
+    source, out, which = (code.address(fields, field) for field in (Field.ROW, Field.OUT, Field.WEIGHT))
+    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
+        line = code.at(source, code.times(code.integer(which, row), hidden))
+        target = code.at(out, code.times(row, hidden))
+        with code.loop(hidden, step=code.lanes) as place:
+            code.put(code.row(line, place), target, place)
     code.end()
 
 

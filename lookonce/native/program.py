@@ -1,0 +1,51 @@
+"""Kernels called one after the other, with no Python between them: it has its lock back only at the end."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+
+from lookonce.native.code import POINTER, Code
+from lookonce.native.compiling import Compiled
+from lookonce.native.team import barrier, run
+
+Ints = npt.NDArray[np.int64]
+
+
+class _Field(IntEnum):
+    COUNT = 0
+    CALLS = 1  # pointer to int64 [COUNT, 2]: the address of a function of a pointer, and the pointer
+    BARRIER = 2  # pointer to a function that returns when all threads have called it; 0 for a lone thread
+
+
+def run_program(calls: Ints, *, alone: bool) -> None:
+    """Call functions of addresses int64 [n, 2], each when all threads have ended the one before. `alone`: in this
+    thread."""
+    calls = np.ascontiguousarray(calls)
+    table = np.array((len(calls), calls.ctypes.data, 0 if alone else barrier()), dtype=np.int64)
+    run(_program()[1], table.ctypes.data, alone=alone)
+
+
+@lru_cache
+def _program() -> tuple[Compiled, Any]:
+    code = Compiled(_write)
+    return code, code.task("program")
+
+
+def _write(module: ir.Module) -> None:
+    code = Code(module, "program", 1, 4)
+    fields, build = code.function.args[0], code.build
+    calls, wait = code.address(fields, _Field.CALLS), code.integer(fields, _Field.BARRIER)
+    waiting = ir.FunctionType(ir.VoidType(), []).as_pointer()
+    called = ir.FunctionType(ir.VoidType(), [POINTER]).as_pointer()
+    with code.loop(code.integer(fields, _Field.COUNT)) as number:
+        at = code.times(number, 2)
+        build.call(build.inttoptr(code.integer(calls, at), called), [code.address(calls, code.plus(at, 1))])
+        with build.if_then(build.icmp_signed("!=", wait, code.whole(0))):
+            build.call(build.inttoptr(wait, waiting), [])
+    code.end()
