@@ -1,7 +1,7 @@
 """The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
 
-Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do all but
-the matrix products (`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
+Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
+(`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
 The patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
 """
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from lookonce.native.compiling import LANES, Compiled, Task, compiled_or_none
 from lookonce.native.products import WIDTH, Field, write_products
+from lookonce.native.program import Call
 from lookonce.native.team import run
 
 _ALONE = 1 << 19  # multiplications up to which other threads don't pay
@@ -51,6 +52,12 @@ class PanelLinear:
         residual = residual.contiguous()
         return _run(self._plus, self.table, x, residual.data_ptr())
 
+    def call(self, name: str, x: int, rows: int, out: int) -> Call:
+        """Function and table of one of the products for so many rows at an address; `product_plus` adds to `out`."""
+        table = self.table.copy()
+        table[Field.ROWS], table[Field.SOURCE], table[Field.OTHER], table[Field.OUT] = rows, x, out, out
+        return product_address(name), table
+
 
 class PanelGatedUnit:
     """x [T, in] -> SiLU(x G^T) * (x U^T) [T, out]: the first half of SwiGLU (arXiv:2002.05202)."""
@@ -73,11 +80,11 @@ class PanelModule(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._linear = PanelLinear(linear.weight, linear.bias)
+        self.linear = PanelLinear(linear.weight, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]."""
-        return self._linear(x)
+        return self.linear(x)
 
 
 def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:

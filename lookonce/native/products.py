@@ -44,11 +44,13 @@ Finish = Callable[[Code, list[Value], Value, Value], Value]
 
 
 def write_products(module: ir.Module) -> None:
-    """Functions of a pointer to a table: `product`, x W^T + BIAS; `product_plus`, the same and OTHER; `product_gated`,
-    SiLU(x G^T) * (x U^T), where a panel's first half belongs to G and its second half to U."""
+    """Functions of a pointer to a table: `product`, x W^T + BIAS; `product_plus`, the same and OTHER; `product_gelu`,
+    the same through QuickGELU, y * sigmoid(1.702 y); `product_gated`, SiLU(x G^T) * (x U^T), where a panel's first half
+    belongs to G and its second half to U."""
     tiles = [_write_tile(module, height) for height in range(1, HEIGHT + 1)]
     _write(module, "product", tiles, _with_bias, VECTORS)
     _write(module, "product_plus", tiles, _with_rows, VECTORS)
+    _write(module, "product_gelu", tiles, _quick_gelu, VECTORS)
     _write(module, "product_gated", tiles, _gated, VECTORS // 2)
 
 
@@ -119,6 +121,11 @@ def _with_bias(code: Code, sums: list[Value], column: Value, place: Value) -> Va
 
 def _with_rows(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
     return code.build.fadd(_with_bias(code, sums, column, place), code.row(_pointer(code, Field.OTHER), place))
+
+
+def _quick_gelu(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
+    found = _with_bias(code, sums, column, place)
+    return code.build.fmul(found, code.sigmoid(code.build.fmul(found, code.constant(1.702, code.vector))))
 
 
 def _gated(code: Code, sums: list[Value], column: Value, place: Value) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,8 @@ from lookonce.native.compiling import Compiled
 from lookonce.native.team import barrier, run
 
 Ints = npt.NDArray[np.int64]
+Call = tuple[int, Sequence[int] | Ints]
+"""The address of a function of a pointer to a table, and the table."""
 
 
 class _Field(IntEnum):
@@ -29,6 +32,15 @@ def run_program(calls: Ints, *, alone: bool) -> None:
     calls = np.ascontiguousarray(calls)
     table = np.array((len(calls), calls.ctypes.data, 0 if alone else barrier()), dtype=np.int64)
     run(_program()[1], table.ctypes.data, alone=alone)
+
+
+def run_calls(calls: Sequence[Call], *, alone: bool) -> None:
+    """The same of calls."""
+    tables = np.zeros((len(calls), max(len(fields) for _, fields in calls)), dtype=np.int64)
+    for table, (_, fields) in zip(tables, calls, strict=True):
+        table[: len(fields)] = fields
+    addresses = tables.ctypes.data + tables.strides[0] * np.arange(len(calls))
+    run_program(np.stack([np.array([function for function, _ in calls]), addresses], axis=1), alone=alone)
 
 
 @lru_cache

@@ -1,14 +1,17 @@
-"""The tower's blocks and merger with compiled kernels between torch's matrix products."""
+"""The tower's blocks as one program of compiled kernels, or with kernels between products that are not ours (int8)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import nn
 
-from lookonce.checkpoint.lean import VisionTower
+from lookonce.checkpoint.lean import VisionBlock, VisionTower
 from lookonce.native.compiling import compiled_or_none
-from vision_service.native.kernels import Kernels, Shape
+from lookonce.native.panels import PanelLinear, PanelModule
+from lookonce.native.program import run_calls
+from vision_service.native.kernels import Kernels, Packed, Shape
 
 _MLP_FLOATS = 1 << 22  # between the two layers of an MLP at once: they stay in the cache, and memory is used again
 
@@ -18,25 +21,69 @@ class NativeBlocks:
 
     def __init__(self, tower: VisionTower, shape: Shape) -> None:
         self._tower, self.kernels = tower, Kernels(shape)
-        self._rows = max(1, _MLP_FLOATS // shape.inner)
+        self._inner, self._rows = shape.inner, max(1, _MLP_FLOATS // shape.inner)
+        matrices = [matrix for block in tower.blocks for matrix in _matrices(block)]
+        self._compiled = all(isinstance(matrix, PanelModule) for matrix in matrices)
 
     def __call__(
         self, hidden: torch.Tensor, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """Embedded patches [patches, width] of pictures with so many each -> [tokens, hidden]; `hidden` is overwritten.
         Cosines and sines are [patches, 1, d / 2]."""
-        kernels, merger = self.kernels, self._tower.merger
-        packed, blocks = kernels.pack(counts, cos, sin), list(self._tower.blocks)
-        following = [block.norm1 for block in blocks[1:]] + [merger.ln_q]
-        normed = kernels.norm(hidden, blocks[0].norm1)
-        for block, norm in zip(blocks, following, strict=True):
+        packed, merger = self.kernels.pack(counts, cos, sin), self._tower.merger
+        compute = self._by_program if self._compiled else self._between_products
+        tokens: torch.Tensor = merger.mlp(compute(hidden, packed).view(-1, merger.inner))
+        return tokens
+
+    def _by_program(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """What the merger's layers get, [patches, width]: all in one call of kernels, without Python's lock."""
+        kernels, (patches, width), size = self.kernels, hidden.shape, hidden.element_size()
+        normed, mixed = torch.empty_like(hidden), torch.empty_like(hidden)
+        qkv, inner = hidden.new_empty((patches, 3 * width)), hidden.new_empty((min(patches, self._rows), self._inner))
+        calls = [kernels.norm_call(hidden, self._tower.blocks[0].norm1, normed)]
+        for block, following in self._blocks():
+            calls += [
+                _linear(block.attn.qkv).call("product", normed.data_ptr(), patches, qkv.data_ptr()),
+                kernels.attend_call(qkv, packed, mixed),
+                _linear(block.attn.proj).call("product_plus", mixed.data_ptr(), patches, hidden.data_ptr()),
+                kernels.norm_call(hidden, block.norm2, normed),
+            ]
+            for begin in range(0, patches, self._rows):
+                rows, at = min(self._rows, patches - begin), begin * width * size
+                calls += [
+                    _linear(block.mlp.fc1).call("product_gelu", normed.data_ptr() + at, rows, inner.data_ptr()),
+                    _linear(block.mlp.fc2).call("product_plus", inner.data_ptr(), rows, hidden.data_ptr() + at),
+                ]
+            calls.append(kernels.norm_call(hidden, following, normed))
+        run_calls(calls, alone=False)
+        return normed
+
+    def _between_products(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """The same for products that are not ours."""
+        kernels = self.kernels
+        normed = kernels.norm(hidden, self._tower.blocks[0].norm1)
+        for block, following in self._blocks():
             mixed = kernels.attend(block.attn.qkv(normed), packed)
             kernels.add_norm(hidden, block.attn.proj(mixed), block.norm2, normed)
             for some, part in zip(*(torch.split(x, self._rows) for x in (hidden, normed)), strict=True):
                 inner = kernels.gelu(block.mlp.fc1(part))
-                kernels.add_norm(some, block.mlp.fc2(inner), norm, part)
-        tokens: torch.Tensor = merger.mlp(normed.view(-1, merger.inner))
-        return tokens
+                kernels.add_norm(some, block.mlp.fc2(inner), following, part)
+        return normed
+
+    def _blocks(self) -> Iterator[tuple[VisionBlock, nn.LayerNorm]]:
+        """With the norm that follows."""
+        blocks = list(self._tower.blocks)
+        return zip(blocks, [block.norm1 for block in blocks[1:]] + [self._tower.merger.ln_q], strict=True)
+
+
+def _linear(module: nn.Module) -> PanelLinear:
+    if not isinstance(module, PanelModule):
+        raise TypeError("not laid out in panels")
+    return module.linear
+
+
+def _matrices(block: VisionBlock) -> tuple[nn.Module, ...]:
+    return block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2
 
 
 def blocks_for(tower: VisionTower, dtype: torch.dtype, device: torch.device) -> NativeBlocks | None:

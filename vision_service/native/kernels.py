@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,8 @@ from llvmlite import ir
 from torch import nn
 
 from lookonce.native.compiling import VECTORS, Compiled, lanes_for
-from lookonce.native.team import barrier, run
+from lookonce.native.program import Call, run_calls
+from lookonce.native.team import barrier
 from vision_service.native import attention
 from vision_service.native.attention import Heads, write_attention
 from vision_service.native.rows import write_gelu, write_lookup, write_norm
@@ -56,10 +56,7 @@ class Kernels:
 
     def __init__(self, shape: Shape) -> None:
         self._shape, self._heads = shape, _heads(shape)
-        code = _compiled(shape)
-        self._code, self._laid = code, torch.empty(0)
-        self._attend, self._norm, self._add_norm, self._gelu = map(code.task, ("attend", "norm", "add_norm", "gelu"))
-        self._lookup = code.task("lookup")
+        self._code, self._laid = _compiled(shape), torch.empty(0)
 
     def pack(self, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> Packed:
         """Pictures of so many patches each, end to end. The largest come first: they are work for longest."""
@@ -75,50 +72,55 @@ class Kernels:
 
     def attend(self, qkv: torch.Tensor, packed: Packed) -> torch.Tensor:
         """[patches, 3 * width] -> [patches, width]: each picture's patches attend to each other."""
-        qkv, patches = qkv.contiguous(), qkv.shape[0]
-        heads, shape = self._heads, self._shape
+        qkv = qkv.contiguous()
+        out = qkv.new_empty((qkv.shape[0], self._shape.width))
+        run_calls([self.attend_call(qkv, packed, out)], alone=False)
+        return out
+
+    def attend_call(self, qkv: torch.Tensor, packed: Packed, out: torch.Tensor) -> Call:
+        """What computes `attend`."""
+        patches, heads, field = qkv.shape[0], self._heads, attention.Field
         plane = patches * heads.size
         if self._laid.numel() < 3 * heads.count * plane:
             self._laid = torch.empty(3 * heads.count * plane)
-        out = qkv.new_empty((patches, shape.width))
-        table = np.zeros(len(attention.Field), dtype=np.int64)
-        table[attention.Field.PATCHES :] = (
+        table = np.zeros(len(field), dtype=np.int64)
+        table[field.PATCHES :] = (
             *(patches, qkv.data_ptr(), packed.cos.data_ptr(), packed.sin.data_ptr(), self._laid.data_ptr(), plane),
             *(out.data_ptr(), packed.blocks.ctypes.data, len(packed.blocks), barrier()),
         )
-        run(self._attend, table.ctypes.data)
-        return out
+        return self._code.address("attend"), table
 
     def lookup(self, pixels: npt.NDArray[np.uint8], table: torch.Tensor) -> torch.Tensor:
         """Values of pixels [patches, 3, places] by a table [3 * 256] -> [patches, 3 * places]."""
         patches, channels, places = pixels.shape
         out = table.new_empty((patches, channels * places))
-        fields = np.array((0, patches, pixels.ctypes.data, table.data_ptr(), out.data_ptr(), places), dtype=np.int64)
-        run(self._lookup, fields.ctypes.data, alone=out.numel() <= _ALONE)
+        fields = (0, patches, pixels.ctypes.data, table.data_ptr(), out.data_ptr(), places)
+        run_calls([(self._code.address("lookup"), fields)], alone=out.numel() <= _ALONE)
         return out
 
     def norm(self, x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         """Layer norm of x [patches, width]."""
         out = torch.empty_like(x)
-        self._rows(self._norm, x, 0, out.data_ptr(), norm.weight.data_ptr(), norm.bias.data_ptr())
+        run_calls([self.norm_call(x, norm, out)], alone=x.numel() <= _ALONE)
         return out
+
+    def norm_call(self, x: torch.Tensor, norm: nn.LayerNorm, out: torch.Tensor) -> Call:
+        """What computes `norm`."""
+        weights = norm.weight.data_ptr(), norm.bias.data_ptr()
+        return self._code.address("norm"), (0, x.shape[0], x.data_ptr(), 0, out.data_ptr(), *weights)
 
     def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: nn.LayerNorm, out: torch.Tensor) -> None:
         """x += added, and `out` becomes the layer norm of that; all [patches, width]."""
         added = added.contiguous()
         weights = norm.weight.data_ptr(), norm.bias.data_ptr()
-        self._rows(self._add_norm, x, added.data_ptr(), out.data_ptr(), *weights)
+        fields = (0, x.shape[0], x.data_ptr(), added.data_ptr(), out.data_ptr(), *weights)
+        run_calls([(self._code.address("add_norm"), fields)], alone=x.numel() <= _ALONE)
 
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """x [patches, inner] * sigmoid(1.702 x), in place of x."""
         x = x.contiguous()
-        self._rows(self._gelu, x, 0, 0, 0, 0)
+        run_calls([(self._code.address("gelu"), (0, x.shape[0], x.data_ptr()))], alone=x.numel() <= _ALONE)
         return x
-
-    @staticmethod
-    def _rows(task: Any, x: torch.Tensor, *others: int) -> None:
-        table = np.array((0, x.shape[0], x.data_ptr(), *others), dtype=np.int64)
-        run(task, table.ctypes.data, alone=x.numel() <= _ALONE)
 
 
 def _heads(shape: Shape) -> Heads:
