@@ -17,6 +17,7 @@ MODULES = {
     "moderate": "batch moderation through the services against two floors: transformers bare, own kernels bare",
     "gateway": "warm question through the whole system against the engine alone",
     "pressure": "500 clients that hang up at once, and a language service that is full",
+    "products": "our compiled matrix products against oneDNN's and torch's",
     "int8": "int8 weights against plain ones at 2B dimensions: products of one block and one layer",
     "memory": "resident memory and bytes read of each service at 2B dimensions (writes 4.4 GB; minutes)",
 }

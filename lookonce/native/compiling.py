@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import CFUNCTYPE, c_void_p
+from platform import machine
 from typing import Any, TypeVar
 
 import structlog
@@ -28,6 +29,9 @@ def _features() -> binding.FeatureMap:
 _FEATURES = _features()
 LANES, VECTORS = (16, 4) if _FEATURES.get("avx512f") else (8, 2) if _FEATURES.get("avx2") else (4, 4)
 """Float32 of a vector, and how many of them a product of small tiles keeps side by side in registers."""
+
+FUSED = bool(_FEATURES.get("fma")) or machine() in ("aarch64", "arm64")
+"""Whether the CPU multiplies and adds in one instruction; without, each is a call of a function."""
 
 
 def lanes_for(size: int) -> int:

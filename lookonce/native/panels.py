@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lookonce.native.compiling import LANES, Compiled, Task, compiled_or_none
+from lookonce.native.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
 from lookonce.native.products import WIDTH, Field, write_products
 from lookonce.native.program import Call
 from lookonce.native.team import run
@@ -27,7 +27,7 @@ def panels_serve(weight: torch.Tensor) -> bool:
     """Whether there are compiled products for a matrix [out, in]."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[0] % LANES:
         return False
-    return _compiled() is not None
+    return FUSED and _compiled() is not None
 
 
 class PanelLinear:

@@ -131,6 +131,21 @@ def test_torch_serves_where_nothing_can_be_compiled(checkpoint_path, noise, monk
     torch.testing.assert_close(encoder.encode([picture])[0], wanted, atol=1e-5, rtol=0)
 
 
+def test_a_program_of_kernels_gives_what_they_give_between_other_products(checkpoint_path, noise, monkeypatch):
+    """To the bit: epilogues of products compute what passes of their own do."""
+    checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
+    preprocess = Preprocessor(checkpoint.preprocessor)
+    pictures = [preprocess(noise(60 + 30 * number, 120), 3136, 100_000) for number in range(3)]
+    encoder = Encoder.load(checkpoint, torch.float32, CPU)
+    program = encoder.encode(pictures)
+    for rows in (1 << 20, 7):  # of an MLP at once
+        monkeypatch.setattr(encoder._blocks, "_rows", rows)
+        assert all(map(torch.equal, encoder.encode(pictures), program))
+    assert encoder._blocks._compiled
+    monkeypatch.setattr(encoder._blocks, "_compiled", False)
+    assert all(map(torch.equal, encoder.encode(pictures), program))
+
+
 def test_what_has_kernels(checkpoint_path):
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
     assert Encoder.load(checkpoint, torch.float32, CPU).native
