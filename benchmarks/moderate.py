@@ -275,7 +275,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
                 path.write_bytes(path.read_bytes() + number.to_bytes(4, "little"))  # new to the services
             files = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
             found = await floor.run(rules, files, number)
-            if number:  # the first warms up
+            if number and options.transformers:  # the first warms up
                 found |= transformers_floor(options, pictures, policy)
             found |= job(folder, pictures, policy, (vision, language))
             if number:
@@ -287,7 +287,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
 def summary(rounds: Sequence[dict[str, float]], awake: dict[str, float]) -> dict[str, float]:
     """Milliseconds a picture, and ratios, from seconds a picture."""
     figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    for kind in ("own kernels", "transformers", "transformers, plain"):
+    for kind in (name.removeprefix("bare encodes, ") for name in rounds[0] if name.startswith("bare encodes, ")):
         floors = [one[f"bare encodes, {kind}"] + one[f"bare scores, {kind}"] for one in rounds]
         figures[f"floor, {kind}"] = 1000 * statistics.median(floors)
         ratios = [floor / one["job"] for floor, one in zip(floors, rounds, strict=True)]
@@ -306,6 +306,12 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the floor")
     parser.add_argument("--service-threads", type=int, default=1, help="of each service: the two share the cores")
+    parser.add_argument(
+        "--transformers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="its floors as well: a dozen packings, minutes for larger models",
+    )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lookonce-bench-") as folder:

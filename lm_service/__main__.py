@@ -8,7 +8,7 @@ from lm_service.settings import LanguageSettings
 from lookonce import tracing
 from lookonce.apart import apart
 from lookonce.errors import LookonceError
-from lookonce.process import keep_freed_memory, leave_after
+from lookonce.process import keep_freed_memory, leave_after, wait_briefly
 from lookonce.settings import command
 from lookonce.telemetry import configure_logging
 
@@ -18,6 +18,7 @@ log = structlog.get_logger(__name__)
 def run(settings: LanguageSettings) -> int:
     """Load the model and serve; the process's exit status."""
     configure_logging("language", settings.log_level, settings.log_format)
+    wait_briefly()
     # Here and not above: --help and a mistyped flag answer before torch is imported.
     import uvloop
 

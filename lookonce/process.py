@@ -1,5 +1,5 @@
-"""A service's process: the memory it keeps at hand, what its garbage collector need not look at, and its end without
-taking the interpreter apart."""
+"""A service's process: how its threads wait, the memory it keeps at hand, what its garbage collector need not look at,
+and its end without taking the interpreter apart."""
 
 from __future__ import annotations
 
@@ -14,8 +14,17 @@ from typing import NoReturn
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 256 << 20
+_SPINS = "300"  # of libgomp's waiting loop
 _LARGE_BYTES = (64 << 20, 32 << 20)
 """From this size on memory comes from the system and goes back to it; the second where the first is refused."""
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads sleep when there has been nothing to do for some microseconds. By default those of libgomp
+    wait awake for milliseconds, and take the cores from a service beside this one. Call it before torch is imported;
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT, where an operator has set one, stays as it is."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 def keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import weakref
@@ -38,6 +39,33 @@ def test_status_and_output_as_ever_and_at_once(end, status):
     assert done.stdout == "to stdout\n"
     assert "to the log" in done.stderr
     assert ("no" in done.stderr.split()) is ("no" in end)
+
+
+@pytest.mark.parametrize(
+    ("set_before", "spins"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+@pytest.mark.parametrize("service", ["vision_service", "lm_service"])
+def test_a_service_says_how_threads_wait_before_torch_is_there(service, set_before, spins):
+    """libgomp reads it once, when it is loaded; what an operator has set stays."""
+    script = f"""
+import os, sys
+from {service}.__main__ import run
+
+def at(event, args):
+    if event == "import" and args[0] == "torch":
+        print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+        os._exit(0)
+
+sys.addaudithook(at)
+
+class Settings:
+    log_level, log_format = "info", "json"
+run(Settings())
+"""
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=env | set_before, capture_output=True, text=True, timeout=180, check=False)
+    assert done.stdout.split() == [spins], done.stderr
 
 
 def test_a_reader_that_went_away_changes_nothing():

@@ -1,185 +1,29 @@
-"""`python -m vision_service`: build the parts, serve until SIGTERM."""
+"""`python -m vision_service`: the vision service."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import structlog
-import torch
 
-from lookonce import __version__, tracing
-from lookonce.apart import apart
-from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.placement import choose_device, choose_dtype, dtype_name
-from lookonce.process import heap_frozen, keep_freed_memory, leave_after
-from lookonce.quantization import check_usable, scheme
-from lookonce.rpc.server import Server, ServerOptions
+from lookonce import tracing
+from lookonce.errors import LookonceError
+from lookonce.process import leave_after, wait_briefly
 from lookonce.settings import command
-from lookonce.stores import Store, open_store
-from lookonce.stores.memory import MemoryStore
-from lookonce.stores.tiered import TieredStore
-from lookonce.telemetry import configure_logging, serve_metrics
-from lookonce.units import format_size
-from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
-from vision_service.encoder import Encoder
-from vision_service.images import Decoder, ImageLimits
-from vision_service.preprocess import Preprocessor
-from vision_service.service import CoreLimits, Model, VisionCore
-from vision_service.servicer import VisionServicer
+from lookonce.telemetry import configure_logging
 from vision_service.settings import VisionSettings
 
 log = structlog.get_logger(__name__)
-BATCH_PATCHES = {True: 2048, False: 16384}
-"""By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A loaded checkpoint and what it serves as."""
-
-    checkpoint: Checkpoint
-    encoder: Encoder
-    preprocessor: Preprocessor
-    model: Model
-
-
-def load(settings: VisionSettings) -> Tower:
-    """Open the checkpoint and load its vision half. Raises LookonceError."""
-    device = choose_device(settings.device)
-    check_usable(settings.quantization, [device])
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)
-    dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
-    preprocessor = Preprocessor(checkpoint.preprocessor)
-    model = Model(
-        fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
-        hidden_size=checkpoint.hidden_size,
-        merge_size=checkpoint.merge_size,
-        own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
-        bounds=_bounds(settings, checkpoint),
-    )
-    native = settings.kernels == "auto"
-    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization, native=native)
-    encoder.warm_up(preprocessor)
-    return Tower(checkpoint, encoder, preprocessor, model)
-
-
-def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Store) -> VisionCore:
-    """Put the core together. Call on the event loop it will run on."""
-    return VisionCore(
-        tower.model,
-        tower.encoder.encode,
-        tower.preprocessor,
-        Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels)),
-        store,
-        shared=shared,
-        limits=CoreLimits(
-            decode_workers=settings.decode_workers,
-            max_waiting=settings.max_waiting,
-            batch_patches=settings.batch_patches or BATCH_PATCHES[tower.encoder.device.type == "cpu"],
-            queue_patches=settings.queue_patches,
-            batch_wait=settings.batch_wait_ms / 1000,
-            lease_seconds=settings.lease_seconds,
-        ),
-    )
-
-
-def open_stores(settings: VisionSettings) -> tuple[Store, Store]:
-    """What lookups go through (memory in front), and the tier that other processes see."""
-    shared = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
-    if settings.l1_bytes == 0 or settings.store.strip().startswith("memory:"):
-        return shared, shared
-    nearest = MemoryStore(settings.l1_bytes, ttl=settings.store_ttl, namespace="embeddings")
-    return TieredStore([nearest, shared]), shared
-
-
-def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
-    """Describe's answer, without the counters."""
-    checkpoint, encoder = tower.checkpoint, tower.encoder
-    return vision_pb2.VisionDescription(
-        model=common_pb2.ModelDescription(
-            name=checkpoint.name,
-            checkpoint=checkpoint.identity,
-            family=checkpoint.family.model_type,
-            dtype=dtype_name(encoder.dtype),
-            device=str(encoder.device),
-            hidden_size=checkpoint.hidden_size,
-            merge_size=checkpoint.merge_size,
-            weight_bytes=checkpoint.weight_bytes(Half.VISION),
-            version=__version__,
-            instance=os.urandom(8).hex(),
-            started_at=time.time(),
-            quantization=scheme(settings.quantization, encoder.device),
-        ),
-        fingerprint=tower.model.fingerprint,
-        min_pixels=tower.model.bounds[0],
-        max_pixels=tower.model.bounds[1],
-        max_image_bytes=settings.max_image_bytes,
-        max_source_pixels=settings.max_source_pixels,
-        stream_window=settings.stream_window,
-    )
-
-
-@asynccontextmanager
-async def running(settings: VisionSettings) -> AsyncIterator[Server]:
-    """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
-    started = time.monotonic()
-    tower = await asyncio.to_thread(apart, load, settings)
-    keep_freed_memory()
-    store, shared = open_stores(settings)
-    core = build_core(settings, tower, store, shared)
-    core.start()
-    try:
-        server = Server(
-            ServerOptions(
-                settings.listen, settings.tls, settings.max_message_bytes, settings.reflection, settings.grace
-            )
-        )
-        servicer = VisionServicer(core, describe(settings, tower))
-        server.add(
-            "lookonce.v1.VisionEncoder",
-            partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
-        )
-        address = await server.start()
-        if settings.metrics_listen is not None:
-            serve_metrics(settings.metrics_listen)
-        with heap_frozen():
-            await server.set_serving(True)
-            log.info(
-                "ready",
-                address=address,
-                model=tower.checkpoint.name,
-                device=str(tower.encoder.device),
-                dtype=dtype_name(tower.encoder.dtype),
-                weights=format_size(tower.checkpoint.weight_bytes(Half.VISION)),
-                fingerprint=tower.model.fingerprint[:16],
-                seconds=round(time.monotonic() - started, 2),
-            )
-            yield server
-    finally:
-        await core.close()
-        await store.close()
-
-
-async def serve(settings: VisionSettings) -> None:
-    """Serve until SIGTERM, drain. Raises LookonceError when it can't start."""
-    async with running(settings) as server:
-        await server.wait()
-    log.info("stopped")
 
 
 def run(settings: VisionSettings) -> int:
     """Exit status: 0 after a drain, 1 when the service can't start."""
     configure_logging("vision", settings.log_level, settings.log_format)
-    import uvloop  # here, for Windows has none and --help needs none
+    wait_briefly()
+    # Here and not above: --help and a mistyped flag answer before torch is imported.
+    import uvloop
+
+    from vision_service.serving import serve
 
     try:
         tracing.export_spans("vision", settings.trace_endpoint, share=settings.trace_share)
@@ -190,16 +34,6 @@ def run(settings: VisionSettings) -> int:
     finally:
         tracing.flush_spans()
     return 0
-
-
-def _bounds(settings: VisionSettings, checkpoint: Checkpoint) -> tuple[int, int]:
-    most = settings.max_pixels or checkpoint.max_pixels
-    least = settings.min_pixels or min(checkpoint.min_pixels, most)
-    if least > most:
-        raise LookonceError(
-            ErrorKind.INVALID_ARGUMENT, f"--min-pixels {least} is above the checkpoint's max_pixels {most}"
-        )
-    return least, most
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from skimage import data
 from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.rpc.client import VisionClient
 from tests.processes import ServiceProcess
-from vision_service.__main__ import running
 from vision_service.images import Decoder
+from vision_service.serving import running
 from vision_service.settings import VisionSettings
 
 

@@ -27,8 +27,8 @@ from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
 from tests.vision.files import encoded, small
-from vision_service.__main__ import serve
 from vision_service.images import Decoder, ImageLimits
+from vision_service.serving import serve
 from vision_service.settings import VisionSettings
 
 
