@@ -76,3 +76,14 @@ def test_whom_they_serve():
     assert not panels_serve(torch.empty(LANES + 1, 3))
     assert not panels_serve(torch.empty(LANES, 3, dtype=torch.bfloat16))
     assert not panels_serve(torch.empty(LANES, 3, device="meta"))
+
+
+def test_threads_that_they_could_not_use_are_left_to_others(monkeypatch):
+    monkeypatch.setattr(team, "_PARALLEL", None)  # another OpenMP than libgomp
+    before = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert panels_serve(torch.empty(LANES, 3)) is (count == 1)
+    finally:
+        torch.set_num_threads(before)

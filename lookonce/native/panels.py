@@ -16,7 +16,7 @@ from torch import nn
 from lookonce.native.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
 from lookonce.native.products import WIDTH, Field, write_products
 from lookonce.native.program import Call
-from lookonce.native.team import run
+from lookonce.native.team import run, threads
 
 _ALONE = 1 << 19  # multiplications up to which other threads don't pay
 
@@ -24,10 +24,10 @@ Ints = npt.NDArray[np.int64]
 
 
 def panels_serve(weight: torch.Tensor) -> bool:
-    """Whether there are compiled products for a matrix [out, in]."""
+    """Whether there are compiled products for a matrix [out, in], on all threads that torch has."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[0] % LANES:
         return False
-    return FUSED and _compiled() is not None
+    return FUSED and threads() == torch.get_num_threads() and _compiled() is not None
 
 
 class PanelLinear:
@@ -36,7 +36,7 @@ class PanelLinear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """`weight` [out, in] is copied, `bias` [out] is not."""
         columns, depth = weight.shape
-        self._panels = _panels(weight, WIDTH)
+        self._panels = _panels(weight)
         self._bias = weight.new_zeros(columns) if bias is None else bias.contiguous()
         self._product, self._plus = _task("product"), _task("product_plus")
         self.table = _table(self._panels, columns, depth)
@@ -64,8 +64,7 @@ class PanelGatedUnit:
 
     def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
         """Two matrices [out, in], copied."""
-        halves = [_panels(matrix, WIDTH // 2) for matrix in (gate, up)]
-        self._panels = torch.cat(halves, dim=2)
+        self._panels = _panels(gate, up)
         self._product = _task("product_gated")
         self.table = _table(self._panels, *gate.shape)
         """The fields that are the same for all rows, int64 [len(Field)]."""
@@ -87,15 +86,14 @@ class PanelModule(nn.Module):
         return self.linear(x)
 
 
-def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """[out, in] -> [panels, in, width], zeros in columns that there aren't."""
-    columns, depth = weight.shape
-    count = -(-columns // width)
-    laid = weight.new_zeros((count, depth, width))
+def _panels(*weights: torch.Tensor) -> torch.Tensor:
+    """Matrices [out, in] side by side -> [panels, in, WIDTH], zeros in columns that there aren't."""
+    (columns, depth), width = weights[0].shape, WIDTH // len(weights)
+    laid = weights[0].new_zeros((-(-columns // width), depth, WIDTH))
     whole = columns // width
-    laid[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
-    if whole < count:
-        laid[whole, :, : columns - whole * width] = weight[whole * width :].t()
+    for place, weight in zip(laid.split(width, dim=2), weights, strict=True):
+        place[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
+        place[whole:, :, : columns - whole * width] = weight[whole * width :].t()
     return laid
 
 

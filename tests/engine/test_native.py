@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lm_service.engine.packed.adapter import ModelShape, Stage
 from lm_service.engine.packed.kv import KV
-from lm_service.engine.packed.native.attention import NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.native.attention import NativeAttention, NativeTails, Workspace, kernels_for
 from lm_service.engine.packed.native.kernels import compiled
 from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
 from lm_service.engine.packed.native.rows import rows_for
@@ -89,7 +89,8 @@ class Scene:
         kernels = kernels_for(self.shape)
         plan = native_plan(self.stretches(), self.told(), kernels.heads, room)
         self.waves = len(plan.waves)
-        attention = NativeTails(kernels, self.shape, self.pool, plan, Workspace())
+        tails = NativeTails(kernels, self.shape, self.pool, plan, Workspace())
+        attention = NativeAttention(self.shape, 0, None, tails)
         return [attention(layer, self.q[layer], self.k[layer], self.v[layer]) for layer in range(LAYERS)]
 
     def expected(self, layer: int) -> torch.Tensor:

@@ -10,7 +10,9 @@ from lm_service.engine.packed.attention import FillPart
 from lm_service.engine.packed.kv import KV
 from lm_service.engine.packed.native.attention import kernels_for
 from lm_service.engine.packed.native.filling import NativeFills
+from lm_service.engine.packed.native.plan import tensor_fields
 from lm_service.engine.packed.prefix_cache import Node
+from lookonce.native.program import run_program
 from tests.engine.test_native import LAYERS, SIZES, shape_of
 
 LENGTHS = [(1,), (15, 119), (700, 3, 65), (64, 1), (33,)]  # paths of stretches: the last is to be filled
@@ -55,7 +57,8 @@ class Prefixes:
             fills = NativeFills(kernels_for(self.shape), self.shape, parts)
             for layer in range(LAYERS):
                 out = torch.full((at, outs.shape[2]), 7.0)
-                fills(layer, self.q[layer, rows], self.k[layer, rows], self.v[layer, rows], out)
+                tensors = [x[layer, rows] for x in (self.q, self.k, self.v)]
+                run_program(fills.calls(tensor_fields(*tensors), out.data_ptr())[layer], alone=False)
                 outs[layer, rows] = out
         return outs
 

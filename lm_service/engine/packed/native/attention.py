@@ -61,12 +61,6 @@ class NativeTails:
         self._waves = [_Wave(table.copy(), wave, shape) for wave in plan.waves]
         self._waves[0].table[:, Field.STORED] = len(tails.visible)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> [T, heads * d]."""
-        out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
-        return out
-
     def calls(self, tensors: list[int], out: int) -> Ints:
         """What to call, int64 [layers, waves, 2], when in every layer queries, keys and values are where `tensors`
         says (see `tensor_fields`) and the output goes to `out`. Each call is for once."""

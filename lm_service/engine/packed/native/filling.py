@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import FillPart
 from lm_service.engine.packed.native.fill import Field, Item, tokens_of_block
 from lm_service.engine.packed.native.kernels import Kernels
-from lm_service.engine.packed.native.plan import Ints, node_table, row_addresses, tensor_fields
-from lookonce.native.program import run_program
+from lm_service.engine.packed.native.plan import Ints, node_table, row_addresses
 from lookonce.native.team import barrier
 
 
@@ -45,14 +43,10 @@ class NativeFills:
         table[:, Field.PLACES], table[:, Field.BARRIER] = self._places.ctypes.data, barrier()
         table[:, Field.NODES] = row_addresses(self._nodes)
 
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        """q [T, heads, d], k and v [T, kv_heads, d], each token's heads in one piece -> out [T, heads * d]. That is not
-        written in the last layer: there no row of a fill is read after its keys and values."""
-        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
-
     def calls(self, tensors: list[int], out: int) -> Ints:
         """What to call, int64 [layers, 1, 2], when in every layer queries, keys and values are where `tensors` says
-        (see `tensor_fields`) and the output goes to `out`. Each call is for once."""
+        (see `tensor_fields`) and the output goes to `out`, [T, heads * d]. That is not written in the last layer: there
+        no row of a fill is read after its keys and values. Each call is for once."""
         table = self._table
         table[:, : Field.TOKENS] = 0
         table[:, Field.QUERY : Field.OUT], table[:, Field.OUT] = tensors, out
