@@ -91,7 +91,7 @@ def _panels(*weights: torch.Tensor) -> torch.Tensor:
     (columns, depth), width = weights[0].shape, WIDTH // len(weights)
     laid = weights[0].new_zeros((-(-columns // width), depth, WIDTH))
     whole = columns // width
-    for place, weight in zip(laid.split(width, dim=2), weights, strict=True):
+    for place, weight in zip(laid.chunk(len(weights), dim=2), weights, strict=True):
         place[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
         place[whole:, :, : columns - whole * width] = weight[whole * width :].t()
     return laid
