@@ -134,10 +134,14 @@ class Code:
         wait = self.integer(table, barrier)
         for number, function in enumerate(functions):
             if number:
-                with self.build.if_then(self.build.icmp_signed("!=", wait, self.whole(0))):
-                    waiting = ir.FunctionType(ir.VoidType(), []).as_pointer()
-                    self.build.call(self.build.inttoptr(wait, waiting), [])
+                self.wait(wait)
             self.build.call(function, [table])
+
+    def wait(self, barrier: Value) -> None:
+        """Call the function at an address, which waits for all threads; 0: there is none."""
+        with self.build.if_then(self.build.icmp_signed("!=", barrier, self.whole(0))):
+            waiting = ir.FunctionType(ir.VoidType(), []).as_pointer()
+            self.build.call(self.build.inttoptr(barrier, waiting), [])
 
     # integers
 
@@ -257,6 +261,10 @@ class Code:
         negative = build.fcmp_ordered("<", turned, zero)
         small = self.power(build.select(negative, turned, build.fneg(turned)))
         return build.fdiv(build.select(negative, small, one), build.fadd(one, small))
+
+    def quick_gelu(self, x: Value) -> Value:
+        """x * sigmoid(1.702 x), of a vector."""
+        return self.build.fmul(x, self.sigmoid(self.build.fmul(x, self.constant(1.702, self.vector))))
 
     def _intrinsic(self, name: str, result: ir.Type, *operands: ir.Type) -> Value:
         """LLVM's own function of that name for operands of which the last says the kind."""

@@ -9,18 +9,15 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from lookonce.native.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
 from lookonce.native.products import WIDTH, Field, write_products
-from lookonce.native.program import Call
+from lookonce.native.program import Call, Ints
 from lookonce.native.team import run, threads
 
 _ALONE = 1 << 19  # multiplications up to which other threads don't pay
-
-Ints = npt.NDArray[np.int64]
 
 
 def panels_serve(weight: torch.Tensor) -> bool:

@@ -124,8 +124,7 @@ def _with_rows(code: Code, sums: list[Value], column: Value, place: Value) -> Va
 
 
 def _quick_gelu(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
-    found = _with_bias(code, sums, column, place)
-    return code.build.fmul(found, code.sigmoid(code.build.fmul(found, code.constant(1.702, code.vector))))
+    return code.quick_gelu(_with_bias(code, sums, column, place))
 
 
 def _gated(code: Code, sums: list[Value], column: Value, place: Value) -> Value:

@@ -39,8 +39,13 @@ def run_calls(calls: Sequence[Call], *, alone: bool) -> None:
     tables = np.zeros((len(calls), max(len(fields) for _, fields in calls)), dtype=np.int64)
     for table, (_, fields) in zip(tables, calls, strict=True):
         table[: len(fields)] = fields
-    addresses = tables.ctypes.data + tables.strides[0] * np.arange(len(calls))
-    run_program(np.stack([np.array([function for function, _ in calls]), addresses], axis=1), alone=alone)
+    functions = np.array([function for function, _ in calls])
+    run_program(np.stack([functions, row_addresses(tables)], axis=1), alone=alone)
+
+
+def row_addresses(table: Ints) -> Ints:
+    """Where its rows begin."""
+    return table.ctypes.data + table.strides[0] * np.arange(len(table))
 
 
 @lru_cache
@@ -53,11 +58,9 @@ def _write(module: ir.Module) -> None:
     code = Code(module, "program", 1, 4)
     fields, build = code.function.args[0], code.build
     calls, wait = code.address(fields, _Field.CALLS), code.integer(fields, _Field.BARRIER)
-    waiting = ir.FunctionType(ir.VoidType(), []).as_pointer()
     called = ir.FunctionType(ir.VoidType(), [POINTER]).as_pointer()
     with code.loop(code.integer(fields, _Field.COUNT)) as number:
         at = code.times(number, 2)
         build.call(build.inttoptr(code.integer(calls, at), called), [code.address(calls, code.plus(at, 1))])
-        with build.if_then(build.icmp_signed("!=", wait, code.whole(0))):
-            build.call(build.inttoptr(wait, waiting), [])
+        code.wait(wait)
     code.end()

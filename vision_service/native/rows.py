@@ -99,12 +99,10 @@ def write_norm(module: ir.Module, name: str, width: int, epsilon: float, *, addi
 def write_gelu(module: ir.Module, width: int) -> None:
     """A function `gelu` of a pointer to the table: ROW *= sigmoid(1.702 ROW)."""
     code = Code(module, "gelu", 1, lanes_for(width))
-    fields, build = code.function.args[0], code.build
+    fields = code.function.args[0]
     source = code.address(fields, Field.ROW)
     with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
         line = code.at(source, code.times(row, width))
         with code.loop(width, step=code.lanes) as place:
-            value = code.row(line, place)
-            share = code.sigmoid(build.fmul(value, code.constant(1.702, code.vector)))
-            code.put(build.fmul(value, share), line, place)
+            code.put(code.quick_gelu(code.row(line, place)), line, place)
     code.end()

@@ -8,11 +8,11 @@ import torch
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.filling import NativeFills
 from lm_service.engine.packed.native.kernels import Kernels, compiled, supported
-from lm_service.engine.packed.native.plan import Ints, NativePlan, Wave, node_table, row_addresses, tensor_fields
+from lm_service.engine.packed.native.plan import NativePlan, Wave, node_table, tensor_fields
 from lm_service.engine.packed.native.table import Field
 from lm_service.engine.packed.pool import TailPool
 from lookonce.native.compiling import compiled_or_none
-from lookonce.native.program import run_program
+from lookonce.native.program import Ints, row_addresses, run_program
 from lookonce.native.team import barrier
 
 _BYTES = 4  # of a float32

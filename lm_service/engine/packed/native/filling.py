@@ -10,7 +10,8 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.attention import FillPart
 from lm_service.engine.packed.native.fill import Field, Item, tokens_of_block
 from lm_service.engine.packed.native.kernels import Kernels
-from lm_service.engine.packed.native.plan import Ints, node_table, row_addresses
+from lm_service.engine.packed.native.plan import node_table
+from lookonce.native.program import Ints, row_addresses
 from lookonce.native.team import barrier
 
 

@@ -12,12 +12,11 @@ import torch
 from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.linear import GatedUnit, LayerWeights, Linear
 from lm_service.engine.packed.native.attention import NativeAttention
-from lm_service.engine.packed.native.plan import Ints, row_addresses
 from lm_service.engine.packed.native.rows import Field as Row
 from lm_service.engine.packed.native.rows import RowKernels
 from lookonce.native.panels import PanelGatedUnit, PanelLinear, product_address
 from lookonce.native.products import Field as Product
-from lookonce.native.program import run_program
+from lookonce.native.program import Ints, row_addresses, run_program
 
 _ALONE = 1 << 22  # multiplications of a step up to which other threads don't pay
 _FIELDS = max(len(Row), len(Product))

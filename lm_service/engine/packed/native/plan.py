@@ -13,11 +13,11 @@ from lm_service.engine.packed.adapter import ModelShape
 from lm_service.engine.packed.native.heads import Heads
 from lm_service.engine.packed.native.table import Item, Part
 from lm_service.engine.packed.prefix_cache import Node
+from lookonce.native.program import Ints
 
 _CHUNK = 512  # keys of a stretch that one piece of work looks at, about; never depends on who looks
 _ROOM = 16 << 20  # float32 that the pieces of a wave leave behind, at most
 
-Ints = npt.NDArray[np.int64]
 _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
@@ -83,11 +83,6 @@ def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: 
 def tensor_fields(*tensors: torch.Tensor) -> list[int]:
     """For each where it begins, and how far its tokens are apart."""
     return [number for tensor in tensors for number in (tensor.data_ptr(), tensor.stride(0))]
-
-
-def row_addresses(table: Ints) -> Ints:
-    """Where its rows begin."""
-    return table.ctypes.data + table.strides[0] * np.arange(len(table))
 
 
 def node_table(nodes: Sequence[Node], shape: ModelShape) -> Ints:
