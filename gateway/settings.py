@@ -128,7 +128,7 @@ class GatewaySettings(Settings):
     batch_window: Seconds = Field(86400.0, ge=1, description="time after which what is undone of a batch expires")
 
     metrics_listen: str | None = Field(
-        None, description="host:port that answers Prometheus without a key, beside /metrics; unset: none"
+        None, description="host:port or unix:/path that answers Prometheus without a key, beside /metrics; unset: none"
     )
     trace_endpoint: str | None = Field(
         None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none"

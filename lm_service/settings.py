@@ -72,7 +72,7 @@ class LanguageSettings(Settings):
     vision_tls_ca: Path | None = Field(None, description="PEM certificates that vision services are signed by.")
     reflection: bool = Field(False, description="Offer gRPC reflection.")
     grace: Seconds = Field(20.0, description="How long calls under way may go on after SIGTERM.")
-    metrics_listen: str | None = Field(None, description="host:port for Prometheus; unset: none.")
+    metrics_listen: str | None = Field(None, description="host:port or unix:/path for Prometheus; unset: none.")
     trace_endpoint: str | None = Field(
         None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none."
     )

@@ -35,6 +35,8 @@ def _reading(parse: Callable[[Any], Any]) -> BeforeValidator:
 
 Bytes = Annotated[int, _reading(partial(parse_size, param="value"))]
 """A number of bytes: 1048576, "512MiB", "2GiB"."""
+BytesOrNone = Annotated[int, _reading(partial(parse_size, param="value", least=0))]
+"""The same, or 0."""
 Seconds = Annotated[float, _reading(partial(parse_duration, param="value"))]
 """A number of seconds: 30, "10m", "7d"."""
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import logging
+import socket
 import sys
+import threading
+from pathlib import Path
 from typing import Literal
+from wsgiref.simple_server import WSGIRequestHandler
 
 import structlog
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
+from prometheus_client.exposition import ThreadingWSGIServer
 
 from lookonce.errors import invalid
 
 LogFormat = Literal["auto", "console", "json"]
+UNIX = "unix:"
 
 
 def configure_logging(service: str, level: str = "info", log_format: LogFormat = "auto") -> None:
@@ -45,13 +51,42 @@ def configure_logging(service: str, level: str = "info", log_format: LogFormat =
 
 
 def serve_metrics(listen: str) -> None:
-    """Answer Prometheus on "host:port". INVALID_ARGUMENT when that cannot be listened on."""
+    """Answer Prometheus on "host:port" or "unix:/path". INVALID_ARGUMENT when that cannot be listened on."""
     host, _, port = listen.rpartition(":")
-    if not port.isdigit():
-        raise invalid(f"metrics_listen must be host:port, got {listen!r}", param="metrics_listen")
+    if not (listen.startswith(UNIX) or port.isdigit()):
+        raise invalid(f"metrics_listen must be host:port or unix:/path, got {listen!r}", param="metrics_listen")
     try:
-        start_http_server(int(port), addr=host or "127.0.0.1")
+        if listen.startswith(UNIX):
+            _serve_metrics_at(Path(listen.removeprefix(UNIX)))
+        else:
+            start_http_server(int(port), addr=host or "127.0.0.1")
     except OSError:
         raise invalid(
             f"metrics_listen: cannot listen on {listen}: is the address in use?", param="metrics_listen"
         ) from None
+
+
+def _serve_metrics_at(path: Path) -> None:
+    path.unlink(missing_ok=True)  # of a process that was killed
+    server = _UnixServer(str(path), _SilentHandler)  # type: ignore[arg-type]
+    server.set_app(make_wsgi_app())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+
+class _UnixServer(ThreadingWSGIServer):
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        """Without a host's name, which a path has not."""
+        self.socket.bind(self.server_address)
+        self.server_name, self.server_port = "localhost", 0
+        self.setup_environ()
+
+    def get_request(self) -> tuple[socket.socket, tuple[str, int]]:
+        """The connection, and where it is from: the handler wants a host."""
+        return self.socket.accept()[0], ("localhost", 0)
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Polls are no news."""

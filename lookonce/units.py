@@ -23,13 +23,15 @@ DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 8
 _QUANTITY = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([A-Za-z]{0,3})")
 
 
-def parse_size(text: str | int, *, param: str = "size") -> int:
-    """Bytes (>= 1) from "512MiB", "2GiB", "1.5 GB" or a plain number. Raises LookonceError(INVALID_ARGUMENT) naming
-    `param`."""
+def parse_size(text: str | int, *, param: str = "size", least: int = 1) -> int:
+    """Bytes (>= `least`) from "512MiB", "2GiB", "1.5 GB" or a plain number.
+
+    Raises LookonceError(INVALID_ARGUMENT) naming `param`.
+    """
     number, unit = _split(str(text), SIZE_UNITS, param, "a size such as 512MiB, 2GiB or a number of bytes")
     size = round(number * SIZE_UNITS[unit])
-    if size < 1:
-        raise invalid(f"{param} must be at least 1 byte, got {text!r}", param=param)
+    if size < least:
+        raise invalid(f"{param} must be at least {least} byte, got {text!r}", param=param)
     return size
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from lookonce.rpc.server import Tls
-from lookonce.settings import Bytes, Seconds, Settings
+from lookonce.settings import Bytes, BytesOrNone, Seconds, Settings
 from lookonce.telemetry import LogFormat
 
 
@@ -24,7 +24,7 @@ class VisionSettings(Settings):
     store: str = Field("memory://", description="Store URL: memory://, file:///path, redis://host:port, ...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of a memory or file store (its own default)")
     store_ttl: Seconds | None = Field(None, description="How long embeddings are kept, such as 7d (until evicted)")
-    l1_bytes: int = Field(128 << 20, ge=0, description="Bytes of memory before a store that is not memory; 0: none")
+    l1_bytes: BytesOrNone = Field(128 << 20, description="Bytes of memory before a store that is not memory; 0: none")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
@@ -58,7 +58,7 @@ class VisionSettings(Settings):
     tls_ca: Path | None = Field(None, description="PEM authorities whose client certificates are demanded (mTLS)")
     reflection: bool = Field(False, description="Offer gRPC reflection")
     grace: Seconds = Field(20.0, description="How long calls under way get after SIGTERM")
-    metrics_listen: str | None = Field(None, description="host:port of Prometheus metrics over HTTP (off)")
+    metrics_listen: str | None = Field(None, description="host:port or unix:/path of Prometheus metrics (off)")
     trace_endpoint: str | None = Field(
         None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none"
     )
@@ -72,8 +72,9 @@ class VisionSettings(Settings):
             raise ValueError(f"--min-pixels {self.min_pixels} is above --max-pixels {self.max_pixels}")
         if bool(self.tls_certificate) != bool(self.tls_key) or (self.tls_ca and not self.tls_key):
             raise ValueError("--tls-certificate and --tls-key go together, and --tls-ca needs both")
-        if self.metrics_listen is not None and not self.metrics_listen.rpartition(":")[2].isdigit():
-            raise ValueError(f"--metrics-listen must be host:port, got {self.metrics_listen!r}")
+        listen = self.metrics_listen or "unix:"
+        if not (listen.startswith("unix:") or listen.rpartition(":")[2].isdigit()):
+            raise ValueError(f"--metrics-listen must be host:port or unix:/path, got {listen!r}")
         return self
 
     @property

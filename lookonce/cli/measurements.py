@@ -21,6 +21,14 @@ class Reading:
         """All samples of a name with these labels, added up."""
         return sum(value for found, value in self.samples.get(name, ()) if labels.items() <= found.items())
 
+    def without(self, label: str, values: frozenset[str]) -> Reading:
+        """The same but for the samples that have one of the values."""
+        kept = {
+            name: [sample for sample in samples if sample[0].get(label) not in values]
+            for name, samples in self.samples.items()
+        }
+        return Reading(self.seconds, kept)
+
     def by(self, name: str, label: str) -> dict[str, float]:
         """Sums of a name for each value of a label, the largest first."""
         sums: dict[str, float] = {}

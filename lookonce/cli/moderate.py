@@ -32,7 +32,7 @@ HELP = """Judge many pictures by a policy: a probability for each rule and pictu
   lookonce moderate pictures/ --policy policy.yaml --out results.parquet
   lookonce moderate 'shoes/**/*.jpg' --policy policy.yaml --out results.jsonl
   lookonce moderate urls.txt --policy policy.yaml --out results.parquet        a path or URL a line
-  lookonce moderate items.parquet --column image --policy policy.yaml --out results/
+  lookonce moderate items.parquet --column image --policy policy.yaml --out results.csv
   lookonce moderate 'shards/*.tar' --policy policy.yaml --out results/         webdataset
   lookonce moderate s3://bucket/uploads/ --policy policy.yaml --out results.parquet
   lookonce moderate pictures/ --policy policy.yaml --out r.parquet --dry-run   how long will it take?
@@ -74,8 +74,9 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
     import uvloop
 
     from lookonce.moderate.estimate import estimate
+    from lookonce.moderate.results import Results
     from lookonce.moderate.run import Run, prepare
-    from lookonce.moderate.summary import print_summary, summarise
+    from lookonce.moderate.summary import print_summary
     from lookonce.moderate.work import plan
 
     made = plan(source, settings, addresses)
@@ -84,18 +85,18 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
         return 0
     if prepare(made.output, made.manifest, restart=settings.restart):
         note(f"{made.output.out} is finished already")
-        print_summary(summarise(made.output.out))
+        print_summary(made.policy, Results.at(made.output.out).counts())
         return 0
     run = Run(made.output, made.manifest)
     try:
-        if run.known:
-            note(f"going on after {run.known:,} pictures")
+        if run.begun.rows:
+            note(f"going on after {run.begun.rows:,} pictures")
         status = uvloop.run(_work(made, run))
     finally:
         run.close()
     if status == 0:
         say(f"results: {made.output.out}")
-        print_summary(summarise(made.output.out))
+        print_summary(made.policy, Results.at(made.output.out).counts())
     return status
 
 

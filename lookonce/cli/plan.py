@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -99,7 +100,11 @@ def plan_system(
         built.offer("l1_bytes", f"{part}_l1_bytes")
         built.offer("store_bytes", "store_bytes")
         built.offer("grace", "grace")
-        plan = ServicePlan(name, module, built.values, child_environment, address, lambda: GrpcProbe(address))
+        metrics = built.own("metrics_listen") or directory.socket_address(f"{name}-metrics")
+        if metrics is not None:
+            built.always("metrics_listen", metrics)
+        probe = partial(GrpcProbe, address)
+        plan = ServicePlan(name, module, built.values, child_environment, address, probe, metrics)
         return built, plan
 
     vision_arguments, vision = model_service("vision", "vision_service", vision_at, "vision")

@@ -36,8 +36,9 @@ def report(
         fail(error.message)
     except OSError as error:
         fail(f"{page}: cannot be written ({error.strerror})")
+    so_far = "" if collected.finished else " so far"
     shown = f"{len(collected.cards)} of them in the page"
-    say(f"{page}: {collected.rows:,} pictures, {collected.flagged:,} flagged, {shown}")
+    say(f"{page}: {collected.rows:,} pictures{so_far}, {collected.flagged:,} flagged, {shown}")
 
 
 def register(app: typer.Typer) -> None:

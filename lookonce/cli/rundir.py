@@ -38,7 +38,7 @@ class RunningSystem:
     url: str
     model: str
     ready: bool
-    services: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"address", "pid", "state"}
+    services: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> {"address", "metrics", "pid", "state"}
 
 
 class DataDirectory:

@@ -50,6 +50,7 @@ class ServicePlan:
     environment: Mapping[str, str]
     address: str  # what other processes reach it by
     make_probe: Callable[[], Probe]
+    metrics: str | None = None  # host:port or unix:/path that answers Prometheus
 
 
 class ServiceFailed(LookonceError):

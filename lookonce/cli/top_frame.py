@@ -11,11 +11,15 @@ from rich.text import Text
 from lookonce.cli.measurements import Reading
 from lookonce.units import format_size
 
+WATCHING = frozenset({"/healthz", "/readyz", "/health", "/version", "/metrics"})
+"""Routes that are asked by those who watch, this command among them: no requests of users."""
 _GOOD = {"ready": "green", "degraded": "yellow", "unavailable": "red", "unreachable": "red"}
 
 
 def frame(url: str, readiness: dict[str, Any], now: Reading, before: Reading | None) -> Group:
-    """Rates are over the time since `before`; without it, totals since the processes started."""
+    """Rates are over the time since `before`; without it, totals since the processes started. `readiness` is empty
+    when the gateway doesn't answer."""
+    now, before = now.without("route", WATCHING), before and before.without("route", WATCHING)
     return Group(
         _headline(url, readiness), _requests(now, before), _reuse(now, before), _services(now), _stores(now, before)
     )
@@ -83,7 +87,7 @@ def _services(now: Reading) -> Table:
             f"{now.sum('lookonce_vision_images_under_way'):g}",
         )
     else:
-        table.add_row("not asked", "give their metrics with --also http://HOST:PORT")
+        table.add_row("no measurements", "give those of services elsewhere with --also http://HOST:PORT")
     return table
 
 

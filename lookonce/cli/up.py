@@ -17,7 +17,7 @@ from pydantic_settings import SettingsConfigDict
 from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import DataDirectory, RunningSystem, default_data_dir
 from lookonce.errors import LookonceError
-from lookonce.settings import Bytes, Seconds, Settings, load
+from lookonce.settings import Bytes, BytesOrNone, Seconds, Settings, load
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -78,8 +78,8 @@ class UpSettings(Settings):
     lm_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the language service; unset: --threads."
     )
-    vision_l1_bytes: Bytes | None = Field(
-        None, description="Embeddings the vision service keeps in its own memory; unset: 128 MiB."
+    vision_l1_bytes: BytesOrNone | None = Field(
+        None, description="Embeddings the vision service keeps in its own memory, 0: none; unset: 128 MiB."
     )
     lm_l1_bytes: Bytes | None = Field(
         None, description="Embeddings the language service keeps on its device; unset: 256 MiB."
@@ -143,7 +143,10 @@ async def _supervise(settings: UpSettings, given: set[str], directory: DataDirec
 
     def publish() -> None:
         ready = bool(services) and all(service.ready.is_set() for service in services)
-        state = {s.plan.name: {"address": s.plan.address, "pid": s.pid, "state": s.state} for s in services}
+        state = {
+            s.plan.name: {"address": s.plan.address, "metrics": s.plan.metrics, "pid": s.pid, "state": s.state}
+            for s in services
+        }
         with contextlib.suppress(OSError):  # on a full disk other commands see an older state
             directory.write_up_file(RunningSystem(os.getpid(), system.url, model.name, ready, state))
 

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import httpx2
+import tenacity
 
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
@@ -108,7 +109,7 @@ class AsyncClient:
         await self.close()
 
     async def _send(self, call: Call[T]) -> T:
-        async for attempt in self._connection.attempts(call):
+        async for attempt in tenacity.AsyncRetrying(**self._connection.attempts(call)):
             with attempt:
                 with self._connection.reaching():
                     reply = await self._http.send(self._http.build_request(**self._connection.request(call)))
@@ -117,7 +118,7 @@ class AsyncClient:
 
     async def _open(self, call: Call[Any]) -> AsyncEvents:
         """The events of an answer, which has begun."""
-        async for attempt in self._connection.attempts(call):
+        async for attempt in tenacity.AsyncRetrying(**self._connection.attempts(call)):
             with attempt:
                 with self._connection.reaching():
                     request = self._http.build_request(**self._connection.request(call))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx2
-import stamina
+import tenacity
 
 from lookonce import __version__
 from lookonce.client.calls import Call
@@ -23,8 +24,10 @@ CONNECT_SECONDS = 5.0
 MAX_RETRY_AFTER = 60.0  # seconds; told to wait longer, the caller decides
 RETRY_JITTER = 0.25  # of the time asked for, so that clients turned away together don't come back together
 RETRIED = frozenset({429, 503})
+BACKOFF = tenacity.wait_exponential_jitter(multiplier=0.1, max=5.0, exp_base=2.0, jitter=1.0)
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 T = TypeVar("T")
+log = logging.getLogger("lookonce.client")  # a library's: silent unless the program that uses it wants to hear
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,15 @@ class Connection:
             headers["authorization"] = f"Bearer {self.api_key}"
         return {"method": call.method, "url": self.base_url + call.path, "headers": headers, **call.body}
 
-    def attempts(self, call: Call[Any]) -> Any:
-        """stamina's attempts at the call."""
-        return stamina.retry_context(on=_retried(call), attempts=self.retries + 1, timeout=None)
+    def attempts(self, call: Call[Any]) -> dict[str, Any]:
+        """Arguments of tenacity's attempts at the call."""
+        return {
+            "retry": tenacity.retry_if_exception(lambda error: _is_retried(call, error)),
+            "wait": _pause,
+            "stop": tenacity.stop_after_attempt(self.retries + 1),
+            "before_sleep": _note,
+            "reraise": True,
+        }
 
     @contextmanager
     def reaching(self) -> Iterator[None]:
@@ -112,18 +121,21 @@ def streaming() -> Iterator[None]:
         raise StreamInterrupted("the connection broke while the answer came") from error
 
 
-def _retried(call: Call[Any]) -> Callable[[Exception], bool | float]:
-    def wait(error: Exception) -> bool | float:
-        if isinstance(error, ApiError):
-            if error.status not in RETRIED:
-                return False
-            if not error.retry_after:
-                return True
-            if error.retry_after > MAX_RETRY_AFTER:
-                return False
-            return error.retry_after * (1 + random.uniform(0, RETRY_JITTER))
-        if isinstance(error, ConnectionFailed):
-            return error.unsent or (call.repeatable and not isinstance(error, RequestTimeout))
-        return False
+def _is_retried(call: Call[Any], error: BaseException) -> bool:
+    if isinstance(error, ApiError):
+        return error.status in RETRIED and (error.retry_after or 0.0) <= MAX_RETRY_AFTER
+    if isinstance(error, ConnectionFailed):
+        return error.unsent or (call.repeatable and not isinstance(error, RequestTimeout))
+    return False
 
-    return wait
+
+def _pause(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, ApiError) and error.retry_after:
+        return error.retry_after * (1 + random.uniform(0, RETRY_JITTER))
+    return BACKOFF(state)
+
+
+def _note(state: tenacity.RetryCallState) -> None:
+    error = state.outcome.exception() if state.outcome is not None else None
+    log.info("attempt %d failed, the next in %.1f s: %s", state.attempt_number, state.upcoming_sleep, error)

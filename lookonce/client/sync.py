@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import httpx2
+import tenacity
 
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
@@ -129,7 +130,7 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        for attempt in self._connection.attempts(call):
+        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
             with attempt:
                 with self._connection.reaching():
                     reply = self._http.send(self._http.build_request(**self._connection.request(call)))
@@ -138,7 +139,7 @@ class Client:
 
     def _open(self, call: Call[Any]) -> Events:
         """The events of an answer, which has begun."""
-        for attempt in self._connection.attempts(call):
+        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
             with attempt:
                 with self._connection.reaching():
                     request = self._http.build_request(**self._connection.request(call))

@@ -129,7 +129,7 @@ class Worker:
 async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], stopped: Callable[[], bool]) -> Tally:
     """Judge every input without a row. Raises what ends the run; what is known then is recorded."""
     ray = connect(made.settings.ray or "auto")
-    tally = Tally(done=run.known)
+    tally = Tally.of(run.begun)
     claims = ray.remote(num_cpus=0)(Claims).remote()
     waiting: dict[bytes, list[Row]] = {}  # rows whose picture another worker judges
     inputs = items(made.source)
@@ -211,20 +211,23 @@ async def _record(
     for row, outcome in batch:
         if row.digest is None:
             rows.append(row)
-            tally.count(row, None, [], fresh=False)
+            tally.count(row, None, fired=False, first=False)
         elif outcome is not None:
             outcomes[row.digest] = outcome
-            tally.count(row, outcome, run.fired(outcome), fresh=True)
+            earlier = await run.outcome(row.digest)  # this process's workers don't know what earlier ones left
+            tally.count(row, outcome, fired=run.fired(outcome), first=earlier is None or not earlier[1])
             rows.append(row)
     for row, outcome in batch:
         if row.digest is not None and outcome is None:
             waiting.setdefault(row.digest, []).append(row)
     for digest in list(waiting):
-        known = outcomes.get(digest) or await run.outcome(digest)
+        known = outcomes.get(digest)
+        if known is None and (recorded := await run.outcome(digest)) is not None:
+            known = recorded[0]
         if known is not None:
             for row in waiting.pop(digest):
                 rows.append(row)
-                tally.count(row, known, run.fired(known), fresh=False)
+                tally.count(row, known, fired=run.fired(known), first=False)
     if rows:
         await run.record(rows, outcomes)
 

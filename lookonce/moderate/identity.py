@@ -61,7 +61,7 @@ class Identity:
     count: int | None
     policy_digest: str
     models: Models
-    form: str  # "parquet" | "jsonl"
+    form: str  # of moderate.forms
     part_rows: int
 
     def to_json(self) -> dict[str, Any]:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -19,6 +18,7 @@ from lookonce.errors import LookonceError
 from lookonce.identity import image_digest
 from lookonce.moderate.judge import Judge
 from lookonce.moderate.outcome import Failure, Outcome, Row, Timings
+from lookonce.moderate.results import Counts
 from lookonce.moderate.run import Run
 from lookonce.moderate.sources.items import Item
 from lookonce.moderate.sources.reader import Reader
@@ -32,26 +32,24 @@ log = structlog.get_logger(__name__)
 
 @dataclass
 class Tally:
-    """What this process has seen of the run."""
+    """How far the run is, what earlier processes did of it included."""
 
-    done: int = 0  # rows known, those of earlier processes included
-    judged: int = 0  # pictures, by this process
+    done: int = 0  # rows known
     failed: int = 0
     flagged: int = 0
     duplicates: int = 0
-    fired: dict[str, int] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
-    def count(self, row: Row, outcome: Outcome | None, fired: list[str], *, fresh: bool) -> None:
-        """One more row."""
+    @classmethod
+    def of(cls, begun: Counts) -> Tally:
+        """Where a process begins."""
+        return cls(begun.rows, begun.errors.total(), begun.flagged, begun.duplicates)
+
+    def count(self, row: Row, outcome: Outcome | None, *, fired: bool, first: bool) -> None:
+        """One more row; whether any rule fired, and whether it is the first row of its picture."""
         self.done += 1
-        self.judged += fresh
-        failure = row.failure or (outcome.failure if outcome else None)
-        self.failed += failure is not None
-        self.duplicates += not fresh and row.digest is not None
-        self.flagged += bool(fired)
-        for rule in fired:
-            self.fired[rule] = self.fired.get(rule, 0) + 1
+        self.failed += (row.failure or (outcome.failure if outcome else None)) is not None
+        self.duplicates += not first and row.digest is not None
+        self.flagged += fired
 
 
 class ByteBudget:
@@ -90,7 +88,7 @@ class Job:
         max_bytes: int = 256 << 20,
         on_progress: Callable[[Tally], None] = lambda tally: None,
     ) -> None:
-        self.tally = Tally(done=run.known)
+        self.tally = Tally.of(run.begun)
         self.stopped = False
         self._run = run
         self._inputs = inputs
@@ -153,37 +151,42 @@ class Job:
         try:
             data, read_ms = await self._reader.read(item)
         except LookonceError as error:
-            self._keep(Row(item.index, item.name, failure=Failure.of(error)), None, fresh=False)
+            self._keep(Row(item.index, item.name, failure=Failure.of(error)), None, first=False)
             return
         size = len(data)
         self._budget.add(size)
         try:
             digest = await _digest(data)
-            outcome, timings = await self._outcome(digest, data)
+            outcome, timings, first = await self._outcome(digest, data)
         finally:
             self._budget.add(-size)
         del data
-        fresh = timings is not None
-        timings = Timings(**{**vars(timings or Timings()), "read_ms": round(read_ms, 3)})
-        if fresh:
+        timings = replace(timings, read_ms=round(read_ms, 3))
+        if first:
             self._outcomes[digest] = outcome
-        self._keep(Row(item.index, item.name, digest, timings=timings), outcome, fresh=fresh)
-        if fresh:
+        self._keep(Row(item.index, item.name, digest, timings=timings), outcome, first=first)
+        if first:
             self._judging.pop(digest).set_result(outcome)  # after its row, which stands before those of duplicates
 
-    async def _outcome(self, digest: bytes, data: bytes) -> tuple[Outcome, Timings | None]:
-        """What comes of the bytes; without timings when it was known, or is being found out by another worker."""
+    async def _outcome(self, digest: bytes, data: bytes) -> tuple[Outcome, Timings, bool]:
+        """What comes of the bytes, what this worker took to find out, and whether no row has them yet: then the caller
+        keeps one."""
         under_way = self._judging.get(digest)
         if under_way is not None:
-            return await asyncio.shield(under_way), None
+            return await asyncio.shield(under_way), Timings(), False
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._judging[digest] = future
         try:
-            known = self._outcomes.get(digest) or await self._run.outcome(digest)
-            if known is not None:
-                self._judging.pop(digest).set_result(known)
-                return known, None
-            return await self._judge.judge(data)
+            if (kept := self._outcomes.get(digest)) is not None:
+                known: tuple[Outcome, bool] | None = (kept, True)
+            else:
+                known = await self._run.outcome(digest)
+            if known is None:
+                return *await self._judge.judge(data), True
+            outcome, has_row = known
+            if has_row:
+                self._judging.pop(digest).set_result(outcome)
+            return outcome, Timings(), not has_row
         except BaseException as error:
             self._judging.pop(digest, None)
             if isinstance(error, LookonceError):
@@ -193,9 +196,9 @@ class Job:
                 future.cancel()
             raise
 
-    def _keep(self, row: Row, outcome: Outcome | None, *, fresh: bool) -> None:
+    def _keep(self, row: Row, outcome: Outcome | None, *, first: bool) -> None:
         self._rows.append(row)
-        self.tally.count(row, outcome, self._run.fired(outcome), fresh=fresh)
+        self.tally.count(row, outcome, fired=self._run.fired(outcome), first=first)
         self._progress(self.tally)
 
     async def _record_now_and_then(self) -> None:

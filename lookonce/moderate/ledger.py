@@ -7,8 +7,9 @@ the process at any instant loses only what was not committed. Blocking: `run.Run
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.moderate.outcome import Failure, Outcome, Row, Timings
@@ -27,6 +28,7 @@ _KEEP_FIRST = """
 INSERT INTO pictures VALUES (?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
   source = CASE WHEN excluded.first < first THEN excluded.source ELSE source END, first = min(first, excluded.first)
 """
+_PRAGMAS = ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=NORMAL")
 Full = tuple[Row, Outcome | None, int | None, str | None]
 """A row, the outcome of its picture, and index and name of the first input with the same bytes."""
 
@@ -34,17 +36,23 @@ Full = tuple[Row, Outcome | None, int | None, str | None]
 class Ledger:
     """One file, used by one process at a time."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        """Read-only, it is there already; another process may be using it, and what is read is of one moment."""
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "trusted_schema=OFF"):
+            mode = "ro" if read_only else "rwc"
+            self._db = sqlite3.connect(
+                f"file:{quote(str(path))}?mode={mode}", uri=True, isolation_level=None, check_same_thread=False
+            )
+            for pragma in ("trusted_schema=OFF",) if read_only else _PRAGMAS:
                 self._db.execute(f"PRAGMA {pragma}").fetchall()
+            if read_only:
+                self._db.execute("BEGIN")
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
+            if version == 0 and not read_only:
                 self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={_VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise _damaged(path) from error
-        if version not in (0, _VERSION):
+        if version not in (0, _VERSION) or (version == 0 and read_only):
             raise _damaged(path)
 
     def close(self) -> None:
@@ -70,10 +78,10 @@ class Ledger:
         """Rows kept for parts that are not written yet."""
         return [number for (number,) in self._db.execute("SELECT number FROM rows ORDER BY number")]
 
-    def outcome(self, digest: bytes) -> Outcome | None:
-        """What is known of a picture."""
-        found = self._db.execute("SELECT outcome FROM pictures WHERE digest = ?", (digest,)).fetchone()
-        return Outcome.from_json(found[0]) if found is not None else None
+    def outcome(self, digest: bytes) -> tuple[Outcome, bool] | None:
+        """What is known of a picture, and whether there is a row of it."""
+        found = self._db.execute("SELECT outcome, first FROM pictures WHERE digest = ?", (digest,)).fetchone()
+        return (Outcome.from_json(found[0]), found[1] < _NEVER) if found is not None else None
 
     def record(self, rows: Iterable[Row], outcomes: dict[bytes, Outcome]) -> None:
         """Keep rows, all or none. `outcomes` holds those that are new; the others are known already."""
@@ -97,15 +105,17 @@ class Ledger:
                 (row.index, _text(row.source), row.digest),
             )
 
-    def part(self, start: int, end: int) -> list[Full]:
-        """The rows from `start` to before `end`, in order. All of them and all before them must have been recorded."""
+    def rows(self, start: int, end: int = _NEVER) -> Iterator[Full]:
+        """The rows from `start` to before `end`, in order. Which is the first of its picture is certain once all of
+        them and all before them have been recorded."""
         found = self._db.execute(
             "SELECT r.number, r.source, r.digest, r.kind, r.message, r.timings, p.first, p.source, p.outcome "
             "FROM rows r LEFT JOIN pictures p ON p.digest = r.digest WHERE r.number >= ? AND r.number < ? "
             "ORDER BY r.number",
             (start, end),
         )
-        return [_full(*values) for values in found]
+        for values in found:
+            yield _full(*values)
 
     def part_written(self, number: int, end: int) -> None:
         """Part `number` is durable: its rows need not be kept."""

@@ -1,6 +1,7 @@
 """Where results lie: parts while the run goes on; at its end one file, or the folder of parts.
 
-OUT.parquet     the finished result; while the run goes on OUT.parquet.run/ holds parts and ledger
+OUT.parquet     the finished result; while the run goes on OUT.parquet.run/ holds parts and ledger; OUT.jsonl, OUT.csv:
+                likewise
 OUT/            a folder: part-000000.parquet ..., _manifest.json; OUT/_run/ while the run goes on
 """
 
@@ -8,10 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import orjson
 import pyarrow as pa
@@ -20,29 +21,42 @@ import pyarrow.parquet as pq
 from lookonce.durable import sync, write_durably
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderate.columns import METADATA_KEY, Columns
+from lookonce.moderate.forms import FORMS, SUFFIXES
 from lookonce.moderate.identity import Manifest
 from lookonce.moderate.ledger import Full
 
-Form = Literal["parquet", "jsonl"]
-GROUP_ROWS = 65536
-_SUFFIXES: dict[str, Form] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+_OF_A_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
+"""A suffix that says what is in a file. (In "run-2026.11" it says nothing.)"""
 
 
 class Output:
     """The paths of one result. Blocking."""
 
-    def __init__(self, out: Path, form: Form | None = None) -> None:
+    def __init__(self, out: Path, form: str | None = None) -> None:
         """Raises INVALID_ARGUMENT when `form` and the file's suffix disagree."""
         self.out = out.expanduser().absolute()
-        by_suffix = _SUFFIXES.get(self.out.suffix.lower())
+        by_suffix = SUFFIXES.get(self.out.suffix.lower())
         self.single = by_suffix is not None and not self.out.is_dir()
         if self.single and form not in (None, by_suffix):
             raise invalid(f"--out {out} says {by_suffix}, --format says {form}", param="format")
-        self.form: Form = (by_suffix if self.single else form) or "parquet"
+        self.form = (by_suffix if self.single else form) or "parquet"
         self.run = self.out.with_name(self.out.name + ".run") if self.single else self.out / "_run"
         self.parts = self.run / "parts" if self.single else self.out
         self.ledger = self.run / "ledger.sqlite3"
         self._lock: int | None = None
+
+    @classmethod
+    def chosen(cls, out: Path, form: str | None) -> Output:
+        """For a run. Raises INVALID_ARGUMENT, too, for the name of a file of a form that can't be written."""
+        output = cls(out, form)
+        suffix = output.out.suffix
+        if not output.single and form is None and _OF_A_FILE.fullmatch(suffix) and not output.out.is_dir():
+            text = (
+                f"--out {out}: {suffix} can't be written. Choose a file that ends in {', '.join(SUFFIXES)}, "
+                "or a folder; for a folder of this name, give --format too"
+            )
+            raise invalid(text, param="out")
+        return output
 
     def claim(self) -> None:
         """Make the directories, and keep every other process out. Raises INVALID_ARGUMENT or CONFLICT."""
@@ -69,6 +83,10 @@ class Output:
     def part(self, number: int) -> Path:
         """The file of a part."""
         return self.parts / f"part-{number:06}.{self.form}"
+
+    def written(self) -> list[Path]:
+        """The files of all parts."""
+        return sorted(self.parts.glob(f"part-*.{self.form}"))
 
     def manifest(self) -> Manifest | None:
         """Of the run that is under way or finished here. Raises CONFLICT when it can't be read."""
@@ -109,14 +127,14 @@ class Output:
 
     def write_part(self, number: int, columns: Columns, rows: Sequence[Full]) -> None:
         """Make a part durable."""
-        write_durably(self.part(number), lambda path: _write(path, self.form, columns, rows))
+        write_durably(self.part(number), lambda path: FORMS[self.form].write(path, columns, rows))
 
     def finish(self, count: int, columns: Columns) -> None:
         """From parts to the result, and nothing else left behind."""
         if self.single:
             files = [self.part(number) for number in range(count)]
-            write_durably(self.out, lambda path: _assemble(path, self.form, columns, files))
-        if not self.single or self.form == "jsonl":  # Parquet holds its manifest
+            write_durably(self.out, lambda path: FORMS[self.form].join(path, columns, files))
+        if not self.single or self.form != "parquet":  # which holds its manifest
             data = (self.run / "manifest.json").read_bytes()
             write_durably(self._final_manifest, lambda path: _keep(path, data))
         (self.run / "manifest.json").unlink()  # from here on it is finished
@@ -126,64 +144,6 @@ class Output:
     @property
     def _final_manifest(self) -> Path:
         return self.out.with_name(self.out.name + ".manifest.json") if self.single else self.out / "_manifest.json"
-
-
-def read_results(out: Path) -> tuple[Manifest, Iterator[pa.RecordBatch]]:
-    """A finished result, or the parts of one under way, in batches. Raises NOT_FOUND or CONFLICT. Blocking."""
-    output = Output(out)
-    manifest = output.manifest()
-    if manifest is None:
-        raise LookonceError(ErrorKind.NOT_FOUND, f"{out} holds no results of `lookonce moderate`", param="results")
-    if output.single and output.out.is_file():
-        form, files = output.form, [output.out]
-    else:
-        form = manifest.identity.form  # type: ignore[assignment]
-        files = sorted(output.parts.glob(f"part-*.{form}"))
-    return manifest, _batches(files, form, Columns(manifest).schema)
-
-
-def _batches(files: Sequence[Path], form: Form, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    for path in files:
-        if form == "parquet":
-            with pq.ParquetFile(path) as file:
-                yield from file.iter_batches(batch_size=4096)
-        else:
-            lines: list[dict[str, object]] = []
-            with path.open("rb") as stream:
-                for line in stream:
-                    lines.append(orjson.loads(line))
-                    if len(lines) == 4096:
-                        yield pa.RecordBatch.from_pylist(lines, schema=schema)
-                        lines = []
-            if lines:
-                yield pa.RecordBatch.from_pylist(lines, schema=schema)
-
-
-def _write(path: Path, form: Form, columns: Columns, rows: Sequence[Full]) -> None:
-    if form == "parquet":
-        pq.write_table(columns.table(rows), path, compression="zstd")
-        return
-    with path.open("wb") as file:
-        for row in rows:
-            file.write(orjson.dumps(columns.record(row), option=orjson.OPT_APPEND_NEWLINE))
-
-
-def _assemble(path: Path, form: Form, columns: Columns, files: Sequence[Path]) -> None:
-    if form == "jsonl":
-        with path.open("wb") as target:
-            for file in files:
-                with file.open("rb") as source:
-                    shutil.copyfileobj(source, target)
-        return
-    with pq.ParquetWriter(path, columns.schema, compression="zstd") as writer:
-        waiting: list[pa.Table] = []
-        for file in files:
-            waiting.append(pq.read_table(file))
-            if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
-                writer.write_table(pa.concat_tables(waiting))
-                waiting = []
-        if waiting:
-            writer.write_table(pa.concat_tables(waiting))
 
 
 def _keep(path: Path, data: bytes) -> None:

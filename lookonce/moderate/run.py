@@ -13,6 +13,7 @@ from lookonce.moderate.identity import Manifest
 from lookonce.moderate.ledger import Ledger
 from lookonce.moderate.outcome import Outcome, Row
 from lookonce.moderate.parts import Output
+from lookonce.moderate.results import Results
 
 T = TypeVar("T")
 
@@ -63,17 +64,17 @@ class Run:
         self._rows = set(numbers)  # of parts that are not written
         self._listed = 0
         self._advanced = asyncio.Event()
-        self.known = (start if self._total is None else min(start, self._total)) + len(numbers)
-        """Rows that earlier processes left."""
+        self.begun = Results.at(output.out).counts()
+        """Of the rows that earlier processes left."""
 
     def has(self, index: int) -> bool:
         """Whether the input's row is known."""
         return index < self._parts * self._size or index in self._rows
 
-    def fired(self, outcome: Outcome | None) -> list[str]:
-        """Ids of the rules that fired."""
+    def fired(self, outcome: Outcome | None) -> bool:
+        """Whether any rule fired."""
         scores = outcome.scores if outcome is not None else {}
-        return [rule.id for rule in self.manifest.policy.rules if rule.id in scores and rule.fires(scores[rule.id])]
+        return any(rule.id in scores and rule.fires(scores[rule.id]) for rule in self.manifest.policy.rules)
 
     def listed(self, count: int) -> None:
         """So many inputs are known to be there."""
@@ -91,8 +92,8 @@ class Run:
             self._advanced.clear()
             await self._advanced.wait()
 
-    async def outcome(self, digest: bytes) -> Outcome | None:
-        """What is known of a picture."""
+    async def outcome(self, digest: bytes) -> tuple[Outcome, bool] | None:
+        """What is known of a picture, and whether there is a row of it."""
         return await self._in_thread(lambda: self._ledger.outcome(digest))
 
     async def record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
@@ -124,7 +125,7 @@ class Run:
             start = self._parts * self._size
             if not all(number in self._rows for number in range(start, end)):
                 return
-            self.output.write_part(self._parts, self.columns, self._ledger.part(start, end))
+            self.output.write_part(self._parts, self.columns, list(self._ledger.rows(start, end)))
             self._ledger.part_written(self._parts, end)
             self._rows.difference_update(range(start, end))
             self._parts += 1

@@ -17,8 +17,8 @@ class ModerateSettings(Settings):
     model_config = SettingsConfigDict(env_prefix="LOOKONCE_MODERATE_")
 
     policy: Path = Field(description="YAML file with the rules (docs/moderation.md).")
-    out: Path = Field(description="Results: FILE.parquet, FILE.jsonl, or a folder for parts.")
-    format: Literal["parquet", "jsonl"] | None = Field(None, description="Of a folder's parts; unset: parquet.")
+    out: Path = Field(description="Results: FILE.parquet, FILE.jsonl, FILE.csv, or a folder for parts.")
+    format: Literal["parquet", "jsonl", "csv"] | None = Field(None, description="Of a folder's parts; unset: parquet.")
     vision: str = Field("", description="Vision services, host:port or unix:/path, comma separated.")
     lm: str = Field("", description="Language services, likewise; both unset: those of `lookonce up`.")
     data_dir: Path | None = Field(None, description="Where `lookonce up` runs; unset: its own default.")

@@ -44,7 +44,7 @@ def plan(source_name: str, settings: ModerateSettings, addresses: Addresses) -> 
     policy = read_policy(settings.policy)
     if not policy.of("image"):
         raise invalid(f"the policy file {settings.policy} has no rule that applies to images", param="policy")
-    output = Output(settings.out, settings.format)
+    output = Output.chosen(settings.out, settings.format)
     served = asyncio.run(describe(addresses, policy))
     options = SourceOptions(settings.column, settings.id_column, settings.root, served.max_image_bytes)
     source = open_source(source_name, options)

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from lookonce.moderate.columns import FIRED, FOLLOW_UP, SCORE
 from lookonce.moderate.identity import Manifest
-from lookonce.moderate.parts import read_results
+from lookonce.moderate.results import Results
 from lookonce.policy import Rule
 
 BINS = 1000
@@ -41,6 +41,7 @@ class Collected:
     """All the page needs but the pictures. `cards` are rows by index."""
 
     manifest: Manifest
+    finished: bool = True
     rows: int = 0
     flagged: int = 0
     duplicates: int = 0
@@ -55,16 +56,15 @@ def collect(out: Path, gallery: int) -> Collected:
     """Read a result twice: once to count and to choose at most `gallery` pictures, once for their rows. Blocking.
 
     Raises NOT_FOUND when there is none."""
-    manifest, batches = read_results(out)
-    rules = [rule for rule in manifest.policy.rules if "image" in rule.applies_to]
-    collected = Collected(manifest, rules=[RuleCounts(rule) for rule in rules])
+    results = Results.at(out)
+    rules = [rule for rule in results.manifest.policy.rules if "image" in rule.applies_to]
+    collected = Collected(results.manifest, results.finished, rules=[RuleCounts(rule) for rule in rules])
     room = max(1, gallery // max(1, len(rules)))
-    for batch in batches:
+    for batch in results.batches():
         _count(collected, batch, room)
     wanted = _chosen(collected.rules, gallery)
     if wanted:
-        _, batches = read_results(out)
-        collected.cards = {row["index"]: row for row in _rows(batches, wanted)}
+        collected.cards = {row["index"]: row for row in _rows(results.batches(), wanted)}
     return collected
 
 

@@ -57,7 +57,7 @@ def _content(collected: Collected, pictures: dict[int, str]) -> dict[str, Any]:
         "vision": identity.models.vision,
         "language": identity.models.language,
         "rows": collected.rows,
-        "complete": identity.count is None or collected.rows >= identity.count,
+        "complete": collected.finished,
         "flagged": collected.flagged,
         "duplicates": collected.duplicates,
         "rules": [

@@ -6,14 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from lookonce import __version__
 from lookonce.cli.reference import reference, settings_classes
+from lookonce.cli.up import UpSettings
 from lookonce.settings import command as make_command
-from lookonce.settings import variable
+from lookonce.settings import load, variable
 from tests.cli.commands import environment, invoke, lookonce
 from tests.processes import ROOT
+from vision_service.settings import VisionSettings
 
 WITHOUT_TORCH = """
 import sys
@@ -59,6 +62,26 @@ def test_help_lists_every_setting_with_its_variable_and_default(command):
         assert field.description, name
         if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
             assert f"default: {field.default}; env: {variable(settings, name)}]" in shown, name
+
+
+@pytest.mark.parametrize("command", settings_classes())
+def test_every_size_may_have_a_unit(command):
+    settings = settings_classes()[command]
+    sizes = [name for name in settings.model_fields if name.endswith("_bytes")]
+    assert sizes
+    required = {name: "x" for name, field in settings.model_fields.items() if field.is_required()}
+    read = load(settings, required | dict.fromkeys(sizes, "4MiB"))
+    assert {name: getattr(read, name) for name in sizes} == dict.fromkeys(sizes, 4 << 20)
+    for name in sizes:
+        with pytest.raises(typer.BadParameter, match=f"--{name.replace('_', '-')}='4 sheep'.*512MiB"):
+            load(settings, required | {name: "4 sheep"})
+
+
+@pytest.mark.parametrize(("settings", "name"), [(VisionSettings, "l1_bytes"), (UpSettings, "vision_l1_bytes")])
+def test_a_cache_can_be_switched_off(settings, name):
+    assert getattr(load(settings, {"model": "x", name: "0"}), name) == 0
+    with pytest.raises(typer.BadParameter, match="must be"):
+        load(settings, {"model": "x", name: "-1"})
 
 
 def test_other_commands_name_their_variables():

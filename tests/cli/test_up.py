@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import select
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -95,6 +98,41 @@ def test_ask_prompts_in_a_terminal(up, data_dir, picture):
     assert process.returncode == 0, output
     assert "error" not in output and output.count("> ") == 3
     assert len([line for line in output.splitlines() if line.strip(" >")]) >= 3  # the hint and two answers
+
+
+def test_top_asks_its_services_and_ends_with_q(up, data_dir):
+    once = invoke("top", "--once", "--data-dir", data_dir)
+    assert once.returncode == 0 and "prefix KV" in once.stdout and "no measurements" not in once.stdout, once.stdout
+    command = [sys.executable, "-m", "lookonce", "top", "--data-dir", data_dir, "--interval", "0.2"]
+    terminal, child_end = pty.openpty()
+    before = termios.tcgetattr(child_end)
+    watching = subprocess.Popen(
+        list(map(str, command)), stdin=child_end, stdout=child_end, stderr=child_end, env=environment(), cwd=ROOT
+    )
+    try:
+        shown = b""
+        while shown.count(b"prefix KV") < 2:  # a frame, and one after it
+            assert select.select([terminal], [], [], 60)[0], shown
+            shown += os.read(terminal, 1 << 16)
+        assert b"no measurements" not in shown
+        os.write(terminal, b"x")
+        time.sleep(0.3)
+        assert watching.poll() is None
+        os.write(terminal, b"q")
+        drained = threading.Thread(target=drain, args=(terminal,), daemon=True)
+        drained.start()
+        assert watching.wait(60) == 0
+        assert termios.tcgetattr(child_end) == before, "the terminal is left as it was"
+    finally:
+        watching.kill()
+        os.close(child_end)
+
+
+def drain(terminal):
+    """Read what is written to the terminal, so that writing it ends."""
+    with contextlib.suppress(OSError):
+        while os.read(terminal, 1 << 16):
+            pass
 
 
 def test_a_second_up_on_the_same_data_dir_is_refused(up, checkpoint, data_dir):

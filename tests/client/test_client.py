@@ -17,14 +17,14 @@ from tests.system.cluster import encoded
 
 def test_importing_lookonce_brings_no_client_along():
     code = (
-        "import sys, lookonce, json; heavy = ('httpx2', 'stamina', 'rich', 'torch', 'PIL', 'grpc')\n"
+        "import sys, lookonce, json; heavy = ('httpx2', 'tenacity', 'rich', 'torch', 'PIL', 'grpc')\n"
         "before = [m for m in heavy if m in sys.modules]; lookonce.Client; lookonce.AsyncClient\n"
         "print(json.dumps([before, [m for m in heavy if m in sys.modules]]))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = json.loads(done.stdout)
     assert before == []
-    assert set(after) <= {"httpx2", "stamina", "rich"}
+    assert set(after) <= {"httpx2", "tenacity", "rich"}
     with pytest.raises(AttributeError, match="Clientele"):
         lookonce.Clientele  # noqa: B018
 

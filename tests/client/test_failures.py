@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +18,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from tests.client.conftest import KEY
 from tests.client.cutter import Cutter
 from tests.ports import free_port
-from tests.processes import START_SECONDS
+from tests.processes import ROOT, START_SECONDS
 
 
 def test_refusals_are_raised_by_kind(client, file):
@@ -110,6 +112,29 @@ def test_a_gateway_that_starts_late_is_waited_for(another_gateway):
         waiting = pool.submit(client.models)
         another_gateway("--port", str(port))
         assert len(waiting.result(START_SECONDS)) == 1
+
+
+CALLS = """
+import asyncio, logging, sys, lookonce
+if sys.argv[2:]: logging.basicConfig(level=logging.INFO)
+async def ask():
+    async with lookonce.AsyncClient(sys.argv[1], retries=1) as client: await client.models()
+def ask_blocking():
+    with lookonce.Client(sys.argv[1], retries=1) as client: client.models()
+for call in (ask_blocking, lambda: asyncio.run(ask())):
+    try: call()
+    except lookonce.client.ConnectionFailed: pass
+"""
+
+
+def test_a_client_that_tries_again_writes_nothing_into_its_programs_output():
+    command = [sys.executable, "-c", CALLS, f"http://127.0.0.1:{free_port()}"]
+    quiet, told = (
+        subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60)
+        for more in ([], ["told"])
+    )
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+    assert told.stdout == "" and told.stderr.count("INFO:lookonce.client:attempt 1 failed") == 2
 
 
 def test_a_connection_lost_before_the_answer_is_made_again(url, file):

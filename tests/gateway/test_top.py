@@ -63,6 +63,18 @@ def test_rates_are_of_what_was_gained() -> None:
     assert "5.0/s" in text and "100%" in text and "0.0/s" in text and "image store degraded" in text
 
 
+def test_polls_are_no_requests_of_users() -> None:
+    polled = BEFORE + 'lookonce_gateway_requests_total{route="/readyz",status="503"} 7777\n'
+    polled += 'lookonce_gateway_request_seconds_bucket{route="/readyz",le="+Inf"} 7777\n'
+    console = Console(width=200)
+    shown = []
+    for text in (BEFORE, polled):
+        with console.capture() as captured:
+            console.print(frame("http://x", {}, read([text], 0.0), None))
+        shown.append(captured.get())
+    assert shown[0] == shown[1]
+
+
 def test_totals_and_services() -> None:
     extra = "# TYPE lookonce_lm_running gauge\nlookonce_lm_running 3\n# TYPE lookonce_store_hits counter\n"
     extra += 'lookonce_store_hits_total{namespace="embeddings",store="redis"} 9\n'
@@ -74,4 +86,4 @@ def test_totals_and_services() -> None:
         console.print(frame("http://x", {}, read([BEFORE, extra], 0.0), None))
     text = captured.get()
     assert "unreachable" in text and "90%" in text and "50%" in text
-    assert "not asked" not in text
+    assert "no measurements" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lookonce.moderate.identity import Identity, Manifest, Models
 from lookonce.moderate.ledger import Full
 from lookonce.moderate.outcome import Failure, Outcome, Row
 from lookonce.moderate.parts import Output
+from lookonce.moderate.run import Run
 from lookonce.moderate.sources.opening import open_source
 from lookonce.policy import parse_policy
 
@@ -26,30 +28,50 @@ rules:
 HOSTILE = "<script>window.hacked=1<script><img src=x onerror=window.hacked=1>.png"
 
 
-def write_results(folder: Path, count: int = 40) -> Path:
+def write_results(folder: Path, count: int = 40, name: str = "results.parquet") -> Path:
     """`count` pictures in FOLDER/pictures, one of them broken, one twice, one with markup for a name; the results."""
+    output, manifest, rows = _made(folder, count, name, part_rows=1000)
+    columns = Columns(manifest)
+    output.write_part(0, columns, rows)
+    output.finish(1, columns)
+    output.release()
+    return output.out
+
+
+def begin_results(folder: Path, rows: int, part_rows: int) -> Path:
+    """The same, of a run that was killed when it had so many rows."""
+    output, manifest, made = _made(folder, 40, "results.parquet", part_rows)
+    outcomes = {row.digest: outcome for row, outcome, *_ in made[:rows]}
+
+    async def record() -> None:
+        run = Run(output, manifest)
+        run.listed(len(made))
+        await run.record([row for row, *_ in made[:rows]], outcomes)
+        run.close()
+
+    asyncio.run(record())
+    return output.out
+
+
+def _made(folder: Path, count: int, name: str, part_rows: int) -> tuple[Output, Manifest, list[Full]]:
     pictures = folder / "pictures"
     pictures.mkdir()
     for number in range(count):
-        name = HOSTILE if number == 3 else f"{number:03}.png"
+        file = HOSTILE if number == 3 else f"{number:03}.png"
         buffer = io.BytesIO()
         Image.new("RGB", (40, 30), (number * 6 % 256, 90, 200)).save(buffer, "PNG")
-        (pictures / name).write_bytes(b"broken" if number == 5 else buffer.getvalue())
+        (pictures / file).write_bytes(b"broken" if number == 5 else buffer.getvalue())
     (pictures / "zzz.png").write_bytes((pictures / "000.png").read_bytes())
     source = open_source(str(pictures))
     extent = source.extent()
     models = Models("v" * 64, "l" * 64, 1_000_000, "made-up")
     policy = parse_policy(POLICY)
-    identity = Identity(source.description, extent.digest, extent.count, policy.digest, models, "parquet", 1000)
-    manifest = Manifest(identity, policy, {"max_bytes": 1 << 20})
-    output = Output(folder / "results.parquet")
+    output = Output(folder / name)
+    parts = (source.description, extent.digest, extent.count, policy.digest, models, output.form, part_rows)
+    manifest = Manifest(Identity(*parts), policy, {"max_bytes": 1 << 20})
     output.claim()
     output.begin(manifest)
-    columns = Columns(manifest)
-    output.write_part(0, columns, [_row(number, name) for number, (name, _) in enumerate(source.entries())])
-    output.finish(1, columns)
-    output.release()
-    return output.out
+    return output, manifest, [_row(number, name) for number, (name, _) in enumerate(source.entries())]
 
 
 def _row(number: int, name: str) -> Full:

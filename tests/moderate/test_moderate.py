@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
+import re
 import signal
 import sqlite3
 import sys
@@ -16,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lookonce.moderate.results import Results
+from tests.cli.commands import invoke
 from tests.moderate.conftest import COUNT, start_pair
 from tests.moderate.scenes import area_under_curve, holds, policy_text
 
@@ -35,7 +39,7 @@ def results(pair, pictures, policy, tmp_path_factory) -> Path:
 
 def settled(path: Path) -> pa.Table:
     """A result without its timings."""
-    return pq.read_table(path).drop(["timings"])
+    return pa.Table.from_batches(Results.at(path).batches()).drop(["timings"])
 
 
 def begun(ledger: Path, rows: int) -> bool:
@@ -122,16 +126,24 @@ def test_killed_and_taken_up_again_it_ends_the_same(pair, pictures, policy, resu
     assert settled(out).equals(settled(results))
 
 
-def test_interrupted_it_finishes_what_is_under_way(pair, pictures, policy, results, tmp_path):
-    out = tmp_path / "out.parquet"
-    options = ("--part-rows", "25", "--under-way", "4", "--progress-seconds", "0.2")
+def test_interrupted_it_finishes_what_is_under_way_and_goes_on_counting(pair, pictures, policy, results, tmp_path):
+    out = tmp_path / "out.csv"
+    options = ("--under-way", "4", "--progress-seconds", "0.2")
     with pair.moderating(pictures.folder, policy, out, *options) as run:
-        run.wait_for(r"\d of 100 pictures")
+        run.wait_for(r"[1-9]\d of 100 pictures")
         run.signal(signal.SIGINT)
         assert run.wait_exit() == 130, run.output
         assert "Run the same command again" in run.output
-    done = pair.moderate(pictures.folder, policy, out, "--part-rows", "25")
-    assert done.returncode == 0 and "going on after" in done.stderr
+        (known,) = re.findall(r"stopped: (\d+) of 100", run.output)
+    assert f"{known} pictures so far" in invoke("report", out, "--gallery", "0").stdout
+    done = pair.moderate(pictures.folder, policy, out)
+    assert done.returncode == 0 and f"going on after {known} pictures" in done.stderr
+    told = re.findall(r"100 of 100 pictures, .* ([\d.]+)% flagged, (\d+) errors, (\d+) duplicates", done.stderr)[-1]
+    rows = settled(out).to_pylist()
+    errors, flagged = (sum(bool(row[name]) for row in rows) for name in ("error", "flagged"))
+    duplicates = sum(row["duplicate_of"] is not None for row in rows)
+    assert told == (f"{100 * flagged / (COUNT - errors):.1f}", str(errors), str(duplicates))
+    assert f"{COUNT} pictures, {flagged} flagged, {duplicates} duplicates" in done.stdout
     assert settled(out).equals(settled(results))
 
 
@@ -148,19 +160,50 @@ def test_results_of_another_policy_or_source_are_never_mixed(pair, pictures, pol
     assert results.read_bytes() == before
 
 
-def test_json_lines_and_a_folder_of_parts_hold_the_same(pair, pictures, policy, results, tmp_path):
+def test_json_lines_csv_and_a_folder_of_parts_hold_the_same(pair, pictures, policy, results, tmp_path):
     source = pictures.folder / "1"
-    for out, options in ((tmp_path / "r.jsonl", ()), (tmp_path / "parts", ("--part-rows", "10"))):
-        done = pair.moderate(source, policy, out, *options)
+    for out, options in (("r.jsonl", ()), ("r.csv", ("--part-rows", "10")), ("parts", ("--part-rows", "10"))):
+        done = pair.moderate(source, policy, tmp_path / out, *options)
         assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    with (tmp_path / "r.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
     parts = sorted((tmp_path / "parts").glob("part-*.parquet"))
     rows = [row for part in parts for row in pq.read_table(part).to_pylist()]
-    assert len(parts) == 3 and [row["source"] for row in rows] == [line["source"] for line in lines]
+    assert len(parts) == 3 and len(cells) == len(lines) == len(rows)
     known = {row["source"]: row["score_star"] for row in pq.read_table(results).to_pylist()}
-    for row, line in zip(rows, lines, strict=True):
+    for row, line, cell in zip(rows, lines, cells, strict=True):
+        assert row["source"] == line["source"] == cell["source"]
         assert row["score_star"] == line["score_star"] == known[row["source"]]
+        assert cell["score_star"] == ("" if row["score_star"] is None else str(row["score_star"]))
+        assert cell["flagged"] == {True: "true", False: "false", None: ""}[row["flagged"]]
+        assert (cell["timings_embedding"] == "") == (row["timings"]["embedding"] is None)
     assert not (tmp_path / "parts" / "_run").exists() and (tmp_path / "parts" / "_manifest.json").exists()
+
+
+def test_no_cell_of_a_csv_is_a_formula(pair, pictures, policy, tmp_path):
+    formulas = ['=HYPERLINK("http://evil/","x")', "+1", "-1+2", "@SUM(A1)", "\t=1", "\r\n=1", " =1", "'=1", "＝1"]
+    names = [*formulas, "'plain", "a,b;\n", '"', "NA"]
+    picture = pictures.folder / next(name for name, shapes in sorted(pictures.truth.items()) if shapes)
+    with (tmp_path / "list.jsonl").open("w") as file:
+        file.writelines(json.dumps({"image": str(picture), "id": name}) + "\n" for name in names)
+    given = (tmp_path / "list.jsonl", policy, tmp_path / "r.csv", "--column", "image", "--id-column", "id")
+    done = pair.moderate(*given, "--part-rows", "4")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "r.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["source"] for row in rows] == ["'" + name for name in formulas] + names[len(formulas) :]
+    assert {row["duplicate_of"] for row in rows[1:]} == {"'" + names[0]}
+    assert settled(tmp_path / "r.csv").column("source").to_pylist() == names
+
+
+def test_what_cannot_be_written_is_refused_with_what_can(pair, pictures, policy, tmp_path):
+    for name in ("e.xlsx", "e.csv.gz", "e.tsv"):
+        done = pair.moderate(pictures.folder, policy, tmp_path / name)
+        assert (
+            done.returncode == 1 and ".csv" in done.stderr and ".parquet" in done.stderr and "--format" in done.stderr
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dry_run_estimates_and_writes_nothing(pair, pictures, policy, tmp_path):
@@ -201,8 +244,6 @@ def test_a_service_that_stays_away_ends_the_run_for_now(pictures, policy, tmp_pa
 
 
 def test_without_services_it_says_what_to_do(pictures, policy, tmp_path, monkeypatch):
-    from tests.cli.commands import invoke
-
     given = ("moderate", pictures.folder, "--policy", policy, "--out", tmp_path / "o.parquet")
     done = invoke(*given, "--data-dir", tmp_path / "nothing")
     assert done.returncode == 1 and "start `lookonce up`" in done.stderr

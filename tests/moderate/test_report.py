@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 from lookonce.report.collect import collect
 from tests.cli.commands import invoke
-from tests.moderate.results import write_results
+from tests.moderate.results import begin_results, write_results
 
 
 def content(page: str) -> dict:
@@ -34,6 +36,31 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     assert all(card["picture"].startswith("data:image/jpeg;base64,") for card in flagged)
     assert flagged[0]["follow_ups"] == {"spoon": "a <i>silver</i> spoon"}
     assert shown["repeated"] == [[str(tmp_path / "pictures/000.png"), 1]]
+
+
+@pytest.mark.parametrize("rows", [7, 25])  # of parts of ten
+def test_what_a_killed_run_knows_is_reported(tmp_path, rows):
+    results = begin_results(tmp_path, rows, part_rows=10)
+    assert len(list(tmp_path.glob("results.parquet.run/parts/*"))) == rows // 10
+    done = invoke("report", results)
+    assert done.returncode == 0 and f"{rows} pictures so far" in done.stdout, done.stdout + done.stderr
+    shown = content((tmp_path / "results.html").read_text())
+    assert (shown["rows"], shown["complete"]) == (rows, False)
+    assert sum(rule["asked"] for rule in shown["rules"]) == 2 * (rows - 1)  # one of them is broken
+    flagged = [card for card in shown["gallery"] if card["scores"][0] >= 0.5]
+    assert len(flagged) > rows // 10 and all(card["picture"] for card in flagged)
+
+
+@pytest.mark.parametrize("name", ["results.jsonl", "results.csv"])
+def test_every_form_of_results_gives_the_same_page(tmp_path, name):
+    shown = []
+    for form in ("results.parquet", name):
+        (tmp_path / form).mkdir()
+        page = tmp_path / f"{form}.html"
+        done = invoke("report", write_results(tmp_path / form, name=form), "--out", page)
+        assert done.returncode == 0, done.stderr
+        shown.append(json.dumps(content(page.read_text())).replace(str(tmp_path / form), ""))
+    assert shown[0] == shown[1]
 
 
 def test_names_and_answers_are_never_markup(tmp_path):

@@ -261,5 +261,5 @@ def test_top_over_all_three(observed):
     also = [argument for port in ports.values() for argument in ("--also", f"http://127.0.0.1:{port}")]
     shown = invoke("top", "--once", "--url", system.gateways[0].url, *also[2:])
     assert shown.returncode == 0, shown.stderr
-    assert "images under way" in shown.stdout and "not asked" not in shown.stdout
+    assert "images under way" in shown.stdout and "no measurements" not in shown.stdout
     assert "embeddings" in shown.stdout and "ready" in shown.stdout
