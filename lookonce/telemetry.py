@@ -36,7 +36,7 @@ def configure_logging(service: str, level: str = "info", log_format: LogFormat =
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: programs may replace it
         cache_logger_on_first_use=False,  # a cached logger would outlive a later configuration
     )
     structlog.contextvars.bind_contextvars(service=service)

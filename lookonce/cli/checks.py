@@ -223,7 +223,9 @@ def embedded_store(directory: Path) -> Finding:
 async def check_store(url: str) -> list[Finding]:
     """Whether the store answers."""
     from lookonce.stores import open_store
+    from lookonce.telemetry import configure_logging
 
+    configure_logging("doctor", "warning")  # stdout is for the findings
     shown = re.sub(r"//[^@/\s]*@", "//***@", url)
     try:
         store = open_store(url, namespace="doctor")

@@ -28,7 +28,9 @@ def report(
 ) -> None:
     """Write the page."""
     from lookonce.report.page import write_report
+    from lookonce.telemetry import configure_logging
 
+    configure_logging("report", "warning")  # stdout is for the result
     page = out or results.expanduser().absolute().with_suffix(".html")
     try:
         collected = write_report(results, page, gallery=gallery)

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from lookonce.report.collect import collect
-from tests.cli.commands import invoke
+from tests.cli.commands import invoke, lookonce
 from tests.moderate.results import begin_results, write_results
 
 
@@ -61,6 +61,17 @@ def test_every_form_of_results_gives_the_same_page(tmp_path, name):
         assert done.returncode == 0, done.stderr
         shown.append(json.dumps(content(page.read_text())).replace(str(tmp_path / form), ""))
     assert shown[0] == shown[1]
+
+
+def test_pictures_that_are_not_fetched_are_left_out_and_leave_stdout_alone(tmp_path):
+    results = write_results(tmp_path, name="results.jsonl")
+    (tmp_path / "urls.txt").write_text("http://127.0.0.1:9/a.png\n" * 41)
+    manifest = tmp_path / "results.jsonl.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"source": str(tmp_path / "urls.txt")}))
+    done = lookonce("report", results)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r".*results\.html: 41 pictures, 2\d flagged, \d+ of them in the page\n", done.stdout)
+    assert not any(card["picture"] for card in content((tmp_path / "results.html").read_text())["gallery"])
 
 
 def test_names_and_answers_are_never_markup(tmp_path):
