@@ -86,7 +86,7 @@ def _show(watcher: Watcher, interval: float, once: bool) -> None:
 def keys() -> Iterator[Callable[[float], str]]:
     """What waits so many seconds for keys and says which were pressed; without a terminal it only waits."""
     if not sys.stdin.isatty():
-        yield lambda seconds: time.sleep(seconds) or ""
+        yield _wait
         return
     import termios
     import tty
@@ -104,6 +104,11 @@ def keys() -> Iterator[Callable[[float], str]]:
         yield pressed
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+
+
+def _wait(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
 
 
 class Watcher:
