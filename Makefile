@@ -3,32 +3,41 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is installed: what the demo and the services need; the tools and what the tests need besides; what the slow tests need.
 STAMP := $(VENV)/.setup-done
+DEV_STAMP := $(VENV)/.setup-dev-done
 SLOW_STAMP := $(VENV)/.setup-slow-done
+SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-slow test-browser check check-deploy format protos protos-check settings-docs bench train-demo clean
+.PHONY: help install setup demo up test test-slow test-browser check check-deploy format protos protos-check settings-docs bench train-demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
-setup: $(STAMP)  ## Create .venv with exact versions (no-op when up to date)
+install: $(STAMP)  ## Create .venv with exact versions of what the services and the demo need (no-op when up to date)
+
+setup: $(DEV_STAMP)  ## The same, with the tools of development and what the tests need
 
 $(STAMP): pyproject.toml constraints.txt scripts/setup.sh
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
+	@$(SETUP)
 	@touch $@
 
-$(SLOW_STAMP): $(STAMP)
-	@PYTHON="$(PYTHON)" VENV="$(VENV)" EXTRAS=dev,slow scripts/setup.sh
+$(DEV_STAMP): $(STAMP)
+	@EXTRAS=dev $(SETUP)
 	@touch $@
 
-demo: setup  ## Start everything, ask two pictures eight questions each, check every answer
+$(SLOW_STAMP): $(DEV_STAMP)
+	@EXTRAS=dev,slow $(SETUP)
+	@touch $@
+
+demo: install  ## Start everything, ask two pictures eight questions each, check every answer
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce demo $(ARGS)
 
-up: setup  ## Start the three processes (ARGS="--model DIR --port 8000")
+up: install  ## Start the three processes (ARGS="--model DIR --port 8000")
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce up $(ARGS)
 
 test: setup  ## The test suite (under 6 minutes on 2 cores)
@@ -64,7 +73,7 @@ settings-docs: setup  ## Write docs/settings.md from the settings classes
 bench: setup  ## All benchmarks (ratios within one run; results in benchmarks/results)
 	@OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks $(ARGS)
 
-train-demo: setup  ## Train the bundled shapes checkpoint again, from nothing (hours)
+train-demo: install  ## Train the bundled shapes checkpoint again, from nothing (hours)
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m training.shapes $(ARGS)
 
 clean:  ## Remove the virtual environment, caches and build output
