@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-import structlog
-
 from gateway.answers import Answers
 from gateway.auth import Keyring, read_keys
 from gateway.batches.service import Batches
@@ -23,11 +19,9 @@ from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings
 from gateway.variants import Variant, Variants, VariantSpec
-from lookonce import tracing
-from lookonce.errors import LookonceError
 from lookonce.fetching.fetcher import Fetcher
 from lookonce.policy import read_policy
-from lookonce.process import heap_frozen, leave_after
+from lookonce.process import heap_frozen, leave_after, serve_to_end
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command
 from lookonce.stores import open_store
@@ -106,20 +100,11 @@ def _start_batches(gateway: Gateway, keyring: Keyring) -> None:
 
 
 def run(settings: GatewaySettings) -> int:
-    """Serve until told to stop; 1 with one line on stderr when that can't begin."""
+    """Serve until told to stop; the process's exit status."""
     import uvloop
 
     configure_logging("gateway", settings.log_level, settings.log_format)
-    try:
-        tracing.export_spans("gateway", settings.trace_endpoint, share=settings.trace_share)
-        uvloop.run(_serve(settings))
-    except LookonceError as error:
-        structlog.get_logger("gateway").error("cannot start", reason=error.message)
-        print(f"gateway: {error.message}", file=sys.stderr)
-        return 1
-    finally:
-        tracing.flush_spans()
-    return 0
+    return serve_to_end("gateway", settings, lambda: uvloop.run(_serve(settings)))
 
 
 async def _serve(settings: GatewaySettings) -> None:

@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from gateway.settings import GatewaySettings
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.rpc.pem import read_pair
 
 BACKLOG = 2048
 log = structlog.get_logger(__name__)
@@ -29,7 +30,10 @@ class _Server(uvicorn.Server):
 
 
 async def serve(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], None]) -> None:
-    """Serve until SIGTERM or SIGINT; requests under way get the grace time. Raises UNAVAILABLE when it can't listen."""
+    """Serve until SIGTERM or SIGINT; requests under way get the grace time. Raises CONFLICT when it can't listen,
+    INVALID_ARGUMENT for a certificate that can't be used."""
+    if settings.tls_certificate is not None:
+        read_pair(settings.tls_certificate, settings.tls_key)
     bound, address = _bind(settings)
     config = uvicorn.Config(
         app,
@@ -73,7 +77,7 @@ def _bind(settings: GatewaySettings) -> tuple[socket.socket, str]:
         bound.bind((settings.host.strip("[]"), settings.port))
     except OSError as error:
         where = settings.uds or f"{settings.host}:{settings.port}"
-        raise LookonceError(ErrorKind.UNAVAILABLE, f"cannot listen on {where}: is the address in use?") from error
+        raise LookonceError(ErrorKind.CONFLICT, f"cannot listen on {where}: is the address in use?") from error
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
     scheme = "https" if settings.tls_certificate else "http"
     return bound, f"{scheme}://{host}:{bound.getsockname()[1]}"

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import structlog
-
 from lm_service.settings import LanguageSettings
-from lookonce import tracing
 from lookonce.apart import apart
-from lookonce.errors import LookonceError
-from lookonce.process import keep_freed_memory, leave_after, wait_briefly
+from lookonce.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
 from lookonce.settings import command
 from lookonce.telemetry import configure_logging
-
-log = structlog.get_logger(__name__)
 
 
 def run(settings: LanguageSettings) -> int:
@@ -24,18 +18,13 @@ def run(settings: LanguageSettings) -> int:
 
     from lm_service.service import load_model, serve, start_metrics
 
-    try:
-        tracing.export_spans("language", settings.trace_endpoint, share=settings.trace_share)
+    def load_and_serve() -> None:
         start_metrics(settings)
         model = apart(load_model, settings)
         keep_freed_memory()
         uvloop.run(serve(settings, model))
-    except LookonceError as error:
-        log.error("cannot start", kind=error.kind.value, reason=error.message)
-        return 1
-    finally:
-        tracing.flush_spans()
-    return 0
+
+    return serve_to_end("language", settings, load_and_serve)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
 
 
 async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises UNAVAILABLE when the address can't be listened on."""
+    """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on."""
     accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype, settings.encoder_quantization)
     store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
     clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]

@@ -1,5 +1,5 @@
 """A service's process: how its threads wait, the memory it keeps at hand, what its garbage collector need not look at,
-and its end without taking the interpreter apart."""
+why it can't start, and its end without taking the interpreter apart."""
 
 from __future__ import annotations
 
@@ -10,8 +10,29 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
+import structlog
+
+from lookonce import tracing
+from lookonce.errors import ErrorKind, LookonceError
+
+PERMANENT_EXIT = 78
+"""Exit status of a process that can't start as it is configured (EX_CONFIG of sysexits.h): trying again can't help."""
+USAGE_EXIT = 2
+"""Exit status of a mistyped flag or a bad value of a setting: neither can here."""
+
+_PASSING = frozenset(
+    {
+        ErrorKind.RATE_LIMITED,
+        ErrorKind.OVERLOADED,
+        ErrorKind.UNAVAILABLE,
+        ErrorKind.DEADLINE_EXCEEDED,
+        ErrorKind.CANCELLED,
+        ErrorKind.INTERNAL,
+    }
+)
+"""Kinds of failure that may be gone at the next attempt."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 256 << 20
 _SPINS = "300"  # of libgomp's waiting loop
@@ -47,6 +68,34 @@ def heap_frozen() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()  # for whoever goes on in this process, such as a test
+
+
+class Traced(Protocol):
+    """Settings that say where traces go."""
+
+    @property
+    def trace_endpoint(self) -> str | None:
+        """OTLP over gRPC; None: nowhere."""
+
+    @property
+    def trace_share(self) -> float:
+        """Of the traces that begin here, 0 to 1."""
+
+
+def serve_to_end(service: str, settings: Traced, serve: Callable[[], None]) -> int:
+    """Run `serve`, which returns after a drain, with its traces sent; the process's exit status. What keeps it from
+    starting goes to the log and, as a sentence, to the last line of stderr."""
+    try:
+        tracing.export_spans(service, settings.trace_endpoint, share=settings.trace_share)
+        serve()
+        return 0
+    except LookonceError as error:
+        failure = error
+    finally:
+        tracing.flush_spans()
+    structlog.get_logger(service).error("cannot start", kind=failure.kind.value, reason=failure.message)
+    print(f"{service}: error: {failure.message}", file=sys.stderr, flush=True)
+    return 1 if failure.kind in _PASSING else PERMANENT_EXIT
 
 
 def leave_after(main: Callable[[], object]) -> NoReturn:

@@ -107,7 +107,7 @@ def _is_bool(annotation: Any) -> bool:
 def _explain(settings: type[Settings], flags: dict[str, Any], problem: Any) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else ""
     if not name:
-        return str(problem["msg"])
+        return str(problem["msg"]).removeprefix("Value error, ")
     flag, env = "--" + name.replace("_", "-"), variable(settings, name)
     if problem["type"] == "missing":
         return f"{flag} (or {env}) is required"

@@ -37,7 +37,7 @@ class OutputLog:
         """Flush and close the file."""
         self._file.close()
 
-    def reason(self, lines: int = 8) -> list[str]:
+    def last(self, lines: int = 8) -> list[str]:
         """The last lines, oldest first: what a failed start has to say for itself."""
         if self._partial.strip():
             self._take(self._partial, "error")

@@ -13,6 +13,8 @@ from lookonce.units import format_size
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "shapes"
 """The small trained checkpoint that the wheel carries."""
+BUNDLED_POLICY = BUNDLED.with_name("shapes.yaml")
+"""Rules of moderation that it can answer."""
 
 
 @dataclass(frozen=True)

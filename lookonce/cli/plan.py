@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lookonce.cli.health import GrpcProbe, HttpProbe
-from lookonce.cli.model import Model
+from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
 from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.service import ServicePlan
@@ -124,6 +124,7 @@ def plan_system(
     gateway_arguments.always("vision", vision_at)
     gateway_arguments.always("lm", language_at)
     gateway_arguments.offer("data_dir", default=directory.path / "gateway")
+    gateway_arguments.offer("policy", default=BUNDLED_POLICY if model.source == str(BUNDLED) else None)
     gateway_arguments.offer("image_ttl", "image_ttl")
     gateway_arguments.offer("drain_grace", "grace")
     url = base_url(host, port, tls=gateway_arguments.own("tls_certificate") is not None)

@@ -18,9 +18,7 @@ from lookonce.cli.child import command
 from lookonce.cli.health import Health, Probe
 from lookonce.cli.logs import OutputLog
 from lookonce.errors import ErrorKind, LookonceError
-
-USAGE_EXIT = 2
-"""Exit status of a bad setting: starting again can't help."""
+from lookonce.process import PERMANENT_EXIT, USAGE_EXIT
 
 MISSES = 3
 """Probes in a row that fail before a ready service counts as unready: a busy one may miss one."""
@@ -54,11 +52,11 @@ class ServicePlan:
 
 
 class ServiceFailed(LookonceError):
-    """A service that couldn't be started; `reason` holds its last lines of output."""
+    """A service that couldn't be started; `lines` are its last ones of output, where its own words don't explain it."""
 
-    def __init__(self, name: str, ending: str, reason: list[str], log_file: Path) -> None:
-        super().__init__(ErrorKind.UNAVAILABLE, f"the {name} service can't start: {ending} (its log: {log_file})")
-        self.reason = reason
+    def __init__(self, name: str, explanation: str, lines: list[str]) -> None:
+        super().__init__(ErrorKind.UNAVAILABLE, f"the {name} service can't start: {explanation}")
+        self.lines = lines
 
 
 class Service:
@@ -103,15 +101,22 @@ class Service:
             healthy = time.monotonic() - self._ready_since if self._ready_since is not None else 0.0
             failures = 1 if healthy >= self._policy.healthy_after else failures + 1
             ending = describe_exit(code)
-            hopeless = code == USAGE_EXIT or failures >= self._policy.start_attempts
-            if not self._ever_ready and hopeless:
+            permanent = code in (PERMANENT_EXIT, USAGE_EXIT)
+            if not self._ever_ready and (permanent or failures >= self._policy.start_attempts):
                 self._change("failed", ending)
-                raise ServiceFailed(self.plan.name, ending, self._log.reason(), self._log_file)
+                raise self._failure(ending, permanent)
             delay = self._policy.delay(failures)
             self._change("restarting", f"{ending}; restarting in {delay:g} s")
-            for line in self._log.reason(3) if not self._ever_ready else []:
+            for line in self._log.last(3) if not self._ever_ready else []:
                 self._show(self.plan.name, f"  {line}")
             await asyncio.sleep(delay)
+
+    def _failure(self, ending: str, permanent: bool) -> ServiceFailed:
+        lines = self._log.last()
+        words = spoken(lines[-1], self.plan.name) if lines else ""
+        if permanent and words:
+            return ServiceFailed(self.plan.name, words, [])
+        return ServiceFailed(self.plan.name, f"{ending}{words and ': '}{words} (its log: {self._log_file})", lines[:-1])
 
     async def stop(self, grace: float) -> None:
         """SIGTERM, then SIGKILL after `grace` seconds (0: at once, as was asked). Returns once the process is gone."""
@@ -143,6 +148,7 @@ class Service:
     async def _run_once(self) -> int:
         """One life of the process, from start to exit status (negative: the signal that ended it)."""
         loop = asyncio.get_running_loop()
+        self._log.tail.clear()
         read_end, write_end = os.pipe()  # our own: asyncio's would delay wait() while a grandchild holds the other end
         try:
             process = await asyncio.create_subprocess_exec(
@@ -222,6 +228,13 @@ class Service:
     def _change(self, state: str, text: str) -> None:
         self.state = state
         self._changed(self.plan.name, text)
+
+
+def spoken(line: str, service: str) -> str:
+    """A process's last line without what a command line puts before its errors."""
+    for before in (f"{service}: ", "error: ", "Error: ", "Invalid value: "):
+        line = line.removeprefix(before)
+    return line
 
 
 def describe_exit(code: int) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import typer
+
 from lookonce.cli.child import command
 from lookonce.cli.rundir import RunningSystem, find_running, read_up_file
 from lookonce.errors import ErrorKind, LookonceError
@@ -51,7 +53,7 @@ def started(data_dir: Path, up_arguments: list[str]) -> Iterator[RunningSystem]:
 def _wait_started(process: subprocess.Popen[bytes], data_dir: Path) -> RunningSystem:
     while True:
         if process.poll() is not None:
-            raise LookonceError(ErrorKind.UNAVAILABLE, "the services could not be started; the lines above say why")
+            raise typer.Exit(process.returncode or 1)  # its last line said why
         system = read_up_file(data_dir)
         if system is not None and system.ready and system.pid == process.pid:
             return system

@@ -126,7 +126,7 @@ def run(settings: UpSettings, given: set[str]) -> int:
             check_port_free(settings.host, settings.port)
             return asyncio.run(_supervise(settings, given, directory, model))
     except LookonceError as error:
-        for line in getattr(error, "reason", ()):
+        for line in getattr(error, "lines", ()):
             note(f"  {line}")
         fail(error.message)
 

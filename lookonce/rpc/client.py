@@ -14,6 +14,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.reference import EmbeddingReference
 from lookonce.rpc.convert import join, reference_from_proto
 from lookonce.rpc.errors import from_rpc_error
+from lookonce.rpc.pem import read_authorities, read_pair
 from lookonce.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
 from lookonce.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
@@ -46,8 +47,10 @@ def open_channel(
         return grpc.aio.insecure_channel(address, options=options)
     if server_name is not None:
         options.append(("grpc.ssl_target_name_override", server_name))
-    pem = [path.read_bytes() if path else None for path in (tls.ca, tls.key, tls.certificate)]
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(*pem), options=options)
+    roots = read_authorities(tls.ca) if tls.ca else None
+    key, certificate = read_pair(tls.certificate, tls.key) if tls.certificate or tls.key else (None, None)
+    credentials = grpc.ssl_channel_credentials(roots, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.rpc.errors import abort
+from lookonce.rpc.pem import read_authorities, read_pair
 from lookonce.tracing import HEADER, Step, begin, failure_of
 
 log = structlog.get_logger(__name__)
@@ -207,7 +208,7 @@ class Server:
             finally:
                 os.umask(old_umask)
         except (RuntimeError, OSError) as error:
-            raise LookonceError(ErrorKind.UNAVAILABLE, f"cannot listen on {listen}: is the address in use?") from error
+            raise LookonceError(ErrorKind.CONFLICT, f"cannot listen on {listen}: is the address in use?") from error
         return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
 
 
@@ -224,8 +225,6 @@ def _check_port(listen: str) -> None:
 
 
 def _server_credentials(tls: Tls) -> grpc.ServerCredentials:
-    if tls.certificate is None or tls.key is None:
-        raise invalid("TLS needs both a certificate and a key", param="tls")
-    pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
-    roots = tls.ca.read_bytes() if tls.ca else None
+    pair = read_pair(tls.certificate, tls.key)
+    roots = read_authorities(tls.ca) if tls.ca else None
     return grpc.ssl_server_credentials([pair], root_certificates=roots, require_client_auth=roots is not None)

@@ -37,7 +37,7 @@ async def main() -> int:
     try:
         return await supervisor.run()
     except ServiceFailed as error:
-        print(f"failed: {error.message} {error.reason}", flush=True)
+        print(f"failed: {error.message} {error.lines}", flush=True)
         return 1
 
 
