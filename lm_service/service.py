@@ -28,11 +28,12 @@ from lm_service.settings import LanguageSettings
 from lm_service.template import ChatTemplate, load_template
 from lm_service.validation import RecordRules
 from lookonce.apart import apart
-from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
-from lookonce.checkpoint.files import read_json
+from lookonce.checkpoint import Checkpoint, Half
+from lookonce.checkpoint.chat import end_token_ids, image_marker
+from lookonce.checkpoint.check import open_checked
 from lookonce.checkpoint.lean import TextModel, load_language_model
 from lookonce.embeddings import EmbeddingCache
-from lookonce.errors import CheckpointError, invalid
+from lookonce.errors import invalid
 from lookonce.placement import choose_dtype, dtype_name
 from lookonce.process import heap_frozen
 from lookonce.quantization import check_usable, scheme
@@ -67,10 +68,10 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
         torch.set_num_threads(settings.threads)
     asked = wanted(settings.device, settings.device_map)
     check_usable(settings.quantization, asked.devices)
-    checkpoint = open_checkpoint(settings.model, needs=Half.LANGUAGE, revision=settings.revision)
+    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
     dtype = choose_dtype(settings.dtype, asked.devices, checkpoint.dtype)
     home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype, settings.quantization)
-    template = load_template(checkpoint.path)
+    template = load_template(checkpoint.path, image_marker(checkpoint.family.special_tokens(checkpoint.config)))
     context_length = _context_length(checkpoint, settings.context_length)
     where = home.of if settings.quantization == "none" else home.of_unquantized
     text_model, lm_head = load_language_model(checkpoint, dtype, where)
@@ -83,7 +84,7 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
         home=home,
         dtype=dtype,
         context_length=context_length,
-        end_ids=_end_ids(checkpoint, template),
+        end_ids=end_token_ids(checkpoint.path, checkpoint.family.text_config(checkpoint.config), template.chat),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
     )
 
@@ -205,20 +206,6 @@ def _context_length(checkpoint: Checkpoint, cap: int | None) -> int:
     if cap is not None and cap > own:
         raise invalid(f"context_length {cap} is over the model's own {own}", param="context_length")
     return cap or own
-
-
-def _end_ids(checkpoint: Checkpoint, template: ChatTemplate) -> frozenset[int]:
-    """Tokens that end a turn: generation_config.json's, else config.json's, else <|im_end|>."""
-    file = checkpoint.path / "generation_config.json"
-    stated = read_json(file).get("eos_token_id") if file.is_file() else None
-    if stated is None:
-        stated = checkpoint.family.text_config(checkpoint.config).get("eos_token_id")
-    if stated is None:
-        stated = template.token_id("<|im_end|>")
-    ids = stated if isinstance(stated, list) else [stated]
-    if not ids or not all(isinstance(number, int) for number in ids):
-        raise CheckpointError(f"{file}: eos_token_id is missing; copy the file from the model's repository")
-    return frozenset(ids)
 
 
 def _kind(settings: LanguageSettings) -> str:

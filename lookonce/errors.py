@@ -55,10 +55,15 @@ def invalid(message: str, *, param: str | None = None) -> LookonceError:
 
 
 class CheckpointError(LookonceError):
-    """A checkpoint that cannot be used; the message names the file or tensor at fault and the remedy."""
+    """A checkpoint that cannot be used; each of `problems` names the file or tensor at fault and the remedy.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(ErrorKind.CHECKPOINT_INVALID, message)
+    The message is the problem itself, or a list of them, one a line.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        listed = [f"{len(problems)} problems", *(f"  - {problem}" for problem in problems)]
+        super().__init__(ErrorKind.CHECKPOINT_INVALID, problems[0] if len(problems) == 1 else "\n".join(listed))
+        self.problems = problems
 
 
 class RecordError(LookonceError):

@@ -15,7 +15,8 @@ import torch
 
 from lookonce import __version__
 from lookonce.apart import apart
-from lookonce.checkpoint import Checkpoint, Half, open_checkpoint
+from lookonce.checkpoint import Checkpoint, Half
+from lookonce.checkpoint.check import open_checked
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.process import heap_frozen, keep_freed_memory
@@ -55,7 +56,7 @@ def load(settings: VisionSettings) -> Tower:
     check_usable(settings.quantization, [device])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    checkpoint = open_checkpoint(settings.model, needs=Half.VISION, revision=settings.revision)
+    checkpoint = open_checked(settings.model, Half.VISION, settings.revision)
     dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
     preprocessor = Preprocessor(checkpoint.preprocessor)
     model = Model(

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lookonce.checkpoint import files, hub
+from lookonce.checkpoint import directory, files, hub
 from lookonce.checkpoint.digest import content_identity
-from lookonce.checkpoint.headers import TensorEntry, read_header
+from lookonce.checkpoint.headers import TensorEntry
 from lookonce.errors import CheckpointError
 from lookonce.families import Family, Half, family_of
 from lookonce.identity import EncoderSpec
@@ -68,7 +68,7 @@ class Checkpoint:
     def half_entries(self, half: Half) -> dict[str, TensorEntry]:
         """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
         if half not in self.entries:
-            raise _absent(self.path, half, self.halves)
+            raise directory.absent(self.path, half, self.halves)
         return self.entries[half]
 
     def files(self, half: Half) -> list[Path]:
@@ -128,53 +128,79 @@ class Checkpoint:
         return self.family.merge_size(self.config)
 
 
+@dataclass(frozen=True)
+class Place:
+    """A directory that holds one half of a model, or both."""
+
+    path: Path
+    name: str
+    halves: frozenset[Half]  # those of it that are asked for
+    identity: str | None  # None: to be found out from its files
+
+
+def places_of(model: str, halves: Collection[Half], revision: str | None = None) -> list[Place]:
+    """Where the halves of a local directory or a hub id lie, fetched from the hub if need be. Raises CheckpointError.
+
+    A directory that `lookonce split` wrote holds each half in a directory of its own.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        if not hub.is_repository(model):
+            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+        snapshot, commit = hub.fetch(model, halves, revision)
+        return [Place(snapshot, model, frozenset(halves), hub.identity(model, commit))]
+    if revision is not None:
+        raise CheckpointError(
+            f"revision {revision!r} was given, but {path} is a local directory, which has none; leave it out"
+        )
+    whole = (path / files.CONFIG).is_file()
+    apart = [half for half in halves if not whole and (path / half.value / files.CONFIG).is_file()]
+    places = [_local(path / half.value, {half}) for half in apart]
+    together = frozenset(halves).difference(apart)
+    return [*places, _local(path, together)] if together else places
+
+
 def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> Checkpoint:
     """Open a local directory or a hub id, fetching what `needs` needs (both halves when None).
 
     A directory that `lookonce split` wrote both halves under serves as either one. Raises CheckpointError naming the
-    file or tensor at fault and the remedy.
+    file or tensor at fault and the remedy. Services and commands open models by `check.check_checkpoint`.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if revision is not None:
-            raise CheckpointError(f"revision {revision!r} was given, but {path} is a local directory, which has none")
-        split_half = path / needs.value if needs is not None else path
-        if not (path / files.CONFIG).is_file() and (split_half / files.CONFIG).is_file():
-            path = split_half
-        return _open_directory(path, path.resolve().name, needs, None)
-    if not hub.is_repository(model):
-        raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name)")
-    snapshot, commit = hub.fetch(model, {needs} if needs is not None else set(Half), revision)
-    return _open_directory(snapshot, model, needs, f"hub:{model}@{commit}")
+    place, *others = places_of(model, (needs,) if needs is not None else tuple(Half), revision)
+    path = Path(model).expanduser() if others else place.path
+    return open_directory(path, place.name, needs, place.identity)
 
 
-def read_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
-    """Family, config.json and preprocessor settings of a directory or a hub id; no weight is looked at or fetched.
+def settings_directory(model: str, revision: str | None = None) -> Path:
+    """Where config.json and the preprocessor's settings of a directory or a hub id lie; no weight is fetched.
 
     Raises CheckpointError."""
     path = Path(model).expanduser()
     if not path.is_dir():
         if not hub.is_repository(model):
-            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name)")
-        path = hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR], revision)
-    elif not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
-        path = path / Half.LANGUAGE  # split: either half has both files
-    config = _read_config(path)
-    family = family_of(config)
-    return family, config, family.preprocessor(_read_preprocessor(path))
+            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+        return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR], revision)
+    if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
+        return path / Half.LANGUAGE  # split: either half has both files
+    return path
 
 
-def _open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
-    config = _read_config(path)
+def open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
+    """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
+    config = directory.read_config(path)
+    directory.refuse_quantised(path, config)
     family = family_of(config)
-    preprocessor = family.preprocessor(_read_preprocessor(path))
-    weight_map = _weight_map(path)
-    present = _present(path, family, weight_map)
-    named = _named(family, weight_map)
+    preprocessor = family.preprocessor(directory.read_preprocessor(path))
+    weight_map = directory.weight_map_of(path)
+    present = directory.halves_present(path, family, weight_map)
+    named = directory.halves_named(family, weight_map)
     if needs is not None and needs not in named:
-        raise _absent(path, needs, named)
-    stated = _stated_identity(path, named)
+        raise directory.absent(path, needs, named)
     shards = sorted(set(weight_map.values()))
+    identity_files = (path / files.CONFIG, *(path / shard for shard in shards))
+    stated = _stated_identity(path, named)
+    if stated is None and identity is None:
+        stated = hub.snapshot_source(path, identity_files)
     return Checkpoint(
         name=stated[1] if stated else name,
         path=path,
@@ -182,95 +208,10 @@ def _open_directory(path: Path, name: str, needs: Half | None, identity: str | N
         config=config,
         preprocessor=preprocessor,
         halves=present,
-        entries=_entries(path, family, weight_map, {needs} if needs is not None else named),
-        identity_files=(path / files.CONFIG, *(path / shard for shard in shards)),
+        entries=directory.entries_of(path, family, weight_map, {needs} if needs is not None else named),
+        identity_files=identity_files,
         known_identity=stated[0] if stated else identity,
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not (path / files.CONFIG).is_file():
-        halves = [half.value for half in Half if (path / half.value / files.CONFIG).is_file()]
-        hint = (
-            f"; it holds split halves: give one of {', '.join(str(path / half) for half in halves)}" if halves else ""
-        )
-        raise CheckpointError(f"{path} has no {files.CONFIG}: not a checkpoint directory{hint}")
-    config = files.read_json(path / files.CONFIG)
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path / files.CONFIG}: quantization_config: pre-quantised weights are not supported; "
-            "use the original checkpoint"
-        )
-    return config
-
-
-def _read_preprocessor(path: Path) -> dict[str, Any]:
-    if (path / files.PREPROCESSOR).is_file():
-        return files.read_json(path / files.PREPROCESSOR)
-    if (path / files.PROCESSOR).is_file():
-        nested = files.read_json(path / files.PROCESSOR).get("image_processor")
-        if isinstance(nested, dict):
-            return nested
-    raise CheckpointError(f"{path} has no {files.PREPROCESSOR}; copy it from the model's repository")
-
-
-def _weight_map(path: Path) -> dict[str, str]:
-    """Shard of every stored tensor name, from the index or from the headers of the files themselves."""
-    if (path / files.INDEX).is_file():
-        return files.read_index(path / files.INDEX)
-    single = path / files.SINGLE
-    found = [single] if single.is_file() else sorted(path.glob("*.safetensors"))
-    if not found:
-        if any(path.glob("*.bin")) or any(path.glob("*.pt*")):
-            raise CheckpointError(
-                f"{path} has only pickled weights (.bin/.pt), which are never loaded: "
-                "convert them to safetensors with transformers' save_pretrained, or use a revision that has safetensors"
-            )
-        raise CheckpointError(f"{path} has no {files.SINGLE} and no {files.INDEX}; download the weights")
-    weight_map: dict[str, str] = {}
-    for file in found:
-        for stored_name in read_header(file)[0]:
-            if stored_name in weight_map:
-                raise CheckpointError(
-                    f"tensor {stored_name!r} is in both {path / weight_map[stored_name]} and {file}; "
-                    f"remove the file that doesn't belong, or add {files.INDEX}"
-                )
-            weight_map[stored_name] = file.name
-    return weight_map
-
-
-def _named(family: Family, weight_map: dict[str, str]) -> frozenset[Half]:
-    places = (family.locate(name) for name in weight_map)
-    return frozenset(place[0] for place in places if place is not None)
-
-
-def _present(path: Path, family: Family, weight_map: dict[str, str]) -> frozenset[Half]:
-    here = {shard for shard in set(weight_map.values()) if (path / shard).is_file()}
-    named = _named(family, weight_map)
-    return frozenset(half for half in named if here.issuperset(files.shards_of(family, weight_map, {half})))
-
-
-def _entries(
-    path: Path, family: Family, weight_map: dict[str, str], halves: Iterable[Half]
-) -> dict[Half, dict[str, TensorEntry]]:
-    entries: dict[Half, dict[str, TensorEntry]] = {half: {} for half in halves}
-    headers = {shard: read_header(path / shard)[0] for shard in files.shards_of(family, weight_map, entries)}
-    for stored_name, shard in weight_map.items():
-        place = family.locate(stored_name)
-        if place is None or place[0] not in entries:
-            continue
-        half, name = place
-        entry = headers[shard].get(stored_name)
-        if entry is None:
-            raise CheckpointError(
-                f"tensor {stored_name!r} is not in {path / shard}, where {files.INDEX} puts it; download both again"
-            )
-        if name in entries[half]:
-            raise CheckpointError(
-                f"tensors {stored_name!r} and {entries[half][name].stored_name!r} are the same weight"
-            )
-        entries[half][name] = entry
-    return entries
 
 
 def _stated_identity(path: Path, named: frozenset[Half]) -> tuple[str, str] | None:
@@ -296,9 +237,5 @@ def identity_record(checkpoint: Checkpoint, half: Half) -> dict[str, Any]:
     }
 
 
-def _absent(path: Path, half: Half, halves: frozenset[Half]) -> CheckpointError:
-    held = f"only the {half.other} half" if half.other in halves else "neither half"
-    return CheckpointError(
-        f"{path} holds {held}, no {half} weights; "
-        f"give the {half} half (`lookonce split` writes it) or the whole checkpoint"
-    )
+def _local(path: Path, halves: Collection[Half]) -> Place:
+    return Place(path, path.resolve().name, frozenset(halves), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ LANGUAGE_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+_LISTED = 5
 
 
 def small_files(halves: Iterable[Half]) -> list[str]:
@@ -61,8 +62,53 @@ def read_index(file: Path) -> dict[str, str]:
     return weight_map
 
 
+def located(family: Family, names: Iterable[str]) -> dict[str, tuple[Half, str]]:
+    """Half and module-relative name of each stored tensor; tensors that carry no weight are left out.
+
+    Raises CheckpointError saying what the tensors are that no layout of the family has.
+    """
+    places, strays = places_and_strays(family, names)
+    if strays:
+        raise CheckpointError(describe_strays(strays))
+    return places
+
+
+def places_and_strays(family: Family, names: Iterable[str]) -> tuple[dict[str, tuple[Half, str]], list[str]]:
+    """`located` for the tensors that have a place in the model, and the names of those that have none."""
+    places: dict[str, tuple[Half, str]] = {}
+    strays: list[str] = []
+    for name in names:
+        try:
+            place = family.locate(name)
+        except CheckpointError:
+            strays.append(name)
+        else:
+            if place is not None:
+                places[name] = place
+    return places, strays
+
+
 def shards_of(family: Family, weight_map: dict[str, str], halves: Iterable[Half]) -> list[str]:
     """Sorted names of the shards that hold any tensor of the given halves."""
     wanted = set(halves)
-    located = ((family.locate(name), shard) for name, shard in weight_map.items())
-    return sorted({shard for place, shard in located if place is not None and place[0] in wanted})
+    return sorted({weight_map[name] for name, (half, _) in located(family, weight_map).items() if half in wanted})
+
+
+def describe_strays(names: Iterable[str]) -> str:
+    """What tensors are that have no place in the model, and what to do about them."""
+    names = sorted(names)
+    if any(name.startswith("base_model.") or "lora_" in name for name in names):
+        return (
+            f"tensors of a LoRA adapter: {some(names)}; merge it into its base model (PEFT's merge_and_unload) "
+            "and give the result"
+        )
+    return (
+        f"tensors that belong to no layout of the model: {some(names)}: a head of another kind of model (reward, "
+        "classification, embedding)? Use a checkpoint whose weights are visual.*, model.* and lm_head.* alone"
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + rest

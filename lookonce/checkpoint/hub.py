@@ -14,12 +14,34 @@ from lookonce.errors import CheckpointError
 from lookonce.families import Half, family_of
 
 _log = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def is_repository(model: str) -> bool:
     """Whether the text has the form of a hub id: `owner/name`."""
     return _REPOSITORY.fullmatch(model) is not None and ".." not in model
+
+
+def identity(repository: str, commit: str) -> str:
+    """What a hub repository at a commit is identified by."""
+    return f"hub:{repository}@{commit}"
+
+
+def snapshot_source(path: Path, weights: Iterable[Path]) -> tuple[str, str] | None:
+    """Identity and repository of a directory that is a snapshot in the hub library's cache; None: it is not one.
+
+    Such a directory's files are links to the cache's blobs. One that was put there by hand makes it another model.
+    """
+    real = path.resolve()
+    repository = real.parent.parent.name.removeprefix("models--").replace("--", "/")
+    cached = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
+    if not (cached and is_repository(repository) and _COMMIT.fullmatch(real.name)):
+        return None
+    linked = (os.readlink(file) if file.is_symlink() else "" for file in weights if file.exists())
+    if not all(Path(target).parent.name == "blobs" for target in linked):
+        return None
+    return identity(repository, real.name), repository
 
 
 def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) -> tuple[Path, str]:

@@ -6,6 +6,7 @@ start-up time and cost 150 MB. What the forwards compute is held equal to transf
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -16,10 +17,10 @@ from lookonce.checkpoint.checkpoint import Checkpoint
 from lookonce.checkpoint.weights import Where, load_weights
 from lookonce.errors import CheckpointError
 from lookonce.families import Half
+from lookonce.families.qwen2_vl_limits import text_problems, vision_problems
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _VISION_EPSILON = 1e-6
-_PLAIN_ROPE = ("default", "mrope")
 
 
 class PatchEmbed(nn.Module):
@@ -91,10 +92,7 @@ class VisionTower(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        if config["hidden_act"] != "quick_gelu":
-            raise CheckpointError(
-                f"config.json: vision hidden_act {config['hidden_act']!r} is not supported (quick_gelu)"
-            )
+        _refuse(vision_problems(config))
         kernel = (config["temporal_patch_size"], config["patch_size"], config["patch_size"])
         self.spatial_merge_size: int = config["spatial_merge_size"]
         self.patch_embed = PatchEmbed(config["in_channels"], config["embed_dim"], kernel)
@@ -109,21 +107,10 @@ class Rotary:
 
     def __init__(self, config: dict[str, Any]) -> None:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        self.type = rope.get("rope_type") or rope.get("type") or "default"
-        if self.type not in _PLAIN_ROPE:
-            raise CheckpointError(
-                f"config.json: rope type {self.type!r} is not supported ({', '.join(_PLAIN_ROPE)}); "
-                "remove the long-context extension from rope_scaling"
-            )
         self.attention_scaling = 1.0
         self.mrope_section: list[int] = list(rope.get("mrope_section", (16, 24, 24)))
         theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1_000_000.0)
         self.inv_freq = rope_frequencies(config["hidden_size"] // config["num_attention_heads"], theta)
-        if sum(self.mrope_section) != len(self.inv_freq):
-            raise CheckpointError(
-                f"config.json: mrope_section {self.mrope_section} must add up to half a head's width, "
-                f"{len(self.inv_freq)}"
-            )
 
 
 class TextAttention(nn.Module):
@@ -166,10 +153,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        if config.get("hidden_act", "silu") != "silu":
-            raise CheckpointError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu)")
-        if config.get("use_sliding_window"):
-            raise CheckpointError("config.json: use_sliding_window is not supported; set it to false")
+        _refuse(text_problems(config))
         self.config = SimpleNamespace(**config)
         self.rotary_emb = Rotary(config)
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
@@ -211,15 +195,16 @@ def text_settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The language half's configuration with transformers' defaults filled in. CheckpointError for what has none."""
     config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
     config |= checkpoint.family.text_config(checkpoint.config)
-    wanted = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in wanted if not isinstance(config.get(name), int)]
-    if missing:
-        raise CheckpointError(
-            f"config.json: {', '.join(missing)} missing; take config.json from the model's repository"
-        )
+    _refuse(text_problems(config))
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     return config
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = list(problems)
+    if found:
+        raise CheckpointError(*found)
 
 
 def _frozen(module: _Module) -> _Module:

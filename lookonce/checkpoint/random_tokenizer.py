@@ -62,10 +62,6 @@ CHAT_TEMPLATE = """\
 """
 _LETTERS = "etaoinshrdlucmwfgypbvkjxqz"
 _SPACE = "Ġ"  # how byte-level BPE writes a space
-# Qwen2's own word splitting: contractions, words, single digits, punctuation, line ends, spaces.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: bool) -> dict[str, int]:
@@ -73,7 +69,9 @@ def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: boo
 
     Special tokens have the last ids. The template stands in tokenizer_config.json or in chat_template.jinja.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, models, pre_tokenizers
+
+    from lookonce.checkpoint.tokenizer import byte_level
 
     vocab = {symbol: position for position, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     room = vocab_size - len(vocab) - len(SPECIAL_TOKENS)
@@ -82,15 +80,7 @@ def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: boo
     merges = list(itertools.islice(_merges(), room))
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges))
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
     ids = {token: len(vocab) + place for place, token in enumerate(SPECIAL_TOKENS)}

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lookonce.checkpoint import files
-from lookonce.checkpoint.checkpoint import Checkpoint, identity_record, open_checkpoint
+from lookonce.checkpoint.check import check_checkpoint
+from lookonce.checkpoint.checkpoint import Checkpoint, identity_record
 from lookonce.checkpoint.headers import TensorEntry
 from lookonce.checkpoint.writer import DEFAULT_SHARD_BYTES, TensorSpec, plan_by_bytes, write_json, write_shards
 from lookonce.durable import sync
@@ -51,9 +52,10 @@ def split_checkpoint(
     empty, unless `force` is given and it holds an earlier split; and when the source lacks a half.
     """
     out = Path(out).expanduser().absolute()
-    checkpoint = open_checkpoint(model, revision=revision)
-    for half in Half:
-        checkpoint.half_entries(half)
+    found = check_checkpoint(model, revision=revision).usable()
+    if found[Half.VISION] is not found[Half.LANGUAGE]:
+        raise CheckpointError(f"{model} is split already; use its halves as they are")
+    checkpoint = found[Half.VISION]
     _check_target(out, checkpoint, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))

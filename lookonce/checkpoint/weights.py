@@ -17,19 +17,15 @@ from pathlib import Path
 import torch
 
 from lookonce.checkpoint.checkpoint import Checkpoint
+from lookonce.checkpoint.files import some
 from lookonce.checkpoint.headers import TensorEntry
+from lookonce.checkpoint.inventory import HEAD, STORED_DTYPES, tensor_problems
 from lookonce.errors import CheckpointError
 from lookonce.families import Half
 
 STAGING_BYTES = 16 << 20
-_TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_LISTED = 5
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_TORCH_DTYPES = dict(zip(STORED_DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+_EMBEDDING = "model.embed_tokens.weight"
 Where = Callable[[str], torch.device]
 """Says on which device a tensor belongs, by its name in the module."""
 
@@ -63,13 +59,15 @@ def load_weights(
     where = _always(torch.device(device)) if isinstance(device, str | torch.device) else device
     entries = checkpoint.half_entries(half)
     expected = module.state_dict(keep_vars=True)
-    tied = half is Half.LANGUAGE and checkpoint.tied_head and _HEAD in expected and _HEAD not in entries
+    tied = half is Half.LANGUAGE and checkpoint.tied_head and HEAD in expected and HEAD not in entries
     if tied:
-        del expected[_HEAD]
-    _check(expected, entries, checkpoint.path)
+        del expected[HEAD]
+    problems = tensor_problems({name: tuple(x.shape) for name, x in expected.items()}, entries, checkpoint.path)
+    if problems:
+        raise CheckpointError(*problems)
     state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, where)}
     if tied:
-        state[_HEAD] = state[_EMBEDDING]
+        state[HEAD] = state[_EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
@@ -93,35 +91,6 @@ def materialize_buffers(module: torch.nn.Module, where: Where) -> None:
         buffers = dict(fresh.named_buffers(recurse=False))
         for name in hollow:
             owner.register_buffer(name, buffers[name].to(where(f"{path}.{name}")), persistent=False)
-
-
-def _check(expected: dict[str, torch.Tensor], entries: dict[str, TensorEntry], path: Path) -> None:
-    missing = sorted(expected.keys() - entries.keys())
-    if missing:
-        raise CheckpointError(
-            f"{path}: tensors missing from the weights: {_some(missing)}; download the checkpoint again"
-        )
-    unexpected = sorted(entries[name].stored_name for name in entries.keys() - expected.keys())
-    if unexpected:
-        raise CheckpointError(
-            f"{path}: tensors that config.json has no place for: {_some(unexpected)}; is it the right config?"
-        )
-    for name, entry in entries.items():
-        if tuple(expected[name].shape) != entry.shape:
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.stored_name!r} has shape {list(entry.shape)}, but config.json asks for "
-                f"{list(expected[name].shape)}; take both from the same repository and revision"
-            )
-        if entry.dtype not in _TORCH_DTYPES:
-            raise CheckpointError(
-                f"{entry.file}: tensor {entry.stored_name!r} is stored as {entry.dtype}; "
-                f"supported: {', '.join(_TORCH_DTYPES)}. Use the original, unquantised checkpoint"
-            )
-
-
-def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + rest
 
 
 def _by_file(entries: dict[str, TensorEntry]) -> list[tuple[Path, list[tuple[str, TensorEntry]]]]:
@@ -174,4 +143,4 @@ def _check_nothing_on_meta(module: torch.nn.Module) -> None:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     hollow = sorted(name for name, tensor in tensors if tensor.is_meta)
     if hollow:
-        raise CheckpointError(f"not filled from the checkpoint: {_some(hollow)}")
+        raise CheckpointError(f"not filled from the checkpoint: {some(hollow)}")

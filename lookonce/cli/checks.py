@@ -148,20 +148,23 @@ def available_memory() -> int:
 
 
 def check_checkpoint(model: str | None, revision: str | None) -> tuple[list[Finding], dict[str, int]]:
-    """Whole and paired? And the bytes of each half's weights. A hub id is looked for in the cache, never fetched."""
+    """All that keeps a model from being served, and the bytes of each half's weights. A hub id is looked for in the
+    cache, never fetched."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub library is imported
+    from lookonce.checkpoint import check
     from lookonce.checkpoint.hub import is_repository
-    from lookonce.cli.model import open_halves, resolve_model
+    from lookonce.cli.model import default_model, identify
 
     try:
-        resolved = resolve_model(model, revision)
-        halves = open_halves(resolved.source, resolved.revision)
+        source = model or default_model()
+        halves = check.check_checkpoint(source, revision=revision).usable()
+        resolved = identify(source, halves)
     except LookonceError as error:
         if model is None:
             return [warn("checkpoint", "none given", "name one with --model")], {}
         if is_repository(model) and not Path(model).exists() and "can't be reached" in error.message:
             return [warn("checkpoint", f"{model} is not in the hub cache", "`lookonce up` will download it")], {}
-        return [bad("checkpoint", error.message, "see the message")], {}
+        return [_unusable(problem) for problem in getattr(error, "problems", (error.message,))], {}
     sizes = {half.value: checkpoint.weight_bytes(half) for half, checkpoint in halves.items()}
     shown = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())
     first = next(iter(halves.values()))
@@ -169,6 +172,11 @@ def check_checkpoint(model: str | None, revision: str | None) -> tuple[list[Find
         f"{resolved.name}: whole, both halves of one model ({shown}, stored as {first.dtype}); {resolved.identity[:23]}"
     )
     return [ok("checkpoint", detail)], sizes
+
+
+def _unusable(problem: str) -> Finding:
+    what, _, remedy = problem.rpartition("; ")
+    return bad("checkpoint", what or remedy, remedy if what else "take it from the model's repository again")
 
 
 def check_memory(sizes: dict[str, int], report: dict[str, Any] | None) -> Iterator[Finding]:

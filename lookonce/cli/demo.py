@@ -124,12 +124,13 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
 
 def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
     """Checkpoint and samples: the bundled ones, or a random-weight checkpoint and pictures drawn into `directory`."""
+    from lookonce.checkpoint.check import check_checkpoint
     from lookonce.checkpoint.digest import cache_dir
     from lookonce.cli import samples
-    from lookonce.cli.model import BUNDLED, open_halves
+    from lookonce.cli.model import BUNDLED
 
     if model is not None:
-        path = next(iter(open_halves(model).values())).path
+        path = next(iter(check_checkpoint(model).usable().values())).path
         if not (path / "tokenizer_config.json").is_file():
             raise LookonceError(
                 ErrorKind.INVALID_ARGUMENT, "--model: the demo needs a whole checkpoint, not split halves"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lookonce.checkpoint import Checkpoint, open_checkpoint
+from lookonce.checkpoint import Checkpoint
+from lookonce.checkpoint.check import check_checkpoint
 from lookonce.cli.console import note
 from lookonce.errors import CheckpointError
 from lookonce.families import Half
@@ -38,9 +40,13 @@ def default_model() -> str:
 
 
 def resolve_model(source: str | None, revision: str | None = None) -> Model:
-    """Open both halves (fetching them from the hub if need be) and identify them. Raises CheckpointError."""
+    """Check both halves (fetching them from the hub if need be) and identify them. Raises CheckpointError."""
     source = source or default_model()
-    halves = open_halves(source, revision)
+    return identify(source, check_checkpoint(source, revision=revision).usable())
+
+
+def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
+    """What the services are told of a model. Raises CheckpointError when its halves are not of one model."""
     total = sum(checkpoint.weight_bytes(half) for half, checkpoint in halves.items())
     if total > 256 << 20:
         note(f"lookonce: checking {source} ({format_size(total)}; read whole the first time)")
@@ -57,14 +63,3 @@ def resolve_model(source: str | None, revision: str | None = None) -> Model:
     )
     local = Path(source).expanduser()
     return Model(str(local.absolute()) if local.is_dir() else source, commit, checkpoint.name, identity, total)
-
-
-def open_halves(source: str, revision: str | None = None) -> dict[Half, Checkpoint]:
-    """Both halves, from a whole checkpoint or from a directory that `lookonce split` wrote. Raises CheckpointError."""
-    path = Path(source).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file() and (path / Half.VISION / "config.json").is_file():
-        return {half: open_checkpoint(source, needs=half, revision=revision) for half in Half}
-    checkpoint = open_checkpoint(source, revision=revision)
-    for half in Half:
-        checkpoint.half_entries(half)
-    return dict.fromkeys(Half, checkpoint)

@@ -51,7 +51,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
 ) -> None:
     """Plan a placement."""
-    from lookonce.checkpoint.checkpoint import read_settings
+    from lookonce.checkpoint.check import check_settings
     from lookonce.cli import plan_report
     from lookonce.cli.placing import Workload, placements
     from lookonce.sizing import DTYPE_BYTES, size_of
@@ -61,7 +61,7 @@ def plan(
         width, height = _pixels(image)
         if dtype is not None and dtype not in DTYPE_BYTES:
             raise invalid(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}", param="dtype")
-        size = size_of(*read_settings(model, revision))
+        size = size_of(*check_settings(model, revision))
     except LookonceError as error:
         fail(error.message)
     work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)

@@ -5,6 +5,7 @@ A family is a set of pure functions over a checkpoint's JSON files. It knows not
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -57,6 +58,15 @@ class Family(Protocol):
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The language model's settings, whether config.json is flat or nests them."""
+        ...
+
+    def problems(
+        self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
+    ) -> list[str]:
+        """Every setting of these halves that can't be computed, one sentence each: file, what is wrong; remedy.
+
+        `preprocessor` has its defaults filled in; None: unknown.
+        """
         ...
 
     def tied_head(self, config: dict[str, Any]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lookonce.errors import CheckpointError
 from lookonce.families.base import Half, SpecialTokens
+from lookonce.families.qwen2_vl_limits import model_problems, preprocessor_problems, text_problems, vision_problems
 
 # Longest first: the newer layout's names start with the older one's `model.`.
 _PREFIXES: tuple[tuple[str, Half, str], ...] = (
@@ -81,8 +83,14 @@ class Qwen2VL:
         settings = {key: stored.get(key, default) for key, default in _VISION_DEFAULTS.items()}
         # transformers never reads the published `in_chans`; 3 channels either way.
         settings["in_channels"] = stored.get("in_channels", 3)
-        rope = stored.get("rope_parameters") or {}
-        settings["rope_theta"] = float(rope.get("rope_theta", 10000.0))
+        rope = _section(stored, "rope_parameters") or {}
+        theta = rope.get("rope_theta", 10000.0)
+        if not isinstance(theta, int | float):
+            raise CheckpointError(
+                f"config.json: vision_config's rope_theta must be a number, got {theta!r}; "
+                "take config.json from the model's repository"
+            )
+        settings["rope_theta"] = float(theta)
         return settings
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +100,20 @@ class Qwen2VL:
             return dict(nested)
         return {key: value for key, value in config.items() if key not in _OUTER_KEYS}
 
+    def problems(
+        self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
+    ) -> list[str]:
+        """See `Family.problems`."""
+        wanted = set(halves)
+        vision = self.vision_config(config)
+        found = list(model_problems(config))
+        if Half.VISION in wanted:
+            found += vision_problems(vision)
+            found += preprocessor_problems(preprocessor, vision) if preprocessor is not None else ()
+        if Half.LANGUAGE in wanted:
+            found += text_problems(self.text_config(config))
+        return found
+
     def tied_head(self, config: dict[str, Any]) -> bool:
         """See `Family.tied_head`. Older nested saves put the switch inside text_config."""
         nested = _section(config, "text_config") or {}
@@ -100,14 +122,15 @@ class Qwen2VL:
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
         """See `Family.preprocessor`. Bounds stand in min_pixels / max_pixels or in size's shortest and longest edge."""
         filled = _PREPROCESSOR_DEFAULTS | {key: value for key, value in stored.items() if value is not None}
-        size = stored.get("size") or {}
+        size = _section(stored, "size") or {}
         filled["min_pixels"] = stored.get("min_pixels") or size.get("shortest_edge") or _DEFAULT_MIN_PIXELS
         filled["max_pixels"] = stored.get("max_pixels") or size.get("longest_edge") or _DEFAULT_MAX_PIXELS
         filled["size"] = {"shortest_edge": filled["min_pixels"], "longest_edge": filled["max_pixels"]}
-        if not 0 < filled["min_pixels"] <= filled["max_pixels"]:
+        bounds = (filled["min_pixels"], filled["max_pixels"])
+        if not all(isinstance(bound, int) for bound in bounds) or not 0 < bounds[0] <= bounds[1]:
             raise CheckpointError(
-                f"preprocessor_config.json: min_pixels {filled['min_pixels']} must be above 0 and at most "
-                f"max_pixels {filled['max_pixels']}"
+                f"preprocessor_config.json: min_pixels {bounds[0]!r} must be above 0 and at most "
+                f"max_pixels {bounds[1]!r}; take the file from the model's repository"
             )
         return filled
 
@@ -131,9 +154,9 @@ class Qwen2VL:
 
     def hidden_size(self, config: dict[str, Any]) -> int:
         """See `Family.hidden_size`. The tower's output width must agree with the language model's input width."""
-        text = int(self.text_config(config).get("hidden_size", 8192))
-        vision = int(self.vision_config(config)["hidden_size"])
-        if text != vision:
+        text = self.text_config(config).get("hidden_size", 8192)
+        vision = self.vision_config(config)["hidden_size"]
+        if text != vision or not isinstance(text, int):
             raise CheckpointError(
                 f"config.json: vision_config.hidden_size {vision} differs from the language model's {text}; "
                 "take config.json from the model's repository"

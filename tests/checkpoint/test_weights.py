@@ -146,9 +146,9 @@ def test_an_untied_config_needs_a_head(tiny, tmp_path):
 
 
 def test_unexpected_tensors(tiny, tmp_path):
-    more = {f"visual.blocks.{n}.attn.lora_A": torch.zeros(1) for n in range(7)}
+    more = {f"visual.blocks.{n}.attn.gate": torch.zeros(1) for n in range(7)}
     checkpoint = damage(tiny, tmp_path, lambda t: t.update(more))
-    with pytest.raises(CheckpointError, match=r"no place for: visual\.blocks\.0\.attn\.lora_A.* and 2 more"):
+    with pytest.raises(CheckpointError, match=r"no place for: visual\.blocks\.0\.attn\.gate.* and 2 more"):
         load_vision_tower(checkpoint, torch.float32)
 
 

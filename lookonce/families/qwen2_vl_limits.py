@@ -1,0 +1,165 @@
+"""Which of Qwen2-VL's settings the services can compute. Pure functions over parsed JSON; each answers all it finds.
+
+A problem is one sentence: the file, what is wrong, and after a semicolon what to do about it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeGuard
+
+ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
+ROPE_TYPES = ("default", "mrope")
+_VISION_SIZES = (
+    "depth",
+    "embed_dim",
+    "hidden_size",
+    "num_heads",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "mlp_ratio",
+)
+_TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_DEFAULTED_TEXT_SIZES = ("num_key_value_heads", "max_position_embeddings")
+_RESAMPLING = range(6)  # PIL's filters
+_FROM_REPOSITORY = "take config.json from the model's repository"
+_PREPROCESSOR = "preprocessor_config.json"
+_PREPROCESSOR_FROM_REPOSITORY = f"take {_PREPROCESSOR} from the model's repository"
+
+
+def model_problems(config: dict[str, Any]) -> Iterator[str]:
+    """What says that the checkpoint is another kind of model than one that answers."""
+    stated = config.get("architectures")
+    if isinstance(stated, list) and stated and not set(map(str, stated)) & set(ARCHITECTURES):
+        yield (
+            f"config.json: architectures is {', '.join(map(str, stated))}, a model with another head or none "
+            f"(embedding, reward, classification); use a checkpoint of {', '.join(ARCHITECTURES)}"
+        )
+
+
+def vision_problems(vision: dict[str, Any]) -> Iterator[str]:
+    """Of a vision config with its defaults filled in."""
+    yield from _sizes(vision, _VISION_SIZES, "vision_config.")
+    if vision["hidden_act"] != "quick_gelu":
+        yield (
+            f"config.json: vision_config.hidden_act {vision['hidden_act']!r} is not supported (quick_gelu); "
+            "use a checkpoint of Qwen2-VL"
+        )
+    if vision["in_channels"] != 3:
+        yield f"config.json: vision_config.in_channels must be 3, got {vision['in_channels']!r}; {_FROM_REPOSITORY}"
+    width, heads = vision["embed_dim"], vision["num_heads"]
+    if _is_size(width) and _is_size(heads) and (width % heads or width // heads % 4):
+        yield (
+            f"config.json: vision_config.embed_dim {width} must be num_heads {heads} times a multiple of 4; "
+            f"{_FROM_REPOSITORY}"
+        )
+
+
+def text_problems(text: dict[str, Any]) -> Iterator[str]:
+    """Of the language model's settings."""
+    yield from _sizes(text, _TEXT_SIZES, "")
+    yield from _sizes(text, [name for name in _DEFAULTED_TEXT_SIZES if name in text], "")
+    if not _is_number(text.get("rms_norm_eps", 1e-5)):
+        yield f"config.json: rms_norm_eps must be a number, got {text['rms_norm_eps']!r}; {_FROM_REPOSITORY}"
+    if text.get("hidden_act", "silu") != "silu":
+        yield (f"config.json: hidden_act {text['hidden_act']!r} is not supported (silu); use a checkpoint of Qwen2-VL")
+    yield from _window_problems(text)
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    keys = text.get("num_key_value_heads") or heads
+    if not (_is_size(hidden) and _is_size(heads) and _is_size(keys)):
+        return
+    if hidden % heads or heads % keys or hidden // heads % 2:
+        yield (
+            f"config.json: hidden_size {hidden} must be num_attention_heads {heads} times an even width, and these a "
+            f"multiple of num_key_value_heads {keys}; {_FROM_REPOSITORY}"
+        )
+    else:
+        yield from _rope_problems(text, hidden // heads)
+
+
+def preprocessor_problems(preprocessor: dict[str, Any], vision: dict[str, Any]) -> Iterator[str]:
+    """Of preprocessor settings with their defaults filled in, beside the vision config they are for."""
+    if not preprocessor["do_resize"]:
+        yield f"{_PREPROCESSOR}: do_resize false is not supported; set it to true"
+    for name, counterpart in (
+        ("patch_size", "patch_size"),
+        ("merge_size", "spatial_merge_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+    ):
+        if preprocessor[name] != vision[counterpart]:
+            yield (
+                f"{_PREPROCESSOR}: {name} {preprocessor[name]!r} differs from config.json's "
+                f"vision_config.{counterpart} {vision[counterpart]!r}; take both from the same repository"
+            )
+    if preprocessor["resample"] not in _RESAMPLING:
+        yield (
+            f"{_PREPROCESSOR}: resample must be one of PIL's filters, 0 to 5, got {preprocessor['resample']!r}; "
+            f"{_PREPROCESSOR_FROM_REPOSITORY}"
+        )
+    if not _is_number(preprocessor["rescale_factor"]):
+        yield (
+            f"{_PREPROCESSOR}: rescale_factor must be a number, got {preprocessor['rescale_factor']!r}; "
+            f"{_PREPROCESSOR_FROM_REPOSITORY}"
+        )
+    for name in ("image_mean", "image_std"):
+        values = preprocessor[name] if isinstance(preprocessor[name], list) else [preprocessor[name]] * 3
+        if len(values) != 3 or not all(map(_is_number, values)) or (name == "image_std" and 0 in values):
+            yield (
+                f"{_PREPROCESSOR}: {name} must be three numbers{', none 0' * (name == 'image_std')}, "
+                f"got {preprocessor[name]!r}; {_PREPROCESSOR_FROM_REPOSITORY}"
+            )
+
+
+def _window_problems(text: dict[str, Any]) -> Iterator[str]:
+    types = text.get("layer_types")
+    windowed = isinstance(types, list) and any(kind != "full_attention" for kind in types)
+    if text.get("use_sliding_window") or windowed:
+        name = "use_sliding_window" if text.get("use_sliding_window") else "layer_types"
+        yield (
+            f"config.json: {name}: sliding-window attention is not supported; use a checkpoint with full attention "
+            "(use_sliding_window false), as all published ones are"
+        )
+
+
+def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
+    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    rope = text.get(name) or {}
+    if not isinstance(rope, dict):
+        yield f"config.json: {name} must be an object, got {rope!r}; {_FROM_REPOSITORY}"
+        return
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        yield (
+            f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)}); "
+            f"remove the long-context extension from {name}"
+        )
+    section = rope.get("mrope_section", [16, 24, 24])
+    whole = isinstance(section, list) and len(section) == 3 and all(map(_is_size, section))
+    if not whole or sum(section) != head_width // 2:
+        yield (
+            f"config.json: {name}: mrope_section must be three whole numbers that add up to half a head's width, "
+            f"{head_width // 2}, got {section!r}; {_FROM_REPOSITORY}"
+        )
+    for holder in (rope, text):
+        theta = holder.get("rope_theta")
+        if theta is not None and not (_is_number(theta) and theta > 0):
+            yield f"config.json: rope_theta must be a number above 0, got {theta!r}; {_FROM_REPOSITORY}"
+
+
+def _sizes(settings: dict[str, Any], names: Iterable[str], section: str) -> Iterator[str]:
+    for name in names:
+        value = settings.get(name)
+        if value is None:
+            yield f"config.json: {section}{name} missing; {_FROM_REPOSITORY}"
+        elif not _is_size(value):
+            yield f"config.json: {section}{name} must be a whole number above 0, got {value!r}; {_FROM_REPOSITORY}"
+
+
+def _is_size(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
