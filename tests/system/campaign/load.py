@@ -21,7 +21,7 @@ BOUND = 60.0
 HALF_SENT = (
     b"POST /v1/images HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\ncontent-length: 100000\r\n\r\n"
 )
-PAUSE = 0.02  # seconds between two requests of a client
+PAUSE, PAUSE_BROKEN = 0.02, 0.3  # seconds after a request of a client, and after one that broke
 
 
 class Client:
@@ -52,8 +52,13 @@ class Client:
         async with self._http:
             while not stop.is_set():
                 (operation,) = self._rng.choices(*zip(*self._operations, strict=True))  # type: ignore[arg-type]
-                await self.once(operation, self._rng.choice(self._gateways), self._rng.choice(self._pictures))
-                await asyncio.sleep(PAUSE)
+                gateway, picture = self._rng.choice(self._gateways), self._rng.choice(self._pictures)
+                outcome = await self.once(operation, gateway, picture)
+                await asyncio.sleep(PAUSE if outcome else PAUSE_BROKEN)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
 
     async def once(
         self, operation: Callable[[str, Picture], Awaitable[str]], gateway: str, picture: Picture
@@ -69,7 +74,7 @@ class Client:
             self._verdicts.accuse("hang", **facts)
         except httpx2.HTTPError as error:
             outcome = None
-            self._verdicts.broken(gateway, start, error=repr(error), **facts)
+            self._verdicts.broken(start, error=repr(error), **facts)
         self._verdicts.slowest = max(self._verdicts.slowest, time.monotonic() - start)
         self._verdicts.note(name, outcome or "hung or broke")
         return outcome
@@ -238,7 +243,7 @@ class Client:
                         status = STATUS_OF_CODE.get(str((event["error"] or {}).get("code")), 0)
                         self._verdicts.error(status, event, start, operation=path, picture=picture.name, streamed=True)
                     events.append(event)
-        self._verdicts.broken(gateway, start, error="a stream ended without [DONE]", operation=path)
+        self._verdicts.broken(start, gateway=gateway, error="a stream ended without [DONE]", operation=path)
         return events, "cut"
 
     def _succeeded(

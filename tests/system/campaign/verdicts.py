@@ -77,12 +77,12 @@ class Verdicts:
         """Whether no fault of the store can have touched a request of that time."""
         return not any(window.store and window.covers(start, end) for window in list(self.windows))
 
-    def broken(self, gateway: str, start: float, **facts: Any) -> None:
+    def broken(self, start: float, *, gateway: str, **facts: Any) -> None:
         """A connection that broke, or an answer that was cut."""
         end = time.monotonic()
         cause = next((w for w in list(self.windows) if w.cuts == gateway and w.covers(start, end)), None)
         if cause is None:
-            self.accuse("connection broken without a fault of its gateway", **facts)
+            self.accuse("connection broken without a fault of its gateway", gateway=gateway, **facts)
         else:
             self._justify(f"connection broken during {cause.kind}")
 
