@@ -91,7 +91,7 @@ async def everything(client, system, pictures, verdicts):
 
 
 def check_logs(system, verdicts, folder):
-    """What the processes say of themselves: no answer 500, no exception that nobody has foreseen. Logs go to `folder`."""
+    """What the processes say of themselves: no answer 500, no exception that nobody foresaw. Logs go to `folder`."""
     for number, process in enumerate((*system.gateways, *system.visions, *system.languages)):
         name = getattr(process, "module", "gateway")
         (folder / f"{number}-{name}.log").write_text(process.log)
