@@ -53,8 +53,10 @@ def configure_logging(service: str, level: str = "info", log_format: LogFormat =
 def serve_metrics(listen: str) -> None:
     """Answer Prometheus on "host:port" or "unix:/path". INVALID_ARGUMENT when that cannot be listened on."""
     host, _, port = listen.rpartition(":")
-    if not (listen.startswith(UNIX) or port.isdigit()):
-        raise invalid(f"metrics_listen must be host:port or unix:/path, got {listen!r}", param="metrics_listen")
+    if not listen.startswith(UNIX) and not (port.isdigit() and int(port) <= 65535):
+        raise invalid(
+            f"metrics_listen must be host:port (port 0 to 65535) or unix:/path, got {listen!r}", param="metrics_listen"
+        )
     try:
         if listen.startswith(UNIX):
             _serve_metrics_at(Path(listen.removeprefix(UNIX)))

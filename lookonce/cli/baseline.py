@@ -1,8 +1,8 @@
 """`python -m lookonce.cli.baseline`: the unsplit model, by transformers alone, asked the same questions one by one.
 
 Reads {"model", "dtype", "device", "threads", "max_tokens", "items": [{"image": path, "question": text}]} from standard
-input, writes {"device", "threads", "answers": [{"text", "ms"}]} to standard output. Shares no model code with the services:
-it is what their answers are compared with.
+input, writes {"device", "threads", "answers": [{"text", "ms"}]} to standard output. Shares no model code with the
+services: it is what their answers are compared with.
 """
 
 from __future__ import annotations

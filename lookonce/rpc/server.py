@@ -192,9 +192,7 @@ class Server:
     def _bind(self) -> str:
         listen, tls = self.options.listen, self.options.tls
         if listen.startswith("unix:"):
-            path = Path(listen.removeprefix("unix:"))
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path.unlink(missing_ok=True)
+            _clear_socket(Path(listen.removeprefix("unix:")))
         else:
             _check_port(listen)
         try:
@@ -210,6 +208,15 @@ class Server:
         except (RuntimeError, OSError) as error:
             raise LookonceError(ErrorKind.CONFLICT, f"cannot listen on {listen}: is the address in use?") from error
         return listen if listen.startswith("unix:") else f"{listen.rpartition(':')[0]}:{port}"
+
+
+def _clear_socket(path: Path) -> None:
+    """A folder for the socket, and no socket that an earlier process left."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise invalid(f"listen: unix:{path} cannot be made there ({error.strerror})", param="listen") from error
 
 
 def _remove_socket(listen: str) -> None:

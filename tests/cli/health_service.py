@@ -1,6 +1,6 @@
 """A small real service for tests of the supervisor: HTTP /readyz on --port, told how to behave by flags.
 
---fail N           exit 3 on the first N starts (counted in the file --starts)
+--fail A-B         exit on the starts from number A to B (counted in the file --starts), with the status of --status
 --ignore-term      stay when asked to end
 --spawn FILE       start a grandchild and write its process id to FILE
 """
@@ -31,15 +31,18 @@ def main() -> None:
     parser.add_argument("--starts", type=Path)
     parser.add_argument("--ended", type=Path)
     parser.add_argument("--name", default="")
-    parser.add_argument("--fail", type=int, default=0)
+    parser.add_argument("--fail", default="0-0")
+    parser.add_argument("--status", type=int, default=3)
     parser.add_argument("--ignore-term", action="store_true")
     parser.add_argument("--spawn", type=Path)
     options = parser.parse_args()
     with options.starts.open("a") as file:
         file.write("start\n")
-    if len(options.starts.read_text().splitlines()) <= options.fail:
+    first, last = map(int, options.fail.split("-"))
+    if first <= len(options.starts.read_text().splitlines()) <= last:
         print(json.dumps({"event": "cannot start", "level": "error", "reason": "the moon is full"}), flush=True)
-        sys.exit(3)
+        print(f"{options.name}: error: the moon is full", flush=True)
+        sys.exit(options.status)
     if options.spawn:
         options.spawn.write_text(str(subprocess.Popen(["sleep", "600"]).pid))
 

@@ -191,8 +191,36 @@ def test_up_refuses_variables_that_would_move_its_private_doors(checkpoint, tmp_
     assert "LOOKONCE_VISION_TLS_KEY" in done.stderr
 
 
-def test_up_says_why_a_service_cannot_start(checkpoint, tmp_path):
-    done = lookonce("up", "--model", checkpoint, "--data-dir", tmp_path, "--port", "0", "--host", "0.0.0.0")
+@pytest.mark.parametrize(
+    ("flags", "env", "said"),
+    [
+        (
+            ["--host", "0.0.0.0"],
+            {},
+            "the gateway service can't start: --host 0.0.0.0 is reachable from outside: "
+            "set LOOKONCE_GATEWAY_API_KEYS or --api-keys-file first",
+        ),
+        (
+            ["--vision-device", "warp"],
+            {},
+            "the vision service can't start: device 'warp' is not one of auto, cpu, cuda, cuda:N, mps",
+        ),
+        (
+            [],
+            {"LOOKONCE_GATEWAY_TLS_CERTIFICATE": "/nowhere/c.pem", "LOOKONCE_GATEWAY_TLS_KEY": "/nowhere/k.pem"},
+            "the gateway service can't start: TLS: /nowhere/k.pem cannot be read (No such file or directory)",
+        ),
+    ],
+)
+def test_up_ends_at_once_and_says_last_why_a_service_cannot_start(checkpoint, tmp_path, flags, env, said):
+    done = lookonce("up", "--model", checkpoint, "--data-dir", tmp_path, "--port", "0", *flags, **env)
     assert done.returncode == 1
-    assert "LOOKONCE_GATEWAY_API_KEYS" in done.stderr
-    assert "the gateway service can't start: exited with status 2" in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == f"lookonce: error: {said}"
+    assert done.stderr.count("starting (process") == 3, "nothing was tried again"
+
+
+def test_ask_leaves_the_last_word_to_the_system_it_started(checkpoint, picture, tmp_path):
+    env = {"LOOKONCE_DATA_DIR": str(tmp_path), "LOOKONCE_GATEWAY_POLICY": "/nowhere/policy.yaml"}
+    done = lookonce("ask", picture, "-q", "What is it?", "--model", checkpoint, **env)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("lookonce: error: the gateway service can't start: the policy file")

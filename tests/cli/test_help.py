@@ -102,6 +102,11 @@ def test_version():
     assert "\ntorch 2." in done.stdout
 
 
+def test_version_as_a_flag():
+    done = invoke("--version")
+    assert (done.returncode, done.stdout) == (0, f"lookonce {__version__}\n")
+
+
 def test_no_command_shows_help():
     assert "lookonce demo" in invoke().stdout + invoke().stderr
 

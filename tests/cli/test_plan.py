@@ -6,10 +6,11 @@ import os
 
 import pytest
 
-from lookonce.cli.model import Model
+from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
 from lookonce.cli.plan import plan_system
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.up import UpSettings
+from lookonce.policy import read_policy
 from lookonce.settings import load
 
 MODEL = Model("owner/name", "c" * 40, "name", "hub:owner/name@" + "c" * 40, 1)
@@ -27,6 +28,15 @@ def planned(tmp_path, flags: dict, monkeypatch, **environment: str) -> dict[str,
     with DataDirectory(tmp_path / "data dir") as directory:
         system = plan_system(load(UpSettings, flags), set(flags), directory, MODEL)
     return {s.name: dict(zip(s.arguments[::2], s.arguments[1::2], strict=True)) for s in system.services}
+
+
+def test_the_bundled_model_comes_with_its_policy(tmp_path, monkeypatch):
+    assert "--policy" not in planned(tmp_path, {}, monkeypatch)["gateway"]
+    monkeypatch.setitem(globals(), "MODEL", Model(str(BUNDLED), None, "shapes", "x", 1))
+    assert planned(tmp_path, {}, monkeypatch)["gateway"]["--policy"] == str(BUNDLED_POLICY)
+    assert read_policy(BUNDLED_POLICY).name == "shapes"
+    chosen = planned(tmp_path, {}, monkeypatch, LOOKONCE_GATEWAY_POLICY="/mine.yaml")
+    assert "--policy" not in chosen["gateway"], "the gateway's own variable decides"
 
 
 def test_defaults(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from lookonce.cli.service import RestartPolicy, describe_exit
+from lookonce.process import PERMANENT_EXIT
 from tests.cli.commands import Background, gone, until
 
 
@@ -46,7 +47,7 @@ def test_restarts_what_is_killed_and_its_children_go(tmp_path):
 
 
 def test_delay_doubles_and_is_forgotten_once_healthy(tmp_path):
-    with supervise(tmp_path, "one:--fail 2") as system:
+    with supervise(tmp_path, "one:--fail 1-2") as system:
         output = system.wait_for("all ready")
         assert re.findall(r"restarting in ([\d.]+) s", output) == ["0.05", "0.1"]
         time.sleep(0.6)  # ready for longer than `healthy_after`: the next failure counts as the first
@@ -56,11 +57,11 @@ def test_delay_doubles_and_is_forgotten_once_healthy(tmp_path):
 
 
 def test_gives_up_on_a_service_that_never_starts_and_says_why(tmp_path):
-    with supervise(tmp_path, "good", "bad:--fail 99") as system:
+    with supervise(tmp_path, "good", "bad:--fail 1-99") as system:
         assert system.wait_exit() == 1
         assert (tmp_path / "bad.starts").read_text().count("start") == 3
-        assert "failed: the bad service can't start: exited with status 3" in system.output
-        assert "the moon is full" in system.output.splitlines()[-1]
+        last = system.output.splitlines()[-1]
+        assert last.startswith("failed: the bad service can't start: exited with status 3: the moon is full (its log:")
         assert gone(pid_of(system.output, "good"))
 
 
@@ -69,6 +70,24 @@ def test_a_usage_error_is_not_tried_again(tmp_path):
         assert system.wait_exit() == 1
         assert system.output.count("bad: starting") == 1
         assert "unrecognized arguments: --nonsense" in system.output
+
+
+def test_a_permanent_fault_is_not_tried_again_and_its_words_come_last(tmp_path):
+    with supervise(tmp_path, "good", f"bad:--fail 1-99 --status {PERMANENT_EXIT}") as system:
+        assert system.wait_exit() == 1
+        assert (tmp_path / "bad.starts").read_text().count("start") == 1
+        assert system.output.splitlines()[-1] == "failed: the bad service can't start: the moon is full []"
+        assert gone(pid_of(system.output, "good"))
+
+
+def test_what_was_ready_is_started_again_whatever_it_ended_with(tmp_path):
+    with supervise(tmp_path, f"one:--fail 2-5 --status {PERMANENT_EXIT}") as system:
+        output = system.wait_for("all ready")
+        os.kill(pid_of(output, "one"), signal.SIGKILL)
+        output = system.wait_for("one: ready", times=2)
+        assert output.count(f"one: exited with status {PERMANENT_EXIT}; restarting in") == 4
+        system.signal(signal.SIGTERM)
+        assert system.wait_exit() == 0
 
 
 def test_kills_what_does_not_end_within_its_grace(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx2
 
 from gateway.batches.lanes import Lanes
+from lookonce.process import PERMANENT_EXIT
 from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
 from tests.gateway.conftest import Services
 from tests.gateway.processes import ROOT, GatewayProcess
@@ -42,7 +43,7 @@ def test_a_killed_gateway_goes_on_where_it_was(services: Services, tmp_path: Pat
             [sys.executable, "-m", "gateway", "--port", "0", *arguments],
             cwd=ROOT, capture_output=True, text=True, timeout=START_SECONDS,
         )  # fmt: skip
-        assert second.returncode == 1 and "another gateway uses it" in second.stderr
+        assert second.returncode == PERMANENT_EXIT and "another gateway uses it" in second.stderr
         state = ended(http, batch)
         assert state["status"] == "completed" and state["error_file_id"] is None
         assert state["request_counts"] == {"total": 14, "completed": 14, "failed": 0}

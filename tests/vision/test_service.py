@@ -17,6 +17,7 @@ from lookonce.checkpoint import Half, open_checkpoint
 from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.identity import embedding_key, image_digest, tenant_key
+from lookonce.process import PERMANENT_EXIT
 from lookonce.record import EMBEDDING, parse_record
 from lookonce.rpc.client import VisionClient
 from lookonce.tensors import tensor_of
@@ -327,7 +328,8 @@ def test_an_address_in_use_ends_the_process_with_one_line(checkpoint_path):
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         status, log = start_failure("--model", str(checkpoint_path), listen=address)
-    assert status == 1
+    assert status == PERMANENT_EXIT
+    assert log.splitlines()[-1] == f"vision: error: cannot listen on {address}: is the address in use?"
     lines = [line for line in log.splitlines() if '"event"' in line]
     assert len(lines) == 1 and f"cannot listen on {address}" in lines[0]
     assert "Traceback" not in log
