@@ -13,6 +13,7 @@ import openai
 import pytest
 
 from gateway.schemas.moderations import ModerationObject
+from lookonce.process import PERMANENT_EXIT
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, ROOT, GatewayProcess
 
@@ -179,5 +180,5 @@ def test_a_bad_policy_ends_the_start(services: Services, tmp_path: Path) -> None
     path.write_text("categories:\n- id: a\n")
     command = [sys.executable, "-m", "gateway", "--port", "0", *services.arguments(), "--policy", str(path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 1
-    assert f"gateway: the policy file {path}, line 2: 'categories.0.question' is required" in done.stderr
+    assert done.returncode == PERMANENT_EXIT
+    assert f"gateway: error: the policy file {path}, line 2: 'categories.0.question' is required" in done.stderr

@@ -12,6 +12,7 @@ from tests.processes import ROOT
 from tests.setup.wheels import write_wheel
 
 TORCH = "2.13.0"
+PUBLIC = "https://download.pytorch.org/whl/cpu"
 PROJECT = """
 [build-system]
 requires = []
@@ -63,26 +64,15 @@ class Project:
         """What setup.sh says where pip knows one index and PyTorch's stands at `public`. The environment is made once;
         torch is taken out of it each time."""
         script = (ROOT / "scripts" / "setup.sh").read_text()
-        assert script.count("https://download.pytorch.org/whl/cpu") == 1
-        (self.folder / "scripts" / "setup.sh").write_text(
-            script.replace("https://download.pytorch.org/whl/cpu", public)
-        )
-        pip = [
-            self.folder / ".venv" / "bin" / "python",
-            "-m",
-            "pip",
-            "uninstall",
-            "-q",
-            "-y",
-            "torch",
-            "nvidia-cublas",
-            "ruff",
-        ]
+        assert script.count(PUBLIC) == 1
+        (self.folder / "scripts" / "setup.sh").write_text(script.replace(PUBLIC, public))
+        python = self.folder / ".venv" / "bin" / "python"
         env = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "TORCH_"))}
         env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": knows.url, "PYTHON": sys.executable}
         env |= {"PYTHONPATH": str(ROOT), "PATH": f"{self.folder / 'bin'}:{env['PATH']}", **environment}
-        if pip[0].exists():
-            subprocess.run(pip, env=env, check=True, capture_output=True)
+        if python.exists():
+            taken_out = [python, "-m", "pip", "uninstall", "-q", "-y", "torch", "nvidia-cublas", "ruff"]
+            subprocess.run(taken_out, env=env, check=True, capture_output=True)
         done = subprocess.run(
             ["bash", self.folder / "scripts" / "setup.sh"], env=env, capture_output=True, text=True, timeout=180
         )

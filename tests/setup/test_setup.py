@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import socket
+import subprocess
+from pathlib import Path
 
+import httpx2
 import pytest
 
-from tests.setup.indexes import TORCH, Index, Project
+from tests.processes import ROOT
+from tests.setup.indexes import TORCH, Index, Project, copy_of_tree
 
 BASE = ("hatchling==1.27", "editables==0.5", "numpy==2.4.0", "numpy==2.5.0", "ruff==0.14")
 PLAIN = (f"torch=={TORCH}", "nvidia-cublas==13.1")
@@ -70,3 +76,59 @@ def test_an_index_that_was_given_comes_first(project, tmp_path, package_index, c
     nothing = Index(tmp_path / "nothing", "numpy==2.4.0")
     said = project.set_up(package_index, cpu_index.url, TORCH_INDEX=nothing.url)
     assert places(said)[:2] == [nothing.url, "what pip knows"] and places(said)[2].startswith("PyPI")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_index_that_never_answers_is_given_up(project, package_index):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        said = project.set_up(package_index, f"http://127.0.0.1:{silent.getsockname()[1]}/cpu")
+    assert "it can't be reached" in said and "still asking package indexes" in said
+    assert project.installed()["torch"] == TORCH
+
+
+COMMANDS = re.findall(r"^    (.*?) +# (.*)$", (ROOT / "README.md").read_text().partition("## Install")[2], re.M)[:2]
+
+
+def run(folder: Path, command: str, **environment: str | None) -> str:
+    """The output of a shell line in a folder, without what this test's own environment holds; None: unset."""
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS", "VIRTUAL_ENV")}
+    env = {name: value for name, value in {**env, **environment}.items() if value is not None}
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_in_a_clone_where_pip_knows_only_pypi(tmp_path):
+    """README's first line and the demo, with gigabytes of plain torch, without pip's configuration."""
+    if shutil.disk_usage(tmp_path).free < 16 << 30:
+        pytest.skip("plain torch wants 16 GB of free disk")
+    try:
+        httpx2.get("https://pypi.org/simple/torch/", timeout=30).raise_for_status()
+    except httpx2.HTTPError:
+        pytest.skip("PyPI is not reachable")
+    clone = copy_of_tree(tmp_path / "clone")
+    try:
+        unset = {name: None for name in os.environ if name.startswith(("PIP_", "TORCH_"))}
+        pip = unset | {"PIP_CONFIG_FILE": os.devnull}
+        said = run(clone, "make demo && " + COMMANDS[0][0] + " && lookonce --version && pip list", **pip)
+        assert "16 of 16 answers right; 16 of 16 equal the unsplit model's." in said
+        assert re.search(r"^lookonce \d", said, re.M) and re.search(rf"^torch +{re.escape(TORCH)}\b", said, re.M)
+        assert "pytest" not in said and "ruff" not in said, "no tools of development"
+        assert said.count("done: .venv") == 1, "the second line found all in place"
+    finally:
+        shutil.rmtree(clone)
+
+
+@pytest.mark.slow
+def test_from_the_wheel(tmp_path):
+    """README's second line in an environment of its own, and what it needs from the wheel."""
+    clone = copy_of_tree(tmp_path / "clone")
+    run(tmp_path, "python3 -m venv own")
+    path = f"{tmp_path / 'own' / 'bin'}:{os.environ['PATH']}"
+    run(clone, COMMANDS[1][0], PATH=path)
+    said = run(tmp_path, "lookonce --version && lookonce demo", PATH=path)
+    assert "16 of 16 answers right" in said
+    [policy] = (tmp_path / "own").rglob("lookonce/data/shapes.yaml")
+    assert policy.read_bytes() == (ROOT / "examples" / "policies" / "shapes.yaml").read_bytes()
