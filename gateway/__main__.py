@@ -111,7 +111,13 @@ async def _serve(settings: GatewaySettings) -> None:
     keys = read_keys(settings.api_keys.get_secret_value(), settings.api_keys_file)
     secret = settings.secret.get_secret_value()
     quota = Quota(settings.key_rate, settings.key_concurrency)
-    keyring = Keyring(keys, secret=secret, share_embeddings=settings.share_embeddings, quota=quota)
+    keyring = Keyring(
+        keys,
+        secret=secret,
+        share_embeddings=settings.share_embeddings,
+        share_prefixes=settings.share_prefixes,
+        quota=quota,
+    )
     gateway = build(settings)
     try:
         if settings.metrics_listen is not None:

@@ -103,7 +103,7 @@ class Answers:
     ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
         resolved: list[Resolved] = []
         await self._resolve(served, images, asker, resolved)
-        key, replicas = routing_key(questions[0].turns), served.language
+        key, replicas = routing_key(questions[0].turns, asker.tenant.cache_salt), served.language
 
         async def renew(_: LookonceError) -> bool:
             return await self._renew(served, images, asker, resolved)
@@ -171,7 +171,8 @@ class Answers:
             return await self._renew(served, images, asker, resolved)
 
         patience = self._reconnect_wait if last else 0.0
-        recovery = Recovery(replicas, routing_key(turns), patience=patience, renew=renew)
+        key = routing_key(turns, asker.tenant.cache_salt)
+        recovery = Recovery(replicas, key, patience=patience, renew=renew)
         while True:
             endpoint, started = recovery.choose(), False
             left = _left(deadline)
@@ -182,6 +183,7 @@ class Answers:
                 timeout=left,
                 client=asker.client,
                 whole=whole,
+                cache_salt=asker.tenant.cache_salt,
             )
             try:
                 with self._counted(asker), replicas.use(endpoint) as client:
@@ -278,7 +280,9 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
 def _score_request(
     questions: Sequence[ChoiceQuestion], resolved: Sequence[Resolved], asker: Asker, timeout: float
 ) -> language_pb2.ScoreRequest:
-    request = language_pb2.ScoreRequest(request_id=uuid.uuid4().hex, timeout=timeout, client=asker.client)
+    request = language_pb2.ScoreRequest(
+        request_id=uuid.uuid4().hex, timeout=timeout, client=asker.client, cache_salt=asker.tenant.cache_salt
+    )
     position = 0
     for number, question in enumerate(questions):
         count = len(images_of(question.turns))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gateway.limits import Meter, Quota
 from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.identity import SHARED_TENANT_KEY, tenant_key
+from lookonce.identity import SHARED_TENANT_KEY, cache_salt, tenant_key
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HASHED = re.compile(r"sha256:[0-9a-fA-F]{64}")
@@ -21,11 +21,13 @@ MIN_KEY_CHARS = 16
 
 @dataclass(frozen=True)
 class Tenant:
-    """An owner of images. `digest_key` keys the ids of its images, `embedding_key` the digests of its embeddings."""
+    """An owner of images. `digest_key` keys the ids of its images, `embedding_key` the digests of its embeddings;
+    `cache_salt` keeps the KV of its prompts apart."""
 
     name: str
     digest_key: bytes  # 32 bytes
     embedding_key: bytes  # 32 bytes; equal among tenants that share embeddings
+    cache_salt: bytes = b""  # 32 bytes; empty among tenants that share prefixes
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,13 @@ class Keyring:
     """The configured keys. Without any, everyone is the one tenant "default" (the gateway is then on loopback only)."""
 
     def __init__(
-        self, lines: list[str], *, secret: str = "", share_embeddings: bool = False, quota: Quota = NO_LIMITS
+        self,
+        lines: list[str],
+        *,
+        secret: str = "",
+        share_embeddings: bool = False,
+        share_prefixes: bool = False,
+        quota: Quota = NO_LIMITS,
     ) -> None:
         """`quota` is that of keys which say nothing of their own, and of everyone together when there are no keys.
 
@@ -54,7 +62,7 @@ class Keyring:
             raise invalid(
                 "several tenants need LOOKONCE_GATEWAY_SECRET: their image ids are derived from it", param="secret"
             )
-        self._tenants = {name: _tenant(name, secret, share_embeddings) for name in names}
+        self._tenants = {name: _tenant(name, secret, share_embeddings, share_prefixes) for name in names}
         self._keys = tuple((entry.digest, Caller(self._tenants[entry.tenant], Meter(entry.quota))) for entry in entries)
         self._anyone = Meter(quota)
 
@@ -119,6 +127,7 @@ def _parse(line: str, number: int, quota: Quota) -> _Entry:
     return _Entry(name, hashlib.sha256(key.encode()).digest(), quota)
 
 
-def _tenant(name: str, secret: str, share_embeddings: bool) -> Tenant:
+def _tenant(name: str, secret: str, share_embeddings: bool, share_prefixes: bool) -> Tenant:
     own = tenant_key(secret, name) if secret else SHARED_TENANT_KEY
-    return Tenant(name, own, SHARED_TENANT_KEY if share_embeddings else own)
+    salt = cache_salt(secret, name) if secret and not share_prefixes else b""
+    return Tenant(name, own, SHARED_TENANT_KEY if share_embeddings else own, salt)

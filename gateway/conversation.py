@@ -54,13 +54,13 @@ def images_of(turns: Sequence[Turn]) -> list[ImagePart]:
     return [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
 
 
-def routing_key(turns: Sequence[Turn]) -> bytes:
-    """What decides the replica: the images; without any, the first turn (a shared system prompt)."""
+def routing_key(turns: Sequence[Turn], salt: bytes) -> bytes:
+    """What decides the replica: the images; without any, the first turn (a shared system prompt) and whose it is."""
     images = images_of(turns)
     if images:
         return images[0].record.digest
     first = "".join(part for part in turns[0].parts if isinstance(part, str)) if turns else ""
-    return hashlib.sha256(first.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(salt + first.encode("utf-8", "surrogatepass")).digest()
 
 
 def to_messages(turns: Sequence[Turn], resolved: Sequence[Resolved]) -> list[language_pb2.Message]:

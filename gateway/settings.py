@@ -52,7 +52,10 @@ class GatewaySettings(Settings):
     max_image_ttl: Seconds = Field(366 * 86400.0, description="longest time that a client may have an image kept for")
     pinning: bool = Field(True, description="let clients pin images: kept until erased")
     share_embeddings: bool = Field(False, description="let tenants share embeddings of equal files")
-    secret: SecretStr = Field(SecretStr(""), description="secret that tenants' image ids are derived from")
+    share_prefixes: bool = Field(
+        False, description="let tenants share KV of equal prompts: cached_tokens and timing then tell what others asked"
+    )
+    secret: SecretStr = Field(SecretStr(""), description="secret that tenants' image ids and cache salts are derived from")
 
     max_image_bytes: Bytes = Field(20 << 20, description="largest image file")
     max_body_bytes: Bytes = Field(64 << 20, description="largest request body")

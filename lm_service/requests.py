@@ -25,6 +25,7 @@ MAX_CHOICES = 64
 MAX_CHOICE_CHARACTERS = 1024
 MAX_ID_CHARACTERS = 256
 MAX_FORGOTTEN = 10_000
+SALT_BYTES = 32
 
 
 def messages_of(
@@ -145,10 +146,14 @@ def check_items(items: Sequence[language_pb2.ScoreItem]) -> None:
 
 
 def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest) -> None:
-    """Raise when an opaque name is longer than any client needs."""
+    """Raise when an opaque name is longer than any client needs, or the salt is not of its size."""
     for name in ("request_id", "client"):
         if len(getattr(request, name)) > MAX_ID_CHARACTERS:
             raise invalid(f"{name} may have {MAX_ID_CHARACTERS} characters", param=name)
+    if len(request.cache_salt) not in (0, SALT_BYTES):
+        raise invalid(
+            f"cache_salt must be {SALT_BYTES} bytes or empty, got {len(request.cache_salt)}", param="cache_salt"
+        )
 
 
 def timeout_of(

@@ -117,7 +117,7 @@ class Scorer:
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
         phases = Phases()
-        scoring = Scoring(name, items, request.client, deadline, request.alone, mixes=bool(self._packs))
+        scoring = _scoring(name, items, request, deadline, mixes=bool(self._packs))
         scores = await self._engine.score(scoring)
         phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
@@ -140,7 +140,7 @@ class Scorer:
 
             async def score(entries: Sequence[_Asked], *, mixes: bool) -> tuple[tuple[float, ...], ...]:
                 items = tuple(entry.item for entry in entries)
-                return (await self._engine.score(Scoring(name, items, request.client, deadline, True, mixes))).logprobs
+                return (await self._engine.score(_scoring(name, items, request, deadline, mixes=mixes))).logprobs
 
             try:
                 packed = dict(zip((entry.at for entry in asked), await score(asked, mixes=True), strict=True))
@@ -178,6 +178,12 @@ class Scorer:
         for part in parts if len(parts) > 1 else ():
             _add(total, part)
         return total
+
+
+def _scoring(
+    name: str, items: tuple[ScoreItem, ...], request: language_pb2.ScoreRequest, deadline: float, *, mixes: bool
+) -> Scoring:
+    return Scoring(name, items, request.client, deadline, request.alone, mixes=mixes, salt=request.cache_salt)
 
 
 def _is_short(item: language_pb2.ScoreItem) -> bool:

@@ -106,7 +106,9 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         else:
             prompt = await asyncio.to_thread(self._builder.build, messages)
         name = request.request_id or uuid.uuid4().hex
-        return Generation(name, prompt, sampling, request.client, deadline, whole=request.whole)
+        return Generation(
+            name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt
+        )
 
     def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
         check_ids(request)

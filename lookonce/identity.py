@@ -27,6 +27,11 @@ def tenant_key(secret: str, tenant: str) -> bytes:
     return _digest("lookonce 2026 tenant key", {"secret": secret, "tenant": tenant})
 
 
+def cache_salt(secret: str, tenant: str) -> bytes:
+    """Derive the 32 bytes that keep a tenant's KV apart. They tell nothing of its digest key."""
+    return _digest("lookonce 2026 cache salt", {"secret": secret, "tenant": tenant})
+
+
 def image_digest(data: bytes | memoryview, key: bytes = SHARED_TENANT_KEY) -> bytes:
     """Digest (32 bytes) of an encoded image file exactly as received, keyed with the tenant's key."""
     if len(key) != DIGEST_BYTES:

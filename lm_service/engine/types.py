@@ -64,6 +64,7 @@ class Generation:
     client: str = ""
     deadline: float | None = None  # time.monotonic() seconds
     whole: bool = False  # each answer in one delta, when it has ended
+    salt: bytes = b""  # 32 bytes: KV is shared with requests of the same salt only; empty: with those without one
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Scoring:
     deadline: float | None = None
     alone: bool = False  # what other requests are changes nothing, to the last bit: it shares no step with them
     mixes: bool = False  # `alone` all the same: as found out, products of some rows don't depend on other rows
+    salt: bytes = b""  # as in Generation
 
 
 class EmbeddingSource(StrEnum):

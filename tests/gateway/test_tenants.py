@@ -81,6 +81,82 @@ def world(
         yield World(red, blue, red.get("/openapi.json").json(), owned)
 
 
+SECRET = "The code of the vault is four, seven, nine, one, and nobody but the three of us may ever come to know it. " * 3
+OTHERS = ["Zebras and quaggas " * 18, "Perhaps it rains tomorrow. " * 12, "Nine men went to mow a meadow. " * 11]
+
+
+def cached(reply: httpx2.Response) -> list[int]:
+    """Reused prompt tokens of each answer, as usage and receipt say alike."""
+    body = reply.json()
+    assert reply.status_code == 200, body
+    answers = body.get("answers") or [body]
+    told = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    if "receipt" in body:
+        assert told == [body["receipt"]["cached_tokens"]]
+    return told
+
+
+def chat(client: httpx2.Client, *texts: str) -> list[int]:
+    """Ask the last of the texts, after one that is the system's, if there are two."""
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "system"), texts[::-1], strict=False)]
+    messages.reverse()
+    return cached(client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4}))
+
+
+def question(client: httpx2.Client, image: str, system: str) -> list[int]:
+    """Of one that is scored, then of one that is answered in words."""
+    asked = [{"text": "Is it red?", "choices": ["yes", "no"]}, "What colour is it?"]
+    url = f"/v1/images/{image}/questions"
+    replies = [client.post(url, json={"system": system, "questions": [item], "max_tokens": 2}) for item in asked]
+    return [count for reply in replies for count in cached(reply)]
+
+
+def upload(client: httpx2.Client, data: bytes) -> dict[str, Any]:
+    reply = client.post("/v1/images", files={"file": data})
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def test_no_count_tells_what_another_asked(world: World, picture: Callable[..., bytes]) -> None:
+    cold = [chat(world.blue, text) for text in OTHERS][-1]
+    first = chat(world.red, SECRET)
+    assert chat(world.red, SECRET) > first, "the same tenant finds its own"
+    assert chat(world.blue, SECRET) == cold
+    assert chat(world.blue, SECRET[:160]) > cold, "now it is blue's own, too"
+    chat(world.red, "A system prompt: " + SECRET, "What is it?")
+    cold = [chat(world.blue, text, "What is it?") for text in (OTHERS[1], OTHERS[0])][-1]
+    assert chat(world.blue, "A system prompt: " + SECRET, "What is it?") == cold
+
+    data = picture()
+    ours, theirs = upload(world.red, data), upload(world.blue, data)
+    assert (ours["cached"], theirs["cached"]) == (False, False) and ours["id"] != theirs["id"]
+    before = question(world.red, ours["id"], SECRET)
+    assert sum(question(world.red, ours["id"], SECRET)) > sum(before)
+    assert question(world.blue, theirs["id"], SECRET) == before
+
+
+def test_what_tenants_share_is_told_apart(services: Services, picture: Callable[..., bytes]) -> None:
+    """Embeddings are one thing, what was asked about them is another."""
+    for prefixes in (False, True):
+        env = KEYS | {"LOOKONCE_GATEWAY_SHARE_EMBEDDINGS": "true", "LOOKONCE_GATEWAY_SHARE_PREFIXES": str(prefixes)}
+        with GatewayProcess(*services.arguments(), env=env) as gateway:
+            with gateway.client(RED) as red, gateway.client(BLUE) as blue:
+                data, text = picture(), f"{prefixes}: {SECRET}"
+                ours, theirs = upload(red, data), upload(blue, data)
+                assert (ours["cached"], theirs["cached"]) == (False, True)
+                cold = [chat(blue, other) for other in OTHERS][-1]
+                assert chat(red, text) < chat(red, text)
+                assert (chat(blue, text) > cold) is prefixes
+                before = question(red, ours["id"], text)
+                assert (sum(question(blue, theirs["id"], text)) > sum(before)) is prefixes
+
+
+def test_one_tenant_without_a_secret_loses_nothing(gateway: GatewayProcess) -> None:
+    with gateway.client() as one, gateway.client() as other:
+        first = chat(one, "Everybody: " + SECRET)
+        assert chat(other, "Everybody: " + SECRET) > first
+
+
 def names_in(place: str, operation: dict[str, Any]) -> list[str]:
     return [item["name"] for item in operation.get("parameters", ()) if item["in"] == place]
 

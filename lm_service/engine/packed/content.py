@@ -1,7 +1,8 @@
-"""What tells one KV prefix from another: tokens, their positions and, for image tokens, the embedding's whole key.
+"""What tells one KV prefix from another: tokens, their positions, for image tokens the embedding's whole key, and for
+text the salt of its request: prompts of different salts never meet, however alike their text is.
 
 Content is int64 [8, T]: row 0 the token id (minus one less the row number within its image for image tokens), rows 1
-to 3 the positions, rows 4 to 7 the 256 bits of the embedding key. Nothing is hashed or cut short.
+to 3 the positions, rows 4 to 7 the 256 bits of the embedding key, or of the salt. Nothing is hashed or cut short.
 
 A prompt's is made of two parts: what many prompts of one request begin with alike, up to the end of the last image, is
 made, and found in the cache, once for all of them.
@@ -58,15 +59,16 @@ class PromptContent:
         return PromptContent(self.head, np.concatenate([self.rest, more], axis=1))
 
 
-def prompt_contents(prompts: Iterable[Prompt]) -> list[PromptContent]:
-    """The contents of prompts; neighbours that begin alike share their head."""
+def prompt_contents(prompts: Iterable[Prompt], salt: bytes = b"") -> list[PromptContent]:
+    """The contents of prompts, their text salted with 32 bytes, or none; neighbours that begin alike share their
+    head."""
     contents: list[PromptContent] = []
     before: Prompt | None = None
     for prompt in prompts:
         end = prompt.images[-1].end if prompt.images else 0
         alike = before is not None and _begin_alike(before, prompt, end)
-        head = contents[-1].head if alike else Head(_columns(prompt, 0, end))
-        contents.append(PromptContent(head, _columns(prompt, end, len(prompt.token_ids))))
+        head = contents[-1].head if alike else Head(_columns(prompt, 0, end, salt))
+        contents.append(PromptContent(head, _columns(prompt, end, len(prompt.token_ids), salt)))
         before = prompt
     return contents
 
@@ -86,9 +88,9 @@ def _begin_alike(one: Prompt, other: Prompt, end: int) -> bool:
     )
 
 
-def _columns(prompt: Prompt, start: int, end: int) -> Content:
+def _columns(prompt: Prompt, start: int, end: int, salt: bytes) -> Content:
     """Those of [start, end), which cuts no image in two."""
-    content = np.zeros((8, end - start), dtype=np.int64)
+    content = _salted(end - start, salt)
     content[1:4] = prompt.positions.numpy()[:, start:end]
     text = start
     for span in prompt.images:
@@ -97,15 +99,27 @@ def _columns(prompt: Prompt, start: int, end: int) -> Content:
         first, last = span.start - start, span.end - start
         content[0, text - start : first] = prompt.token_ids[text : span.start]
         content[0, first:last] = -1 - np.arange(span.reference.tokens)
-        content[4:8, first:last] = np.frombuffer(span.reference.key, dtype="<i8")[:, None]
+        content[4:8, first:last] = _words(span.reference.key)
         text = span.end
     content[0, text - start :] = prompt.token_ids[text:end]
     return content
 
 
-def text_content(token_ids: Sequence[int], first_position: int) -> Content:
+def _salted(length: int, salt: bytes) -> Content:
+    content = np.zeros((8, length), dtype=np.int64)
+    if salt:
+        content[4:8] = _words(salt)
+    return content
+
+
+def _words(value: bytes) -> npt.NDArray[np.int64]:
+    """32 bytes as a column [4, 1]."""
+    return np.frombuffer(value, dtype="<i8")[:, None]
+
+
+def text_content(token_ids: Sequence[int], first_position: int, salt: bytes = b"") -> Content:
     """The content of text whose positions count up from `first_position` on all three rows."""
-    content = np.zeros((8, len(token_ids)), dtype=np.int64)
+    content = _salted(len(token_ids), salt)
     content[0] = token_ids
     content[1:4] = np.arange(first_position, first_position + len(token_ids))
     return content

@@ -105,8 +105,10 @@ class PackedEngine:
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """See `Engine.generate`."""
         check_generation(request, self._context, self._shape, self.options)
-        inner = packed.Request(request.id, request.client, kept=self.options.keep_answers, whole=request.whole)
-        (content,) = prompt_contents([request.prompt])
+        inner = packed.Request(
+            request.id, request.client, kept=self.options.keep_answers, whole=request.whole, salt=request.salt
+        )
+        (content,) = prompt_contents([request.prompt], request.salt)
         room = self._context - len(request.prompt.token_ids)
         for index in range(request.sampling.n):
             inner.sequences.append(
@@ -136,7 +138,9 @@ class PackedEngine:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         mixes = request.mixes and self._core.native
-        inner = packed.Request(request.id, request.client, kept=False, alone=request.alone, mixes=mixes)
+        inner = packed.Request(
+            request.id, request.client, kept=False, alone=request.alone, mixes=mixes, salt=request.salt
+        )
         inner.sequences = score_sequences(inner, request, worth=self._stems_from, longest=self.options.long_tail_tokens)
         sequences = tuple(inner.sequences)
         if sequences:

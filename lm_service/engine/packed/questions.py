@@ -15,7 +15,7 @@ from lm_service.engine.types import EmbeddingSource, Scores, Scoring, Timings
 def score_sequences(request: Request, scoring: Scoring, *, worth: int, longest: int) -> list[Sequence]:
     """A sequence for each item, in order. Where at least `worth` tokens are spared, those that go on alike behind the
     same images share a stem; questions of `longest` tokens or more don't take part."""
-    contents = prompt_contents(item.prompt for item in scoring.items)
+    contents = prompt_contents((item.prompt for item in scoring.items), scoring.salt)
     sequences = []
     for index, (item, content) in enumerate(zip(scoring.items, contents, strict=True)):
         trie = trie_of(item.choices)

@@ -38,6 +38,7 @@ class Request:
     alone: bool = False  # other requests change nothing of it, to the last bit
     mixes: bool = False  # though `alone`, it shares steps with others: no row depends on the others of a step
     whole: bool = False  # its answers are handed over when they have ended, not before
+    salt: bytes = b""  # of the content of its text
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
@@ -129,7 +130,8 @@ class Sequence:
         return rest if start >= have else np.concatenate([self.content.cut(start, have), rest], axis=1)
 
     def _answer_content(self, start: int, end: int) -> Content:
-        return text_content(self.tokens[start:end], self.prompt.next_position + start - self.prompt_length)
+        first = self.prompt.next_position + start - self.prompt_length
+        return text_content(self.tokens[start:end], first, self.request.salt)
 
     def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
         """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
