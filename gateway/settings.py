@@ -55,7 +55,9 @@ class GatewaySettings(Settings):
     share_prefixes: bool = Field(
         False, description="let tenants share KV of equal prompts: cached_tokens and timing then tell what others asked"
     )
-    secret: SecretStr = Field(SecretStr(""), description="secret that tenants' image ids and cache salts are derived from")
+    secret: SecretStr = Field(
+        SecretStr(""), description="secret of tenants' image ids and of what keeps their KV apart"
+    )
 
     max_image_bytes: Bytes = Field(20 << 20, description="largest image file")
     max_body_bytes: Bytes = Field(64 << 20, description="largest request body")

@@ -14,6 +14,8 @@ from lookonce.reference import EmbeddingReference
 ROLES = ("system", "user", "assistant")
 SHORT = 4096
 """Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
+_MARGIN = 4
+"""A text is refused by a count in pieces when that is over the context by more than one part in so many."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ class PromptBuilder:
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
-    def build(self, messages: Sequence[Message], *, reserve: int = 1) -> Prompt:
-        """The prompt of a conversation, up to and with the header of the answer. Blocking for a millisecond or so.
+    def build(self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"") -> Prompt:
+        """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
+        `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or
-        CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`: see `ChatTemplate.ids`. Raises INVALID_ARGUMENT,
+        FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
+        self._check_text(messages)
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns), images)
+        token_ids, spans = self._expand(self.template.ids(turns, salt), images)
         self._check_size(len(token_ids), reserve)
         positions, following = mrope_positions(len(token_ids), spans, self._merge_size)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
@@ -90,7 +94,22 @@ class PromptBuilder:
             raise LookonceError(
                 ErrorKind.CONTEXT_LENGTH_EXCEEDED,
                 f"the prompt has {tokens} tokens and needs room for {reserve} more, "
-                f"the context holds {self.context_length}",
+                f"the context holds {self.context_length}: send less text, or fewer or smaller images",
+                param="messages",
+            )
+
+    def _check_text(self, messages: Sequence[Message]) -> None:
+        """Raise for text that is far beyond the context, before all of it is tokenised."""
+        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        characters = sum(map(len, texts))
+        if characters <= self.context_length:  # not worth looking at twice
+            return
+        enough = self.context_length + self.context_length // _MARGIN
+        if self.template.count(texts, enough) > enough:
+            raise LookonceError(
+                ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+                f"the text has {characters} characters, which are more than {enough} tokens; "
+                f"the context holds {self.context_length}: send less text",
                 param="messages",
             )
 

@@ -77,7 +77,8 @@ def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingRef
 
 
 def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> Sampling:
-    """Sampling parameters within their bounds; `max_tokens` is the service's bound and default."""
+    """Sampling parameters within their bounds. `max_tokens` is the service's bound and default: who asks for more gets
+    so many, as whoever asks for more than the context leaves."""
 
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
         if not wanted.HasField(name):
@@ -88,8 +89,16 @@ def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> 
             raise invalid(f"{name} must be {bounds}, got {value:g}", param=name)
         return value
 
+    if wanted.HasField("max_tokens"):
+        if wanted.max_tokens < 1:
+            raise invalid("max_tokens must be at least 1, got 0", param="max_tokens")
+        if wanted.min_tokens > wanted.max_tokens:
+            text = f"min_tokens must be at most max_tokens, {wanted.max_tokens}, got {wanted.min_tokens}"
+            raise invalid(text, param="min_tokens")
+        max_tokens = min(wanted.max_tokens, max_tokens)
+
     return Sampling(
-        max_tokens=_whole(wanted, "max_tokens", 1, max_tokens) if wanted.HasField("max_tokens") else max_tokens,
+        max_tokens=max_tokens,
         temperature=number("temperature", 0.0, 0.0, 2.0),
         top_p=number("top_p", 1.0, 0.0, 1.0, above=True),
         top_k=wanted.top_k,
@@ -102,6 +111,7 @@ def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> 
         ignore_eos=wanted.ignore_eos,
         logprobs=_whole(wanted, "logprobs", 0, MAX_LOGPROBS) if wanted.HasField("logprobs") else None,
         n=_whole(wanted, "n", 1, MAX_ANSWERS) if wanted.n else 1,
+        min_tokens=wanted.min_tokens,
     )
 
 
@@ -140,9 +150,19 @@ def choices_of(item: language_pb2.ScoreItem) -> tuple[str, ...]:
 
 
 def check_items(items: Sequence[language_pb2.ScoreItem]) -> None:
-    """Raise unless there are 1 to MAX_ITEMS items."""
+    """Raise unless there are 1 to MAX_ITEMS items, of no more text than one conversation may have."""
     if not 1 <= len(items) <= MAX_ITEMS:
         raise invalid(f"items must be 1 to {MAX_ITEMS}, got {len(items)}", param="items")
+    characters = sum(
+        sum(map(len, item.choices)) + sum(len(part.text) for message in item.messages for part in message.parts)
+        for item in items
+    )
+    if characters > MAX_TEXT_CHARACTERS:
+        raise LookonceError(
+            ErrorKind.PAYLOAD_TOO_LARGE,
+            f"items may hold {MAX_TEXT_CHARACTERS} characters in all, got {characters}: ask in several calls",
+            param="items",
+        )
 
 
 def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest) -> None:

@@ -15,6 +15,7 @@ from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
 from lm_service.phases import Phases
 from lm_service.prompt import SHORT, PromptBuilder
+from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
 from lookonce.errors import ErrorKind, LookonceError
@@ -46,11 +47,14 @@ class _Asked:
 class Scorer:
     """Answers ScoreRequests."""
 
-    def __init__(self, engine: Engine, builder: PromptBuilder, replies: Replies, *, packs: bool = False) -> None:
-        """`packs`: images of one request that is to be scored `alone` share steps, if that turns out to change no bit:
-        a product's rows don't depend on how many there are on CPUs, and do on GPUs."""
+    def __init__(
+        self, engine: Engine, builder: PromptBuilder, replies: Replies, apart: PromptThread, *, packs: bool = False
+    ) -> None:
+        """`apart` builds long prompts. `packs`: images of one request that is to be scored `alone` share steps, if that
+        turns out to change no bit: a product's rows don't depend on how many there are on CPUs, and do on GPUs."""
         self._engine = engine
         self._builder = builder
+        self._apart = apart
         self._replies = replies
         self._packs = None if packs else False  # None: to be found out
 
@@ -58,7 +62,7 @@ class Scorer:
         """Results in the order asked. Raises what concerns the whole request (OVERLOADED, DEADLINE_EXCEEDED)."""
         check_items(request.items)
         results = [language_pb2.ScoreResult(id=item.id) for item in request.items]
-        asked = await self._asked(request.items, results)
+        asked = await self._asked(request, results)
         name = request.request_id or uuid.uuid4().hex
         timings = Timings()
         try:
@@ -74,21 +78,21 @@ class Scorer:
         return language_pb2.ScoreResponse(results=results, receipt=receipt)
 
     async def _asked(
-        self, items: Sequence[language_pb2.ScoreItem], results: Sequence[language_pb2.ScoreResult]
+        self, request: language_pb2.ScoreRequest, results: Sequence[language_pb2.ScoreResult]
     ) -> list[_Asked]:
         """The items that are fit; the errors of the others go into their results. Long ones are left to a thread."""
-
+        items = request.items
         known: dict[bytes, EmbeddingReference] = {}  # items about one image name it each by itself
 
         def prepare(places: range) -> list[_Asked | None]:
-            return [self._prepare(at, items[at], results[at], known) for at in places]
+            return [self._prepare(at, items[at], results[at], known, request.cache_salt) for at in places]
 
         asked: list[_Asked | None] = []
         until = time.perf_counter() + _INLINE_SECONDS
         while len(asked) < len(items) and _is_short(items[len(asked)]) and time.perf_counter() < until:
             asked += prepare(range(len(asked), len(asked) + 1))
         if len(asked) < len(items):
-            asked += await asyncio.to_thread(prepare, range(len(asked), len(items)))
+            asked += await self._apart.run(prepare, range(len(asked), len(items)))
         return [entry for entry in asked if entry is not None]
 
     def _prepare(
@@ -97,11 +101,13 @@ class Scorer:
         item: language_pb2.ScoreItem,
         result: language_pb2.ScoreResult,
         known: dict[bytes, EmbeddingReference],
+        salt: bytes,
     ) -> _Asked | None:
         try:
             choices = choices_of(item)
-            tokens = tuple(self._builder.template.choice_ids(choice) for choice in choices)
-            prompt = self._builder.build(messages_of(item.messages, known=known), reserve=max(map(len, tokens)))
+            tokens = tuple(self._builder.template.choice_ids(choice, salt) for choice in choices)
+            messages = messages_of(item.messages, known=known)
+            prompt = self._builder.build(messages, reserve=max(map(len, tokens)), salt=salt)
         except LookonceError as error:
             result.error.CopyFrom(to_proto(error))
             return None

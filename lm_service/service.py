@@ -119,6 +119,7 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
             await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
+        servicer.close()
         await peers.close()
         await engine.close()
         await store.close()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import Any, cast
 
 from lm_service.embeddings import EmbeddingResolver
@@ -14,6 +14,7 @@ from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
 from lm_service.metrics import METRICS
 from lm_service.phases import Phases
 from lm_service.prompt import PromptBuilder, is_short
+from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
@@ -43,11 +44,16 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._builder = builder
         self._resolver = resolver
         self._replies = replies
-        self._scorer = Scorer(engine, builder, replies, packs=packs)
+        self._apart = PromptThread()
+        self._scorer = Scorer(engine, builder, replies, self._apart, packs=packs)
         self._model = model
         self._fingerprints = fingerprints
         self._max_tokens = min(max_tokens, builder.context_length)
         self._max_timeout = max_timeout
+
+    def close(self) -> None:
+        """Begin no prompt any more."""
+        self._apart.close()
 
     async def Generate(  # the contract's name
         self, request: language_pb2.GenerateRequest, context: Any
@@ -102,9 +108,9 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
         messages = messages_of(request.messages)
         if is_short(messages):
-            prompt = self._builder.build(messages)
+            prompt = self._builder.build(messages, salt=request.cache_salt)
         else:
-            prompt = await asyncio.to_thread(self._builder.build, messages)
+            prompt = await self._apart.run(partial(self._builder.build, messages, salt=request.cache_salt))
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt

@@ -67,10 +67,10 @@ class Unsplit:
         return self.tokenizer.decode(self.answer_ids(turns, max_tokens), skip_special_tokens=True)
 
     @torch.inference_mode()
-    def answer_ids(self, turns: Sequence[Turn], max_tokens: int) -> list[int]:
-        """Token ids of the greedy answer, end-of-turn token included."""
+    def answer_ids(self, turns: Sequence[Turn], max_tokens: int, **options: Any) -> list[int]:
+        """Token ids of the greedy answer, end-of-turn token included. `options` are those of `generate`."""
         inputs = self.inputs(turns)
-        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, use_cache=True)
+        out = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, use_cache=True, **options)
         return out[0, inputs["input_ids"].shape[1] :].tolist()
 
     @torch.inference_mode()

@@ -25,7 +25,7 @@ from gateway.schemas.questions import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
 from gateway.schemas.sampling import stop_list, to_sampling
 from gateway.settings import GatewaySettings
-from lookonce.errors import invalid
+from lookonce.errors import LookonceError, invalid
 
 router = APIRouter()
 
@@ -72,8 +72,16 @@ async def _questions(record: ImageRecord, body: QuestionsRequest, gateway: Gatew
 def answer_object(outcome: Outcome) -> dict[str, Any]:
     """One answer as the API shows it."""
     if outcome.error is not None:
-        return {"id": outcome.id, "error": error_body(outcome.error)["error"]}
+        return {"id": outcome.id, "error": error_body(_of_question(outcome.error, outcome.position))["error"]}
     return {"id": outcome.id, **(outcome.fields or {})}
+
+
+def _of_question(error: LookonceError, position: int) -> LookonceError:
+    """The same, naming the question where the language service names the conversation it became."""
+    param = {"messages": f"questions.{position}", "choices": f"questions.{position}.choices"}.get(error.param or "")
+    if param is None:
+        return error
+    return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
 
 
 async def _events(
@@ -89,14 +97,16 @@ def _check(body: QuestionsRequest, settings: GatewaySettings) -> None:
         raise invalid(
             f"'questions' has {len(body.questions)} items, the limit is {settings.max_questions}", param="questions"
         )
-    chars = len(body.system or "")
+    chars = len(body.system or "") * len(body.questions)  # each is asked with it
     for position, item in enumerate(body.questions):
         chars += len(item) if isinstance(item, str) else len(item.text) + sum(map(len, item.choices or ()))
         if isinstance(item, Question) and item.choices is not None:
             _check_choices(item.choices, f"questions.{position}.choices", settings.max_choices)
     if chars > settings.max_text_chars:
         raise invalid(
-            f"the questions have {chars} characters, the limit is {settings.max_text_chars}", param="questions"
+            f"the questions, each with 'system', have {chars} characters, the limit is {settings.max_text_chars}: "
+            "ask fewer at once, or shorten them",
+            param="questions",
         )
     given = [item.id for item in body.questions if isinstance(item, Question) and item.id is not None]
     if len(set(given)) != len(given):

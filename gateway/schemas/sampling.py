@@ -9,7 +9,8 @@ from pydantic import Field
 from gateway.schemas.base import Body
 from protos.lookonce.v1 import language_pb2
 
-MaxTokens = Annotated[int, Field(ge=1, le=1_000_000)]
+MaxTokens = Annotated[int, Field(ge=1, lt=2**32)]
+MinTokens = Annotated[int, Field(ge=0, lt=2**32)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
@@ -35,6 +36,7 @@ class Sampling(Body):
     frequency_penalty: Penalty | None = None
     seed: Seed | None = None
     ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
+    min_tokens: MinTokens | None = None
 
 
 def to_sampling(

@@ -14,14 +14,18 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._passed = 0  # characters of what is held in which no stop string may end
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, early: bool = False) -> tuple[str, str | None]:
         """Text that may be shown, and the stop string met. The one that ends first wins, then the longest, however the
-        text was cut into pieces; nothing from its start on is shown."""
+        text was cut into pieces; nothing from its start on is shown. One that ends in `early` text is text."""
         if not self._stops:
             return text, None
         self._held += text
-        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if early:
+            self._passed = len(self._held)
+        places = ((stop, self._held.find(stop, max(0, self._passed + 1 - len(stop)))) for stop in self._stops)
+        found = [(at + len(stop), at, stop) for stop, at in places if at >= 0]
         if found:
             _, start, stop = min(found)
             shown, self._held = self._held[:start], ""
@@ -29,6 +33,7 @@ class StopMatcher:
         keep = max(_overlap(self._held, stop) for stop in self._stops)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
+        self._passed = max(0, self._passed - cut)
         return shown, None
 
     def flush(self) -> str:
@@ -53,6 +58,7 @@ class Answer:
         self.reason: FinishReason | None = None
         self.stop: str | None = None  # the stop string that was met
         self._limit = min(sampling.max_tokens, room)
+        self._least = sampling.min_tokens
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
         self._detokenizer = table.detokenizer()
@@ -63,11 +69,12 @@ class Answer:
         self.tokens.append(token_id)
         if logprob is not None:
             self._logprobs.append(logprob)
-        if token_id in self._end_ids:
+        if token_id in self._end_ids and len(self.tokens) > self._least:
             self.reason = FinishReason.STOP
             text = self._rest("")
         else:
-            text, self.stop = self._matcher.push(self._detokenizer.push(token_id))
+            early = len(self.tokens) < self._least
+            text, self.stop = self._matcher.push(self._detokenizer.push(token_id), early=early)
             if self.stop is not None:
                 self.reason = FinishReason.STOP
             elif len(self.tokens) >= self._limit:

@@ -2,15 +2,15 @@
 
 Functions on rows of logits; knows nothing of models or sequences beyond a row's `SamplerState`. Every row is drawn with
 its own generator and by its own row alone, so that an answer does not depend on what else is in the batch. The order is
-that of transformers' processors: repetition penalty, presence and frequency penalties, temperature, top-k, top-p and
-min-p.
+that of transformers' processors: repetition penalty, presence and frequency penalties, least tokens, temperature,
+top-k, top-p and min-p.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -23,8 +23,11 @@ _SEED_MASK = (1 << 63) - 1
 class SamplerState:
     """What one answer's draws depend on: its parameters, its random numbers, and the tokens so far."""
 
-    def __init__(self, sampling: Sampling, prompt_ids: Sequence[int], index: int = 0) -> None:
-        """`index` tells the n answers to one prompt apart: with a seed, each has its own but repeatable draws."""
+    def __init__(
+        self, sampling: Sampling, prompt_ids: Sequence[int], index: int = 0, end_ids: Iterable[int] = ()
+    ) -> None:
+        """`index` tells the n answers to one prompt apart: with a seed, each has its own but repeatable draws. None of
+        `end_ids` is drawn before `min_tokens` are."""
         self.sampling = sampling
         self.counts: Counter[int] = Counter()  # of generated tokens
         self.prompt: frozenset[int] = frozenset(prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
@@ -33,11 +36,14 @@ class SamplerState:
         self.penalised = (  # earlier tokens change the logits
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
+        self.early = 0 if sampling.ignore_eos else sampling.min_tokens  # tokens left before which no end is drawn
+        self.end_ids = sorted(end_ids) if self.early else []
         self._index = index
         self._generator: torch.Generator | None = None  # made for the first draw: greedy answers need none
 
     def append(self, token_id: int) -> None:
         """Count a generated token, where that matters."""
+        self.early = max(0, self.early - 1)
         if self.penalised:
             self.counts[token_id] += 1
 
@@ -78,6 +84,15 @@ def apply_penalties(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
     return row
 
 
+def bar_ends(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """Scores [rows, vocabulary], as a new tensor, with the end tokens of answers that are too short yet at -inf."""
+    scores = scores.clone()
+    for row, state in zip(scores, states, strict=True):
+        if state.early:
+            row[torch.tensor(state.end_ids, device=row.device, dtype=torch.int64)] = -torch.inf
+    return scores
+
+
 def filter_logits(
     descending: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
@@ -106,6 +121,8 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
             apply_penalties(row, state) if state.penalised else row for row, state in zip(scores, states, strict=True)
         )
         scores = torch.stack(list(rows))
+    if any(state.early for state in states):
+        scores = bar_ends(scores, states)
     chosen = scores.argmax(-1)
     for filtered in (False, True) if any(not state.greedy for state in states) else ():
         rows_at = [i for i, state in enumerate(states) if not state.greedy and state.filtered is filtered]

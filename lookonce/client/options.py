@@ -13,6 +13,7 @@ class SamplingOptions(TypedDict, total=False):
     """How an answer is written; what is left out is the service's default (greedy)."""
 
     max_tokens: int
+    min_tokens: int
     temperature: float
     top_p: float
     top_k: int

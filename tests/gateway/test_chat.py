@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable
+from typing import Any
 
 import httpx2
 import openai
@@ -179,9 +180,46 @@ def test_unknown_model_and_image_are_not_found(client: openai.OpenAI) -> None:
 
 
 def test_too_long_a_prompt_says_so(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.chat.completions.create(model=MODEL, messages=message("word " * 40_000))
-    assert caught.value.code == "context_length_exceeded"
+    for words in (40_000, 198_000):
+        with pytest.raises(openai.BadRequestError, match="context holds 32768: send less text") as caught:
+            client.chat.completions.create(model=MODEL, messages=message("word " * words))
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
+    assert "990000 characters" in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_more_tokens_than_the_context_holds_are_as_many_as_it_holds(client: openai.OpenAI, name: str) -> None:
+    def ask(**fields: Any) -> Any:
+        return client.chat.completions.create(model=MODEL, messages=message("How long?"), **fields).choices[0]
+
+    whole = ask(max_tokens=8)
+    assert whole.finish_reason == "length"
+    stop = whole.message.content[-1]
+    for many in (8, 32_769, 2**32 - 1):
+        choice = ask(stop=stop, **{name: many})
+        assert (choice.finish_reason, choice.message.content) == ("stop", whole.message.content.partition(stop)[0])
+
+
+def test_least_tokens(client: openai.OpenAI, http: httpx2.Client, picture: Picture) -> None:
+    def ask(**fields: Any) -> Any:
+        return client.chat.completions.create(
+            model=MODEL, messages=message("How long?"), max_tokens=16, extra_body=fields
+        )
+
+    whole = ask().choices[0].message.content
+    stop = whole[1]
+    assert ask(stop=stop).usage.completion_tokens < 16
+    full = ask(stop=stop, min_tokens=16)
+    assert (full.usage.completion_tokens, full.choices[0].message.content) == (16, whole)
+    with pytest.raises(openai.BadRequestError, match="at most max_tokens, 16, got 17") as caught:
+        ask(min_tokens=17)
+    assert caught.value.param == "min_tokens"
+    image_id = http.post("/v1/images", files={"file": picture()}).json()["id"]
+    asked = {"questions": ["What?", {"text": "What?", "min_tokens": 0}], "max_tokens": 12}
+    ends = http.post(f"/v1/images/{image_id}/questions", json=asked).json()["answers"][0]["text"][1]
+    answers = http.post(f"/v1/images/{image_id}/questions", json=asked | {"stop": ends, "min_tokens": 12}).json()
+    first, second = (answer["usage"]["completion_tokens"] for answer in answers["answers"])
+    assert first == 12 > second
 
 
 def test_models(client: openai.OpenAI, http: httpx2.Client) -> None:

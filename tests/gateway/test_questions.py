@@ -70,8 +70,22 @@ def test_stream_yields_every_answer_and_ends(http: httpx2.Client, image: str) ->
         ({"questions": [{"id": "a", "text": "b"}, {"id": "a", "text": "c"}]}, "questions"),
         ({"questions": [{"text": "b", "temperature": -1}]}, "questions.0.temperature"),
         ({"questions": ["a"], "embedding": "x"}, "embedding"),
+        ({"questions": ["a"] * 1000, "system": "x" * 1000}, "questions"),
     ],
 )
 def test_bad_requests_name_the_field(http: httpx2.Client, image: str, body: dict, param: str) -> None:
     response = http.post(f"/v1/images/{image}/questions", json=body)
     assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+def test_a_text_beyond_the_context_is_its_questions_trouble_alone(http: httpx2.Client, image: str) -> None:
+    long = "word " * 150_000
+    asked = ["Fine?", long, {"text": long, "choices": ["yes", "no"]}, {"text": "Fine?", "choices": ["yes", "no"]}]
+    reply = http.post(f"/v1/images/{image}/questions", json={"questions": asked[:1] + asked[2:], "max_tokens": 2})
+    first, second, third = reply.json()["answers"]
+    assert "text" in first and set(third["choices"]) == {"yes", "no"}
+    error = second["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "questions.1")
+    assert "750000 characters" in error["message"] and "32768" in error["message"]
+    (answer,) = http.post(f"/v1/images/{image}/questions", json={"questions": asked[1:2]}).json()["answers"]
+    assert (answer["error"]["code"], answer["error"]["param"]) == ("context_length_exceeded", "questions.0")

@@ -81,7 +81,9 @@ def world(
         yield World(red, blue, red.get("/openapi.json").json(), owned)
 
 
-SECRET = "The code of the vault is four, seven, nine, one, and nobody but the three of us may ever come to know it. " * 3
+SECRET = (
+    "The code of the vault is four, seven, nine, one, and nobody but the three of us may ever come to know it. " * 3
+)
 OTHERS = ["Zebras and quaggas " * 18, "Perhaps it rains tomorrow. " * 12, "Nine men went to mow a meadow. " * 11]
 
 
@@ -139,16 +141,19 @@ def test_what_tenants_share_is_told_apart(services: Services, picture: Callable[
     """Embeddings are one thing, what was asked about them is another."""
     for prefixes in (False, True):
         env = KEYS | {"LOOKONCE_GATEWAY_SHARE_EMBEDDINGS": "true", "LOOKONCE_GATEWAY_SHARE_PREFIXES": str(prefixes)}
-        with GatewayProcess(*services.arguments(), env=env) as gateway:
-            with gateway.client(RED) as red, gateway.client(BLUE) as blue:
-                data, text = picture(), f"{prefixes}: {SECRET}"
-                ours, theirs = upload(red, data), upload(blue, data)
-                assert (ours["cached"], theirs["cached"]) == (False, True)
-                cold = [chat(blue, other) for other in OTHERS][-1]
-                assert chat(red, text) < chat(red, text)
-                assert (chat(blue, text) > cold) is prefixes
-                before = question(red, ours["id"], text)
-                assert (sum(question(blue, theirs["id"], text)) > sum(before)) is prefixes
+        with (
+            GatewayProcess(*services.arguments(), env=env) as gateway,
+            gateway.client(RED) as red,
+            gateway.client(BLUE) as blue,
+        ):
+            data, text = picture(), f"{prefixes}: {SECRET}"
+            ours, theirs = upload(red, data), upload(blue, data)
+            assert (ours["cached"], theirs["cached"]) == (False, True)
+            cold = [chat(blue, other) for other in OTHERS][-1]
+            assert chat(red, text) < chat(red, text)
+            assert (chat(blue, text) > cold) is prefixes
+            before = question(red, ours["id"], text)
+            assert (sum(question(blue, theirs["id"], text)) > sum(before)) is prefixes
 
 
 def test_one_tenant_without_a_secret_loses_nothing(gateway: GatewayProcess) -> None:

@@ -76,6 +76,28 @@ def test_the_end_token_ends_it_unless_told_to_go_on():
     assert (one.reason, "".join(shown)) == (None, "AB")
 
 
+@pytest.mark.parametrize(
+    ("least", "shown", "met"),
+    [
+        (0, "a", "b"),
+        (2, "a", "b"),  # the second token completes it, and then there are two
+        (3, "abc", "b"),
+        (7, "abcb", "cabcd"),  # what begins early may end later; what has ended early is text
+        (6, "abcbcab", "cd"),
+        (10, "abcbcabcd", None),
+    ],
+)
+def test_no_stop_string_ends_an_answer_that_is_too_short(least, shown, met):
+    stops = {0: ["b"], 2: ["b"], 3: ["b"], 7: ["cabcd", "bca"], 6: ["cd", "abca"], 10: ["b", "cd"]}[least]
+    one, pieces = answer("", tokens=[*b"abcbcabcd", END], stop=tuple(stops), min_tokens=least)
+    assert ("".join(pieces), one.stop) == (shown, met)
+
+
+def test_no_end_token_counts_before_the_least_tokens():
+    one, _ = answer("", tokens=[*b"a", END, *b"b", END], min_tokens=2)
+    assert (one.reason, len(one.tokens)) == (FinishReason.STOP, 4)
+
+
 def test_room_in_the_context_bounds_the_answer():
     one, shown = answer("abcdef", room=3)
     assert (one.reason, shown) == (FinishReason.LENGTH, ["a", "b", "c"])

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lm_service.engine.types import Scores, Timings
+from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies
 from lm_service.scoring import Scorer
 from protos.lookonce.v1 import language_pb2
@@ -33,7 +34,7 @@ class Engine:
 async def test_images_are_packed_only_where_that_changes_no_bit(checkpoint_path, shows, packs):
     builder = make_builder(checkpoint_path, AutoTokenizer.from_pretrained(checkpoint_path))
     engine = Engine(shows)
-    scorer = Scorer(engine, builder, Replies(builder.template.table, "m"), packs=packs)
+    scorer = Scorer(engine, builder, Replies(builder.template.table, "m"), PromptThread(), packs=packs)
     request = language_pb2.ScoreRequest(alone=True)
     for question in ("Cat?", "Dog?"):
         for number in range(3):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +14,7 @@ from transformers import AutoTokenizer
 from lm_service.fingerprints import AcceptedEncoders
 from lm_service.positions import mrope_positions
 from lm_service.prompt import Message, PromptBuilder
-from lm_service.template import load_template
+from lm_service.template import Turn, load_template
 from lookonce.checkpoint.random_tokenizer import SPECIAL_TOKENS
 from lookonce.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.reference import EmbeddingReference
@@ -221,3 +224,48 @@ def test_a_template_that_drops_an_image_is_refused(checkpoint_path, tokenizer, t
     blind.save_pretrained(tmp_path)
     with pytest.raises(LookonceError, match="0 placeholders for 1 images"):
         make_builder(tmp_path, tokenizer).build([Message("user", (image(),))])
+
+
+def test_text_far_beyond_the_context_is_hardly_looked_at(builder, monkeypatch):
+    """However it is spread over messages; a text that just doesn't fit is counted to the token."""
+    seen: list[int] = []
+    text_ids = builder.template.text_ids
+    monkeypatch.setattr(builder.template, "text_ids", lambda text: seen.append(len(text)) or text_ids(text))
+    for parts in (("word " * 200_000,), ("word " * 100,) * 2_000):
+        seen.clear()
+        with pytest.raises(LookonceError, match=r"1000009 characters, .* 5120 tokens; .* holds 4096") as caught:
+            builder.build([Message("system", ("Be brief.",)), Message("user", parts)])
+        assert (caught.value.kind, caught.value.param) == (ErrorKind.CONTEXT_LENGTH_EXCEEDED, "messages")
+        assert sum(seen) < 50_000
+    with pytest.raises(LookonceError, match=r"the prompt has \d+ tokens"):
+        builder.build([Message("user", ("7" * 4_100,))])
+
+
+def test_other_threads_go_on_while_a_long_text_is_tokenised(builder):
+    """Of three tries the best counts: the machine may be busy."""
+    text = "quick brown foxes " * 30_000
+
+    def longest_wait() -> float:
+        """As a share of the whole time."""
+        began = last = time.perf_counter()
+        gap, thread = 0.0, threading.Thread(target=builder.template.text_ids, args=(text,))
+        thread.start()
+        while thread.is_alive():
+            time.sleep(0.001)
+            gap, last = max(gap, time.perf_counter() - last), time.perf_counter()
+        return gap / (last - began)
+
+    assert min(longest_wait() for _ in range(3)) < 0.5
+
+
+def test_what_is_remembered_is_remembered_for_one_salt(builder, monkeypatch):
+    template, turns = builder.template, [Turn("user", ("Nobody asked this before.",))]
+    seen: list[str] = []
+    text_ids = template.text_ids
+    monkeypatch.setattr(template, "text_ids", lambda text: seen.append(text) or text_ids(text))
+    for salt in (b"one", b"two"):
+        for new in (True, False):
+            seen.clear()
+            template.ids(turns, salt)
+            template.choice_ids("never", salt)
+            assert (any("Nobody" in text for text in seen), "never" in seen) == (new, new)

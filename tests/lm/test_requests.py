@@ -23,15 +23,15 @@ def test_nothing_asked_for_is_greedy_up_to_the_bound():
 def test_everything_asked_for_arrives():
     wanted = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.25, "top_k": 9, "min_p": 0.125, "repetition_penalty": 1.5}
     wanted |= {"presence_penalty": -0.5, "frequency_penalty": 0.75, "seed": 2**63 + 5, "stop": ("a", "b"), "n": 3}
-    wanted |= {"ignore_eos": True, "logprobs": 4}
+    wanted |= {"ignore_eos": True, "logprobs": 4, "min_tokens": 5}
     assert parse(**wanted) == Sampling(**wanted)
 
 
 @pytest.mark.parametrize(
     ("wanted", "param", "limit"),
     [
-        ({"max_tokens": 0}, "max_tokens", "1 to 100"),
-        ({"max_tokens": 101}, "max_tokens", "1 to 100"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens", "at most max_tokens, 5, got 6"),
         ({"temperature": -0.1}, "temperature", "0 to 2"),
         ({"temperature": 2.1}, "temperature", "0 to 2"),
         ({"temperature": math.nan}, "temperature", "0 to 2"),
@@ -55,6 +55,11 @@ def test_sampling_bounds(wanted, param, limit):
         parse(**wanted)
     assert (caught.value.kind, caught.value.param) == (ErrorKind.INVALID_ARGUMENT, param)
     assert limit in caught.value.message
+
+
+def test_more_tokens_than_there_can_be_are_as_many_as_there_can_be():
+    assert parse(max_tokens=101).max_tokens == parse(max_tokens=2**32 - 1).max_tokens == 100
+    assert parse(max_tokens=2**32 - 1, min_tokens=2**32 - 1).min_tokens == 2**32 - 1
 
 
 def text(words="hi"):
@@ -97,6 +102,14 @@ def test_item_bounds(count):
         check_items([language_pb2.ScoreItem()] * count)
 
 
+def test_the_text_of_all_items_is_bounded_together():
+    items = [language_pb2.ScoreItem(messages=[text("x" * 20_000)], choices=["yes", "n" * 1000])] * 191
+    with pytest.raises(LookonceError, match="4000000 characters in all, got 4011573: ask in several") as caught:
+        check_items(items)
+    assert (caught.value.kind, caught.value.param) == (ErrorKind.PAYLOAD_TOO_LARGE, "items")
+    check_items(items[:190])
+
+
 def test_the_shortest_time_counts():
     request = language_pb2.GenerateRequest(timeout=5)
     assert timeout_of(request, 9.0, 60.0) == 5
@@ -109,6 +122,10 @@ def test_the_shortest_time_counts():
 
 
 def test_names_and_keys_are_bounded():
+    for size in (1, 31, 33):
+        with pytest.raises(LookonceError, match=f"32 bytes or empty, got {size}"):
+            check_ids(language_pb2.ScoreRequest(cache_salt=bytes(size)))
+    check_ids(language_pb2.GenerateRequest(cache_salt=bytes(32)))
     with pytest.raises(LookonceError, match="client may have 256"):
         check_ids(language_pb2.ScoreRequest(client="x" * 257))
     with pytest.raises(LookonceError, match="keys must be 32 bytes"):

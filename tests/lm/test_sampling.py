@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -73,6 +74,26 @@ def test_repetition_penalty_equals_transformers(seed, penalty, tokens):
     half = len(tokens) // 2
     one = state(seen=tokens[half:], prompt=tokens[:half], repetition_penalty=penalty)
     torch.testing.assert_close(apply_penalties(logits[0], one), expected[0])
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_least_tokens_equal_transformers(penalty):
+    """Also among rows that may end, and whatever else changes the logits; those that are told stay the model's own."""
+    prompt, ends, logits = (3, 5, 8), [4, 7], rows(11, 2)
+    logits[:, ends] += 20  # the best by far
+    short = SamplerState(Sampling(9, min_tokens=2, repetition_penalty=penalty), prompt, end_ids=ends)
+    free = SamplerState(Sampling(9), prompt, end_ids=ends)
+    processor = MinNewTokensLengthLogitsProcessor(len(prompt), 2, ends, device="cpu")
+    repetition = RepetitionPenaltyLogitsProcessor(penalty)
+    ids, before = list(prompt), logits.clone()
+    for _ in range(4):
+        expected = processor(torch.tensor([ids]), repetition(torch.tensor([ids]), logits[:1].clone())).argmax().item()
+        token, other = sample(logits, [short, free])
+        assert token == expected and other in ends
+        assert (token in ends) is (len(ids) >= len(prompt) + 2)
+        ids.append(token)
+        short.append(token)
+    assert torch.equal(logits, before)
 
 
 def test_presence_and_frequency_count_the_answer_only():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -238,9 +240,11 @@ async def test_refusals_before_any_work(client, tower):
     assert error.kind is ErrorKind.FINGERPRINT_MISMATCH
     assert "e" * 64 in error.message
     assert tower.fingerprint in error.message
-    error = await failure(client, asking(user("word " * 40_000)))
-    assert error.kind is ErrorKind.CONTEXT_LENGTH_EXCEEDED
-    assert "32768" in error.message
+    for words in (40_000, 190_000):
+        error = await failure(client, asking(user("word " * words)))
+        assert (error.kind, error.param) == (ErrorKind.CONTEXT_LENGTH_EXCEEDED, "messages")
+        assert "32768" in error.message and "less text" in error.message
+    assert "950000 characters" in error.message
     error = await failure(client, asking(user("hi"), temperature=3.0))
     assert (error.kind, error.param) == (ErrorKind.INVALID_ARGUMENT, "temperature")
     assert (await client.describe()).generated_tokens == 0
@@ -320,8 +324,29 @@ async def test_the_end_of_the_context_ends_an_answer(checkpoint_path, tmp_path):
             messages=[user("Go on")], sampling=language_pb2.SamplingParameters(ignore_eos=True)
         )
         assert (await answer(client, unbounded)).ids == reply.ids
-        error = await failure(client, asking(user("Go on"), max_tokens=81))
-        assert (error.kind, error.param) == (ErrorKind.INVALID_ARGUMENT, "max_tokens")
+        for more in (81, 2**32 - 1):
+            assert (await answer(client, asking(user("Go on"), max_tokens=more, ignore_eos=True))).ids == reply.ids
+        late = await answer(client, asking(user("Go on"), max_tokens=2**32 - 1, min_tokens=2**32 - 1))
+        assert (late.finish.reason, len(late.ids)) == (language_pb2.LENGTH, len(reply.ids))
+
+
+async def test_least_tokens_are_those_of_the_unsplit_model(checkpoint_path, unsplit, tmp_path):
+    """With a token for the end of turns that the model soon draws."""
+    turns = [("user", ["Go on"])]
+    plain = unsplit.answer_ids(turns, 12)
+    end = next(token for at, token in enumerate(plain) if at >= 2 and token not in plain[:at])
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint_path, path)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    async with running(path, tmp_path) as client:
+        lengths = set()
+        for least in (0, 1, plain.index(end), plain.index(end) + 1, 10, 24):
+            expected = unsplit.answer_ids(turns, 24, eos_token_id=end, min_new_tokens=least or None)
+            reply = await answer(client, asking(user("Go on"), max_tokens=24, min_tokens=least))
+            assert reply.ids == expected, least
+            assert len(reply.ids) > least or len(reply.ids) == 24
+            lengths.add(len(reply.ids))
+        assert len(lengths) > 1 and plain.index(end) + 1 in lengths
 
 
 async def test_forget_erases_the_embedding(client, tower, tmp_path):

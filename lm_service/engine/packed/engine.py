@@ -119,7 +119,7 @@ class PackedEngine:
                     content=content,
                     tokens=list(request.prompt.token_ids),
                     answer=Answer(index, request.sampling, self._table, self._end_ids, room),
-                    sampler=SamplerState(request.sampling, request.prompt.token_ids, index),
+                    sampler=SamplerState(request.sampling, request.prompt.token_ids, index, self._end_ids),
                 )
             )
         unfinished = request.sampling.n
