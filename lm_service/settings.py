@@ -36,7 +36,8 @@ class LanguageSettings(Settings):
         "or with their layers cuda:0=0-39,cuda:1=40-79; unset: one device.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
+        "auto",
+        description="Compute dtype (auto: float32 on CPUs; bfloat16 on GPUs that are fast at it, unless stored as float32).",
     )
     quantization: Literal["none", "int8"] = Field(
         "none", description="Weights of the layers in int8: half to a quarter of the memory, answers nearly the same."

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
+from lookonce.dtypes import auto_dtype
 from lookonce.errors import LookonceError, invalid
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,11 +38,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, devices: Sequence[torch.device], stored: str) -> torch.dtype:
-    """The torch dtype of a setting for weights stored as `stored`; `auto` takes bfloat16 where all `devices` are fast
-    at it and the weights hold no more than that, or else float32."""
+    """The torch dtype of a setting for weights stored as `stored`; `auto` is what it comes to on all `devices`, or
+    float32 where they differ (see `lookonce.dtypes`)."""
     if name != "auto":
         return _DTYPES[name]
-    return torch.bfloat16 if stored != "float32" and all(map(fast_bfloat16, devices)) else torch.float32
+    found = {auto_dtype(device.type, stored, _capability(device)) for device in devices}
+    return _DTYPES[found.pop() if len(found) == 1 else "float32"]
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
 def free_memory(device: torch.device) -> int:
@@ -51,17 +57,6 @@ def free_memory(device: torch.device) -> int:
         return free
     available: int = psutil.virtual_memory().available
     return available
-
-
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bfloat16 itself; a CPU that must emulate it is some four times slower than in
-    float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
-    supported = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(check() for check in supported if check is not None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -27,7 +27,8 @@ class VisionSettings(Settings):
     l1_bytes: BytesOrNone = Field(128 << 20, description="Bytes of memory before a store that is not memory; 0: none")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Compute dtype (auto: bfloat16 where it is fast, unless stored as float32)."
+        "auto",
+        description="Compute dtype (auto: float32 on CPUs; bfloat16 on GPUs that are fast at it, unless stored as float32).",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
@@ -18,7 +19,9 @@ import psutil
 
 from lookonce.cli.network import check_port_free
 from lookonce.cli.rundir import DataDirectory, find_running
+from lookonce.dtypes import auto_dtype
 from lookonce.errors import LookonceError
+from lookonce.sizing import DTYPE_BYTES
 from lookonce.units import format_size
 
 PYTHON_NEEDED = (3, 11)
@@ -97,7 +100,7 @@ def check_torch(report: dict[str, Any] | None) -> Iterator[Finding]:
 
 
 def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Finding]:
-    """Instruction sets that decide speed and the dtype `auto` means."""
+    """Instruction sets that decide speed."""
     try:
         flags = set(re.findall(r"[a-z0-9_]+", cpuinfo.read_text(errors="replace").lower()))
     except OSError:
@@ -105,10 +108,7 @@ def check_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> Iterator[Finding]:
         return
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
     found = [flag for flag in known if flag in flags]
-    fast = bool({"avx512_bf16", "amx_bf16"} & flags)
-    text = (
-        f"{' '.join(found) or 'no vector features seen'}; dtype auto is {'bfloat16' if fast else 'float32'} on the CPU"
-    )
+    text = f"{' '.join(found) or 'no vector features seen'}; dtype auto is {auto_dtype('cpu', 'bfloat16')} on the CPU"
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags:
         yield warn("cpu", text, "without AVX2 expect several times slower answers; use a GPU or a newer machine")
     else:
@@ -123,7 +123,9 @@ def check_cuda(report: dict[str, Any] | None, driver: Path = Path("/proc/driver/
     if report["available"]:
         for index, gpu in enumerate(report["gpus"]):
             memory = f"{format_size(gpu['free'])} of {format_size(gpu['total'])} free"
-            yield ok("cuda", f"cuda:{index} {gpu['name']}, capability {gpu['capability']}, {memory}")
+            dtype = auto_dtype("cuda", "bfloat16", _capability(gpu))
+            text = f"cuda:{index} {gpu['name']}, capability {gpu['capability']}, {memory}; dtype auto is {dtype}"
+            yield ok("cuda", f"{text} (float32 if stored so)" if dtype != "float32" else text)
     elif not installed:
         yield ok("cuda", "no NVIDIA driver on this machine: the CPU is used")
     elif report["cuda"] is None:
@@ -134,6 +136,17 @@ def check_cuda(report: dict[str, Any] | None, driver: Path = Path("/proc/driver/
         version = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text(errors="replace").partition("Module")[2])
         text = f"torch is built for CUDA {report['cuda']}, driver {version[0] if version else 'unknown'} can't run it"
         yield bad("cuda", text, "update the driver, or install a torch build for an older CUDA")
+
+
+def _capability(gpu: dict[str, Any]) -> tuple[int, int]:
+    major, minor = str(gpu["capability"]).split(".")
+    return int(major), int(minor)
+
+
+def _auto_dtype(report: dict[str, Any] | None, stored: str) -> str:
+    """Of services that start here with their defaults: on the first GPU if there is one."""
+    gpus = (report or {}).get("gpus") or []
+    return auto_dtype("cuda", stored, _capability(gpus[0])) if gpus else auto_dtype("cpu", stored)
 
 
 def available_memory() -> int:
@@ -147,9 +160,11 @@ def available_memory() -> int:
     return min(free, max(limit - used, 0))
 
 
-def check_checkpoint(model: str | None, revision: str | None) -> tuple[list[Finding], dict[str, int]]:
-    """All that keeps a model from being served, and the bytes of each half's weights. A hub id is looked for in the
-    cache, never fetched."""
+def check_checkpoint(
+    model: str | None, revision: str | None, report: dict[str, Any] | None = None
+) -> tuple[list[Finding], dict[str, int]]:
+    """All that keeps a model from being served, and the bytes of each half's weights once loaded. A hub id is looked
+    for in the cache, never fetched."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub library is imported
     from lookonce.checkpoint import check
     from lookonce.checkpoint.hub import is_repository
@@ -165,12 +180,14 @@ def check_checkpoint(model: str | None, revision: str | None) -> tuple[list[Find
         if is_repository(model) and not Path(model).exists() and "can't be reached" in error.message:
             return [warn("checkpoint", f"{model} is not in the hub cache", "`lookonce up` will download it")], {}
         return [_unusable(problem) for problem in getattr(error, "problems", (error.message,))], {}
-    sizes = {half.value: checkpoint.weight_bytes(half) for half, checkpoint in halves.items()}
-    shown = ", ".join(f"{name} {format_size(size)}" for name, size in sizes.items())
-    first = next(iter(halves.values()))
-    detail = (
-        f"{resolved.name}: whole, both halves of one model ({shown}, stored as {first.dtype}); {resolved.identity[:23]}"
-    )
+    sizes, shown = {}, []
+    for half, checkpoint in halves.items():
+        dtype = _auto_dtype(report, checkpoint.dtype)
+        parameters = sum(math.prod(entry.shape) for entry in checkpoint.half_entries(half).values())
+        sizes[half.value] = parameters * DTYPE_BYTES[dtype]
+        stored = format_size(checkpoint.weight_bytes(half))
+        shown.append(f"{half.value} {stored} in {checkpoint.dtype}, computes in {dtype}")
+    detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
     return [ok("checkpoint", detail)], sizes
 
 

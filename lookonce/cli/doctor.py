@@ -65,7 +65,7 @@ def examine(
 
     configure_logging("doctor", "error")  # a store's own warnings say no more than the finding
     torch = checks.torch_report()
-    checkpoint, sizes = checks.check_checkpoint(model, revision)
+    checkpoint, sizes = checks.check_checkpoint(model, revision, torch)
     store_findings = asyncio.run(checks.check_store(store)) if store else [checks.embedded_store(directory)]
     return [
         *checks.check_python(),

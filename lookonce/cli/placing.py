@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lookonce.dtypes import auto_dtype
 from lookonce.families import Half
 from lookonce.sizing import DTYPE_BYTES, ModelSize
 from lookonce.spreading import Share, consecutive, spread
@@ -160,7 +161,7 @@ def _rank(item: Placement) -> tuple[bool, bool, bool, bool, int]:
 
 
 def _choice(size: ModelSize, device: Device, dtype: str | None, int8: bool = False) -> Choice:
-    return Choice(device, dtype or _auto_dtype(size, device), int8)
+    return Choice(device, dtype or auto_dtype("cpu" if device.is_cpu else "cuda", size.stored), int8)
 
 
 def _key(item: Placement) -> tuple[str, str]:
@@ -234,11 +235,6 @@ def _place_spread(
     # KV is the same for every layer: the device with least for each of its own bounds all
     spare = min(left) if min(left) < 0 else min(one * layers // count for one, count in zip(left, counts, strict=False))
     return Placement(vision, replace(language, layers=tuple(counts)), seeing, saying, spare)
-
-
-def _auto_dtype(size: ModelSize, device: Device) -> str:
-    """What `auto` comes to: bfloat16 on a GPU unless the weights hold more; float32 on a CPU, which may emulate it."""
-    return "float32" if device.is_cpu or size.stored == "float32" else "bfloat16"
 
 
 def _runtime(choice: Choice) -> int:

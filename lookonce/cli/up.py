@@ -61,7 +61,8 @@ class UpSettings(Settings):
         "cuda:0,cuda:1 or cuda:0=0-39,cuda:1=40-79; unset: one device.",
     )
     dtype: Dtype = Field(
-        "auto", description="Compute dtype of both (auto: bfloat16 where it is fast, unless stored as float32)."
+        "auto",
+        description="Compute dtype of both (auto: float32 on CPUs; bfloat16 on fast GPUs, unless stored as float32).",
     )
     vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
     lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")

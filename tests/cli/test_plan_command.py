@@ -159,11 +159,11 @@ def test_what_plan_takes_for_granted_are_the_services_defaults():
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", None])
 def test_auto_is_what_the_services_make_of_it(monkeypatch, stored):
-    """On a GPU of today, and on a CPU that emulates bfloat16."""
+    """On a GPU of today, and on a CPU."""
     config = published.config("2B") | {"torch_dtype": stored}
     family = family_of(config)
     sized = size_of(family, config, family.preprocessor({}))
-    monkeypatch.setattr(placement, "fast_bfloat16", lambda device: device.type == "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for item in placements(sized, [Device("cuda:0", 80 * GIB), Device("cpu", 80 * GIB)], Workload(1369, 130, 8), None):
         for choice in (item.vision, item.language):
             expected = placement.choose_dtype("auto", [torch.device(choice.device.name)], stored or "bfloat16")

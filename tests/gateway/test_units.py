@@ -126,6 +126,12 @@ def test_keys_plain_or_hashed_from_setting_or_file(tmp_path) -> None:
     assert ring.authenticate("the blue key").name == "blue"
     assert ring.authenticate(KEY).digest_key != ring.authenticate("the blue key").digest_key
     assert ring.authenticate(KEY).embedding_key != ring.authenticate("the blue key").embedding_key
+    red, blue = ring.authenticate(KEY), ring.authenticate("the blue key")
+    known = {red.digest_key, red.embedding_key, blue.digest_key, blue.embedding_key}
+    assert len({red.cache_salt, blue.cache_salt} - known) == 2 and len(red.cache_salt) == len(blue.cache_salt) == 32
+    open_to_all = Keyring(read_keys(f"red={KEY}", path), secret="s", share_prefixes=True)
+    assert open_to_all.authenticate(KEY).cache_salt == open_to_all.authenticate("the blue key").cache_salt == b""
+    assert Keyring([KEY]).authenticate(KEY).cache_salt == Keyring([]).authenticate(None).cache_salt == b""
     shared = Keyring(read_keys(f"red={KEY}", path), secret="s", share_embeddings=True)
     assert shared.authenticate(KEY).embedding_key == shared.authenticate("the blue key").embedding_key
     for presented in (None, "", "red", KEY + "x", f"red={KEY}"):
