@@ -37,7 +37,7 @@ class LanguageSettings(Settings):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Compute dtype (auto: float32 on CPUs; bfloat16 on GPUs that are fast at it, unless stored as float32).",
+        description="Compute dtype (auto: float32 on CPUs; bfloat16 on fast GPUs, unless stored as float32).",
     )
     quantization: Literal["none", "int8"] = Field(
         "none", description="Weights of the layers in int8: half to a quarter of the memory, answers nearly the same."

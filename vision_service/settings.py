@@ -28,7 +28,7 @@ class VisionSettings(Settings):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Compute dtype (auto: float32 on CPUs; bfloat16 on GPUs that are fast at it, unless stored as float32).",
+        description="Compute dtype (auto: float32 on CPUs; bfloat16 on fast GPUs, unless stored as float32).",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",

@@ -62,7 +62,7 @@ class UpSettings(Settings):
     )
     dtype: Dtype = Field(
         "auto",
-        description="Compute dtype of both (auto: float32 on CPUs; bfloat16 on fast GPUs, unless stored as float32).",
+        description="Compute dtype of both (auto: float32 on CPUs, bfloat16 on fast GPUs, unless stored in float32).",
     )
     vision_dtype: Dtype | None = Field(None, description="Compute dtype of the vision service; unset: --dtype.")
     lm_dtype: Dtype | None = Field(None, description="Compute dtype of the language service; unset: --dtype.")

@@ -188,7 +188,7 @@ def sequence(request: Request, wanted: Prompt, max_tokens: int) -> Sequence:
 
 def generation(wanted: Prompt, max_tokens: int = 4, **rest: Any) -> Generation:
     """A greedy request that reports the whole distribution of every token."""
-    request = {key: rest.pop(key) for key in ("client", "deadline") if key in rest}
+    request = {key: rest.pop(key) for key in ("client", "deadline", "salt") if key in rest}
     return Generation("request", wanted, Sampling(max_tokens, **{"logprobs": VOCABULARY, **rest}), **request)
 
 

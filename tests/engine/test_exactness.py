@@ -205,3 +205,23 @@ async def test_half_precision_rounds_as_little_as_transformers(checkpoint_path):
     assert ours.square().mean().sqrt() <= 1.1 * others.square().mean().sqrt()
     assert ours.abs().max() <= 1.5 * others.abs().max()
     assert others.square().mean().sqrt() < 0.1, "the reference is the same model"
+
+
+@pytest.mark.parametrize("about", [(), (picture(70, 9, 11),)])
+async def test_nothing_is_shared_between_salts(lab, about):
+    """Neither prompts nor answers, generated or scored; within one all is. It changes no number."""
+    first = prompt(words(70, 31), *about, words(70, 32))
+    async with lab.engine() as engine:
+        (answer,) = await ask(engine, generation(first, 40, salt=b"a" * 32))
+        following = prompt(words(70, 31), *about, words(70, 32) + answer.tokens + words(9, 33))
+        reused = {}
+        for salt in (b"b" * 32, b"", b"a" * 32):
+            (answer,) = await ask(engine, generation(following, 3, salt=salt))
+            lab.check(following, answer)
+            reused[salt] = answer.finish.timings.cached_tokens
+        assert reused == {b"b" * 32: 0, b"": 0, b"a" * 32: len(first.token_ids) + 39}
+        items = tuple(ScoreItem(prompt(words(70, 31), *about, words(70, 40 + n)), ((1,), (2, 3))) for n in range(3))
+        for salt, before in ((b"c" * 32, False), (b"a" * 32, True)):
+            scores = await engine.score(Scoring("s", items, salt=salt))
+            lab.check_scores(items, scores)
+            assert (scores.cached_tokens[0] >= 70) is (before and bool(about))  # stems of texts are their request's

@@ -103,8 +103,10 @@ async def test_deadlines(lab):
 async def test_preempted_sequences_go_on_where_they_stopped(lab):
     """Slots for the beginnings only: as answers grow, the youngest step back and return."""
     asked = [prompt(words(10, i)) for i in range(12)]
+    salts = [bytes([i % 2]) * 32 for i in range(12)]
     async with lab.engine(kv_bytes=6 * 64 * TOKEN_BYTES, prefix_bytes=64 * TOKEN_BYTES, slab_tokens=64) as engine:
-        answers = await asyncio.gather(*(ask(engine, generation(wanted, 30)) for wanted in asked))
+        requests = [generation(wanted, 30, salt=salt) for wanted, salt in zip(asked, salts, strict=True)]
+        answers = await asyncio.gather(*(ask(engine, request) for request in requests))
         assert engine.describe().extra["preemptions"] > 0
         for wanted, (answer,) in zip(asked, answers, strict=True):
             lab.check(wanted, answer)
