@@ -13,6 +13,7 @@ import structlog
 
 from gateway.replicas import C, Replicas
 from lookonce.errors import invalid
+from lookonce.tasks import keep_running
 
 PREFIX = "dns://"
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -83,7 +84,7 @@ class Discovery(Generic[C]):
         """Look all names up once, then again in the background. A name that can't be looked up has no endpoints yet."""
         if self._names:
             await self.refresh()
-            self._task = asyncio.create_task(self._run())
+            self._task = keep_running(self._run)
 
     async def refresh(self) -> None:
         """Look all names up; a name that can't be looked up keeps the endpoints it had."""
@@ -99,11 +100,8 @@ class Discovery(Generic[C]):
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._interval)
-            try:
-                await self.refresh()
-                await self._replicas.close_idle()
-            except Exception:  # the edge of a background task: the next round may fare better
-                log.exception("discovery failed")
+            await self.refresh()
+            await self._replicas.close_idle()
 
     async def _look_up(self, name: Name) -> None:
         try:

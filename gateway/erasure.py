@@ -10,6 +10,7 @@ import structlog
 from gateway.variants import Variants
 from lookonce.errors import LookonceError
 from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.tasks import end_tasks, start_task
 
 FIRST_PAUSE = 1.0
 LAST_PAUSE = 60.0
@@ -45,7 +46,7 @@ class Eraser:
             if task is not None:
                 task.cancel()
         elif digest not in self._pending:
-            self._pending[digest] = asyncio.create_task(self._again(digest, attempt))
+            self._pending[digest] = start_task(self._again(digest, attempt), awaited=False)
         return complete
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> bool:
@@ -61,9 +62,7 @@ class Eraser:
     async def close(self) -> None:
         """Stop the background work."""
         tasks = list(self._pending.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*tasks)
 
     async def _again(self, digest: bytes, attempt: Callable[[], Awaitable[bool]]) -> None:
         pause = FIRST_PAUSE

@@ -24,6 +24,7 @@ from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
 from lookonce.reference import EmbeddingReference
 from lookonce.stores import Store
+from lookonce.tasks import start_task
 
 _ID = re.compile(r"img_([a-z2-7]{52})")
 INLINE_HASH_BYTES = 1 << 20
@@ -292,7 +293,7 @@ class ImageLibrary:
         if flight is not None:
             resolved = await asyncio.shield(flight)
             return replace(resolved, outcome="coalesced") if resolved.outcome == "miss" else resolved
-        flight = asyncio.create_task(self._send(served, digest, data, tenant, max_pixels))
+        flight = start_task(self._send(served, digest, data, tenant, max_pixels))
         self._flights[key] = flight
         flight.add_done_callback(lambda task: self._landed(key, task))
         return await asyncio.shield(flight)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+import structlog
 
 from gateway.answers import Answers, Completion
 from gateway.conversation import Asker, ChoiceQuestion, Turn
@@ -15,10 +18,12 @@ from gateway.images import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from gateway.served_model import ServedModel
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
 
 BUSY_TRIES = 6
 BUSY_PAUSE = 0.05  # seconds before a question that found the service full asks again; doubles
+log = structlog.get_logger(__name__)
 _TRANSIENT = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
 
 
@@ -84,31 +89,25 @@ class Questions:
     async def run(self, questions: Sequence[AnyQuestion], asker: Asker) -> AsyncGenerator[Outcome, None]:
         """Outcomes in order of completion. Closing the iterator stops all work."""
         gate, tide = asyncio.Semaphore(self._concurrency), _Tide()
-        done: asyncio.Queue[list[Outcome]] = asyncio.Queue()
 
-        async def written(position: int, question: OpenQuestion) -> None:
+        async def written(position: int, question: OpenQuestion) -> list[Outcome]:
             async with gate:
-                done.put_nowait([await self._written(position, question, asker, tide)])
-
-        async def weighed(items: list[tuple[int, ChoiceQuestion]]) -> None:
-            done.put_nowait(await self._weighed(items, asker))
+                return [Outcome(position, question.id, await self._write(question, asker, tide))]
 
         tasks = [
-            asyncio.create_task(written(position, question))
+            start_task(_told([(position, question)], partial(written, position, question)))
             for position, question in enumerate(questions)
             if isinstance(question, OpenQuestion)
         ]
         choices = [(position, item) for position, item in enumerate(questions) if isinstance(item, ChoiceQuestion)]
         if choices:
-            tasks.append(asyncio.create_task(weighed(choices)))
+            tasks.append(start_task(_told(choices, partial(self._weighed, choices, asker))))
         try:
-            for _ in range(len(tasks)):
-                for outcome in await done.get():
+            for done in asyncio.as_completed(tasks):
+                for outcome in await done:
                     yield outcome
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end_tasks(*tasks)
 
     async def run_all(self, questions: Sequence[AnyQuestion], asker: Asker) -> list[Outcome]:
         """Outcomes in the order asked. Raises the failure when all failed for want of a service: ask again later."""
@@ -121,12 +120,6 @@ class Questions:
         if len(errors) == len(outcomes) and all(error.kind in _TRANSIENT for error in errors):
             raise errors[0]
         return outcomes
-
-    async def _written(self, position: int, question: OpenQuestion, asker: Asker, tide: _Tide) -> Outcome:
-        try:
-            return Outcome(position, question.id, await self._write(question, asker, tide))
-        except LookonceError as error:
-            return Outcome(position, question.id, error=error)
 
     async def _write(self, question: OpenQuestion, asker: Asker, tide: _Tide) -> dict[str, Any]:
         completion, resolved = await self._patiently(question, asker, tide)
@@ -156,10 +149,7 @@ class Questions:
         raise LookonceError(ErrorKind.INTERNAL, "no answer")
 
     async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], asker: Asker) -> list[Outcome]:
-        try:
-            scores, cost, resolved = await self._answers.score([item for _, item in items], asker)
-        except LookonceError as error:
-            return [Outcome(position, item.id, error=error) for position, item in items]
+        scores, cost, resolved = await self._answers.score([item for _, item in items], asker)
         bill = receipt(resolved, cost, self._model.name)
         return [
             Outcome(position, item.id, error=found)
@@ -167,6 +157,18 @@ class Questions:
             else Outcome(position, item.id, _weights(found) | {"receipt": bill})
             for (position, item), found in zip(items, scores, strict=True)
         ]
+
+
+async def _told(items: Sequence[tuple[int, AnyQuestion]], ask: Callable[[], Awaitable[list[Outcome]]]) -> list[Outcome]:
+    """What comes of questions that are asked together: outcomes in any case, so that whoever reads them is told."""
+    try:
+        return await ask()
+    except LookonceError as error:
+        failure = error
+    except Exception:  # the edge of one question: nothing foreign may leak, the others go on
+        log.exception("a question failed", questions=len(items))
+        failure = LookonceError(ErrorKind.INTERNAL, "internal error")
+    return [Outcome(position, item.id, error=failure) for position, item in items]
 
 
 def _weights(scores: language_pb2.ItemScores) -> dict[str, Any]:

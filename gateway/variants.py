@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -22,6 +23,7 @@ from gateway.discovery import Discovery, split_targets
 from gateway.replicas import REMEMBERED, Replicas
 from lookonce.errors import LookonceError, invalid
 from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.tasks import keep_running
 
 DEFAULT = "default"
 """The name of the only variant when none are configured."""
@@ -135,7 +137,7 @@ class Variants:
 
     def watch(self, path: Path) -> None:
         """Follow a file of variants: what changes in it holds within seconds. Call on the event loop."""
-        self._watching = asyncio.create_task(self._follow(path))
+        self._watching = keep_running(partial(self._follow, path))
 
     async def health(self) -> tuple[dict[str, bool], dict[str, bool]]:
         """Whether each vision and each language endpoint of all variants says SERVING, by address."""

@@ -25,6 +25,7 @@ from lookonce.embeddings import INLINE_BYTES, EmbeddingCache
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.record import EmbeddingRecord, parse_record
 from lookonce.reference import EmbeddingReference
+from lookonce.tasks import end_tasks, start_task
 
 log = structlog.get_logger(__name__)
 Loaded = tuple[torch.Tensor, EmbeddingSource]
@@ -81,7 +82,7 @@ class EmbeddingResolver:
         doomed.update(flight.reference.key for flight in flights)
         for flight in flights:
             self._end(flight)
-        await asyncio.gather(*(flight.task for flight in flights), return_exceptions=True)
+        await end_tasks(*(flight.task for flight in flights))
         dropped = sum(self.l1.pop(key) for key in doomed)
         METRICS.l1_bytes.set(self.l1.bytes)
         return dropped, await self._cache.forget(doomed)
@@ -89,7 +90,7 @@ class EmbeddingResolver:
     async def _join(self, reference: EmbeddingReference) -> Loaded:
         flight = self._flights.get(reference)
         if flight is None:
-            flight = _Flight(reference, asyncio.create_task(self._load(reference)))
+            flight = _Flight(reference, start_task(self._load(reference)))
             self._flights[reference] = flight
             flight.task.add_done_callback(partial(self._ended, flight))
         flight.waiters += 1
@@ -158,7 +159,7 @@ def _cancelling() -> bool:
 
 async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:
     """Await `work` even when cancelled meanwhile: what deletes after it must not be overtaken by its write."""
-    task = asyncio.create_task(work)
+    task = start_task(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:

@@ -11,6 +11,7 @@ from lm_service.fingerprints import AcceptedEncoders
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.rpc.client import VisionClient
+from lookonce.tasks import end_tasks, keep_running
 
 log = structlog.get_logger(__name__)
 CONNECT_SECONDS = 1.0
@@ -72,7 +73,7 @@ class VisionPeers:
 
     def start(self) -> None:
         """Begin watching; needs a running loop."""
-        self._watchers = [asyncio.create_task(peer.watch()) for peer in self.peers]
+        self._watchers = [keep_running(peer.watch) for peer in self.peers]
 
     async def fetch(self, key: bytes) -> bytes | None:
         """A serialized record from the first service that has it; None when none does. Raises EMBEDDING_MISSING, with
@@ -100,8 +101,6 @@ class VisionPeers:
 
     async def close(self) -> None:
         """Stop watching and close the channels."""
-        for watcher in self._watchers:
-            watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await end_tasks(*self._watchers)
         for peer in self.peers:
             await peer.client.close()

@@ -21,6 +21,7 @@ from lm_service.requests import check_items, choices_of, messages_of
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.reference import EmbeddingReference
 from lookonce.rpc.errors import to_proto
+from lookonce.tasks import start_task
 from protos.lookonce.v1 import language_pb2
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:
 
 async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all, or the first failure, which ends the others."""
-    tasks = [asyncio.ensure_future(one) for one in work]
+    tasks = [start_task(one) for one in work]
     try:
         return list(await asyncio.gather(*tasks))
     finally:

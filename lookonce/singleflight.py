@@ -19,6 +19,7 @@ from typing import Generic, Literal, TypeVar
 import structlog
 
 from lookonce.stores.base import Leases
+from lookonce.tasks import end_tasks, start_task
 
 How = Literal["hit", "miss", "coalesced"]
 """hit: the store had it; miss: made for this caller; coalesced: made for another caller, here or in another process."""
@@ -120,7 +121,7 @@ class SingleFlight(Generic[V]):
     def _start(self, flight: Flight[V]) -> Flight[V]:
         self._joinable[flight.key] = flight
         self._flights.add(flight)
-        flight.task = asyncio.get_running_loop().create_task(self._fly(flight))
+        flight.task = start_task(self._fly(flight))
         flight.task.add_done_callback(lambda task: self._end(flight, task))
         return flight
 
@@ -182,12 +183,11 @@ class SingleFlight(Generic[V]):
     @asynccontextmanager
     async def _held(self, flight: Flight[V]) -> AsyncIterator[None]:
         """Renew the lease while the body runs, give it back afterwards (also when cancelled)."""
-        renewal = asyncio.get_running_loop().create_task(self._renew(flight))
+        renewal = start_task(self._renew(flight), awaited=False)
         try:
             yield
         finally:
-            renewal.cancel()
-            await asyncio.gather(renewal, return_exceptions=True)
+            await end_tasks(renewal)
             await self._leases.release(flight.key, flight.owner)
 
     async def _renew(self, flight: Flight[V]) -> None:

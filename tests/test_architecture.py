@@ -23,6 +23,8 @@ MAY_IMPORT = {
     "gateway": {"protos", "lookonce", "gateway"},
 }
 SETTINGS_REFERENCE = ROOT / "lookonce/cli/reference.py"  # lists every service's settings, so it reads their classes
+TO_THREADS = {"submit", "run_in_executor", "run_coroutine_threadsafe"}
+TASKS = ROOT / "lookonce/tasks.py"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {("torch", "load"), ("yaml", "load"), ("numpy", "load"), ("np", "load")}
 
@@ -39,6 +41,34 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module)
     return names
+
+
+def silent(tree: ast.AST) -> list[int]:
+    """Lines that begin a task, or send work to a thread, whose failure nobody need ever hear of."""
+    groups = {
+        item.optional_vars.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.AsyncWith)
+        for item in node.items
+        if isinstance(item.optional_vars, ast.Name) and "TaskGroup" in ast.unparse(item.context_expr)
+    }
+    lines = []
+    for node in ast.walk(tree):
+        dropped = node.value if isinstance(node, ast.Expr) else None
+        if isinstance(dropped, ast.Call) and _name(dropped) in TO_THREADS:
+            lines.append(node.lineno)
+        if not isinstance(node, ast.Call):
+            continue
+        owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+        if _name(node) in {"create_task", "ensure_future"} and not (isinstance(owner, ast.Name) and owner.id in groups):
+            lines.append(node.lineno)
+        if any(keyword.arg == "return_exceptions" for keyword in node.keywords):
+            lines.append(node.lineno)
+    return lines
+
+
+def _name(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -85,6 +115,34 @@ def test_nothing_unsafe_is_loaded(package):
             ):
                 wrong.append(f"{path}:{node.lineno}: {node.value.id}.{node.attr}")
     assert not wrong
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_task_fails_in_silence(package):
+    """Tasks begin in lookonce/tasks.py, which tells of failures, or in a TaskGroup; work for threads has its result
+    taken. Only there are exceptions of tasks gathered as values."""
+    wrong = []
+    for path in sources(package):
+        if path != TASKS:
+            wrong += [f"{path.relative_to(ROOT)}:{line}" for line in silent(ast.parse(path.read_text()))]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "asyncio.create_task(work())",
+        "loop = asyncio.get_running_loop()\nloop.create_task(work())",
+        "from asyncio import ensure_future\nensure_future(work())",
+        "pool.submit(work)",
+        "loop.run_in_executor(None, work)",
+        "async def f():\n    await asyncio.gather(*tasks, return_exceptions=True)",
+    ],
+)
+def test_the_rule_of_tasks_sees_a_planted_fault(fault):
+    assert silent(ast.parse(fault))
+    group = "async def f():\n    async with asyncio.TaskGroup() as group:\n        group.create_task(work())"
+    assert not silent(ast.parse(group + "\npool.submit(work).result()"))
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -17,6 +17,7 @@ import structlog
 import torch
 
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tasks import end_tasks, keep_running
 from vision_service import metrics
 from vision_service.preprocess import Patches
 
@@ -64,13 +65,12 @@ class Batcher:
 
     def start(self) -> None:
         """Begin to encode."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task = keep_running(self._run)
 
     async def close(self) -> None:
         """Stop after the batch under way; pictures still waiting fail with UNAVAILABLE."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end_tasks(self._task)
         await asyncio.to_thread(self._thread.shutdown)
 
     async def room(self) -> None:
@@ -102,9 +102,6 @@ class Batcher:
                 batch = self._take()
                 if batch:
                     await self._encode_batch(batch)
-        except Exception:
-            log.exception("batching ended")
-            raise
         finally:
             for item in self._queue:
                 _fail(item, _stopping())
@@ -156,7 +153,7 @@ class Batcher:
         work = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, [item.patches for item in batch])
         try:
             parts = await work
-        except (RuntimeError, MemoryError, ValueError):
+        except Exception:  # whatever it is, those who wait for it are told
             log.exception("forward failed", pictures=len(batch), patches=sum(item.patches.count for item in batch))
             if len(batch) == 1:
                 _fail(batch[0], LookonceError(ErrorKind.INTERNAL, "the encoder failed on this image"))

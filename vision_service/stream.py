@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.tasks import end_tasks, start_task
 from protos.lookonce.v1 import vision_pb2
 
 A = TypeVar("A")
@@ -42,7 +43,7 @@ class EncodeWindow(Generic[A]):
         self._reader: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> EncodeWindow[A]:
-        self._reader = asyncio.get_running_loop().create_task(self._read())
+        self._reader = start_task(self._read())
         self._reader.add_done_callback(lambda _: self._finished.put_nowait(None))
         return self
 
@@ -50,9 +51,7 @@ class EncodeWindow(Generic[A]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         tasks = [task for task in (self._reader, *self._under_way.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*tasks)
 
     async def __aiter__(self) -> AsyncIterator[Outcome[A]]:
         ended = False
@@ -77,7 +76,7 @@ class EncodeWindow(Generic[A]):
                 return
             if item.id in self._under_way:
                 raise invalid(f"id {item.id} is that of another image still under way", param="id")
-            self._under_way[item.id] = asyncio.get_running_loop().create_task(self._work(item))
+            self._under_way[item.id] = start_task(self._work(item))
 
     async def _work(self, item: vision_pb2.EncodeStreamRequest) -> None:
         outcome: A | LookonceError

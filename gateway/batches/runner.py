@@ -18,6 +18,7 @@ from gateway.batches.jobs import End, Job, Jobs
 from gateway.batches.lanes import Lanes
 from gateway.batches.lines import Line, Problem, Reply
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tasks import end_tasks, keep_running, start_task
 
 LINES = Counter("lookonce_gateway_batch_lines", "Lines of batches, by what came of them.", ("outcome",))
 SWEEP = 30.0  # seconds between looks at what has expired
@@ -70,7 +71,7 @@ class Runner:
 
     def start(self) -> None:
         """Begin. Call within the event loop."""
-        self._main = asyncio.create_task(self._run())
+        self._main = keep_running(self._run)
 
     def wake(self) -> None:
         """There is a new batch."""
@@ -96,9 +97,7 @@ class Runner:
         except TimeoutError:
             log.info("batch lines under way are left for the next start", lines=self._lanes.busy)
         tasks = [*self._working.values(), *([self._main] if self._main is not None else [])]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end_tasks(*tasks)
 
     async def _run(self) -> None:
         while True:
@@ -115,7 +114,7 @@ class Runner:
                     await self._woken.wait()
 
     def _begin(self, job: Job) -> None:
-        task = asyncio.create_task(self._work(job))
+        task = start_task(self._work(job), awaited=False)
         self._working[job.id], self._cancelled[job.id] = task, asyncio.Event()
         task.add_done_callback(lambda _: self._ended(job.id))
 
@@ -149,8 +148,8 @@ class Runner:
         """Answer what is pending until all is done, the batch expires or is cancelled; None when draining left lines
         for the next start."""
         cancelled = self._cancelled[job.id]
-        feeding = asyncio.create_task(self._feed(job))
-        stopping = asyncio.create_task(cancelled.wait())
+        feeding = start_task(self._feed(job))
+        stopping = start_task(cancelled.wait())
         try:
             while not (feeding.done() or stopping.done()):
                 left = job.expires_at - self._clock()
@@ -162,9 +161,7 @@ class Runner:
                 return "completed" if await self._jobs.next_line(job, 0) is None else None
             return "cancelled" if cancelled.is_set() else "expired"
         finally:
-            feeding.cancel()
-            stopping.cancel()
-            await asyncio.gather(feeding, stopping, return_exceptions=True)
+            await end_tasks(feeding, stopping)
 
     async def _feed(self, job: Job) -> None:
         after = 0

@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.http.errors import error_body
 from gateway.metrics import DISCONNECTS
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tasks import end_tasks, start_task
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still here\n\n"
@@ -36,8 +37,8 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away (ClientGone)."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request.receive))
+    task = start_task(work)
+    gone = start_task(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -62,8 +63,8 @@ class EventStream(Response):
         self._sent = 0.0  # when the last event went out, on the monotonic clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = asyncio.create_task(self._pump(send))
-        gone = asyncio.create_task(_disconnected(receive))
+        pump = start_task(self._pump(send))
+        gone = start_task(_disconnected(receive))
         try:
             await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
             if pump.done():
@@ -75,7 +76,7 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        beating = asyncio.create_task(self._beat(send))
+        beating = start_task(self._beat(send))
         try:
             await self._send_events(send)
         finally:
@@ -115,6 +116,4 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await end_tasks(*tasks)

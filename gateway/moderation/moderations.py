@@ -16,6 +16,7 @@ from gateway.receipts import receipt
 from gateway.served_model import ServedModel
 from lookonce.errors import LookonceError
 from lookonce.policy import InputType, Policy, Rule
+from lookonce.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
 
 Item = str | ImagePart
@@ -52,14 +53,12 @@ class Moderations:
             async with gate:
                 return await self._score(item, asker)
 
-        tasks = [[asyncio.create_task(one(item)) for item in items] for items in inputs]
+        tasks = [[start_task(one(item)) for item in items] for items in inputs]
         flat = [task for group in tasks for task in group]
         try:
             await asyncio.gather(*flat)
         finally:
-            for task in flat:
-                task.cancel()
-            await asyncio.gather(*flat, return_exceptions=True)
+            await end_tasks(*flat)
         return [result_of(self._policy, [task.result() for task in group]) for group in tasks]
 
     async def _score(self, item: Item, asker: Asker) -> Scores:

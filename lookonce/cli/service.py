@@ -19,6 +19,7 @@ from lookonce.cli.health import Health, Probe
 from lookonce.cli.logs import OutputLog
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.process import PERMANENT_EXIT, USAGE_EXIT
+from lookonce.tasks import start_task
 
 MISSES = 3
 """Probes in a row that fail before a ready service counts as unready: a busy one may miss one."""
@@ -168,7 +169,7 @@ class Service:
         loop.add_reader(read_end, self._read, read_end)
         self.pid = process.pid
         self._change("starting", f"starting (process {process.pid})")
-        watcher = asyncio.create_task(self._follow_health())
+        watcher = start_task(self._follow_health())
         try:
             code = await process.wait()
         finally:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lookonce.cli.service import Service, ServiceFailed
+from lookonce.tasks import start_task
 
 FORCED_EXIT = 130
 _KILL_MARGIN = 3.0  # seconds beyond its own grace that a service gets before SIGKILL
@@ -33,8 +34,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._signalled)
-        keepers: set[asyncio.Task[Any]] = {asyncio.create_task(service.keep_running()) for service in self.services}
-        others: set[asyncio.Task[Any]] = {asyncio.create_task(self._announce()), asyncio.create_task(self._stop.wait())}
+        keepers: set[asyncio.Task[Any]] = {start_task(service.keep_running()) for service in self.services}
+        others: set[asyncio.Task[Any]] = {start_task(self._announce()), start_task(self._stop.wait())}
         try:
             await self._until_over(keepers, others)
         finally:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.rpc.client import LanguageClient
+from lookonce.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
 
 _CALLS = 2
@@ -42,13 +43,11 @@ class ScoreCalls:
     async def close(self) -> None:
         """Give up what is under way."""
         calls = list(self._under_way)
-        for call in calls:
-            call.cancel()
-        await asyncio.gather(*calls, return_exceptions=True)
+        await end_tasks(*calls)
 
     def _send(self) -> None:
         while self._waiting and len(self._under_way) < self._calls:
-            call = asyncio.create_task(self._call(self._take()))
+            call = start_task(self._call(self._take()))
             self._under_way.add(call)
             call.add_done_callback(self._ended)
 
@@ -85,6 +84,11 @@ class ScoreCalls:
             for _, future in wanted:
                 if not future.done():
                     future.set_exception(LookonceError(error.kind, error.message, retry_after=error.retry_after))
+        except Exception as error:  # whatever it is, those who wait are told
+            for _, future in wanted:
+                if not future.done():
+                    future.set_exception(error)
+            raise
         finally:
             for _, future in wanted:
                 future.cancel()  # nothing, unless this call was given up

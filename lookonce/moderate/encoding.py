@@ -9,6 +9,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.reference import EmbeddingReference
 from lookonce.rpc.client import Encoded, VisionClient, encoded_from_proto
 from lookonce.rpc.errors import from_proto
+from lookonce.tasks import end_tasks, start_task
 from protos.lookonce.v1 import vision_pb2
 
 STREAM_SECONDS = 6 * 3600.0
@@ -37,7 +38,7 @@ class EncodeStream:
         async with self._slots:
             if self._reader is None or self._reader.done():
                 self._outgoing = asyncio.Queue()
-                self._reader = asyncio.create_task(self._read(self._outgoing))
+                self._reader = start_task(self._read(self._outgoing))
             number, self._next = self._next, self._next + 1
             future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
             self._waiting[number] = future
@@ -55,8 +56,7 @@ class EncodeStream:
         """End the stream."""
         self._outgoing.put_nowait(None)
         if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.gather(self._reader, return_exceptions=True)
+            await end_tasks(self._reader)
 
     async def _read(self, outgoing: asyncio.Queue[vision_pb2.EncodeStreamRequest | None]) -> None:
         ended = LookonceError(ErrorKind.UNAVAILABLE, "the vision service ended the stream")

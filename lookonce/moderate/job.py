@@ -22,6 +22,7 @@ from lookonce.moderate.results import Counts
 from lookonce.moderate.run import Run
 from lookonce.moderate.sources.items import Item
 from lookonce.moderate.sources.reader import Reader
+from lookonce.tasks import end_tasks, start_task
 
 PARTS_AHEAD = 32  # beyond the first part that is not complete
 LISTED_AT_ONCE = 64
@@ -112,8 +113,8 @@ class Job:
     async def work(self) -> bool:
         """Work until every input is in a part, or until stopped; whether all are. What is known when it ends for
         whatever reason is recorded."""
-        recorder = asyncio.create_task(self._record_now_and_then())
-        workers = {asyncio.create_task(self._worker()) for _ in range(self._under_way)}
+        recorder = start_task(self._record_now_and_then())
+        workers = {start_task(self._worker()) for _ in range(self._under_way)}
         try:
             pending: set[asyncio.Task[None]] = {*workers, recorder}
             while workers & pending:
@@ -121,9 +122,7 @@ class Job:
                 for task in done:
                     task.result()
         finally:
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+            await end_tasks(*workers)
             self._over.set()
             await recorder  # not cancelled: rows that it has in hand would be lost
         return await self._run.complete()

@@ -19,6 +19,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.moderate.calls import ScoreCalls
 from lookonce.moderate.encoding import EncodeStreams
 from lookonce.rpc.client import LanguageClient, VisionClient
+from lookonce.tasks import end_tasks, start_task
 
 C = TypeVar("C", bound=VisionClient | LanguageClient)
 Check = Callable[[C], Awaitable[str]]
@@ -89,7 +90,7 @@ class Link(Generic[C]):
         if error.kind in AWAY:
             if self._watcher is None or self._watcher.done():
                 self._back.clear()
-                self._watcher = asyncio.create_task(self._watch())
+                self._watcher = start_task(self._watch())
             await asyncio.shield(self._watcher)
         process = self.process
         await asyncio.sleep(pause(attempt, None if error.kind in AWAY else error.retry_after))
@@ -100,8 +101,7 @@ class Link(Generic[C]):
     async def close(self) -> None:
         """Stop waiting, close the channel."""
         if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+            await end_tasks(self._watcher)
         await self.client.close()
 
     async def _watch(self) -> None:

@@ -17,6 +17,7 @@ import structlog
 
 from lookonce.stores.base import Store, StoreFailure, Value
 from lookonce.stores.metrics import StoreMetrics, StoreStats
+from lookonce.tasks import end_tasks, start_task
 
 THRESHOLD = 3
 """Failures in a row that open the circuit."""
@@ -101,8 +102,7 @@ class CircuitBreaker:
     async def close(self) -> None:
         """Close the driver."""
         if self._probe is not None:
-            self._probe.cancel()
-            await asyncio.gather(self._probe, return_exceptions=True)
+            await end_tasks(self._probe)
             self._probe = None
         await self._driver.close()
 
@@ -119,7 +119,7 @@ class CircuitBreaker:
         if self._probe_at is None:
             return False
         if self._probe is None and time.monotonic() >= self._probe_at:
-            self._probe = asyncio.get_running_loop().create_task(self._try_again())
+            self._probe = start_task(self._try_again(), awaited=False)
         return True
 
     async def _try_again(self) -> None:

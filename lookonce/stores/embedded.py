@@ -28,6 +28,7 @@ from lookonce.stores.group_commit import GroupCommit
 from lookonce.stores.lmdb_file import close_lmdb, open_lmdb
 from lookonce.stores.lmdb_tables import Changes, Entry, cost_of, held_by_other, is_key
 from lookonce.stores.metrics import StoreMetrics, StoreStats
+from lookonce.tasks import run_in
 
 FLUSH_SECONDS = 5.0
 """Uses are written down at least this often while the store is read."""
@@ -97,7 +98,7 @@ class EmbeddedStore:
         self.metrics.lookup(value is not None)
         if self._uses and (time.monotonic() - self._flushed > FLUSH_SECONDS or len(self._uses) > FLUSH_USES):
             self._flushed = time.monotonic()
-            self._writer.submit(self._flush)
+            run_in(self._writer, self._flush)
         return value
 
     async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
@@ -148,7 +149,7 @@ class EmbeddedStore:
         await asyncio.to_thread(self._shut)
 
     def _shut(self) -> None:
-        self._writer.submit(self._flush)
+        run_in(self._writer, self._flush)
         self._writer.shutdown()
         self._readers.shutdown()
         close_lmdb(self._file)

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from lookonce.tasks import run_in
+
 MAX_TOGETHER = 64
 MAX_TOGETHER_BYTES = 8 * 1024**2
 """Writes, and bytes of their values, in one transaction, so that it stays short. A larger value goes alone."""
@@ -60,7 +62,7 @@ class GroupCommit(Generic[W]):
             self.waiting += 1
             start, self._started = not self._started, True
         if start:
-            self._thread.submit(self._work)
+            run_in(self._thread, self._work)
         return future
 
     # in the thread

@@ -36,6 +36,7 @@ from lm_service.engine.types import (
 )
 from lm_service.metrics import METRICS
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.tasks import start_task
 
 _HAND_OVER_SECONDS = 0.02
 _log = structlog.get_logger(__name__)
@@ -266,7 +267,7 @@ class PackedEngine:
     # Back on the event loop
 
     def _start_loading(self, fill: Fill) -> None:
-        task = asyncio.get_running_loop().create_task(self._load(fill), context=fill.context)
+        task = start_task(self._load(fill), awaited=False, context=fill.context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
