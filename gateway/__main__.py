@@ -86,6 +86,7 @@ def _open_batches(settings: GatewaySettings) -> Batches | None:
         max_lines=settings.max_batch_lines,
         concurrency=settings.batch_concurrency,
         grace=settings.drain_grace,
+        limits=settings.json_limits,
     )
 
 
@@ -117,6 +118,7 @@ async def _serve(settings: GatewaySettings) -> None:
         share_embeddings=settings.share_embeddings,
         share_prefixes=settings.share_prefixes,
         quota=quota,
+        tenant_quota=settings.tenant_quota,
     )
     gateway = build(settings)
     try:

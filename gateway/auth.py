@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hmac import compare_digest
 from pathlib import Path
@@ -36,6 +38,13 @@ class Caller:
 
     tenant: Tenant
     meter: Meter
+    shared: Meter  # of all the tenant's keys together
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while it lasts. Raises RATE_LIMITED, with the time to wait."""
+        with self.shared.request(), self.meter.request():
+            yield
 
 
 NO_LIMITS = Quota()
@@ -52,8 +61,10 @@ class Keyring:
         share_embeddings: bool = False,
         share_prefixes: bool = False,
         quota: Quota = NO_LIMITS,
+        tenant_quota: Callable[[int], Quota] = lambda tenants: NO_LIMITS,
     ) -> None:
-        """`quota` is that of keys which say nothing of their own, and of everyone together when there are no keys.
+        """`quota` is that of keys which say nothing of their own, and of everyone together when there are no keys;
+        `tenant_quota` that of each of so many tenants.
 
         Raises INVALID_ARGUMENT on a malformed line (never showing it), and on several tenants without a secret."""
         entries = [_parse(line, number, quota) for number, line in enumerate(lines, 1)]
@@ -63,13 +74,17 @@ class Keyring:
                 "several tenants need LOOKONCE_GATEWAY_SECRET: their image ids are derived from it", param="secret"
             )
         self._tenants = {name: _tenant(name, secret, share_embeddings, share_prefixes) for name in names}
-        self._keys = tuple((entry.digest, Caller(self._tenants[entry.tenant], Meter(entry.quota))) for entry in entries)
-        self._anyone = Meter(quota)
+        shared = {name: Meter(tenant_quota(len(names)), who="tenant") for name in names}
+        self._keys = tuple(
+            (entry.digest, Caller(self._tenants[entry.tenant], Meter(entry.quota), shared[entry.tenant]))
+            for entry in entries
+        )
+        self._anyone = Caller(self._tenants[DEFAULT_TENANT], Meter(quota), Meter(NO_LIMITS)) if not entries else None
 
     @property
     def open(self) -> bool:
         """Whether no key is needed."""
-        return not self._keys
+        return self._anyone is not None
 
     def authenticate(self, presented: str | None) -> Tenant:
         """The tenant of a key. Raises UNAUTHENTICATED."""
@@ -77,8 +92,8 @@ class Keyring:
 
     def identify(self, presented: str | None) -> Caller:
         """Who presents the key. Raises UNAUTHENTICATED. Takes the same time for every key."""
-        if self.open:
-            return Caller(self._tenants[DEFAULT_TENANT], self._anyone)
+        if self._anyone is not None:
+            return self._anyone
         if not presented:
             raise LookonceError(ErrorKind.UNAUTHENTICATED, "an API key is needed: Authorization: Bearer KEY")
         digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()

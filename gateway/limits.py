@@ -1,4 +1,4 @@
-"""What one API key may ask for: requests a minute and requests at once. Knows nothing of HTTP or of the keys."""
+"""What one API key, or all keys of a tenant, may ask for: requests a minute and at once. Knows nothing of HTTP."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class Quota:
 
 
 class Meter:
-    """Holds one key to its quota. The rate is a token bucket: a minute's requests may come at once after a quiet
-    minute, then they come in at the rate."""
+    """Holds one key or tenant to its quota. The rate is a token bucket: a minute's requests may come at once after a
+    quiet minute, then they come in at the rate."""
 
-    def __init__(self, quota: Quota, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, quota: Quota, *, who: str = "API key", clock: Callable[[], float] = time.monotonic) -> None:
         self.quota = quota
+        self._who = who
         self.active = 0
         self._clock = clock
         self._tokens = float(quota.rate)
@@ -35,7 +36,7 @@ class Meter:
     def request(self) -> Iterator[None]:
         """Count a request while it lasts. Raises RATE_LIMITED, with the time to wait."""
         if 0 < self.quota.concurrency <= self.active:
-            text = f"this API key has {self.active} requests under way, the limit is {self.quota.concurrency}"
+            text = f"this {self._who} has {self.active} requests under way, the limit is {self.quota.concurrency}"
             raise LookonceError(ErrorKind.RATE_LIMITED, text, retry_after=1.0)
         self._take()
         self.active += 1

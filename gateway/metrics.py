@@ -13,6 +13,13 @@ IN_FLIGHT = Gauge("lookonce_gateway_in_flight", "Requests being worked on.")
 RATE_LIMITED = Counter("lookonce_gateway_rate_limited", "Requests answered 429 because of their key's limits.")
 REJECTED = Counter("lookonce_gateway_rejected", "Requests answered 429 because the gateway was full.")
 DISCONNECTS = Counter("lookonce_gateway_disconnects", "Clients that went away before their answer was complete.")
+CONNECTIONS = Gauge("lookonce_gateway_connections", "Open connections of clients.")
+CONNECTIONS_ENDED = Counter(
+    "lookonce_gateway_connections_ended",
+    "Connections ended because their client did not do its part: headers (too slow), silent, unread, pipelined, "
+    "malformed, or crowded (another needed the room).",
+    ("reason",),
+)
 ENCODES = Counter("lookonce_gateway_encodes", "Encode calls, by what the vision service did.", ("outcome",))
 ANSWERS = Counter("lookonce_gateway_answers", "Answers, by what was reused.", ("embedding", "prefix"))
 FIRST_TOKEN_SECONDS = Histogram(

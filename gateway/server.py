@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.http.protocol import Connection, ConnectionLimits, Connections
 from gateway.settings import GatewaySettings
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.rpc.pem import read_pair
@@ -34,6 +37,7 @@ async def serve(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], 
     INVALID_ARGUMENT for a certificate that can't be used."""
     if settings.tls_certificate is not None:
         read_pair(settings.tls_certificate, settings.tls_key)
+    limits = ConnectionLimits.of(settings, _most_files())
     bound, address = _bind(settings)
     config = uvicorn.Config(
         app,
@@ -41,8 +45,9 @@ async def serve(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], 
         access_log=False,
         server_header=False,
         lifespan="off",
+        ws="none",
         loop="none",
-        http="httptools",
+        http=partial(Connection, Connections(limits)),  # type: ignore[arg-type]
         timeout_graceful_shutdown=max(1, round(settings.drain_grace)),
         timeout_keep_alive=75,
         ssl_certfile=settings.tls_certificate,
@@ -65,6 +70,15 @@ async def serve(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], 
     finally:
         if settings.uds is not None:
             settings.uds.unlink(missing_ok=True)
+
+
+def _most_files() -> int:
+    """How many files the process may open, after asking for all that it may ask for."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has a hard limit that it doesn't grant
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def _bind(settings: GatewaySettings) -> tuple[socket.socket, str]:

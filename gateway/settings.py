@@ -10,6 +10,8 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 from pydantic_settings import SettingsConfigDict
 
 from gateway.discovery import split_targets
+from gateway.json_text import JsonLimits
+from gateway.limits import Quota
 from gateway.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.errors import LookonceError
 from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
@@ -67,11 +69,31 @@ class GatewaySettings(Settings):
     max_choices: int = Field(64, ge=1, description="most choices of one question")
     max_n: int = Field(16, ge=1, description="most answers to one prompt")
     max_text_chars: int = Field(1_000_000, ge=1, description="most characters of text in one request")
+    max_json_depth: int = Field(32, ge=4, description="most lists and objects within each other in a JSON body")
+    max_json_items: int = Field(100_000, ge=1, description="most values in all lists and objects of a JSON body")
+    max_json_keys: int = Field(256, ge=1, description="most fields of one object in a JSON body")
+    max_json_number: int = Field(64, ge=20, description="most characters of a number in a JSON body")
     low_detail_pixels: int = Field(
         200_704, ge=3136, description='pixels an image of detail "low" is resized to at most'
     )
 
     max_concurrency: int = Field(1024, ge=1, description="requests worked on at once; more are answered 429")
+    tenant_concurrency: int | None = Field(
+        None,
+        ge=0,
+        description="requests at once of one tenant; unset: half of --max-concurrency where there are several tenants; "
+        "0: no limit",
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="connections at once; for one more the client that was silent for longest loses its own"
+    )
+    max_pipelined: int = Field(16, ge=1, description="most requests sent on one connection before an earlier answer")
+    max_header_bytes: Bytes = Field(32 << 10, description="largest request line and headers together")
+    header_timeout: Seconds = Field(10.0, gt=0, description="longest time for a request's headers to come")
+    body_timeout: Seconds = Field(30.0, gt=0, description="longest silence within a request body")
+    body_rate: Bytes = Field(128 << 10, ge=1, description="bytes a second that a request body comes at least with")
+    max_bodies_bytes: Bytes = Field(256 << 20, description="most bytes of the bodies of all requests under way")
+    send_timeout: Seconds = Field(60.0, gt=0, description="longest time in which a client takes nothing of its answer")
     question_concurrency: int = Field(64, ge=1, description="questions of one request under way at once")
     request_timeout: Seconds = Field(600.0, description="longest time from a request to its last token")
     encode_timeout: Seconds = Field(120.0, description="longest time to encode one image")
@@ -93,6 +115,11 @@ class GatewaySettings(Settings):
     heartbeat: Seconds = Field(15.0, gt=0, description="silence of an event stream after which a comment is sent")
     playground: bool = Field(True, description="serve the playground, a page for trying things out, at /")
     samples: Path | None = Field(None, description="folder of pictures the playground offers; unset: bundled ones")
+    allowed_hosts: str = Field(
+        "",
+        description="names, beside localhost and --host, that requests without API keys may be addressed to, separated "
+        "by commas; .example.org: all names below it",
+    )
     cors_origins: str = Field("", description="origins that browsers may call from, separated by commas")
     tls_certificate: Path | None = Field(None, description="PEM certificate chain, to serve https")
     tls_key: Path | None = Field(None, description="PEM private key")
@@ -193,6 +220,23 @@ class GatewaySettings(Settings):
             read_timeout=self.fetch_read_timeout,
             concurrency=self.fetch_concurrency,
             per_owner=self.fetch_tenant_concurrency,
+        )
+
+    def tenant_quota(self, tenants: int) -> Quota:
+        """What each of so many tenants may ask for: by default none can take all places."""
+        if self.tenant_concurrency is not None:
+            return Quota(concurrency=self.tenant_concurrency)
+        return Quota(concurrency=max(1, self.max_concurrency // 2) if tenants > 1 else 0)
+
+    @property
+    def json_limits(self) -> JsonLimits:
+        """What JSON bodies and lines of batches may hold."""
+        return JsonLimits(
+            depth=self.max_json_depth,
+            items=self.max_json_items,
+            keys=self.max_json_keys,
+            number_chars=self.max_json_number,
+            text_chars=self.max_text_chars,
         )
 
     @property

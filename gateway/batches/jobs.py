@@ -15,8 +15,9 @@ import orjson
 
 from gateway.batches import files
 from gateway.batches.database import Database
-from gateway.batches.lines import Line, Problem, Reply, parse, tokens, unanswered, written
+from gateway.batches.lines import DEFAULT_LIMITS, Line, Problem, Reply, parse, tokens, unanswered, written
 from gateway.batches.paging import Page, page
+from gateway.json_text import JsonLimits, parse_json
 from lookonce.errors import ErrorKind, LookonceError
 
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
@@ -71,8 +72,16 @@ class Job:
 class Jobs:
     """The batches of all tenants."""
 
-    def __init__(self, database: Database, *, max_active: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        max_active: int,
+        limits: JsonLimits = DEFAULT_LIMITS,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._database = database
+        self._limits = limits  # of each line
         self._max_active = max_active  # of one tenant
         self._clock = clock
 
@@ -153,7 +162,8 @@ class Jobs:
                 stored = files.find(connection, job.tenant, job.document["input_file_id"], now)
             except LookonceError:
                 return _fail(connection, job, [Problem("file_not_found", "the input file is gone")], now)
-            problems = _insert_lines(connection, job, files.split_lines(connection, stored.seq), check, max_lines)
+            raws = files.split_lines(connection, stored.seq)
+            problems = _insert_lines(connection, job, raws, check, max_lines, self._limits)
             if problems:
                 return _fail(connection, job, problems, now)
             return _move(connection, job, "in_progress", in_progress_at=now)
@@ -168,8 +178,9 @@ class Jobs:
             row = connection.execute(query, (job.seq, after)).fetchone()
             if row is None:
                 return None
-            request = orjson.loads(row["request"])
-            return Line(row["number"], row["custom_id"], request["url"], request["body"])
+            size, parsed = len(row["request"]), parse_json(row["request"], self._limits)
+            url, body = parsed.value["url"], parsed.value["body"]
+            return Line(row["number"], row["custom_id"], url, body, size, parsed.long)
 
         return await self._database.run(work)
 
@@ -255,6 +266,7 @@ def _insert_lines(
     raws: Iterable[bytes],
     check: Callable[[Line], Problem | None],
     max_lines: int,
+    limits: JsonLimits,
 ) -> list[Problem]:
     problems: list[Problem] = []
     seen: set[str] = set()
@@ -263,7 +275,7 @@ def _insert_lines(
             continue
         if len(seen) >= max_lines:
             return [Problem("too_many_requests", f"the file has more than {max_lines} requests", number)]
-        line = parse(raw, number)
+        line = parse(raw, number, limits)
         problem = line if isinstance(line, Problem) else check(line)
         if isinstance(line, Line) and problem is None and line.custom_id in seen:
             text = "'custom_id' is the same as on an earlier line"
@@ -275,8 +287,7 @@ def _insert_lines(
             continue
         if isinstance(line, Line):
             seen.add(line.custom_id)
-            request = orjson.dumps({"url": line.url, "body": line.body})
-            row = (job.seq, number, line.custom_id, request)
+            row = (job.seq, number, line.custom_id, raw)
             connection.execute("INSERT INTO lines (batch, number, custom_id, request) VALUES (?,?,?,?)", row)
     if not seen and not problems:
         return [Problem("empty_file", "the file has no requests")]

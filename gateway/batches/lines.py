@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
+from gateway.json_text import JsonLimits, LongString, parse_json
+from lookonce.errors import LookonceError
+
+DEFAULT_LIMITS = JsonLimits()
 MAX_CUSTOM_ID = 512
 _FIELDS = ("custom_id", "method", "url", "body")
 
@@ -20,6 +25,8 @@ class Line:
     custom_id: str
     url: str
     body: dict[str, Any]
+    size: int = 0  # bytes of it all as JSON
+    long: Mapping[str, LongString] = field(default_factory=dict)  # long strings in the body, by their names there
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,12 @@ class Problem:
         return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
 
 
-def parse(raw: bytes, number: int) -> Line | Problem:
+def parse(raw: bytes, number: int, limits: JsonLimits = DEFAULT_LIMITS) -> Line | Problem:
     """A line as a request, as far as can be told without its endpoint."""
     try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        return Problem("invalid_json_line", "the line is not valid JSON", number)
+        value = parse_json(raw, limits, "the line").value
+    except LookonceError as error:
+        return Problem("invalid_json_line", error.message, number)
     if not isinstance(value, dict):
         return Problem("invalid_json_line", "the line must be a JSON object", number)
     for name in _FIELDS:

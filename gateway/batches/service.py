@@ -10,18 +10,27 @@ from gateway.batches.files import Files
 from gateway.batches.jobs import Jobs
 from gateway.batches.lanes import Lanes
 from gateway.batches.runner import Endpoints, Runner
+from gateway.json_text import JsonLimits
 
 
 class Batches:
     """What the routes use; `start` begins the background work."""
 
     def __init__(
-        self, directory: Path, *, quota: int, max_active: int, max_lines: int, concurrency: int, grace: float
+        self,
+        directory: Path,
+        *,
+        quota: int,
+        max_active: int,
+        max_lines: int,
+        concurrency: int,
+        grace: float,
+        limits: JsonLimits,
     ) -> None:
         """Raises INVALID_ARGUMENT or CONFLICT when the directory can't be used."""
         self._database = Database(directory)
         self.files = Files(self._database, quota=quota)
-        self.jobs = Jobs(self._database, max_active=max_active)
+        self.jobs = Jobs(self._database, max_active=max_active, limits=limits)
         self._max_lines = max_lines
         self._concurrency = concurrency
         self._grace = grace  # seconds

@@ -5,15 +5,17 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from gateway.auth import Keyring
 from gateway.core import Gateway
 from gateway.http import batches, chat, files, images, moderations, openapi, playground, questions, service, uploads
-from gateway.http.errors import on_http_exception, on_lookonce_error
-from gateway.http.middleware import Authentication, Limits, RequestScope
+from gateway.http.errors import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
+from gateway.http.intake import BodyLimits, Intake
+from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
+from gateway.http.origins import OriginCheck
 from gateway.http.sse import ClientGone
 from gateway.settings import distinct
 from lookonce.errors import LookonceError
@@ -33,9 +35,15 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     app.add_exception_handler(LookonceError, on_lookonce_error)
     app.add_exception_handler(HTTPException, on_http_exception)
     app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(Exception, on_unforeseen)
     stack: ASGIApp = Authentication(app, keyring)
-    stack = Limits(stack, max_body_bytes=settings.max_body_bytes, max_concurrency=settings.max_concurrency)
+    free = OPEN_PATHS | {"/metrics"}
+    stack = Intake(stack, BodyLimits.of(settings), max_concurrency=settings.max_concurrency, free=free)
     origins = distinct(settings.cors_origins)
+    if keyring.open and settings.uds is None:
+        hosts = (settings.host, *distinct(settings.allowed_hosts))
+        stack = OriginCheck(stack, hosts=hosts, origins=origins, free=OPEN_PATHS)
     if origins:
         stack = CORSMiddleware(
             stack,
@@ -48,4 +56,4 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the access log does
+    return Response(status_code=CLIENT_GONE)  # nobody reads it; the access log does

@@ -12,8 +12,10 @@ from gateway.batches.lines import Line, Problem, Reply
 from gateway.conversation import Asker
 from gateway.core import Gateway
 from gateway.http import chat, moderations, questions
+from gateway.http.aside import aside
 from gateway.http.body import validate
-from gateway.http.errors import HTTP_ERRORS, error_body
+from gateway.http.errors import error_body, shape_of
+from gateway.json_text import LONG_STRINGS
 from gateway.schemas.batches import QUESTIONS_ENDPOINT
 from gateway.schemas.chat import ChatRequest
 from gateway.schemas.moderations import ModerationRequest
@@ -56,19 +58,22 @@ class BatchEndpoints:
             return _failure(LookonceError(ErrorKind.INTERNAL, "internal error"))
 
     async def _answer(self, line: Line, tenant: Tenant) -> dict[str, Any]:
+        LONG_STRINGS.set(line.long)
         timeout = self._gateway.settings.request_timeout
         asker = Asker(tenant, f"{tenant.name}/batch", timeout, background=True)
         if line.url == "/v1/chat/completions":
-            chat_request = validate(line.body, ChatRequest)
+            chat_request = await aside(line.size, validate, line.body, ChatRequest)
             _no_stream(chat_request.stream)
             return await chat.complete(chat_request, self._gateway, asker)
         if line.url == "/v1/moderations":
-            return await moderations.moderate(validate(line.body, ModerationRequest), self._gateway, asker)
+            return await moderations.moderate(
+                await aside(line.size, validate, line.body, ModerationRequest), self._gateway, asker
+            )
         found = _QUESTIONS_URL.fullmatch(line.url)
         if found is None:
             raise LookonceError(ErrorKind.NOT_FOUND, "no such route", param="url")
         record = await self._gateway.images.get(found[1], tenant)
-        questions_request = validate(line.body, QuestionsRequest)
+        questions_request = await aside(line.size, validate, line.body, QuestionsRequest)
         _no_stream(questions_request.stream)
         return await questions.answer_all(record, questions_request, self._gateway, asker)
 
@@ -79,4 +84,4 @@ def _no_stream(stream: bool | None) -> None:
 
 
 def _failure(error: LookonceError) -> Reply:
-    return Reply(HTTP_ERRORS[error.kind].status, error_body(error))
+    return Reply(shape_of(error).status, error_body(error))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
+from gateway.http.aside import aside
+from gateway.http.context import gateway_of
+from gateway.http.errors import HttpRefusal
+from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
 from lookonce.errors import ErrorKind, LookonceError, invalid
 
 M = TypeVar("M", bound=BaseModel)
@@ -47,13 +51,24 @@ class UnknownField(LookonceError):
 
 
 async def read_json(request: Request, model: type[M]) -> M:
-    """The body as `model`. Raises INVALID_ARGUMENT naming the first field at fault."""
-    raw = await request.body()
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"the request body is not valid JSON (line {error.lineno}, column {error.colno})") from error
-    return validate(value, model)
+    """The body as `model`, long strings in it in LONG_STRINGS. Raises INVALID_ARGUMENT naming the first field at fault,
+    and 415 for what doesn't say that it is JSON: a page of any site could send that."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        text = "send JSON with the header 'content-type: application/json'"
+        raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+    limits = gateway_of(request).settings.json_limits
+    value, long = await aside(len(raw), _read, raw, model, limits)
+    LONG_STRINGS.set(long)
+    return value
+
+
+def _read(raw: bytearray, model: type[M], limits: JsonLimits) -> tuple[M, Mapping[str, LongString]]:
+    parsed = parse_json(raw, limits)
+    return validate(parsed.value, model), parsed.long
 
 
 def validate(value: Any, model: type[M]) -> M:

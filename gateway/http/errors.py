@@ -46,6 +46,19 @@ HTTP_ERRORS: dict[ErrorKind, HttpError] = {
     ErrorKind.CANCELLED: HttpError(499, _REQUEST, "cancelled"),
     ErrorKind.INTERNAL: HttpError(500, _SERVER, "internal_error"),
 }
+CLIENT_GONE = 499
+"""The status in metrics and logs of a request whose client left before it was answered."""
+
+
+class HttpRefusal(LookonceError):
+    """A refusal that only HTTP has a status for; the connection ends with it where `close`."""
+
+    def __init__(self, status: int, code: str, message: str, *, param: str | None = None, close: bool = False) -> None:
+        super().__init__(ErrorKind.INVALID_ARGUMENT, message, param=param)
+        self.shape = HttpError(status, _REQUEST, code)
+        self.close = close
+
+
 _STATUS_TEXTS = {
     404: (HTTP_ERRORS[ErrorKind.NOT_FOUND], "no such route"),
     405: (HttpError(405, _REQUEST, "method_not_allowed"), "the route does not take this method"),
@@ -53,19 +66,25 @@ _STATUS_TEXTS = {
     415: (HttpError(415, _REQUEST, "unsupported_media_type"), "the content type is not supported"),
 }
 _RETRY = frozenset({429, 503})
+_IDS = ("img_", "file-", "batch_")
+
+
+def shape_of(error: LookonceError) -> HttpError:
+    """How the error looks over HTTP."""
+    return error.shape if isinstance(error, HttpRefusal) else HTTP_ERRORS[error.kind]
 
 
 def error_body(error: LookonceError) -> dict[str, Any]:
     """The JSON of an error: {"error": {"message", "type", "param", "code"}}."""
-    shape = HTTP_ERRORS[error.kind]
+    shape = shape_of(error)
     code = getattr(error, "code", None) or shape.code
     return {"error": {"message": error.message, "type": shape.type, "param": error.param, "code": code}}
 
 
 def error_response(error: LookonceError) -> Response:
     """The answer to a request that failed."""
-    status = HTTP_ERRORS[error.kind].status
-    headers = {}
+    status = shape_of(error).status
+    headers = {"connection": "close"} if isinstance(error, HttpRefusal) and error.close else {}
     if status in _RETRY:
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1.0)))
     if status == 401:
@@ -90,12 +109,25 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     if status >= 500:
         return internal_error()
+    if status == 405 and _is_made_up(request):
+        status, error = 404, HTTPException(404)
     shape, message = _STATUS_TEXTS.get(
         status, (HttpError(status, _REQUEST, "invalid_request"), "the request is malformed")
     )
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     body = {"error": {"message": message, "type": shape.type, "param": None, "code": shape.code}}
     return _json(status, body, headers)
+
+
+async def on_unforeseen(request: Request, error: Exception) -> Response:
+    """Exception handler of everything else; RequestScope logs it."""
+    return internal_error()
+
+
+def _is_made_up(request: Request) -> bool:
+    """Whether a path fits a route only because anything may stand for an id there."""
+    given = request.path_params.values()
+    return bool(given) and not any(str(value).startswith(_IDS) for value in given)
 
 
 def _json(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import binascii
+from collections.abc import Iterable, Iterator
 
+from gateway.http.aside import aside
+from gateway.json_text import LONG_STRINGS, PIECE
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.units import format_size
 
 REFERENCE = "lookonce:"
-_INLINE_CHARS = 1 << 18
-"""Longer base64 is decoded in a thread."""
 
 
 def image_reference(url: str) -> str | None:
@@ -34,6 +34,9 @@ def base64_of(url: str, param: str) -> str:
 
 def decoded_size(payload: str) -> int:
     """Bytes that base64 text decodes to, from its length alone."""
+    string = LONG_STRINGS.get().get(payload)
+    if string is not None:
+        return string.chars * 3 // 4 - string.raw[string.end - 2 : string.end].count(b"=")
     return len(payload) * 3 // 4 - payload[-2:].count("=")
 
 
@@ -51,13 +54,29 @@ def check_size(size: int, limit: int, param: str) -> None:
 
 async def decode(payload: str, param: str) -> bytes:
     """Strict base64 (RFC 4648 alphabet, padded, nothing else). Raises INVALID_ARGUMENT."""
-    if len(payload) <= _INLINE_CHARS:
-        return _decode(payload, param)
-    return await asyncio.to_thread(_decode, payload, param)
-
-
-def _decode(payload: str, param: str) -> bytes:
+    string = LONG_STRINGS.get().get(payload)
     try:
-        return binascii.a2b_base64(payload.encode("ascii"), strict_mode=True)
+        if string is not None:
+            return await aside(string.chars, _decode, string.pieces())
+        return await aside(len(payload), _decode, _encoded(payload))
     except (binascii.Error, UnicodeEncodeError) as error:
         raise invalid(f"'{param}' is not valid base64", param=param) from error
+
+
+def _encoded(text: str) -> Iterator[bytes]:
+    return (text[start : start + PIECE].encode("ascii") for start in range(0, len(text), PIECE))
+
+
+def _decode(pieces: Iterable[bytes]) -> bytes:
+    """Piece by piece, so that other threads have their turn. Only the last four characters may be padded."""
+    decoded: list[bytes] = []
+    left = b""
+    for piece in pieces:
+        text = left + piece
+        whole = max(0, len(text) - 1) // 4 * 4
+        if b"=" in text[:whole]:
+            raise binascii.Error("padding within")
+        decoded.append(binascii.a2b_base64(text[:whole], strict_mode=True))
+        left = text[whole:]
+    decoded.append(binascii.a2b_base64(left, strict_mode=True))
+    return b"".join(decoded)

@@ -1,6 +1,6 @@
-"""What happens around every request, as plain ASGI: an id, a log line, counts, limits, a key, a last resort.
+"""What happens around every request, as plain ASGI: an id, a log line, counts, a key, a last resort.
 
-Outermost first: RequestScope, Limits, Authentication, then the routes.
+Outermost first: RequestScope, OriginCheck, Intake, Authentication, then the routes.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth import DEFAULT_TENANT, Keyring
-from gateway.http.errors import error_response, internal_error
+from gateway.http.errors import CLIENT_GONE, error_response, internal_error
+from gateway.http.intake import closing_at_the_end
 from gateway.http.playground import is_playground
-from gateway.metrics import IN_FLIGHT, RATE_LIMITED, REJECTED, REQUEST_SECONDS, REQUESTS
+from gateway.metrics import RATE_LIMITED, REQUEST_SECONDS, REQUESTS
 from lookonce import tracing
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -29,25 +29,6 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = structlog.get_logger("gateway.access")
-
-
-class BodyTooLarge(HTTPException):
-    """Raised from `receive`, so that whoever reads the body passes it on."""
-
-    def __init__(self) -> None:
-        super().__init__(413)
-
-
-def closing_at_the_end(stack: ExitStack, send: Send) -> Send:
-    """`send` that closes `stack` just before the answer's last bytes go out: who has read them all may count on a free
-    place and a written log line."""
-
-    async def sending(message: Message) -> None:
-        if message["type"] == "http.response.body" and not message.get("more_body", False):
-            stack.close()
-        await send(message)
-
-    return sending
 
 
 class RequestScope:
@@ -90,6 +71,8 @@ class RequestScope:
                 if status == 0:
                     error = LookonceError(ErrorKind.UNAVAILABLE, "the server is stopping: try again", retry_after=1.0)
                     await error_response(error)(scope, receive, answer)
+            except ClientDisconnect:
+                log.debug("the client left", request_id=request_id)
             except Exception:
                 log.exception("request failed", request_id=request_id)
                 if status == 0:
@@ -98,9 +81,10 @@ class RequestScope:
     def _account(self, scope: Scope, status: int, seconds: float, step: tracing.Step) -> None:
         route = route_of(scope)
         method = scope["method"] if scope["method"] in _METHODS else "other"
+        status = status or CLIENT_GONE
         step.rename(f"{method} {route}")
         step.note(status=status, request_id=scope["state"]["request_id"])
-        step.end("internal" if status >= 500 or status == 0 else None)
+        step.end("internal" if status >= 500 else None)
         REQUESTS.labels(route, method, str(status)).inc()
         REQUEST_SECONDS.labels(route).observe(seconds)
         if self.access_log and route not in OPEN_PATHS:
@@ -108,58 +92,6 @@ class RequestScope:
             tenant = state["tenant"].name if "tenant" in state else DEFAULT_TENANT
             fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
             log.info("request", **fields, request_id=state["request_id"], tenant=tenant)
-
-
-class Limits:
-    """Bounds the body (before anything parses it, chunked ones too) and the requests worked on at once."""
-
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_concurrency: int) -> None:
-        self.app = app
-        self.max_body_bytes = max_body_bytes
-        self.max_concurrency = max_concurrency
-        self.active = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
-            await self.app(scope, receive, send)
-            return
-        declared = Headers(scope=scope).get("content-length", "0")
-        if not declared.isascii() or not declared.isdigit() or int(declared[:20]) > self.max_body_bytes:
-            text = f"the request body is larger than {self.max_body_bytes} bytes"
-            await error_response(LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, text))(scope, receive, send)
-            return
-        if self.active >= self.max_concurrency:
-            REJECTED.inc()
-            error = LookonceError(ErrorKind.OVERLOADED, "the server is busy: try again", retry_after=1.0)
-            await error_response(error)(scope, receive, send)
-            return
-        with ExitStack() as stack:
-            stack.enter_context(self._place())
-            await self.app(scope, self._counted(receive), closing_at_the_end(stack, send))
-
-    @contextmanager
-    def _place(self) -> Iterator[None]:
-        self.active += 1
-        IN_FLIGHT.inc()
-        try:
-            yield
-        finally:
-            self.active -= 1
-            IN_FLIGHT.dec()
-
-    def _counted(self, receive: Receive) -> Receive:
-        total = 0
-
-        async def counted() -> Message:
-            nonlocal total
-            message = await receive()
-            if message["type"] == "http.request":
-                total += len(message.get("body", b""))
-                if total > self.max_body_bytes:
-                    raise BodyTooLarge
-            return message
-
-        return counted
 
 
 class Authentication:
@@ -176,7 +108,7 @@ class Authentication:
                 try:
                     caller = self.keyring.identify(_presented(Headers(scope=scope)))
                     scope["state"]["tenant"] = caller.tenant
-                    held.enter_context(caller.meter.request())
+                    held.enter_context(caller.request())
                 except LookonceError as error:
                     RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
                     await error_response(error)(scope, receive, send)

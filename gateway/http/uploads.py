@@ -12,6 +12,7 @@ from starlette.responses import Response
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.context import gateway_of, json_response, tenant_of
+from gateway.http.errors import HttpRefusal
 from gateway.http.images import image_object
 from gateway.http.inline import base64_of, check_size, decode, decoded_size
 from gateway.http.keeping import FORM_FIELDS, form_change, keeping_of
@@ -59,8 +60,9 @@ async def _received(request: Request) -> _Received:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
         return await _from_form(request)
-    if kind not in ("application/json", ""):
-        raise invalid("send multipart/form-data with the field 'file', or application/json", param="content-type")
+    if kind != "application/json":
+        text = "send multipart/form-data with the field 'file', or application/json"
+        raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
     return await _from_json(request)
 
 
