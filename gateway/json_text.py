@@ -29,7 +29,7 @@ _GAP = 4096  # bytes between two marks that are looked at in one call
 _NAME = secrets.token_hex(16)  # begins the names of long strings: no client can know it
 _NAME_CHARS = 64
 _MARK = re.compile(rb'["{}\[\],]')
-_DATA_URL = re.compile(rb'data:[^,"\\]{0,200};base64,', re.IGNORECASE)
+_DATA_URL = re.compile(rb'data:(?:[^,"\\]|\\/){0,200};base64,', re.IGNORECASE)
 _BACKSLASH = ord("\\")
 _LONGEST = 12  # bytes of a character: a pair of escapes
 _HIGH = re.compile(rb"\\u[dD][89abAB][0-9a-fA-F]{2}")
@@ -208,7 +208,7 @@ def _with_texts(value: Any, key: str, long: Mapping[str, LongString], limits: Js
     if isinstance(value, list):
         return [_with_texts(item, key, long, limits) for item in value]
     string = long.get(value[-_NAME_CHARS:]) if isinstance(value, str) else None
-    if string is None or (key in IMAGE_FIELDS and string.escapes is not None):
+    if string is None or key in IMAGE_FIELDS:
         return value
     # A character takes 12 bytes at most: two escapes of four digits.
     text = string.text() if string.end - string.start <= 12 * limits.text_chars else None

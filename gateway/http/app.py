@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -15,7 +14,7 @@ from gateway.http import batches, chat, files, images, moderations, openapi, pla
 from gateway.http.errors import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.intake import BodyLimits, Intake
 from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
-from gateway.http.origins import OriginCheck
+from gateway.http.origins import Cors, OriginCheck
 from gateway.http.sse import ClientGone
 from gateway.settings import distinct
 from lookonce.errors import LookonceError
@@ -41,17 +40,17 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     free = OPEN_PATHS | {"/metrics"}
     stack = Intake(stack, BodyLimits.of(settings), max_concurrency=settings.max_concurrency, free=free)
     origins = distinct(settings.cors_origins)
-    if keyring.open and settings.uds is None:
-        hosts = (settings.host, *distinct(settings.allowed_hosts))
-        stack = OriginCheck(stack, hosts=hosts, origins=origins, free=OPEN_PATHS)
     if origins:
-        stack = CORSMiddleware(
+        stack = Cors(
             stack,
             origins,
             allow_methods=["*"],
             allow_headers=["*"],
             expose_headers=["x-request-id", "traceparent", "retry-after"],
         )
+    if keyring.open and settings.uds is None:
+        hosts = (settings.host, *distinct(settings.allowed_hosts))
+        stack = OriginCheck(stack, hosts=hosts, origins=origins, free=OPEN_PATHS)
     return RequestScope(stack, access_log=settings.access_log), app
 
 

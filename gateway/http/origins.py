@@ -9,9 +9,11 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.http.errors import error_response
+from gateway.http.errors import HttpRefusal, error_response
 from gateway.settings import is_loopback
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -68,6 +70,20 @@ class OriginCheck:
         if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
             return False
         return not (method in _READING and headers.get("sec-fetch-mode") == "navigate")
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, with refusals in our shape."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks before it sends."""
+        response = super().preflight_response(request_headers)
+        if response.status_code < 400:
+            return response
+        refusal = HttpRefusal(400, "cors_refused", "pages of this origin may not call this server", param="origin")
+        refused = error_response(refusal)
+        refused.headers["vary"] = "Origin"
+        return refused
 
 
 def _name(host: str) -> str:

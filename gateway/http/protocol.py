@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 import uvicorn
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from gateway.http.errors import HttpRefusal, error_response
@@ -90,6 +90,7 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._refusal: LookonceError | None = None
         self._deaf = False  # what is received from now on is dropped
+        self._answering: RequestResponseCycle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
 
@@ -105,6 +106,10 @@ class Connection(HttpToolsProtocol):
             self.send_400_response("")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._answering is not None and not self._answering.response_complete:
+            self._answering.disconnected = True  # uvicorn tells the newest of the requests alone
+            self._answering.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
         CONNECTIONS.set(len(self.connections))
         self._all.quiet.pop(self, None)
@@ -165,6 +170,10 @@ class Connection(HttpToolsProtocol):
         super().on_response_complete()
         if not self.transport.is_closing():
             self._watch()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     # answers without a route
 
