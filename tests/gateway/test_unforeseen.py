@@ -43,7 +43,7 @@ def test_an_unforeseen_error_has_the_one_shape(method: str, keyring: Keyring) ->
         response = asyncio.run(ask(method, keyring, RuntimeError("a secret")))
     assert response.status_code == 500 and response.headers["content-type"] == "application/json"
     expected = {"message": "internal error", "type": "server_error", "param": None, "code": "internal_error"}
-    assert response.json()["error"] == expected
+    assert method == "HEAD" or response.json()["error"] == expected
     failures = [line for line in logged if line["event"] == "request failed"]
     assert [line["request_id"] for line in failures] == [response.headers["x-request-id"]]
     assert [line["status"] for line in logged if line["event"] == "request"] == [500]
