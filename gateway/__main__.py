@@ -17,7 +17,7 @@ from gateway.records import RecordShelf
 from gateway.rooms import Rooms
 from gateway.served_model import ServedModel
 from gateway.server import serve
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, distinct
 from gateway.variants import Variant, Variants, VariantSpec
 from lookonce.fetching.fetcher import Fetcher
 from lookonce.policy import read_policy
@@ -62,7 +62,7 @@ def build(settings: GatewaySettings) -> Gateway:
     encoder = Encoder(timeout=settings.encode_timeout)
     images = ImageLibrary(store, spare, shelf, variants, encoder, eraser, ttl=ttl)
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
-    model = ServedModel(variants, alias=settings.model_name)
+    model = ServedModel(variants, names=distinct(settings.model_name))
     fetcher = Fetcher(settings.fetch_policy)
     batches = _open_batches(settings)
     return Gateway(settings, store, spare, shelf, variants, eraser, images, answers, model, fetcher, policy, batches)

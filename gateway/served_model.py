@@ -20,13 +20,22 @@ FALLBACK_NAME = "lookonce"
 class ModelCard:
     """What the API tells of a model."""
 
-    name: str
+    names: tuple[str, ...]  # the first is the one that answers show
     description: language_pb2.LanguageDescription
 
-    def to_openai(self) -> dict[str, Any]:
-        """OpenAI's model object, with the context length beside it."""
+    @property
+    def name(self) -> str:
+        """The name that answers show."""
+        return self.names[0]
+
+    def is_named(self, name: str) -> bool:
+        """Whether a request that says `name` means this model; "lookonce" always does."""
+        return name in self.names or name == FALLBACK_NAME
+
+    def to_openai(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object under one of the names, with the context length beside it."""
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": int(self.description.model.started_at),
             "owned_by": "lookonce",
@@ -36,11 +45,13 @@ class ModelCard:
 
 
 class ServedModel:
-    """Caches the description; `alias` overrides the checkpoint's name."""
+    """Caches the description; `names`, if any, stand in place of the checkpoint's."""
 
-    def __init__(self, variants: Variants, *, alias: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, variants: Variants, *, names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._variants = variants
-        self._alias = alias
+        self._names = names
         self._clock = clock
         self._card: ModelCard | None = None
         self._until = 0.0
@@ -48,7 +59,7 @@ class ServedModel:
     @property
     def name(self) -> str:
         """The public name, as last known."""
-        return self._card.name if self._card else (self._alias or FALLBACK_NAME)
+        return self._card.name if self._card else next(iter(self._names), FALLBACK_NAME)
 
     async def card(self) -> ModelCard:
         """The card; the last known one while no language service answers.
@@ -61,7 +72,7 @@ class ServedModel:
                 description = await endpoint.client.describe(timeout=2.0)
             except LookonceError:
                 continue
-            self._card = ModelCard(self._alias or public_name(description.model), description)
+            self._card = ModelCard(self._names or (public_name(description.model),), description)
             break
         if self._card is None:
             raise LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached", retry_after=1.0)
@@ -69,15 +80,21 @@ class ServedModel:
         return self._card
 
     async def check(self, requested: str | None) -> None:
-        """Raise NOT_FOUND when a request names another model; "lookonce" always names the one there is."""
+        """Raise NOT_FOUND when a request names another model."""
         try:
             card = await self.card()
         except LookonceError:
             if requested is None:
                 return  # answering will tell
             raise
-        if requested not in (None, card.name, FALLBACK_NAME):
-            raise LookonceError(ErrorKind.NOT_FOUND, f"no such model; this server has {card.name!r}", param="model")
+        if requested is not None and not card.is_named(requested):
+            raise no_such_model(card)
+
+
+def no_such_model(card: ModelCard) -> LookonceError:
+    """What is said of another model than the one there is."""
+    names = " or ".join(map(repr, card.names))
+    return LookonceError(ErrorKind.NOT_FOUND, f"no such model; this server has {names}", param="model")
 
 
 def public_name(model: Any) -> str:

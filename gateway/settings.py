@@ -43,7 +43,11 @@ class GatewaySettings(Settings):
     variants_file: Path | None = Field(
         None, description="file with one such variant on each line; what changes in it holds within seconds"
     )
-    model_name: str = Field("", description="name of the model in the API; empty: that of the checkpoint")
+    model_name: str = Field(
+        "",
+        description="names of the model in the API, separated by commas; answers show the first; "
+        "empty: that of the checkpoint",
+    )
 
     store: str = Field(
         "memory://", description="where image files are kept: memory://, file:///path, redis://host:port"

@@ -26,7 +26,7 @@ class Replies:
         self._table = table
         self._model = model
 
-    def delta(self, delta: Delta) -> language_pb2.GenerateEvent:
+    def delta(self, delta: Delta, prompt: Prompt) -> language_pb2.GenerateEvent:
         """New tokens."""
         return language_pb2.GenerateEvent(
             delta=language_pb2.Delta(
@@ -34,6 +34,7 @@ class Replies:
                 text=delta.text,
                 token_ids=delta.token_ids,
                 logprobs=[self._logprob(entry) for entry in delta.logprobs],
+                prompt_tokens=len(prompt.token_ids),
             )
         )
 

@@ -67,7 +67,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             async with aclosing(stream) as events:
                 async for event in events:
                     if isinstance(event, Delta):
-                        yield self._replies.delta(event)
+                        yield self._replies.delta(event, generation.prompt)
                     else:
                         _observe(event.timings, event.completion_tokens, first=event.index == 0)
                         phases.answered(event)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import orjson
 
 from gateway.batches import files
 from gateway.batches.database import Database
-from gateway.batches.lines import DEFAULT_LIMITS, Line, Problem, Reply, parse, tokens, unanswered, written
+from gateway.batches.lines import BOM, DEFAULT_LIMITS, Line, Problem, Reply, parse, refused, tokens, unanswered, written
 from gateway.batches.paging import Page, page
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.errors import ErrorKind, LookonceError
@@ -151,7 +151,8 @@ class Jobs:
         )
 
     async def begin(self, job: Job, check: Callable[[Line], Problem | None], *, max_lines: int) -> Job:
-        """Read the input into lines: the batch is then in_progress, or failed with errors that name their lines."""
+        """Read the input into lines: the batch is then in_progress, what is no request failed already. It failed when
+        there is no request at all, or are too many, with errors that name their lines."""
 
         def work(connection: sqlite3.Connection) -> Job:
             now = int(self._clock())
@@ -268,32 +269,44 @@ def _insert_lines(
     max_lines: int,
     limits: JsonLimits,
 ) -> list[Problem]:
+    """Why the batch can't begin; nothing when it can."""
     problems: list[Problem] = []
     seen: set[str] = set()
+    total = 0
     for number, raw in enumerate(raws, 1):
-        if not raw.strip():
+        text = raw.removeprefix(BOM)
+        if not text.strip():
             continue
-        if len(seen) >= max_lines:
+        if total == max_lines:
             return [Problem("too_many_requests", f"the file has more than {max_lines} requests", number)]
-        line = parse(raw, number, limits)
-        problem = line if isinstance(line, Problem) else check(line)
-        if isinstance(line, Line) and problem is None and line.custom_id in seen:
-            text = "'custom_id' is the same as on an earlier line"
-            problem = Problem("duplicate_custom_id", text, number, "custom_id")
-        if problem is not None:
-            problems.append(problem)
-            if len(problems) == MAX_PROBLEMS:
-                break
-            continue
-        if isinstance(line, Line):
-            seen.add(line.custom_id)
-            row = (job.seq, number, line.custom_id, raw)
-            connection.execute("INSERT INTO lines (batch, number, custom_id, request) VALUES (?,?,?,?)", row)
-    if not seen and not problems:
-        return [Problem("empty_file", "the file has no requests")]
-    if not problems:
-        connection.execute("UPDATE batches SET total = ? WHERE seq = ?", (len(seen), job.seq))
-    return problems
+        total += 1
+        item = _checked(parse(text, number, limits), check, seen)
+        row: tuple[int, int, str, bytes | None, str, bytes | None]
+        if isinstance(item, Line):
+            seen.add(item.custom_id)
+            row = (job.seq, number, item.custom_id, text, "pending", None)
+        else:
+            if len(problems) < MAX_PROBLEMS:
+                problems.append(item)
+            row = (job.seq, number, item.custom_id or "", None, "failed", refused(item))
+        insert = "INSERT INTO lines (batch, number, custom_id, request, state, result) VALUES (?,?,?,?,?,?)"
+        connection.execute(insert, row)
+    if not seen:
+        return problems or [Problem("empty_file", "the file has no requests")]
+    update = "UPDATE batches SET total = ?, failed = ? WHERE seq = ?"
+    connection.execute(update, (total, total - len(seen), job.seq))
+    return []
+
+
+def _checked(item: Line | Problem, check: Callable[[Line], Problem | None], seen: Container[str]) -> Line | Problem:
+    """The line, if it is a request of this batch and its custom_id new."""
+    if isinstance(item, Problem):
+        return item
+    problem = check(item)
+    if problem is None and item.custom_id in seen:
+        text = "'custom_id' is the same as on an earlier line"
+        problem = Problem("duplicate_custom_id", text, item.number, "custom_id", item.custom_id)
+    return problem or item
 
 
 def _fail(connection: sqlite3.Connection, job: Job, problems: list[Problem], now: int) -> Job:

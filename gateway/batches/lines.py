@@ -13,6 +13,8 @@ from gateway.json_text import JsonLimits, LongString, parse_json
 from lookonce.errors import LookonceError
 
 DEFAULT_LIMITS = JsonLimits()
+BOM = b"\xef\xbb\xbf"
+"""What some editors begin a file with; where files were put together it stands in the middle."""
 MAX_CUSTOM_ID = 512
 _FIELDS = ("custom_id", "method", "url", "body")
 
@@ -44,12 +46,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a batch can't begin, in OpenAI's form."""
+    """What is wrong with a file or a line, in OpenAI's form."""
 
     code: str
     message: str
     line: int | None = None
     param: str | None = None
+    custom_id: str | None = None  # of the line, if it can be told
 
     def to_openai(self) -> dict[str, Any]:
         """OpenAI's batch error object."""
@@ -64,23 +67,33 @@ def parse(raw: bytes, number: int, limits: JsonLimits = DEFAULT_LIMITS) -> Line 
         return Problem("invalid_json_line", error.message, number)
     if not isinstance(value, dict):
         return Problem("invalid_json_line", "the line must be a JSON object", number)
+    custom_id = value.get("custom_id")
+    known = isinstance(custom_id, str) and 1 <= len(custom_id) <= MAX_CUSTOM_ID
+    found = _fault(value, known=known)
+    if found is not None:
+        code, text, param = found
+        return Problem(code, text, number, param, custom_id if known else None)
+    return Line(number, value["custom_id"], value["url"], value["body"])
+
+
+def _fault(value: dict[str, Any], *, known: bool) -> tuple[str, str, str] | None:
+    """What is wrong with a line's fields: code, text and the field. `known`: its custom_id is one."""
     for name in _FIELDS:
         if name not in value:
-            return Problem("missing_required_parameter", f"'{name}' is required", number, name)
+            return "missing_required_parameter", f"'{name}' is required", name
     unknown = next((name for name in value if name not in _FIELDS), None)
     if unknown is not None:
-        return Problem("unknown_parameter", f"unknown field '{unknown[:100]}'", number, unknown[:100])
-    custom_id, url, body = value["custom_id"], value["url"], value["body"]
-    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= MAX_CUSTOM_ID:
+        return "unknown_parameter", f"unknown field '{unknown[:100]}'", unknown[:100]
+    if not known:
         text = f"'custom_id' must be a string of 1 to {MAX_CUSTOM_ID} characters"
-        return Problem("invalid_custom_id", text, number, "custom_id")
+        return "invalid_custom_id", text, "custom_id"
     if value["method"] != "POST":
-        return Problem("invalid_method", "'method' must be POST", number, "method")
-    if not isinstance(url, str):
-        return Problem("invalid_url", "'url' must be a string", number, "url")
-    if not isinstance(body, dict):
-        return Problem("invalid_body", "'body' must be an object", number, "body")
-    return Line(number, custom_id, url, body)
+        return "invalid_method", "'method' must be POST", "method"
+    if not isinstance(value["url"], str):
+        return "invalid_url", "'url' must be a string", "url"
+    if not isinstance(value["body"], dict):
+        return "invalid_body", "'body' must be an object", "body"
+    return None
 
 
 def tokens(reply: Reply) -> tuple[int, int, int]:
@@ -103,6 +116,11 @@ def unanswered(custom_id: str, code: str, message: str) -> bytes:
     return _dump(custom_id, None, {"code": code, "message": message})
 
 
-def _dump(custom_id: str, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
+def refused(problem: Problem) -> bytes:
+    """The line of the error file for a line of the input that is no request."""
+    return _dump(problem.custom_id, None, problem.to_openai())
+
+
+def _dump(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
     fields = {"id": "batch_req_" + secrets.token_hex(12), "custom_id": custom_id, "response": response, "error": error}
     return orjson.dumps(fields) + b"\n"

@@ -129,6 +129,7 @@ class Runner:
                 job = await self._jobs.begin(
                     job, lambda line: self._endpoints.check(line, endpoint), max_lines=self._max_lines
                 )
+                LINES.labels("failed").inc(job.counts.failed)
             if job.status == "in_progress":
                 reached = await self._answer_lines(job)
                 if reached is None:

@@ -10,7 +10,19 @@ from starlette.types import ASGIApp
 
 from gateway.auth import Keyring
 from gateway.core import Gateway
-from gateway.http import batches, chat, files, images, moderations, openapi, playground, questions, service, uploads
+from gateway.http import (
+    batches,
+    chat,
+    files,
+    images,
+    moderations,
+    openapi,
+    playground,
+    questions,
+    service,
+    unserved,
+    uploads,
+)
 from gateway.http.errors import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.intake import BodyLimits, Intake
 from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
@@ -26,7 +38,7 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     app = FastAPI(title="lookonce", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.state.draining = False
-    for part in (uploads, images, questions, chat, moderations, files, batches, service):
+    for part in (uploads, images, questions, chat, moderations, files, batches, service, unserved):
         app.include_router(part.router)
     if settings.playground:
         app.include_router(playground.make_router(settings.samples))

@@ -40,7 +40,8 @@ class BatchEndpoints:
             fits = _QUESTIONS_URL.fullmatch(line.url) is not None
         else:
             fits = line.url == endpoint
-        return None if fits else Problem("mismatched_endpoint", f"'url' must be {endpoint}", line.number, "url")
+        text = f"'url' must be {endpoint}"
+        return None if fits else Problem("mismatched_endpoint", text, line.number, "url", line.custom_id)
 
     async def answer(self, line: Line, tenant: str, *, last: bool) -> Reply:
         """The answer. Raises OVERLOADED, RATE_LIMITED and UNAVAILABLE unless this is the last try."""

@@ -12,6 +12,7 @@ from gateway.http.aside import aside
 from gateway.http.context import gateway_of
 from gateway.http.errors import HttpRefusal
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
+from gateway.schemas.unions import UNKNOWN
 from lookonce.errors import ErrorKind, LookonceError, invalid
 
 M = TypeVar("M", bound=BaseModel)
@@ -36,9 +37,14 @@ _TEXTS = {
     "too_short": "{field} must have at least {min_length} items",
     "too_long": "{field} must have at most {max_length} items",
     "literal_error": "{field} must be one of {expected}",
-    "union_tag_invalid": "{field} must be one of: {expected_tags}",
-    "union_tag_not_found": "{field} is not of a known kind",
+    "member": "{field} {text}",
 }
+_UNIONS = {
+    ("(text)", "string_type"): "{field} must be a string or a list",
+    ("(object)", "model_type"): "{field} must be a string or an object",
+}
+"""The same for fields of two forms, by the tag of the one that was tried (see gateway.schemas.unions)."""
+_TELLING = {"unsupported": 0, "extra_forbidden": 1}
 
 
 class UnknownField(LookonceError):
@@ -82,37 +88,44 @@ def validate(value: Any, model: type[M]) -> M:
 
 
 def explain(error: ValidationError, value: Any) -> LookonceError:
-    """Our words for the first problem; unknown fields come first, as the likeliest cause of the others."""
+    """Our words for the first problem; those that say what is not supported come first, then unknown fields, as the
+    likeliest cause of the others."""
     problems: list[Any] = error.errors(include_url=False, include_input=False)
-    problem = next((item for item in problems if item["type"] == "extra_forbidden"), problems[0])
-    param = _path(problem["loc"], value)
+    first = min(problems, key=lambda item: _TELLING.get(item["type"], len(_TELLING)))
+    kind, context = first["type"], first.get("ctx", {})
+    param, found = _path(first["loc"], value)
+    if kind.startswith(UNKNOWN):
+        member, kind = kind.removeprefix(UNKNOWN), "member" if isinstance(found, dict) else "model_type"
+        param = f"{param}.{member}" if isinstance(found, dict) else param
+        context = {"text": first["msg"]}
     field = f"'{param}'" if param else "the request body"
-    if problem["type"] == "value_error":  # raised by our own validators
-        return invalid(f"{field}: {problem['ctx']['error']}", param=param)
-    text = _TEXTS.get(problem["type"], "{field} has a wrong type or value")
-    context = {key: item for key, item in problem.get("ctx", {}).items() if key != "field"}
-    if "expected_tags" in context:
-        context["expected_tags"] = context["expected_tags"].replace("(", "").replace(")", "")
-    message = text.format(field=field, **context)
-    if problem["type"] == "none_required" or context.get("max_length") == 0:  # such a field takes only nothing
-        return LookonceError(ErrorKind.UNSUPPORTED, f"{field} is not supported", param=param)
-    if problem["type"] == "extra_forbidden":
-        return UnknownField(message, param)
-    return invalid(message, param=param)
+    if kind == "value_error":  # raised by our own validators
+        return invalid(f"{field}: {context['error']}", param=param)
+    if kind == "unsupported":  # see gateway.schemas.neutral
+        text = f"{context['what']} not supported: {field} may be {context['allowed']}"
+        return LookonceError(ErrorKind.UNSUPPORTED, text, param=param)
+    text = _UNIONS.get((*first["loc"][-1:], kind)) or _TEXTS.get(kind, "{field} has a wrong type or value")
+    message = text.format(**{**context, "field": field})
+    return UnknownField(message, param) if kind == "extra_forbidden" else invalid(message, param=param)
 
 
-def _path(location: tuple[int | str, ...], value: Any) -> str:
-    """The way to the field in the client's own JSON; names of union members that pydantic adds are left out."""
+def _path(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
+    """The way to the field in the client's own JSON, and what is there. What pydantic adds to it is left out: the tags
+    of unions' members (see gateway.schemas.unions), and fields of another form than the client's."""
     names: list[str] = []
     current = value
     for position, step in enumerate(location):
         last = position == len(location) - 1
-        if isinstance(step, str) and step.startswith("(") and step.endswith(")") and not last:
-            continue  # the tag of a union's member (see gateway.schemas.unions)
-        if isinstance(current, dict) and isinstance(step, str) and (step in current or last):
+        if isinstance(step, str) and _is_tag(step) and not (last and isinstance(current, dict) and step in current):
+            continue
+        if isinstance(current, dict) and isinstance(step, str) and (last or step in current):
             names.append(step[:_MAX_NAME])
             current = current.get(step)
         elif isinstance(current, list) and isinstance(step, int) and step < len(current):
             names.append(str(step))
             current = current[step]
-    return ".".join(names)
+    return ".".join(names), current
+
+
+def _is_tag(step: str) -> bool:
+    return step.startswith("(") and step.endswith(")")

@@ -16,12 +16,12 @@ from gateway.conversation import Asker, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.body import read_json
-from gateway.http.chat_shapes import Envelope, chunks, completion_object
+from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
 from gateway.http.context import asker_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
 from gateway.http.pictures import RemotePictures, check_pictures, keep_all
 from gateway.http.sse import EventStream, until_disconnect
-from gateway.schemas.chat import ChatRequest, ImageUrl, ImageUrlPart
+from gateway.schemas.chat import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.sampling import stop_list, to_sampling
 from gateway.settings import GatewaySettings
@@ -51,10 +51,10 @@ async def create(request: Request) -> Response:
     if not body.stream:
         return json_response(await until_disconnect(request, complete(body, gateway, asker)))
     turns = await until_disconnect(request, _turns(body, gateway, asker.tenant))
-    include_usage = body.stream_options is not None and body.stream_options.include_usage
-    sampling = _sampling(body)
+    sampling, options = _sampling(body), body.stream_options or StreamOptions()
     answering = gateway.answers.generate(turns, sampling, asker)
-    stream = chunks(answering, _envelope(gateway), max(1, sampling.n), include_usage=include_usage)
+    telling = Telling(last=bool(options.include_usage), each=bool(options.continuous_usage_stats))
+    stream = chunks(answering, _envelope(gateway), max(1, sampling.n), telling)
     return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
@@ -86,24 +86,24 @@ async def _begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
 
 
 def _check(body: ChatRequest, settings: GatewaySettings) -> RemotePictures:
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise invalid("'stream_options' needs 'stream': true", param="stream_options")
-    if body.max_tokens is not None and body.max_completion_tokens is not None:
-        raise invalid("give one of 'max_tokens' and 'max_completion_tokens'", param="max_tokens")
+    if len({body.max_tokens, body.max_completion_tokens} - {None}) > 1:
+        raise invalid("'max_tokens' and 'max_completion_tokens' differ: give one of them", param="max_tokens")
     if (body.n or 1) > settings.max_n:
         raise invalid(f"'n' is {body.n}, the limit is {settings.max_n}", param="n")
     chars = _chars(body)
     if chars > settings.max_text_chars:
         raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param="messages")
-    return check_pictures([(name, image.url) for name, image in _images(body).items()], settings, "messages")
+    return check_pictures([(name, part.url) for name, part in _images(body).items()], settings, "messages")
 
 
-def _images(body: ChatRequest) -> dict[str, ImageUrl]:
+def _images(body: ChatRequest) -> dict[str, ImageUrlPart]:
     """The pictures by the fields that they are in, in order."""
     return {
-        _param(number, place): part.image_url
+        _param(number, place, part): part
         for number, message in enumerate(body.messages)
         if not isinstance(message.content, str)
         for place, part in enumerate(message.content)
@@ -111,8 +111,8 @@ def _images(body: ChatRequest) -> dict[str, ImageUrl]:
     }
 
 
-def _param(number: int, place: int) -> str:
-    return f"messages.{number}.content.{place}.image_url.url"
+def _param(number: int, place: int, part: ImageUrlPart) -> str:
+    return f"messages.{number}.content.{place}.{part.field}"
 
 
 def _chars(body: ChatRequest) -> int:
@@ -136,7 +136,7 @@ async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[T
             turns.append(Turn(role, (message.content,)))
             continue
         parts = (
-            kept[_param(number, place)] if isinstance(part, ImageUrlPart) else part.text
+            kept[_param(number, place, part)] if isinstance(part, ImageUrlPart) else part.text
             for place, part in enumerate(message.content)
         )
         turns.append(Turn(role, tuple(parts)))

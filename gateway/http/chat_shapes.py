@@ -51,33 +51,75 @@ def completion_object(
     )
 
 
+@dataclass(frozen=True)
+class Telling:
+    """Where a stream tells its usage."""
+
+    last: bool = False  # in a chunk of its own at the end
+    each: bool = False  # so far, in every chunk
+
+
+class _Running:
+    """The tokens of a stream so far."""
+
+    def __init__(self) -> None:
+        self._prompt = 0
+        self._completion: dict[int, int] = {}  # of each of the n answers
+
+    def begin(self, event: language_pb2.GenerateEvent) -> None:
+        """Learn the prompt's tokens, which every event tells."""
+        is_delta = event.WhichOneof("event") == "delta"
+        self._prompt = event.delta.prompt_tokens if is_delta else event.finish.usage.prompt_tokens
+
+    def count(self, event: language_pb2.GenerateEvent) -> None:
+        """Count the answer's tokens that an event brings."""
+        if event.WhichOneof("event") == "delta":
+            index = event.delta.index
+            self._completion[index] = self._completion.get(index, 0) + len(event.delta.token_ids)
+        else:
+            self._completion[event.finish.index] = event.finish.usage.completion_tokens
+
+    def usage(self) -> dict[str, int]:
+        """OpenAI's usage object, without what only the end tells."""
+        completion = sum(self._completion.values())
+        total = self._prompt + completion
+        return {"prompt_tokens": self._prompt, "completion_tokens": completion, "total_tokens": total}
+
+
 async def chunks(
-    answering: Answering, envelope: Envelope, n: int, *, include_usage: bool
+    answering: Answering, envelope: Envelope, n: int, telling: Telling
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The answer in chunks: roles, deltas, finish reasons; the receipt and, when asked for, the usage in the last."""
     finishes: list[language_pb2.Finish] = []
     greeted: set[int] = set()
-    extra: dict[str, Any] = {"usage": None} if include_usage else {}
+    running = _Running()
+
+    def extra() -> dict[str, Any]:
+        return {"usage": running.usage()} if telling.each else {"usage": None} if telling.last else {}
+
     async with aclosing(answering.events) as events:
         async for event in events:
             which = event.WhichOneof("event")
             index = event.delta.index if which == "delta" else event.finish.index
+            running.begin(event)
             if index not in greeted:
                 greeted.add(index)
-                yield _chunk(envelope, index, {"role": "assistant", "content": ""}, extra)
+                yield _chunk(envelope, index, {"role": "assistant", "content": ""}, extra())
+            running.count(event)
             if which == "delta":
                 if event.delta.text or event.delta.logprobs:
                     logprobs = _logprobs(event.delta.logprobs) if event.delta.logprobs else None
-                    yield _chunk(envelope, index, {"content": event.delta.text}, extra, logprobs=logprobs)
+                    yield _chunk(envelope, index, {"content": event.delta.text}, extra(), logprobs=logprobs)
                 continue
             finishes.append(event.finish)
             last = len(finishes) == n
             bill = receipt(answering.resolved, event.finish.receipt, envelope.model) if last else None
-            tail = extra | ({"receipt": bill} if last and not include_usage else {})
+            tail = extra() | ({"receipt": bill} if last and not telling.last else {})
             yield _chunk(envelope, index, {}, tail, reason=finish_reason(event.finish.reason))
-            if last and include_usage:
+            if last:
                 total = usage([finish.usage for finish in finishes])
-                yield envelope.wrap("chat.completion.chunk", choices=[], usage=total, receipt=bill)
+                if telling.last:
+                    yield envelope.wrap("chat.completion.chunk", choices=[], usage=total, receipt=bill)
     if len(finishes) < n:
         raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended the answer early", retry_after=1.0)
 

@@ -119,6 +119,7 @@ MODEL = {
 }
 MODELS = {"object": "list", "data": [MODEL]}
 HEALTH = {"status": "ok"}
+VERSION = {"version": "0.1.0"}
 READINESS = {
     "status": "ready",
     "parts": {

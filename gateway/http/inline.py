@@ -7,10 +7,9 @@ from collections.abc import Iterable, Iterator
 
 from gateway.http.aside import aside
 from gateway.json_text import LONG_STRINGS, PIECE
+from gateway.schemas.chat import REFERENCE
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.units import format_size
-
-REFERENCE = "lookonce:"
 
 
 def image_reference(url: str) -> str | None:

@@ -25,7 +25,7 @@ from gateway.metrics import RATE_LIMITED, REQUEST_SECONDS, REQUESTS
 from lookonce import tracing
 from lookonce.errors import ErrorKind, LookonceError
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 log = structlog.get_logger("gateway.access")
@@ -132,4 +132,4 @@ def _presented(headers: Headers) -> str | None:
     scheme, _, key = headers.get("authorization", "").partition(" ")
     if scheme.lower() == "bearer":
         return key.strip()
-    return headers.get("x-api-key")
+    return headers.get("x-api-key") or headers.get("api-key")  # Azure's clients send the latter

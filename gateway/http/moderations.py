@@ -67,7 +67,7 @@ def _check(body: ModerationRequest, gateway: Gateway) -> RemotePictures:
     limit = gateway.settings.max_text_chars
     if chars > limit:
         raise invalid(f"the input has {chars} characters, the limit is {limit}", param="input")
-    urls = [(_param(place), item.image_url.url) for place, item in enumerate(items) if isinstance(item, ImageUrlPart)]
+    urls = [(_param(place, item), item.url) for place, item in enumerate(items) if isinstance(item, ImageUrlPart)]
     return check_pictures(urls, gateway.settings, "input")
 
 
@@ -75,7 +75,7 @@ async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remot
     if isinstance(body.input, str):
         return [[body.input]]
     files = await remote.fetch(gateway.fetcher, asker.tenant)
-    images = {_param(place): item.image_url for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
+    images = {_param(place, item): item for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
     most = gateway.policy.max_pixels if gateway.policy is not None else None
     kept = await keep_all(images, files, gateway, asker.tenant, max_pixels=most)
     parts: list[Item] = []
@@ -85,9 +85,9 @@ async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remot
         elif isinstance(item, TextPart):
             parts.append(item.text)
         else:
-            parts.append(kept[_param(place)])
+            parts.append(kept[_param(place, item)])
     return [[part] for part in parts] if isinstance(body.input[0], str) else [parts]
 
 
-def _param(place: int) -> str:
-    return f"input.{place}.image_url.url"
+def _param(place: int, part: ImageUrlPart) -> str:
+    return f"input.{place}.{part.field}"

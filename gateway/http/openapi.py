@@ -29,7 +29,7 @@ TAGS = [
     {"name": "operation", "description": "For those who run it."},
 ]
 _TEMPLATE = "#/components/schemas/{model}"
-_OPEN = frozenset({"/healthz", "/readyz"})
+_OPEN = frozenset({"/healthz", "/readyz", "/health"})
 _ERRORS: dict[int, LookonceError] = {
     400: LookonceError(ErrorKind.INVALID_ARGUMENT, "'temperature' must be at most 2.0", param="temperature"),
     401: LookonceError(ErrorKind.UNAUTHENTICATED, "the API key is not valid"),

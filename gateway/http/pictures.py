@@ -7,17 +7,23 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import structlog
+
+from gateway.aliases import is_alias
 from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
 from gateway.http.inline import base64_of, check_size, decode, decoded_size, image_reference
-from gateway.schemas.chat import ImageUrl
+from gateway.images import Keeping
+from gateway.records import ImageRecord
+from gateway.schemas.chat import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.errors import LookonceError, invalid
 from lookonce.fetching.fetcher import Fetcher, Wanted
 
 ENCODED_AT_ONCE = 8
 """Pictures of one request that are sent to be encoded at the same time."""
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def is_remote(url: str) -> bool:
 
 
 async def keep_all(
-    images: Mapping[str, ImageUrl],
+    images: Mapping[str, ImageUrlPart],
     files: Mapping[str, bytes],
     gateway: Gateway,
     tenant: Tenant,
@@ -102,7 +108,7 @@ async def keep_all(
 
 
 async def _kept(
-    image: ImageUrl, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, most: int | None
+    image: ImageUrlPart, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, most: int | None
 ) -> ImagePart | LookonceError:
     bounds = [bound for bound in (pixels_of(image.detail, gateway.settings), most) if bound is not None]
     max_pixels = min(bounds, default=None)
@@ -112,11 +118,24 @@ async def _kept(
             return ImagePart(await gateway.images.get(identifier, tenant), max_pixels)
         data = file if file is not None else await decode(base64_of(image.url, param), param)
         record, resolved = await gateway.images.add(data, tenant, max_pixels=max_pixels)
+        record = await _named(record, image.uuid, gateway, tenant)
     except LookonceError as error:
         return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
     return ImagePart(record, max_pixels, resolved)
 
 
-def pixels_of(detail: str, settings: GatewaySettings) -> int | None:
+async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant: Tenant) -> ImageRecord:
+    """The image with its `uuid` as one alias more. What can't be an alias, or is one too many, is no name: the request
+    is answered all the same."""
+    if uuid is None or uuid in record.aliases or not is_alias(uuid):
+        return record
+    try:
+        return await gateway.images.change(record.id, tenant, Keeping(alias=uuid))
+    except LookonceError as error:
+        log.info("a picture's uuid is not kept as an alias", reason=error.message)
+        return record
+
+
+def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
     """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
     return settings.low_detail_pixels if detail == "low" else None

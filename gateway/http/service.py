@@ -10,8 +10,9 @@ from starlette.responses import Response
 from gateway.http import examples
 from gateway.http.context import gateway_of, json_response
 from gateway.http.openapi import answers, answers_text, operation
-from gateway.schemas.responses import Health, Model, ModelList, Readiness
-from lookonce.errors import ErrorKind, LookonceError
+from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
+from gateway.served_model import no_such_model
+from lookonce import __version__
 
 router = APIRouter()
 
@@ -22,9 +23,9 @@ router = APIRouter()
     tags=["models"],
 )
 async def models(request: Request) -> Response:
-    """The one model that is served."""
+    """The one model that is served, once for each of its names."""
     card = await gateway_of(request).model.card()
-    return json_response({"object": "list", "data": [card.to_openai()]})
+    return json_response({"object": "list", "data": [card.to_openai(name) for name in card.names]})
 
 
 @router.get(
@@ -33,13 +34,14 @@ async def models(request: Request) -> Response:
     tags=["models"],
 )
 async def model(request: Request, model: str) -> Response:
-    """The model, if that is its name."""
+    """The model, if that is one of its names; "lookonce" always is."""
     card = await gateway_of(request).model.card()
-    if model != card.name:
-        raise LookonceError(ErrorKind.NOT_FOUND, "no such model", param="model")
-    return json_response(card.to_openai())
+    if not card.is_named(model):
+        raise no_such_model(card)
+    return json_response(card.to_openai(model))
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get(
     "/healthz",
     openapi_extra=operation("health", "Whether the process runs", answers(Health, examples.HEALTH)),
@@ -50,6 +52,7 @@ async def healthz() -> Response:
     return json_response({"status": "ok"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     openapi_extra=operation(
@@ -73,6 +76,30 @@ async def readyz(request: Request) -> Response:
     return json_response({"status": status, "parts": parts}, 200 if ready else 503)
 
 
+@router.head("/health", include_in_schema=False)
+@router.get(
+    "/health",
+    openapi_extra=operation(
+        "healthOfAll", "The same, as vLLM names it", answers(Readiness, examples.READINESS, statuses=(200, 503))
+    ),
+    tags=["operation"],
+)
+async def health(request: Request) -> Response:
+    """`/readyz` under the name that clients of vLLM ask for."""
+    return await readyz(request)
+
+
+@router.get(
+    "/version",
+    openapi_extra=operation("version", "Which version runs", answers(Version, examples.VERSION)),
+    tags=["operation"],
+)
+async def version() -> Response:
+    """The version of the gateway."""
+    return json_response({"version": __version__})
+
+
+@router.head("/metrics", include_in_schema=False)
 @router.get(
     "/metrics",
     openapi_extra=operation("metrics", "Measurements", answers_text("text/plain", examples.METRICS)),

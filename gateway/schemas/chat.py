@@ -1,21 +1,24 @@
 """OpenAI's chat completion request, as far as it is supported. Fields that would change the answer but can't be served
-are refused by name; fields that are neutral here are taken."""
+are refused by name; fields that are neutral here are taken (gateway.schemas.neutral)."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from gateway.schemas.base import Body
+from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 from gateway.schemas.questions import Detail, Stop
 from gateway.schemas.sampling import MaxTokens, Sampling
-from gateway.schemas.unions import by_field, text_or_list
+from gateway.schemas.unions import by_field, text_or_list, text_or_object
 
-Hint = Annotated[str, Field(max_length=512)]
+REFERENCE = "lookonce:"
+"""Begins the URL of an image that is kept: its id or an alias follows."""
+Url = Annotated[str, Field(min_length=1)]
 
 
-class TextPart(Body):
+class TextPart(PartFields):
     """Text."""
 
     type: Literal["text"]
@@ -25,19 +28,49 @@ class TextPart(Body):
 class ImageUrl(Body):
     """Where the picture is: an https:, http: or data: URL, or "lookonce:IMAGE_ID". `detail` bounds its pixels."""
 
-    url: Annotated[str, Field(min_length=1)]
-    detail: Detail = "auto"
+    url: Url
+    detail: Detail | None = None
 
 
-class ImageUrlPart(Body):
-    """A picture."""
+class ImageUrlPart(PartFields):
+    """A picture. `uuid` is vLLM's: a name for the picture by which a later request means it, without an `image_url`."""
 
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: (
+        Annotated[Annotated[Url, Tag("(text)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(text_or_object)]
+        | None
+    ) = None
+    uuid: Hint | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> ImageUrlPart:
+        if self.image_url is None and not self.uuid:
+            raise ValueError("'image_url' is required, or the 'uuid' of an earlier picture")
+        return self
+
+    @property
+    def url(self) -> str:
+        """The URL, in whatever form it was given."""
+        if self.image_url is None:
+            return f"{REFERENCE}{self.uuid}"
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+    @property
+    def field(self) -> str:
+        """Where in the part the picture is named."""
+        if self.image_url is None:
+            return "uuid"
+        return "image_url" if isinstance(self.image_url, str) else "image_url.url"
+
+    @property
+    def detail(self) -> Detail | None:
+        """What bounds its pixels."""
+        return self.image_url.detail if isinstance(self.image_url, ImageUrl) else None
 
 
 AnyPart = Annotated[
-    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")], Discriminator(by_field("type"))
+    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")],
+    by_field("type", "text", "image_url", others="audio, files and video are not supported"),
 ]
 UserContent = Annotated[
     Annotated[str, Tag("(text)")] | Annotated[list[AnyPart], Field(min_length=1), Tag("(list)")],
@@ -49,30 +82,25 @@ TextContent = Annotated[
 ]
 
 
-class SystemMessage(Body):
+class SystemMessage(MessageFields):
     """Instructions."""
 
     role: Literal["system", "developer"]
     content: TextContent
 
 
-class UserMessage(Body):
+class UserMessage(MessageFields):
     """The user's turn: text and pictures."""
 
     role: Literal["user"]
     content: UserContent
 
 
-class AssistantMessage(Body):
-    """An earlier answer. The fields that OpenAI's client dumps as null are taken as null."""
+class AssistantMessage(AnswerFields):
+    """An earlier answer."""
 
     role: Literal["assistant"]
     content: TextContent
-    refusal: None = None
-    annotations: list[Any] | None = Field(None, max_length=0)
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
 
 
 AnyMessage = Annotated[
@@ -80,24 +108,19 @@ AnyMessage = Annotated[
     | Annotated[SystemMessage, Tag("(developer)")]
     | Annotated[UserMessage, Tag("(user)")]
     | Annotated[AssistantMessage, Tag("(assistant)")],
-    Discriminator(by_field("role")),
+    by_field("role", "system", "developer", "user", "assistant", others="tools are not supported"),
 ]
 
 
 class StreamOptions(Body):
-    """Whether the last chunk tells the usage."""
+    """Whether the last chunk tells the usage, and whether each chunk tells it so far (vLLM's)."""
 
-    include_usage: bool = False
-    include_obfuscation: Literal[False] = False
-
-
-class ResponseFormat(Body):
-    """Plain text only."""
-
-    type: Literal["text"]
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, Neutral("obfuscation is", False)] = None
 
 
-class ChatRequest(Sampling):
+class ChatRequest(Sampling, RequestFields):
     """POST /v1/chat/completions."""
 
     model: Annotated[str, Field(max_length=512)] | None = None
@@ -110,16 +133,3 @@ class ChatRequest(Sampling):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    # Neutral here: they ask for nothing that is not done anyway.
-    user: Hint | None = None
-    safety_identifier: Hint | None = None
-    prompt_cache_key: Hint | None = None
-    metadata: Annotated[dict[str, Hint], Field(max_length=16)] | None = None
-    store: Literal[False] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None

@@ -22,7 +22,8 @@ def _form(value: Any) -> str:
 
 
 Part = Annotated[
-    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")], Discriminator(by_field("type"))
+    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")],
+    by_field("type", "text", "image_url", others="nothing else can be moderated"),
 ]
 
 

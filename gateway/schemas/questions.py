@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
 from gateway.schemas.base import Body
+from gateway.schemas.neutral import Neutral, RequestFields
 from gateway.schemas.sampling import MaxTokens, Sampling, Stops, StopString
 from gateway.schemas.unions import text_or_list, text_or_object
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
-Detail = Literal["low", "high", "auto"]
+Detail = Literal["low", "high", "auto", "original"]
 Stop = Annotated[Annotated[StopString, Tag("(text)")] | Annotated[Stops, Tag("(list)")], Discriminator(text_or_list)]
 
 
@@ -50,7 +51,7 @@ class Question(Parameters):
     choices: Annotated[list[Text], Field(min_length=1)] | None = None
 
 
-class QuestionsRequest(Parameters):
+class QuestionsRequest(Parameters, RequestFields):
     """Questions on one image, answered concurrently."""
 
     questions: Annotated[
@@ -62,5 +63,8 @@ class QuestionsRequest(Parameters):
         Field(min_length=1),
     ]
     system: Text | None = None
-    detail: Detail = "auto"
-    stream: bool = False
+    detail: Detail | None = None
+    stream: bool | None = None
+    n: Annotated[Any, Neutral("several answers to one question are", 1)] = None
+    logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", False)] = None
+    top_logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", 0)] = None

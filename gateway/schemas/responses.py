@@ -171,6 +171,14 @@ class ChatCompletion(Answered):
     receipt: Receipt
 
 
+class RunningUsage(Answered):
+    """Tokens so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
 class ChatDelta(Answered):
     """What a chunk adds."""
 
@@ -188,14 +196,14 @@ class ChatChunkChoice(Answered):
 
 
 class ChatCompletionChunk(Answered):
-    """OpenAI's chunk; the last one has the receipt, and the usage when asked for."""
+    """OpenAI's chunk; the last one has the receipt, and the usage when asked for; each has it so far when asked for."""
 
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    usage: Usage | RunningUsage | None = None
     receipt: Receipt | None = None
 
 
@@ -211,7 +219,7 @@ class Model(Answered):
 
 
 class ModelList(Answered):
-    """The models: one."""
+    """The names of the one model."""
 
     object: Literal["list"]
     data: list[Model]
@@ -221,6 +229,12 @@ class Health(Answered):
     """The process runs."""
 
     status: Literal["ok"]
+
+
+class Version(Answered):
+    """What runs."""
+
+    version: str
 
 
 class ServiceCount(Answered):

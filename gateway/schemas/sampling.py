@@ -14,7 +14,7 @@ MinTokens = Annotated[int, Field(ge=0, lt=2**32)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
-TopK = Annotated[int, Field(ge=0, le=1_000_000)]
+TopK = Annotated[int, Field(ge=-1, le=1_000_000, description="0 or -1: all")]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -59,6 +59,8 @@ def to_sampling(
     for name in ("top_p", "repetition_penalty"):
         if name in fields:
             fields[name] = max(fields[name], SMALLEST)
+    if "top_k" in fields:
+        fields["top_k"] = max(fields["top_k"], 0)
     if "seed" in fields:
         fields["seed"] = int(fields["seed"]) % 2**64
     return language_pb2.SamplingParameters(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -153,23 +154,38 @@ def test_lines_for_the_other_endpoints(red: httpx2.Client, picture: Picture) -> 
     assert "text" in first and second["choices"].keys() == {"yes", "no"}
 
 
-def test_a_file_that_is_no_batch_fails_naming_its_lines(red: httpx2.Client) -> None:
+def test_a_line_that_is_wrong_fails_alone(red: httpx2.Client) -> None:
     good = chat_line("a")
-    lines: list[Any] = [good, b"{", b"[]", {**good, "custom_id": 3}, good, {**good, "url": "/v1/models"}]
-    lines += [{**good, "custom_id": "b", "method": "GET"}, {**good, "custom_id": "c", "x": 1}, {"custom_id": "d"}]
+    lines: list[Any] = [b"\xef\xbb\xbf" + jsonl(good).strip(), b"{", b"[]", {**good, "custom_id": 3}, good]
+    lines += [{**good, "custom_id": "away", "url": "/v1/models"}, {**good, "custom_id": "b", "method": "GET"}]
+    lines += [{**good, "custom_id": "c", "x": 1}, {"custom_id": "d"}, b"\xef\xbb\xbf", b"\xff\xfe{\x00}\x00"]
+    lines += [b"\xef\xbb\xbf" + jsonl(chat_line("e")).strip()]
     state = ended(red, begin(red, jsonl(*lines)))
+    assert state["status"] == "completed" and state["errors"] is None
+    assert state["request_counts"] == {"total": 11, "completed": 2, "failed": 9}
+    assert results(red, state, "output").keys() == {"a", "e"}
+    text = red.get(f"/v1/files/{state['error_file_id']}/content").text
+    told = [json.loads(line) for line in text.splitlines()]
+    assert {line["response"] for line in told} == {None} and len({line["id"] for line in told}) == 9
+    assert [(line["error"]["line"], line["custom_id"], line["error"]["code"]) for line in told] == [
+        (2, None, "invalid_json_line"),
+        (3, None, "invalid_json_line"),
+        (4, None, "invalid_custom_id"),
+        (5, "a", "duplicate_custom_id"),
+        (6, "away", "mismatched_endpoint"),
+        (7, "b", "invalid_method"),
+        (8, "c", "unknown_parameter"),
+        (9, "d", "missing_required_parameter"),
+        (11, None, "invalid_json_line"),
+    ]
+
+
+def test_a_file_that_is_no_batch_fails_naming_its_lines(red: httpx2.Client) -> None:
+    state = ended(red, begin(red, jsonl(b"{", {"custom_id": "d"})))
     assert state["status"] == "failed" and state["failed_at"] and state["output_file_id"] is None
     told = [(item["line"], item["code"]) for item in state["errors"]["data"]]
-    assert told == [
-        (2, "invalid_json_line"),
-        (3, "invalid_json_line"),
-        (4, "invalid_custom_id"),
-        (5, "duplicate_custom_id"),
-        (6, "mismatched_endpoint"),
-        (7, "invalid_method"),
-        (8, "unknown_parameter"),
-        (9, "missing_required_parameter"),
-    ]
+    assert told == [(1, "invalid_json_line"), (2, "missing_required_parameter")]
+    assert state["request_counts"] == {"total": 0, "completed": 0, "failed": 0}
     empty = ended(red, begin(red, b"\n \n"))
     assert empty["errors"]["data"][0]["code"] == "empty_file"
     many = ended(red, begin(red, jsonl(*[chat_line(str(n)) for n in range(41)])))

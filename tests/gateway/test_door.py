@@ -26,7 +26,16 @@ def door(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     nowhere = f"unix:{tmp_path_factory.mktemp('nowhere')}/none.sock"
     with GatewayProcess(
         *("--vision", f"{nowhere},{services.vision.address}", "--lm", f"{nowhere},{services.language.address}"),
-        *("--max-body-bytes", str(LIMIT), "--max-concurrency", "2", "--cors-origins", "https://app.example"),
+        *(
+            "--model-name",
+            "first, second",
+            "--max-body-bytes",
+            str(LIMIT),
+            "--max-concurrency",
+            "2",
+            "--cors-origins",
+            "https://app.example",
+        ),
         env={"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"},
     ) as process:
         yield process
@@ -58,7 +67,25 @@ def test_every_route_but_health_needs_a_key(door: GatewayProcess) -> None:
                 response = client.request(method, path)
                 assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
                 assert response.headers["www-authenticate"] == "Bearer"
-        assert nobody.get("/healthz").status_code == nobody.get("/readyz").status_code == 200
+        assert {nobody.get(path).status_code for path in ("/healthz", "/readyz", "/health")} == {200}
+        assert nobody.get("/version").status_code == 401
+
+
+def test_a_key_comes_in_any_of_three_headers(door: GatewayProcess) -> None:
+    with door.client() as http:
+        for name, value in (("authorization", f"Bearer {RED}"), ("x-api-key", RED), ("api-key", RED)):
+            assert http.get("/version", headers={name: value}).status_code == 200
+            assert http.get("/version", headers={name: value + "x"}).status_code == 401
+
+
+def test_several_names_mean_the_one_model(red: httpx2.Client) -> None:
+    assert [model["id"] for model in red.get("/v1/models").json()["data"]] == ["first", "second"]
+    for name in ("first", "second", "lookonce"):
+        assert red.get(f"/v1/models/{name}").json()["id"] == name
+        body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+        assert red.post("/v1/chat/completions", json=body).json()["model"] == "first"
+    for response in (red.get("/v1/models/third"), red.post("/v1/chat/completions", json=body | {"model": "third"})):
+        assert response.status_code == 404 and "'first' or 'second'" in response.json()["error"]["message"]
 
 
 def test_tenants_share_nothing(red: httpx2.Client, blue: httpx2.Client, services: Services, picture: Picture) -> None:

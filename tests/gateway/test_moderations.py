@@ -140,7 +140,7 @@ def test_a_new_picture_is_encoded_once_at_the_size_of_the_policy(
         ({"input": []}, "input", "at least 1 items"),
         ({"input": "a", "categories": []}, "categories", "unknown field 'categories'"),
         ({"input": ["a", 3]}, "input.1", "must be a string"),
-        ({"input": [{"type": "audio"}]}, "input.0", "must be one of: 'text', 'image_url'"),
+        ({"input": [{"type": "audio"}]}, "input.0.type", "must be 'text' or 'image_url'"),
         ({"input": [{"type": "text", "text": "a", "x": 1}]}, "input.0.x", "unknown field"),
         (
             {"input": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]},

@@ -42,6 +42,8 @@ OPERATIONS = (
     "GET /v1/models/{model}",
     "GET /healthz",
     "GET /readyz",
+    "GET /health",
+    "GET /version",
     "GET /metrics",
 )
 
@@ -97,7 +99,7 @@ def test_every_operation_is_described_with_schemas_errors_and_examples(document:
     for name, operation in operations(document):
         assert operation["summary"] and operation["description"] and operation["tags"], name
         assert any(int(status) < 300 for status in operation["responses"]), name
-        assert name.endswith(("/healthz", "/readyz")) or {"429", "500"} <= set(operation["responses"]), name
+        assert name.endswith(("/healthz", "/readyz", "/health")) or {"429", "500"} <= set(operation["responses"]), name
         for place, kind, body in media(document, operation):
             assert body.get("schema"), (name, place, kind)
             binary = kind in ("multipart/form-data", "application/octet-stream")
@@ -132,6 +134,11 @@ def test_streamed_events_are_what_the_schemas_say(
         for path, template, body in (
             ("/v1/chat/completions", "/v1/chat/completions", chat | {"stream_options": {"include_usage": True}}),
             ("/v1/chat/completions", "/v1/chat/completions", chat),
+            (
+                "/v1/chat/completions",
+                "/v1/chat/completions",
+                chat | {"stream_options": {"continuous_usage_stats": True}},
+            ),
             (f"/v1/images/{image}/questions", "/v1/images/{image_id}/questions", ask),
         ):
             schema = document["paths"][template]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]

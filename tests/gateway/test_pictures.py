@@ -12,7 +12,7 @@ import pytest
 
 from gateway.auth import Tenant
 from gateway.http.pictures import ENCODED_AT_ONCE, keep_all
-from gateway.schemas.chat import ImageUrl
+from gateway.schemas.chat import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.errors import ErrorKind, LookonceError
 
@@ -42,12 +42,13 @@ class Library:
         return data, None
 
 
-def pictures(*files: bytes) -> dict[str, ImageUrl]:
+def pictures(*files: bytes) -> dict[str, ImageUrlPart]:
     urls = [f"data:image/png;base64,{base64.b64encode(file).decode()}" for file in files]
-    return {f"messages.0.content.{place}": ImageUrl(url=url) for place, url in enumerate(urls)}
+    parts = [ImageUrlPart(type="image_url", image_url=url) for url in urls]
+    return {f"messages.0.content.{place}": part for place, part in enumerate(parts)}
 
 
-async def kept(library: Library, images: dict[str, ImageUrl]) -> dict[str, Any]:
+async def kept(library: Library, images: dict[str, ImageUrlPart]) -> dict[str, Any]:
     gateway: Any = SimpleNamespace(settings=GatewaySettings(), images=library)
     return await keep_all(images, {}, gateway, TENANT)
 

@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from protos.lookonce.v1 import common_pb2 as protos_dot_lookonce_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/lookonce/v1/language.proto\x12\x0blookonce.v1\x1a\x1fprotos/lookonce/v1/common.proto\"O\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.lookonce.v1.ImageReferenceH\x00\x42\t\n\x07\x63ontent\"9\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12 \n\x05parts\x18\x02 \x03(\x0b\x32\x11.lookonce.v1.Part\"\xe3\x03\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x12\t\n\x01n\x18\r \x01(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xd5\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.lookonce.v1.Message\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.lookonce.v1.SamplingParameters\x12\x14\n\x07timeout\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\r\n\x05whole\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x42\n\n\x08_timeout\"}\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x02\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.lookonce.v1.TokenLogprob\"d\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.lookonce.v1.TokenLogprob\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x04 \x01(\r\"\xef\x01\n\x0fLanguageReceipt\x12/\n\tembedding\x18\x01 \x01(\x0e\x32\x1c.lookonce.v1.EmbeddingSource\x12\x12\n\nprefix_hit\x18\x02 \x01(\x08\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x07 \x01(\x01\x12\x10\n\x08total_ms\x18\x08 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\"\xa2\x01\n\x06\x46inish\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.lookonce.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lookonce.v1.Usage\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x1c.lookonce.v1.LanguageReceipt\"d\n\rGenerateEvent\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.lookonce.v1.DeltaH\x00\x12%\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x13.lookonce.v1.FinishH\x00\x42\x07\n\x05\x65vent\"P\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.lookonce.v1.Message\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\t\"\x9e\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.lookonce.v1.ScoreItem\x12\x14\n\x07timeout\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\r\n\x05\x61lone\x18\x05 \x01(\x08\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x42\n\n\x08_timeout\"S\n\x0b\x43hoiceScore\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"Z\n\nItemScores\x12)\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x18.lookonce.v1.ChoiceScore\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.lookonce.v1.Usage\"t\n\x0bScoreResult\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x06scores\x18\x02 \x01(\x0b\x32\x17.lookonce.v1.ItemScoresH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.lookonce.v1.ErrorH\x00\x42\t\n\x07outcome\"i\n\rScoreResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.lookonce.v1.ScoreResult\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.lookonce.v1.LanguageReceipt\"\xeb\x01\n\x13LanguageDescription\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.lookonce.v1.ModelDescription\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x18\n\x10generated_tokens\x18\t \x01(\x04*C\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02*c\n\x0f\x45mbeddingSource\x12 \n\x1c\x45MBEDDING_SOURCE_UNSPECIFIED\x10\x00\x12\x06\n\x02L1\x10\x01\x12\t\n\x05STORE\x10\x02\x12\x0b\n\x07\x46\x45TCHED\x10\x03\x12\x0e\n\nNOT_NEEDED\x10\x04\x32\xa6\x02\n\rLanguageModel\x12\x46\n\x08Generate\x12\x1c.lookonce.v1.GenerateRequest\x1a\x1a.lookonce.v1.GenerateEvent0\x01\x12>\n\x05Score\x12\x19.lookonce.v1.ScoreRequest\x1a\x1a.lookonce.v1.ScoreResponse\x12\x41\n\x06\x46orget\x12\x1a.lookonce.v1.ForgetRequest\x1a\x1b.lookonce.v1.ForgetResponse\x12J\n\x08\x44\x65scribe\x12\x1c.lookonce.v1.DescribeRequest\x1a .lookonce.v1.LanguageDescriptionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!protos/lookonce/v1/language.proto\x12\x0blookonce.v1\x1a\x1fprotos/lookonce/v1/common.proto\"O\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.lookonce.v1.ImageReferenceH\x00\x42\t\n\x07\x63ontent\"9\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12 \n\x05parts\x18\x02 \x03(\x0b\x32\x11.lookonce.v1.Part\"\xe3\x03\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\rH\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x02H\x07\x88\x01\x01\x12\x11\n\x04seed\x18\t \x01(\x04H\x08\x88\x01\x01\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x15\n\x08logprobs\x18\x0c \x01(\rH\t\x88\x01\x01\x12\t\n\x01n\x18\r \x01(\r\x12\x12\n\nmin_tokens\x18\x0e \x01(\rB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobs\"\xd5\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.lookonce.v1.Message\x12\x31\n\x08sampling\x18\x03 \x01(\x0b\x32\x1f.lookonce.v1.SamplingParameters\x12\x14\n\x07timeout\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x63lient\x18\x05 \x01(\t\x12\r\n\x05whole\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\x42\n\n\x08_timeout\"}\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\r\n\x05token\x18\x02 \x01(\t\x12\x13\n\x0btoken_bytes\x18\x03 \x01(\x0c\x12\x0f\n\x07logprob\x18\x04 \x01(\x02\x12&\n\x03top\x18\x05 \x03(\x0b\x32\x19.lookonce.v1.TokenLogprob\"{\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.lookonce.v1.TokenLogprob\x12\x15\n\rprompt_tokens\x18\x05 \x01(\r\"f\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x14\n\x0cimage_tokens\x18\x04 \x01(\r\"\xef\x01\n\x0fLanguageReceipt\x12/\n\tembedding\x18\x01 \x01(\x0e\x32\x1c.lookonce.v1.EmbeddingSource\x12\x12\n\nprefix_hit\x18\x02 \x01(\x08\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\r\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x10\n\x08queue_ms\x18\x05 \x01(\x01\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\x12\x0f\n\x07ttft_ms\x18\x07 \x01(\x01\x12\x10\n\x08total_ms\x18\x08 \x01(\x01\x12\x13\n\x0b\x66ingerprint\x18\t \x01(\t\x12\r\n\x05model\x18\n \x01(\t\"\xa2\x01\n\x06\x46inish\x12\r\n\x05index\x18\x01 \x01(\r\x12)\n\x06reason\x18\x02 \x01(\x0e\x32\x19.lookonce.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12!\n\x05usage\x18\x04 \x01(\x0b\x32\x12.lookonce.v1.Usage\x12-\n\x07receipt\x18\x05 \x01(\x0b\x32\x1c.lookonce.v1.LanguageReceipt\"d\n\rGenerateEvent\x12#\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x12.lookonce.v1.DeltaH\x00\x12%\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x13.lookonce.v1.FinishH\x00\x42\x07\n\x05\x65vent\"P\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.lookonce.v1.Message\x12\x0f\n\x07\x63hoices\x18\x03 \x03(\t\"\x9e\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.lookonce.v1.ScoreItem\x12\x14\n\x07timeout\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06\x63lient\x18\x04 \x01(\t\x12\r\n\x05\x61lone\x18\x05 \x01(\x08\x12\x12\n\ncache_salt\x18\x06 \x01(\x0c\x42\n\n\x08_timeout\"S\n\x0b\x43hoiceScore\x12\x0e\n\x06\x63hoice\x18\x01 \x01(\t\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12\x0e\n\x06tokens\x18\x04 \x01(\r\"Z\n\nItemScores\x12)\n\x07\x63hoices\x18\x01 \x03(\x0b\x32\x18.lookonce.v1.ChoiceScore\x12!\n\x05usage\x18\x02 \x01(\x0b\x32\x12.lookonce.v1.Usage\"t\n\x0bScoreResult\x12\n\n\x02id\x18\x01 \x01(\t\x12)\n\x06scores\x18\x02 \x01(\x0b\x32\x17.lookonce.v1.ItemScoresH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.lookonce.v1.ErrorH\x00\x42\t\n\x07outcome\"i\n\rScoreResponse\x12)\n\x07results\x18\x01 \x03(\x0b\x32\x18.lookonce.v1.ScoreResult\x12-\n\x07receipt\x18\x02 \x01(\x0b\x32\x1c.lookonce.v1.LanguageReceipt\"\xeb\x01\n\x13LanguageDescription\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.lookonce.v1.ModelDescription\x12\x14\n\x0c\x66ingerprints\x18\x02 \x03(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x13\n\x0bmax_running\x18\x05 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x06 \x01(\r\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x18\n\x10generated_tokens\x18\t \x01(\x04*C\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02*c\n\x0f\x45mbeddingSource\x12 \n\x1c\x45MBEDDING_SOURCE_UNSPECIFIED\x10\x00\x12\x06\n\x02L1\x10\x01\x12\t\n\x05STORE\x10\x02\x12\x0b\n\x07\x46\x45TCHED\x10\x03\x12\x0e\n\nNOT_NEEDED\x10\x04\x32\xa6\x02\n\rLanguageModel\x12\x46\n\x08Generate\x12\x1c.lookonce.v1.GenerateRequest\x1a\x1a.lookonce.v1.GenerateEvent0\x01\x12>\n\x05Score\x12\x19.lookonce.v1.ScoreRequest\x1a\x1a.lookonce.v1.ScoreResponse\x12\x41\n\x06\x46orget\x12\x1a.lookonce.v1.ForgetRequest\x1a\x1b.lookonce.v1.ForgetResponse\x12J\n\x08\x44\x65scribe\x12\x1c.lookonce.v1.DescribeRequest\x1a .lookonce.v1.LanguageDescriptionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.lookonce.v1.language_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2650
-  _globals['_FINISHREASON']._serialized_end=2717
-  _globals['_EMBEDDINGSOURCE']._serialized_start=2719
-  _globals['_EMBEDDINGSOURCE']._serialized_end=2818
+  _globals['_FINISHREASON']._serialized_start=2673
+  _globals['_FINISHREASON']._serialized_end=2740
+  _globals['_EMBEDDINGSOURCE']._serialized_start=2742
+  _globals['_EMBEDDINGSOURCE']._serialized_end=2841
   _globals['_PART']._serialized_start=83
   _globals['_PART']._serialized_end=162
   _globals['_MESSAGE']._serialized_start=164
@@ -47,29 +47,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROB']._serialized_start=925
   _globals['_TOKENLOGPROB']._serialized_end=1050
   _globals['_DELTA']._serialized_start=1052
-  _globals['_DELTA']._serialized_end=1152
-  _globals['_USAGE']._serialized_start=1154
-  _globals['_USAGE']._serialized_end=1256
-  _globals['_LANGUAGERECEIPT']._serialized_start=1259
-  _globals['_LANGUAGERECEIPT']._serialized_end=1498
-  _globals['_FINISH']._serialized_start=1501
-  _globals['_FINISH']._serialized_end=1663
-  _globals['_GENERATEEVENT']._serialized_start=1665
-  _globals['_GENERATEEVENT']._serialized_end=1765
-  _globals['_SCOREITEM']._serialized_start=1767
-  _globals['_SCOREITEM']._serialized_end=1847
-  _globals['_SCOREREQUEST']._serialized_start=1850
-  _globals['_SCOREREQUEST']._serialized_end=2008
-  _globals['_CHOICESCORE']._serialized_start=2010
-  _globals['_CHOICESCORE']._serialized_end=2093
-  _globals['_ITEMSCORES']._serialized_start=2095
-  _globals['_ITEMSCORES']._serialized_end=2185
-  _globals['_SCORERESULT']._serialized_start=2187
-  _globals['_SCORERESULT']._serialized_end=2303
-  _globals['_SCORERESPONSE']._serialized_start=2305
-  _globals['_SCORERESPONSE']._serialized_end=2410
-  _globals['_LANGUAGEDESCRIPTION']._serialized_start=2413
-  _globals['_LANGUAGEDESCRIPTION']._serialized_end=2648
-  _globals['_LANGUAGEMODEL']._serialized_start=2821
-  _globals['_LANGUAGEMODEL']._serialized_end=3115
+  _globals['_DELTA']._serialized_end=1175
+  _globals['_USAGE']._serialized_start=1177
+  _globals['_USAGE']._serialized_end=1279
+  _globals['_LANGUAGERECEIPT']._serialized_start=1282
+  _globals['_LANGUAGERECEIPT']._serialized_end=1521
+  _globals['_FINISH']._serialized_start=1524
+  _globals['_FINISH']._serialized_end=1686
+  _globals['_GENERATEEVENT']._serialized_start=1688
+  _globals['_GENERATEEVENT']._serialized_end=1788
+  _globals['_SCOREITEM']._serialized_start=1790
+  _globals['_SCOREITEM']._serialized_end=1870
+  _globals['_SCOREREQUEST']._serialized_start=1873
+  _globals['_SCOREREQUEST']._serialized_end=2031
+  _globals['_CHOICESCORE']._serialized_start=2033
+  _globals['_CHOICESCORE']._serialized_end=2116
+  _globals['_ITEMSCORES']._serialized_start=2118
+  _globals['_ITEMSCORES']._serialized_end=2208
+  _globals['_SCORERESULT']._serialized_start=2210
+  _globals['_SCORERESULT']._serialized_end=2326
+  _globals['_SCORERESPONSE']._serialized_start=2328
+  _globals['_SCORERESPONSE']._serialized_end=2433
+  _globals['_LANGUAGEDESCRIPTION']._serialized_start=2436
+  _globals['_LANGUAGEDESCRIPTION']._serialized_end=2671
+  _globals['_LANGUAGEMODEL']._serialized_start=2844
+  _globals['_LANGUAGEMODEL']._serialized_end=3138
 # @@protoc_insertion_point(module_scope)
