@@ -49,6 +49,9 @@ test-slow: $(SLOW_STAMP)  ## The sweeps that `make test` leaves out (installs Ra
 test-browser: setup  ## The playground in a real Chromium (Debian: apt-get install chromium; or CHROMIUM=path)
 	@$(PYTEST) -m browser $(ARGS)
 
+test-clients: setup  ## Other people's clients (installs each into .clients first; ARGS="-k langchain" for one)
+	@LOOKONCE_TEST_CLIENTS=all $(BIN)/python -m pytest -s tests/clients $(ARGS)
+
 check: setup  ## Lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

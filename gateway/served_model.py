@@ -20,12 +20,12 @@ FALLBACK_NAME = "lookonce"
 class ModelCard:
     """What the API tells of a model."""
 
-    names: tuple[str, ...]  # the first is the one that answers show
+    names: tuple[str, ...]  # the first is the one that receipts show
     description: language_pb2.LanguageDescription
 
     @property
     def name(self) -> str:
-        """The name that answers show."""
+        """The name that receipts show."""
         return self.names[0]
 
     def is_named(self, name: str) -> bool:

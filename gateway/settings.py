@@ -45,7 +45,7 @@ class GatewaySettings(Settings):
     )
     model_name: str = Field(
         "",
-        description="names of the model in the API, separated by commas; answers show the first; "
+        description="names of the model in the API, separated by commas; receipts show the first; "
         "empty: that of the checkpoint",
     )
 

@@ -54,20 +54,21 @@ async def create(request: Request) -> Response:
     sampling, options = _sampling(body), body.stream_options or StreamOptions()
     answering = gateway.answers.generate(turns, sampling, asker)
     telling = Telling(last=bool(options.include_usage), each=bool(options.continuous_usage_stats))
-    stream = chunks(answering, _envelope(gateway), max(1, sampling.n), telling)
+    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), telling)
     return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
 async def complete(body: ChatRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
     """The whole completion object. Raises what is wrong with the request, naming the field."""
     turns = await _turns(body, gateway, asker.tenant)
-    envelope = _envelope(gateway)
+    envelope = _envelope(body, gateway)
     completions, resolved = await gateway.answers.complete(turns, _sampling(body), asker)
     return completion_object(completions, resolved, envelope, with_logprobs=bool(body.logprobs))
 
 
-def _envelope(gateway: Gateway) -> Envelope:
-    return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), gateway.model.name)
+def _envelope(body: ChatRequest, gateway: Gateway) -> Envelope:
+    served = gateway.model.name
+    return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), body.model or served, served)
 
 
 async def _begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:

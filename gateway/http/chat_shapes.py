@@ -20,7 +20,8 @@ class Envelope:
 
     id: str
     created: int  # Unix seconds
-    model: str
+    model: str  # as the request names it: some clients compare
+    served: str  # as the receipt names it
 
     def wrap(self, kind: str, **fields: Any) -> dict[str, Any]:
         """The object of that kind with these fields."""
@@ -41,7 +42,7 @@ def completion_object(
         }
         for index, completion in enumerate(completions)
     ]
-    bill = receipt(resolved, finishes[0].receipt, envelope.model)
+    bill = receipt(resolved, finishes[0].receipt, envelope.served)
     return envelope.wrap(
         "chat.completion",
         choices=choices,
@@ -113,7 +114,7 @@ async def chunks(
                 continue
             finishes.append(event.finish)
             last = len(finishes) == n
-            bill = receipt(answering.resolved, event.finish.receipt, envelope.model) if last else None
+            bill = receipt(answering.resolved, event.finish.receipt, envelope.served) if last else None
             tail = extra() | ({"receipt": bill} if last and not telling.last else {})
             yield _chunk(envelope, index, {}, tail, reason=finish_reason(event.finish.reason))
             if last:

@@ -61,6 +61,7 @@ class RequestFields(Body):
     prompt_cache_options: Hints | None = None
     request_id: Hint | None = None
 
+    tools: Annotated[Any, Neutral(_TOOLS, [])] = None
     audio: Annotated[Any, Neutral("audio output is")] = None
     function_call: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
     functions: Annotated[Any, Neutral(_TOOLS, [])] = None
@@ -74,7 +75,6 @@ class RequestFields(Body):
     service_tier: Annotated[Any, Neutral("another service tier is", "auto", "default")] = None
     store: Annotated[Any, Neutral("storing answers is", False)] = None
     tool_choice: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
-    tools: Annotated[Any, Neutral(_TOOLS, [])] = None
     verbosity: Annotated[Any, Neutral("another verbosity is", "medium")] = None
     web_search_options: Annotated[Any, Neutral("web search is")] = None
 

@@ -83,7 +83,8 @@ def test_several_names_mean_the_one_model(red: httpx2.Client) -> None:
     for name in ("first", "second", "lookonce"):
         assert red.get(f"/v1/models/{name}").json()["id"] == name
         body = {"model": name, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
-        assert red.post("/v1/chat/completions", json=body).json()["model"] == "first"
+        answer = red.post("/v1/chat/completions", json=body).json()
+        assert (answer["model"], answer["receipt"]["model"]) == (name, "first")
     for response in (red.get("/v1/models/third"), red.post("/v1/chat/completions", json=body | {"model": "third"})):
         assert response.status_code == 404 and "'first' or 'second'" in response.json()["error"]["message"]
 

@@ -1,0 +1,24 @@
+// Vercel's AI SDK: as an OpenAI-compatible server, and as OpenAI's chat. URLs it fetches itself, from public hosts only.
+import { createOpenAI } from "@ai-sdk/openai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { generateText, streamText } from "ai";
+import { apiKey, baseURL, check, file, images, model, question, refused } from "./scene.mjs";
+
+const openai = createOpenAI({ baseURL, apiKey });
+const compatible = createOpenAICompatible({ name: "lookonce", baseURL, apiKey }).chatModel(model);
+const pictures = { bytes: file, data: images.data };
+for (const [name, chat] of [["compatible", compatible], ["openai chat", openai.chat(model)]]) {
+  let messages;
+  for (const [form, image] of Object.entries(pictures)) {
+    messages = [{ role: "user", content: [{ type: "text", text: question }, { type: "image", image }] }];
+    const answer = await generateText({ model: chat, messages });
+    check(`${name}, ${form}`, answer.text);
+    const turns = [...messages, ...answer.response.messages, ...messages];
+    check(`${name}, ${form}, second turn`, (await generateText({ model: chat, messages: turns })).text);
+    const stream = streamText({ model: chat, messages });
+    let said = "";
+    for await (const text of stream.textStream) said += text;
+    check(`${name}, ${form}, streamed`, said);
+  }
+}
+await refused("responses", () => generateText({ model: openai(model), prompt: "Hi", maxRetries: 0 }), "/v1/chat/completions");

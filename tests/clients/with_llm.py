@@ -1,0 +1,19 @@
+"""Simon Willison's `llm`: the command, with a model of its own file."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from scene import BASE_URL, FILE, MODEL, QUESTION, check
+
+with tempfile.TemporaryDirectory() as folder:
+    models = Path(folder, "extra-openai-models.yaml")
+    models.write_text(f"- model_id: mine\n  model_name: {MODEL}\n  api_base: {BASE_URL}\n  vision: true\n")
+    Path(folder, "star.png").write_bytes(FILE)
+    command = [sys.executable, "-m", "llm", "-m", "mine", "-a", f"{folder}/star.png", QUESTION]
+    for options in ([], ["--no-stream"]):
+        env = {**os.environ, "LLM_USER_PATH": folder}
+        done = subprocess.run([*command, *options], env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        check(" ".join(["llm", *options]), done.stdout or done.stderr)
