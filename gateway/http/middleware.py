@@ -95,7 +95,7 @@ class RequestScope:
 
 
 class Authentication:
-    """Every route but the two health ones and the playground's files needs a key, and is held to the key's quota; the
+    """Every route but the three health ones and the playground's files needs a key, and is held to the key's quota; the
     tenant goes into the request's state."""
 
     def __init__(self, app: ASGIApp, keyring: Keyring) -> None:

@@ -89,6 +89,7 @@ async def health(request: Request) -> Response:
     return await readyz(request)
 
 
+@router.head("/version", include_in_schema=False)
 @router.get(
     "/version",
     openapi_extra=operation("version", "Which version runs", answers(Version, examples.VERSION)),

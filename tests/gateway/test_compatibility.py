@@ -168,7 +168,7 @@ def test_every_chunk_tells_the_usage_so_far(client: openai.OpenAI, picture: Pict
 def test_what_others_ask_for_before_they_begin(http: httpx2.Client) -> None:
     assert http.get("/health").json() == http.get("/readyz").json()
     assert http.get("/version").json()["version"] == http.get("/openapi.json").json()["info"]["version"]
-    for path in ("/healthz", "/readyz", "/health", "/metrics"):
+    for path in ("/healthz", "/readyz", "/health", "/version", "/metrics"):
         head = http.head(path)
         assert (head.status_code, head.content) == (200, b"")
         assert head.headers["content-type"] == http.get(path).headers["content-type"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.schemas.neutral import AnswerFields, PartFields, RequestFields
 from tests.gateway.processes import ROOT, GatewayProcess
 from tests.pictures import photograph, save
 
@@ -49,3 +50,9 @@ def test_every_operation_has_its_place(gateway: GatewayProcess) -> None:
         paths = http.get("/openapi.json").json()["paths"]
     for path in paths:
         assert path.replace("{image_id}", "{id}") in PAGE, path
+
+
+def test_every_field_that_asks_for_nothing_is_told() -> None:
+    told = set(re.findall(r"`([a-z_]+)`", PAGE.partition("### Fields that ask for nothing")[2].partition("\n## ")[0]))
+    fields = {*RequestFields.model_fields, *AnswerFields.model_fields, *PartFields.model_fields}
+    assert told == fields
