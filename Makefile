@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo up test test-slow test-browser check check-deploy format protos protos-check settings-docs bench train-demo clean
+.PHONY: help install setup demo up test test-slow test-browser test-clients check check-deploy format protos protos-check settings-docs bench train-demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
