@@ -125,6 +125,9 @@ class CircuitBreaker:
     async def _try_again(self) -> None:
         try:
             await self.ping()
+        except Exception as error:  # a driver that broke its promise: known by its traceback, and still out of use
+            log.exception("probe of a store failed unforeseen", store=self._driver.metrics.stats.store)
+            self._failed(_unforeseen(error))
         finally:
             self._probe = None
 
@@ -151,3 +154,9 @@ class CircuitBreaker:
         elif now >= self._probe_at:  # the probe failed, not a straggler from before
             self._backoff = min(2 * self._backoff, self._max_backoff)
             self._probe_at = now + self._backoff
+
+
+def _unforeseen(error: Exception) -> StoreFailure:
+    failure = StoreFailure("unforeseen")
+    failure.__cause__ = error
+    return failure

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
@@ -170,7 +169,7 @@ class EmbeddedStore:
         try:
             async with asyncio.timeout(self._timeout):
                 return await start()
-        except (lmdb.Error, OSError, struct.error) as error:  # OSError includes TimeoutError
+        except Exception as error:
             raise StoreFailure("embedded store operation failed") from error
 
     def _now(self) -> int:

@@ -1,8 +1,9 @@
 """Redis and Valkey: standalone, TLS, Sentinel and Cluster. Shared by machines; eviction is the server's (maxmemory,
 allkeys-lru). Gets of one server, with and without TLS or Sentinel, have connections of their own (redis_reader).
 
-A driver: whatever goes wrong is a StoreFailure, within bounded time. Keys are `lookonce:NAMESPACE:HEX`, leases
-`lookonce:NAMESPACE:lease:HEX`, so an ACL of `~lookonce:*` is enough; commands used: GET SET EXISTS UNLINK PING EVAL.
+A driver: whatever goes wrong is a StoreFailure, within bounded time; the library's exceptions end in `_bounded`. Keys
+are `lookonce:NAMESPACE:HEX`, leases `lookonce:NAMESPACE:lease:HEX`, so an ACL of `~lookonce:*` is enough; commands:
+GET SET EXISTS UNLINK PING EVAL, and in scripts DEL PTTL.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from lookonce.stores.base import StoreFailure, Value
 from lookonce.stores.metrics import StoreMetrics, StoreStats
 from lookonce.stores.redis_reader import ReaderOptions, ValueReader
+
+DROPPED: Final[Any] = (RedisConnectionError, RuntimeError)
+"""What a dropped connection raises. RuntimeError: uvloop's, for a write to a transport that is closed already."""
 
 # Only the owner may renew or give back a lease. Method: Redis documentation, "Distributed Locks with Redis".
 _ACQUIRE: Final = """
@@ -55,7 +59,7 @@ class RedisSettings:
             "socket_timeout": self.socket_timeout,
             "socket_read_size": 1024**2,
             "protocol": 2,
-            "retry": Retry(NoBackoff(), 1, supported_errors=(RedisConnectionError,)),
+            "retry": Retry(NoBackoff(), 1, supported_errors=DROPPED),
             "max_connections": self.max_connections,
             **self.options,
         }
@@ -86,8 +90,11 @@ class RedisStore:
 
     async def get(self, key: bytes) -> memoryview | None:
         """See EmbeddingStore."""
+        name = self._name(key)
         reader = self._client if self._reader is None else self._reader
-        value: bytes | memoryview | None = await self._run(lambda: reader.get(self._name(key)))
+        value = await self._run(lambda: reader.get(name))
+        if not isinstance(value, bytes | memoryview | None):
+            raise StoreFailure("redis answered a get with something else than bytes")
         self.metrics.lookup(value is not None)
         return None if value is None else memoryview(value)
 
@@ -99,27 +106,33 @@ class RedisStore:
         seconds = self._ttl if ttl is None else ttl
         milliseconds = None if seconds is None else max(1, round(seconds * 1000))
         data = value if isinstance(value, bytes | memoryview) else memoryview(value)
-        await self._run(lambda: self._client.set(self._name(key), data, px=milliseconds))
+        name = self._name(key)
+        if await self._run(lambda: self._client.set(name, data, px=milliseconds)) is not True:
+            raise StoreFailure("redis did not confirm a put")
         self.metrics.put(True)
         return True
 
     async def contains(self, key: bytes) -> bool:
         """See EmbeddingStore."""
-        return bool(await self._run(lambda: self._client.exists(self._name(key))))
+        name = self._name(key)
+        return bool(await self._run(lambda: self._client.exists(name)))
 
     async def delete(self, key: bytes) -> bool:
         """See EmbeddingStore."""
-        await self._run(lambda: self._client.unlink(self._name(key)))
+        name = self._name(key)
+        if not isinstance(await self._run(lambda: self._client.unlink(name)), int):
+            raise StoreFailure("redis did not confirm a delete")
         return True
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
-        milliseconds = max(1, round(seconds * 1000))
-        return bool(await self._run(lambda: self._client.eval(_ACQUIRE, 1, self._lease(name), owner, milliseconds)))
+        lease, milliseconds = self._lease(name), max(1, round(seconds * 1000))
+        return bool(await self._run(lambda: self._client.eval(_ACQUIRE, 1, lease, owner, milliseconds)))
 
     async def release(self, name: bytes, owner: bytes) -> None:
         """See Leases."""
-        await self._run(lambda: self._client.eval(_RELEASE, 1, self._lease(name), owner))
+        lease = self._lease(name)
+        await self._run(lambda: self._client.eval(_RELEASE, 1, lease, owner))
 
     async def ping(self) -> bool:
         """See Store."""
@@ -139,18 +152,24 @@ class RedisStore:
             await self._reader.close()
         for client in (self._client, *self._also_close):
             try:
-                async with asyncio.timeout(self._settings.operation_timeout):
-                    await client.aclose()
-            except (RedisError, OSError):
+                await self._bounded(client.aclose)
+            except StoreFailure:
                 self.metrics.error()
 
     async def _run(self, operation: Callable[[], Awaitable[Any]]) -> Any:
+        async def in_turn() -> Any:
+            async with self._slots:
+                return await operation()
+
         if self._closed:
             raise StoreFailure("the store is closed")
+        return await self._bounded(in_turn)
+
+    async def _bounded(self, operation: Callable[[], Awaitable[Any]]) -> Any:
         try:
-            async with asyncio.timeout(self._settings.operation_timeout), self._slots:
+            async with asyncio.timeout(self._settings.operation_timeout):
                 return await operation()
-        except (RedisError, OSError) as error:  # OSError includes TimeoutError
+        except Exception as error:
             raise StoreFailure("redis operation failed", _code(error)) from error
 
     def _name(self, key: bytes) -> str:

@@ -7,6 +7,7 @@ socket into the buffer that is handed out. Knows nothing of keys, of records or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -150,8 +151,8 @@ class _Link(asyncio.BufferedProtocol):
             raise RedisConnectionError("the connection was lost")
         self._answer, self._seconds = asyncio.get_running_loop().create_future(), timeout
         parts = [b"*%d\r\n" % len(command), *(b"$%d\r\n%b\r\n" % (len(part), part) for part in command)]
-        self._transport.write(b"".join(parts))
         try:
+            self._write(b"".join(parts))
             async with asyncio.timeout(timeout) as self._timeout:
                 return await self._answer
         except BaseException:
@@ -159,6 +160,12 @@ class _Link(asyncio.BufferedProtocol):
             raise
         finally:
             self._answer = self._timeout = None
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._transport.write(data)
+        except RuntimeError as error:  # uvloop's transport, closed by the peer a moment ago
+            raise RedisConnectionError("the connection was lost") from error
 
     def abort(self) -> None:
         """End the connection without ceremony."""
@@ -168,7 +175,8 @@ class _Link(asyncio.BufferedProtocol):
         """See asyncio.BaseProtocol."""
         self._transport = transport
         self._links.add(self)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        with contextlib.suppress(OSError):  # the peer has gone already: it will be told
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
