@@ -50,9 +50,12 @@ class Aliases:
         else:
             await self._spare.put(key, value, ttl=PINNED_SECONDS)
 
-    async def drop(self, tenant: str, name: str) -> bool:
-        """Take the name away; whether it is known to be gone."""
-        key = _key(tenant, name)
+    async def drop(self, record: ImageRecord, name: str) -> bool:
+        """Take the name away from this making of an image, unless another has it; whether that is confirmed."""
+        found = await self.find(record.tenant, name)
+        if found is not None and found != (record.digest, record.created):
+            return True  # it has moved on
+        key = _key(record.tenant, name)
         spare = await self._spare.delete(key)
         return await self._store.delete(key) and spare
 

@@ -8,7 +8,8 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import Awaitable, Callable, Sequence
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -16,9 +17,9 @@ import structlog
 from gateway.aliases import MAX_ALIASES, Aliases, is_alias
 from gateway.auth import Tenant
 from gateway.encoding import Encoder
-from gateway.erasure import Eraser
+from gateway.erasure import Eraser, Erasure, Traces
 from gateway.listing import Listing, Page
-from gateway.records import FILE_KEY, PINNED_SECONDS, ImageRecord, RecordShelf, variant
+from gateway.records import PINNED_SECONDS, Change, ImageRecord, RecordShelf, file_key, variant
 from gateway.variants import DEFAULT, Variant, Variants
 from lookonce.errors import ErrorKind, LookonceError, invalid
 from lookonce.identity import image_digest
@@ -82,6 +83,7 @@ class ImageLibrary:
         self._store = store
         self._spare = spare  # in memory, for what the store could not keep
         self._shelf = shelf
+        self._traces = Traces(store, spare, shelf, self._aliases, self._listing)
         self._encoder = encoder
         self._eraser = eraser
         self._ttl = ttl  # seconds
@@ -120,20 +122,23 @@ class ImageLibrary:
                 resolved = await self._encode_elsewhere(others, digest, data, tenant, max_pixels)
             else:
                 raise
-        new = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0)
-        old = record if record is not None and not record.deleted else new
-        record = self._kept_for(old, keeping).with_reference(variant(max_pixels, resolved.variant), resolved.reference)
-        await self._keep(record, data)
-        await self._shelf.save(record)
-        await self._listing.add(record)
+        async with self._shelf.held(digest):
+            old = await self._known(digest, fresh=True)
+            if old is None or old.deleted:
+                old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0)
+            record = replace(self._kept_for(old, keeping), upload=secrets.token_hex(8))
+            record = record.with_reference(variant(max_pixels, resolved.variant), resolved.reference)
+            await self._keep(record, data)
+            await self._shelf.save(record)
+            await self._listing.add(record)
         if keeping.alias is not None:
             record = await self._name(record, keeping.alias)
         return record, resolved
 
-    async def _known(self, digest: bytes) -> ImageRecord | None:
+    async def _known(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
         """The record, if the store can tell: without it an upload is kept all the same."""
         try:
-            return await self._shelf.load(digest)
+            return await self._shelf.load(digest, fresh=fresh)
         except LookonceError as error:
             if error.kind is not ErrorKind.UNAVAILABLE:
                 raise
@@ -156,21 +161,20 @@ class ImageLibrary:
 
     async def change(self, identifier: str, tenant: Tenant, keeping: Keeping) -> ImageRecord:
         """Keep the image differently from now on. Raises NOT_FOUND."""
-        record = await self.get(identifier, tenant, fresh=True)
-        kept = self._kept_for(record, keeping)
-        await self._keep(kept, await self._file(record, tenant))
-        await self._shelf.save(kept)
-        return kept if keeping.alias is None else await self._name(kept, keeping.alias)
+        digest = (await self.get(identifier, tenant, fresh=True)).digest
+        async with self._shelf.held(digest):
+            record = self._kept_for(await self.get(identifier, tenant, fresh=True), keeping)
+            await self._keep(record, await self._file(record, tenant))
+            await self._shelf.save(record)
+        return record if keeping.alias is None else await self._name(record, keeping.alias)
 
     async def unname(self, identifier: str, alias: str, tenant: Tenant) -> ImageRecord:
         """Take an alias away from an image. Raises NOT_FOUND when the image hasn't it."""
         record = await self.get(identifier, tenant, fresh=True)
         if alias not in record.aliases:
             raise LookonceError(ErrorKind.NOT_FOUND, "the image has no such alias", param="alias")
-        await self._drop_alias(record, alias)
-        record = replace(record, aliases=tuple(name for name in record.aliases if name != alias))
-        await self._shelf.save(record)
-        return record
+        await self._aliases.drop(record, alias)
+        return await self._revise(record.digest, lambda one: one.without_alias(alias))
 
     async def resolve(
         self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None, *, served: Variant
@@ -195,26 +199,7 @@ class ImageLibrary:
         record = await self._shelf.load(digest, fresh=True)
         if record is None or record.tenant != tenant.name or record.erased:
             raise not_found()
-        forget_file, finish = self._forget_file(digest, record), self._finish(record)
-        digests = {item.image_digest for item in record.references.values()} | {digest}
-        keys = [item.key for item in record.references.values()]
-        return Erased(record.id, await self._eraser.erase(digest, keys, sorted(digests), forget_file, finish))
-
-    def _forget_file(self, digest: bytes, record: ImageRecord) -> Callable[[], Awaitable[bool]]:
-        async def forget() -> bool:
-            buried = await self._shelf.bury(record)
-            unnamed = [await self._drop_alias(record, alias) for alias in record.aliases]
-            await self._listing.remove(record.tenant, [digest.hex()])
-            gone = await self._store.delete(_file_key(digest))
-            return await self._spare.delete(_file_key(digest)) and gone and buried and all(unnamed)
-
-        return forget
-
-    def _finish(self, record: ImageRecord) -> Callable[[], Awaitable[bool]]:
-        async def finish() -> bool:
-            return await self._shelf.bury(replace(record, erased=True))
-
-        return finish
+        return Erased(record.id, await Erasure(record, self._traces, self._eraser).begin())
 
     async def _digest_of(self, identifier: str, tenant: Tenant) -> tuple[bytes, float | None]:
         """The digest in an id; or that behind an alias, with when its image was made."""
@@ -233,20 +218,15 @@ class ImageLibrary:
         found = await self._aliases.find(record.tenant, alias)
         await self._aliases.point(alias, record)
         if found is not None and found[0] != record.digest:
-            former = await self._shelf.load(found[0], fresh=True)
-            if former is not None and not former.deleted:
-                left = tuple(name for name in former.aliases if name != alias)
-                await self._shelf.save(replace(former, aliases=left))
-        record = replace(record, aliases=(*(name for name in record.aliases if name != alias), alias))
-        await self._shelf.save(record)
-        return record
+            await self._shelf.revise(found[0], lambda former: former.without_alias(alias))
+        return await self._revise(record.digest, lambda one: one.with_alias(alias))
 
-    async def _drop_alias(self, record: ImageRecord, alias: str) -> bool:
-        """Whether the alias is known not to name the image any more."""
-        found = await self._aliases.find(record.tenant, alias)
-        if found is not None and found[0] != record.digest:
-            return True  # it has moved to another image
-        return await self._aliases.drop(record.tenant, alias)
+    async def _revise(self, digest: bytes, change: Change) -> ImageRecord:
+        """The record, changed. Raises NOT_FOUND when the image was erased meanwhile."""
+        record = await self._shelf.revise(digest, change)
+        if record is None:
+            raise not_found()
+        return record
 
     def _lifetime(self, record: ImageRecord) -> float:
         """Seconds the image is kept after its last upload."""
@@ -264,12 +244,11 @@ class ImageLibrary:
     ) -> Resolved:
         data = await self._file(record, tenant)
         resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
-        current = await self._shelf.load(record.digest, fresh=True)
-        if current is None or current.deleted:  # erased while it was encoded: leave nothing behind
-            reference = resolved.reference
+        name, reference = variant(max_pixels, served.name), resolved.reference
+        if await self._shelf.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
+            # erased while it was encoded: leave nothing behind
             await self._eraser.forget([reference.key], [reference.image_digest])
             raise not_found()
-        await self._shelf.save(current.with_reference(variant(max_pixels, served.name), resolved.reference))
         return resolved
 
     async def _encode_elsewhere(
@@ -311,7 +290,7 @@ class ImageLibrary:
             task.exception()  # retrieved, should every caller have gone away
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
-        key, ttl = _file_key(record.digest), self._lifetime(record)
+        key, ttl = file_key(record.digest), self._lifetime(record)
         if await self._store.put(key, data, ttl=ttl):
             return
         if record.pinned and not self._shelf.degraded:
@@ -321,14 +300,14 @@ class ImageLibrary:
 
     async def _file(self, record: ImageRecord, tenant: Tenant) -> bytes:
         for store in (self._store, self._spare):
-            value = await store.get(_file_key(record.digest))
+            value = await store.get(file_key(record.digest))
             if value is None:
                 continue
             data = bytes(value)
             if await _digest(data, tenant.digest_key) == record.digest:
                 return data
             log.warning("kept image file is damaged, dropped", image=record.id)
-            await store.delete(_file_key(record.digest))
+            await store.delete(file_key(record.digest))
         raise LookonceError(ErrorKind.NOT_FOUND, "the image's file is no longer kept: upload it again", param="image")
 
 
@@ -352,7 +331,3 @@ async def _digest(data: bytes, key: bytes) -> bytes:
     if len(data) <= INLINE_HASH_BYTES:
         return image_digest(data, key)
     return await asyncio.to_thread(image_digest, data, key)
-
-
-def _file_key(digest: bytes) -> bytes:
-    return FILE_KEY + digest

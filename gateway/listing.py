@@ -7,7 +7,6 @@ Buckets are rewritten under a lease, so that gateways that share a store don't u
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,11 +16,9 @@ from blake3 import blake3
 
 from gateway.records import PINNED_SECONDS, ImageRecord, RecordShelf
 from lookonce.stores import Store
+from lookonce.stores.leased import leased
 
 BUCKETS = 64
-LEASE_SECONDS = 5.0
-LEASE_TRIES = 100
-LEASE_PAUSE = 0.02
 LOADED_AT_ONCE = 32
 log = structlog.get_logger(__name__)
 Entries = dict[str, float]  # digests in hexadecimal, with when the image was made (Unix seconds)
@@ -43,7 +40,6 @@ class Listing:
         self._spare = spare  # in memory, for what the store could not keep
         self._shelf = shelf
         self._locks = [asyncio.Lock() for _ in range(BUCKETS)]
-        self._owner = secrets.token_bytes(16)
 
     async def add(self, record: ImageRecord) -> None:
         """Have the image listed. Costs one read when it is already."""
@@ -86,24 +82,13 @@ class Listing:
 
     async def _change(self, tenant: str, bucket: int, change: Callable[[Entries], Entries]) -> None:
         key = _key(tenant, bucket)
-        async with self._locks[bucket]:
-            await self._take(key)
-            try:
-                value = orjson.dumps(change(await self._read(tenant, bucket)))
-                # What a store out of order seems to lack must not be lost by writing over it.
-                if not self._shelf.degraded and await self._store.put(key, value, ttl=PINNED_SECONDS):
-                    await self._spare.delete(key)
-                else:
-                    await self._spare.put(key, value, ttl=PINNED_SECONDS)
-            finally:
-                await self._store.release(key, self._owner)
-
-    async def _take(self, key: bytes) -> None:
-        for _ in range(LEASE_TRIES):
-            if await self._store.acquire(key, self._owner, LEASE_SECONDS):
-                return
-            await asyncio.sleep(LEASE_PAUSE)
-        log.warning("index of images written without its lease")
+        async with self._locks[bucket], leased(self._store, key):
+            value = orjson.dumps(change(await self._read(tenant, bucket)))
+            # What a store out of order seems to lack must not be lost by writing over it.
+            if not self._shelf.degraded and await self._store.put(key, value, ttl=PINNED_SECONDS):
+                await self._spare.delete(key)
+            else:
+                await self._spare.put(key, value, ttl=PINNED_SECONDS)
 
 
 def _parse(value: memoryview) -> Entries:

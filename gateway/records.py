@@ -7,11 +7,15 @@ lost record is put back from the cache, a deleted one never.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 import orjson
 import structlog
@@ -21,6 +25,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.identity import image_id
 from lookonce.reference import EmbeddingReference
 from lookonce.stores import Store
+from lookonce.stores.leased import leased
 
 CONFIRMED = 1.0
 """Seconds a cached record is good without a look at the store: how late other gateways notice a deletion."""
@@ -34,6 +39,7 @@ LASTING_SECONDS = 90 * 365 * 86400.0
 """What is put into the store for so long is not to be evicted."""
 FILE_KEY = b"file:"
 """How the keys of image files begin."""
+Change = Callable[["ImageRecord"], "ImageRecord"]
 _VERSION = 1
 log = structlog.get_logger(__name__)
 
@@ -53,6 +59,7 @@ class ImageRecord:
     ttl: float | None = None  # seconds, the image's own; None: the gateway's
     pinned: bool = False  # kept until it is erased
     aliases: tuple[str, ...] = ()
+    upload: str = field(default_factory=lambda: secrets.token_hex(8))  # another one each time that it is uploaded
 
     @property
     def id(self) -> str:
@@ -67,6 +74,14 @@ class ImageRecord:
     def with_reference(self, name: str, reference: EmbeddingReference) -> ImageRecord:
         """The record with one variant's embedding set."""
         return replace(self, references=self.references | {name: reference})
+
+    def with_alias(self, alias: str) -> ImageRecord:
+        """The record with one name more, as the last."""
+        return replace(self.without_alias(alias), aliases=(*self.without_alias(alias).aliases, alias))
+
+    def without_alias(self, alias: str) -> ImageRecord:
+        """The record without a name."""
+        return replace(self, aliases=tuple(name for name in self.aliases if name != alias))
 
     def to_json(self) -> bytes:
         """The stored form."""
@@ -83,6 +98,7 @@ class ImageRecord:
                 "ttl": self.ttl,
                 "pinned": self.pinned,
                 "aliases": list(self.aliases),
+                "upload": self.upload,
                 "references": {name: _reference_fields(item) for name, item in self.references.items()},
             }
         )
@@ -111,6 +127,7 @@ def parse_record(value: bytes | memoryview) -> ImageRecord | None:
             ttl=fields.get("ttl"),
             pinned=fields.get("pinned", False),
             aliases=tuple(fields.get("aliases", ())),
+            upload=str(fields["upload"]),
             references={name: _reference(item) for name, item in fields["references"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -140,6 +157,7 @@ class RecordShelf:
         self._clock = clock
         self.now = now
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
+        self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
     async def load(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
         """The record, a tombstone included, or None. `fresh`: ask the store even within the cache's second.
@@ -159,9 +177,28 @@ class RecordShelf:
     async def save(self, record: ImageRecord) -> None:
         """Keep the record until it expires."""
         seconds = max(record.expires - self.now(), 1.0)
-        if not await self._store.put(_key(record.digest), record.to_json(), ttl=seconds):
+        if await self._store.put(_key(record.digest), record.to_json(), ttl=seconds):
+            await self._spare.delete(_key(record.digest))
+        else:
             await self._spare.put(_key(record.digest), record.to_json(), ttl=seconds)
         self._remember(record)
+
+    @asynccontextmanager
+    async def held(self, digest: bytes) -> AsyncIterator[None]:
+        """The image is changed by nobody else, in any gateway, while the body runs. Not reentrant."""
+        lock = self._locks.setdefault(digest, asyncio.Lock())  # so that only one of this process polls for the lease
+        async with lock, leased(self._store, _key(digest)):
+            yield
+
+    async def revise(self, digest: bytes, change: Change) -> ImageRecord | None:
+        """Change the record as it is now; None when there is none, or it is deleted."""
+        async with self.held(digest):
+            record = await self.load(digest, fresh=True)
+            if record is None or record.deleted:
+                return None
+            record = change(record)
+            await self.save(record)
+            return record
 
     async def bury(self, record: ImageRecord) -> bool:
         """Put a tombstone in the record's place; whether the store has it."""
@@ -208,6 +245,11 @@ class RecordShelf:
 
 def _key(digest: bytes) -> bytes:
     return b"record:" + digest
+
+
+def file_key(digest: bytes) -> bytes:
+    """Where an image's file is kept."""
+    return FILE_KEY + digest
 
 
 def _reference_fields(reference: EmbeddingReference) -> dict[str, Any]:

@@ -5,16 +5,11 @@ Embeddings within the checkpoint's own pixel bounds have keys that anybody can d
 
 from __future__ import annotations
 
-import asyncio
-import os
-
 from blake3 import blake3
 
 from lookonce.identity import DIGEST_BYTES
 from lookonce.stores import Store
-
-_LEASE_SECONDS = 5.0
-_POLL_SECONDS = 0.01
+from lookonce.stores.leased import leased
 
 
 class ImageIndex:
@@ -29,15 +24,11 @@ class ImageIndex:
 
     async def add(self, digest: bytes, key: bytes, *, ttl: float | None) -> None:
         """Write down that `key` was made from an image. Safe against other processes doing so at the same time."""
-        entry, owner = _entry(digest), os.urandom(16)
-        while not await self._store.acquire(entry, owner, _LEASE_SECONDS):  # noqa: ASYNC110  # held by another process
-            await asyncio.sleep(_POLL_SECONDS)
-        try:
+        entry = _entry(digest)
+        async with leased(self._store, entry):
             keys = await self.keys(digest)
             if key not in keys:
                 await self._store.put(entry, b"".join(sorted(keys | {key})), ttl=ttl)
-        finally:
-            await self._store.release(entry, owner)
 
     async def remove(self, digest: bytes) -> bool:
         """Drop the entry; True once it is known to be gone."""
