@@ -24,7 +24,8 @@ from lookonce.policy import read_policy
 from lookonce.process import heap_frozen, leave_after, serve_to_end
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.settings import command
-from lookonce.stores import open_store
+from lookonce.stores import Store, open_store
+from lookonce.stores.sealed import SealedStore
 from lookonce.telemetry import configure_logging, serve_metrics
 
 SPARE_BYTES = 64 << 20
@@ -55,7 +56,7 @@ def build(settings: GatewaySettings) -> Gateway:
 
     variants = Variants(settings.variant_specs(), connect)
     ttl = settings.image_ttl
-    store = _open_rooms(settings)
+    store = _open_image_store(settings)
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     shelf = RecordShelf(store, spare)
     eraser = Eraser(variants)
@@ -68,12 +69,12 @@ def build(settings: GatewaySettings) -> Gateway:
     return Gateway(settings, store, spare, shelf, variants, eraser, images, answers, model, fetcher, policy, batches)
 
 
-def _open_rooms(settings: GatewaySettings) -> Rooms:
+def _open_image_store(settings: GatewaySettings) -> Store:
     url = settings.store
     passing = open_store(url, namespace="images", max_bytes=settings.store_bytes, ttl=settings.image_ttl)
     pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False)
     index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False)
-    return Rooms(passing, pinned, index)
+    return SealedStore(Rooms(passing, pinned, index), "images", settings.secret.get_secret_value())
 
 
 def _open_batches(settings: GatewaySettings) -> Batches | None:

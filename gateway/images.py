@@ -306,8 +306,8 @@ class ImageLibrary:
             data = bytes(value)
             if await _digest(data, tenant.digest_key) == record.digest:
                 return data
-            log.warning("kept image file is damaged, dropped", image=record.id)
-            await store.delete(file_key(record.digest))
+            log.warning("kept image file is another's, dropped", image=record.id)
+            await store.discard(file_key(record.digest), data)
         raise LookonceError(ErrorKind.NOT_FOUND, "the image's file is no longer kept: upload it again", param="image")
 
 

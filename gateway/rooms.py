@@ -43,6 +43,10 @@ class Rooms:
         """See EmbeddingStore."""
         return all(await asyncio.gather(self._passing.delete(key), self._lasting(key).delete(key)))
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        await asyncio.gather(self._passing.discard(key, value), self._lasting(key).discard(key, value))
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         return await self._index.acquire(name, owner, seconds)

@@ -132,9 +132,9 @@ class EmbeddingResolver:
             raise refusal or _missing(
                 "the image's embedding is in no store and no vision service has it; encode it again"
             )
-        record = await asyncio.to_thread(parse_record, fetched)
+        record = await asyncio.to_thread(parse_record, fetched, reference.key)
         rows = await self._admit(record, reference)
-        await _to_its_end(self._cache.put(reference.key, record))
+        await _to_its_end(self._cache.put(record))
         return rows, EmbeddingSource.FETCHED
 
     async def _admit(self, record: EmbeddingRecord, reference: EmbeddingReference) -> torch.Tensor:

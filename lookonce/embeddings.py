@@ -27,27 +27,27 @@ class EmbeddingCache:
         self.metrics = StoreMetrics("cache", "embeddings")
 
     async def get(self, key: bytes) -> EmbeddingRecord | None:
-        """The record, verified; its tensors are views into the store's bytes. A damaged one is deleted, counted, and
-        a miss."""
+        """The record, verified; its tensors are views into the store's bytes. A damaged one, or another key's, is
+        deleted, counted, and a miss."""
         value = await self.store.get(key)
         record = None
         if value is not None:
             try:
                 inline = value.nbytes <= INLINE_BYTES
-                record = parse_record(value) if inline else await asyncio.to_thread(parse_record, value)
+                record = parse_record(value, key) if inline else await asyncio.to_thread(parse_record, value, key)
             except RecordError as error:
                 log.warning("damaged embedding dropped", key=key.hex(), reason=error.message)
                 self.metrics.corrupt()
-                await self.store.delete(key)
+                await self.store.discard(key, value)
         self.metrics.lookup(record is not None)
         return record
 
-    async def put(self, key: bytes, record: EmbeddingRecord, *, ttl: float | None = None) -> bool:
+    async def put(self, record: EmbeddingRecord, *, ttl: float | None = None) -> bool:
         """Store `record`. False when the store could not keep it. Raises RecordError when its fields contradict each
         other."""
         size = sum(view.data.nbytes for view in record.tensors.values())
         value = record.serialize() if size <= INLINE_BYTES else await asyncio.to_thread(record.serialize)
-        kept = await self.store.put(key, value, ttl=ttl)
+        kept = await self.store.put(record.key, value, ttl=ttl)
         self.metrics.put(kept)
         return kept
 

@@ -16,7 +16,7 @@ from blake3 import blake3
 from lookonce.errors import invalid
 
 DIGEST_BYTES = 32
-RECORD_SCHEMA = 1
+RECORD_SCHEMA = 2
 PREPROCESSING_VERSION = 1
 SHARED_TENANT_KEY = bytes(DIGEST_BYTES)
 """The digest key of a deployment where tenants share embeddings (or where there is only one)."""

@@ -1,8 +1,8 @@
 """The embedding record: one self-describing byte string, read without copying.
 
 Layout (the safetensors format): 8-byte little-endian header length, JSON header, tensor data. The metadata holds the
-schema version, fingerprint, image digest, grid_thw, source size, token count and a BLAKE3 checksum over all of it. No
-torch here: `lookonce.tensors` turns views into tensors.
+schema version, key, fingerprint, image digest, grid_thw, source size, token count and a BLAKE3 checksum over all of
+it. No torch here: `lookonce.tensors` turns views into tensors.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class TensorView:
 class EmbeddingRecord:
     """A decoded record. `grid_thw` counts patches before merging: rows == t*h*w / merge²."""
 
+    key: bytes  # embedding key, 32 bytes: what it is stored under
     fingerprint: str  # 64 hex characters
     image_digest: bytes  # 32 bytes
     grid_thw: tuple[int, int, int]
@@ -75,6 +76,7 @@ class EmbeddingRecord:
     def _metadata(self) -> dict[str, str]:
         return {
             "schema": str(RECORD_SCHEMA),
+            "key": self.key.hex(),
             "fingerprint": self.fingerprint,
             "image_digest": self.image_digest.hex(),
             "grid_thw": ",".join(map(str, self.grid_thw)),
@@ -84,8 +86,9 @@ class EmbeddingRecord:
         }
 
 
-def parse_record(value: bytes | bytearray | memoryview) -> EmbeddingRecord:
-    """Decode and verify a record; its tensors are views into `value`. Raises RecordError on anything amiss."""
+def parse_record(value: bytes | bytearray | memoryview, key: bytes) -> EmbeddingRecord:
+    """Decode and verify the record of `key`; its tensors are views into `value`. Raises RecordError on anything amiss,
+    and when it is of another key."""
     buffer = memoryview(value).cast("B").toreadonly()
     header, data = _split(buffer)
     metadata = header.pop("__metadata__", None)
@@ -103,6 +106,7 @@ def parse_record(value: bytes | bytearray | memoryview) -> EmbeddingRecord:
             raise RecordError(f"embedding record: schema {metadata['schema']}, this reader knows {RECORD_SCHEMA}")
         t, h, w = map(int, metadata["grid_thw"].split(","))
         record = EmbeddingRecord(
+            key=bytes.fromhex(metadata["key"]),
             fingerprint=metadata["fingerprint"],
             image_digest=bytes.fromhex(metadata["image_digest"]),
             grid_thw=(t, h, w),
@@ -113,6 +117,8 @@ def parse_record(value: bytes | bytearray | memoryview) -> EmbeddingRecord:
         )
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise RecordError("embedding record: malformed header") from error
+    if record.key != key:
+        raise RecordError("embedding record: it is of another key")
     _check_tensors(record.tensors, record.tokens)
     return record
 

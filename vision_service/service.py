@@ -20,6 +20,7 @@ from lookonce.record import EMBEDDING, EmbeddingRecord
 from lookonce.reference import EmbeddingReference
 from lookonce.singleflight import Flight, How, SingleFlight
 from lookonce.stores import Store
+from lookonce.stores.sealed import SealedStore
 from lookonce.tensors import view_of
 from vision_service import metrics
 from vision_service.batcher import Batcher, Encode, Encoded
@@ -58,6 +59,7 @@ class CoreLimits:
 class Work:
     """What was done for one flight, in milliseconds."""
 
+    encoded: bool = False  # a forward was run for it
     queue_ms: float = 0.0
     preprocess_ms: float = 0.0
     encode_ms: float = 0.0
@@ -91,7 +93,7 @@ class _Made:
     work: Work
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     image: bytes
     digest: bytes
@@ -99,6 +101,7 @@ class _Job:
     bounds: tuple[int, int]
     ttl: float | None
     work: Work = field(default_factory=Work)
+    near: EmbeddingRecord | None = None  # found in this process's memory, but not in the store that is shared
 
 
 class VisionCore:
@@ -121,8 +124,9 @@ class VisionCore:
         self.counters = Counters()
         self._preprocess = preprocessor
         self._store = store
+        self._shared = shared or store
         self._cache = EmbeddingCache(store)
-        self._index = ImageIndex(shared or store)
+        self._index = ImageIndex(SealedStore(self._shared, "image-index"))
         self._flights: SingleFlight[_Made] = SingleFlight(store, lease_seconds=limits.lease_seconds)
         self._pool = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
         self._slots = asyncio.Semaphore(limits.decode_workers)
@@ -176,6 +180,8 @@ class VisionCore:
             discard=lambda: self._store.delete(job.key),
             label=digest,
         )
+        if outcome == "miss" and not made.work.encoded:
+            outcome = "hit"
         self._tally(outcome)
         total_ms = 1000 * (time.perf_counter() - started)
         return Encoding(_reference(job.key, made.record), made.record, outcome, made.work, total_ms)
@@ -232,20 +238,29 @@ class VisionCore:
     async def _load(self, job: _Job) -> _Made | None:
         started = time.perf_counter()
         record = await self._cache.get(job.key)
-        job.work.store_ms += 1000 * (time.perf_counter() - started)
-        if record is None:
-            return None
-        if not self._is_ours(record) or record.image_digest != job.digest:
+        if record is not None and (not self._is_ours(record) or record.image_digest != job.digest):
             await self._store.delete(job.key)
+            record = None
+        job.near = record if record is not None and await self._is_lost(job.key) else None
+        job.work.store_ms += 1000 * (time.perf_counter() - started)
+        if record is None or job.near is not None:  # near: made of that, and saved as if it were new
             return None
         job.work.stored = True
         return _Made(record, job.work)
+
+    async def _is_lost(self, key: bytes) -> bool:
+        """Whether the store that is shared, being in order, lacks what this process has."""
+        if self._shared is self._store or any(tier.degraded for tier in self._shared.stats()):
+            return False
+        return not await self._shared.contains(key)
 
     def _is_ours(self, record: EmbeddingRecord) -> bool:
         view = record.tensors[EMBEDDING]
         return record.fingerprint == self.model.fingerprint and view.shape[1] == self.model.hidden_size
 
     async def _make(self, job: _Job) -> _Made:
+        if job.near is not None:
+            return _Made(job.near, job.work)
         if self._under_way >= self._max_waiting:
             raise LookonceError(
                 ErrorKind.OVERLOADED,
@@ -275,6 +290,7 @@ class VisionCore:
         finally:
             self._batched -= 1
         self.counters.encodes += 1
+        job.work.encoded = True
         metrics.ENCODES.inc()
         job.work.queue_ms = 1000 * (entered - started) + encoded.queue_ms
         job.work.preprocess_ms = 1000 * (prepared - entered)
@@ -282,6 +298,7 @@ class VisionCore:
         _record(begun, 1000 * (entered - started), 1000 * (prepared - started), encoded)
         self._pace += 0.05 * (encoded.encode_ms / 1000 - self._pace)
         return EmbeddingRecord(
+            key=job.key,
             fingerprint=self.model.fingerprint,
             image_digest=job.digest,
             grid_thw=patches.grid_thw,
@@ -299,7 +316,7 @@ class VisionCore:
         started = time.perf_counter()
         if job.bounds != self.model.own_bounds:
             await self._index.add(job.digest, job.key, ttl=job.ttl)
-        made.work.stored = await self._cache.put(job.key, made.record, ttl=job.ttl)
+        made.work.stored = await self._cache.put(made.record, ttl=job.ttl)
         made.work.store_ms += 1000 * (time.perf_counter() - started)
 
     def _tally(self, outcome: How) -> None:

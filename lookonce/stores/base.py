@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 from lookonce.stores.metrics import StoreStats
 
 Value = bytes | bytearray | memoryview
+MAX_LEASE_SECONDS = 3600.0
+"""A lease that claims to last longer is none: its clock has since been set back, or something else was put there."""
 
 
 class StoreFailure(Exception):
@@ -64,6 +66,10 @@ class Leases(Protocol):
 @runtime_checkable
 class Store(EmbeddingStore, Leases, Protocol):
     """What `open_store` answers: values, leases, and a look at how it fares."""
+
+    async def discard(self, key: bytes, value: Value) -> None:
+        """Remove what was found to be no good, unless the key has another value by now."""
+        ...
 
     async def ping(self) -> bool:
         """Whether the store answers right now, asked afresh (never a circuit breaker's memory)."""

@@ -82,6 +82,11 @@ class CircuitBreaker:
         """See EmbeddingStore. Tried even while the circuit is open: erasure must not be skipped to save time."""
         return await self._guard(self._driver.delete(key), False)
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        if not self._blocked():
+            await self._guard(self._driver.discard(key, value), None)
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         return True if self._blocked() else await self._guard(self._driver.acquire(name, owner, seconds), True)

@@ -116,6 +116,10 @@ class EmbeddedStore:
         await self._change(_Write(lambda changes: changes.remove(key)))
         return True
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        await self._change(_Write(lambda changes: changes.discard(key, value)))
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         look_first = time.monotonic() - self._refused < LOOK_FIRST_SECONDS

@@ -13,12 +13,10 @@ from typing import Any
 
 import lmdb
 
-from lookonce.stores.base import Value
+from lookonce.stores.base import MAX_LEASE_SECONDS, Value
 
 PAGE_BYTES = 4096
 MAX_KEY_BYTES = 255
-MAX_LEASE_SECONDS = 3600.0
-"""A lease that claims to last longer comes from a clock that has since been set back, and is void."""
 NEVER = 2**63 - 1
 
 _ENTRY = struct.Struct(">QQQ")  # cost in bytes, used and expires (NEVER: no expiry)
@@ -57,7 +55,7 @@ def cost_of(value: Value) -> int:
 
 def held_by_other(lease: bytes | None, owner: bytes, now: int) -> bool:
     """Whether another owner holds this lease."""
-    if lease is None or lease[8:] == owner:
+    if lease is None or len(lease) < _TIME.size or lease[8:] == owner:  # shorter: no lease of ours
         return False
     expires: int = _TIME.unpack(lease[:8])[0]
     return 0 < expires - now <= int(MAX_LEASE_SECONDS * 1e9)
@@ -110,6 +108,11 @@ class Changes:
         self._transaction.delete(_TIME.pack(entry.expires) + key, db=self._tables[b"expiry"])
         self.bytes -= entry.cost
         self.entries -= 1
+
+    def discard(self, key: bytes, value: Value) -> None:
+        """Remove the value of `key`, if it is this one."""
+        if is_key(key) and self._transaction.get(key, db=self._tables[b"values"]) == bytes(value):
+            self.remove(key)
 
     def evict(self, room: int) -> None:
         """Remove the least recently used until no more than `room` bytes are left."""

@@ -93,6 +93,12 @@ class MemoryStore:
         self._publish()
         return True
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.value == bytes(value):
+            await self.delete(key)
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         now = self._clock()

@@ -23,6 +23,11 @@ _ENTRIES = Gauge("lookonce_store_entries", "Values held.", _LABELS)
 _DEGRADED = Gauge("lookonce_store_degraded", "1 while the circuit breaker keeps the store out of use.", _LABELS)
 
 
+def corrupt_counter(store: str, namespace: str) -> Counter:
+    """Counts values that failed verification, for what verifies them in front of a store."""
+    return _CORRUPT.labels(store, namespace)
+
+
 @dataclass
 class StoreStats:
     """A snapshot of one store. `bytes` and `entries` are None where only the server knows."""

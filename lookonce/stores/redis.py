@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from lookonce.stores.base import StoreFailure, Value
+from lookonce.stores.base import MAX_LEASE_SECONDS, StoreFailure, Value
 from lookonce.stores.metrics import StoreMetrics, StoreStats
 from lookonce.stores.redis_reader import ReaderOptions, ValueReader
 
@@ -31,12 +31,17 @@ DROPPED: Final[Any] = (RedisConnectionError, RuntimeError)
 """What a dropped connection raises. RuntimeError: uvloop's, for a write to a transport that is closed already."""
 
 # Only the owner may renew or give back a lease. Method: Redis documentation, "Distributed Locks with Redis".
+# What has no end, or one farther off than ARGV[3] ms, is no lease of ours: it would never come free.
 _ACQUIRE: Final = """
 local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return 0 end
+if owner and owner ~= ARGV[1] then
+  local left = redis.pcall('PTTL', KEYS[1])
+  if type(left) ~= 'number' or (left >= 0 and left <= tonumber(ARGV[3])) then return 0 end
+end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
+_DISCARD: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 _CODE: Final = re.compile("[A-Z]{2,20}")
 _RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
@@ -92,7 +97,14 @@ class RedisStore:
         """See EmbeddingStore."""
         name = self._name(key)
         reader = self._client if self._reader is None else self._reader
-        value = await self._run(lambda: reader.get(name))
+        try:
+            value = await self._run(lambda: reader.get(name))
+        except StoreFailure as failure:
+            if failure.code != "WRONGTYPE":
+                raise
+            self.metrics.corrupt()  # a list or a hash, put there by somebody else
+            await self.delete(key)
+            value = None
         if not isinstance(value, bytes | memoryview | None):
             raise StoreFailure("redis answered a get with something else than bytes")
         self.metrics.lookup(value is not None)
@@ -124,10 +136,15 @@ class RedisStore:
             raise StoreFailure("redis did not confirm a delete")
         return True
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        name = self._name(key)
+        await self._run(lambda: self._client.eval(_DISCARD, 1, name, bytes(value)))
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
-        lease, milliseconds = self._lease(name), max(1, round(seconds * 1000))
-        return bool(await self._run(lambda: self._client.eval(_ACQUIRE, 1, lease, owner, milliseconds)))
+        lease, milliseconds, longest = self._lease(name), max(1, round(seconds * 1000)), round(MAX_LEASE_SECONDS * 1000)
+        return bool(await self._run(lambda: self._client.eval(_ACQUIRE, 1, lease, owner, milliseconds, longest)))
 
     async def release(self, name: bytes, owner: bytes) -> None:
         """See Leases."""

@@ -67,6 +67,12 @@ class TieredStore:
             gone = await tier.delete(key) and gone
         return gone
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store. Far tier first, as `delete`."""
+        self._outdate(key)
+        for tier in reversed(self._tiers):
+            await tier.discard(key, value)
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         return await self._tiers[-1].acquire(name, owner, seconds)

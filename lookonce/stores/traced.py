@@ -39,6 +39,10 @@ class TracedStore:
             self._note(step, gone=gone)
         return gone
 
+    async def discard(self, key: bytes, value: Value) -> None:
+        """See Store."""
+        await self._store.discard(key, value)
+
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         """See Leases."""
         with tracing.step("store.acquire", "client") as step:

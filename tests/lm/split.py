@@ -53,7 +53,9 @@ class Tower:
 
 def record_of(reference: EmbeddingReference, rows: torch.Tensor, **changes) -> EmbeddingRecord:
     """A record of these rows; `changes` make it disagree with its reference."""
-    fields = {name: getattr(reference, name) for name in ("fingerprint", "image_digest", "grid_thw", "width", "height")}
+    fields = {
+        name: getattr(reference, name) for name in ("key", "fingerprint", "image_digest", "grid_thw", "width", "height")
+    }
     return EmbeddingRecord(**(fields | {"tokens": len(rows), "tensors": {EMBEDDING: view_of(rows)}} | changes))
 
 

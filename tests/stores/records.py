@@ -7,11 +7,14 @@ import os
 from lookonce.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView
 
 
-def make_record(tokens: int = 4, hidden: int = 64, dtype: str = "BF16", deepstack: int = 0) -> EmbeddingRecord:
+def make_record(
+    tokens: int = 4, hidden: int = 64, dtype: str = "BF16", deepstack: int = 0, key: bytes = bytes(32)
+) -> EmbeddingRecord:
     """A record of random bytes."""
     names = [EMBEDDING, *(f"deepstack_{n}" for n in range(deepstack))]
     size = tokens * hidden * ITEM_BYTES[dtype]
     return EmbeddingRecord(
+        key=key,
         fingerprint=os.urandom(32).hex(),
         image_digest=os.urandom(32),
         grid_thw=(1, 2, 2 * tokens),

@@ -179,9 +179,10 @@ async def test_many_at_once(store):
 
 
 async def test_embedding_cache_drops_damaged_records(store):
-    cache, key, record = EmbeddingCache(store), new_key(), make_record(tokens=200)
+    cache, key = EmbeddingCache(store), new_key()
+    record = make_record(tokens=200, key=key)
     assert await cache.get(key) is None
-    assert await cache.put(key, record)
+    assert await cache.put(record)
     assert (await cache.get(key)).image_digest == record.image_digest
     damaged = bytearray(record.serialize())
     damaged[-1] ^= 1
@@ -189,7 +190,7 @@ async def test_embedding_cache_drops_damaged_records(store):
     assert await cache.get(key) is None
     assert cache.metrics.stats.corrupt == 1
     assert not await store.contains(key), "it was dropped"
-    await cache.put(key, record)
+    await cache.put(record)
     assert await cache.contains(key)
     assert await cache.forget([key, new_key()])
     assert await cache.get(key) is None

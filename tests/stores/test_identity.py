@@ -22,10 +22,10 @@ def test_golden_vectors():
     assert image_digest(b"image").hex() == "e3369d1bfc3955b917de0892e1251d46eb0a9251228dfe2b164ec13505487d1a"
     assert image_id(image_digest(b"image")) == "img_4m3j2g74hfk3sf66bcjocji5i3vqvesrekg74kywj3atkbkipuna"
     assert tenant_key("secret", "tenant").hex() == "2e33a63cb1dc92f4a4bf1cb329af84e5040af81e21b475609afe17d8aa59e320"
-    assert SPEC.fingerprint() == "29972000b4b7a8d2b0748ef976015f22c185814c391ddf3cf78e0d8fb64d3bdc"
+    assert SPEC.fingerprint() == "348d0929669cec72cf919bc27932648569ca50d57a7d2879b18816f74e0e41a4"
     assert (
         embedding_key(image_digest(b"image"), SPEC.fingerprint(), 3136, 1003520).hex()
-        == "32fe25a464e01a327ad26bb134fa547e60c25735869efe7bc4ab5d8f16104138"
+        == "a7b01ab5bf4bac9c1b17e1f8aa8aba5f70d060cfcbfc9e8523a0d73ecebf2c11"
     )
 
 

@@ -15,6 +15,8 @@ from lookonce.errors import RecordError
 from lookonce.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView, parse_record
 from tests.stores.records import make_record
 
+KEY = bytes(32)
+
 
 @st.composite
 def records(draw) -> EmbeddingRecord:
@@ -28,14 +30,14 @@ def records(draw) -> EmbeddingRecord:
     grid = draw(st.tuples(*[st.integers(1, 1000)] * 3))
     width, height = draw(st.integers(1, 10**6)), draw(st.integers(1, 10**6))
     digest = draw(st.binary(min_size=32, max_size=32))
-    return EmbeddingRecord(digest[::-1].hex(), digest, grid, width, height, tokens, tensors)
+    return EmbeddingRecord(KEY, digest[::-1].hex(), digest, grid, width, height, tokens, tensors)
 
 
 @settings(max_examples=60, deadline=None)
 @given(records())
 def test_round_trip(record):
     value = record.serialize()
-    parsed = parse_record(value)
+    parsed = parse_record(value, KEY)
     assert parsed == dataclasses.replace(record, tensors=dict(sorted(record.tensors.items())))
     assert parsed.serialize() == value
     assert all(view.data.readonly for view in parsed.tensors.values())
@@ -46,11 +48,11 @@ def test_round_trip(record):
 def test_truncated_or_flipped_is_a_record_error(record, data):
     value = bytearray(record.serialize())
     with pytest.raises(RecordError):
-        parse_record(value[: data.draw(st.integers(0, len(value) - 1))])
+        parse_record(value[: data.draw(st.integers(0, len(value) - 1))], KEY)
     position = data.draw(st.integers(0, len(value) - 1))
     value[position] ^= 1 << data.draw(st.integers(0, 7))
     try:
-        damaged = parse_record(value)
+        damaged = parse_record(value, KEY)
     except RecordError:
         return
     assert damaged == dataclasses.replace(record, tensors=dict(sorted(record.tensors.items()))), (
@@ -62,9 +64,9 @@ def test_truncated_or_flipped_is_a_record_error(record, data):
 @given(st.binary(max_size=300))
 def test_noise_is_a_record_error(value):
     with pytest.raises(RecordError):
-        parse_record(value)
+        parse_record(value, KEY)
     with pytest.raises(RecordError):
-        parse_record(struct.pack("<Q", len(value)) + value)
+        parse_record(struct.pack("<Q", len(value)) + value, KEY)
 
 
 json_values = st.recursive(
@@ -79,7 +81,7 @@ json_values = st.recursive(
 def test_any_json_header_is_a_record_error(header):
     text = json.dumps(header).encode()
     with pytest.raises(RecordError):
-        parse_record(struct.pack("<Q", len(text)) + text + bytes(64))
+        parse_record(struct.pack("<Q", len(text)) + text + bytes(64), KEY)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_any_json_header_is_a_record_error(header):
 )
 def test_hostile_headers_are_a_record_error(text):
     with pytest.raises(RecordError):
-        parse_record(struct.pack("<Q", len(text)) + text)
+        parse_record(struct.pack("<Q", len(text)) + text, KEY)
 
 
 def test_it_is_safetensors():

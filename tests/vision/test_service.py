@@ -54,7 +54,7 @@ async def test_embeddings_equal_the_unsplit_model_s_features(tmp_path, size, lay
     async with in_process(path) as client:
         results = await asyncio.gather(*(client.encode(request(f, with_tensors=True)) for f in files.values()))
     for data, result in zip(files.values(), results, strict=True):
-        record = parse_record(result.record)
+        record = parse_record(result.record, result.reference.key)
         expected = unsplit.features(decoder.decode(data))
         torch.testing.assert_close(tensor_of(record.tensors[EMBEDDING]), expected, atol=1e-5, rtol=0)
         assert record.tokens == result.reference.tokens == len(expected)
@@ -111,7 +111,7 @@ async def test_records_over_four_mebibytes_come_in_chunks(tmp_path, noise):
         record = b"".join(message.chunk.data for message in messages[1:])
         assert messages[0].result.record == b"" and len(messages) > 5
         assert messages[0].result.record_bytes_to_follow == len(record) > 4 << 20
-        assert parse_record(record).tokens == messages[0].result.reference.tokens
+        assert parse_record(record, messages[0].result.reference.key).tokens == messages[0].result.reference.tokens
         assert (await client.encode(request(image, with_tensors=True))).record == record
         assert await client.fetch(messages[0].result.reference.key) == record
 

@@ -43,7 +43,10 @@ async def test_every_image_is_answered_and_errors_do_not_end_it(client):
         assert message.WhichOneof("payload") == ("error" if bad else "result")
         if bad:
             assert message.error.kind == common_pb2.IMAGE_INVALID and message.error.param == "image"
-    assert parse_record(answers[3].result.record).tokens == answers[3].result.reference.tokens
+    assert (
+        parse_record(answers[3].result.record, answers[3].result.reference.key).tokens
+        == answers[3].result.reference.tokens
+    )
 
 
 async def test_the_window_is_told(client):
