@@ -7,7 +7,6 @@ weights.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterable
@@ -17,10 +16,11 @@ from blake3 import blake3
 
 from lookonce.errors import CheckpointError
 from lookonce.identity import canonical_json
+from lookonce.seal import Sealer
 
 CACHE_DIR_VARIABLE = "LOOKONCE_CACHE_DIR"
 _CHUNK_BYTES = 32 << 20
-_Record = dict[str, str | int]
+_SEALER = Sealer("checkpoint-digests")
 
 
 def cache_dir() -> Path:
@@ -40,8 +40,9 @@ def file_digest(file: Path) -> str:
     try:
         path = file.resolve(strict=True)
         state = path.stat()
-        key: _Record = {"path": str(path), "size": state.st_size, "mtime_ns": state.st_mtime_ns, "inode": state.st_ino}
-        memo = cache_dir() / "digests" / f"{blake3(str(path).encode()).hexdigest()[:32]}.json"
+        fields = {"path": str(path), "size": state.st_size, "mtime_ns": state.st_mtime_ns, "inode": state.st_ino}
+        key = canonical_json(fields)
+        memo = cache_dir() / "digests" / blake3(str(path).encode()).hexdigest()[:32]
         remembered = _recall(memo, key)
         if remembered is not None:
             return remembered
@@ -50,7 +51,7 @@ def file_digest(file: Path) -> str:
         raise CheckpointError(
             f"{file} cannot be read ({error.strerror}); its contents identify the checkpoint"
         ) from None
-    _remember(memo, key | {"digest": digest})
+    _remember(memo, _SEALER.seal(key, digest.encode("ascii")))
     return digest
 
 
@@ -64,25 +65,22 @@ def _hash(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _recall(memo: Path, key: _Record) -> str | None:
+def _recall(memo: Path, key: bytes) -> str | None:
     try:
-        stored = json.loads(memo.read_bytes())
-    except (OSError, ValueError):
+        digest = _SEALER.open(key, memo.read_bytes())
+    except OSError:
         return None
-    if not isinstance(stored, dict):
-        return None
-    digest = stored.pop("digest", None)
-    return digest if stored == key and isinstance(digest, str) else None
+    return None if digest is None else bytes(digest).decode("ascii")
 
 
-def _remember(memo: Path, record: _Record) -> None:
+def _remember(memo: Path, sealed: bytes) -> None:
     # A cache that can't be written only means hashing again next time.
     with contextlib.suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=memo.parent, prefix=".digest-")
         try:
-            with os.fdopen(handle, "w") as stream:
-                json.dump(record, stream)
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(sealed)
             os.replace(temporary, memo)
         except OSError:
             os.unlink(temporary)

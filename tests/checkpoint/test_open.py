@@ -103,6 +103,19 @@ def test_a_damaged_or_unwritable_memory_only_costs_time(own, tmp_path, monkeypat
     assert open_checkpoint(str(own)).identity == first
 
 
+@pytest.mark.parametrize("damage", ["swapped", "a bit"])
+def test_a_remembered_digest_is_its_own_files(own, tmp_path, monkeypatch, damage):
+    first = open_checkpoint(str(own)).identity
+    monkeypatch.setenv("LOOKONCE_CACHE_DIR", str(tmp_path / "memory"))
+    assert open_checkpoint(str(own)).identity == first
+    memos = sorted((tmp_path / "memory" / "digests").iterdir())
+    contents = [memo.read_bytes() for memo in memos]
+    assert len(memos) > 1
+    for memo, content, other in zip(memos, contents, [*contents[1:], contents[0]], strict=True):
+        memo.write_bytes(other if damage == "swapped" else content[:-1] + bytes([content[-1] ^ 1]))
+    assert open_checkpoint(str(own)).identity == first
+
+
 def test_the_fingerprint_depends_on_dtype_preprocessor_and_weights_but_not_on_pixel_bounds(own, tmp_path):
     spec = open_checkpoint(str(own)).encoder_spec("float32")
     fingerprint = spec.fingerprint()

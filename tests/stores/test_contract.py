@@ -11,6 +11,7 @@ import pytest
 
 from lookonce.embeddings import EmbeddingCache
 from lookonce.stores import EmbeddingStore, Leases, Store, open_store
+from lookonce.stores.sealed import SealedStore
 from tests.stores.records import make_record
 
 
@@ -176,6 +177,45 @@ async def test_many_at_once(store):
     assert all(await asyncio.gather(*(store.put(key, key * 1000) for key in keys)))
     views = await asyncio.gather(*(store.get(key) for key in keys))
     assert [bytes(view) for view in views] == [key * 1000 for key in keys]
+
+
+async def test_discard_removes_that_value_and_no_other(store):
+    key = new_key()
+    await store.put(key, b"bad")
+    assert await store.get(key) == b"bad"
+    await store.put(key, b"good")
+    await store.discard(key, b"bad")
+    assert await store.get(key) == b"good"
+    await store.discard(key, memoryview(b"good"))
+    assert await store.get(key) is None
+    await store.discard(new_key(), b"never there")
+
+
+async def test_sealed_values_are_their_keys_own(store_url):
+    plain = open_store(store_url)
+    store, other = SealedStore(plain, "images"), SealedStore(plain, "lists")
+    one, two, absent = new_key(), new_key(), new_key()
+    values = {one: os.urandom(1000), two: os.urandom(300_000)}
+    for key, value in values.items():
+        assert await store.put(key, value)
+    assert [await store.get(key) for key in values] == list(values.values())
+    raw = {key: bytes(await plain.get(key) or b"") for key in values}
+    assert await other.get(one) is None, "another namespace's"
+    await store.put(one, values[one])
+    for bad in (raw[two], values[one], raw[one][:-1], raw[one] + b"x", b"", b"x", raw[one][:31] + b"?" + raw[one][32:]):
+        await plain.put(absent, bad)
+        assert await store.get(absent) is None
+        assert not await plain.contains(absent), "it was dropped"
+    await plain.close()
+
+
+async def test_embedding_cache_drops_what_is_another_keys(store):
+    cache, key, other = EmbeddingCache(store), new_key(), new_key()
+    await cache.put(make_record(key=key))
+    await store.put(other, bytes(await store.get(key)))
+    assert await cache.get(other) is None
+    assert cache.metrics.stats.corrupt == 1
+    assert not await store.contains(other) and await cache.get(key) is not None
 
 
 async def test_embedding_cache_drops_damaged_records(store):

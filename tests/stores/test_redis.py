@@ -129,6 +129,29 @@ async def test_a_value_over_the_limit_is_refused(valkey):
     await store.close()
 
 
+async def test_what_is_no_lease_holds_nobody_up(valkey):
+    store, name = open_store(f"{valkey.url}?{PATIENT}"), b"\7" * 32
+    with valkey.client() as client:
+        lease = f"lookonce:embeddings:lease:{name.hex()}"
+        for value, milliseconds in ((b"x" * 16, None), (b"x" * 4_000_000, None), (b"x", 86_400_000)):
+            client.set(lease, value, px=milliseconds)
+            assert await store.acquire(name, b"me", 5), "it has no end, or none that a lease may have"
+            assert 0 < client.pttl(lease) <= 5000
+    assert not await store.acquire(name, b"another", 5)
+    await store.close()
+
+
+async def test_a_value_of_another_type_is_a_miss_and_makes_room(valkey):
+    store, key = open_store(f"{valkey.url}?{PATIENT}"), b"\6" * 32
+    with valkey.client() as client:
+        for _ in range(5):
+            client.rpush(f"lookonce:embeddings:{key.hex()}", b"one", b"two")
+            assert await store.get(key) is None
+            assert not await store.contains(key)
+    assert (store.stats()[0].corrupt, store.stats()[0].errors) == (5, 0)
+    await store.close()
+
+
 async def test_acl_user_limited_to_our_keys():
     with ValkeyServer() as server:
         with server.client() as admin:

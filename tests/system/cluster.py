@@ -93,6 +93,7 @@ class System:
         vision_args: tuple[str, ...] = (),
         language_args: tuple[str, ...] = (),
         gateway_args: tuple[str, ...] = (),
+        key: str | None = None,  # an API key, where the gateways' arguments say that they want one
     ) -> None:
         self.store = store = store or f"file://{folder}/store"
         common = ("--model", str(model), "--store", store, "--device", "cpu", "--dtype", "float32")
@@ -108,7 +109,8 @@ class System:
         self.gateways = [self._own(GatewayProcess(*args)) for _ in range(gateways)]
         for gateway in self.gateways:
             gateway.wait_ready()
-        self.http = httpx2.Client(base_url=self.gateways[0].url, timeout=120)
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        self.http = httpx2.Client(base_url=self.gateways[0].url, timeout=120, headers=headers)
         self._stack.callback(self.http.close)
         self.model = self.http.get("/v1/models").json()["data"][0]["id"]
 
