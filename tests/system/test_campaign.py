@@ -147,6 +147,5 @@ def test_no_fault_makes_an_answer_wrong_or_loses_what_is_kept(tmp_path):
                 verdicts.accuse(f"memory of {kind}", bytes=memory.peaks[kind])
         peaks = ", ".join(f"{kind} {peak >> 20} MiB" for kind, peak in sorted(memory.peaks.items()))
         print(f"\n{verdicts.report()}\nmemory at most: {peaks}\nlogs: {tmp_path}")
-    kinds = {window.kind for window in verdicts.windows}
-    assert len(kinds) == 16 or SECONDS < 90, f"too short: of 16 kinds of faults there were {sorted(kinds)}"
+    assert len({window.kind for window in verdicts.windows}) == 16
     assert dict(verdicts.violations) == {}, verdicts.report()

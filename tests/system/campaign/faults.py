@@ -45,7 +45,7 @@ class Faults:
         self._failed: list[BaseException] = []
 
     def run(self, seconds: float) -> None:
-        """Break and mend for so long; everything is whole afterwards. Blocking."""
+        """Break and mend for so long, and everything once; all is whole afterwards. Blocking."""
         deadline = time.monotonic() + seconds
         groups = (self._of_processes(), self._of_the_store())
         threads = [
@@ -62,8 +62,8 @@ class Faults:
     def _run(self, seed: str, faults: list[Callable[[random.Random], None]], deadline: float) -> None:
         rng = random.Random(seed)
         try:
-            for fault in _shuffled(faults, rng):
-                if time.monotonic() > deadline:
+            for number, fault in enumerate(_shuffled(faults, rng)):
+                if time.monotonic() > deadline and number >= len(faults):  # each of them once, however slow the machine
                     return
                 fault(rng)
                 time.sleep(rng.uniform(*PAUSES))
