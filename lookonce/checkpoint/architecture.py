@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lookonce.errors import CheckpointError
 from lookonce.families import Family
+from lookonce.families.qwen2_vl_limits import MOST_LAYERS
 
 Layout = Literal["published", "nested"]
 
@@ -60,25 +61,27 @@ SIZES: dict[str, Architecture] = {
 def architecture_of(family: Family, config: dict[str, Any]) -> Architecture:
     """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
     vision, text = family.vision_config(config), family.text_config(config)
-    names = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    missing = [name for name in names if not isinstance(text.get(name), int)]
-    if missing:
-        raise CheckpointError(f"config.json: {', '.join(missing)} missing; take it from the model's repository")
-    return Architecture(
-        vision_depth=vision["depth"],
-        vision_width=vision["embed_dim"],
-        vision_heads=vision["num_heads"],
-        layers=text["num_hidden_layers"],
-        hidden=family.hidden_size(config),
-        heads=text["num_attention_heads"],
-        kv_heads=text.get("num_key_value_heads") or text["num_attention_heads"],
-        ffn=text["intermediate_size"],
-        vocab=text["vocab_size"],
-        mlp_ratio=vision["mlp_ratio"],
-        patch=vision["patch_size"],
-        temporal_patch=vision["temporal_patch_size"],
-        merge=vision["spatial_merge_size"],
-    )
+    sizes = {
+        "vision_depth": vision["depth"],
+        "vision_width": vision["embed_dim"],
+        "vision_heads": vision["num_heads"],
+        "layers": text.get("num_hidden_layers"),
+        "hidden": family.hidden_size(config),
+        "heads": text.get("num_attention_heads"),
+        "kv_heads": text.get("num_key_value_heads") or text.get("num_attention_heads"),
+        "ffn": text.get("intermediate_size"),
+        "vocab": text.get("vocab_size"),
+        "mlp_ratio": vision["mlp_ratio"],
+        "patch": vision["patch_size"],
+        "temporal_patch": vision["temporal_patch_size"],
+        "merge": vision["spatial_merge_size"],
+    }
+    wrong = [name for name, value in sizes.items() if not isinstance(value, int) or value <= 0]
+    wrong += [name for name in ("vision_depth", "layers") if name not in wrong and sizes[name] > MOST_LAYERS]
+    if wrong:
+        stated = ", ".join(f"{name} {sizes[name]!r}" for name in wrong)
+        raise CheckpointError(f"config.json: no dimensions of a model: {stated}; take it from the model's repository")
+    return Architecture(**sizes)
 
 
 def tensor_shapes(arch: Architecture, *, layout: Layout = "published", tied: bool = True) -> dict[str, tuple[int, ...]]:

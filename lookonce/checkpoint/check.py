@@ -151,7 +151,7 @@ def _weight_problems(
 
 
 def _architecture(family: Family, config: dict[str, Any]) -> Architecture | None:
-    """None where config.json's dimensions are wrong, which the settings' problems say."""
+    """None where config.json's dimensions are wrong, of which the settings' problems tell."""
     try:
         return architecture_of(family, config)
     except CheckpointError:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lookonce.checkpoint import files
+from lookonce.checkpoint import files, resume
 from lookonce.errors import CheckpointError
 from lookonce.families import Half, family_of
 
@@ -57,7 +57,8 @@ def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) 
     commit = snapshot.name
     with _translated(repository, revision):
         wanted = _weights(repository, snapshot, halves)
-        # Asked for by commit, so that a push between the two calls can't mix two versions.
+        # Asked for by commit, so that a push between the calls can't mix two versions.
+        resume.download(repository, commit, wanted)
         snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
     missing = [name for name in wanted if not (snapshot / name).is_file()]
     if missing:
@@ -89,6 +90,7 @@ def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
 
 @contextlib.contextmanager
 def _translated(repository: str, revision: str | None) -> Iterator[None]:
+    import httpx2
     from huggingface_hub import constants, errors
 
     at = f" at revision {revision!r}" if revision else ""
@@ -108,13 +110,31 @@ def _translated(repository: str, revision: str | None) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no status"
         raise CheckpointError(f"{repository}{at}: the hub answered HTTP {status}; try again later") from None
-    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError):
+    except (httpx2.ReadTimeout, httpx2.WriteTimeout):
+        raise CheckpointError(
+            f"{repository}{at}: the download stalled: the hub sent nothing for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s "
+            "(HF_HUB_DOWNLOAD_TIMEOUT), several times; run it again: it goes on where it ended"
+        ) from None
+    except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
+        raise CheckpointError(
+            f"{repository}{at}: the connection to the hub broke off during the download; "
+            "run it again: it goes on where it ended"
+        ) from None
+    except (
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+        TimeoutError,
+        httpx2.TransportError,
+        httpx2.InvalidURL,
+    ):
         raise CheckpointError(
             f"{repository}{at} is not in the hub cache and the hub can't be reached: "
             "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
         ) from None
     except OSError as error:
-        why = os.strerror(error.errno) if error.errno else "a download was cut short"
+        if not error.errno:  # the library's own: a file of another size than was announced
+            raise CheckpointError(f"{repository}{at}: a download was cut short; run it again") from None
+        why = os.strerror(error.errno)
         raise CheckpointError(
             f"{repository}{at}: the hub cache {constants.HF_HUB_CACHE} can't be written ({why}): "
             "make room there, give it to this process's user, or set HF_HOME to another directory"

@@ -23,6 +23,9 @@ _VISION_SIZES = (
 )
 _TEXT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _DEFAULTED_TEXT_SIZES = ("num_key_value_heads", "max_position_embeddings")
+_LAYERS = ("depth", "num_hidden_layers")
+MOST_LAYERS = 1000
+"""Far beyond any model: layers are built before it is known whether there are weights to fill them."""
 _RESAMPLING = range(6)  # PIL's filters
 _FROM_REPOSITORY = "take config.json from the model's repository"
 _PREPROCESSOR = "preprocessor_config.json"
@@ -155,6 +158,8 @@ def _sizes(settings: dict[str, Any], names: Iterable[str], section: str) -> Iter
             yield f"config.json: {section}{name} missing; {_FROM_REPOSITORY}"
         elif not _is_size(value):
             yield f"config.json: {section}{name} must be a whole number above 0, got {value!r}; {_FROM_REPOSITORY}"
+        elif name in _LAYERS and value > MOST_LAYERS:
+            yield f"config.json: {section}{name} must be at most {MOST_LAYERS}, got {value}; {_FROM_REPOSITORY}"
 
 
 def _is_size(value: Any) -> TypeGuard[int]:

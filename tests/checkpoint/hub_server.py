@@ -7,6 +7,7 @@ resolve.
 import json
 import re
 import threading
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -14,16 +15,23 @@ from blake3 import blake3
 
 
 class Hub:
-    """Serves `directory` as repository `acme/model` at one commit; `gated` refuses its files as the hub does."""
+    """Serves `directory` as repository `acme/model` at one commit; `gated` refuses its files as the hub does.
+
+    `stalls` and `cuts`: byte of a file (by name) behind which nothing more is sent, or the connection ends.
+    `sent` counts the bytes of each file's contents.
+    """
 
     def __init__(self, directory: Path):
         self.directory, self.commit, self.gated, self.requests = directory, "c0ffee" + "0" * 34, False, []
+        self.stalls, self.cuts, self.tags, self.sent, self.closing = {}, {}, {}, Counter(), threading.Event()
+        self.stalled = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
 
     def close(self):
+        self.closing.set()
         self.server.shutdown()
         self.server.server_close()
         self.thread.join()
@@ -66,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.refuse(403, "GatedRepo")
             if not (hub.directory / resolve[2]).is_file():
                 return self.refuse(404, "EntryNotFound")
-            return self.send((hub.directory / resolve[2]).read_bytes(), "application/octet-stream", body)
+            data = (hub.directory / resolve[2]).read_bytes()
+            return self.send(data, "application/octet-stream", body, name=resolve[2])
         return self.refuse(404, "RepoNotFound")
 
     def entry(self, name):
@@ -80,8 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def send(self, data, kind, body):
-        whole, status = len(data), 200
+    def send(self, data, kind, body, name=None):
+        whole, status, start = len(data), 200, 0
+        tag = self.hub.tags.get(name) or blake3(data).hexdigest()[:40]
         if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             start, status = int(ranged[1]), 206
             data = data[start : int(ranged[2]) + 1 if ranged[2] else whole]
@@ -90,8 +100,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{start + len(data) - 1}/{whole}")
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{blake3(data).hexdigest()[:40]}"')
+        self.send_header("ETag", f'"{tag}"')
         self.send_header("X-Repo-Commit", self.hub.commit)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.write(data, start, name)
+
+    def write(self, data, start, name):
+        hub = self.hub
+        limit = min(hub.stalls.get(name, len(data) + start), hub.cuts.get(name, len(data) + start))
+        part = data[: max(limit - start, 0)]
+        self.wfile.write(part)
+        if name is not None:
+            hub.sent[name] += len(part)
+        if len(part) < len(data):
+            self.close_connection = True
+            if name in hub.stalls:
+                hub.stalled.set()
+                hub.closing.wait()

@@ -1,10 +1,13 @@
 """Downloads go through the real hub library to a local server, which records what was asked for."""
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -38,15 +41,30 @@ def hub(sharded, tmp_path):
 
 
 @pytest.fixture
-def opened(hub, tmp_path):
+def environment(hub, tmp_path):
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return keep | quiet | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+
+
+@pytest.fixture
+def opened(environment):
     def run(needs, model="acme/model", revision="", url=None, command=()):
-        keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-        quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        place = {"HF_ENDPOINT": url or hub.url, "HF_HOME": str(tmp_path / "hf")}
+        place = {"HF_ENDPOINT": url} if url else {}
         command = [sys.executable, *(command or ("-c", OPEN, model, needs, revision))]
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=keep | quiet | place)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment | place)
 
     return run
+
+
+@pytest.fixture
+def large(hub):
+    """Name and size of a shard that holds the vision half alone, so long that it is written in several pieces."""
+    checkpoint = open_checkpoint(str(hub.directory))
+    file = min(set(checkpoint.files(Half.VISION)) - set(checkpoint.files(Half.LANGUAGE)))
+    with open(file, "ab") as stream:
+        stream.write(os.urandom(25 << 20))
+    return file.name, file.stat().st_size
 
 
 @pytest.mark.parametrize("half", list(Half))
@@ -114,3 +132,81 @@ def test_unknown_gated_and_pickled_repositories(hub, opened):
         file.unlink()
     done = opened("vision")
     assert done.returncode == 1 and "only pickled weights" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_download_that_is_killed_in_mid_file_goes_on_where_it_ended(hub, environment, opened, large):
+    name, size = large
+    hub.stalls[name] = 22 << 20
+    process = subprocess.Popen([sys.executable, "-c", OPEN, "acme/model", "vision", ""], env=environment)
+    assert hub.stalled.wait(60)
+    (partial,) = until(lambda: list(Path(environment["HF_HOME"]).rglob("blobs/*.incomplete")))
+    kept = until(lambda: size_of(partial) >= 20 << 20 and size_of(partial))
+    process.kill()
+    process.wait()
+    hub.stalls.clear()
+    before = hub.sent[name]
+    done = opened("vision")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent[name] - before == size - kept
+    stored = Path(environment["HF_HOME"]) / f"hub/models--acme--model/snapshots/{hub.commit}" / name
+    assert stored.read_bytes() == (hub.directory / name).read_bytes()
+    assert not partial.exists()
+    again = hub.sent.copy()
+    assert opened("vision").returncode == 0 and hub.sent == again
+
+
+@pytest.mark.slow  # the hub library tries six times, a second apart
+@pytest.mark.parametrize(("fault", "said"), [("stalls", "the download stalled"), ("cuts", "the connection to the hub")])
+def test_a_download_that_stalls_or_breaks_off_ends_in_a_sentence_and_goes_on(
+    hub, environment, opened, large, fault, said
+):
+    name, size = large
+    getattr(hub, fault)[name] = 22 << 20
+    done = opened("vision")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert said in done.stderr.splitlines()[-1] and "run it again" in done.stderr.splitlines()[-1]
+    (partial,) = Path(environment["HF_HOME"]).rglob("blobs/*.incomplete")
+    getattr(hub, fault).clear()
+    before, kept = hub.sent[name], size_of(partial)
+    assert kept >= 20 << 20
+    assert opened("vision").returncode == 0
+    assert hub.sent[name] - before == size - kept
+
+
+def test_a_damaged_rest_of_an_earlier_download_is_found_out(hub, environment, opened, large):
+    name, _ = large
+    hub.tags[name] = hashlib.sha256((hub.directory / name).read_bytes()).hexdigest()
+    blobs = Path(environment["HF_HOME"]) / "hub/models--acme--model/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"{hub.tags[name]}.incomplete").write_bytes(bytes(1 << 20))
+    done = opened("vision")
+    assert done.returncode == 1 and "was damaged, and is removed; run it again" in done.stderr
+    assert opened("vision").returncode == 0
+
+
+def test_a_snapshot_given_as_a_directory_is_the_hub_model(hub, environment, opened):
+    by_id = json.loads(opened("").stdout)
+    snapshot = Path(environment["HF_HOME"]) / f"hub/models--acme--model/snapshots/{hub.commit}"
+    assert json.loads(opened("", model=str(snapshot)).stdout) == by_id
+    link = Path(environment["HF_HOME"]) / "model"
+    link.symlink_to(snapshot)
+    assert json.loads(opened("vision", model=str(link)).stdout)["fingerprint"] == by_id["fingerprint"]
+    # A file that was put there by hand is not the repository's.
+    config = snapshot / "config.json"
+    content = config.read_bytes()
+    config.unlink()
+    config.write_bytes(content + b"\n")
+    assert json.loads(opened("", model=str(snapshot)).stdout)["identity"].startswith("blake3:")
+
+
+def size_of(file):
+    return file.stat().st_size
+
+
+def until(look, seconds=60):
+    """What `look` answers, once it answers something."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
