@@ -15,7 +15,7 @@ from lookonce.checkpoint import directory, files
 from lookonce.checkpoint.architecture import Architecture, architecture_of
 from lookonce.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
 from lookonce.checkpoint.headers import TensorEntry
-from lookonce.checkpoint.inventory import HEAD, expected_shapes, quantisation, tensor_problems
+from lookonce.checkpoint.inventory import HEAD, expected_shapes, quantisation_problem, tensor_problems
 from lookonce.errors import CheckpointError
 from lookonce.families import Family, Half, family_of
 
@@ -65,9 +65,10 @@ def open_checked(model: str, half: Half, revision: str | None = None) -> Checkpo
 
 
 def check_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
-    """Family, config.json and preprocessor settings of a model, nothing else of which is fetched.
+    """Family, config.json and preprocessor settings of a model, of which nothing else is fetched but the index.
 
-    A local directory that has weights is checked whole. Raises CheckpointError with every problem.
+    Tensors are checked by their names then. A local directory that has weights is checked whole. Raises
+    CheckpointError with every problem.
     """
     path = Path(model).expanduser()
     if any(file for place in (path, *(path / half for half in Half)) for name in _WEIGHTS for file in place.glob(name)):
@@ -75,6 +76,8 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     path = settings_directory(model, revision)
     config = directory.read_config(path)
     problems = settings_problems(path, config, Half)
+    if (path / files.INDEX).is_file() and not problems:
+        problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX))
     if problems:
         raise CheckpointError(*problems)
     family = family_of(config)
@@ -132,11 +135,10 @@ def _weight_problems(
     weight_map = problems.of(directory.weight_map_of, path)
     if weight_map is None:
         return problems.found
-    if quantised and quantisation(weight_map) is not None:
+    if quantised and quantisation_problem(weight_map, path) is not None:
         return []  # config.json says so itself
     placed, strays = files.places_and_strays(family, weight_map)
-    if strays:
-        problems.found.append(f"{path}: {files.describe_strays(strays)}")
+    problems.found += [f"{path}: {files.describe_strays(strays)}"] if strays else []
     known = {name: weight_map[name] for name in placed}
     named = directory.halves_named(family, known)
     architecture = _architecture(family, config)
@@ -148,6 +150,12 @@ def _weight_problems(
         if entries is not None and architecture is not None:
             problems.found += _half_problems(path, family, config, architecture, half, entries[half])
     return problems.found
+
+
+def _name_problems(path: Path, family: Family, names: Iterable[str]) -> list[str]:
+    quantised = quantisation_problem(names, path)
+    _, strays = files.places_and_strays(family, names)
+    return [*([quantised] if quantised else []), *([f"{path}: {files.describe_strays(strays)}"] if strays else [])]
 
 
 def _architecture(family: Family, config: dict[str, Any]) -> Architecture | None:

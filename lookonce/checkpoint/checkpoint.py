@@ -172,14 +172,14 @@ def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | No
 
 
 def settings_directory(model: str, revision: str | None = None) -> Path:
-    """Where config.json and the preprocessor's settings of a directory or a hub id lie; no weight is fetched.
+    """Where config.json, the preprocessor's settings and the index of a model lie; no weight is fetched.
 
     Raises CheckpointError."""
     path = Path(model).expanduser()
     if not path.is_dir():
         if not hub.is_repository(model):
             raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
-        return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR], revision)
+        return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.INDEX], revision)
     if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
         return path / Half.LANGUAGE  # split: either half has both files
     return path

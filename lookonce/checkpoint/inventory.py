@@ -35,25 +35,24 @@ def tensor_problems(
     expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, TensorEntry], path: Path
 ) -> list[str]:
     """All that is quantised, missing, unexpected, of another shape or of an unusable dtype in `path`'s files."""
-    quantised = quantisation(entry.stored_name for entry in entries.values())
+    quantised = quantisation_problem((entry.stored_name for entry in entries.values()), path)
     if quantised is not None:
-        method, names = quantised
-        return [
-            f"{path}: the weights are quantised by {method} ({some(names)}), although config.json has no "
-            "quantization_config: pre-quantised weights are not supported; use the original checkpoint"
-        ]
+        return [quantised]
     found = [*_missing(expected, entries, path), *_unexpected(expected, entries, path)]
     common = [(expected[name], entry) for name, entry in entries.items() if name in expected]
     return [*found, *_misshapen(common), *_mistyped([entry for _, entry in common])]
 
 
-def quantisation(names: Iterable[str]) -> tuple[str, list[str]] | None:
-    """The method of quantisation that tensors' names show, and those names; None: the weights are plain."""
+def quantisation_problem(names: Iterable[str], path: Path) -> str | None:
+    """What to say when tensors' names show that they are quantised; None: the weights are plain."""
     names = sorted(names)
     for method, endings in _QUANTISED:
         found = [name for name in names if name.endswith(endings)]
         if found:
-            return method, found
+            return (
+                f"{path}: the weights are quantised by {method} ({some(found)}), although config.json has no "
+                "quantization_config: pre-quantised weights are not supported; use the original checkpoint"
+            )
     return None
 
 

@@ -85,7 +85,14 @@ def test_planning_downloads_settings_only(hub, opened):
     done = opened("", command=("-m", "lookonce", "plan", "--model", "acme/model", "--gpus", "24"))
     assert done.returncode == 0, done.stderr
     assert "lookonce up --model acme/model --vision-device cuda:0" in done.stdout
-    assert hub.fetched() == {"config.json", "preprocessor_config.json"}
+    assert hub.fetched() == SHARED
+
+
+def test_planning_refuses_what_the_index_shows_to_be_quantised(hub, opened):
+    index = hub.directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.up_proj.qweight": "model.safetensors"}}))
+    done = opened("", command=("-m", "lookonce", "plan", "--model", "acme/model", "--gpus", "24"))
+    assert done.returncode == 1 and "the weights are quantised by AWQ" in done.stderr
 
 
 def test_both_halves_agree_and_a_second_start_and_an_offline_one_download_nothing(hub, opened):
