@@ -105,7 +105,9 @@ class Connection:
 
     async def post(self, path: str, body: bytes, *, status: int = 200) -> AsyncIterator[bytes]:
         """Send JSON; the pieces of the answer's body as they come. Raises when the answer has another status."""
-        head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+        )
         self._writer.write(head.encode() + b"\r\n\r\n" + body)
         first, *lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         headers = dict(line.split(b": ", 1) for line in lines if line)

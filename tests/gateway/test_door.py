@@ -17,6 +17,7 @@ from tests.gateway.processes import GatewayProcess
 Picture = Callable[..., bytes]
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 LIMIT = 200_000
+JSON = {"content-type": "application/json"}
 ASK = {"questions": ["What?"], "max_tokens": 2}
 LONG = {"messages": [{"role": "user", "content": "Go on."}], "max_tokens": 300, "ignore_eos": True, "stream": True}
 
@@ -26,16 +27,8 @@ def door(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     nowhere = f"unix:{tmp_path_factory.mktemp('nowhere')}/none.sock"
     with GatewayProcess(
         *("--vision", f"{nowhere},{services.vision.address}", "--lm", f"{nowhere},{services.language.address}"),
-        *(
-            "--model-name",
-            "first, second",
-            "--max-body-bytes",
-            str(LIMIT),
-            "--max-concurrency",
-            "2",
-            "--cors-origins",
-            "https://app.example",
-        ),
+        *("--model-name", "first, second", "--max-body-bytes", str(LIMIT), "--max-concurrency", "2"),
+        *("--cors-origins", "https://app.example", "--tenant-concurrency", "0"),
         env={"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"},
     ) as process:
         yield process
@@ -150,9 +143,10 @@ def test_cors_only_for_configured_origins(door: GatewayProcess) -> None:
 def test_wrong_methods_and_bodies_have_the_one_shape(red: httpx2.Client) -> None:
     for response, status in (
         (red.put("/v1/images"), 405),
-        (red.post("/v1/chat/completions", content=b"{not json"), 400),
-        (red.post("/v1/chat/completions", content=b"[1]"), 400),
-        (red.post("/v1/chat/completions", content=b"[" * 5000), 400),
+        (red.post("/v1/chat/completions", content=b"{not json", headers=JSON), 400),
+        (red.post("/v1/chat/completions", content=b"[1]", headers=JSON), 400),
+        (red.post("/v1/chat/completions", content=b"[" * 5000, headers=JSON), 400),
+        (red.post("/v1/chat/completions", content=b"{}"), 415),
         (red.post("/v1/images", content=b"--x", headers={"content-type": "multipart/form-data; boundary=y"}), 400),
         (red.post("/v1/images", content=b"", headers={"content-type": "multipart/form-data"}), 400),
     ):
@@ -194,7 +188,7 @@ def test_what_outlasts_the_grace_time_is_told_to_try_again(services: Services) -
         )
         asking.start()
         deadline = time.monotonic() + 60
-        while "lookonce_gateway_in_flight 2.0" not in http.get("/metrics").text:  # the question, and this one
+        while "lookonce_gateway_in_flight 1.0" not in http.get("/metrics").text:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert process.terminate() == 0

@@ -64,7 +64,7 @@ def test_form_takes_one_field_called_file(http: httpx2.Client, picture: Picture)
     assert http.post("/v1/images", files={"image": picture()}).json()["error"]["param"] == "image"
     assert http.post("/v1/images", files={"file": b""}).json()["error"]["param"] == "file"
     wrong = http.post("/v1/images", content=b"x", headers={"content-type": "text/plain"})
-    assert wrong.status_code == 400
+    assert wrong.status_code == 415
 
 
 def test_delete_erases_and_others_are_not_found(http: httpx2.Client, services: Services, picture: Picture) -> None:

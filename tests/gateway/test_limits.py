@@ -13,6 +13,7 @@ import pytest
 
 from gateway.auth import Keyring
 from gateway.limits import Meter, Quota
+from gateway.settings import GatewaySettings
 from lookonce import tracing
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.tracing import Trace
@@ -143,6 +144,28 @@ def test_limits_stand_after_the_key_of_any_form() -> None:
     assert ring.identify(FREE).meter.quota == Quota(2, 0)
     assert ring.identify(SLOW).meter is ring.identify(SLOW).meter
     assert Keyring([], quota=Quota(rate=4)).identify(None).meter.quota == Quota(rate=4)
+
+
+def test_no_tenant_takes_every_place() -> None:
+    def ring(*lines: str, **settings: int) -> Keyring:
+        return Keyring(
+            list(lines), secret="s", tenant_quota=GatewaySettings(max_concurrency=5, **settings).tenant_quota
+        )
+
+    several = ring(f"red={SLOW}", f"red={NARROW}", f"blue={FREE}")
+    with several.identify(SLOW).request(), several.identify(NARROW).request():
+        for key in (SLOW, NARROW):
+            with pytest.raises(LookonceError, match="this tenant has 2 requests under way, the limit is 2") as refused:
+                several.identify(key).request().__enter__()
+            assert refused.value.kind is ErrorKind.RATE_LIMITED
+        with several.identify(FREE).request():
+            pass
+    with several.identify(SLOW).request(), several.identify(SLOW).request():
+        pass
+    for free in (ring(f"red={SLOW}"), ring(f"red={SLOW}", f"blue={FREE}", tenant_concurrency=0), ring()):
+        with ExitStack() as stack:
+            for _ in range(5):
+                stack.enter_context(free.identify(SLOW).request())
 
 
 def _refusals(http: httpx2.Client) -> float:
