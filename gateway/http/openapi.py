@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from gateway.http.errors import error_body
+from gateway.http.errors import HttpRefusal, error_body
 from gateway.schemas.responses import ErrorBody
 from lookonce import __version__
 from lookonce.errors import ErrorKind, LookonceError
@@ -37,6 +37,7 @@ _ERRORS: dict[int, LookonceError] = {
     404: LookonceError(ErrorKind.NOT_FOUND, "no such image", param="image"),
     409: LookonceError(ErrorKind.CONFLICT, "that is already under way"),
     413: LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, "the request body is larger than 67108864 bytes"),
+    415: HttpRefusal(415, "unsupported_media_type", "send JSON with the header 'content-type: application/json'"),
     429: LookonceError(ErrorKind.RATE_LIMITED, "more than 60 requests a minute with this API key"),
     500: LookonceError(ErrorKind.INTERNAL, "internal error"),
     503: LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached"),
@@ -176,7 +177,7 @@ def _complete(path: str, item: dict[str, Any], *, with_keys: bool) -> None:
     if path.startswith("/v1/"):
         statuses += [503, 504]
     if "requestBody" in item:
-        statuses += [413]
+        statuses += [413, 415]
     places = {parameter["in"] for parameter in item.get("parameters", ())}
     statuses += [400, 404] if places or "requestBody" in item else []
     for status in sorted(statuses):
