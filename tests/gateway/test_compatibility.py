@@ -4,6 +4,7 @@ name. The fields are those of the OpenAPI document, so that a new one is tried, 
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -163,6 +164,16 @@ def test_every_chunk_tells_the_usage_so_far(client: openai.OpenAI, picture: Pict
         assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, n * 12)
         assert all(usage.total_tokens == usage.prompt_tokens + usage.completion_tokens for usage in usages)
         assert bool(told[-1].choices) is not bool(options)
+
+
+def test_a_streams_tokens_are_counted_though_it_does_not_tell_them(http: httpx2.Client) -> None:
+    def counted() -> float:
+        found = re.search(r'^lookonce_gateway_tokens_total{kind="completion"} (\S+)$', http.get("/metrics").text, re.M)
+        return float(found[1]) if found else 0.0
+
+    before = counted()
+    told = http.post(CHAT, json={"messages": [user()], "max_tokens": 3, "ignore_eos": True, "stream": True})
+    assert told.text.endswith("data: [DONE]\n\n") and counted() == before + 3
 
 
 def test_what_others_ask_for_before_they_begin(http: httpx2.Client) -> None:

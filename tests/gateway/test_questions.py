@@ -63,6 +63,9 @@ def test_stream_yields_every_answer_and_ends(http: httpx2.Client, image: str) ->
     [
         ({"questions": []}, "questions"),
         ({"questions": [""]}, "questions.0"),
+        ({"questions": [3]}, "questions.0"),
+        ({"questions": ["a"], "n": 2}, "n"),
+        ({"questions": ["a"], "stop": {"a": 1}}, "stop"),
         ({"questions": ["a"] * 1001}, "questions"),
         ({"questions": ["a", {"text": "b", "colour": 1}]}, "questions.1.colour"),
         ({"questions": [{"text": "b", "choices": ["x", "x"]}]}, "questions.0.choices"),
