@@ -17,6 +17,7 @@ from typing import TypeVar
 import structlog
 
 from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.stores.metrics import corrupt_counter
 
 T = TypeVar("T")
 VERSION = 1
@@ -38,6 +39,7 @@ CREATE TABLE lines (
   batch INTEGER NOT NULL REFERENCES batches (seq) ON DELETE CASCADE, number INTEGER NOT NULL, custom_id TEXT NOT NULL,
   request BLOB, state TEXT NOT NULL DEFAULT 'pending', result BLOB, PRIMARY KEY (batch, number)) WITHOUT ROWID;
 """
+CORRUPT = corrupt_counter("sqlite", "batches")
 log = structlog.get_logger(__name__)
 
 

@@ -9,14 +9,19 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal
 
-from gateway.batches.database import Database
+import structlog
+
+from gateway.batches.database import CORRUPT, Database
 from gateway.batches.paging import Page, page
 from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.seal import Sealer
 from lookonce.units import format_size
 
 PIECE = 256 * 1024
 """Bytes of a stored piece: what is in memory at once."""
 Purpose = Literal["batch", "batch_output"]
+_SEALER = Sealer("batch-files")
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Files:
         return await self._database.run(work)
 
     async def content(self, stored: StoredFile) -> AsyncGenerator[bytes, None]:
-        """The file's bytes, piece by piece. Raises NOT_FOUND when it is deleted meanwhile."""
+        """The file's bytes, piece by piece. Raises NOT_FOUND when it is deleted meanwhile or damaged."""
         number, left = 0, stored.bytes
         while left:
             wanted = (stored.seq, number)
@@ -92,8 +97,9 @@ class Files:
             )
             if row is None:
                 raise not_found()
-            yield row["data"]
-            number, left = number + 1, left - len(row["data"])
+            data = _open_piece(stored.id, number, row["data"])
+            yield data
+            number, left = number + 1, left - len(data)
 
     async def delete(self, tenant: str, identifier: str) -> None:
         """Overwrite and remove it. Raises NOT_FOUND."""
@@ -126,7 +132,8 @@ def insert(
     ).lastrowid
     size = 0
     for number, data in enumerate(pieces):
-        connection.execute("INSERT INTO pieces VALUES (?,?,?)", (seq, number, data))
+        sealed = _SEALER.seal(_piece_key(identifier, number), data)
+        connection.execute("INSERT INTO pieces VALUES (?,?,?)", (seq, number, sealed))
         size += len(data)
     connection.execute("UPDATE files SET bytes = ? WHERE seq = ?", (size, seq))
     return StoredFile(seq or 0, identifier, filename, purpose, size, now, expires_at)
@@ -143,11 +150,12 @@ def find(connection: sqlite3.Connection, tenant: str, identifier: str, now: floa
     return _stored(row)
 
 
-def split_lines(connection: sqlite3.Connection, file: int) -> Iterator[bytes]:
-    """The lines of a file without their line feeds, within a transaction."""
+def split_lines(connection: sqlite3.Connection, stored: StoredFile) -> Iterator[bytes]:
+    """The lines of a file without their line feeds, within a transaction. Raises NOT_FOUND when it is damaged."""
     begun: list[bytes] = []  # pieces of a line whose end has not come yet
-    for row in connection.execute("SELECT data FROM pieces WHERE file = ? ORDER BY number", (file,)):
-        first, *others = row["data"].split(b"\n")
+    rows = connection.execute("SELECT data FROM pieces WHERE file = ? ORDER BY number", (stored.seq,))
+    for number, row in enumerate(rows):
+        first, *others = _open_piece(stored.id, number, row["data"]).split(b"\n")
         begun.append(first)
         if others:
             yield b"".join(begun)
@@ -155,6 +163,19 @@ def split_lines(connection: sqlite3.Connection, file: int) -> Iterator[bytes]:
             begun = [others[-1]]
     if any(begun):
         yield b"".join(begun)
+
+
+def _piece_key(identifier: str, number: int) -> bytes:
+    return f"{identifier}/{number}".encode()
+
+
+def _open_piece(identifier: str, number: int, sealed: bytes) -> bytes:
+    data = _SEALER.open(_piece_key(identifier, number), sealed)
+    if data is None:
+        log.error("a stored file is damaged", file=identifier, piece=number)
+        CORRUPT.inc()
+        raise not_found()
+    return bytes(data)
 
 
 def not_found() -> LookonceError:

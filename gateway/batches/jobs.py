@@ -7,24 +7,28 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import orjson
+import structlog
 
 from gateway.batches import files
-from gateway.batches.database import Database
+from gateway.batches.database import CORRUPT, Database
 from gateway.batches.lines import BOM, DEFAULT_LIMITS, Line, Problem, Reply, parse, refused, tokens, unanswered, written
 from gateway.batches.paging import Page, page
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.seal import Sealer
 
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
 ACTIVE = ("validating", "in_progress", "cancelling")
 End = Literal["completed", "expired", "cancelled"]
 MAX_PROBLEMS = 100
 """Errors of one file that are told."""
+_SEALER = Sealer("batch-lines")
+log = structlog.get_logger(__name__)
 _LEFT_OVER = {
     "completed": ("internal_error", "the request was not answered"),
     "expired": ("batch_expired", "the request was not answered before the batch expired"),
@@ -161,10 +165,10 @@ class Jobs:
                 return current
             try:
                 stored = files.find(connection, job.tenant, job.document["input_file_id"], now)
+                raws = files.split_lines(connection, stored)
+                problems = _insert_lines(connection, job, raws, check, max_lines, self._limits)
             except LookonceError:
-                return _fail(connection, job, [Problem("file_not_found", "the input file is gone")], now)
-            raws = files.split_lines(connection, stored.seq)
-            problems = _insert_lines(connection, job, raws, check, max_lines, self._limits)
+                return _fail(connection, job, [Problem("file_not_found", "the input file is gone or damaged")], now)
             if problems:
                 return _fail(connection, job, problems, now)
             return _move(connection, job, "in_progress", in_progress_at=now)
@@ -173,15 +177,19 @@ class Jobs:
 
     async def next_line(self, job: Job, after: int) -> Line | None:
         """The first pending line behind number `after`."""
-        query = "SELECT * FROM lines WHERE batch = ? AND number > ? AND state = 'pending' ORDER BY number LIMIT 1"
+        query = "SELECT * FROM lines WHERE batch = ? AND number > ? AND state = 'pending' ORDER BY number"
 
         def work(connection: sqlite3.Connection) -> Line | None:
-            row = connection.execute(query, (job.seq, after)).fetchone()
-            if row is None:
-                return None
-            size, parsed = len(row["request"]), parse_json(row["request"], self._limits)
-            url, body = parsed.value["url"], parsed.value["body"]
-            return Line(row["number"], row["custom_id"], url, body, size, parsed.long)
+            for row in connection.execute(query, (job.seq, after)):
+                request = _SEALER.open(_line_key(job, row, "request"), row["request"])
+                if request is not None:
+                    parsed = parse_json(bytes(request), self._limits)
+                    url, body = parsed.value["url"], parsed.value["body"]
+                    return Line(row["number"], row["custom_id"], url, body, len(request), parsed.long)
+                log.error("a line of a batch is damaged", batch=job.id, line=row["number"])
+                CORRUPT.inc()
+                _close_line(connection, job, row["number"], "failed", None)
+            return None
 
         return await self._database.run(work)
 
@@ -190,17 +198,14 @@ class Jobs:
         column = "completed" if reply.good else "failed"
 
         def work(connection: sqlite3.Connection) -> bool:
-            done = connection.execute(
-                "UPDATE lines SET state = ?, result = ?, request = NULL "
-                "WHERE batch = ? AND number = ? AND state = 'pending'",
-                (column, written(line, reply), job.seq, line.number),
-            ).rowcount
+            place = {"number": line.number, "custom_id": line.custom_id}
+            sealed = _SEALER.seal(_line_key(job, place, "result"), written(line, reply))
+            done = _close_line(connection, job, line.number, column, sealed)
             if done:
                 current = _find(connection, job.tenant, job.id)
                 document = current.document | {"usage": _more(current.document.get("usage"), reply)}
-                update = f"UPDATE batches SET {column} = {column} + 1, document = ? WHERE seq = ?"
-                connection.execute(update, (orjson.dumps(document), job.seq))
-            return bool(done)
+                connection.execute("UPDATE batches SET document = ? WHERE seq = ?", (orjson.dumps(document), job.seq))
+            return done
 
         return await self._database.run(work)
 
@@ -218,6 +223,27 @@ class Jobs:
             return _move(connection, current, outcome, **{f"{outcome}_at": now}, finalizing_at=now, **outputs)
 
         return await self._database.run(work)
+
+
+def _close_line(
+    connection: sqlite3.Connection,
+    job: Job,
+    number: int,
+    column: Literal["completed", "failed"],
+    result: bytes | None,
+) -> bool:
+    """Mark a pending line done and count it; whether it was pending."""
+    done = connection.execute(
+        "UPDATE lines SET state = ?, result = ?, request = NULL WHERE batch = ? AND number = ? AND state = 'pending'",
+        (column, result, job.seq, number),
+    ).rowcount
+    if done:
+        connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE seq = ?", (job.seq,))
+    return bool(done)
+
+
+def _line_key(job: Job, row: Mapping[str, Any] | sqlite3.Row, part: str) -> bytes:
+    return orjson.dumps([job.id, row["number"], row["custom_id"], part])
 
 
 def _new_document(
@@ -281,14 +307,17 @@ def _insert_lines(
             return [Problem("too_many_requests", f"the file has more than {max_lines} requests", number)]
         total += 1
         item = _checked(parse(text, number, limits), check, seen)
+        custom_id = item.custom_id or ""
+        place = {"number": number, "custom_id": custom_id}
         row: tuple[int, int, str, bytes | None, str, bytes | None]
         if isinstance(item, Line):
-            seen.add(item.custom_id)
-            row = (job.seq, number, item.custom_id, text, "pending", None)
+            seen.add(custom_id)
+            row = (job.seq, number, custom_id, _SEALER.seal(_line_key(job, place, "request"), text), "pending", None)
         else:
             if len(problems) < MAX_PROBLEMS:
                 problems.append(item)
-            row = (job.seq, number, item.custom_id or "", None, "failed", refused(item))
+            result = _SEALER.seal(_line_key(job, place, "result"), refused(item))
+            row = (job.seq, number, custom_id, None, "failed", result)
         insert = "INSERT INTO lines (batch, number, custom_id, request, state, result) VALUES (?,?,?,?,?,?)"
         connection.execute(insert, row)
     if not seen:
@@ -319,11 +348,18 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
     code, message = _LEFT_OVER[end]
     expires = now + int(job.document["_output_lifetime"])
 
-    def results(failed: bool) -> Iterator[bytes]:
+    def result(row: sqlite3.Row) -> memoryview | None:
+        opened = None if row["result"] is None else _SEALER.open(_line_key(job, row, "result"), row["result"])
+        if row["result"] is not None and opened is None:
+            log.error("an answer of a batch is damaged", batch=job.id, line=row["number"])
+            CORRUPT.inc()
+        return opened
+
+    def results(failed: bool) -> Iterator[bytes | memoryview]:
         states = ("failed", "pending") if failed else ("completed", "completed")
         query = "SELECT * FROM lines WHERE batch = ? AND state IN (?,?) ORDER BY number"
         for row in connection.execute(query, (job.seq, *states)):
-            yield row["result"] if row["result"] is not None else unanswered(row["custom_id"], code, message)
+            yield result(row) or unanswered(row["custom_id"], code, message)
 
     def write(name: str, failed: bool) -> str | None:
         filename = f"{job.id}_{name}.jsonl"
@@ -336,7 +372,7 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
     return {"output_file_id": write("output", False), "error_file_id": write("error", True)}
 
 
-def _pieces(texts: Iterable[bytes]) -> Iterator[bytes]:
+def _pieces(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     buffer = bytearray()
     for text in texts:
         buffer += text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx2
@@ -107,3 +108,34 @@ async def test_lines_make_way_for_people() -> None:
     lanes.leave()
     lanes.leave()
     await lanes.empty()
+
+
+def test_rows_that_lie_in_the_wrong_place_fail_and_answer_for_no_other(services: Services, tmp_path: Path) -> None:
+    data = ("--data-dir", str(tmp_path / "data"), "--reconnect-wait", "100ms")
+    away = ("--vision", services.vision.address, "--lm", f"unix:{tmp_path}/none.sock")
+    with GatewayProcess(*away, *data) as gateway, gateway.client() as http:
+        batch, lost = begin(http, jsonl(*[chat_line(name) for name in "abcd"])), begin(http, jsonl(chat_line("e")))
+        for one in (batch, lost):
+            until(http, one, lambda state: state["status"] == "in_progress")
+        files = [http.get(f"/v1/batches/{one}").json()["input_file_id"] for one in (batch, lost)]
+    other = "(SELECT request FROM lines WHERE custom_id = 'b')"
+    with sqlite3.connect(tmp_path / "data" / "batches.sqlite3") as database:
+        database.execute(f"UPDATE lines SET request = {other} WHERE custom_id = 'a'")
+        database.execute("UPDATE lines SET request = substr(request, 1, 40) WHERE custom_id = 'c'")
+        database.execute("UPDATE lines SET custom_id = 'f' WHERE custom_id = 'e'")
+        database.execute("UPDATE pieces SET data = (SELECT data FROM pieces ORDER BY file LIMIT 1)")
+    database.close()
+    with GatewayProcess(*services.arguments(), *data) as gateway, gateway.client() as http:
+        state = ended(http, batch)
+        assert state["request_counts"] == {"total": 4, "completed": 2, "failed": 2}
+        assert list(results(http, state, "output")) == ["b", "d"]
+        bad = results(http, state, "error")
+        assert [(name, bad[name]["error"]["code"]) for name in bad] == [
+            ("a", "internal_error"),
+            ("c", "internal_error"),
+        ]
+        assert list(results(http, ended(http, lost), "error")) == ["f"], "a request is its own name's, too"
+        assert b'"a"' in http.get(f"/v1/files/{files[0]}/content").content
+        with suppress(httpx2.TransportError):
+            assert b'"a"' not in http.get(f"/v1/files/{files[1]}/content").content
+        assert 'lookonce_store_corrupt_total{namespace="batches",store="sqlite"} 4.0' in http.get("/metrics").text
