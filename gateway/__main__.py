@@ -60,7 +60,7 @@ def build(settings: GatewaySettings) -> Gateway:
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     shelf = RecordShelf(store, spare)
     eraser = Eraser(variants)
-    encoder = Encoder(timeout=settings.encode_timeout)
+    encoder = Encoder(timeout=settings.encode_timeout, reconnect_wait=settings.reconnect_wait)
     images = ImageLibrary(store, spare, shelf, variants, encoder, eraser, ttl=ttl)
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
     model = ServedModel(variants, names=distinct(settings.model_name))

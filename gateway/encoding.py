@@ -12,15 +12,15 @@ from lookonce.errors import LookonceError
 from lookonce.rpc.client import Encoded, VisionClient
 from protos.lookonce.v1 import vision_pb2
 
-PATIENCE = 1.0  # seconds to wait for a vision service to come back
 DESCRIPTION_FRESH = 30.0  # seconds that a service's own pixel bounds are believed
 
 
 class Encoder:
     """Encode over a variant's vision replicas; the same file goes to the same one."""
 
-    def __init__(self, *, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self, *, timeout: float, reconnect_wait: float) -> None:
+        self._timeout = timeout  # seconds
+        self._reconnect_wait = reconnect_wait  # seconds
         self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
 
     async def encode(
@@ -29,7 +29,7 @@ class Encoder:
         """Have the file's embedding in the store. Raises what the vision service says of the picture, UNAVAILABLE
         without one."""
         replicas = served.vision
-        recovery = Recovery(replicas, digest, patience=PATIENCE)
+        recovery = Recovery(replicas, digest, patience=self._reconnect_wait)
         while True:
             endpoint = recovery.choose()
             try:

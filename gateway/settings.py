@@ -101,7 +101,7 @@ class GatewaySettings(Settings):
     question_concurrency: int = Field(64, ge=1, description="questions of one request under way at once")
     request_timeout: Seconds = Field(600.0, description="longest time from a request to its last token")
     encode_timeout: Seconds = Field(120.0, description="longest time to encode one image")
-    reconnect_wait: Seconds = Field(3.0, description="how long a request waits for a language service to come back")
+    reconnect_wait: Seconds = Field(3.0, description="how long a request waits for a service to come back")
     drain_grace: Seconds = Field(20.0, description="time requests under way get after SIGTERM")
 
     api_keys: SecretStr = Field(

@@ -73,6 +73,7 @@ class LanguageSettings(Settings):
     vision_tls_ca: Path | None = Field(None, description="PEM certificates that vision services are signed by.")
     reflection: bool = Field(False, description="Offer gRPC reflection.")
     grace: Seconds = Field(20.0, description="How long calls under way may go on after SIGTERM.")
+    linger: Seconds = Field(0.5, description="How long of it new calls are still taken, health saying NOT_SERVING.")
     metrics_listen: str | None = Field(None, description="host:port or unix:/path for Prometheus; unset: none.")
     trace_endpoint: str | None = Field(
         None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none."
@@ -90,7 +91,7 @@ class LanguageSettings(Settings):
     def server(self) -> ServerOptions:
         """What the gRPC server needs."""
         tls = Tls(self.tls_certificate, self.tls_key, self.tls_ca)
-        return ServerOptions(self.listen, tls=tls, reflection=self.reflection, grace=self.grace)
+        return ServerOptions(self.listen, tls=tls, reflection=self.reflection, grace=self.grace, linger=self.linger)
 
     @property
     def vision_tls(self) -> Tls | None:

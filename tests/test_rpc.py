@@ -45,6 +45,15 @@ def test_an_error_survives_its_message(kind):
 class Echo(vision_pb2_grpc.VisionEncoderServicer):
     """Fails as it is told."""
 
+    slow = asyncio.Event()
+
+    async def Encode(self, request, context):
+        if request.image == b"slow":
+            self.slow.set()
+            await asyncio.sleep(60)
+        raise NotImplementedError
+        yield
+
     async def Describe(self, request, context):
         raise LookonceError(ErrorKind.FINGERPRINT_MISMATCH, "a is not b", param="fingerprint")
 
@@ -58,8 +67,8 @@ class Echo(vision_pb2_grpc.VisionEncoderServicer):
             raise LookonceError(ErrorKind.EMBEDDING_MISSING, "gone", retry_after=3)
 
 
-async def serving(tmp_path, tls=None, listen=None):
-    server = Server(ServerOptions(listen or f"unix:{tmp_path}/s.sock", tls=tls or Tls()))
+async def serving(tmp_path, tls=None, listen=None, **options):
+    server = Server(ServerOptions(listen or f"unix:{tmp_path}/s.sock", tls=tls or Tls(), **options))
     server.add("lookonce.v1.VisionEncoder", lambda s: vision_pb2_grpc.add_VisionEncoderServicer_to_server(Echo(), s))
     address = await server.start()
     await server.set_serving(True)
@@ -121,6 +130,32 @@ async def test_a_method_the_server_lacks_is_internal_not_a_crash(tmp_path):
     assert caught.value.kind is ErrorKind.INTERNAL
     await client.close()
     await server.grpc.stop(None)
+
+
+async def test_what_a_shutdown_cuts_off_is_unavailable_not_cancelled(tmp_path):
+    server, address = await serving(tmp_path, grace=0.2, linger=0.0)
+    client = VisionClient(address)
+    cut = asyncio.create_task(client.encode(vision_pb2.EncodeRequest(image=b"slow")))
+    while not Echo.slow.is_set():
+        await asyncio.sleep(0.01)
+    server.stop()
+    await server.wait()
+    with pytest.raises(LookonceError) as caught:
+        await cut
+    assert (caught.value.kind, bool(caught.value.retry_after)) == (ErrorKind.UNAVAILABLE, True)
+    await client.close()
+
+
+async def test_a_server_that_drains_says_so_before_it_refuses_anything(tmp_path):
+    server, address = await serving(tmp_path, linger=2.0)
+    client = VisionClient(address)
+    draining = asyncio.create_task(server.wait())
+    server.stop()
+    while await client.healthy():
+        await asyncio.sleep(0.01)
+    assert await client.fetch(b"taken still") == b"taken still"
+    await draining
+    await client.close()
 
 
 async def test_a_port_in_use_is_said_plainly(tmp_path):

@@ -33,6 +33,12 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
     def __init__(self, core: VisionCore, description: vision_pb2.VisionDescription) -> None:
         self._core = core
         self._description = description  # without the counters
+        self._windows: set[EncodeWindow[Answer]] = set()
+
+    def drain(self) -> None:
+        """End open streams once what they have read is answered."""
+        for window in self._windows:
+            window.end()
 
     async def Encode(self, request: vision_pb2.EncodeRequest, context: Any) -> AsyncIterator[vision_pb2.EncodeResponse]:
         """One image."""
@@ -48,13 +54,17 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
         window = self._description.stream_window
         await context.send_initial_metadata((("lookonce-window", str(window)),))
         async with EncodeWindow(requests, self._answer, window) as answers:
-            async for id_, outcome in answers:
-                if isinstance(outcome, LookonceError):
-                    yield vision_pb2.EncodeStreamResponse(id=id_, error=to_proto(outcome))
-                    continue
-                yield vision_pb2.EncodeStreamResponse(id=id_, result=outcome.result)
-                for piece in chunks(outcome.record):
-                    yield vision_pb2.EncodeStreamResponse(id=id_, chunk=piece)
+            self._windows.add(answers)
+            try:
+                async for id_, outcome in answers:
+                    if isinstance(outcome, LookonceError):
+                        yield vision_pb2.EncodeStreamResponse(id=id_, error=to_proto(outcome))
+                        continue
+                    yield vision_pb2.EncodeStreamResponse(id=id_, result=outcome.result)
+                    for piece in chunks(outcome.record):
+                        yield vision_pb2.EncodeStreamResponse(id=id_, chunk=piece)
+            finally:
+                self._windows.discard(answers)
 
     async def Fetch(self, request: vision_pb2.FetchRequest, context: Any) -> AsyncIterator[common_pb2.RecordChunk]:
         """The record of a key."""

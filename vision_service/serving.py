@@ -21,7 +21,7 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.process import heap_frozen, keep_freed_memory
 from lookonce.quantization import check_usable, scheme
-from lookonce.rpc.server import Server, ServerOptions
+from lookonce.rpc.server import Server
 from lookonce.stores import Store, open_store
 from lookonce.stores.memory import MemoryStore
 from lookonce.stores.tiered import TieredStore
@@ -138,16 +138,13 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     core = build_core(settings, tower, store, shared)
     core.start()
     try:
-        server = Server(
-            ServerOptions(
-                settings.listen, settings.tls, settings.max_message_bytes, settings.reflection, settings.grace
-            )
-        )
+        server = Server(settings.server)
         servicer = VisionServicer(core, describe(settings, tower))
         server.add(
             "lookonce.v1.VisionEncoder",
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
         )
+        server.on_drain(servicer.drain)
         address = await server.start()
         if settings.metrics_listen is not None:
             serve_metrics(settings.metrics_listen)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.rpc.server import Tls
+from lookonce.rpc.server import ServerOptions, Tls
 from lookonce.settings import Bytes, BytesOrNone, Seconds, Settings
 from lookonce.telemetry import LogFormat
 
@@ -59,6 +59,7 @@ class VisionSettings(Settings):
     tls_ca: Path | None = Field(None, description="PEM authorities whose client certificates are demanded (mTLS)")
     reflection: bool = Field(False, description="Offer gRPC reflection")
     grace: Seconds = Field(20.0, description="How long calls under way get after SIGTERM")
+    linger: Seconds = Field(0.5, description="How long of it new calls are still taken, health saying NOT_SERVING")
     metrics_listen: str | None = Field(None, description="host:port or unix:/path of Prometheus metrics (off)")
     trace_endpoint: str | None = Field(
         None, description="OTLP collector that spans are sent to over gRPC, such as http://otel:4317; unset: none"
@@ -82,6 +83,13 @@ class VisionSettings(Settings):
     def tls(self) -> Tls:
         """For the server."""
         return Tls(self.tls_certificate, self.tls_key, self.tls_ca)
+
+    @property
+    def server(self) -> ServerOptions:
+        """What the gRPC server needs."""
+        return ServerOptions(
+            self.listen, self.tls, self.max_message_bytes, self.reflection, grace=self.grace, linger=self.linger
+        )
 
     @property
     def max_message_bytes(self) -> int:

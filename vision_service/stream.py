@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 class EncodeWindow(Generic[A]):
     """Iterate over it, inside `async with`, for (id, answer or error) pairs. Leaving cancels what is under way.
 
-    Raises INVALID_ARGUMENT, ending the stream, when a request's id is that of another one still under way: nobody could
+    Raises UNAVAILABLE once `end` was called and what was read is answered. Raises INVALID_ARGUMENT, ending the stream, when a request's id is that of another one still under way: nobody could
     tell their answers apart.
     """
 
@@ -41,6 +41,11 @@ class EncodeWindow(Generic[A]):
         self._under_way: dict[int, asyncio.Task[None]] = {}
         self._finished: asyncio.Queue[Outcome[A] | None] = asyncio.Queue()  # None: no more requests
         self._reader: asyncio.Task[None] | None = None
+
+    def end(self) -> None:
+        """Read no more requests."""
+        if self._reader is not None:
+            self._reader.cancel()
 
     async def __aenter__(self) -> EncodeWindow[A]:
         self._reader = start_task(self._read())
@@ -59,12 +64,14 @@ class EncodeWindow(Generic[A]):
             outcome = await self._finished.get()
             if outcome is None:
                 ended = True
-                if self._reader is not None:
+                if self._reader is not None and not self._reader.cancelled():
                     self._reader.result()  # raises what ended it early
                 continue
             del self._under_way[outcome[0]]  # before the client has the answer, and may use its id again
             yield outcome
             self._slots.release()
+        if self._reader is not None and self._reader.cancelled():
+            raise LookonceError(ErrorKind.UNAVAILABLE, "the vision service is stopping", retry_after=1.0)
 
     async def _read(self) -> None:
         requests = aiter(self._requests)

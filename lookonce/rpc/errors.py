@@ -41,10 +41,12 @@ _FOREIGN: dict[grpc.StatusCode, tuple[ErrorKind, str]] = {
     C.UNAUTHENTICATED: (ErrorKind.UNAUTHENTICATED, "the service wants credentials"),
     C.PERMISSION_DENIED: (ErrorKind.PERMISSION_DENIED, "the service refused the caller"),
     C.DEADLINE_EXCEEDED: (ErrorKind.DEADLINE_EXCEEDED, "the deadline passed"),
-    C.CANCELLED: (ErrorKind.CANCELLED, "the call was cancelled"),
+    C.CANCELLED: (ErrorKind.UNAVAILABLE, "the service is stopping"),
     C.UNAVAILABLE: (ErrorKind.UNAVAILABLE, "the service cannot be reached"),
 }
-"""What a status means that was not sent by us (no trailer): connection faults, size limits, deadlines."""
+"""What a status means that was not sent by us (no trailer): connection faults, size limits, deadlines. CANCELLED is what
+calls end with that a server's shutdown caught before they began, or that outlast its grace: whoever cancels a call of
+his own gets asyncio.CancelledError instead."""
 
 
 def to_proto(error: LookonceError) -> common_pb2.Error:

@@ -49,6 +49,7 @@ class ServerOptions:
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     reflection: bool = False
     grace: float = 20.0  # seconds that calls under way get after SIGTERM
+    linger: float = 0.5  # seconds of it in which new calls are still taken, health being NOT_SERVING already
 
 
 class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio ships no types
@@ -148,6 +149,11 @@ class Server:
         self.address = options.listen
         self._names: list[str] = [""]
         self._stop = asyncio.Event()
+        self._on_drain: list[Callable[[], None]] = []
+
+    def on_drain(self, call: Callable[[], None]) -> None:
+        """Have something called when no new call is taken any more: long streams must end by themselves."""
+        self._on_drain.append(call)
 
     def add(self, service_name: str, register: Callable[[Any], None]) -> None:
         """Register a servicer under its full name ("lookonce.v1.VisionEncoder"), for health and reflection too."""
@@ -175,7 +181,11 @@ class Server:
         self._stop.set()
 
     async def wait(self) -> None:
-        """Return on SIGTERM, SIGINT or `stop`; then drain: NOT_SERVING, calls under way get `grace` seconds."""
+        """Return on SIGTERM, SIGINT or `stop`; then drain: NOT_SERVING, calls under way get `grace` seconds.
+
+        During the first `linger` of them new calls are taken as ever, so that whoever watches health can go elsewhere
+        first. Then clients are told to connect anew (GOAWAY); calls that this catches before they have begun end
+        CANCELLED, which clients take for UNAVAILABLE and ask again."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
@@ -183,7 +193,11 @@ class Server:
             await self._stop.wait()
             log.info("draining", grace=self.options.grace)
             await self.health.enter_graceful_shutdown()
-            await self.grpc.stop(self.options.grace)
+            linger = min(self.options.linger, self.options.grace)
+            await asyncio.sleep(linger)
+            for call in self._on_drain:
+                call()
+            await self.grpc.stop(self.options.grace - linger)
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)

@@ -12,6 +12,7 @@ import pytest
 from lookonce.checkpoint.random import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
 from tests.processes import ServiceProcess
+from tests.system.clients import Clients, roll
 from tests.system.cluster import GatewayProcess, System
 from tests.valkey import ValkeyServer
 
@@ -168,6 +169,16 @@ def test_a_language_replica_killed_under_load_is_covered_by_the_other(double):
     for image in images:
         assert "text" in double.ask(image, ["What?"], max_tokens=2)[0]
     double.languages[0].restart()
+    double.wait_whole()
+
+
+def test_no_request_fails_while_replicas_are_restarted_in_turn(double):
+    with Clients(double) as clients:
+        for replica in (double.languages[0], double.visions[0]):
+            clients.wait_for_more(16)
+            roll(replica)
+        clients.wait_for_more(16)
+    assert clients.failed == []
     double.wait_whole()
 
 

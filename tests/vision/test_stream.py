@@ -86,6 +86,30 @@ async def test_a_client_that_takes_no_answers_is_not_read_from():
     assert read == 20
 
 
+async def test_a_window_told_to_end_answers_what_it_has_read():
+    released = asyncio.Event()
+
+    async def requests():
+        yield item(1, b"")
+        await asyncio.sleep(60)
+
+    async def answer(request):
+        await released.wait()
+        return "done"
+
+    async with EncodeWindow(requests(), answer, WINDOW) as window:
+        answers = aiter(window)
+        first = asyncio.create_task(anext(answers))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        window.end()
+        released.set()
+        assert await first == (1, "done")
+        with pytest.raises(LookonceError) as caught:
+            await anext(answers)
+        assert caught.value.kind is ErrorKind.UNAVAILABLE
+
+
 async def test_an_id_used_twice_at_once_is_refused(client):
     slow = small((1, 2, 3), size=(1200, 1200))  # few bytes, much work: the other item is there long before it is done
     with pytest.raises(LookonceError) as caught:
