@@ -44,9 +44,9 @@ _FOREIGN: dict[grpc.StatusCode, tuple[ErrorKind, str]] = {
     C.CANCELLED: (ErrorKind.UNAVAILABLE, "the service is stopping"),
     C.UNAVAILABLE: (ErrorKind.UNAVAILABLE, "the service cannot be reached"),
 }
-"""What a status means that was not sent by us (no trailer): connection faults, size limits, deadlines. CANCELLED is what
-calls end with that a server's shutdown caught before they began, or that outlast its grace: whoever cancels a call of
-his own gets asyncio.CancelledError instead."""
+"""What a status means that was not sent by us (no trailer): connection faults, size limits, deadlines. CANCELLED is
+what calls end with that a server's shutdown caught before they began, or that outlast its grace: whoever cancels a
+call of his own gets asyncio.CancelledError instead."""
 
 
 def to_proto(error: LookonceError) -> common_pb2.Error:
