@@ -136,8 +136,7 @@ async def test_what_a_shutdown_cuts_off_is_unavailable_not_cancelled(tmp_path):
     server, address = await serving(tmp_path, grace=0.2, linger=0.0)
     client = VisionClient(address)
     cut = asyncio.create_task(client.encode(vision_pb2.EncodeRequest(image=b"slow")))
-    while not Echo.slow.is_set():
-        await asyncio.sleep(0.01)
+    await Echo.slow.wait()
     server.stop()
     await server.wait()
     with pytest.raises(LookonceError) as caught:
@@ -151,8 +150,11 @@ async def test_a_server_that_drains_says_so_before_it_refuses_anything(tmp_path)
     client = VisionClient(address)
     draining = asyncio.create_task(server.wait())
     server.stop()
-    while await client.healthy():
+    for _ in range(100):
+        if not await client.healthy():
+            break
         await asyncio.sleep(0.01)
+    assert not await client.healthy()
     assert await client.fetch(b"taken still") == b"taken still"
     await draining
     await client.close()

@@ -25,8 +25,8 @@ log = structlog.get_logger(__name__)
 class EncodeWindow(Generic[A]):
     """Iterate over it, inside `async with`, for (id, answer or error) pairs. Leaving cancels what is under way.
 
-    Raises UNAVAILABLE once `end` was called and what was read is answered. Raises INVALID_ARGUMENT, ending the stream, when a request's id is that of another one still under way: nobody could
-    tell their answers apart.
+    Raises UNAVAILABLE once `end` was called and what was read is answered; INVALID_ARGUMENT, ending the stream, when a
+    request's id is that of another one still under way: nobody could tell their answers apart.
     """
 
     def __init__(
