@@ -299,5 +299,7 @@ def _outcome(result: language_pb2.ScoreResult) -> language_pb2.ItemScores | Look
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise LookonceError(ErrorKind.DEADLINE_EXCEEDED, "the deadline passed")
+        raise LookonceError(
+            ErrorKind.DEADLINE_EXCEEDED, "the deadline passed: --request-timeout of the gateway is the longest"
+        )
     return left

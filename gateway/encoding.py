@@ -8,7 +8,7 @@ from gateway.metrics import ENCODES, VARIANT_ENCODES
 from gateway.recovery import Recovery
 from gateway.replicas import Endpoint
 from gateway.variants import Variant
-from lookonce.errors import LookonceError
+from lookonce.errors import ErrorKind, LookonceError
 from lookonce.rpc.client import Encoded, VisionClient
 from protos.lookonce.v1 import vision_pb2
 
@@ -38,12 +38,22 @@ class Encoder:
                     request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
                     encoded = await client.encode(request, timeout=self._timeout)
             except LookonceError as error:
+                if error.kind is ErrorKind.DEADLINE_EXCEEDED:
+                    raise self._too_slow() from error
                 await recovery.recover(error, endpoint)
             else:
                 replicas.succeeded(endpoint)
                 ENCODES.labels(encoded.outcome).inc()
                 VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
                 return encoded
+
+    def _too_slow(self) -> LookonceError:
+        return LookonceError(
+            ErrorKind.DEADLINE_EXCEEDED,
+            f"the image was not encoded within {self._timeout:g} s. What was begun is ended and kept: ask again later. "
+            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
+            "--max-pixels of the vision service makes large images smaller",
+        )
 
     async def _within(self, endpoint: Endpoint[VisionClient], max_pixels: int) -> int | None:
         """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""

@@ -41,6 +41,7 @@ class Resolved:
     outcome: str
     encode_ms: float
     variant: str = DEFAULT  # of the model: whose language service it is for
+    notice: str = ""  # what the vision service has to say about it
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ class ImageLibrary:
     ) -> Resolved:
         encoded = await self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels)
         encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
-        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name)
+        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
     def _landed(self, key: tuple[bytes, str], task: asyncio.Task[Resolved]) -> None:
         self._flights.pop(key, None)

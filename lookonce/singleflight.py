@@ -1,9 +1,9 @@
 """Single flight: of many who want the same expensive value at once, one makes it and all get it.
 
-Within a process the flight is a task that all callers await; it lives on when the caller that started it goes away,
-and is cancelled when the last one does. Across processes a lease in the shared store decides who makes; the others
-poll for the value or for a vacant lease, so a holder that died is replaced once its lease runs out. Knows nothing of
-images or encoders.
+Within a process the flight is a task that all callers await; it lives on when the caller that started it goes away. It
+is cancelled when the last one does, unless `keep` says that too much is spent on it. Across processes a lease in the
+shared store decides who makes; the others poll for the value or for a vacant lease, so a holder that died is replaced
+once its lease runs out. Knows nothing of images or encoders.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Flight(Generic[V]):
     make: Callable[[], Awaitable[V]]
     save: Callable[[V], Awaitable[object]]
     discard: Callable[[], Awaitable[object]]
+    keep: Callable[[], bool]
     owner: bytes = field(default_factory=lambda: os.urandom(16))
     forgotten: bool = False
     saving: bool = False
@@ -78,18 +79,20 @@ class SingleFlight(Generic[V]):
         make: Callable[[], Awaitable[V]],
         save: Callable[[V], Awaitable[object]],
         discard: Callable[[], Awaitable[object]],
+        keep: Callable[[], bool] = lambda: False,
         label: Hashable = None,
     ) -> tuple[V, How]:
         """The value of `key` and how it came about.
 
         `load` looks it up in the shared store, `make` makes it, `save` stores it, `discard` removes it from the
-        store. Joining a flight under way uses none of them. An exception of any of them reaches every caller of this
+        store; `keep` is asked when the last caller goes away: true lets the flight go on, to be saved or joined again.
+        Joining a flight under way uses none of them. An exception of any of them reaches every caller of this
         flight and is not kept.
         """
         flight = self._joinable.get(key)
         joined = flight is not None
         if flight is None:
-            flight = self._start(Flight(key, label, load, make, save, discard))
+            flight = self._start(Flight(key, label, load, make, save, discard, keep))
         value, how = await self._wait(flight)
         return value, ("coalesced" if joined and how == "miss" else how)
 
@@ -134,7 +137,7 @@ class SingleFlight(Generic[V]):
             return await asyncio.shield(task)
         finally:
             flight.waiters -= 1
-            if flight.waiters == 0 and not task.done():
+            if flight.waiters == 0 and not task.done() and not flight.keep():
                 self._leave(flight)
                 task.cancel()
 

@@ -19,6 +19,16 @@ SCALE_BYTES = 4
 RECORD_BYTES = 512
 """Of an embedding's record beside its rows, at most."""
 
+CPU_MAX_PIXELS = 1280 * 28 * 28
+"""Most pixels of a resized image where a CPU encodes and nobody has said otherwise: 1,280 tokens of Qwen2-VL. The work
+grows with the square of a picture's size, and the published checkpoints allow for 16,384 tokens."""
+
+
+def default_max_pixels(own: int, device: str) -> int:
+    """Most pixels of a resized image unless a setting says otherwise: the checkpoint's `own`, fewer where `device` is
+    "cpu"."""
+    return min(own, CPU_MAX_PIXELS) if device == "cpu" else own
+
 
 @dataclass(frozen=True)
 class HalfSize:

@@ -27,8 +27,7 @@ def start_task(
 
     `awaited`: somebody takes the task's result, and with it the errors of ours; if not, these are logged, too."""
     task = asyncio.get_running_loop().create_task(work, context=context)
-    name = getattr(work, "__qualname__", "task")
-    task.add_done_callback(partial(_report, name=name, foreseen=awaited))
+    task.add_done_callback(partial(_report, name=_name(work), foreseen=awaited))
     return task
 
 
@@ -39,9 +38,7 @@ def keep_running(make: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[
 
 def run_in(executor: Executor, function: Callable[..., Any], *args: Any) -> None:
     """Have `function` called in a thread, for nobody who waits; a failure is logged."""
-    executor.submit(function, *args).add_done_callback(
-        partial(_report, name=getattr(function, "__qualname__", "thread"), foreseen=False)
-    )
+    executor.submit(function, *args).add_done_callback(partial(_report, name=_name(function), foreseen=False))
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -59,11 +56,15 @@ async def _again_and_again(make: Callable[[], Coroutine[Any, Any, None]]) -> Non
             await make()
             return
         except Exception:  # the edge of background work: it must outlive any fault
-            log.exception("background work failed, it begins again", work=make.__qualname__, seconds=pause)
+            log.exception("background work failed, it begins again", work=_name(make), seconds=pause)
         if asyncio.get_running_loop().time() - began > LAST_PAUSE:
             pause = FIRST_PAUSE
         await asyncio.sleep(pause)
         pause = min(2 * pause, LAST_PAUSE)
+
+
+def _name(work: Any) -> str:
+    return str(getattr(getattr(work, "func", work), "__qualname__", "task"))  # `func`: of a partial
 
 
 def _report(done: asyncio.Task[Any] | Future[Any], *, name: str, foreseen: bool) -> None:

@@ -1,7 +1,8 @@
 """Dynamic batching: pictures wait a few milliseconds for company, up to a budget of patches, and are encoded in order.
 
-One thread encodes. A picture larger than the budget goes alone, and the oldest always goes first, so none starves.
-Knows nothing of decoding, stores or gRPC.
+A picture larger than the budget goes alone, one such picture after the other, beside the batches of the others: these
+have their turns while it is encoded (`encode_thread`), so that nobody waits for a large picture to end, and none
+starves. Knows nothing of decoding, stores or gRPC.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 import torch
@@ -19,9 +20,10 @@ import torch
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.tasks import end_tasks, keep_running
 from vision_service import metrics
+from vision_service.encode_thread import EncodeThread, Pause, Stopped
 from vision_service.preprocess import Patches
 
-Encode = Callable[[Sequence[Patches]], list[torch.Tensor]]
+Encode = Callable[[Sequence[Patches], Pause], list[torch.Tensor]]
 log = structlog.get_logger(__name__)
 
 
@@ -37,8 +39,40 @@ class Encoded:
 @dataclass(eq=False)
 class _Item:
     patches: Patches
+    begun: Callable[[], None]
     future: asyncio.Future[Encoded]
     since: float = field(default_factory=time.perf_counter)
+
+
+@dataclass(eq=False)
+class _Line:
+    """Pictures that wait, oldest first."""
+
+    items: deque[_Item] = field(default_factory=deque)
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, item: _Item) -> None:
+        self.items.append(item)
+        self.arrived.set()
+
+    @property
+    def patches(self) -> int:
+        return sum(item.patches.count for item in self.items)
+
+    def take(self, budget: int) -> list[_Item]:
+        """The oldest picture and those behind it that still fit."""
+        batch: list[_Item] = []
+        left: deque[_Item] = deque()
+        for item in self.items:
+            if not batch or item.patches.count <= budget:
+                batch.append(item)
+                budget -= item.patches.count
+            else:
+                left.append(item)
+        self.items = left
+        if not left:
+            self.arrived.clear()
+        return batch
 
 
 class Batcher:
@@ -55,94 +89,73 @@ class Batcher:
         self._wait = wait  # seconds
         self._queue_patches = queue_patches
         self._expected = expected
-        self._queue: deque[_Item] = deque()
-        self._waiting = 0  # patches in the queue
-        self._arrived = asyncio.Event()
+        self._small, self._large = _Line(), _Line()
         self._room = asyncio.Event()
         self._room.set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="encode")
-        self._task: asyncio.Task[None] | None = None
+        self._thread: EncodeThread[list[torch.Tensor | None]] = EncodeThread()
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to encode."""
-        self._task = keep_running(self._run)
+        self._tasks = [keep_running(partial(self._run, line)) for line in (self._small, self._large)]
 
     async def close(self) -> None:
-        """Stop after the batch under way; pictures still waiting fail with UNAVAILABLE."""
-        if self._task is not None:
-            await end_tasks(self._task)
-        await asyncio.to_thread(self._thread.shutdown)
+        """Stop: pictures under way and those still waiting fail with UNAVAILABLE."""
+        await end_tasks(*self._tasks)
+        await self._thread.close()
 
     async def room(self) -> None:
         """Return once the queue is short enough that another picture is worth preparing."""
         await self._room.wait()
 
-    async def encode(self, patches: Patches) -> Encoded:
-        """Wait for a batch, then for its rows. Cancelling takes the picture out of the queue. Raises UNAVAILABLE when
-        nothing is encoded any more."""
-        if self._task is not None and self._task.done():
+    async def encode(self, patches: Patches, *, begun: Callable[[], None] = lambda: None) -> Encoded:
+        """Wait for a batch, then for its rows; `begun` is called in between. Cancelling takes a picture that still
+        waits out of the queue. Raises UNAVAILABLE when nothing is encoded any more."""
+        if any(task.done() for task in self._tasks):
             raise _stopping()
-        item = _Item(patches, asyncio.get_running_loop().create_future())
-        self._queue.append(item)
-        self._count(patches.count)
-        self._arrived.set()
+        item = _Item(patches, begun, asyncio.get_running_loop().create_future())
+        line = self._large if patches.count > self._max_patches else self._small
+        line.add(item)
+        self._count()
         try:
             return await item.future
         except asyncio.CancelledError:
-            if item in self._queue:
-                self._queue.remove(item)
-                self._count(-patches.count)
+            if item in line.items:
+                line.items.remove(item)
+                self._count()
             raise
 
-    async def _run(self) -> None:
+    async def _run(self, line: _Line) -> None:
         try:
             while True:
-                await self._arrived.wait()
-                await self._linger()
-                batch = self._take()
+                await line.arrived.wait()
+                await self._linger(line)
+                batch = line.take(self._max_patches)
+                self._count()
                 if batch:
                     await self._encode_batch(batch)
         finally:
-            for item in self._queue:
+            for item in line.items:
                 _fail(item, _stopping())
-            self._queue.clear()
+            line.items.clear()
 
-    async def _linger(self) -> None:
+    async def _linger(self, line: _Line) -> None:
         """Wait for company until the oldest picture has waited long enough or the budget is reached."""
-        while self._queue and self._waiting < self._max_patches and self._expected() > 0:
-            left = self._queue[0].since + self._wait - time.perf_counter()
+        while line.items and line.patches < self._max_patches and self._expected() > 0:
+            left = line.items[0].since + self._wait - time.perf_counter()
             if left <= 0:
                 return
-            self._arrived.clear()
+            line.arrived.clear()
             try:
                 async with asyncio.timeout(left):
-                    await self._arrived.wait()
+                    await line.arrived.wait()
             except TimeoutError:
                 return
 
-    def _take(self) -> list[_Item]:
-        """The oldest picture and those behind it that still fit the budget."""
-        batch: list[_Item] = []
-        left: deque[_Item] = deque()
-        budget = self._max_patches
-        for item in self._queue:
-            if not batch or item.patches.count <= budget:
-                batch.append(item)
-                budget -= item.patches.count
-            else:
-                left.append(item)
-        self._queue = left
-        self._count(-sum(item.patches.count for item in batch))
-        if not left:
-            self._arrived.clear()
-        else:
-            self._arrived.set()
-        return batch
-
-    def _count(self, patches: int) -> None:
-        self._waiting += patches
-        metrics.WAITING_PATCHES.set(self._waiting)
-        if self._waiting < self._queue_patches:
+    def _count(self) -> None:
+        waiting = self._small.patches + self._large.patches
+        metrics.WAITING_PATCHES.set(waiting)
+        if waiting < self._queue_patches:
             self._room.set()
         else:
             self._room.clear()
@@ -150,9 +163,14 @@ class Batcher:
     async def _encode_batch(self, batch: list[_Item]) -> None:
         """Encode; when a batch fails, each of its pictures is tried alone, so one can't take others down."""
         started = time.perf_counter()
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, [item.patches for item in batch])
+        for item in batch:
+            item.begun()
         try:
-            parts = await work
+            parts = await self._thread.run(lambda pause: self._forward([item.patches for item in batch], pause))
+        except Stopped:
+            for item in batch:
+                _fail(item, _stopping())
+            return
         except Exception:  # whatever it is, those who wait for it are told
             log.exception("forward failed", pictures=len(batch), patches=sum(item.patches.count for item in batch))
             if len(batch) == 1:
@@ -161,7 +179,7 @@ class Batcher:
             for item in batch:
                 await self._encode_batch([item])
             return
-        except asyncio.CancelledError:
+        except BaseException:  # cancelled; nobody may wait for ever
             for item in batch:
                 _fail(item, _stopping())
             raise
@@ -174,9 +192,9 @@ class Batcher:
             elif not item.future.done():
                 item.future.set_result(Encoded(rows, 1000 * (started - item.since), 1000 * took))
 
-    def _forward(self, batch: list[Patches]) -> list[torch.Tensor | None]:
+    def _forward(self, batch: list[Patches], pause: Pause) -> list[torch.Tensor | None]:
         """In the encode thread. None for a picture whose rows are not finite."""
-        return [rows if bool(rows.isfinite().all()) else None for rows in self._encode(batch)]
+        return [rows if bool(rows.isfinite().all()) else None for rows in self._encode(batch, pause)]
 
 
 def _stopping() -> LookonceError:

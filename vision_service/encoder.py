@@ -21,6 +21,7 @@ from lookonce.checkpoint import Checkpoint
 from lookonce.checkpoint.lean import VisionAttention, VisionTower, load_vision_tower
 from lookonce.native.panels import PanelLinear, panels_serve
 from lookonce.quantization import quantize
+from vision_service.encode_thread import Pause
 from vision_service.native.blocks import blocks_for
 from vision_service.preprocess import CHANNELS, Patches, Preprocessor
 
@@ -76,11 +77,12 @@ class Encoder:
         return self._blocks is not None
 
     @torch.inference_mode()
-    def encode(self, batch: Sequence[Patches]) -> list[torch.Tensor]:
-        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype."""
+    def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
+        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
+        between the blocks of the tower, and within them where they take long; it may encode another batch."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
-        rows = self._forward(packed).to("cpu")
+        rows = self._forward(packed, pause).to("cpu")
         tokens = sum(patches.count for patches in packed) // self.merge_area
         parts = torch.split(rows[:tokens], [patches.count // self.merge_area for patches in packed])
         results: list[torch.Tensor] = [rows] * len(batch)
@@ -93,7 +95,7 @@ class Encoder:
         side = preprocessor.factor
         self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
 
-    def _forward(self, batch: list[Patches]) -> torch.Tensor:
+    def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
         """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
         more picture, of as many patches as make their number a round one."""
         tower, counts = self.tower, [patches.count for patches in batch]
@@ -103,11 +105,12 @@ class Encoder:
         cos, sin = self._rotary(batch, missing)
         hidden = self._embed(batch, missing)
         if self._blocks is not None:
-            return self._blocks(hidden, counts, cos, sin)
+            return self._blocks(hidden, counts, cos, sin, pause)
         runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
         for block in tower.blocks:
             hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
             hidden = hidden + block.mlp(block.norm2(hidden))
+            pause()
         merged: torch.Tensor = tower.merger(hidden)
         return merged
 

@@ -65,6 +65,11 @@ class Work:
     encode_ms: float = 0.0
     store_ms: float = 0.0
     stored: bool = False
+    begun: bool = False  # its forward has: it is ended and saved, whoever still waits
+
+    def begin(self) -> None:
+        """Its forward begins."""
+        self.begun = True
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,7 @@ class VisionCore:
             make=lambda: self._make(job),
             save=lambda value: self._save(job, value),
             discard=lambda: self._store.delete(job.key),
+            keep=lambda: job.work.begun,
             label=digest,
         )
         if outcome == "miss" and not made.work.encoded:
@@ -286,7 +292,7 @@ class VisionCore:
         prepared = time.perf_counter()
         self._batched += 1
         try:
-            encoded = await self._batcher.encode(patches)
+            encoded = await self._batcher.encode(patches, begun=job.work.begin)
         finally:
             self._batched -= 1
         self.counters.encodes += 1

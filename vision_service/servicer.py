@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,15 @@ class Answer:
 class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
     """See vision.proto."""
 
-    def __init__(self, core: VisionCore, description: vision_pb2.VisionDescription) -> None:
+    def __init__(
+        self,
+        core: VisionCore,
+        description: vision_pb2.VisionDescription,
+        *,
+        shrunk: Callable[[int, int], bool] | None = None,
+    ) -> None:
+        """`shrunk`: whether a picture of a width and height is resized below the checkpoint's own bound, unasked."""
+        self._shrunk = shrunk
         self._core = core
         self._description = description  # without the counters
         self._windows: set[EncodeWindow[Answer]] = set()
@@ -101,6 +109,15 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
                 ttl=request.ttl if request.HasField("ttl") else None,
             )
         result = _result(encoding)
+        if (
+            self._shrunk is not None
+            and not request.HasField("max_pixels")
+            and self._shrunk(encoding.reference.width, encoding.reference.height)
+        ):
+            result.notice = (
+                f"the image was resized to at most {self._description.max_pixels} pixels, because a CPU encodes it: "
+                "--max-pixels of the vision service (LOOKONCE_VISION_MAX_PIXELS) changes that"
+            )
         times = result.timings
         tracing.annotate(outcome=encoding.outcome, queue_ms=times.queue_ms, preprocess_ms=times.preprocess_ms)
         tracing.annotate(encode_ms=times.encode_ms, tokens=encoding.reference.tokens)

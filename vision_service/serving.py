@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,9 @@ from lookonce.errors import ErrorKind, LookonceError
 from lookonce.placement import choose_device, choose_dtype, dtype_name
 from lookonce.process import heap_frozen, keep_freed_memory
 from lookonce.quantization import check_usable, scheme
+from lookonce.resizing import smart_resize
 from lookonce.rpc.server import Server
+from lookonce.sizing import default_max_pixels
 from lookonce.stores import Store, open_store
 from lookonce.stores.memory import MemoryStore
 from lookonce.stores.tiered import TieredStore
@@ -64,7 +66,7 @@ def load(settings: VisionSettings) -> Tower:
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
-        bounds=_bounds(settings, checkpoint),
+        bounds=_bounds(settings, checkpoint, device),
     )
     native = settings.kernels == "auto"
     encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization, native=native)
@@ -139,7 +141,7 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     core.start()
     try:
         server = Server(settings.server)
-        servicer = VisionServicer(core, describe(settings, tower))
+        servicer = VisionServicer(core, describe(settings, tower), shrunk=_shrunk(settings, tower))
         server.add(
             "lookonce.v1.VisionEncoder",
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
@@ -166,6 +168,20 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
         await store.close()
 
 
+def _shrunk(settings: VisionSettings, tower: Tower) -> Callable[[int, int], bool] | None:
+    """Whether a picture of a width and height is made smaller for the CPU's sake; None: none is."""
+    most, own = tower.model.bounds[1], tower.model.own_bounds[1]
+    if settings.max_pixels is not None or most >= own:
+        return None
+    factor, least = tower.preprocessor.factor, tower.model.bounds[0]
+
+    def shrunk(width: int, height: int) -> bool:
+        rows, columns = smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=own)
+        return rows * columns > most
+
+    return shrunk
+
+
 async def serve(settings: VisionSettings) -> None:
     """Serve until SIGTERM, drain. Raises LookonceError when it can't start."""
     async with running(settings) as server:
@@ -173,11 +189,18 @@ async def serve(settings: VisionSettings) -> None:
     log.info("stopped")
 
 
-def _bounds(settings: VisionSettings, checkpoint: Checkpoint) -> tuple[int, int]:
-    most = settings.max_pixels or checkpoint.max_pixels
+def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
+    most = settings.max_pixels or default_max_pixels(checkpoint.max_pixels, device.type)
+    if settings.max_pixels is None and most < checkpoint.max_pixels:
+        log.info(
+            "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
+            max_pixels=most,
+            checkpoint_max_pixels=checkpoint.max_pixels,
+            variable="LOOKONCE_VISION_MAX_PIXELS",
+        )
     least = settings.min_pixels or min(checkpoint.min_pixels, most)
     if least > most:
         raise LookonceError(
-            ErrorKind.INVALID_ARGUMENT, f"--min-pixels {least} is above the checkpoint's max_pixels {most}"
+            ErrorKind.INVALID_ARGUMENT, f"--min-pixels {least} is above max_pixels {most}: set --max-pixels too"
         )
     return least, most

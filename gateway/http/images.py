@@ -112,6 +112,8 @@ def image_object(record: ImageRecord, resolved: Resolved | None = None) -> dict[
     if resolved is not None:
         fields["cached"] = resolved.outcome != "miss"
         fields["encode_ms"] = round(resolved.encode_ms, 3)
+        if resolved.notice:
+            fields["notice"] = resolved.notice
     return fields
 
 

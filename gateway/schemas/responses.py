@@ -46,6 +46,9 @@ class ImageObject(Answered):
     aliases: list[str] = Field(description="names given to it")
     cached: bool | None = Field(None, description="only on upload: whether nothing had to be encoded")
     encode_ms: float | None = Field(None, description="only on upload: milliseconds of encoding")
+    notice: str | None = Field(
+        None, description="only on upload: why the picture was made smaller, and the setting that changes that"
+    )
 
 
 class ImageList(Answered):

@@ -188,12 +188,22 @@ def check_checkpoint(
         stored = format_size(checkpoint.weight_bytes(half))
         shown.append(f"{half.value} {stored} in {checkpoint.dtype}, computes in {dtype}")
     detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
-    return [ok("checkpoint", detail)], sizes
+    return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())).max_pixels, report)], sizes
 
 
 def _unusable(problem: str) -> Finding:
     what, _, remedy = problem.rpartition("; ")
     return bad("checkpoint", what or remedy, remedy if what else "take it from the model's repository again")
+
+
+def _image_size(own: int, report: dict[str, Any] | None) -> Iterator[Finding]:
+    """Whether large images are made smaller because a CPU encodes them; `own`: the checkpoint's max_pixels."""
+    from lookonce.sizing import default_max_pixels
+
+    most = default_max_pixels(own, "cuda" if (report or {}).get("available") else "cpu")
+    if most < own:
+        detail = f"resized to {most} pixels at most, because a CPU encodes them; the checkpoint allows for {own}"
+        yield warn("images", detail, f"--max-pixels {own} keeps them large: minutes for a photograph on few cores")
 
 
 def check_memory(sizes: dict[str, int], report: dict[str, Any] | None) -> Iterator[Finding]:

@@ -62,12 +62,15 @@ class Encoded:
     stored: bool
     timings: vision_pb2.EncodeTimings
     record: bytes | None = None
+    notice: str = ""  # why the image was made smaller, and the setting that changes that
 
 
 def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
     """The typed form of a result."""
     outcome = _OUTCOMES.get(result.outcome, "miss")
-    return Encoded(reference_from_proto(result.reference), outcome, result.stored, result.timings, record)
+    return Encoded(
+        reference_from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
+    )
 
 
 class _Client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ PICTURE = Patches(np.zeros((4, 3, 4), dtype=np.uint8), (1, 2, 2), 4, 4)
 
 
 def batcher(expected=lambda: 0):
-    def encode(batch):
+    def encode(batch, pause):
         return [torch.zeros(1, 8) for _ in batch]
 
     return Batcher(encode, max_patches=8, wait=0.001, queue_patches=64, expected=expected)
@@ -29,6 +30,43 @@ async def test_after_the_end_nobody_waits():
     await one.close()
     with pytest.raises(LookonceError) as refused:
         await asyncio.wait_for(one.encode(PICTURE), 10)
+    assert refused.value.kind is ErrorKind.UNAVAILABLE
+
+
+async def test_small_pictures_have_their_turns_in_the_pauses_of_a_large_one():
+    ended = []
+
+    def encode(batch, pause):
+        while large in batch and len(ended) < 3:
+            pause()
+        ended.append(batch[0].count)
+        return [torch.zeros(1, 8) for _ in batch]
+
+    large = Patches(np.zeros((12, 3, 4), dtype=np.uint8), (1, 2, 6), 12, 4)
+    one = Batcher(encode, max_patches=8, wait=0.001, queue_patches=64, expected=lambda: 0)
+    one.start()
+    work = asyncio.create_task(one.encode(large))
+    for _ in range(3):
+        await asyncio.wait_for(one.encode(PICTURE), 10)
+    await asyncio.wait_for(work, 10)
+    assert ended == [4, 4, 4, 12]
+    await one.close()
+
+
+async def test_a_long_forward_is_given_up_when_the_service_ends():
+    def encode(batch, pause):
+        begun.set()
+        while True:
+            pause()
+
+    begun = threading.Event()
+    one = Batcher(encode, max_patches=8, wait=0.001, queue_patches=64, expected=lambda: 0)
+    one.start()
+    work = asyncio.create_task(one.encode(PICTURE))
+    await asyncio.to_thread(begun.wait, 10)
+    await asyncio.wait_for(one.close(), 10)
+    with pytest.raises(LookonceError) as refused:
+        await work
     assert refused.value.kind is ErrorKind.UNAVAILABLE
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.native.program import run_calls
 from vision_service.encoder import Encoder
 from vision_service.native import kernels as module
 from vision_service.native.kernels import Kernels, Shape
@@ -38,6 +39,18 @@ def expected(counts: list[int], qkv: torch.Tensor, angles: torch.Tensor) -> list
         weights = (query @ key.transpose(1, 2) * size**-0.5).softmax(-1)
         found.append((weights @ value).transpose(0, 1).flatten(1))
     return found
+
+
+def test_attention_in_several_calls_has_the_same_bits():
+    torch.manual_seed(0)
+    kernels = kernels_for(16, 3)
+    qkv, angles = torch.randn(sum(COUNTS), 3 * 48), torch.randn(sum(COUNTS), 8)
+    packed, out = kernels.pack(COUNTS, angles.cos(), angles.sin()), torch.empty(sum(COUNTS), 48)
+    calls = [call for call, _ in kernels.attend_calls(qkv, packed, out, at_once=1e6)]
+    assert len(calls) > 3
+    for call in calls:
+        run_calls([call], alone=False)
+    assert torch.equal(out, kernels.attend(qkv, packed))
 
 
 @pytest.mark.parametrize(

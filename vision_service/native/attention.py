@@ -61,11 +61,13 @@ class Heads:
 
 
 def write_attention(module: ir.Module, heads: Heads) -> None:
-    """Write both kernels as the function `attend` of a pointer to the table."""
+    """Write both kernels as the function `attend` of a pointer to the table, and `attend_laid`, which is `look` alone:
+    of further blocks of what is laid already."""
     lay, look = _write_lay(module, heads), _write_look(module, heads)
-    code = Code(module, "attend", 1, heads.lanes)
-    code.call_in_turn((lay, look), code.function.args[0], Field.BARRIER)
-    code.end()
+    for name, functions in (("attend", (lay, look)), ("attend_laid", (look,))):
+        code = Code(module, name, 1, heads.lanes)
+        code.call_in_turn(functions, code.function.args[0], Field.BARRIER)
+        code.end()
 
 
 def _write_lay(module: ir.Module, heads: Heads) -> ir.Function:

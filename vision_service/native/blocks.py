@@ -10,10 +10,13 @@ from torch import nn
 from lookonce.checkpoint.lean import VisionBlock, VisionTower
 from lookonce.native.compiling import compiled_or_none
 from lookonce.native.panels import PanelLinear, PanelModule
-from lookonce.native.program import run_calls
-from vision_service.native.kernels import Kernels, Packed, Shape
+from lookonce.native.program import Call, run_calls
+from vision_service.encode_thread import Pause
+from vision_service.native.kernels import Counted, Kernels, Packed, Shape
 
 _MLP_FLOATS = 1 << 22  # between the two layers of an MLP at once: they stay in the cache, and memory is used again
+
+_AT_ONCE = 3e10  # operations of one call of kernels: a few tenths of a second on two cores
 
 
 class NativeBlocks:
@@ -26,39 +29,43 @@ class NativeBlocks:
         self._compiled = all(isinstance(matrix, PanelModule) for matrix in matrices)
 
     def __call__(
-        self, hidden: torch.Tensor, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor
+        self, hidden: torch.Tensor, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor, pause: Pause
     ) -> torch.Tensor:
         """Embedded patches [patches, width] of pictures with so many each -> [tokens, hidden]; `hidden` is overwritten.
-        Cosines and sines are [patches, 1, d / 2]."""
+        Cosines and sines are [patches, 1, d / 2]. `pause` is called between two calls of kernels."""
         packed, merger = self.kernels.pack(counts, cos, sin), self._tower.merger
         compute = self._by_program if self._compiled else self._between_products
-        tokens: torch.Tensor = merger.mlp(compute(hidden, packed).view(-1, merger.inner))
+        tokens: torch.Tensor = merger.mlp(compute(hidden, packed, pause).view(-1, merger.inner))
         return tokens
 
-    def _by_program(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """What the merger's layers get, [patches, width]: all in one call of kernels, without Python's lock."""
+    def _by_program(self, hidden: torch.Tensor, packed: Packed, pause: Pause) -> torch.Tensor:
+        """What the merger's layers get, [patches, width]: in few calls of kernels, without Python's lock."""
         kernels, (patches, width), size = self.kernels, hidden.shape, hidden.element_size()
         normed, mixed = torch.empty_like(hidden), torch.empty_like(hidden)
         qkv, inner = hidden.new_empty((patches, 3 * width)), hidden.new_empty((min(patches, self._rows), self._inner))
-        calls = [kernels.norm_call(hidden, self._tower.blocks[0].norm1, normed)]
+        one = 2.0 * patches * width * width  # operations of a product of all patches, square
+        calls: list[Counted] = [(kernels.norm_call(hidden, self._tower.blocks[0].norm1, normed), 0.0)]
         for block, following in self._blocks():
             calls += [
-                _linear(block.attn.qkv).call("product", normed.data_ptr(), patches, qkv.data_ptr()),
-                kernels.attend_call(qkv, packed, mixed),
-                _linear(block.attn.proj).call("product_plus", mixed.data_ptr(), patches, hidden.data_ptr()),
-                kernels.norm_call(hidden, block.norm2, normed),
+                (_linear(block.attn.qkv).call("product", normed.data_ptr(), patches, qkv.data_ptr()), 3 * one),
+                *kernels.attend_calls(qkv, packed, mixed, at_once=_AT_ONCE),
+                (_linear(block.attn.proj).call("product_plus", mixed.data_ptr(), patches, hidden.data_ptr()), one),
+                (kernels.norm_call(hidden, block.norm2, normed), 0.0),
             ]
             for begin in range(0, patches, self._rows):
                 rows, at = min(self._rows, patches - begin), begin * width * size
+                half = 2.0 * rows * width * self._inner
                 calls += [
-                    _linear(block.mlp.fc1).call("product_gelu", normed.data_ptr() + at, rows, inner.data_ptr()),
-                    _linear(block.mlp.fc2).call("product_plus", inner.data_ptr(), rows, hidden.data_ptr() + at),
+                    (_linear(block.mlp.fc1).call("product_gelu", normed.data_ptr() + at, rows, inner.data_ptr()), half),
+                    (_linear(block.mlp.fc2).call("product_plus", inner.data_ptr(), rows, hidden.data_ptr() + at), half),
                 ]
-            calls.append(kernels.norm_call(hidden, following, normed))
-        run_calls(calls, alone=False)
+            calls.append((kernels.norm_call(hidden, following, normed), 0.0))
+        for some in _at_once(calls):
+            run_calls(some, alone=False)
+            pause()
         return normed
 
-    def _between_products(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
+    def _between_products(self, hidden: torch.Tensor, packed: Packed, pause: Pause) -> torch.Tensor:
         """The same for products that are not ours."""
         kernels = self.kernels
         normed = kernels.norm(hidden, self._tower.blocks[0].norm1)
@@ -68,12 +75,27 @@ class NativeBlocks:
             for some, part in zip(*(torch.split(x, self._rows) for x in (hidden, normed)), strict=True):
                 inner = kernels.gelu(block.mlp.fc1(part))
                 kernels.add_norm(some, block.mlp.fc2(inner), following, part)
+                pause()
         return normed
 
     def _blocks(self) -> Iterator[tuple[VisionBlock, nn.LayerNorm]]:
         """With the norm that follows."""
         blocks = list(self._tower.blocks)
         return zip(blocks, [block.norm1 for block in blocks[1:]] + [self._tower.merger.ln_q], strict=True)
+
+
+def _at_once(calls: Sequence[Counted]) -> Iterator[list[Call]]:
+    """Calls in pieces, each ended by the first with which it has _AT_ONCE operations."""
+    piece: list[Call] = []
+    operations = 0.0
+    for call, count in calls:
+        piece.append(call)
+        operations += count
+        if operations >= _AT_ONCE:
+            yield piece
+            piece, operations = [], 0.0
+    if piece:
+        yield piece
 
 
 def _linear(module: nn.Module) -> PanelLinear:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,12 @@ from lookonce.native.compiling import VECTORS, Compiled, lanes_for
 from lookonce.native.program import Call, run_calls
 from lookonce.native.team import barrier
 from vision_service.native import attention
-from vision_service.native.attention import Heads, write_attention
+from vision_service.native.attention import Block, Heads, write_attention
 from vision_service.native.rows import write_gelu, write_lookup, write_norm
 
+Counted = tuple[Call, float]
+"""A call, and about how many operations it is."""
+_EXPONENTIAL = 128  # operations that one costs as much as
 _ALONE = 1 << 14  # float32 up to which other threads don't pay
 
 
@@ -49,6 +53,7 @@ class Packed:
     blocks: npt.NDArray[np.int64]  # [blocks, len(Block)]
     cos: torch.Tensor  # [patches, d / 2]
     sin: torch.Tensor
+    laid: torch.Tensor  # [3 * heads * patches * d], where queries, keys and values are laid
 
 
 class Kernels:
@@ -56,7 +61,7 @@ class Kernels:
 
     def __init__(self, shape: Shape) -> None:
         self._shape, self._heads = shape, _heads(shape)
-        self._code, self._laid = _compiled(shape), torch.empty(0)
+        self._code = _compiled(shape)
 
     def pack(self, counts: Sequence[int], cos: torch.Tensor, sin: torch.Tensor) -> Packed:
         """Pictures of so many patches each, end to end. The largest come first: they are work for longest."""
@@ -68,27 +73,33 @@ class Kernels:
             for count, end in pictures
             for row in range(end - count, end, height)
         ]
-        return Packed(np.array(blocks, dtype=np.int64), cos.contiguous(), sin.contiguous())
+        laid = torch.empty(3 * self._heads.count * self._heads.size * sum(counts))
+        return Packed(np.array(blocks, dtype=np.int64), cos.contiguous(), sin.contiguous(), laid)
 
     def attend(self, qkv: torch.Tensor, packed: Packed) -> torch.Tensor:
         """[patches, 3 * width] -> [patches, width]: each picture's patches attend to each other."""
         qkv = qkv.contiguous()
         out = qkv.new_empty((qkv.shape[0], self._shape.width))
-        run_calls([self.attend_call(qkv, packed, out)], alone=False)
+        run_calls([call for call, _ in self.attend_calls(qkv, packed, out)], alone=False)
         return out
 
-    def attend_call(self, qkv: torch.Tensor, packed: Packed, out: torch.Tensor) -> Call:
-        """What computes `attend`."""
+    def attend_calls(
+        self, qkv: torch.Tensor, packed: Packed, out: torch.Tensor, *, at_once: float = math.inf
+    ) -> list[Counted]:
+        """What computes `attend`: several calls when it is more than `at_once` operations."""
         patches, heads, field = qkv.shape[0], self._heads, attention.Field
-        plane = patches * heads.size
-        if self._laid.numel() < 3 * heads.count * plane:
-            self._laid = torch.empty(3 * heads.count * plane)
-        table = np.zeros(len(field), dtype=np.int64)
-        table[field.PATCHES :] = (
-            *(patches, qkv.data_ptr(), packed.cos.data_ptr(), packed.sin.data_ptr(), self._laid.data_ptr(), plane),
-            *(out.data_ptr(), packed.blocks.ctypes.data, len(packed.blocks), barrier()),
-        )
-        return self._code.address("attend"), table
+        reach = packed.blocks[:, Block.END] - packed.blocks[:, Block.BEGIN]
+        operations = heads.count * (4.0 * heads.size + _EXPONENTIAL) * packed.blocks[:, Block.ROWS] * reach
+        calls: list[Counted] = []
+        for some in np.split(np.arange(len(reach)), _cuts(operations, at_once)):
+            table, blocks = np.zeros(len(field), dtype=np.int64), packed.blocks[some[0] : some[-1] + 1]
+            table[field.PATCHES :] = (
+                *(patches, qkv.data_ptr(), packed.cos.data_ptr(), packed.sin.data_ptr(), packed.laid.data_ptr()),
+                *(patches * heads.size, out.data_ptr(), blocks.ctypes.data, len(blocks), barrier()),
+            )
+            call = self._code.address("attend_laid" if calls else "attend"), table
+            calls.append((call, float(operations[some].sum())))
+        return calls
 
     def lookup(self, pixels: npt.NDArray[np.uint8], table: torch.Tensor) -> torch.Tensor:
         """Values of pixels [patches, 3, places] by a table [3 * 256] -> [patches, 3 * places]."""
@@ -121,6 +132,12 @@ class Kernels:
         x = x.contiguous()
         run_calls([(self._code.address("gelu"), (0, x.shape[0], x.data_ptr()))], alone=x.numel() <= _ALONE)
         return x
+
+
+def _cuts(operations: npt.NDArray[np.float64], at_once: float) -> list[int]:
+    """Where to cut work of so many operations each, such that each piece has about `at_once`, and at least one item."""
+    pieces = np.floor((np.cumsum(operations) - operations) / at_once)
+    return (np.flatnonzero(np.diff(pieces)) + 1).tolist()
 
 
 def _heads(shape: Shape) -> Heads:

@@ -25,31 +25,31 @@ _sym_db = _symbol_database.Default()
 from protos.lookonce.v1 import common_pb2 as protos_dot_lookonce_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/lookonce/v1/vision.proto\x12\x0blookonce.v1\x1a\x1fprotos/lookonce/v1/common.proto\"\xb2\x01\n\rEncodeRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x12\n\ntenant_key\x18\x02 \x01(\x0c\x12\x17\n\nmin_pixels\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\x0cwith_tensors\x18\x05 \x01(\x08\x12\x10\n\x03ttl\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\x06\n\x04_ttl\"o\n\rEncodeTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x11\n\tencode_ms\x18\x03 \x01(\x01\x12\x10\n\x08store_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\xd7\x01\n\x0c\x45ncodeResult\x12.\n\treference\x18\x01 \x01(\x0b\x32\x1b.lookonce.v1.ImageReference\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.lookonce.v1.CacheOutcome\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.lookonce.v1.EncodeTimings\x12\x0e\n\x06stored\x18\x04 \x01(\x08\x12\x0e\n\x06record\x18\x05 \x01(\x0c\x12\x1e\n\x16record_bytes_to_follow\x18\x06 \x01(\x04\"s\n\x0e\x45ncodeResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x19.lookonce.v1.EncodeResultH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.lookonce.v1.RecordChunkH\x00\x42\t\n\x07payload\"N\n\x13\x45ncodeStreamRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.lookonce.v1.EncodeRequest\"\xaa\x01\n\x14\x45ncodeStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.lookonce.v1.EncodeResultH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.lookonce.v1.RecordChunkH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.lookonce.v1.ErrorH\x00\x42\t\n\x07payload\"\x1b\n\x0c\x46\x65tchRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"\xfb\x01\n\x11VisionDescription\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.lookonce.v1.ModelDescription\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nmin_pixels\x18\x03 \x01(\x04\x12\x12\n\nmax_pixels\x18\x04 \x01(\x04\x12\x17\n\x0fmax_image_bytes\x18\x05 \x01(\x04\x12\x19\n\x11max_source_pixels\x18\x06 \x01(\x04\x12\x15\n\rstream_window\x18\x07 \x01(\r\x12\x0f\n\x07\x65ncodes\x18\x08 \x01(\x04\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\x11\n\tcoalesced\x18\n \x01(\x04*O\n\x0c\x43\x61\x63heOutcome\x12\x1d\n\x19\x43\x41\x43HE_OUTCOME_UNSPECIFIED\x10\x00\x12\x07\n\x03HIT\x10\x01\x12\x08\n\x04MISS\x10\x02\x12\r\n\tCOALESCED\x10\x03\x32\xfa\x02\n\rVisionEncoder\x12\x43\n\x06\x45ncode\x12\x1a.lookonce.v1.EncodeRequest\x1a\x1b.lookonce.v1.EncodeResponse0\x01\x12W\n\x0c\x45ncodeStream\x12 .lookonce.v1.EncodeStreamRequest\x1a!.lookonce.v1.EncodeStreamResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x19.lookonce.v1.FetchRequest\x1a\x18.lookonce.v1.RecordChunk0\x01\x12\x41\n\x06\x46orget\x12\x1a.lookonce.v1.ForgetRequest\x1a\x1b.lookonce.v1.ForgetResponse\x12H\n\x08\x44\x65scribe\x12\x1c.lookonce.v1.DescribeRequest\x1a\x1e.lookonce.v1.VisionDescriptionb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/lookonce/v1/vision.proto\x12\x0blookonce.v1\x1a\x1fprotos/lookonce/v1/common.proto\"\xb2\x01\n\rEncodeRequest\x12\r\n\x05image\x18\x01 \x01(\x0c\x12\x12\n\ntenant_key\x18\x02 \x01(\x0c\x12\x17\n\nmin_pixels\x18\x03 \x01(\x04H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x04 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\x0cwith_tensors\x18\x05 \x01(\x08\x12\x10\n\x03ttl\x18\x06 \x01(\x01H\x02\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixelsB\x06\n\x04_ttl\"o\n\rEncodeTimings\x12\x10\n\x08queue_ms\x18\x01 \x01(\x01\x12\x15\n\rpreprocess_ms\x18\x02 \x01(\x01\x12\x11\n\tencode_ms\x18\x03 \x01(\x01\x12\x10\n\x08store_ms\x18\x04 \x01(\x01\x12\x10\n\x08total_ms\x18\x05 \x01(\x01\"\xe7\x01\n\x0c\x45ncodeResult\x12.\n\treference\x18\x01 \x01(\x0b\x32\x1b.lookonce.v1.ImageReference\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.lookonce.v1.CacheOutcome\x12+\n\x07timings\x18\x03 \x01(\x0b\x32\x1a.lookonce.v1.EncodeTimings\x12\x0e\n\x06stored\x18\x04 \x01(\x08\x12\x0e\n\x06record\x18\x05 \x01(\x0c\x12\x1e\n\x16record_bytes_to_follow\x18\x06 \x01(\x04\x12\x0e\n\x06notice\x18\x07 \x01(\t\"s\n\x0e\x45ncodeResponse\x12+\n\x06result\x18\x01 \x01(\x0b\x32\x19.lookonce.v1.EncodeResultH\x00\x12)\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x18.lookonce.v1.RecordChunkH\x00\x42\t\n\x07payload\"N\n\x13\x45ncodeStreamRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x07request\x18\x02 \x01(\x0b\x32\x1a.lookonce.v1.EncodeRequest\"\xaa\x01\n\x14\x45ncodeStreamResponse\x12\n\n\x02id\x18\x01 \x01(\x04\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.lookonce.v1.EncodeResultH\x00\x12)\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x18.lookonce.v1.RecordChunkH\x00\x12#\n\x05\x65rror\x18\x04 \x01(\x0b\x32\x12.lookonce.v1.ErrorH\x00\x42\t\n\x07payload\"\x1b\n\x0c\x46\x65tchRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\"\xfb\x01\n\x11VisionDescription\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.lookonce.v1.ModelDescription\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x12\n\nmin_pixels\x18\x03 \x01(\x04\x12\x12\n\nmax_pixels\x18\x04 \x01(\x04\x12\x17\n\x0fmax_image_bytes\x18\x05 \x01(\x04\x12\x19\n\x11max_source_pixels\x18\x06 \x01(\x04\x12\x15\n\rstream_window\x18\x07 \x01(\r\x12\x0f\n\x07\x65ncodes\x18\x08 \x01(\x04\x12\x0c\n\x04hits\x18\t \x01(\x04\x12\x11\n\tcoalesced\x18\n \x01(\x04*O\n\x0c\x43\x61\x63heOutcome\x12\x1d\n\x19\x43\x41\x43HE_OUTCOME_UNSPECIFIED\x10\x00\x12\x07\n\x03HIT\x10\x01\x12\x08\n\x04MISS\x10\x02\x12\r\n\tCOALESCED\x10\x03\x32\xfa\x02\n\rVisionEncoder\x12\x43\n\x06\x45ncode\x12\x1a.lookonce.v1.EncodeRequest\x1a\x1b.lookonce.v1.EncodeResponse0\x01\x12W\n\x0c\x45ncodeStream\x12 .lookonce.v1.EncodeStreamRequest\x1a!.lookonce.v1.EncodeStreamResponse(\x01\x30\x01\x12>\n\x05\x46\x65tch\x12\x19.lookonce.v1.FetchRequest\x1a\x18.lookonce.v1.RecordChunk0\x01\x12\x41\n\x06\x46orget\x12\x1a.lookonce.v1.ForgetRequest\x1a\x1b.lookonce.v1.ForgetResponse\x12H\n\x08\x44\x65scribe\x12\x1c.lookonce.v1.DescribeRequest\x1a\x1e.lookonce.v1.VisionDescriptionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.lookonce.v1.vision_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CACHEOUTCOME']._serialized_start=1246
-  _globals['_CACHEOUTCOME']._serialized_end=1325
+  _globals['_CACHEOUTCOME']._serialized_start=1262
+  _globals['_CACHEOUTCOME']._serialized_end=1341
   _globals['_ENCODEREQUEST']._serialized_start=82
   _globals['_ENCODEREQUEST']._serialized_end=260
   _globals['_ENCODETIMINGS']._serialized_start=262
   _globals['_ENCODETIMINGS']._serialized_end=373
   _globals['_ENCODERESULT']._serialized_start=376
-  _globals['_ENCODERESULT']._serialized_end=591
-  _globals['_ENCODERESPONSE']._serialized_start=593
-  _globals['_ENCODERESPONSE']._serialized_end=708
-  _globals['_ENCODESTREAMREQUEST']._serialized_start=710
-  _globals['_ENCODESTREAMREQUEST']._serialized_end=788
-  _globals['_ENCODESTREAMRESPONSE']._serialized_start=791
-  _globals['_ENCODESTREAMRESPONSE']._serialized_end=961
-  _globals['_FETCHREQUEST']._serialized_start=963
-  _globals['_FETCHREQUEST']._serialized_end=990
-  _globals['_VISIONDESCRIPTION']._serialized_start=993
-  _globals['_VISIONDESCRIPTION']._serialized_end=1244
-  _globals['_VISIONENCODER']._serialized_start=1328
-  _globals['_VISIONENCODER']._serialized_end=1706
+  _globals['_ENCODERESULT']._serialized_end=607
+  _globals['_ENCODERESPONSE']._serialized_start=609
+  _globals['_ENCODERESPONSE']._serialized_end=724
+  _globals['_ENCODESTREAMREQUEST']._serialized_start=726
+  _globals['_ENCODESTREAMREQUEST']._serialized_end=804
+  _globals['_ENCODESTREAMRESPONSE']._serialized_start=807
+  _globals['_ENCODESTREAMRESPONSE']._serialized_end=977
+  _globals['_FETCHREQUEST']._serialized_start=979
+  _globals['_FETCHREQUEST']._serialized_end=1006
+  _globals['_VISIONDESCRIPTION']._serialized_start=1009
+  _globals['_VISIONDESCRIPTION']._serialized_end=1260
+  _globals['_VISIONENCODER']._serialized_start=1344
+  _globals['_VISIONENCODER']._serialized_end=1722
 # @@protoc_insertion_point(module_scope)

@@ -49,20 +49,22 @@ class EncodeTimings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., preprocess_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., store_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class EncodeResult(_message.Message):
-    __slots__ = ("reference", "outcome", "timings", "stored", "record", "record_bytes_to_follow")
+    __slots__ = ("reference", "outcome", "timings", "stored", "record", "record_bytes_to_follow", "notice")
     REFERENCE_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
     RECORD_FIELD_NUMBER: _ClassVar[int]
     RECORD_BYTES_TO_FOLLOW_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     reference: _common_pb2.ImageReference
     outcome: CacheOutcome
     timings: EncodeTimings
     stored: bool
     record: bytes
     record_bytes_to_follow: int
-    def __init__(self, reference: _Optional[_Union[_common_pb2.ImageReference, _Mapping]] = ..., outcome: _Optional[_Union[CacheOutcome, str]] = ..., timings: _Optional[_Union[EncodeTimings, _Mapping]] = ..., stored: _Optional[bool] = ..., record: _Optional[bytes] = ..., record_bytes_to_follow: _Optional[int] = ...) -> None: ...
+    notice: str
+    def __init__(self, reference: _Optional[_Union[_common_pb2.ImageReference, _Mapping]] = ..., outcome: _Optional[_Union[CacheOutcome, str]] = ..., timings: _Optional[_Union[EncodeTimings, _Mapping]] = ..., stored: _Optional[bool] = ..., record: _Optional[bytes] = ..., record_bytes_to_follow: _Optional[int] = ..., notice: _Optional[str] = ...) -> None: ...
 
 class EncodeResponse(_message.Message):
     __slots__ = ("result", "chunk")
