@@ -9,25 +9,32 @@ from __future__ import annotations
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from lookonce.errors import ErrorKind, LookonceError
 from lookonce.units import format_size
 
+T = TypeVar("T")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MIN_SIDE = 8
 MAX_RATIO = 200
 """Longer side over shorter side; the model's own processor refuses beyond it."""
 # Pillow's own bound is one for the whole process, and only warns at first. Ours is checked from every header instead.
 Image.MAX_IMAGE_PIXELS = None
-_STRIP_PIXELS = 1 << 21
+_STRIP_PIXELS = 1 << 19  # worked on at once, in up to 32 bytes a pixel
+BYTES_A_PIXEL = 12
+"""What decoding takes at most: Pillow's picture, the canonical one, and what its decoders hold beside them."""
+_COSTLY = {"WEBP": 24}
+"""Formats whose decoders take more: WebP's holds two canvases and the pixels once more, for lossless files the values
+of each pixel besides."""
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -69,14 +76,14 @@ class ImageLimits:
 class Decoder:
     """Decodes within limits; may be called from several threads at once.
 
-    Pictures being decoded never hold more than `max_pixels` together, so memory is bounded by about 12 bytes a pixel of
-    one largest picture, whatever the number of threads.
+    Pictures at hand, from their header to the end of `use`, never hold more than BYTES_A_PIXEL * `max_pixels` bytes
+    together, whatever the number of threads. Of a format that takes more a pixel, pictures may have fewer.
     """
 
     def __init__(self, limits: ImageLimits) -> None:
         self.limits = limits
         self._room = threading.Condition()
-        self._pixels = 0
+        self._held = 0  # bytes
 
     def check_bytes(self, data: bytes) -> None:
         """Raise for an empty file or one over the byte limit."""
@@ -91,21 +98,29 @@ class Decoder:
 
     def decode(self, data: bytes) -> Image.Image:
         """The canonical picture (mode RGB). Raises IMAGE_INVALID, IMAGE_TOO_LARGE or PAYLOAD_TOO_LARGE."""
+        return self.decoded(data, lambda picture: picture)
+
+    def decoded(self, data: bytes, use: Callable[[Image.Image], T]) -> T:
+        """What `use` makes of the canonical picture, which counts as held until then. Raises what `decode` raises."""
         self.check_bytes(data)
-        try:
-            with self._open(data) as image:
-                self._check_size(*image.size)
-                with self._space(image.size[0] * image.size[1]):
-                    image.load()
-                    return canonical(image)
-        except LookonceError:
-            raise
-        except MemoryError:
-            raise LookonceError(
-                ErrorKind.OVERLOADED, "image: no memory to decode it now", param="image", retry_after=5.0
-            ) from None
-        except _DAMAGE:
-            raise _invalid(_DAMAGED) from None
+        with self._sized(data) as image:
+            cost = _COSTLY.get(image.format or "", BYTES_A_PIXEL)
+            with self._space(cost * image.width * image.height):
+                return use(self._canonical(image))
+
+    @contextmanager
+    def _sized(self, data: bytes) -> Iterator[Image.Image]:
+        """The image of which nothing but the header is read, within the limits."""
+        with _damage_named():
+            image = self._open(data)
+        with image:
+            self._check_size(image)
+            yield image
+
+    def _canonical(self, image: Image.Image) -> Image.Image:
+        with _damage_named():
+            image.load()
+            return canonical(image)
 
     def _open(self, data: bytes) -> Image.Image:
         try:
@@ -113,8 +128,8 @@ class Decoder:
         except UnidentifiedImageError:
             raise _invalid(_UNKNOWN) from None
 
-    def _check_size(self, width: int, height: int) -> None:
-        limits = self.limits
+    def _check_size(self, image: Image.Image) -> None:
+        (width, height), limits = image.size, self.limits
         short, long = sorted((width, height))
         if short < limits.min_side:
             raise _invalid(f"image: {width}x{height} pixels, each side must have at least {limits.min_side}")
@@ -122,31 +137,53 @@ class Decoder:
             raise _invalid(
                 f"image: {width}x{height} pixels, one side may be at most {limits.max_ratio:g} times the other"
             )
-        if width * height > limits.max_pixels:
+        most, which = limits.max_pixels, ""
+        if image.format in _COSTLY:
+            most, which = BYTES_A_PIXEL * most // _COSTLY[image.format], f" for {image.format} files"
+        if width * height > most:
             raise LookonceError(
                 ErrorKind.IMAGE_TOO_LARGE,
-                f"image: {width}x{height} is {width * height} pixels, the limit is {limits.max_pixels}",
+                f"image: {width}x{height} is {width * height} pixels, the limit{which} is {most}",
                 param="image",
             )
 
     @contextmanager
-    def _space(self, pixels: int) -> Iterator[None]:
+    def _space(self, size: int) -> Iterator[None]:
+        """Wait for so many bytes."""
+        most = BYTES_A_PIXEL * self.limits.max_pixels
         with self._room:
-            self._room.wait_for(lambda: self._pixels == 0 or self._pixels + pixels <= self.limits.max_pixels)
-            self._pixels += pixels
+            self._room.wait_for(lambda: self._held == 0 or self._held + size <= most)
+            self._held += size
         try:
             yield
         finally:
             with self._room:
-                self._pixels -= pixels
+                self._held -= size
                 self._room.notify_all()
+
+
+@contextmanager
+def _damage_named() -> Iterator[None]:
+    """What Pillow raises, in our words."""
+    try:
+        yield
+    except LookonceError:
+        raise
+    except MemoryError:
+        raise LookonceError(
+            ErrorKind.OVERLOADED, "image: no memory to decode it now", param="image", retry_after=5.0
+        ) from None
+    except _DAMAGE:
+        raise _invalid(_DAMAGED) from None
 
 
 def canonical(image: Image.Image) -> Image.Image:
     """The canonical picture of a loaded image, in mode RGB."""
-    orientation = _orientation(image)
-    picture = _to_rgb(image)
-    return picture.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else picture
+    turn = _TRANSPOSE.get(_orientation(image))
+    if turn is None:
+        return _to_rgb(image)
+    plain = image.mode == "RGB" and image.info.get("transparency") is None  # which is not worth a copy
+    return (image if plain else _to_rgb(image)).transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -160,43 +197,67 @@ def _orientation(image: Image.Image) -> int:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        return _from_deep_grey(image)
     if "A" in image.getbands() or "a" in image.getbands() or image.info.get("transparency") is not None:
         return _on_white(image)
     return image.convert("RGB")
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    """Composite on white, a strip at a time: whole RGBA copies of a large picture would triple its memory."""
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The image a few rows at a time, with the number of the first: whole copies in wider modes would take several
+    times its memory."""
     width, height = image.size
-    picture = Image.new("RGB", image.size)
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height))).convert("RGBA")
+        yield top, image.crop((0, top, width, min(top + rows, height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Composite on white."""
+    picture = Image.new("RGB", image.size)
+    for top, part in _strips(image):
+        strip = part.convert("RGBA")
         white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
         picture.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
     return picture
 
 
-def _to_8_bit(image: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _from_deep_grey(image: Image.Image) -> Image.Image:
     """Grey with more than 8 bits a pixel, scaled rather than clipped.
 
     16-bit values are scaled by 255/65535. Float values within 0..1 are scaled by 255; other float and 32-bit pictures
     say nothing about their range and are stretched from their least to their greatest value. A transparent grey becomes
     white.
     """
-    values = np.asarray(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and values.min() >= 0 and values.max() <= 0xFFFF):
-        grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-        transparent = image.info.get("transparency")
-        if isinstance(transparent, int):
-            grey[values == transparent] = 255
-        return grey
-    real = np.nan_to_num(values.astype(np.float64), nan=0.0)
-    low, high = float(real.min()), float(real.max())
-    if image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    return np.rint((real - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
+    if image.mode.startswith("I;16"):
+        low, high, deep = 0.0, 0.0, True
+    else:
+        low, high = _range(image)
+        deep = image.mode == "I" and low >= 0 and high <= 0xFFFF
+        if image.mode == "F" and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+    transparent = image.info.get("transparency")
+    picture = Image.new("RGB", image.size)
+    for top, part in _strips(image):
+        values = np.asarray(part)
+        if deep:
+            grey = ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+            if isinstance(transparent, int):
+                grey[values == transparent] = 255
+        else:
+            grey = np.rint((_real(values) - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
+        picture.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+    return picture
+
+
+def _range(image: Image.Image) -> tuple[float, float]:
+    """The least and the greatest value."""
+    ends = [(float(real.min()), float(real.max())) for real in (_real(np.asarray(part)) for _, part in _strips(image))]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def _real(values: NDArray[Any]) -> NDArray[np.float64]:
+    return np.nan_to_num(values.astype(np.float64), nan=0.0)
 
 
 def _invalid(message: str) -> LookonceError:

@@ -316,7 +316,7 @@ class VisionCore:
 
     def _prepare(self, job: _Job) -> Patches:
         """In a decode thread."""
-        return self._preprocess(self.decoder.decode(job.image), *job.bounds)
+        return self.decoder.decoded(job.image, lambda picture: self._preprocess(picture, *job.bounds))
 
     async def _save(self, job: _Job, made: _Made) -> None:
         started = time.perf_counter()

@@ -48,6 +48,7 @@ async def _all(chosen: list[Item], wanted: dict[int, str], max_bytes: int) -> di
     reader = Reader(threads=_AT_ONCE, max_bytes=max_bytes, policy=FetchPolicy())
     found: dict[int, str] = {}
     waiting = iter(chosen)
+    decoding = asyncio.Lock()  # one at a time: a single large picture takes more than a gigabyte
 
     async def worker() -> None:
         for item in waiting:
@@ -56,7 +57,8 @@ async def _all(chosen: list[Item], wanted: dict[int, str], max_bytes: int) -> di
             except LookonceError:
                 continue
             if image_id(image_digest(data)) == wanted[item.index]:
-                url = await asyncio.to_thread(data_url, data)
+                async with decoding:
+                    url = await asyncio.to_thread(data_url, data)
                 if url is not None:
                     found[item.index] = url
 

@@ -56,13 +56,13 @@ async def client(service):
 @pytest.fixture
 def decoding(monkeypatch) -> Iterator[threading.Event]:
     """Services in this process decode only while it is set, as it is at first."""
-    allowed, decode = threading.Event(), Decoder.decode
+    allowed, decoded = threading.Event(), Decoder.decoded
 
-    def wait_and_decode(self, data):
+    def wait_and_decode(self, data, use):
         allowed.wait()
-        return decode(self, data)
+        return decoded(self, data, use)
 
-    monkeypatch.setattr(Decoder, "decode", wait_and_decode)
+    monkeypatch.setattr(Decoder, "decoded", wait_and_decode)
     allowed.set()
     yield allowed
     allowed.set()

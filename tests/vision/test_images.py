@@ -12,7 +12,7 @@ from PIL import Image
 
 from lookonce.errors import ErrorKind, LookonceError
 from tests.vision.files import encoded, png_of_declared_size
-from vision_service.images import Decoder, ImageLimits
+from vision_service.images import BYTES_A_PIXEL, Decoder, ImageLimits
 
 
 @pytest.fixture
@@ -231,7 +231,7 @@ import resource
 from io import BytesIO
 from PIL import Image
 from lookonce.errors import LookonceError
-from vision_service.images import Decoder, ImageLimits
+from vision_service.images import BYTES_A_PIXEL, Decoder, ImageLimits
 from tests.vision.files import png_of_declared_size
 decoder = Decoder(ImageLimits())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -244,6 +244,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024 < 20
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["image_too_large", "image_too_large", "True"]
+
+
+def test_a_format_that_takes_more_memory_may_have_fewer_pixels():
+    decoder = Decoder(ImageLimits(max_pixels=100 * 100))
+    assert decoder.decode(encoded(Image.new("RGB", (70, 70)), "WEBP")).size == (70, 70)
+    with pytest.raises(LookonceError, match="the limit for WEBP files is 5000") as caught:
+        decoder.decode(encoded(Image.new("RGB", (71, 71)), "WEBP"))
+    assert caught.value.kind is ErrorKind.IMAGE_TOO_LARGE
 
 
 def test_pictures_decoded_at_once_share_one_budget():
@@ -260,7 +268,7 @@ def test_pictures_decoded_at_once_share_one_budget():
             def __enter__(self):
                 enter()
                 with lock:
-                    peak[0] = max(peak[0], decoder._pixels)
+                    peak[0] = max(peak[0], decoder._held)
 
             def __exit__(self, *error):
                 return context.__exit__(*error)
@@ -274,5 +282,5 @@ def test_pictures_decoded_at_once_share_one_budget():
         thread.start()
     for thread in threads:
         thread.join()
-    assert peak[0] == 6400
-    assert decoder._pixels == 0
+    assert peak[0] == 6400 * BYTES_A_PIXEL
+    assert decoder._held == 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 import urllib.request
 
 import grpc
 import pytest
 import torch
+from PIL import Image
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -20,6 +22,7 @@ from lookonce.identity import embedding_key, image_digest, tenant_key
 from lookonce.process import PERMANENT_EXIT
 from lookonce.record import EMBEDDING, parse_record
 from lookonce.rpc.client import VisionClient
+from lookonce.sizing import CPU_MAX_PIXELS
 from lookonce.tensors import tensor_of
 from protos.lookonce.v1 import vision_pb2
 from tests.pictures import odd_files
@@ -28,6 +31,7 @@ from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
 from tests.vision.files import encoded, small
+from vision_service.encoder import Encoder
 from vision_service.images import Decoder, ImageLimits
 from vision_service.serving import serve
 from vision_service.settings import VisionSettings
@@ -341,3 +345,46 @@ def test_bad_settings_name_flag_and_variable(checkpoint_path):
     assert status == 2
     assert "--model (or LOOKONCE_VISION_MODEL) is required" in text
     assert "LOOKONCE_VISION_BATCH_PATCHES='many'" in text and "--batch-wait-ms='x'" in text
+
+
+async def test_a_forward_that_has_begun_is_ended_and_joined_although_its_caller_left(checkpoint_path, monkeypatch):
+    begun, allowed, encode = threading.Event(), threading.Event(), Encoder.encode
+
+    def wait_and_encode(self, batch, pause=lambda: None):
+        begun.set()
+        allowed.wait(60)
+        return encode(self, batch, pause)
+
+    monkeypatch.setattr(Encoder, "encode", wait_and_encode)
+    allowed.set()
+    async with in_process(checkpoint_path) as client:
+        allowed.clear()
+        begun.clear()
+        try:
+            request = vision_pb2.EncodeRequest(image=small((1, 2, 3)))
+            with pytest.raises(LookonceError) as caught:
+                await client.encode(request, timeout=1)
+            assert caught.value.kind is ErrorKind.DEADLINE_EXCEEDED
+            assert begun.is_set()
+            await asyncio.sleep(0.3)  # the service has noticed, too
+            again = asyncio.create_task(client.encode(request))
+            await asyncio.sleep(0.3)
+        finally:
+            allowed.set()
+        assert (await again).outcome == "coalesced"
+        assert (await client.encode(request)).outcome == "hit"
+        assert (await client.describe()).encodes == 1
+
+
+async def test_a_cpu_makes_large_images_smaller_and_says_so(checkpoint_path):
+    large = encoded(Image.new("RGB", (1400, 1000)), "JPEG")
+    async with in_process(checkpoint_path, device="cpu") as client:
+        assert (await client.describe()).max_pixels == CPU_MAX_PIXELS
+        shrunk = await client.encode(vision_pb2.EncodeRequest(image=large))
+        assert shrunk.reference.tokens <= CPU_MAX_PIXELS // 28**2
+        assert "--max-pixels" in shrunk.notice
+        assert (await client.encode(vision_pb2.EncodeRequest(image=large))).notice == shrunk.notice
+        assert (await client.encode(vision_pb2.EncodeRequest(image=small()))).notice == ""
+    async with in_process(checkpoint_path, device="cpu", max_pixels=2000 * 28**2) as client:
+        whole = await client.encode(vision_pb2.EncodeRequest(image=large))
+        assert (whole.notice, whole.reference.tokens) == ("", 50 * 36)
