@@ -195,7 +195,7 @@ class Jobs:
 
     async def record(self, job: Job, line: Line, reply: Reply) -> bool:
         """Keep a line's answer, mark the line done and count its tokens, together; whether it was not done before."""
-        column = "completed" if reply.good else "failed"
+        column: Literal["completed", "failed"] = "completed" if reply.good else "failed"
 
         def work(connection: sqlite3.Connection) -> bool:
             place = {"number": line.number, "custom_id": line.custom_id}
