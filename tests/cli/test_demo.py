@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
+from lookonce.cli.model import BUNDLED
 from lookonce.cli.samples import bundled_samples, drawn_samples, same_answer
 from lookonce.errors import CheckpointError
-from tests.cli.commands import lookonce
+from tests.cli.commands import environment, lookonce
+from tests.processes import ROOT
 
 
 @pytest.mark.slow
@@ -16,7 +22,32 @@ def test_demo_answers_as_the_unsplit_model_does(checkpoint):
     done = lookonce("demo", "--model", checkpoint, seconds=300)
     assert done.returncode == 0, done.stderr
     assert "16 of 16 answers right; 16 of 16 equal the unsplit model's." in done.stdout
+    assert re.search(
+        r"^lookonce, uploads included: [\d.]+ s\.  The unsplit model by transformers, .* [\d.]+ s", done.stdout, re.M
+    )
+    assert "Both in float32 on cpu, with 1 thread for each model." in done.stdout  # OMP_NUM_THREADS of these tests
     assert "vision    stopped" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is set as Linux does it")
+def test_the_unsplit_models_threads_do_not_wait_awake(tmp_path):
+    """On one core two threads take about as long as one; waiting awake for each other, thirty times as long."""
+    [picture, _] = drawn_samples(tmp_path)
+    core = min(os.sched_getaffinity(0))
+    job = {"model": str(BUNDLED), "dtype": "float32", "device": "cpu", "max_tokens": 8}
+    job["items"] = [{"image": str(picture.path), "question": question} for question, _ in picture.questions]
+    seconds = {}
+    for threads in (1, 2):
+        done = subprocess.run(
+            [sys.executable, "-m", "lookonce.cli.baseline"], input=json.dumps({**job, "threads": threads}), cwd=ROOT,
+            env=environment(OMP_NUM_THREADS="2"), preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        result = json.loads(done.stdout)
+        assert result["threads"] == threads
+        seconds[threads] = sum(answer["ms"] for answer in result["answers"]) / 1000
+    assert seconds[2] < 8 * seconds[1], seconds
 
 
 def test_drawn_samples_are_two_pictures_with_eight_questions(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -19,6 +20,7 @@ import httpx2
 import pytest
 
 from lookonce.cli.checks import check_port
+from lookonce.cli.model import BUNDLED
 from tests.cli.commands import Up, environment, gone, invoke, lookonce, until
 from tests.ports import free_port
 from tests.processes import ROOT
@@ -207,6 +209,19 @@ def test_ask_starts_a_system_for_the_call_with_loopback_ports_when_the_path_is_l
     assert done.stdout.strip() and "ready" not in done.stdout
     assert "vision    stopped" in done.stderr
     assert not (data_dir / "run" / "up.json").exists()
+
+
+@pytest.mark.slow
+def test_without_a_model_moderations_answer(tmp_path):
+    with Up(tmp_path / "data", "--port", "0") as system:
+        system.wait_for("lookonce is ready")
+        star = (BUNDLED.parent / "samples" / "one-star.png").read_bytes()
+        sample = f"data:image/png;base64,{base64.b64encode(star).decode()}"
+        body = {"input": [{"type": "image_url", "image_url": {"url": sample}}]}
+        reply = httpx2.post(f"{system.system.url}/v1/moderations", json=body, timeout=120)
+        assert reply.status_code == 200, reply.text
+        [result] = reply.json()["results"]
+        assert result["flagged"] and result["category_scores"]["star"] > 0.5 > result["category_scores"]["cross"]
 
 
 def test_a_killed_supervisor_takes_its_children_along(checkpoint, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from lm_service.service import load_model, serve
 from lm_service.settings import LanguageSettings
 from lookonce.errors import ErrorKind, LookonceError
+from lookonce.process import PERMANENT_EXIT
 from lookonce.reference import EmbeddingReference
 from lookonce.rpc.client import LanguageClient, VisionClient
 from lookonce.stores import open_store
@@ -100,7 +101,7 @@ async def test_another_models_vision_service_is_named_and_not_fatal(checkpoint_p
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
-        (["--model", "/nowhere/at/all"], 1, "no such directory"),
+        (["--model", "/nowhere/at/all"], PERMANENT_EXIT, "no such directory"),
         ([], 2, "LOOKONCE_LM_MODEL"),
         (["--model", "x", "--max-running", "zero"], 2, "max-running"),
     ],
