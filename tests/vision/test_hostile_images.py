@@ -23,7 +23,7 @@ MEMORY = 400 << 20  # bytes the process may grow by
 KINDS = {ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE, ErrorKind.PAYLOAD_TOO_LARGE}
 TEXTS = re.compile(
     r"image: (not a JPEG, PNG, WEBP, GIF, BMP or TIFF file|the file is damaged or truncated|the file is empty"
-    r"|the file has \d+ bytes, the limit is [\d.]+ \w+|\d+x\d+ is \d+ pixels, the limit is \d+"
+    r"|the file has \d+ bytes, the limit is [\d.]+ \w+|\d+x\d+ is \d+ pixels, the limit( for WEBP files)? is \d+"
     r"|\d+x\d+ pixels, each side must have at least \d+|\d+x\d+ pixels, .*)"
 )
 
