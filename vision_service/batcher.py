@@ -138,6 +138,7 @@ class Batcher:
             for item in line.items:
                 _fail(item, _stopping())
             line.items.clear()
+            self._count()
 
     async def _linger(self, line: _Line) -> None:
         """Wait for company until the oldest picture has waited long enough or the budget is reached."""
