@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lookonce.client import AsyncClient, Client, Question
 
 __all__ = ["AsyncClient", "Client", "LookonceError", "Question", "__version__"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _OF_THE_CLIENT = frozenset({"AsyncClient", "Client", "Question"})
 
 

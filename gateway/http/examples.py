@@ -119,7 +119,7 @@ MODEL = {
 }
 MODELS = {"object": "list", "data": [MODEL]}
 HEALTH = {"status": "ok"}
-VERSION = {"version": "0.1.0"}
+VERSION = {"version": "0.2.0"}
 READINESS = {
     "status": "ready",
     "parts": {
