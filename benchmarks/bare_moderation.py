@@ -28,12 +28,12 @@ from transformers import DynamicCache
 
 from benchmarks.moderate import PACK, Floor, Preparation
 from lm_service.engine.types import ScoreItem, Scoring
-from lookonce.apart import apart
-from lookonce.checkpoint import open_checkpoint
-from lookonce.policy import parse_policy
-from lookonce.process import keep_freed_memory
+from lookonce.core.process import keep_freed_memory
+from lookonce.models.checkpoint import open_checkpoint
+from lookonce.models.omp_thread import apart
+from lookonce.models.qwen2_vl.preprocessing import Patches
+from lookonce.moderation.policy import parse_policy
 from tests.modules import load_language_model, load_vision_tower
-from vision_service.preprocess import Patches
 
 PACKS = (4, PACK, 16)
 SAMPLE = 96  # pictures on which ways are compared

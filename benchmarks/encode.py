@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.rpc.client import VisionClient
+from lookonce.core.rpc.client import VisionClient
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.vision import Encoder
 from protos.lookonce.v1 import vision_pb2
 from tests.processes import ServiceProcess
-from vision_service.encoder import Encoder
-from vision_service.preprocess import Patches, Preprocessor
 
 CONCURRENCY = 8
 

@@ -30,23 +30,23 @@ from PIL import Image
 from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Pictures, image, question
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
-from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
-from lm_service.engine.packed.kv import KV
+from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
-from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.packed.prefix_cache.content import prompt_contents
+from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring
-from lookonce.apart import apart
-from lookonce.checkpoint import Checkpoint, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.process import keep_freed_memory
-from lookonce.reference import EmbeddingReference
+from lookonce.core.process import keep_freed_memory
+from lookonce.core.reference import EmbeddingReference
+from lookonce.models.checkpoint import Checkpoint, open_checkpoint
+from lookonce.models.omp_thread import apart
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.vision import Encoder
 from tests.modules import load_language_model, load_vision_tower
-from vision_service.encoder import Encoder
-from vision_service.preprocess import Preprocessor
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -79,7 +79,8 @@ def run_engine(engine: PackedEngine, prompts: list[Prompt]) -> Any:
 
 
 def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
-    """Call a function in the engine's thread: one that computed in another would slow both (see lookonce.apart)."""
+    """Call a function in the engine's thread: one that computed in another would slow both
+    (see lookonce.models.omp_thread)."""
     done: Future[T] = Future()
     engine._tell(lambda: done.set_result(function(*args)))
     return asyncio.wrap_future(done)

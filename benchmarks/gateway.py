@@ -28,10 +28,10 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.reference import EmbeddingReference
-from lookonce.rpc.client import LanguageClient, VisionClient
-from lookonce.rpc.convert import reference_to_proto
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.client import LanguageClient, VisionClient
+from lookonce.core.rpc.messages import reference_to_proto
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import language_pb2, vision_pb2
 
 BUNDLED = Path(__file__).resolve().parent.parent / "lookonce/data/shapes"
@@ -171,11 +171,11 @@ async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[st
 
 async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, float]:
     """The same questions to the engine in this process, their prompts ready: no template, no gRPC, no HTTP."""
+    from lm_service.app import load_model
     from lm_service.engine.packed.engine import PackedEngine  # torch: only now that the services are gone
-    from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+    from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
     from lm_service.engine.types import EmbeddingSource, Generation, Sampling
     from lm_service.prompt import Message, PromptBuilder
-    from lm_service.service import load_model
     from lm_service.settings import LanguageSettings
 
     loaded = load_model(LanguageSettings(model=model))

@@ -19,8 +19,8 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 UNSPLIT = """
 import sys, time, torch

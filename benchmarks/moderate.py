@@ -38,22 +38,22 @@ import torch
 from PIL import Image
 
 from benchmarks.engine import Timed
+from lm_service.app import load_model
 from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
-from lm_service.service import load_model
 from lm_service.settings import LanguageSettings
 from lm_service.template import load_template
-from lookonce.checkpoint import open_checkpoint
-from lookonce.policy import Policy, parse_policy
-from lookonce.process import keep_freed_memory
-from lookonce.reference import EmbeddingReference
+from lookonce.core.process import keep_freed_memory
+from lookonce.core.reference import EmbeddingReference
+from lookonce.models.checkpoint import open_checkpoint
+from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
+from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.moderation.policy import Policy, parse_policy
 from tests.moderate.scenes import make_pictures, policy_text
 from tests.processes import ServiceProcess
-from vision_service.encoder import Encoder
-from vision_service.preprocess import Patches, Preprocessor
 
 BUNDLED = Path(__file__).resolve().parent.parent / "lookonce/data/shapes"
 PACK = 8  # pictures of one bare encode, and scored at once

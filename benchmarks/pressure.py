@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx2
 
 from benchmarks.gateway import BUNDLED, QUESTION, Connection, picture_file, processes
-from lookonce.rpc.client import LanguageClient
+from lookonce.core.rpc.client import LanguageClient
 
 LONG = {"questions": [QUESTION], "max_tokens": 3000, "ignore_eos": True, "stream": True}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}

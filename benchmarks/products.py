@@ -16,8 +16,15 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.linear import GatedUnit, LayerWeights, PlainGatedUnit, PlainLinear, gated_unit, linear
-from lookonce.blocked import rounded_up
+from lm_service.engine.packed.execution.linear import (
+    GatedUnit,
+    LayerWeights,
+    PlainGatedUnit,
+    PlainLinear,
+    gated_unit,
+    linear,
+)
+from lookonce.models.onednn import rounded_up
 
 SIZES = {"bundled": (128, 128, 384), "50m": (512, 256, 2048), "2b": (1536, 512, 8960)}  # hidden, keys and values, inner
 ROWS = (1, 6, 50, 199, 400, 800)

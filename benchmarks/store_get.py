@@ -24,7 +24,7 @@ from pathlib import Path
 
 import redis.asyncio as aioredis
 
-from lookonce.stores import open_store
+from lookonce.core.stores import open_store
 from tests.valkey import ValkeyServer
 
 KEY = bytes(32)

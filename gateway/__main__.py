@@ -6,27 +6,27 @@ from gateway.answers import Answers
 from gateway.auth import Keyring, read_keys
 from gateway.batches.service import Batches
 from gateway.core import Gateway
-from gateway.discovery import open_replicas
-from gateway.encoding import Encoder
-from gateway.erasure import Eraser
 from gateway.http.app import create_app
 from gateway.http.batch_lines import BatchEndpoints
-from gateway.images import ImageLibrary
+from gateway.images.encoding import Encoder
+from gateway.images.erasure import Eraser
+from gateway.images.image_records import RecordShelf
+from gateway.images.image_store import Rooms
+from gateway.images.images import ImageLibrary
 from gateway.limits import Quota
-from gateway.records import RecordShelf
-from gateway.rooms import Rooms
+from gateway.routing.discovery import open_replicas
+from gateway.routing.variants import Variant, Variants, VariantSpec
 from gateway.served_model import ServedModel
 from gateway.server import serve
 from gateway.settings import GatewaySettings, distinct
-from gateway.variants import Variant, Variants, VariantSpec
-from lookonce.fetching.fetcher import Fetcher
-from lookonce.policy import read_policy
-from lookonce.process import heap_frozen, leave_after, serve_to_end
-from lookonce.rpc.client import LanguageClient, VisionClient
-from lookonce.settings import command
-from lookonce.stores import Store, open_store
-from lookonce.stores.sealed import SealedStore
-from lookonce.telemetry import configure_logging, serve_metrics
+from lookonce.core.http_fetch.fetcher import Fetcher
+from lookonce.core.process import heap_frozen, leave_after, serve_to_end
+from lookonce.core.rpc.client import LanguageClient, VisionClient
+from lookonce.core.settings import command
+from lookonce.core.stores import Store, open_store
+from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.telemetry.logs import configure_logging, serve_metrics
+from lookonce.moderation.policy import read_policy
 
 SPARE_BYTES = 64 << 20
 """Image files kept in memory while the image store is out of order."""

@@ -10,12 +10,12 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
-from gateway.images import ImageLibrary, Resolved
+from gateway.images.images import ImageLibrary, Resolved
 from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
-from gateway.recovery import STALE, Recovery
-from gateway.variants import Variant, Variants
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.rpc.errors import from_proto
+from gateway.routing.retries import STALE, Recovery
+from gateway.routing.variants import Variant, Variants
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.rpc.status_codes import from_proto
 from protos.lookonce.v1 import language_pb2
 
 SPARE_SECONDS = 1.0

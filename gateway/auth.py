@@ -11,8 +11,8 @@ from hmac import compare_digest
 from pathlib import Path
 
 from gateway.limits import Meter, Quota
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.identity import SHARED_TENANT_KEY, cache_salt, tenant_key
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.identity import SHARED_TENANT_KEY, cache_salt, tenant_key
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _HASHED = re.compile(r"sha256:[0-9a-fA-F]{64}")

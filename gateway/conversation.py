@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.auth import Tenant
-from gateway.images import Resolved
-from gateway.records import ImageRecord
-from lookonce.rpc.convert import reference_to_proto
+from gateway.images.image_records import ImageRecord
+from gateway.images.images import Resolved
+from lookonce.core.rpc.messages import reference_to_proto
 from protos.lookonce.v1 import language_pb2
 
 

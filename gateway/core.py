@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from gateway.answers import Answers
 from gateway.batches.service import Batches
-from gateway.erasure import Eraser
-from gateway.images import ImageLibrary
-from gateway.records import RecordShelf
+from gateway.images.erasure import Eraser
+from gateway.images.image_records import RecordShelf
+from gateway.images.images import ImageLibrary
+from gateway.routing.variants import Variants
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings
-from gateway.variants import Variants
-from lookonce.fetching.fetcher import Fetcher
-from lookonce.policy import Policy
-from lookonce.stores import Store
+from lookonce.core.http_fetch.fetcher import Fetcher
+from lookonce.core.stores import Store
+from lookonce.moderation.policy import Policy
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from blake3 import blake3
 
-from lookonce.errors import LookonceError, invalid
+from lookonce.core.errors import LookonceError, invalid
 
 LONG = 1 << 16
 """Bytes from which a string is left where it lies."""

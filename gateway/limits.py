@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 MINUTE = 60.0
 

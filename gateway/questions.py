@@ -14,11 +14,11 @@ import structlog
 
 from gateway.answers import Answers, Completion
 from gateway.conversation import Asker, ChoiceQuestion, Turn
-from gateway.images import Resolved
+from gateway.images.images import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from gateway.served_model import ServedModel
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import end_tasks, start_task
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
 
 BUSY_TRIES = 6

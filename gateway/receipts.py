@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.images import Resolved
+from gateway.images.images import Resolved
 from gateway.metrics import ANSWERS, FIRST_TOKEN_SECONDS, TOKENS
-from gateway.variants import DEFAULT
-from lookonce import tracing
+from gateway.routing.variants import DEFAULT
+from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import language_pb2
 
 _SLOWNESS = {"hit": 0, "coalesced": 1, "miss": 2}

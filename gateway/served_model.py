@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from gateway.variants import Variants
-from lookonce.errors import ErrorKind, LookonceError
+from gateway.routing.variants import Variants
+from lookonce.core.errors import ErrorKind, LookonceError
 from protos.lookonce.v1 import language_pb2
 
 FRESH = 30.0  # seconds a description is good

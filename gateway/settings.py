@@ -9,16 +9,16 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from gateway.discovery import split_targets
 from gateway.json_text import JsonLimits
 from gateway.limits import Quota
-from gateway.variants import DEFAULT, VariantSpec, parse_variants, read_variants
-from lookonce.errors import LookonceError
-from lookonce.fetching.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
-from lookonce.rpc.server import Tls
-from lookonce.settings import Bytes, Seconds, Settings
-from lookonce.telemetry import LogFormat
-from lookonce.units import split_list
+from gateway.routing.discovery import split_targets
+from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
+from lookonce.core.errors import LookonceError
+from lookonce.core.http_fetch.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
+from lookonce.core.rpc.server import Tls
+from lookonce.core.settings import Bytes, Seconds, Settings
+from lookonce.core.telemetry.logs import LogFormat
+from lookonce.core.units import split_list
 
 
 class GatewaySettings(Settings):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from lm_service.settings import LanguageSettings
-from lookonce.apart import apart
-from lookonce.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
-from lookonce.settings import command
-from lookonce.telemetry import configure_logging
+from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
+from lookonce.core.settings import command
+from lookonce.core.telemetry.logs import configure_logging
+from lookonce.models.omp_thread import apart
 
 
 def run(settings: LanguageSettings) -> int:
@@ -16,7 +16,7 @@ def run(settings: LanguageSettings) -> int:
     # Here and not above: --help and a mistyped flag answer before torch is imported.
     import uvloop
 
-    from lm_service.service import load_model, serve, start_metrics
+    from lm_service.app import load_model, serve, start_metrics
 
     def load_and_serve() -> None:
         start_metrics(settings)

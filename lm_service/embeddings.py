@@ -16,16 +16,16 @@ import torch
 
 from lm_service.engine.types import EmbeddingSource
 from lm_service.fingerprints import AcceptedEncoders
-from lm_service.l1 import TensorCache
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
+from lm_service.tensor_cache import TensorCache
 from lm_service.validation import DamagedRecord, RecordRules
-from lookonce.apart import apart
-from lookonce.embeddings import INLINE_BYTES, EmbeddingCache
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.record import EmbeddingRecord, parse_record
-from lookonce.reference import EmbeddingReference
-from lookonce.tasks import end_tasks, start_task
+from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.record import EmbeddingRecord, parse_record
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.tasks import end_tasks, start_task
+from lookonce.models.omp_thread import apart
 
 log = structlog.get_logger(__name__)
 Loaded = tuple[torch.Tensor, EmbeddingSource]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lookonce.checkpoint import Checkpoint
-from lookonce.checkpoint.checkpoint import COMPUTE_DTYPES
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.quantization import SCHEMES
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
+from lookonce.models.quantization import SCHEMES
 
 
 class AcceptedEncoders:

@@ -9,9 +9,9 @@ import structlog
 
 from lm_service.fingerprints import AcceptedEncoders
 from lm_service.metrics import METRICS
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.rpc.client import VisionClient
-from lookonce.tasks import end_tasks, keep_running
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.rpc.client import VisionClient
+from lookonce.core.tasks import end_tasks, keep_running
 
 log = structlog.get_logger(__name__)
 CONNECT_SECONDS = 1.0

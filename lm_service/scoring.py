@@ -13,15 +13,15 @@ import structlog
 
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
 from lm_service.metrics import METRICS
-from lm_service.phases import Phases
 from lm_service.prompt import SHORT, PromptBuilder
 from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.reference import EmbeddingReference
-from lookonce.rpc.errors import to_proto
-from lookonce.tasks import start_task
+from lm_service.trace_phases import Phases
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.tasks import start_task
 from protos.lookonce.v1 import language_pb2
 
 T = TypeVar("T")

@@ -12,14 +12,14 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
 from lm_service.metrics import METRICS
-from lm_service.phases import Phases
 from lm_service.prompt import PromptBuilder, is_short
 from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
-from lookonce import tracing
-from lookonce.errors import LookonceError
+from lm_service.trace_phases import Phases
+from lookonce.core.errors import LookonceError
+from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
 

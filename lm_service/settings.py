@@ -8,10 +8,10 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.rpc.server import ServerOptions, Tls
-from lookonce.settings import Bytes, Seconds, Settings
-from lookonce.telemetry import LogFormat
-from lookonce.units import split_list
+from lookonce.core.rpc.server import ServerOptions, Tls
+from lookonce.core.settings import Bytes, Seconds, Settings
+from lookonce.core.telemetry.logs import LogFormat
+from lookonce.core.units import split_list
 
 
 class LanguageSettings(Settings):

@@ -14,8 +14,8 @@ from itertools import chain
 from pathlib import Path
 
 from lm_service.engine.detokenizer import TokenTable
-from lookonce.checkpoint.chat import ChatFormat, TemplateRefusal, Turn, open_chat
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
+from lookonce.models.checkpoint.chat import ChatFormat, TemplateRefusal, Turn, open_chat
 
 __all__ = ["ChatTemplate", "Turn", "load_template"]
 

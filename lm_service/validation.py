@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from lookonce.errors import ErrorKind, LookonceError, RecordError
-from lookonce.record import EMBEDDING, EmbeddingRecord
-from lookonce.reference import EmbeddingReference
-from lookonce.tensors import tensor_of
+from lookonce.core.errors import ErrorKind, LookonceError, RecordError
+from lookonce.core.record import EMBEDDING, EmbeddingRecord
+from lookonce.core.reference import EmbeddingReference
+from lookonce.models.tensors import tensor_of
 
 
 class DamagedRecord(RecordError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 
 if TYPE_CHECKING:
     from lookonce.client import AsyncClient, Client, Question

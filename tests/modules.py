@@ -1,5 +1,5 @@
-"""Each half of a model as transformers' own modules: what `lookonce.checkpoint.lean` is held against, here and in
-benchmarks."""
+"""Each half of a model as transformers' own modules: what `lookonce.models.qwen2_vl.modules` is held against, here and
+in benchmarks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from transformers import Qwen2VLConfig, Qwen2VLTextModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
 
-from lookonce.checkpoint.checkpoint import Checkpoint
-from lookonce.checkpoint.weights import load_weights
-from lookonce.families import Half
+from lookonce.models.checkpoint.checkpoint import Checkpoint
+from lookonce.models.checkpoint.weights import load_weights
+from lookonce.models.registry import Half
 
 _ATTENTION = "sdpa"
 _Module = TypeVar("_Module", bound=torch.nn.Module)

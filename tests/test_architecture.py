@@ -24,7 +24,7 @@ MAY_IMPORT = {
 }
 SETTINGS_REFERENCE = ROOT / "lookonce/cli/reference.py"  # lists every service's settings, so it reads their classes
 TO_THREADS = {"submit", "run_in_executor", "run_coroutine_threadsafe"}
-TASKS = ROOT / "lookonce/tasks.py"
+TASKS = ROOT / "lookonce/core/tasks.py"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {("torch", "load"), ("yaml", "load"), ("numpy", "load"), ("np", "load")}
 
@@ -119,8 +119,8 @@ def test_nothing_unsafe_is_loaded(package):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_no_task_fails_in_silence(package):
-    """Tasks begin in lookonce/tasks.py, which tells of failures, or in a TaskGroup; work for threads has its result
-    taken. Only there are exceptions of tasks gathered as values."""
+    """Tasks begin in lookonce/core/tasks.py, which tells of failures, or in a TaskGroup; work for threads has its
+    result taken. Only there are exceptions of tasks gathered as values."""
     wrong = []
     for path in sources(package):
         if path != TASKS:
@@ -164,8 +164,8 @@ def test_no_assert_checks_a_request(package):
         "gateway.http.app",
         "lookonce",
         "lookonce.cli",
-        "lookonce.rpc.client",
-        "lookonce.stores",
+        "lookonce.core.rpc.client",
+        "lookonce.core.stores",
     ],
 )
 def test_light_modules_leave_torch_out(module):

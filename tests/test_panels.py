@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lookonce.native import team
-from lookonce.native.compiling import LANES
-from lookonce.native.panels import PanelGatedUnit, PanelLinear, panels_serve
-from lookonce.native.products import HEIGHT, WIDTH
+from lookonce.models.kernels import omp_team
+from lookonce.models.kernels.compiling import LANES
+from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, panels_serve
+from lookonce.models.kernels.products import HEIGHT, WIDTH
 
 SIZES = [(16, LANES), (128, 2 * WIDTH), (300, WIDTH + LANES), (1, WIDTH // 2 + LANES), (1000, 3 * WIDTH - LANES)]
 ROWS = [1, HEIGHT - 1, HEIGHT, HEIGHT + 1, 100, 16 * HEIGHT, 301]
@@ -52,9 +52,9 @@ def test_a_row_is_the_same_among_any_others_and_by_any_number_of_threads(depth, 
     for begin, end in ((0, 1), (3, 4), (7, 100), (250, 500), (499, 500)):
         assert torch.equal(linear(x[begin:end]), whole[begin:end])
         assert torch.equal(unit(x[begin:end]), gated[begin:end])
-    monkeypatch.setattr("lookonce.native.panels._ALONE", 0)
+    monkeypatch.setattr("lookonce.models.kernels.panels._ALONE", 0)
     for threads in (1, 2, 3):
-        monkeypatch.setattr(team, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(omp_team, "threads", lambda threads=threads: threads)
         assert torch.equal(linear(x), whole) and torch.equal(unit(x), gated)
 
 
@@ -79,7 +79,7 @@ def test_whom_they_serve():
 
 
 def test_threads_that_they_could_not_use_are_left_to_others(monkeypatch):
-    monkeypatch.setattr(team, "_PARALLEL", None)  # another OpenMP than libgomp
+    monkeypatch.setattr(omp_team, "_PARALLEL", None)  # another OpenMP than libgomp
     before = torch.get_num_threads()
     try:
         for count in (1, 2):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lookonce.errors import LookonceError
-from lookonce.policy import parse_policy, read_policy
+from lookonce.core.errors import LookonceError
+from lookonce.moderation.policy import parse_policy, read_policy
 from tests.processes import ROOT
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples/policies").glob("*.yaml"))

@@ -10,11 +10,11 @@ import weakref
 
 import pytest
 
-from lookonce.process import heap_frozen
+from lookonce.core.process import heap_frozen
 
 SCRIPT = """
 import logging, sys, threading, time
-from lookonce.process import leave_after
+from lookonce.core.process import leave_after
 threading.Thread(target=time.sleep, args=(600,)).start()  # an ordinary end would wait for it
 sys.stdout = open(1, "w", buffering=65536, closefd=False)  # buffered, whatever PYTHONUNBUFFERED says
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
@@ -77,7 +77,7 @@ def test_a_reader_that_went_away_changes_nothing():
 
 def test_another_exception_is_printed_as_ever():
     done = subprocess.run(
-        [sys.executable, "-c", "from lookonce.process import leave_after\nleave_after(lambda: 1 / 0)"],
+        [sys.executable, "-c", "from lookonce.core.process import leave_after\nleave_after(lambda: 1 / 0)"],
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 1

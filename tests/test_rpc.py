@@ -17,11 +17,11 @@ from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.rpc.client import VisionClient
-from lookonce.rpc.convert import CHUNK_BYTES, chunks, join
-from lookonce.rpc.errors import GRPC_CODES, from_proto, to_proto
-from lookonce.rpc.server import Server, ServerOptions, Tls
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.rpc.client import VisionClient
+from lookonce.core.rpc.messages import CHUNK_BYTES, chunks, join
+from lookonce.core.rpc.server import Server, ServerOptions, Tls
+from lookonce.core.rpc.status_codes import GRPC_CODES, from_proto, to_proto
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 
 

@@ -1,4 +1,4 @@
-"""No task fails in silence: lookonce.tasks, and the questions of one request."""
+"""No task fails in silence: lookonce.core.tasks, and the questions of one request."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gateway.answers import Completion
 from gateway.auth import Keyring
 from gateway.conversation import Asker, ChoiceQuestion, Turn
 from gateway.questions import OpenQuestion, Questions
-from lookonce import tasks
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import end_tasks, keep_running, run_in, start_task
+from lookonce.core import tasks
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, keep_running, run_in, start_task
 from protos.lookonce.v1 import language_pb2
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from lookonce.process import leave_after, serve_to_end, wait_briefly
-from lookonce.settings import command
-from lookonce.telemetry import configure_logging
+from lookonce.core.process import leave_after, serve_to_end, wait_briefly
+from lookonce.core.settings import command
+from lookonce.core.telemetry.logs import configure_logging
 from vision_service.settings import VisionSettings
 
 
@@ -17,7 +17,7 @@ def run(settings: VisionSettings) -> int:
     # Here and not above: --help and a mistyped flag answer before torch is imported.
     import uvloop
 
-    from vision_service.serving import serve
+    from vision_service.app import serve
 
     return serve_to_end("vision", settings, lambda: uvloop.run(serve(settings)))
 

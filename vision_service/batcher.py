@@ -17,11 +17,11 @@ from functools import partial
 import structlog
 import torch
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import end_tasks, keep_running
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, keep_running
+from lookonce.models.qwen2_vl.preprocessing import Patches
 from vision_service import metrics
 from vision_service.encode_thread import EncodeThread, Pause, Stopped
-from vision_service.preprocess import Patches
 
 Encode = Callable[[Sequence[Patches], Pause], list[torch.Tensor]]
 log = structlog.get_logger(__name__)

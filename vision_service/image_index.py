@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from blake3 import blake3
 
-from lookonce.identity import DIGEST_BYTES
-from lookonce.stores import Store
-from lookonce.stores.leased import leased
+from lookonce.core.identity import DIGEST_BYTES
+from lookonce.core.stores import Store
+from lookonce.core.stores.leased import leased
 
 
 class ImageIndex:

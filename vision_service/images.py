@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.units import format_size
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.units import format_size
 
 T = TypeVar("T")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

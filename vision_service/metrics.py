@@ -8,7 +8,7 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 
 ENCODES: Final = Counter("lookonce_vision_encodes", "Images that went through the tower.")
 HITS: Final = Counter("lookonce_vision_hits", "Requests answered from a store.")

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lookonce import tracing
-from lookonce.errors import LookonceError
-from lookonce.rpc.convert import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto
-from lookonce.rpc.errors import to_proto
+from lookonce.core.errors import LookonceError
+from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto
+from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service import metrics
-from vision_service.service import Encoding, VisionCore
+from vision_service.core import Encoding, VisionCore
 from vision_service.stream import EncodeWindow
 
 _OUTCOMES = {"hit": vision_pb2.HIT, "miss": vision_pb2.MISS, "coalesced": vision_pb2.COALESCED}

@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.rpc.server import ServerOptions, Tls
-from lookonce.settings import Bytes, BytesOrNone, Seconds, Settings
-from lookonce.telemetry import LogFormat
+from lookonce.core.rpc.server import ServerOptions, Tls
+from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings
+from lookonce.core.telemetry.logs import LogFormat
 
 
 class VisionSettings(Settings):

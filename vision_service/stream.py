@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.tasks import end_tasks, start_task
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import vision_pb2
 
 A = TypeVar("A")

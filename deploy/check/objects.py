@@ -8,8 +8,8 @@ from typing import Any
 from deploy.check import tls, traffic
 from deploy.check.settings import CLASSES, check_environment, check_keys
 from deploy.check.tools import is_pinned, is_shut
-from gateway.variants import parse_variants
-from lookonce.errors import LookonceError
+from gateway.routing.variants import parse_variants
+from lookonce.core.errors import LookonceError
 
 Object = dict[str, Any]
 _EMPTY_OK = (".args", ".emptyDir")

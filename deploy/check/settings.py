@@ -12,8 +12,8 @@ from gateway.auth import Keyring, read_keys
 from gateway.limits import Quota
 from gateway.settings import GatewaySettings
 from lm_service.settings import LanguageSettings
-from lookonce.errors import LookonceError
-from lookonce.settings import Settings, load, variable
+from lookonce.core.errors import LookonceError
+from lookonce.core.settings import Settings, load, variable
 from vision_service.settings import VisionSettings
 
 CLASSES: dict[str, type[Settings]] = {

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 import structlog
 
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.stores.metrics import corrupt_counter
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.stores.metrics import corrupt_counter
 
 T = TypeVar("T")
 VERSION = 1

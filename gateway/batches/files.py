@@ -13,9 +13,9 @@ import structlog
 
 from gateway.batches.database import CORRUPT, Database
 from gateway.batches.paging import Page, page
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.seal import Sealer
-from lookonce.units import format_size
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.seal import Sealer
+from lookonce.core.units import format_size
 
 PIECE = 256 * 1024
 """Bytes of a stored piece: what is in memory at once."""

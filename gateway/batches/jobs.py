@@ -19,8 +19,8 @@ from gateway.batches.database import CORRUPT, Database
 from gateway.batches.lines import BOM, DEFAULT_LIMITS, Line, Problem, Reply, parse, refused, tokens, unanswered, written
 from gateway.batches.paging import Page, page
 from gateway.json_text import JsonLimits, parse_json
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.seal import Sealer
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.seal import Sealer
 
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
 ACTIVE = ("validating", "in_progress", "cancelling")

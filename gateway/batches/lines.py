@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from gateway.json_text import JsonLimits, LongString, parse_json
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 
 DEFAULT_LIMITS = JsonLimits()
 BOM = b"\xef\xbb\xbf"

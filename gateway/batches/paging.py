@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 T = TypeVar("T")
 U = TypeVar("U")

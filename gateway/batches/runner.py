@@ -13,12 +13,12 @@ from typing import Protocol
 import structlog
 from prometheus_client import Counter
 
+from gateway.batches.concurrency_classes import Lanes
 from gateway.batches.files import Files
 from gateway.batches.jobs import End, Job, Jobs
-from gateway.batches.lanes import Lanes
 from gateway.batches.lines import Line, Problem, Reply
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import end_tasks, keep_running, start_task
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, keep_running, start_task
 
 LINES = Counter("lookonce_gateway_batch_lines", "Lines of batches, by what came of them.", ("outcome",))
 SWEEP = 30.0  # seconds between looks at what has expired

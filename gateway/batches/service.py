@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from gateway.batches.concurrency_classes import Lanes
 from gateway.batches.database import Database
 from gateway.batches.files import Files
 from gateway.batches.jobs import Jobs
-from gateway.batches.lanes import Lanes
 from gateway.batches.runner import Endpoints, Runner
 from gateway.json_text import JsonLimits
 

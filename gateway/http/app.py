@@ -19,17 +19,17 @@ from gateway.http import (
     openapi,
     playground,
     questions,
-    service,
+    status,
     unserved,
     uploads,
 )
-from gateway.http.errors import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
+from gateway.http.error_bodies import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.intake import BodyLimits, Intake
 from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
 from gateway.http.origins import Cors, OriginCheck
 from gateway.http.sse import ClientGone
 from gateway.settings import distinct
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 
 
 def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
@@ -38,7 +38,7 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     app = FastAPI(title="lookonce", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.state.draining = False
-    for part in (uploads, images, questions, chat, moderations, files, batches, service, unserved):
+    for part in (uploads, images, questions, chat, moderations, files, batches, status, unserved):
         app.include_router(part.router)
     if settings.playground:
         app.include_router(playground.make_router(settings.samples))

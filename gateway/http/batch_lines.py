@@ -12,15 +12,15 @@ from gateway.batches.lines import Line, Problem, Reply
 from gateway.conversation import Asker
 from gateway.core import Gateway
 from gateway.http import chat, moderations, questions
-from gateway.http.aside import aside
 from gateway.http.body import validate
-from gateway.http.errors import error_body, shape_of
+from gateway.http.error_bodies import error_body, shape_of
+from gateway.http.off_loop import aside
 from gateway.json_text import LONG_STRINGS
 from gateway.schemas.batches import QUESTIONS_ENDPOINT
 from gateway.schemas.chat import ChatRequest
 from gateway.schemas.moderations import ModerationRequest
 from gateway.schemas.questions import QuestionsRequest
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 _QUESTIONS_URL = re.compile(r"/v1/images/([A-Za-z0-9_.-]{1,128})/questions")
 _LATER = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from gateway.http.aside import aside
 from gateway.http.context import gateway_of
-from gateway.http.errors import HttpRefusal
+from gateway.http.error_bodies import HttpRefusal
+from gateway.http.off_loop import aside
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
 from gateway.schemas.unions import UNKNOWN
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 M = TypeVar("M", bound=BaseModel)
 _MAX_NAME = 100

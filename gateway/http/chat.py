@@ -19,13 +19,13 @@ from gateway.http.body import read_json
 from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
 from gateway.http.context import asker_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.pictures import RemotePictures, check_pictures, keep_all
+from gateway.http.request_images import RemotePictures, check_pictures, keep_all
 from gateway.http.sse import EventStream, until_disconnect
 from gateway.schemas.chat import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.sampling import stop_list, to_sampling
 from gateway.settings import GatewaySettings
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 from protos.lookonce.v1 import language_pb2
 
 router = APIRouter()

@@ -16,8 +16,8 @@ from gateway.http.context import gateway_of, json_response, tenant_of
 from gateway.http.openapi import answers, operation, query
 from gateway.http.pages import check_names, limit_of, list_object
 from gateway.schemas.batches import MAX_LIFETIME, MIN_LIFETIME, DeletedFile, FileList, FileObject
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.units import format_size
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.units import format_size
 
 router = APIRouter(tags=["files"])
 MOST_LISTED = 10_000

@@ -11,13 +11,13 @@ from starlette.responses import Response
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.context import gateway_of, json_response, tenant_of
-from gateway.http.keeping import keeping_of
 from gateway.http.openapi import answers, json_body, operation, query
-from gateway.images import Resolved
-from gateway.records import ImageRecord
+from gateway.http.retention import keeping_of
+from gateway.images.image_records import ImageRecord
+from gateway.images.images import Resolved
 from gateway.schemas.questions import ImageChange
 from gateway.schemas.responses import ErasedImage, ImageList, ImageObject
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 router = APIRouter(tags=["images"])
 DEFAULT_PAGE = 20

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.http.errors import HttpRefusal, error_response
+from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.metrics import IN_FLIGHT, REJECTED
 from gateway.settings import GatewaySettings
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 SMALL = 1 << 16
 """Bytes of a body that is received even while all bodies together are too large."""

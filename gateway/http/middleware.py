@@ -18,12 +18,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth import DEFAULT_TENANT, Keyring
-from gateway.http.errors import CLIENT_GONE, error_response, internal_error
+from gateway.http.error_bodies import CLIENT_GONE, error_response, internal_error
 from gateway.http.intake import closing_at_the_end
 from gateway.http.playground import is_playground
 from gateway.metrics import RATE_LIMITED, REQUEST_SECONDS, REQUESTS
-from lookonce import tracing
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.telemetry import tracing
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")

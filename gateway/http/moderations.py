@@ -15,12 +15,12 @@ from gateway.http import job_examples
 from gateway.http.body import read_json
 from gateway.http.context import asker_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.pictures import RemotePictures, check_pictures, keep_all
+from gateway.http.request_images import RemotePictures, check_pictures, keep_all
 from gateway.http.sse import until_disconnect
-from gateway.moderation.moderations import Item, Moderations
+from gateway.moderations import Item, Moderations
 from gateway.schemas.chat import ImageUrlPart, TextPart
 from gateway.schemas.moderations import ModerationObject, ModerationRequest
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter()
 OPENAI_MODELS = ("omni-moderation-", "text-moderation-")

@@ -12,10 +12,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from gateway.http.errors import HttpRefusal, error_body
+from gateway.http.error_bodies import HttpRefusal, error_body
 from gateway.schemas.responses import ErrorBody
 from lookonce import __version__
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 TITLE = "lookonce"
 DESCRIPTION = "Look at a picture once, ask many questions about it. OpenAI's API, and images as a resource."

@@ -13,9 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.http.errors import HttpRefusal, error_response
+from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.settings import is_loopback
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 _READING = frozenset({"GET", "HEAD"})
 

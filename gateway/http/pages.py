@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 
 from gateway.http.body import UnknownField
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 
 def check_names(request: Request, known: Collection[str]) -> None:

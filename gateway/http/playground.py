@@ -16,8 +16,8 @@ from starlette.responses import Response
 
 import gateway.playground
 import lookonce
-from lookonce.cli.samples import Sample, bundled_samples
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
+from lookonce.core.sample_images import Sample, bundled_samples
 
 PAGES = Path(gateway.playground.__file__).parent / "static"
 BUNDLED_SAMPLES = Path(lookonce.__file__).parent / "data" / "samples"

@@ -14,10 +14,10 @@ from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from gateway.http.errors import HttpRefusal, error_response
+from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.metrics import CONNECTIONS, CONNECTIONS_ENDED, REQUESTS
 from gateway.settings import GatewaySettings
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 MALFORMED = HttpRefusal(400, "invalid_request", "this is not a well-formed HTTP request")
 log = structlog.get_logger(__name__)

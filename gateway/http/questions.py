@@ -15,17 +15,17 @@ from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.context import asker_of, gateway_of, json_response
-from gateway.http.errors import error_body
+from gateway.http.error_bodies import error_body
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.pictures import pixels_of
+from gateway.http.request_images import pixels_of
 from gateway.http.sse import EventStream, until_disconnect
+from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.records import ImageRecord
 from gateway.schemas.questions import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
 from gateway.schemas.sampling import stop_list, to_sampling
 from gateway.settings import GatewaySettings
-from lookonce.errors import LookonceError, invalid
+from lookonce.core.errors import LookonceError, invalid
 
 router = APIRouter()
 

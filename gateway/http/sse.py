@@ -14,10 +14,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.http.errors import error_body
+from gateway.http.error_bodies import error_body
 from gateway.metrics import DISCONNECTS
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import end_tasks, start_task
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, start_task
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still here\n\n"

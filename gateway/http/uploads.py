@@ -12,16 +12,16 @@ from starlette.responses import Response
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.context import gateway_of, json_response, tenant_of
-from gateway.http.errors import HttpRefusal
+from gateway.http.data_urls import base64_of, check_size, decode, decoded_size
+from gateway.http.error_bodies import HttpRefusal
 from gateway.http.images import image_object
-from gateway.http.inline import base64_of, check_size, decode, decoded_size
-from gateway.http.keeping import FORM_FIELDS, form_change, keeping_of
 from gateway.http.openapi import answers, operation, upload_body
+from gateway.http.retention import FORM_FIELDS, form_change, keeping_of
 from gateway.http.sse import until_disconnect
-from gateway.images import Keeping
+from gateway.images.images import Keeping
 from gateway.schemas.questions import ImageUpload
 from gateway.schemas.responses import ImageObject
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter(tags=["images"])
 

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 
 from lookonce.client.sse import EventReader
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 600.0

@@ -12,8 +12,8 @@ import typer
 
 from lookonce.cli.console import fail, note, printable, say
 from lookonce.cli.rundir import default_data_dir
-from lookonce.errors import LookonceError, invalid
-from lookonce.units import split_list
+from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
     from lookonce.cli.api import Api

@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from lookonce.process import wait_briefly
+from lookonce.core.process import wait_briefly
 
 
 def answer_all(job: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,10 @@ import psutil
 
 from lookonce.cli.network import check_port_free
 from lookonce.cli.rundir import DataDirectory, find_running
-from lookonce.dtypes import auto_dtype
-from lookonce.errors import LookonceError
-from lookonce.sizing import DTYPE_BYTES
-from lookonce.units import format_size
+from lookonce.core.dtypes import auto_dtype
+from lookonce.core.errors import LookonceError
+from lookonce.core.units import format_size
+from lookonce.models.qwen2_vl.sizing import DTYPE_BYTES
 
 PYTHON_NEEDED = (3, 11)
 PROCESS_OVERHEAD = 600 << 20
@@ -166,9 +166,9 @@ def check_checkpoint(
     """All that keeps a model from being served, and the bytes of each half's weights once loaded. A hub id is looked
     for in the cache, never fetched."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub library is imported
-    from lookonce.checkpoint import check
-    from lookonce.checkpoint.hub import is_repository
     from lookonce.cli.model import default_model, identify
+    from lookonce.models.checkpoint import check
+    from lookonce.models.checkpoint.hub import is_repository
 
     try:
         source = model or default_model()
@@ -198,7 +198,7 @@ def _unusable(problem: str) -> Finding:
 
 def _image_size(own: int, report: dict[str, Any] | None) -> Iterator[Finding]:
     """Whether large images are made smaller because a CPU encodes them; `own`: the checkpoint's max_pixels."""
-    from lookonce.sizing import default_max_pixels
+    from lookonce.models.qwen2_vl.sizing import default_max_pixels
 
     most = default_max_pixels(own, "cuda" if (report or {}).get("available") else "cpu")
     if most < own:
@@ -257,8 +257,8 @@ def embedded_store(directory: Path) -> Finding:
 
 async def check_store(url: str) -> list[Finding]:
     """Whether the store answers."""
-    from lookonce.stores import open_store
-    from lookonce.telemetry import configure_logging
+    from lookonce.core.stores import open_store
+    from lookonce.core.telemetry.logs import configure_logging
 
     configure_logging("doctor", "warning")  # stdout is for the findings
     shown = re.sub(r"//[^@/\s]*@", "//***@", url)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from lookonce.cli.console import fail, note, printable, say
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 HELP = """Start everything on the embedded store, ask two pictures eight questions each, and check every answer.
 
@@ -90,8 +90,8 @@ def default_threads() -> int:
 
 def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, device: str, threads: int) -> bool:
     from lookonce.cli.api import Api
-    from lookonce.cli.samples import same_answer
     from lookonce.cli.system import started
+    from lookonce.core.sample_images import same_answer
 
     source, samples = choose(directory, model)
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -124,10 +124,10 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
 
 def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
     """Checkpoint and samples: the bundled ones, or a random-weight checkpoint and pictures drawn into `directory`."""
-    from lookonce.checkpoint.check import check_checkpoint
-    from lookonce.checkpoint.digest import cache_dir
-    from lookonce.cli import samples
     from lookonce.cli.model import BUNDLED
+    from lookonce.core import sample_images
+    from lookonce.models.checkpoint.check import check_checkpoint
+    from lookonce.models.checkpoint.digest import cache_dir
 
     if model is not None:
         path = next(iter(check_checkpoint(model).usable().values())).path
@@ -135,16 +135,16 @@ def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
             raise LookonceError(
                 ErrorKind.INVALID_ARGUMENT, "--model: the demo needs a whole checkpoint, not split halves"
             )
-        return str(path), samples.drawn_samples(directory)
-    if (BUNDLED / "config.json").is_file() and samples.BUNDLED.is_file():
-        return str(BUNDLED), samples.bundled_samples()
+        return str(path), sample_images.drawn_samples(directory)
+    if (BUNDLED / "config.json").is_file() and sample_images.BUNDLED.is_file():
+        return str(BUNDLED), sample_images.bundled_samples()
     path = cache_dir() / "demo" / "random-small-1"
     if not (path / "config.json").is_file():
-        from lookonce.checkpoint.random import make_random_checkpoint
+        from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
         note(f"lookonce: making a checkpoint with random weights in {path}")
         make_random_checkpoint(path, size="small")
-    return str(path), samples.drawn_samples(directory)
+    return str(path), sample_images.drawn_samples(directory)
 
 
 def unsplit(model: str, dtype: str, device: str, threads: int, items: list[tuple[Path, str]]) -> dict[str, Any]:
@@ -168,7 +168,7 @@ def show(rows: list[Row]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from lookonce.cli.samples import same_answer
+    from lookonce.core.sample_images import same_answer
 
     table = Table("picture", "question", "answer", "truth", "embedding", "prefix", "ms")
     for row in rows:

@@ -61,7 +61,7 @@ def examine(
 ) -> list[Finding]:
     """All findings, in the order of the report."""
     from lookonce.cli import checks
-    from lookonce.telemetry import configure_logging
+    from lookonce.core.telemetry.logs import configure_logging
 
     configure_logging("doctor", "error")  # a store's own warnings say no more than the finding
     torch = checks.torch_report()

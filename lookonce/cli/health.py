@@ -16,8 +16,8 @@ import grpc.aio
 import httpx2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from lookonce.rpc.client import open_channel
-from lookonce.rpc.server import Tls
+from lookonce.core.rpc.client import open_channel
+from lookonce.core.rpc.server import Tls
 
 PROBE_TIMEOUT = 2.0
 

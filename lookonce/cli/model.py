@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lookonce.checkpoint import Checkpoint
-from lookonce.checkpoint.check import check_checkpoint
 from lookonce.cli.console import note
-from lookonce.errors import CheckpointError
-from lookonce.families import Half
-from lookonce.units import format_size
+from lookonce.core.errors import CheckpointError
+from lookonce.core.units import format_size
+from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.checkpoint.check import check_checkpoint
+from lookonce.models.registry import Half
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "shapes"
 """The small trained checkpoint that the wheel carries."""

@@ -13,14 +13,14 @@ import typer
 
 from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import default_data_dir, find_running
-from lookonce.errors import ErrorKind, LookonceError, invalid
-from lookonce.settings import load, with_options
-from lookonce.units import split_list
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.settings import load, with_options
+from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
-    from lookonce.moderate.connecting import Addresses
-    from lookonce.moderate.settings import ModerateSettings
-    from lookonce.moderate.work import Plan
+    from lookonce.moderation.batch.connect import Addresses
+    from lookonce.moderation.batch.settings import ModerateSettings
+    from lookonce.moderation.batch.work import Plan
 
 INTERRUPTED = 130
 LATER = 75
@@ -51,15 +51,15 @@ Exit status: 0 all done, 75 a service stayed away, 130 interrupted (both: run it
 
 def moderate(flags: dict[str, Any]) -> int:
     """The command: `flags` are those given (None: not given)."""
-    from lookonce.moderate.settings import ModerateSettings
-    from lookonce.telemetry import configure_logging
+    from lookonce.core.telemetry.logs import configure_logging
+    from lookonce.moderation.batch.settings import ModerateSettings
 
     source = flags.pop("source")
     settings = load(ModerateSettings, flags)
     try:
         addresses = addresses_of(settings)
         if settings.ray is not None:
-            from lookonce.moderate.cluster import connect
+            from lookonce.moderation.batch.cluster import connect
 
             connect(settings.ray)
         configure_logging("moderate", settings.log_level)
@@ -73,11 +73,11 @@ def moderate(flags: dict[str, Any]) -> int:
 def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
     import uvloop
 
-    from lookonce.moderate.estimate import estimate
-    from lookonce.moderate.results import Results
-    from lookonce.moderate.run import Run, prepare
-    from lookonce.moderate.summary import print_summary
-    from lookonce.moderate.work import plan
+    from lookonce.moderation.batch.estimate import estimate
+    from lookonce.moderation.batch.results import Results
+    from lookonce.moderation.batch.run import Run, prepare
+    from lookonce.moderation.batch.summary import print_summary
+    from lookonce.moderation.batch.work import plan
 
     made = plan(source, settings, addresses)
     if settings.dry_run:
@@ -101,13 +101,13 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
 
 
 async def _work(made: Plan, run: Any) -> int:
-    from lookonce.moderate.progress import line, reporting
-    from lookonce.moderate.work import working
+    from lookonce.moderation.batch.progress import line, reporting
+    from lookonce.moderation.batch.work import working
 
     total, every = made.manifest.identity.count, made.settings.progress_seconds
     with reporting(total, every, note, terminal=sys.stderr.isatty()) as report:
         if made.settings.ray is not None:
-            from lookonce.moderate.cluster import run_on_cluster
+            from lookonce.moderation.batch.cluster import run_on_cluster
 
             stop = Stop()
             _stop_on_signals(stop)
@@ -153,9 +153,9 @@ def _stop_on_signals(job: Any) -> None:
 
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
-    from lookonce.moderate.connecting import Addresses
-    from lookonce.moderate.links import Patience
-    from lookonce.rpc.server import Tls
+    from lookonce.core.rpc.server import Tls
+    from lookonce.moderation.batch.connect import Addresses
+    from lookonce.moderation.batch.service_pool import Patience
 
     vision, language = settings.vision, settings.lm
     if bool(vision) != bool(language):
@@ -182,7 +182,7 @@ def addresses_of(settings: ModerateSettings) -> Addresses:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    from lookonce.moderate.settings import ModerateSettings
+    from lookonce.moderation.batch.settings import ModerateSettings
 
     source = Annotated[str, typer.Argument(metavar="SOURCE", help="Directory, glob, list, table, tar, or s3:// gs://.")]
     app.command("moderate", help=HELP)(with_options(ModerateSettings, moderate, source=source))

@@ -6,7 +6,7 @@ import errno
 import socket
 import sys
 
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 _ANY = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "[::]": "::1"}
 

@@ -19,7 +19,7 @@ from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.service import ServicePlan
 from lookonce.cli.up import UpSettings
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 PREFIXES = {"vision": "LOOKONCE_VISION_", "language": "LOOKONCE_LM_", "gateway": "LOOKONCE_GATEWAY_"}
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lookonce.cli.console import fail, say
-from lookonce.errors import LookonceError, invalid
-from lookonce.units import split_list
+from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
-    from lookonce.cli.placing import Device, Placement
+    from lookonce.cli.capacity import Device, Placement
 
 HELP = """Say what a model needs and which placement fits; reads its config, no weights.
 
@@ -51,10 +51,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
 ) -> None:
     """Plan a placement."""
-    from lookonce.checkpoint.check import check_settings
     from lookonce.cli import plan_report
-    from lookonce.cli.placing import Workload, placements
-    from lookonce.sizing import DTYPE_BYTES, size_of
+    from lookonce.cli.capacity import Workload, placements
+    from lookonce.models.checkpoint.check import check_settings
+    from lookonce.models.qwen2_vl.sizing import DTYPE_BYTES, size_of
 
     try:
         devices = _devices(gpus, ram)
@@ -88,7 +88,7 @@ def _as_json(item: Placement) -> dict[str, Any]:
 
 
 def _devices(gpus: str, ram: float | None) -> list[Device]:
-    from lookonce.cli.placing import GIB, Device
+    from lookonce.cli.capacity import GIB, Device
 
     devices = []
     for index, text in enumerate(split_list(gpus)):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lookonce.cli.placing import Choice, Placement, Workload
-from lookonce.families import Half
-from lookonce.sizing import Economics, ModelSize, question_flops
-from lookonce.units import format_size
+from lookonce.cli.capacity import Choice, Placement, Workload
+from lookonce.core.units import format_size
+from lookonce.models.qwen2_vl.sizing import Economics, ModelSize, question_flops
+from lookonce.models.registry import Half
 
 PREFIX_SHARE = 0.75
 """Of the room for KV, kept for prefixes; the rest is for answers under way."""

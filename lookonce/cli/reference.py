@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from pydantic_core import PydanticUndefined
 
 from lookonce.cli.up import UpSettings
-from lookonce.settings import Settings, variable
+from lookonce.core.settings import Settings, variable
 
 HEADER = """# Settings
 
@@ -27,7 +27,7 @@ def settings_classes() -> dict[str, type[Settings]]:
     """The command that reads each settings class."""
     from gateway.settings import GatewaySettings
     from lm_service.settings import LanguageSettings
-    from lookonce.moderate.settings import ModerateSettings
+    from lookonce.moderation.batch.settings import ModerateSettings
     from vision_service.settings import VisionSettings
 
     return {

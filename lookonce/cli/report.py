@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lookonce.cli.console import fail, say
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 
 HELP = """Write one HTML page about the results of `lookonce moderate`.
 
@@ -27,8 +27,8 @@ def report(
     gallery: Annotated[int, typer.Option(min=0, max=5000, metavar="N", help="Most pictures held in the page.")] = 200,
 ) -> None:
     """Write the page."""
-    from lookonce.report.page import write_report
-    from lookonce.telemetry import configure_logging
+    from lookonce.core.telemetry.logs import configure_logging
+    from lookonce.moderation.report.page import write_report
 
     configure_logging("report", "warning")  # stdout is for the result
     page = out or results.expanduser().absolute().with_suffix(".html")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lookonce.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 MAX_SOCKET_PATH_BYTES = 100
 """The kernel's limit is 107 bytes on Linux and 103 on macOS."""

@@ -17,9 +17,9 @@ from pathlib import Path
 from lookonce.cli.child import command
 from lookonce.cli.health import Health, Probe
 from lookonce.cli.logs import OutputLog
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.process import PERMANENT_EXIT, USAGE_EXIT
-from lookonce.tasks import start_task
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
+from lookonce.core.tasks import start_task
 
 MISSES = 3
 """Probes in a row that fail before a ready service counts as unready: a busy one may miss one."""

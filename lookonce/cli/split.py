@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lookonce.cli.console import fail, say
-from lookonce.errors import LookonceError
-from lookonce.units import format_size
+from lookonce.core.errors import LookonceError
+from lookonce.core.units import format_size
 
 if TYPE_CHECKING:
-    from lookonce.families import Half
+    from lookonce.models.registry import Half
 
 HELP = """Write OUT/vision and OUT/language, each a complete checkpoint directory of its half.
 
@@ -36,7 +36,7 @@ def split(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    from lookonce.checkpoint.split import split_checkpoint
+    from lookonce.models.checkpoint.split import split_checkpoint
 
     columns = (
         TextColumn("{task.description:<9}"),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lookonce.cli.service import Service, ServiceFailed
-from lookonce.tasks import start_task
+from lookonce.core.tasks import start_task
 
 FORCED_EXIT = 130
 _KILL_MARGIN = 3.0  # seconds beyond its own grace that a service gets before SIGKILL

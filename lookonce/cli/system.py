@@ -14,7 +14,7 @@ import typer
 
 from lookonce.cli.child import command
 from lookonce.cli.rundir import RunningSystem, find_running, read_up_file
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 _POLL_SECONDS = 0.05
 

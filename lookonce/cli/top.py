@@ -16,7 +16,7 @@ import typer
 from lookonce.cli.console import fail
 from lookonce.cli.network import base_url
 from lookonce.cli.rundir import default_data_dir, find_running
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 if TYPE_CHECKING:
     from lookonce.cli.measurements import Reading

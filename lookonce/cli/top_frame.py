@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lookonce.cli.measurements import Reading
-from lookonce.units import format_size
+from lookonce.core.units import format_size
 
 WATCHING = frozenset({"/healthz", "/readyz", "/health", "/version", "/metrics"})
 """Routes that are asked by those who watch, this command among them: no requests of users."""

@@ -16,8 +16,8 @@ from pydantic_settings import SettingsConfigDict
 
 from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import DataDirectory, RunningSystem, default_data_dir
-from lookonce.errors import LookonceError
-from lookonce.settings import Bytes, BytesOrNone, Seconds, Settings, load
+from lookonce.core.errors import LookonceError
+from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings, load
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -179,6 +179,6 @@ class Reporter:
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    from lookonce.settings import with_options
+    from lookonce.core.settings import with_options
 
     app.command("up", help=HELP)(with_options(UpSettings, up))

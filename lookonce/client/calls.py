@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
 
-from lookonce.client import pictures
+from lookonce.client import image_bytes
 from lookonce.client.errors import StreamInterrupted, api_error
 from lookonce.client.options import Question, QuestionOptions, SamplingOptions, as_question, without_none
 from lookonce.client.types import Answer, Erasure, ImageInfo, Json, Model, Moderation, answer_of, completion_of
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 if TYPE_CHECKING:
-    from lookonce.client.pictures import Picture
+    from lookonce.client.image_bytes import Picture
 
 T = TypeVar("T")
 MAX_QUESTIONS = 1000  # the gateway's limits for one request
@@ -36,10 +36,10 @@ class Call(Generic[T]):
 
 def upload(picture: Picture) -> Call[ImageInfo]:
     """The image of a picture: uploaded, or looked up when it is an id. May block."""
-    identifier = pictures.image_id(picture)
+    identifier = image_bytes.image_id(picture)
     if identifier is not None:
         return look(identifier)
-    return Call("POST", "/v1/images", ImageInfo.of, pictures.upload_body(picture))
+    return Call("POST", "/v1/images", ImageInfo.of, image_bytes.upload_body(picture))
 
 
 def look(image: str) -> Call[ImageInfo]:
@@ -76,7 +76,7 @@ def ask(image: str, question: str, options: QuestionOptions, choices: Sequence[s
 
 
 def moderate(content: Sequence[Any]) -> Call[Moderation]:
-    """The verdict on texts and pictures, judged together."""
+    """The verdict on texts and image_bytes, judged together."""
     if not content:
         raise invalid("give something to moderate", param="content")
     body = {"input": [_part(item) for item in content]}

@@ -16,7 +16,7 @@ import tenacity
 from lookonce import __version__
 from lookonce.client.calls import Call
 from lookonce.client.errors import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 READ_SECONDS = 600.0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -23,7 +23,7 @@ from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.pictures import Picture
+    from lookonce.client.image_bytes import Picture
 
 T = TypeVar("T")
 

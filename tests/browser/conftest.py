@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.browser.chromium import chromium, find_chromium
 from tests.pictures import photograph
 from tests.system.cluster import System

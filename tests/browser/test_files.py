@@ -7,7 +7,7 @@ import re
 import pytest
 
 from gateway.http.playground import PAGES, make_router
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 from tests.gateway.processes import GatewayProcess
 
 NOWHERE = ("--vision", "127.0.0.1:1", "--lm", "127.0.0.1:1")

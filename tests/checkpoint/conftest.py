@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from lookonce.checkpoint.architecture import SIZES, tensor_shapes
-from lookonce.checkpoint.files import shards_of
-from lookonce.checkpoint.writer import TensorSpec, plan_by_bytes, plan_by_count
-from lookonce.errors import CheckpointError
-from lookonce.families import Half, family_of
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.files import shards_of
+from lookonce.models.checkpoint.writing import TensorSpec, plan_by_bytes, plan_by_count
+from lookonce.models.qwen2_vl.architecture import SIZES, tensor_shapes
+from lookonce.models.registry import Half, family_of
 
 FAMILY = family_of({"model_type": "qwen2_vl"})
 

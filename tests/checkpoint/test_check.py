@@ -13,17 +13,17 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lm_service.service import load_model
+from lm_service.app import load_model
 from lm_service.settings import LanguageSettings
 from lm_service.template import Turn, load_template
-from lookonce.checkpoint import Half
-from lookonce.checkpoint.check import check_checkpoint
-from lookonce.checkpoint.random_tokenizer import CHAT_TEMPLATE
-from lookonce.checkpoint.split import split_checkpoint
-from lookonce.errors import CheckpointError
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import Half
+from lookonce.models.checkpoint.check import check_checkpoint
+from lookonce.models.checkpoint.split import split_checkpoint
+from lookonce.models.qwen2_vl.synthetic_tokenizer import CHAT_TEMPLATE
 from tests.cli.commands import invoke, lookonce
 from tests.processes import ServiceProcess
-from vision_service.serving import load
+from vision_service.app import load
 from vision_service.settings import VisionSettings
 
 MARKER = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -265,7 +265,7 @@ def test_all_problems_are_said_at_once_by_every_command_and_service(own, tmp_pat
 
 
 def test_the_check_loads_no_torch(own):
-    code = "import sys; from lookonce.checkpoint.check import check_checkpoint as check\n"
+    code = "import sys; from lookonce.models.checkpoint.check import check_checkpoint as check\n"
     code += "print(check(sys.argv[1]).problems, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, str(own)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "() False"

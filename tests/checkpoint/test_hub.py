@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.checkpoint import Half, open_checkpoint
+from lookonce.models.checkpoint import Half, open_checkpoint
 from tests.checkpoint.hub_server import Hub
 
 OPEN = """
 import json, sys
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.errors import CheckpointError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.core.errors import CheckpointError
 try:
     needs = Half(sys.argv[2]) if sys.argv[2] else None
     checkpoint = open_checkpoint(sys.argv[1], needs=needs, revision=sys.argv[3] or None)

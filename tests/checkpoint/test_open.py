@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.errors import CheckpointError, ErrorKind
+from lookonce.core.errors import CheckpointError, ErrorKind
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def test_each_half_names_its_tensors_and_only_its_files(sharded):
 
 def test_importing_and_opening_load_no_torch(tiny):
     code = (
-        "import sys; from lookonce.checkpoint import open_checkpoint; import lookonce.checkpoint.random, "
-        "lookonce.checkpoint.split\n"
+        "import sys; from lookonce.models.checkpoint import open_checkpoint\n"
+        "import lookonce.models.qwen2_vl.synthetic, lookonce.models.checkpoint.split\n"
         "print(open_checkpoint(sys.argv[1]).identity); sys.exit(bool({'torch','transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tiny)], capture_output=True, text=True, check=False)

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, GenerationConfig, Qwen2VLForConditionalGeneration
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.errors import CheckpointError
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 TEXT = "Is the café open at 17:45?\n\n  It's 3 o'clock — 東京 🙂"
 
@@ -107,7 +107,15 @@ def test_a_checkpoint_is_never_overwritten(tiny):
 
 
 def test_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "lookonce.checkpoint.random", str(tmp_path / "made"), "--untied", "--shards", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "lookonce.models.qwen2_vl.synthetic",
+        str(tmp_path / "made"),
+        "--untied",
+        "--shards",
+        "2",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(tmp_path / "made"), "")
     assert len(open_checkpoint(str(tmp_path / "made")).files(Half.LANGUAGE)) >= 1

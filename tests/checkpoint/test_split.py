@@ -6,10 +6,10 @@ import shutil
 import pytest
 from safetensors.numpy import load_file
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.checkpoint.split import split_checkpoint
-from lookonce.errors import CheckpointError
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.checkpoint.split import split_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 
 @pytest.fixture

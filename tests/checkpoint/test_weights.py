@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2VLForConditionalGeneration
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.checkpoint.split import split_checkpoint
-from lookonce.checkpoint.weights import load_weights
-from lookonce.errors import CheckpointError
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.checkpoint.split import split_checkpoint
+from lookonce.models.checkpoint.weights import load_weights
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.modules import load_language_model, load_vision_tower
 
 GRIDS = torch.tensor([[1, 6, 8], [1, 4, 2]])

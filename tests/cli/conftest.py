@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 
 @pytest.fixture(scope="session")

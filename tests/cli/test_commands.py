@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.cli.checks import check_cuda, check_memory
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.cli.commands import environment, invoke, lookonce
 from tests.processes import ROOT
 

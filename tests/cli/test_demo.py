@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from lookonce.cli.model import BUNDLED
-from lookonce.cli.samples import bundled_samples, drawn_samples, same_answer
-from lookonce.errors import CheckpointError
+from lookonce.core.errors import CheckpointError
+from lookonce.core.sample_images import bundled_samples, drawn_samples, same_answer
 from tests.cli.commands import environment, lookonce
 from tests.processes import ROOT
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from lookonce import __version__
 from lookonce.cli.reference import reference, settings_classes
 from lookonce.cli.up import UpSettings
-from lookonce.settings import command as make_command
-from lookonce.settings import load, variable
+from lookonce.core.settings import command as make_command
+from lookonce.core.settings import load, variable
 from tests.cli.commands import environment, invoke, lookonce
 from tests.processes import ROOT
 from vision_service.settings import VisionSettings

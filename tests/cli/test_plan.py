@@ -10,8 +10,8 @@ from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
 from lookonce.cli.plan import plan_system
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.up import UpSettings
-from lookonce.policy import read_policy
-from lookonce.settings import load
+from lookonce.core.settings import load
+from lookonce.moderation.policy import read_policy
 
 MODEL = Model("owner/name", "c" * 40, "name", "hub:owner/name@" + "c" * 40, 1)
 

@@ -13,18 +13,18 @@ import torch
 
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.settings import LanguageSettings
-from lookonce import placement
-from lookonce.checkpoint import lean
-from lookonce.cli import placing
-from lookonce.cli.placing import Choice, Device, Workload, placements
+from lookonce.cli import capacity
+from lookonce.cli.capacity import Choice, Device, Workload, placements
 from lookonce.cli.up import UpSettings
-from lookonce.families import Half, family_of
-from lookonce.sizing import Economics, question_flops, size_of
-from lookonce.spreading import layers_of, parse
+from lookonce.core.layer_split import layers_of, parse
+from lookonce.models import devices
+from lookonce.models.qwen2_vl import modules
+from lookonce.models.qwen2_vl.sizing import Economics, question_flops, size_of
+from lookonce.models.registry import Half, family_of
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT
-from vision_service import serving as vision
+from vision_service import app as vision
 from vision_service.settings import VisionSettings
 
 TOTALS = {"2B": (665_271_296, 2_208_985_600), "7B": (675_759_104, 8_291_375_616), "72B": (699_356_672, 73_405_560_320)}
@@ -44,8 +44,8 @@ def test_parameters_are_those_of_the_modules_and_of_the_published_totals(name):
     counted = size(name).halves
     text = family.text_config(config)
     with torch.device("meta"):
-        tower = lean.VisionTower(family.vision_config(config))
-        model = lean.TextModel(text)
+        tower = modules.VisionTower(family.vision_config(config))
+        model = modules.TextModel(text)
     head = 0 if family.tied_head(config) else text["vocab_size"] * text["hidden_size"]
     built = sum(parameter.numel() for parameter in model.parameters()) + head
     assert counted[Half.VISION].parameters == sum(parameter.numel() for parameter in tower.parameters())
@@ -151,10 +151,10 @@ def test_the_commands_of_a_spread_placement(tmp_path):
 
 def test_what_plan_takes_for_granted_are_the_services_defaults():
     assert VisionSettings.model_fields["batch_patches"].default is None
-    assert vision.BATCH_PATCHES == placing.BATCH_PATCHES
-    assert LanguageSettings.model_fields["l1_bytes"].default == placing.L1_BYTES
-    assert LanguageSettings.model_fields["max_running"].default == placing.MAX_RUNNING
-    assert PackedOptions().burst_tokens == placing.BURST_TOKENS
+    assert vision.BATCH_PATCHES == capacity.BATCH_PATCHES
+    assert LanguageSettings.model_fields["l1_bytes"].default == capacity.L1_BYTES
+    assert LanguageSettings.model_fields["max_running"].default == capacity.MAX_RUNNING
+    assert PackedOptions().burst_tokens == capacity.BURST_TOKENS
 
 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", None])
@@ -166,8 +166,8 @@ def test_auto_is_what_the_services_make_of_it(monkeypatch, stored):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for item in placements(sized, [Device("cuda:0", 80 * GIB), Device("cpu", 80 * GIB)], Workload(1369, 130, 8), None):
         for choice in (item.vision, item.language):
-            expected = placement.choose_dtype("auto", [torch.device(choice.device.name)], stored or "bfloat16")
-            assert choice.dtype == placement.dtype_name(expected)
+            expected = devices.choose_dtype("auto", [torch.device(choice.device.name)], stored or "bfloat16")
+            assert choice.dtype == devices.dtype_name(expected)
 
 
 def test_the_command_prints_all_and_its_commands_are_right(tmp_path):

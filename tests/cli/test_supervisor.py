@@ -11,7 +11,7 @@ import time
 import pytest
 
 from lookonce.cli.service import RestartPolicy, describe_exit
-from lookonce.process import PERMANENT_EXIT
+from lookonce.core.process import PERMANENT_EXIT
 from tests.cli.commands import Background, gone, until
 
 

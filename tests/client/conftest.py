@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import lookonce
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.system.cluster import GatewayProcess, System, encoded
 
 KEY = "a-key-of-tests-0123456789"

@@ -11,10 +11,10 @@ import httpx2
 import pytest
 
 import lookonce
-from gateway.http.errors import HTTP_ERRORS
+from gateway.http.error_bodies import HTTP_ERRORS
 from lookonce.client import errors
 from lookonce.client.errors import KIND_OF_CODE, refusal
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.client.conftest import KEY
 from tests.client.cutter import Cutter
 from tests.ports import free_port

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.rpc.server import Server, ServerOptions
+from lookonce.core.rpc.server import Server, ServerOptions
 from tests.ports import free_port
 from tests.processes import ROOT
 
@@ -31,16 +31,17 @@ sys.meta_path.insert(0, Hider())
 for package in packages:
     root = importlib.import_module(package)
     for found in pkgutil.walk_packages(getattr(root, "__path__", []), package + "."):
-        if found.name != "lookonce.checkpoint.split":
+        if found.name != "lookonce.models.checkpoint.split":
             importlib.import_module(found.name)
 import uvloop  # what each process runs on, imported when it starts
 print("whole")
 """
-LIGHT = "lookonce.stores,lookonce.rpc,lookonce.cli.health,lookonce.spans,lookonce.telemetry"
+CORE = "lookonce.core.stores,lookonce.core.rpc,lookonce.core.telemetry.otlp,lookonce.core.telemetry.logs"
+LIGHT = f"{CORE},lookonce.cli.health"
 PACKAGES = {
     "gateway": f"gateway,{LIGHT}",
-    "vision": f"vision_service,lookonce.checkpoint,lookonce.native,{LIGHT}",
-    "language": f"lm_service,lookonce.checkpoint,lookonce.native,{LIGHT}",
+    "vision": f"vision_service,lookonce.models.checkpoint,lookonce.models.kernels,{LIGHT}",
+    "language": f"lm_service,lookonce.models.checkpoint,lookonce.models.kernels,{LIGHT}",
 }
 
 

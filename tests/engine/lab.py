@@ -15,11 +15,11 @@ import torch
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
-from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
-from lm_service.engine.packed.sequence import Request, Sequence
+from lm_service.engine.packed.prefix_cache.content import prompt_contents
+from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
     Delta,
@@ -34,9 +34,9 @@ from lm_service.engine.types import (
     TokenLogprob,
 )
 from lm_service.positions import mrope_positions
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.reference import EmbeddingReference
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.reference import EmbeddingReference
+from lookonce.models.checkpoint import Half, open_checkpoint
 from tests.modules import load_language_model
 
 VOCABULARY = 512

@@ -13,7 +13,7 @@ from lm_service.engine.packed import core
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.engine.lab import TOKENS, Album, ask, drained, generation, picture, prompt, words
 
 SYSTEM = words(9, 1)

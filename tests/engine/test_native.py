@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.adapter import ModelShape, Stage
-from lm_service.engine.packed.kv import KV
-from lm_service.engine.packed.native.attention import NativeAttention, NativeTails, Workspace, kernels_for
-from lm_service.engine.packed.native.kernels import compiled
-from lm_service.engine.packed.native.plan import Stretch, Tails, native_plan
-from lm_service.engine.packed.native.rows import rows_for
-from lm_service.engine.packed.pool import TailPool
-from lm_service.engine.packed.prefix_cache import Node
+from lm_service.engine.packed.execution.adapter import ModelShape, Stage
+from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.execution.native.kernel_plan import Stretch, Tails, native_plan
+from lm_service.engine.packed.execution.native.kernels import compiled
+from lm_service.engine.packed.execution.native.rows import rows_for
+from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.tree import Node
 
 LAYERS = 2
 SIZES = [(8, 1, 1), (12, 5, 1), (20, 3, 2), (32, 2, 2), (40, 8, 1), (64, 7, 4), (80, 2, 3), (128, 6, 2), (256, 1, 2)]
@@ -231,7 +231,7 @@ def test_torch_serves_where_nothing_can_be_compiled(monkeypatch):
         raise RuntimeError("no executable memory")
 
     compiled.cache_clear()
-    monkeypatch.setattr("lookonce.native.compiling.binding.create_mcjit_compiler", refuse)
+    monkeypatch.setattr("lookonce.models.kernels.compiling.binding.create_mcjit_compiler", refuse)
     assert kernels_for(shape_of(32, 2, 2)) is None
     assert rows_for(40, 8, 3, 1e-5, torch.zeros(1)) is None
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from lm_service.engine.packed.attention import FillPart
-from lm_service.engine.packed.kv import KV
-from lm_service.engine.packed.native.attention import kernels_for
-from lm_service.engine.packed.native.filling import NativeFills
-from lm_service.engine.packed.native.plan import tensor_fields
-from lm_service.engine.packed.prefix_cache import Node
-from lookonce.native.program import run_program
+from lm_service.engine.packed.execution.attention import FillPart
+from lm_service.engine.packed.execution.native.decode import kernels_for
+from lm_service.engine.packed.execution.native.kernel_plan import tensor_fields
+from lm_service.engine.packed.execution.native.prefill import NativeFills
+from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.kernels.program import run_program
 from tests.engine.test_native import LAYERS, SIZES, shape_of
 
 LENGTHS = [(1,), (15, 119), (700, 3, 65), (64, 1), (33,)]  # paths of stretches: the last is to be filled

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 import torch
 
-from lm_service.engine.packed.native import layers
-from lm_service.engine.packed.native.plan import native_plan
+from lm_service.engine.packed.execution.native import layers
+from lm_service.engine.packed.execution.native.kernel_plan import native_plan
 from lm_service.engine.types import ScoreItem, Scoring
 from tests.engine.lab import ask, generation, picture, prompt, words
 
@@ -30,7 +30,7 @@ async def results(lab, **options):
 @pytest.mark.parametrize("waves", [False, True])
 async def test_the_same_bits_as_one_by_one(lab, options, waves, monkeypatch):
     if waves:
-        monkeypatch.setattr("lm_service.engine.packed.plan.native_plan", partial(native_plan, room=1))
+        monkeypatch.setattr("lm_service.engine.packed.execution.plan.native_plan", partial(native_plan, room=1))
     program = await results(lab, **options)
     compiled, lab.adapter._compiled = lab.adapter._compiled, None
     try:

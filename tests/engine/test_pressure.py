@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lm_service.engine.packed.sequence import Sequence
+from lm_service.engine.packed.scheduling.sequence import Sequence
 from lm_service.engine.types import FinishReason, ScoreItem, Scoring
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.engine.lab import Answered, ask, drained, generation, picture, prompt, words
 
 SYSTEM = words(9, 1)

@@ -9,13 +9,13 @@ import asyncio
 import pytest
 import torch
 
-from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.device_map import Home
+from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.types import ScoreItem, Scoring
-from lm_service.placing import Home
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.lean import load_language_model
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.spreading import consecutive
+from lookonce.core.layer_split import consecutive
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.modules import load_language_model
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests import standin
 from tests.engine.lab import Lab, ask, generation, picture, prompt, words
 

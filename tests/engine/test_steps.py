@@ -9,13 +9,13 @@ import time
 import pytest
 import torch
 
-from lm_service.engine.packed.budget import StepBudget
 from lm_service.engine.packed.core import Admitted, EngineCore
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.sequence import Request
+from lm_service.engine.packed.scheduling.budget import StepBudget
+from lm_service.engine.packed.scheduling.sequence import Request
 from lm_service.engine.types import EmbeddingSource, EngineState, ScoreItem, Scoring
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.engine import lab as laboratory
 from tests.engine.lab import TOKENS, ask, drained, generation, picture, prompt, words
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lookonce.fetching.connecting import tls_context
-from lookonce.fetching.fetcher import Fetcher
-from lookonce.fetching.policy import FetchPolicy
+from lookonce.core.http_fetch.connecting import tls_context
+from lookonce.core.http_fetch.fetcher import Fetcher
+from lookonce.core.http_fetch.policy import FetchPolicy
 from tests.fetching.servers import Canary, Certificates, LoopbackServer, Names, PictureServer, make_certificates
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))

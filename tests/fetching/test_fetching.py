@@ -9,8 +9,8 @@ import threading
 import pytest
 
 import lookonce
-from lookonce.fetching.errors import FetchError, Reason
-from lookonce.fetching.fetcher import Fetcher, Wanted
+from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
+from lookonce.core.http_fetch.refusals import FetchError, Reason
 from tests.fetching.conftest import local_policy
 from tests.fetching.servers import PNG, Names, PictureServer, answer, make_certificates, redirect
 

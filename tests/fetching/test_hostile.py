@@ -6,9 +6,9 @@ from ipaddress import ip_network
 
 import pytest
 
-from lookonce.fetching.errors import FetchError, Reason
-from lookonce.fetching.fetcher import Fetcher, Wanted
-from lookonce.fetching.policy import FetchPolicy
+from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
+from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.refusals import FetchError, Reason
 from tests.fetching.hostile import (
     LOCAL_NAMES,
     MALFORMED_ADDRESSES,

@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from lookonce.errors import ErrorKind
-from lookonce.fetching.errors import FetchError, Reason
-from lookonce.fetching.fetcher import Wanted
+from lookonce.core.errors import ErrorKind
+from lookonce.core.http_fetch.fetcher import Wanted
+from lookonce.core.http_fetch.refusals import FetchError, Reason
 from tests.fetching.servers import PNG, Names, PictureServer, answer, redirect
 from tests.fetching.test_fetching import refused
 from tests.ports import free_port

@@ -14,10 +14,10 @@ OPENERS = {
     "create_connection", "open_connection", "create_datagram_endpoint", "connect_tcp", "sock_connect", "connect_ex",
     "urlopen",
 }  # fmt: skip
-FETCHING = "lookonce/fetching/"
+FETCHING = "lookonce/core/http_fetch/"
 TALK_TO_THE_GATEWAY_ALONE = ("lookonce/cli/", "lookonce/client/", "lookonce/client.py")
 """Programs of the person in front of them: the addresses are that person's own, not a stranger's."""
-REDIS_READER = "lookonce/stores/redis_reader.py"
+REDIS_READER = "lookonce/core/stores/redis_reader.py"
 """Connects to the store that the operator configured, never to an address from a request."""
 
 
@@ -46,7 +46,9 @@ def test_one_place_fetches():
 
 def test_only_one_module_of_it_connects():
     connecting = {
-        path.name for path in sources("lookonce/fetching") if "connect_tcp" in clients(ast.parse(path.read_text()))
+        path.name
+        for path in sources("lookonce/core/http_fetch")
+        if "connect_tcp" in clients(ast.parse(path.read_text()))
     }
     assert connecting == {"connecting.py"}
 

@@ -9,13 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from gateway.settings import GatewaySettings
-from lookonce.errors import LookonceError
-from lookonce.fetching import addresses
-from lookonce.fetching.addresses import is_public, may_connect, own_addresses
-from lookonce.fetching.connecting import tls_context
-from lookonce.fetching.errors import FetchError
-from lookonce.fetching.policy import FetchPolicy
-from lookonce.fetching.target import follow, parse_target
+from lookonce.core.errors import LookonceError
+from lookonce.core.http_fetch import addresses
+from lookonce.core.http_fetch.addresses import is_public, may_connect, own_addresses
+from lookonce.core.http_fetch.connecting import tls_context
+from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.refusals import FetchError
+from lookonce.core.http_fetch.target import follow, parse_target
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 from tests.gateway.processes import GatewayProcess
 from tests.processes import ServiceProcess

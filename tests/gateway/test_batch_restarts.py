@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx2
 
-from gateway.batches.lanes import Lanes
-from lookonce.process import PERMANENT_EXIT
+from gateway.batches.concurrency_classes import Lanes
+from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
 from tests.gateway.conftest import Services
 from tests.gateway.processes import ROOT, GatewayProcess

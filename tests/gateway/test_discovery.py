@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from gateway.discovery import Discovery, Name, open_replicas, split_targets
-from gateway.replicas import REMEMBERED, Replicas
+from gateway.routing.discovery import Discovery, Name, open_replicas, split_targets
+from gateway.routing.replicas import REMEMBERED, Replicas
 from gateway.settings import GatewaySettings
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.client.cutter import Cutter
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess

@@ -14,9 +14,9 @@ import pytest
 from gateway.auth import Keyring
 from gateway.limits import Meter, Quota
 from gateway.settings import GatewaySettings
-from lookonce import tracing
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tracing import Trace
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.telemetry import tracing
+from lookonce.core.telemetry.tracing import Trace
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.pictures import photograph, save

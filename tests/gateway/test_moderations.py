@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from gateway.schemas.moderations import ModerationObject
-from lookonce.process import PERMANENT_EXIT
+from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, ROOT, GatewayProcess
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from gateway.auth import Tenant
-from gateway.http.pictures import ENCODED_AT_ONCE, keep_all
+from gateway.http.request_images import ENCODED_AT_ONCE, keep_all
 from gateway.schemas.chat import ImageUrlPart
 from gateway.settings import GatewaySettings
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 TENANT = Tenant("red", b"d" * 32, b"e" * 32)
 

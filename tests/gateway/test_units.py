@@ -9,12 +9,12 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from gateway.auth import Keyring, read_keys
-from gateway.http.errors import HTTP_ERRORS, error_response
-from gateway.replicas import LOAD_FLOOR, Replicas
+from gateway.http.error_bodies import HTTP_ERRORS, error_response
+from gateway.routing.replicas import LOAD_FLOOR, Replicas
 from gateway.schemas.questions import QuestionsRequest
 from gateway.schemas.sampling import to_sampling
 from gateway.settings import GatewaySettings
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 
 KEY = "correct-horse-battery"
 

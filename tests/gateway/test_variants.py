@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from gateway.replicas import Replicas
-from gateway.variants import Variant, Variants, VariantSpec, parse_variants
-from lookonce.errors import LookonceError
+from gateway.routing.replicas import Replicas
+from gateway.routing.variants import Variant, Variants, VariantSpec, parse_variants
+from lookonce.core.errors import LookonceError
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_units import StandIn

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from lm_service.service import load_model, serve
+from lm_service.app import load_model, serve
 from lm_service.settings import LanguageSettings
-from lookonce.checkpoint import open_checkpoint
-from lookonce.identity import embedding_key, image_digest
-from lookonce.record import EMBEDDING, EmbeddingRecord
-from lookonce.reference import EmbeddingReference
-from lookonce.rpc.client import LanguageClient
-from lookonce.rpc.convert import reference_to_proto
-from lookonce.tensors import view_of
+from lookonce.core.identity import embedding_key, image_digest
+from lookonce.core.record import EMBEDDING, EmbeddingRecord
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.client import LanguageClient
+from lookonce.core.rpc.messages import reference_to_proto
+from lookonce.models.checkpoint import open_checkpoint
+from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import language_pb2
 from tests.modules import load_vision_tower
 

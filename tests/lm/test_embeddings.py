@@ -12,18 +12,18 @@ import torch
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import EmbeddingSource
 from lm_service.fingerprints import AcceptedEncoders
-from lm_service.l1 import TensorCache
 from lm_service.peers import VisionPeers
+from lm_service.tensor_cache import TensorCache
 from lm_service.validation import RecordRules
-from lookonce.embeddings import EmbeddingCache
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.record import EMBEDDING
-from lookonce.reference import EmbeddingReference
-from lookonce.rpc.client import VisionClient
-from lookonce.rpc.convert import chunks
-from lookonce.rpc.server import Server, ServerOptions
-from lookonce.stores import open_store
-from lookonce.tensors import view_of
+from lookonce.core.embedding_cache import EmbeddingCache
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.record import EMBEDDING
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.client import VisionClient
+from lookonce.core.rpc.messages import chunks
+from lookonce.core.rpc.server import Server, ServerOptions
+from lookonce.core.stores import open_store
+from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import vision_pb2, vision_pb2_grpc
 from tests.lm.split import record_of
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 from prometheus_client import REGISTRY
 
-from lm_service.engine.packed.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from tests.lm.split import answer, asking, running, user
 from tests.lm.test_service import idle, store_pictures
 from tests.pictures import photograph
@@ -41,7 +41,7 @@ def cancelled():
 
 
 async def test_a_dropped_stream_is_in_no_later_step(checkpoint_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("lm_service.service.Qwen2VLAdapter", Stepwise)
+    monkeypatch.setattr("lm_service.app.Qwen2VLAdapter", Stepwise)
     before = cancelled()
     async with running(checkpoint_path, tmp_path) as client:
         stream = client.generate(asking(user("Go on"), max_tokens=500, ignore_eos=True), timeout=60)

@@ -7,14 +7,14 @@ import math
 import pytest
 import torch
 
-from lm_service import placing
-from lm_service.placing import place, wanted
-from lookonce.checkpoint.architecture import architecture_of, tensor_shapes
-from lookonce.checkpoint.headers import TensorEntry
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.families import Half, family_of
-from lookonce.spreading import layers_of, parse, spread
-from lookonce.stores import open_store
+from lm_service import device_map
+from lm_service.device_map import place, wanted
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.layer_split import layers_of, parse, spread
+from lookonce.core.stores import open_store
+from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.qwen2_vl.architecture import architecture_of, tensor_shapes
+from lookonce.models.registry import Half, family_of
 from tests import standin
 from tests.cli import published
 from tests.lm.split import answer, asking, running, user
@@ -27,7 +27,7 @@ CAT = photograph("chelsea", (225, 150))
 @pytest.fixture
 def gpus(monkeypatch):
     """Eight devices that are taken to be there."""
-    monkeypatch.setattr(placing, "choose_device", torch.device)
+    monkeypatch.setattr(device_map, "choose_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
 
 
@@ -69,7 +69,7 @@ def test_auto_takes_all_gpus_and_the_cpu_where_there_is_none(gpus, monkeypatch):
     counts = [len(part) for part in home.layers]
     assert sum(counts) == 80 and counts[0] < max(counts) and counts[-1] < max(counts), "embedding and head take room"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(placing, "choose_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_map, "choose_device", lambda name: torch.device("cpu"))
     assert str(homes("72B", "auto", {"cpu": 512})) == "cpu"
 
 
@@ -151,7 +151,7 @@ def test_no_other_spread_leaves_more_room_for_each_layer(rooms, layers):
 
 async def test_a_service_over_two_devices(checkpoint_path, unsplit, tower, tmp_path, monkeypatch):
     """From the setting to the answer: the unsplit model's, with an image, by way of both devices."""
-    monkeypatch.setattr(placing, "choose_device", lambda name: standin.device(int(name[-1])))
+    monkeypatch.setattr(device_map, "choose_device", lambda name: standin.device(int(name[-1])))
     url = f"file://{tmp_path}/store"
     reference, record = tower.record(CAT)
     store = open_store(url)

@@ -8,13 +8,13 @@ import socket
 
 import pytest
 
-from lm_service.service import load_model, serve
+from lm_service.app import load_model, serve
 from lm_service.settings import LanguageSettings
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.process import PERMANENT_EXIT
-from lookonce.reference import EmbeddingReference
-from lookonce.rpc.client import LanguageClient, VisionClient
-from lookonce.stores import open_store
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.process import PERMANENT_EXIT
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.client import LanguageClient, VisionClient
+from lookonce.core.stores import open_store
 from protos.lookonce.v1 import language_pb2, vision_pb2
 from tests.lm.split import answer, asking, encoded, running, user
 from tests.lm.test_embeddings import THEIRS, Peer, serving

@@ -15,9 +15,9 @@ from lm_service.fingerprints import AcceptedEncoders
 from lm_service.positions import mrope_positions
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import Turn, load_template
-from lookonce.checkpoint.random_tokenizer import SPECIAL_TOKENS
-from lookonce.errors import CheckpointError, ErrorKind, LookonceError
-from lookonce.reference import EmbeddingReference
+from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
+from lookonce.core.reference import EmbeddingReference
+from lookonce.models.qwen2_vl.synthetic_tokenizer import SPECIAL_TOKENS
 
 FINGERPRINT = "f" * 64
 

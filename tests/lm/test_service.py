@@ -10,9 +10,9 @@ import shutil
 import pytest
 import torch
 
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.stores import open_store
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.stores import open_store
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2
 from tests.lm.split import Tower, answer, answers, asking, running, user
 from tests.pictures import photograph

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from lookonce.identity import image_digest
-from lookonce.moderate.columns import Columns
-from lookonce.moderate.identity import Identity, Manifest, Models
-from lookonce.moderate.ledger import Full
-from lookonce.moderate.outcome import Failure, Outcome, Row
-from lookonce.moderate.parts import Output
-from lookonce.moderate.run import Run
-from lookonce.moderate.sources.opening import open_source
-from lookonce.policy import parse_policy
+from lookonce.core.identity import image_digest
+from lookonce.moderation.batch.columns import Columns
+from lookonce.moderation.batch.identity import Identity, Manifest, Models
+from lookonce.moderation.batch.ledger import Full
+from lookonce.moderation.batch.outcome import Failure, Outcome, Row
+from lookonce.moderation.batch.parts import Output
+from lookonce.moderation.batch.run import Run
+from lookonce.moderation.batch.sources.opening import open_source
+from lookonce.moderation.policy import parse_policy
 
 POLICY = """
 name: "<b>spoons</b> & forks"

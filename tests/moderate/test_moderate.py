@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lookonce.moderate.results import Results
+from lookonce.moderation.batch.results import Results
 from tests.cli.commands import invoke
 from tests.moderate.conftest import COUNT, start_pair
 from tests.moderate.scenes import area_under_curve, holds, policy_text

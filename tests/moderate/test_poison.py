@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from lookonce.identity import image_digest
+from lookonce.core.identity import image_digest
 from tests.moderate.conftest import MODEL, Pair
 from tests.moderate.poison import MARKER, MortalService, poisoned
 from tests.processes import ServiceProcess

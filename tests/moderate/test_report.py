@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lookonce.report.collect import collect
+from lookonce.moderation.report.collect import collect
 from tests.cli.commands import invoke, lookonce
 from tests.moderate.results import begin_results, write_results
 

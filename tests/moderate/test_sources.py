@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.fetching.policy import FetchPolicy
-from lookonce.moderate.sources.items import Unusable, items
-from lookonce.moderate.sources.opening import SourceOptions, open_source
-from lookonce.moderate.sources.reader import Reader
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.moderation.batch.sources.items import Unusable, items
+from lookonce.moderation.batch.sources.opening import SourceOptions, open_source
+from lookonce.moderation.batch.sources.reader import Reader
 
 FILES = {"a/1.png": b"one", "a/2.JPG": b"two", "b.webp": b"three", "a/z/3.gif": b"four"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from lookonce.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView
+from lookonce.core.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView
 
 
 def make_record(

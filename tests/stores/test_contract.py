@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from lookonce.embeddings import EmbeddingCache
-from lookonce.stores import EmbeddingStore, Leases, Store, open_store
-from lookonce.stores.sealed import SealedStore
+from lookonce.core.embedding_cache import EmbeddingCache
+from lookonce.core.stores import EmbeddingStore, Leases, Store, open_store
+from lookonce.core.stores.sealed import SealedStore
 from tests.stores.records import make_record
 
 

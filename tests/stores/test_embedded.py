@@ -14,11 +14,11 @@ import time
 import pytest
 from lmdb.verify import verify
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.record import parse_record
-from lookonce.stores import StoreFailure, open_store
-from lookonce.stores.embedded import EmbeddedStore
-from lookonce.stores.memory import ENTRY_OVERHEAD, MemoryStore
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.record import parse_record
+from lookonce.core.stores import StoreFailure, open_store
+from lookonce.core.stores.embedded import EmbeddedStore
+from lookonce.core.stores.memory import ENTRY_OVERHEAD, MemoryStore
 
 MIB = 1024**2
 
@@ -116,7 +116,7 @@ async def test_uses_by_another_process_count(tmp_path):
     for number in range(4):
         await store.put(key_of(number), bytes(100_000))
     script = (
-        "import asyncio, sys\nfrom pathlib import Path\nfrom lookonce.stores.embedded import EmbeddedStore\n"
+        "import asyncio, sys\nfrom pathlib import Path\nfrom lookonce.core.stores.embedded import EmbeddedStore\n"
         f"async def main():\n store = EmbeddedStore(Path(sys.argv[1]), {budget})\n"
         " assert await store.get((0).to_bytes(32, 'big')) is not None\n await store.close()\nasyncio.run(main())"
     )
@@ -232,7 +232,7 @@ def _process(script: str, path) -> subprocess.Popen[bytes]:
 
 async def test_a_stopped_holder_of_the_write_lock_costs_a_bounded_time(tmp_path):
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom lookonce.stores.lmdb_file import open_lmdb\n"
+        "import sys, time\nfrom pathlib import Path\nfrom lookonce.core.stores.lmdb_file import open_lmdb\n"
         "file = open_lmdb(Path(sys.argv[1]), 0)\n"
         "with file.env.begin(write=True):\n print('held', flush=True)\n time.sleep(600)"
     )
@@ -251,7 +251,7 @@ async def test_a_stopped_holder_of_the_write_lock_costs_a_bounded_time(tmp_path)
 
 WRITER = """
 import asyncio, itertools, os, sys
-from lookonce.stores import open_store
+from lookonce.core.stores import open_store
 from tests.stores.records import make_record
 
 async def writer(store):

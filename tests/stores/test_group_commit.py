@@ -13,10 +13,10 @@ import lmdb
 import pytest
 from lmdb.verify import verify
 
-from lookonce.stores import StoreFailure
-from lookonce.stores.embedded import MAX_WAITING_WRITES, EmbeddedStore
-from lookonce.stores.group_commit import MAX_TOGETHER
-from lookonce.stores.lmdb_file import close_lmdb, open_lmdb
+from lookonce.core.stores import StoreFailure
+from lookonce.core.stores.embedded import MAX_WAITING_WRITES, EmbeddedStore
+from lookonce.core.stores.group_commit import MAX_TOGETHER
+from lookonce.core.stores.lmdb_file import close_lmdb, open_lmdb
 
 MIB = 1024**2
 COST = 25 * 4096 + 512
@@ -252,7 +252,7 @@ async def test_who_polls_for_a_lease_waits_for_no_write(tmp_path):
 LOAD = """
 import asyncio, os, sys
 from pathlib import Path
-from lookonce.stores.embedded import EmbeddedStore
+from lookonce.core.stores.embedded import EmbeddedStore
 
 async def caller(store):
     while True:

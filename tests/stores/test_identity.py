@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from lookonce.errors import LookonceError
-from lookonce.identity import EncoderSpec, embedding_key, image_digest, image_id, tenant_key
+from lookonce.core.errors import LookonceError
+from lookonce.core.identity import EncoderSpec, embedding_key, image_digest, image_id, tenant_key
 
 SPEC = EncoderSpec(
     checkpoint="hub:example/model@0123",

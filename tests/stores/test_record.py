@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize
 
-from lookonce.errors import RecordError
-from lookonce.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView, parse_record
+from lookonce.core.errors import RecordError
+from lookonce.core.record import EMBEDDING, ITEM_BYTES, EmbeddingRecord, TensorView, parse_record
 from tests.stores.records import make_record
 
 KEY = bytes(32)

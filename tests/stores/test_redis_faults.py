@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 import uvloop
 
-from lookonce.stores import StoreFailure, open_store
-from lookonce.stores.breaker import CircuitBreaker
-from lookonce.stores.memory import MemoryStore
+from lookonce.core.stores import StoreFailure, open_store
+from lookonce.core.stores.breaker import CircuitBreaker
+from lookonce.core.stores.memory import MemoryStore
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.ports import free_port
 from tests.valkey import ValkeyServer, one_node_cluster

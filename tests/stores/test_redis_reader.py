@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 from structlog.testing import capture_logs
 
-from lookonce.stores import open_store
+from lookonce.core.stores import open_store
 from tests.valkey import PATIENT, ValkeyServer
 
 KEY = bytes(32)

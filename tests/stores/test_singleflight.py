@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from lookonce.singleflight import SingleFlight
-from lookonce.stores import open_store
-from lookonce.stores.memory import MemoryStore
+from lookonce.core.single_flight import SingleFlight
+from lookonce.core.stores import open_store
+from lookonce.core.stores.memory import MemoryStore
 from tests.valkey import PATIENT
 
 
@@ -225,8 +225,8 @@ async def test_without_a_working_store_everybody_is_served(own_valkey):
 
 PROCESS = """
 import asyncio, os, sys
-from lookonce.singleflight import SingleFlight
-from lookonce.stores import open_store
+from lookonce.core.single_flight import SingleFlight
+from lookonce.core.stores import open_store
 
 async def main():
     store, log = open_store(sys.argv[1]), sys.argv[2]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from lookonce.stores.memory import MemoryStore
-from lookonce.stores.tiered import TieredStore
+from lookonce.core.stores.memory import MemoryStore
+from lookonce.core.stores.tiered import TieredStore
 
 
 class Slow(MemoryStore):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.stores import open_store
-from lookonce.stores.breaker import CircuitBreaker
-from lookonce.stores.memory import MemoryStore
-from lookonce.stores.tiered import TieredStore
-from lookonce.units import format_size, parse_duration, parse_size
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.stores import open_store
+from lookonce.core.stores.breaker import CircuitBreaker
+from lookonce.core.stores.memory import MemoryStore
+from lookonce.core.stores.tiered import TieredStore
+from lookonce.core.units import format_size, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(

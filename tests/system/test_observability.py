@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 from deploy.check import metrics
-from lookonce import tracing
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
+from lookonce.core.telemetry import tracing
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.cli.commands import invoke
 from tests.pictures import photograph, save
 from tests.ports import free_port

@@ -7,7 +7,7 @@ import asyncio
 import httpx2
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.valkey import PATIENT, ValkeyServer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.system.clients import Clients, roll
 from tests.system.cluster import System
 

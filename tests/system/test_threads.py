@@ -1,4 +1,5 @@
-"""Each model service computes with one team of threads, however it loads, checks and answers (see lookonce.apart)."""
+"""Each model service computes with one team of threads, however it loads, checks and answers
+(see lookonce.models.omp_thread)."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ import time
 import httpx2
 import pytest
 
-from lookonce.checkpoint.random import make_random_checkpoint
 from lookonce.cli import health
-from lookonce.rpc.server import Tls
+from lookonce.core.rpc.server import Tls
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.fetching.servers import make_certificates
 from tests.pictures import photograph, save
 from tests.ports import free_port

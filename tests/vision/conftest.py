@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.rpc.client import VisionClient
+from lookonce.core.rpc.client import VisionClient
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.processes import ServiceProcess
+from vision_service.app import running
 from vision_service.images import Decoder
-from vision_service.serving import running
 from vision_service.settings import VisionSettings
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.qwen2_vl.preprocessing import Patches
 from vision_service.batcher import Batcher
-from vision_service.preprocess import Patches
 
 PICTURE = Patches(np.zeros((4, 3, 4), dtype=np.uint8), (1, 2, 2), 4, 4)
 

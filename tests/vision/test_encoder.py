@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.vision import Encoder
 from tests.modules import load_vision_tower
-from vision_service.encoder import Encoder
-from vision_service.preprocess import Preprocessor
 
 SIZES = [(57, 200), (56, 56), (300, 200), (29, 31), (200, 300), (56, 57)]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.pictures import odd_files, photograph, save
 from vision_service.images import Decoder, ImageLimits
 

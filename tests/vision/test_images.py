@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lookonce.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError
 from tests.vision.files import encoded, png_of_declared_size
 from vision_service.images import BYTES_A_PIXEL, Decoder, ImageLimits
 
@@ -230,7 +230,7 @@ def test_a_bomb_costs_no_memory():
 import resource
 from io import BytesIO
 from PIL import Image
-from lookonce.errors import LookonceError
+from lookonce.core.errors import LookonceError
 from vision_service.images import BYTES_A_PIXEL, Decoder, ImageLimits
 from tests.vision.files import png_of_declared_size
 decoder = Decoder(ImageLimits())

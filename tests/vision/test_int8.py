@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from lm_service.fingerprints import AcceptedEncoders
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.quantization import (
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.quantization import (
     ELSEWHERE,
     ON_CPU,
     ON_CUDA,
@@ -22,9 +22,9 @@ from lookonce.quantization import (
     check_usable,
     scheme,
 )
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.vision import Encoder
 from tests.pictures import photograph
-from vision_service.encoder import Encoder
-from vision_service.preprocess import Preprocessor
 
 CPU = torch.device("cpu")
 

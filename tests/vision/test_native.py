@@ -8,12 +8,12 @@ from structlog.testing import capture_logs
 from torch import nn
 from torch.nn import functional
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.native.program import run_calls
-from vision_service.encoder import Encoder
-from vision_service.native import kernels as module
-from vision_service.native.kernels import Kernels, Shape
-from vision_service.preprocess import Preprocessor
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.kernels.program import run_calls
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.qwen2_vl.vision_kernels import kernels as module
+from lookonce.models.qwen2_vl.vision_kernels.kernels import Kernels, Shape
 
 COUNTS = [4, 1, 200, 16, 63, 64, 65, 4, 130]
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_torch_serves_where_nothing_can_be_compiled(checkpoint_path, noise, monk
     picture = Preprocessor(checkpoint.preprocessor)(noise(90, 120), 3136, 100_000)
     (wanted,) = Encoder.load(checkpoint, torch.float32, CPU).encode([picture])
     module._compiled.cache_clear()
-    monkeypatch.setattr("lookonce.native.compiling.binding.create_mcjit_compiler", refuse)
+    monkeypatch.setattr("lookonce.models.kernels.compiling.binding.create_mcjit_compiler", refuse)
     with capture_logs() as logs:
         encoder = Encoder.load(checkpoint, torch.float32, CPU)
     assert [line["log_level"] for line in logs] == ["warning"] and not encoder.native

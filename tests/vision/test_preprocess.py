@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as library_resize
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.errors import CheckpointError
-from lookonce.resizing import smart_resize
-from vision_service.preprocess import Preprocessor
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.resizing import smart_resize
 
 SIZES = [(29, 31), (56, 56), (1000, 57), (57, 1000), (8, 8), (1600, 8), (449, 337), (1280, 720)]
 BOUNDS = [(56 * 56, 28 * 28 * 1280), (4 * 784, 16 * 784), (784, 784), (256 * 784, 512 * 784)]

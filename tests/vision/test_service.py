@@ -15,15 +15,16 @@ from PIL import Image
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
-from lookonce.checkpoint import Half, open_checkpoint
-from lookonce.checkpoint.random import make_random_checkpoint
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.identity import embedding_key, image_digest, tenant_key
-from lookonce.process import PERMANENT_EXIT
-from lookonce.record import EMBEDDING, parse_record
-from lookonce.rpc.client import VisionClient
-from lookonce.sizing import CPU_MAX_PIXELS
-from lookonce.tensors import tensor_of
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import embedding_key, image_digest, tenant_key
+from lookonce.core.process import PERMANENT_EXIT
+from lookonce.core.record import EMBEDDING, parse_record
+from lookonce.core.rpc.client import VisionClient
+from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.sizing import CPU_MAX_PIXELS
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.tensors import tensor_of
 from protos.lookonce.v1 import vision_pb2
 from tests.pictures import odd_files
 from tests.ports import free_port
@@ -31,9 +32,8 @@ from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
 from tests.vision.files import encoded, small
-from vision_service.encoder import Encoder
+from vision_service.app import serve
 from vision_service.images import Decoder, ImageLimits
-from vision_service.serving import serve
 from vision_service.settings import VisionSettings
 
 

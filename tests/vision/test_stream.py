@@ -7,9 +7,9 @@ import asyncio
 import grpc
 import pytest
 
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.record import parse_record
-from lookonce.rpc.client import VisionClient
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.record import parse_record
+from lookonce.core.rpc.client import VisionClient
 from protos.lookonce.v1 import common_pb2, vision_pb2
 from tests.processes import ServiceProcess
 from tests.vision.files import encoded, small

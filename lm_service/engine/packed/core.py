@@ -11,19 +11,19 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.adapter import ModelAdapter, ModelShape
-from lm_service.engine.packed.batch import Batch, Fill
+from lm_service.engine.packed.execution.adapter import ModelAdapter, ModelShape
+from lm_service.engine.packed.execution.batch import Batch, Fill
+from lm_service.engine.packed.execution.postprocess import extend_answers, extend_scores, outputs, split_bad
+from lm_service.engine.packed.execution.runner import Runner
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.pool import TailPool
-from lm_service.engine.packed.postprocess import extend_answers, extend_scores, outputs, split_bad
-from lm_service.engine.packed.prefix_cache import PrefixCache
-from lm_service.engine.packed.runner import Runner
-from lm_service.engine.packed.scheduler import Scheduler
-from lm_service.engine.packed.sequence import Request, Sequence, Status
+from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.tree import PrefixCache
+from lm_service.engine.packed.scheduling.scheduler import Scheduler
+from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import Delta, EngineState, Finish
 from lm_service.metrics import METRICS
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.placement import free_memory
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.devices import free_memory
 
 _log = structlog.get_logger(__name__)
 

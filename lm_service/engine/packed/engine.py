@@ -15,14 +15,14 @@ import torch
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
-from lm_service.engine.packed import sequence as packed
-from lm_service.engine.packed.adapter import ModelAdapter
-from lm_service.engine.packed.batch import Fill
-from lm_service.engine.packed.content import prompt_contents
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
+from lm_service.engine.packed.execution.adapter import ModelAdapter
+from lm_service.engine.packed.execution.batch import Fill
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.questions import score_sequences, scores_of
-from lm_service.engine.packed.validation import check_embedding, check_generation, check_scoring
+from lm_service.engine.packed.prefix_cache.content import prompt_contents
+from lm_service.engine.packed.prompt_checks import check_embedding, check_generation, check_scoring
+from lm_service.engine.packed.scheduling import sequence as packed
+from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
     Delta,
@@ -35,8 +35,8 @@ from lm_service.engine.types import (
     Scoring,
 )
 from lm_service.metrics import METRICS
-from lookonce.errors import ErrorKind, LookonceError
-from lookonce.tasks import start_task
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import start_task
 
 _HAND_OVER_SECONDS = 0.02
 _log = structlog.get_logger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lookonce.errors import invalid
+from lookonce.core.errors import invalid
 
 _SHARE_OF_FREE = 0.25  # of free memory, for running sequences; as much again for prefixes
 _LEAST_BYTES = 64 << 20

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.http.errors import HTTP_ERRORS
+from gateway.http.error_bodies import HTTP_ERRORS
 
 EXAMPLES = 5  # kept of each kind of violation
 STATUS_OF_CODE = {shape.code: shape.status for shape in HTTP_ERRORS.values()}

@@ -1,0 +1,141 @@
+"""The pictures of a request, inline and at URLs: bounded together before any is fetched or decoded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from gateway.auth import Tenant
+from gateway.conversation import ImagePart
+from gateway.core import Gateway
+from gateway.http.data_urls import base64_of, check_size, decode, decoded_size, image_reference
+from gateway.images.aliases import is_alias
+from gateway.images.image_records import ImageRecord
+from gateway.images.images import Keeping
+from gateway.schemas.chat import ImageUrlPart
+from gateway.settings import GatewaySettings
+from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
+
+ENCODED_AT_ONCE = 8
+"""Pictures of one request that are sent to be encoded at the same time."""
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RemotePictures:
+    """Pictures of one request that are at URLs, and what they may weigh."""
+
+    wanted: tuple[Wanted, ...]
+    max_bytes: int  # each
+    total_bytes: int  # together
+
+    async def fetch(self, fetcher: Fetcher, tenant: Tenant) -> dict[str, bytes]:
+        """The files by the field that named them. Raises FetchError."""
+        if not self.wanted:
+            return {}
+        files = await fetcher.fetch_all(
+            self.wanted, max_bytes=self.max_bytes, total_bytes=self.total_bytes, owner=tenant.name
+        )
+        return {item.param: data for item, data in zip(self.wanted, files, strict=True)}
+
+
+def check_pictures(urls: Sequence[tuple[str, str]], settings: GatewaySettings, param: str) -> RemotePictures:
+    """Check how many pictures (field, URL) there are and how large the inline ones; the rest is left to the others.
+
+    Raises INVALID_ARGUMENT, or UNSUPPORTED for another kind of URL."""
+    if len(urls) > settings.max_images:
+        raise invalid(f"the request has {len(urls)} images, the limit is {settings.max_images}", param=param)
+    wanted = tuple(Wanted(url, name) for name, url in urls if is_remote(url))
+    if len(wanted) > settings.max_urls:
+        text = f"the request has {len(wanted)} images at URLs, the limit is {settings.max_urls}"
+        raise invalid(text, param=param)
+    total = 0
+    for name, url in urls:
+        if image_reference(url) is None and not is_remote(url):
+            size = decoded_size(base64_of(url, name))
+            check_size(size, settings.max_image_bytes, name)
+            total += size
+    left = settings.max_request_image_bytes - total
+    if left < 0:
+        text = f"the images have {total} bytes together, the limit is {settings.max_request_image_bytes}"
+        raise invalid(text, param=param)
+    return RemotePictures(wanted, settings.max_image_bytes, left)
+
+
+def is_remote(url: str) -> bool:
+    """Whether the picture must be fetched."""
+    return url[:8].lower().startswith(("http://", "https://"))
+
+
+async def keep_all(
+    images: Mapping[str, ImageUrlPart],
+    files: Mapping[str, bytes],
+    gateway: Gateway,
+    tenant: Tenant,
+    *,
+    max_pixels: int | None = None,
+) -> dict[str, ImagePart]:
+    """The pictures, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
+    now, several at a time. `files`: what was fetched for those at URLs; `max_pixels`: none is encoded larger. Raises
+    the first one's error, naming its field."""
+    at_once = asyncio.Semaphore(ENCODED_AT_ONCE)
+    same: dict[str, list[str]] = defaultdict(list)
+    for param, image in images.items():
+        same[image.url].append(param)
+
+    async def one_after_the_other(params: Sequence[str]) -> list[tuple[str, ImagePart | LookonceError]]:
+        """The variants of one picture: they change one record."""
+        async with at_once:
+            return [
+                (name, await _kept(images[name], files.get(name), gateway, tenant, name, max_pixels)) for name in params
+            ]
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one_after_the_other(params)) for params in same.values()]
+    kept = dict(pair for task in tasks for pair in task.result())
+    found: dict[str, ImagePart] = {}
+    for param in images:
+        part = kept[param]
+        if isinstance(part, LookonceError):
+            raise part
+        found[param] = part
+    return found
+
+
+async def _kept(
+    image: ImageUrlPart, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, most: int | None
+) -> ImagePart | LookonceError:
+    bounds = [bound for bound in (pixels_of(image.detail, gateway.settings), most) if bound is not None]
+    max_pixels = min(bounds, default=None)
+    identifier = image_reference(image.url)
+    try:
+        if identifier is not None:
+            return ImagePart(await gateway.images.get(identifier, tenant), max_pixels)
+        data = file if file is not None else await decode(base64_of(image.url, param), param)
+        record, resolved = await gateway.images.add(data, tenant, max_pixels=max_pixels)
+        record = await _named(record, image.uuid, gateway, tenant)
+    except LookonceError as error:
+        return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
+    return ImagePart(record, max_pixels, resolved)
+
+
+async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant: Tenant) -> ImageRecord:
+    """The image with its `uuid` as one alias more. What can't be an alias, or is one too many, is no name: the request
+    is answered all the same."""
+    if uuid is None or uuid in record.aliases or not is_alias(uuid):
+        return record
+    try:
+        return await gateway.images.change(record.id, tenant, Keeping(alias=uuid))
+    except LookonceError as error:
+        log.info("a picture's uuid is not kept as an alias", reason=error.message)
+        return record
+
+
+def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
+    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
+    return settings.low_detail_pixels if detail == "low" else None

@@ -1,0 +1,1 @@
+"""Images as a resource: uploads, records, names, lists, erasure."""

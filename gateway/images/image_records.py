@@ -1,0 +1,279 @@
+"""What is known of each kept image, in the image store: a small JSON record beside the file's bytes.
+
+Records are cached in this process for a second, so that a warm question costs no store access. A deletion leaves a
+tombstone, so that other gateways tell "deleted" from "lost by the store" (evicted, restarted empty, out of reach): a
+lost record is put back from the cache, a deleted one never.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import orjson
+import structlog
+
+from gateway.routing.variants import DEFAULT
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import image_id
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.stores import Store
+from lookonce.core.stores.leased import leased
+
+CONFIRMED = 1.0
+"""Seconds a cached record is good without a look at the store: how late other gateways notice a deletion."""
+OUTLIVES_STORE = 600.0
+"""Seconds since its last confirmation that a record lost by the store is believed."""
+TOMBSTONE_TTL = 3600.0  # longer than any cache believes a lost record
+CACHED_RECORDS = 16384
+PINNED_SECONDS = 100 * 365 * 86400.0
+"""How long a pinned image is kept: longer than any store stands."""
+LASTING_SECONDS = 90 * 365 * 86400.0
+"""What is put into the store for so long is not to be evicted."""
+FILE_KEY = b"file:"
+"""How the keys of image files begin."""
+Change = Callable[["ImageRecord"], "ImageRecord"]
+_VERSION = 1
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of one tenant. `references` holds the embeddings made of it, by variant (see `variant`)."""
+
+    digest: bytes  # 32 bytes, keyed with the tenant's key: the id is made from it
+    tenant: str
+    size: int  # bytes of the file
+    created: float  # Unix seconds
+    expires: float
+    references: dict[str, EmbeddingReference] = field(default_factory=dict)
+    deleted: bool = False  # a tombstone; its references name what is to be erased
+    erased: bool = False  # of a tombstone: every process confirmed
+    ttl: float | None = None  # seconds, the image's own; None: the gateway's
+    pinned: bool = False  # kept until it is erased
+    aliases: tuple[str, ...] = ()
+    upload: str = field(default_factory=lambda: secrets.token_hex(8))  # another one each time that it is uploaded
+
+    @property
+    def id(self) -> str:
+        """The public id."""
+        return image_id(self.digest)
+
+    @property
+    def reference(self) -> EmbeddingReference | None:
+        """The embedding of the full picture, or else of any variant."""
+        return self.references.get(variant(None)) or next(iter(self.references.values()), None)
+
+    def with_reference(self, name: str, reference: EmbeddingReference) -> ImageRecord:
+        """The record with one variant's embedding set."""
+        return replace(self, references=self.references | {name: reference})
+
+    def with_alias(self, alias: str) -> ImageRecord:
+        """The record with one name more, as the last."""
+        return replace(self.without_alias(alias), aliases=(*self.without_alias(alias).aliases, alias))
+
+    def without_alias(self, alias: str) -> ImageRecord:
+        """The record without a name."""
+        return replace(self, aliases=tuple(name for name in self.aliases if name != alias))
+
+    def to_json(self) -> bytes:
+        """The stored form."""
+        return orjson.dumps(
+            {
+                "version": _VERSION,
+                "digest": self.digest.hex(),
+                "tenant": self.tenant,
+                "size": self.size,
+                "created": self.created,
+                "expires": self.expires,
+                "deleted": self.deleted,
+                "erased": self.erased,
+                "ttl": self.ttl,
+                "pinned": self.pinned,
+                "aliases": list(self.aliases),
+                "upload": self.upload,
+                "references": {name: _reference_fields(item) for name, item in self.references.items()},
+            }
+        )
+
+
+def variant(max_pixels: int | None, model: str = DEFAULT) -> str:
+    """The name of an embedding variant: the bound it was resized within, or "full", after the variant of the model."""
+    bound = "full" if max_pixels is None else str(max_pixels)
+    return bound if model == DEFAULT else f"{model}/{bound}"
+
+
+def parse_record(value: bytes | memoryview) -> ImageRecord | None:
+    """The record in its stored form; None when it is not one (another version's, or damaged)."""
+    try:
+        fields = orjson.loads(value)
+        if fields["version"] != _VERSION:
+            return None
+        return ImageRecord(
+            digest=bytes.fromhex(fields["digest"]),
+            tenant=fields["tenant"],
+            size=fields["size"],
+            created=fields["created"],
+            expires=fields["expires"],
+            deleted=fields["deleted"],
+            erased=fields["erased"],
+            ttl=fields.get("ttl"),
+            pinned=fields.get("pinned", False),
+            aliases=tuple(fields.get("aliases", ())),
+            upload=str(fields["upload"]),
+            references={name: _reference(item) for name, item in fields["references"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        log.warning("image record unreadable, dropped")
+        return None
+
+
+@dataclass(frozen=True)
+class _Cached:
+    record: ImageRecord
+    confirmed: float  # seconds on the shelf's clock
+
+
+class RecordShelf:
+    """Loads, saves and buries records. `spare` takes what the store could not keep."""
+
+    def __init__(
+        self,
+        store: Store,
+        spare: Store,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._spare = spare
+        self._clock = clock
+        self.now = now
+        self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
+        self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+
+    async def load(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
+        """The record, a tombstone included, or None. `fresh`: ask the store even within the cache's second.
+
+        Raises UNAVAILABLE when the store is out of order and nothing is cached."""
+        cached = self._cache.get(digest)
+        if cached is not None and not fresh and self._clock() - cached.confirmed < CONFIRMED:
+            self._cache.move_to_end(digest)
+            return self._unexpired(cached.record)
+        value = await self._store.get(_key(digest))
+        record = None if value is None else parse_record(value)
+        if record is not None:
+            self._remember(record)
+            return self._unexpired(record)
+        return await self._lost(digest, cached)
+
+    async def save(self, record: ImageRecord) -> None:
+        """Keep the record until it expires."""
+        seconds = max(record.expires - self.now(), 1.0)
+        if await self._store.put(_key(record.digest), record.to_json(), ttl=seconds):
+            await self._spare.delete(_key(record.digest))
+        else:
+            await self._spare.put(_key(record.digest), record.to_json(), ttl=seconds)
+        self._remember(record)
+
+    @asynccontextmanager
+    async def held(self, digest: bytes) -> AsyncIterator[None]:
+        """The image is changed by nobody else, in any gateway, while the body runs. Not reentrant."""
+        lock = self._locks.setdefault(digest, asyncio.Lock())  # so that only one of this process polls for the lease
+        async with lock, leased(self._store, _key(digest)):
+            yield
+
+    async def revise(self, digest: bytes, change: Change) -> ImageRecord | None:
+        """Change the record as it is now; None when there is none, or it is deleted."""
+        async with self.held(digest):
+            record = await self.load(digest, fresh=True)
+            if record is None or record.deleted:
+                return None
+            record = change(record)
+            await self.save(record)
+            return record
+
+    async def bury(self, record: ImageRecord) -> bool:
+        """Put a tombstone in the record's place; whether the store has it."""
+        tombstone = replace(record, deleted=True, expires=self.now() + TOMBSTONE_TTL)
+        await self._spare.delete(_key(record.digest))
+        self._remember(tombstone)
+        return await self._store.put(_key(record.digest), tombstone.to_json(), ttl=TOMBSTONE_TTL)
+
+    async def _lost(self, digest: bytes, cached: _Cached | None) -> ImageRecord | None:
+        value = await self._spare.get(_key(digest))
+        record = None if value is None else parse_record(value)
+        if record is None and cached is not None and self._clock() - cached.confirmed < OUTLIVES_STORE:
+            record = cached.record
+        if record is None:
+            self._cache.pop(digest, None)
+            self.check_in_order()
+            return None
+        record = self._unexpired(record)
+        if record is not None and not self.degraded:
+            seconds = max(record.expires - self.now(), 1.0)
+            if await self._store.put(_key(digest), record.to_json(), ttl=seconds):
+                self._remember(record)
+        return record
+
+    def check_in_order(self) -> None:
+        """Raise UNAVAILABLE when the store is out of order: what it lacks may well be there."""
+        if self.degraded:
+            raise LookonceError(ErrorKind.UNAVAILABLE, "the image store cannot be reached", retry_after=1.0)
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the store is out of order right now."""
+        return any(tier.degraded for tier in self._store.stats())
+
+    def _unexpired(self, record: ImageRecord) -> ImageRecord | None:
+        return record if record.expires > self.now() else None
+
+    def _remember(self, record: ImageRecord) -> None:
+        self._cache[record.digest] = _Cached(record, self._clock())
+        self._cache.move_to_end(record.digest)
+        while len(self._cache) > CACHED_RECORDS:
+            self._cache.popitem(last=False)
+
+
+def _key(digest: bytes) -> bytes:
+    return b"record:" + digest
+
+
+def file_key(digest: bytes) -> bytes:
+    """Where an image's file is kept."""
+    return FILE_KEY + digest
+
+
+def _reference_fields(reference: EmbeddingReference) -> dict[str, Any]:
+    return {
+        "key": reference.key.hex(),
+        "fingerprint": reference.fingerprint,
+        "image_digest": reference.image_digest.hex(),
+        "grid_thw": list(reference.grid_thw),
+        "tokens": reference.tokens,
+        "width": reference.width,
+        "height": reference.height,
+        "record_bytes": reference.record_bytes,
+    }
+
+
+def _reference(fields: dict[str, Any]) -> EmbeddingReference:
+    t, h, w = fields["grid_thw"]
+    return EmbeddingReference(
+        key=bytes.fromhex(fields["key"]),
+        fingerprint=fields["fingerprint"],
+        image_digest=bytes.fromhex(fields["image_digest"]),
+        grid_thw=(t, h, w),
+        tokens=fields["tokens"],
+        width=fields["width"],
+        height=fields["height"],
+        record_bytes=fields["record_bytes"],
+    )

@@ -1,1 +1,0 @@
-"""Moderation: what an operator's policy asks of a picture or a text, what its answers mean. Knows nothing of HTTP."""

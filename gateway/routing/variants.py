@@ -1,0 +1,223 @@
+"""Versions of the model served side by side (canary, A/B test): each its own vision and language services, a share of
+the images by weight, and no way for the halves of two to meet.
+
+An image stays with its variant while the weights stay: weighted rendezvous hashing (Schindelhauer and Schomaker, 2005),
+so that a changed weight moves no more images than it must. `embeddings` of different variants lie side by side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import structlog
+from blake3 import blake3
+
+from gateway.routing.discovery import Discovery, split_targets
+from gateway.routing.replicas import REMEMBERED, Replicas
+from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.rpc.client import LanguageClient, VisionClient
+from lookonce.core.tasks import keep_running
+
+DEFAULT = "default"
+"""The name of the only variant when none are configured."""
+POLL = 2.0  # seconds between looks at the file
+_ENTRY = re.compile(r"([a-z0-9][a-z0-9-]{0,30})((?:\s+(?:weight|vision|lm)=\S+)*)")
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """One variant as configured."""
+
+    name: str
+    weight: float
+    vision: tuple[str, ...]  # addresses
+    language: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One version of the model and the services that serve it."""
+
+    spec: VariantSpec
+    vision: Replicas[VisionClient]
+    language: Replicas[LanguageClient]
+    discoveries: tuple[Discovery[VisionClient], Discovery[LanguageClient]] | tuple[()] = ()
+
+    @property
+    def name(self) -> str:
+        """Its name in settings, metrics and receipts."""
+        return self.spec.name
+
+    @property
+    def is_live(self) -> bool:
+        """Whether both halves have a replica that is not ejected."""
+        return self.vision.any_live() and self.language.any_live()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way."""
+        seeing = any(endpoint.active for endpoint in self.vision.remembered)
+        return seeing or any(endpoint.active for endpoint in self.language.remembered)
+
+    def score(self, key: bytes) -> float:
+        """The rendezvous score for a key: the highest of all variants' is chosen."""
+        drawn = int.from_bytes(blake3(self.name.encode() + b"\0variant\0" + key).digest(8), "little")
+        return -self.spec.weight / math.log((drawn + 1) / (2**64 + 2))
+
+    async def start(self) -> None:
+        """Look up the names among its addresses, and follow them."""
+        for discovery in self.discoveries:
+            await discovery.start()
+
+    async def close(self) -> None:
+        """Close the channels."""
+        for discovery in self.discoveries:
+            await discovery.close()
+        await self.vision.close()
+        await self.language.close()
+
+
+class Variants:
+    """The variants that are served now."""
+
+    def __init__(self, specs: Sequence[VariantSpec], connect: Callable[[VariantSpec], Variant]) -> None:
+        self._connect = connect
+        self.all = tuple(connect(spec) for spec in specs)
+        self._retired: list[tuple[float, Variant]] = []  # with when: requests may still be under way on them
+        self._watching: asyncio.Task[None] | None = None
+
+    def choose(self, key: bytes) -> Variant:
+        """The variant of an image (by its digest) or of a request without one."""
+        return self.in_order(key)[0]
+
+    def in_order(self, key: bytes) -> list[Variant]:
+        """The variant for a key, then those that may stand in while it is out of order; live ones first. Those of
+        weight 0 get nothing."""
+        if len(self.all) == 1:
+            return [self.all[0]]
+        weighed = [variant for variant in self.all if variant.spec.weight > 0]
+        return sorted(weighed, key=lambda variant: (not variant.is_live, -variant.score(key)))
+
+    @property
+    def main(self) -> Variant:
+        """The one of the greatest weight: it lends the API its model's name."""
+        return max(self.all, key=lambda variant: variant.spec.weight)
+
+    @property
+    def remembered(self) -> list[Variant]:
+        """All variants, those taken out of late included."""
+        return [*self.all, *(variant for _, variant in self._retired)]
+
+    async def replace(self, specs: Sequence[VariantSpec]) -> None:
+        """Serve these from now on. Channels to services that stay are kept."""
+        old = {(variant.name, variant.spec.vision, variant.spec.language): variant for variant in self.all}
+        new = []
+        for spec in specs:
+            same = old.pop((spec.name, spec.vision, spec.language), None)
+            if same is None:
+                new.append(self._connect(spec))
+                await new[-1].start()
+            else:
+                new.append(Variant(spec, same.vision, same.language, same.discoveries))
+        self._retired += [(time.monotonic(), variant) for variant in old.values()]
+        self.all = tuple(new)
+
+    async def start(self) -> None:
+        """Look up the names among the addresses, and follow them."""
+        for variant in self.all:
+            await variant.start()
+
+    def watch(self, path: Path) -> None:
+        """Follow a file of variants: what changes in it holds within seconds. Call on the event loop."""
+        self._watching = keep_running(partial(self._follow, path))
+
+    async def health(self) -> tuple[dict[str, bool], dict[str, bool]]:
+        """Whether each vision and each language endpoint of all variants says SERVING, by address."""
+        visions, languages = await asyncio.gather(
+            asyncio.gather(*(variant.vision.health() for variant in self.all)),
+            asyncio.gather(*(variant.language.health() for variant in self.all)),
+        )
+        return _joined(visions), _joined(languages)
+
+    async def close(self) -> None:
+        """Close all channels."""
+        if self._watching is not None:
+            self._watching.cancel()
+        for variant in self.remembered:
+            await variant.close()
+
+    async def _follow(self, path: Path) -> None:
+        text = await asyncio.to_thread(_read, path)
+        while True:
+            await asyncio.sleep(POLL)
+            await self._close_idle()
+            try:
+                found = await asyncio.to_thread(_read, path)
+                if found == text:
+                    continue
+                text = found
+                await self.replace(parse_variants(found, param="variants_file"))
+            except LookonceError as error:
+                log.error("variants unchanged: the file is not usable", reason=error.message)
+            else:
+                log.info("variants changed", **{variant.name: variant.spec.weight for variant in self.all})
+
+    async def _close_idle(self) -> None:
+        """Close what was taken out a while ago and has no call under way."""
+        end = time.monotonic() - REMEMBERED
+        idle = [item for item in self._retired if item[0] <= end and not item[1].is_busy]
+        self._retired = [item for item in self._retired if item not in idle]
+        for _, variant in idle:
+            await variant.close()
+
+
+def _joined(answers: Sequence[dict[str, bool]]) -> dict[str, bool]:
+    return {address: healthy for answer in answers for address, healthy in answer.items()}
+
+
+def read_variants(path: Path) -> tuple[VariantSpec, ...]:
+    """The variants of a file, one on each line. Raises INVALID_ARGUMENT."""
+    return parse_variants(_read(path), param="variants_file")
+
+
+def parse_variants(text: str, *, param: str) -> tuple[VariantSpec, ...]:
+    """`NAME weight=N vision=ADDRESS,... lm=ADDRESS,...` by semicolons or line ends. Raises INVALID_ARGUMENT."""
+    lines = (line.partition("#")[0] for line in text.splitlines())
+    entries = [entry.strip() for line in lines for entry in line.split(";") if entry.strip()]
+    specs = tuple(_parse(entry, param) for entry in entries)
+    names = [spec.name for spec in specs]
+    if len(set(names)) != len(names):
+        raise invalid(f"{param}: two variants have one name", param=param)
+    if not any(spec.weight > 0 for spec in specs):
+        raise invalid(f"{param}: no variant has a weight above 0", param=param)
+    return specs
+
+
+def _parse(entry: str, param: str) -> VariantSpec:
+    match = _ENTRY.fullmatch(entry)
+    fields = dict(pair.split("=", 1) for pair in match[2].split()) if match else {}
+    if match is None or fields.keys() != {"weight", "vision", "lm"}:
+        raise invalid(f"{param}: {entry!r} is not NAME weight=N vision=ADDRESS,... lm=ADDRESS,...", param=param)
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", fields["weight"]):
+        raise invalid(f"{param}: the weight of {match[1]} must be a number of at least 0", param=param)
+    vision, language = (tuple(filter(None, fields[name].split(","))) for name in ("vision", "lm"))
+    if not vision or not language:
+        raise invalid(f"{param}: {match[1]} needs addresses of both halves", param=param)
+    for targets in (vision, language):
+        split_targets(targets)
+    return VariantSpec(match[1], float(fields["weight"]), vision, language)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise invalid(f"variants_file: {path} cannot be read", param="variants_file") from None

@@ -1,0 +1,1 @@
+"""A step, computed: what it holds, attention, sampling."""

@@ -1,0 +1,299 @@
+"""Attention of one packed step: shared prefixes once for all their sequences, each sequence's own tail in one batch.
+
+Partial results over disjoint keys are merged by their log-sum-exp (FlashAttention's split softmax; "cascade" attention
+as in FlashInfer and Hydragen, arXiv:2402.05099), which is exact. Shapes: T tokens, H query heads, K key-value heads,
+G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.nn import functional
+
+from lm_service.engine.packed.execution.adapter import Attend, ModelShape
+from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, Stretch
+from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.tree import Node
+
+_FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
+
+
+@dataclass(frozen=True)
+class FillPart:
+    """A stretch of a prefix being filled: the step's tokens [begin, end) are those of `node` from `start` on."""
+
+    node: Node
+    begin: int
+    end: int
+    start: int
+    ancestors: list[Node]
+
+
+@dataclass(frozen=True)
+class SharedPart(Stretch):
+    """A filled prefix stretch and who sees it; tail tokens count from the first one."""
+
+    first: bool  # nothing shared comes before it
+
+
+@dataclass(frozen=True)
+class TailPart:
+    """Tails in slots of one capacity with about as many new tokens each, as one padded batch of b rows of n tokens."""
+
+    capacity: int
+    length: int  # keys looked at: the longest tail of the batch
+    slots: slice | torch.Tensor  # b places of the pool's `class_view`
+    gather: torch.Tensor | None  # int64 [b * n]: tail token of each place; None: as they come
+    scatter: torch.Tensor | None  # int64 [tokens]: place of each token of `tokens`; None: all, as they come
+    tokens: torch.Tensor | slice  # which tail tokens the batch answers for
+    batch: int
+    mask: torch.Tensor  # [b or 1, 1, n * G or 1, length], 0 where a key may be seen, else -inf
+
+    def to(self, device: torch.device) -> TailPart:
+        """The same with its tensors on another device."""
+        return replace(
+            self,
+            slots=self.slots if isinstance(self.slots, slice) else self.slots.to(device),
+            gather=None if self.gather is None else self.gather.to(device),
+            scatter=None if self.scatter is None else self.scatter.to(device),
+            tokens=self.tokens if isinstance(self.tokens, slice) else self.tokens.to(device),
+            mask=self.mask.to(device),
+        )
+
+
+@dataclass
+class AttentionPlan:
+    """Who sees what in one step; the same for every layer."""
+
+    fill_tokens: int  # tokens [0, fill_tokens) belong to `fills`, the others to tails
+    fills: list[FillPart]
+    shared: list[SharedPart]
+    # the tails, either for torch's own operations or for the compiled kernels
+    tails: list[TailPart] = field(default_factory=list)
+    tail_rows: torch.Tensor | None = None  # int64 [tail tokens * K]: where a tail token's heads are stored in the pool
+    native: NativePlan | None = None
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same with its tensors on another device."""
+        rows = None if self.tail_rows is None else self.tail_rows.to(device)
+        return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=rows)
+
+
+def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> Attend:
+    """The attention of one step by torch's operations; its plan lies on the model's first device."""
+    if len(shape.stages) == 1:
+        return PackedAttention(shape, pool, plan)
+    return StagedAttention(shape, pool, plan)
+
+
+class StagedAttention:
+    """An `Attend` over layers on several devices: each has the plan."""
+
+    def __init__(self, shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> None:
+        self._by_layer: list[PackedAttention] = []
+        for stage in shape.stages:
+            here = PackedAttention(shape, pool, plan.to(stage.device), stage.device)
+            self._by_layer += [here] * stage.layers
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        return self._by_layer[layer](layer, q, k, v)
+
+
+class PackedAttention:
+    """An `Attend` over a plan, for layers on one device."""
+
+    def __init__(
+        self, shape: ModelShape, pool: TailPool, plan: AttentionPlan, device: torch.device | None = None
+    ) -> None:
+        """`device` is the layers', unless it is the model's first."""
+        self._shape = shape
+        self._pool = pool
+        self._plan = plan
+        self._partial = partial_attention_for(device or shape.device, shape.dtype)
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `Attend`."""
+        plan, shape = self._plan, self._shape
+        count = plan.fill_tokens
+        if not plan.fills:
+            return self._attend_tails(layer, q, k, v)
+        out = q.new_empty((q.shape[0], shape.heads * shape.head_dim))
+        self._fill_all(layer, q, k, v, out)
+        if count < q.shape[0]:
+            out[count:] = self._attend_tails(layer, q[count:], k[count:], v[count:])
+        return out
+
+    def _fill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+        final = layer == self._shape.layers - 1  # no row of a fill is read after the last layer's keys and values
+        for part in self._plan.fills:
+            rows = slice(part.begin, part.end)
+            self._fill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
+
+    def _fill(
+        self,
+        part: FillPart,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor | None,
+    ) -> None:
+        """Store a stretch's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
+        shape, count = self._shape, q.shape[0]
+        keys, values = part.node.kv.layers[layer]
+        k, v = k.transpose(0, 1), v.transpose(0, 1)
+        keys[:, part.start : part.start + count] = k
+        values[:, part.start : part.start + count] = v
+        if out is None:
+            return
+        grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
+        seen = [node.kv.layers[layer] for node in part.ancestors]
+        before = part.start + sum(node.length for node in part.ancestors)
+        if before <= count * _FEW_BEFORE:
+            seen.append((keys[:, : part.start + count], values[:, : part.start + count]))
+            mixed = self._causal(grouped, seen, before)
+        else:
+            if part.start:
+                seen.append((keys[:, : part.start], values[:, : part.start]))
+            mixed = self._merged(grouped, k, v, seen)
+        out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(mixed.permute(2, 0, 1, 3))
+
+    def _causal(self, q: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]], before: int) -> torch.Tensor:
+        """Output [K, G, n, d] over all keys at once. Kernels align rows and columns at the first, so that as many rows
+        as there are keys `before` are computed in vain: for a few, cheaper than a product of their own and a merge."""
+        group = self._shape.group
+        keys, values = (
+            seen[0] if len(seen) == 1 else (torch.cat([k for k, _ in seen], 1), torch.cat([v for _, v in seen], 1))
+        )
+        rows = functional.pad(q, (0, 0, before, 0)) if before else q
+        return self._partial(rows, _spread(keys, group), _spread(values, group), True)[0][:, :, before:]
+
+    def _merged(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> torch.Tensor:
+        """Output [K, G, n, d] over the stretch itself, causally, and over what comes before."""
+        group = self._shape.group
+        merged = self._partial(q, _spread(k, group), _spread(v, group), True)
+        for keys, values in seen:
+            merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
+        return merged[0]
+
+    def _attend_tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        shape, plan = self._shape, self._plan
+        keys, values = self._pool.flat(layer)
+        if plan.tail_rows is None:
+            raise ValueError("the plan is for the compiled kernels")
+        keys.index_copy_(0, plan.tail_rows, k.reshape(-1, shape.head_dim))
+        values.index_copy_(0, plan.tail_rows, v.reshape(-1, shape.head_dim))
+        q = q.reshape(q.shape[0], shape.kv_heads, shape.group, shape.head_dim)
+        shared = self._shared(layer, q) if plan.shared else None
+        if len(plan.tails) == 1 and isinstance(plan.tails[0].tokens, slice):
+            return self._tail(plan.tails[0], layer, q, shared).reshape(q.shape[0], -1)
+        out = torch.empty_like(q)
+        for part in plan.tails:
+            out[part.tokens] = self._tail(part, layer, q, shared)
+        return out.view(q.shape[0], -1)
+
+    def _shared(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output [T, K, G, d] and log-sum-exp [T, K, G, 1] over the shared stretches: for each, one product for all
+        tokens that see it. Tokens that see none have -inf."""
+        shape, parts = self._shape, self._plan.shared
+        count, heads, group, size = q.shape
+        # head-major: the tokens that see a stretch are rows of one matrix per key-value head
+        rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
+        alone = len(parts) == 1 and parts[0].end - parts[0].begin == count
+        if alone:
+            keys, values = parts[0].node.kv.layers[layer]
+            out, lse = self._partial(rows, keys.unsqueeze(0), values.unsqueeze(0), False)
+        else:
+            out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -torch.inf, dtype=torch.float32)
+        for part in () if alone else parts:
+            at = slice(part.begin * shape.group, part.end * shape.group)
+            keys, values = part.node.kv.layers[layer]
+            done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
+            out[:, :, at], lse[:, :, at] = done if part.first else merge((out[:, :, at], lse[:, :, at]), done)
+        out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)
+        return out.transpose(0, 1), lse.transpose(0, 1)
+
+    def _tail(
+        self, part: TailPart, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """Output [tokens, K, G, d] over the tails and what is shared, which enters the softmax as one more key whose
+        score is its log-sum-exp and whose value is its output."""
+        keys, values = self._pool.class_view(layer, part.capacity)
+        keys, values = keys[part.slots, :, : part.length], values[part.slots, :, : part.length]
+        scores = torch.matmul(_padded(q, part), keys.transpose(-1, -2)).float()
+        scores = scores.mul_(q.shape[-1] ** -0.5).add_(part.mask)  # [b, K, n * G, length]
+        if shared is None:
+            return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), part, q)
+        weights = torch.cat([scores, _padded(shared[1], part)], dim=-1).softmax(-1).to(q.dtype)
+        out = torch.matmul(weights[..., : part.length], values)
+        return _unpadded(out.addcmul_(weights[..., part.length :], _padded(shared[0], part)), part, q)
+
+
+def _padded(x: torch.Tensor, part: TailPart) -> torch.Tensor:
+    """[T, K, G, d] of all tail tokens -> [b, K, n * G, d] of a part's places."""
+    if part.gather is not None:
+        x = x.index_select(0, part.gather)
+    if x.shape[0] == part.batch:
+        return x
+    return x.view(part.batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _unpadded(x: torch.Tensor, part: TailPart, q: torch.Tensor) -> torch.Tensor:
+    """[b, K, n * G, d] of a part's places -> [tokens, K, G, d] of the tokens it answers for."""
+    if x.shape[2] != q.shape[2]:
+        x = x.view(*x.shape[:2], -1, *q.shape[2:]).transpose(1, 2).flatten(0, 1)
+    return x if part.scatter is None else x.index_select(0, part.scatter)
+
+
+def merge(
+    one: tuple[torch.Tensor, torch.Tensor], other: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over two disjoint sets of keys from that over each: outputs [..., d] and log-sum-exps [...]."""
+    weight = torch.sigmoid(other[1] - one[1]).unsqueeze(-1)
+    out = torch.lerp(one[0].float(), other[0].float(), weight).to(one[0].dtype)
+    return out, torch.logaddexp(one[1], other[1])
+
+
+def _spread(x: torch.Tensor, group: int) -> torch.Tensor:
+    """[K, L, d] seen as [K, G, L, d] without a copy."""
+    return x.unsqueeze(1).expand(-1, group, -1, -1)
+
+
+Partial = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+
+
+def partial_attention_for(device: torch.device, dtype: torch.dtype) -> Partial:
+    """(q [b, h, n, d], k, v [b, h, L, d], causal) -> output and log-sum-exp [b, h, n] in float32."""
+    if device.type == "cpu":
+        return _cpu_flash
+    if device.type == "cuda" and dtype != torch.float32:
+        return _cuda_flash
+    return plain_attention
+
+
+def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+    return out, lse
+
+
+def _cuda_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+    return result[0], result[1]
+
+
+def plain_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same by plain matrix products, on any device."""
+    scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    if causal:
+        length = q.shape[-2]
+        scores += torch.full((length, length), -torch.inf, device=q.device).triu_(1)
+    lse = scores.logsumexp(-1)
+    return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse

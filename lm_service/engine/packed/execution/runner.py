@@ -1,0 +1,104 @@
+"""Runs one batch through the model: one forward over all its tokens, without padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lm_service.engine.packed.execution.adapter import Attend, ModelAdapter
+from lm_service.engine.packed.execution.attention import AttentionPlan, attention_over
+from lm_service.engine.packed.execution.batch import Batch, FillChunk
+from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeTails, Workspace, kernels_for
+from lm_service.engine.packed.execution.native.prefill import NativeFills
+from lm_service.engine.packed.execution.plan import make_plan, tail_order
+from lm_service.engine.packed.prefix_cache.pool import TailPool
+
+
+class Runner:
+    """The model, and the pool its sequences' keys and values go to."""
+
+    def __init__(self, model: ModelAdapter, pool: TailPool, *, native: bool = True) -> None:
+        """`native`: attend by compiled kernels where there are some for this model."""
+        self._model = model
+        self._pool = pool
+        self._kernels = kernels_for(model.shape) if native else None
+        self._workspace = Workspace()
+
+    @property
+    def native(self) -> bool:
+        """Whether there are such kernels."""
+        return self._kernels is not None
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> torch.Tensor | None:
+        """Logits [rows, vocabulary] of the tokens that want them, in the order of `batch.tails`, which this sorts.
+
+        Running a batch again computes the same: nothing is counted as computed here. None when no row is wanted.
+        """
+        batch.tails.sort(key=tail_order)
+        device = self._model.shape.device
+        ids, positions, rows = _inputs(batch)
+        token_ids = torch.from_numpy(ids).to(device)
+        hidden = self._model.embed(token_ids.clamp_(min=0))
+        begin = 0
+        for chunk in batch.fills:
+            _place_images(hidden[begin : begin + chunk.count], chunk)
+            begin += chunk.count
+        plan = make_plan(self._model.shape, self._pool, batch, self._kernels)
+        attention = self._attention(plan)
+        wanted = torch.tensor(rows, dtype=torch.int64, device=device)
+        logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
+        return logits if rows else None
+
+    def _attention(self, plan: AttentionPlan) -> Attend:
+        kernels, shape = self._kernels, self._model.shape
+        if kernels is None:
+            return attention_over(shape, self._pool, plan)
+        fills = NativeFills(kernels, shape, plan.fills) if plan.fills else None
+        tails = None
+        if plan.native is not None:
+            tails = NativeTails(kernels, shape, self._pool, plan.native, self._workspace)
+        return NativeAttention(shape, plan.fill_tokens, fills, tails)
+
+
+def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
+    """Token ids [T] (negative: an image's rows), positions [3, T], and the rows whose logits are wanted."""
+    total = batch.tokens
+    ids, positions = np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64)
+    rows: list[int] = []
+    single: list[tuple[int, int, int]] = []  # tokens that decode: row, id, position
+    begin = 0
+    for fill in batch.fills:
+        node, end = fill.fill.node, begin + fill.count
+        stretch = node.content[:4, node.filled : node.filled + fill.count]
+        ids[begin:end], positions[:, begin:end] = stretch[0], stretch[1:]
+        begin = end
+    for tail in batch.tails:
+        sequence, end = tail.sequence, begin + tail.count
+        computed = sequence.computed
+        if tail.count == 1 and computed >= sequence.prompt_length and sequence.trie is None:
+            single.append(
+                (begin, sequence.tokens[computed], sequence.prompt.next_position + computed - sequence.prompt_length)
+            )
+            rows.append(begin)
+        else:
+            stop = computed + tail.count
+            ids[begin:end] = sequence.tokens[computed:stop]
+            positions[:, begin:end] = sequence.positions(computed, stop)
+            rows.extend(range(begin + tail.first_output, end))
+        begin = end
+    if single:
+        at, tokens, places = np.array(single, dtype=np.int64).T
+        ids[at], positions[:, at] = tokens, places
+    return ids, positions, rows
+
+
+def _place_images(hidden: torch.Tensor, chunk: FillChunk) -> None:
+    """Write the embeddings' rows over the placeholders of a chunk."""
+    start = chunk.fill.node.filled
+    end = start + chunk.count
+    for span, rows in chunk.fill.rows:
+        first, last = max(span.start, start), min(span.end, end)
+        if first < last:
+            hidden[first - start : last - start] = rows[first - span.start : last - span.start]

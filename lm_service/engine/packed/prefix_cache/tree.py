@@ -1,0 +1,300 @@
+"""KV of shared prefixes: a radix tree (SGLang's RadixAttention, arXiv:2312.07104) of contiguous pieces, LRU by bytes.
+
+A node holds the KV of a stretch of tokens that follows its parent's. Nodes in use are never evicted; a parent outlives
+its children. A stretch is found by its first `GRAIN` tokens (or all of a shorter one), so that pieces stay worth
+sharing, and cut where two prompts part.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from weakref import WeakKeyDictionary
+
+from lm_service.engine.packed.execution.adapter import ModelShape
+from lm_service.engine.packed.prefix_cache.content import Content, Head, PromptContent, common_length, text_content
+from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.types import ImageSpan
+
+GRAIN = 32
+
+
+class Node:
+    """KV of a stretch of tokens, filled up to `filled` of them."""
+
+    def __init__(self, number: int, parent: Node | None, content: Content, images: tuple[ImageSpan, ...]) -> None:
+        self.id = number
+        self.parent = parent
+        self.content = content
+        self.images = images  # spans counted from the node's own start
+        self.kv = KV()
+        self.start = parent.end if parent is not None else 0
+        self.filled = 0
+        self.users = 0  # sequences whose leaf this is
+        self.waiters = 0  # sequences waiting for it to be filled
+        self.kin = 0  # children alive, those out of the tree included
+        self.children: dict[bytes, Node] = {}
+        self.key_lengths: Counter[int] = Counter()
+        self.last_used = 0
+        self.private = False  # never to be found here: whoever made it knows it; gone with its last user
+        self.detached = False  # forgotten or aborted: no longer to be found, gone with its last user
+
+    @property
+    def length(self) -> int:
+        """Tokens it holds."""
+        return int(self.content.shape[1])
+
+    @property
+    def end(self) -> int:
+        """Tokens of the whole prefix that ends with it."""
+        return self.start + self.length
+
+    @property
+    def building(self) -> bool:
+        """Whether some of its KV is still to be computed."""
+        return self.filled < self.length
+
+    @property
+    def key(self) -> bytes:
+        """Under which its parent keeps it."""
+        return self.content[:, :GRAIN].tobytes()
+
+    def path(self) -> list[Node]:
+        """From the first stretch to this one."""
+        nodes, node = [], self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+
+class PrefixCache:
+    """The tree. `budget` bounds the bytes of all nodes, those in use included."""
+
+    def __init__(self, shape: ModelShape, budget: int) -> None:
+        self._shape = shape
+        self.budget = budget
+        self.bytes = 0
+        self.evictions = 0
+        self._numbers = itertools.count()
+        self._clock = itertools.count(1)
+        self.root = Node(next(self._numbers), None, text_content((), 0), ())
+        self._idle: list[tuple[int, int]] = []  # heap of (last use, id) of nodes that were evictable when pushed
+        self._nodes: dict[int, Node] = {}
+        self._heads: WeakKeyDictionary[Head, Node] = WeakKeyDictionary()  # nodes that end where a head does
+        self.on_split: Callable[[Node, Node], None] = lambda upper, lower: None
+
+    def match(self, content: PromptContent, length: int, complete: Collection[int] = ()) -> tuple[Node, Node | None]:
+        """The deepest filled node that is a prefix of the first `length` tokens, and the node being filled that leads
+        on, if any. Nodes of the numbers in `complete` count as filled, but are not cut.
+
+        Where the head ends is looked up once for all prompts that share it."""
+        node = self._found(content.head, complete)
+        while True:
+            rest = content.cut(node.end, length)
+            child, common = self._child(node, rest)
+            if child is None:
+                break
+            if child.building and (child.id not in complete or common < child.length):
+                return node, child
+            if common < child.length:
+                node = (self._split(child, common) if common else None) or node
+                break
+            node = child
+            if node.end == content.head.length:
+                self._heads[content.head] = node
+        for used in node.path():
+            used.last_used = next(self._clock)
+        return node, None
+
+    def _found(self, head: Head, complete: Collection[int]) -> Node:
+        """The node a head ends with, if it was found and is still there, and filled; else the root."""
+        node = self._heads.get(head)
+        if node is None or node.detached or (node.building and node.id not in complete):
+            return self.root
+        return node
+
+    def add(
+        self, parent: Node, content: Content, images: tuple[ImageSpan, ...], *, private: bool = False
+    ) -> Node | None:
+        """A new node to be filled, least recently used ones evicted for it; None when there still is no room."""
+        size = content.shape[1] * self._shape.token_bytes
+        parent.users += 1  # the parent must not go while room is made
+        fits = self._make_room(size)
+        parent.users -= 1
+        if not fits:
+            self.settle(parent)
+            return None
+        node = Node(next(self._numbers), parent, content, images)
+        node.kv = KV.empty(self._shape, node.length)
+        self.bytes += size
+        self._nodes[node.id] = node
+        node.last_used = next(self._clock)
+        node.private = private
+        self._attach(parent, node)
+        return node
+
+    def insert(self, parent: Node, content: Content, kv: KV) -> None:
+        """Keep computed KV of the tokens after `parent`, as far as the tree hasn't them."""
+        while not parent.detached:
+            child, common = self._child(parent, content)
+            if child is None:
+                break
+            if common < child.length:
+                upper = self._split(child, common) if common and not child.building else None
+                if upper is None:
+                    return
+                child = upper
+            elif child.building:
+                return
+            parent, content, kv = child, content[:, common:], kv.cut(common)
+        if parent.detached or content.shape[1] < GRAIN or content[:, :GRAIN].tobytes() in parent.children:
+            return
+        node = self.add(parent, content.copy(), ())
+        if node is not None:
+            node.kv.copy_(kv)
+            node.filled = node.length
+            self.settle(node)
+
+    def acquire(self, node: Node) -> None:
+        """Keep a node, and so all before it, until `release`."""
+        node.users += 1
+
+    def release(self, node: Node) -> None:
+        """Undo `acquire`; a node that was forgotten meanwhile goes with its last user."""
+        node.users -= 1
+        node.last_used = next(self._clock)
+        self.settle(node)
+
+    def detach(self, node: Node) -> int:
+        """Take a node and all that follows it out of the tree; how many nodes that were."""
+        if node.detached:
+            return 0
+        self._unlink(node)
+        node.detached = True
+        dropped = 1 + sum(self.detach(child) for child in list(node.children.values()))
+        self.settle(node)
+        return dropped
+
+    def forget(self, keys: Collection[bytes], digests: Collection[bytes]) -> int:
+        """Drop whatever was made from these embeddings; how many nodes. In use: gone with the last user."""
+        concerned = [
+            node
+            for node in self._nodes.values()
+            if any(span.reference.key in keys or span.reference.image_digest in digests for span in node.images)
+        ]
+        return sum(self.detach(node) for node in concerned)
+
+    def clear(self) -> int:
+        """Drop everything that is not in use now, and the rest with its last user."""
+        return sum(self.detach(node) for node in list(self.root.children.values()))
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def _child(self, node: Node, rest: Content) -> tuple[Node | None, int]:
+        for length in sorted(node.key_lengths, reverse=True):
+            if length > rest.shape[1]:
+                continue
+            child = node.children.get(rest[:, :length].tobytes())
+            if child is None:
+                continue
+            return child, _outside_images(child.content, common_length(child.content, rest))
+        return None, 0
+
+    def _split(self, node: Node, at: int) -> Node | None:
+        """Cut a node in two, its KV copied so that each part can go alone; the upper part, or None without room."""
+        if node.parent is None or not self._room_beside(node):
+            return None
+        upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))
+        upper.kv = node.kv.cut(0, at).clone()
+        upper.filled, upper.last_used = at, node.last_used
+        parent, lower_kv = node.parent, node.kv.cut(at).clone()
+        self._unlink(node)
+        parent.kin -= 1
+        node.content, node.images = node.content[:, at:].copy(), _after(node.images, at)
+        node.filled, node.start = node.length, upper.end
+        node.kv = lower_kv
+        node.parent = upper
+        self._nodes[upper.id] = upper
+        self._attach(parent, upper)
+        self._attach(upper, node)
+        self.on_split(upper, node)
+        return upper
+
+    def _room_beside(self, node: Node) -> bool:
+        """Whether the budget has room for a second copy of a node for a moment."""
+        node.users += 1
+        fits = self._make_room(node.length * self._shape.token_bytes)
+        node.users -= 1
+        self.settle(node)
+        return fits
+
+    def _attach(self, parent: Node, node: Node) -> None:
+        parent.kin += 1
+        if not node.private:
+            parent.children[node.key] = node
+            parent.key_lengths[min(node.length, GRAIN)] += 1
+
+    def _unlink(self, node: Node) -> None:
+        parent = node.parent
+        if parent is None or parent.children.get(node.key) is not node:
+            return
+        del parent.children[node.key]
+        width = min(node.length, GRAIN)
+        parent.key_lengths[width] -= 1
+        if not parent.key_lengths[width]:
+            del parent.key_lengths[width]
+
+    def settle(self, node: Node) -> None:
+        """Where nothing holds a node any more: drop it if nobody can find it, else let it be evicted."""
+        if node.users or node.waiters or node.kin or node.parent is None or node.id not in self._nodes:
+            return
+        if node.detached or (node.private and not node.building):
+            self._drop(node)
+        elif not node.building:
+            heapq.heappush(self._idle, (node.last_used, node.id))
+
+    def _make_room(self, size: int) -> bool:
+        while self.bytes + size > self.budget and self._idle:
+            last_used, number = heapq.heappop(self._idle)
+            node = self._nodes.get(number)
+            if node is None or node.users or node.waiters or node.kin or node.building:
+                continue  # gone or in use again since it was pushed
+            if last_used != node.last_used:
+                heapq.heappush(self._idle, (node.last_used, number))
+                continue
+            self._drop(node)
+            self.evictions += 1
+        return self.bytes + size <= self.budget
+
+    def _drop(self, node: Node) -> None:
+        self._unlink(node)
+        node.detached = True
+        del self._nodes[node.id]
+        self.bytes -= node.length * self._shape.token_bytes
+        node.kv = KV()
+        if node.parent is not None:
+            node.parent.kin -= 1
+            self.settle(node.parent)
+
+
+def _outside_images(content: Content, at: int) -> int:
+    """Where to cut so that no image is cut in two: `at`, or the start of the image that goes on there."""
+    if at >= content.shape[1]:
+        return at
+    row = -1 - int(content[0, at])  # which of its image's rows, for an image token
+    return max(0, at - row) if row > 0 else at
+
+
+def _before(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
+    return tuple(span for span in images if span.start < at)
+
+
+def _after(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
+    return tuple(ImageSpan(span.start - at, span.reference) for span in images if span.start >= at)

@@ -1,0 +1,1 @@
+"""Which tokens of which sequences go into the next step."""

@@ -1,0 +1,376 @@
+"""Who computes what in the next step, and whose KV lies where: admission, prefixes, growth, preemption.
+
+A sequence is admitted when its prefix has been found or given room, and its tail a slot. Sequences whose prefix another
+one is filling wait for it. When the pool is full the youngest sequence steps back: its KV is kept as a prefix if there
+is room, else computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import numpy as np
+
+from lm_service.engine.packed.execution.adapter import ModelShape
+from lm_service.engine.packed.execution.batch import Batch, Fill, TailChunk
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
+from lm_service.engine.packed.scheduling.budget import StepBudget
+from lm_service.engine.packed.scheduling.counters import Counters
+from lm_service.engine.packed.scheduling.prefills import Fills
+from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, Cuts
+from lm_service.engine.packed.scheduling.queue import FairQueue
+from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
+from lm_service.engine.packed.scheduling.stem_nodes import StemNodes
+from lm_service.engine.types import EmbeddingSource
+from lookonce.core.errors import ErrorKind, LookonceError
+
+
+class Scheduler:
+    """Waiting and running sequences over a pool and a prefix cache."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        pool: TailPool,
+        cache: PrefixCache,
+        options: PackedOptions,
+        *,
+        native: bool,
+        load: Callable[[Fill], None],
+        fail: Callable[[Sequence, LookonceError], None],
+    ) -> None:
+        """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
+        `native`: compiled kernels attend, to which a short stretch more or less is nothing."""
+        self.queue = FairQueue()
+        self.running: list[Sequence] = []  # oldest first
+        self.fills = Fills(cache)
+        self.admitted: list[Sequence] = []  # since somebody last looked
+        self.counters = Counters()
+        self.budget = StepBudget(options)
+        self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
+        self._cuts = Cuts(cache, options, pool.slab_tokens, native=native)
+        self._stems = StemNodes(cache)
+        self._load, self._fail = load, fail
+        self._was_alone = False  # the last step was one request's
+        self._version = 0  # of the tree's shape, for sequences' paths
+        cache.on_split = self._on_split
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait."""
+        sequence.request.present += 1
+        self.queue.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, wherever it is, and free what it holds."""
+        if sequence.status is Status.DONE:
+            return
+        if sequence.status is Status.WAITING:
+            self._unblock(sequence)
+            self.queue.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._free(sequence)
+        sequence.status = Status.DONE
+        sequence.request.present -= 1
+        if not sequence.request.present:
+            self._stems.release(sequence.request)
+
+    def finish(self, sequence: Sequence) -> None:
+        """`remove`, keeping its KV for a next turn if that is wanted."""
+        if sequence.request.kept:
+            self._keep_tail(sequence)
+        self.remove(sequence)
+
+    def fail(self, sequence: Sequence, error: LookonceError) -> None:
+        """`remove`, and tell."""
+        if sequence.status is not Status.DONE:
+            self.remove(sequence)
+            self._fail(sequence, error)
+
+    def poisoned(self, sequence: Sequence) -> None:
+        """Its numbers are not finite: nobody may find or inherit them. What is whole of its prefix stays: the text
+        before an image is that of all others."""
+        if sequence.slot is not None:
+            self._pool.kv(sequence.slot).zero_()
+        path = sequence.leaf.path() if sequence.leaf is not None else []
+        suspect = next((node for node in path if node.images or not node.kv.is_finite()), None)
+        if suspect is not None:
+            self._cache.detach(suspect)
+
+    def loaded(self, fill: Fill, source: EmbeddingSource, load_ms: float) -> None:
+        """A fill's embeddings are here."""
+        fill.loading = False
+        for sequence in self._users(fill.node):
+            if sequence.pending and sequence.admissions == 1:
+                sequence.timings.embedding = source
+                sequence.timings.load_ms = max(sequence.timings.load_ms, load_ms)
+
+    def fail_fill(self, fill: Fill, error: LookonceError) -> None:
+        """A fill cannot be finished; neither can those who need it. Those next in line who would come to it are told at
+        once; to a private node nobody else comes."""
+        node = fill.node
+        prefix = np.concatenate([part.content for part in node.path()], axis=1)
+        waiting = [
+            sequence
+            for sequence in self.queue
+            if sequence.blocked_on is node
+            or (not node.private and np.array_equal(sequence.content.cut(0, node.end), prefix))
+        ]
+        for sequence in [*self._users(node), *waiting]:
+            self.fail(sequence, error)
+        self._cache.detach(node)
+        self.fills.drop_unwanted()
+
+    def schedule(self) -> Batch:
+        """The next step. Decodes go first, prefills share what the token budget leaves."""
+        self.fills.drop_unwanted()
+        self._admit()
+        preemptions = self.counters.preemptions
+        decodes, prefills = self._ready()
+        if not decodes and not prefills and self.counters.preemptions > preemptions:
+            self._admit()  # those who stepped back for want of a longer slot return at once
+            decodes, prefills = self._ready()
+        self.fills.drop_unwanted()  # of those who stepped back
+        turn = self._whose_turn([*decodes, *prefills])
+        decodes = [sequence for sequence in decodes if sequence.owner is turn]
+        prefills = [sequence for sequence in prefills if sequence.owner is turn]
+        budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens
+        batch = Batch(tails=[TailChunk(sequence, 1) for sequence in decodes])
+        for sequence in prefills:
+            if budget <= 0:
+                break
+            count = min(sequence.remaining, budget)
+            batch.tails.append(TailChunk(sequence, count))
+            budget -= count
+        budget = self.fills.take(batch, budget, turn)
+        if turn is None:
+            self._follow(batch, budget)
+        for tail in batch.tails:
+            self._refresh_path(tail.sequence)  # not before: who was let in last may have cut a node
+        return batch
+
+    def _follow(self, batch: Batch, budget: int) -> None:
+        """Let those take part in a step who wait for nothing but what it completes: in every layer, prefixes are stored
+        before anybody looks at them."""
+        following: set[Sequence] = set()
+        complete = batch.completes
+        while complete and budget > 0:
+            self._admit(complete)
+            left = self.fills.take(batch, budget, None)
+            complete = batch.completes
+            for sequence in self.running:
+                if left > 0 and sequence not in following and self._ready_after(sequence, complete):
+                    following.add(sequence)
+                    self._start(sequence)
+                    batch.tails.append(TailChunk(sequence, min(sequence.remaining, left)))
+                    left -= batch.tails[-1].count
+            if left == budget:
+                return
+            budget = left
+
+    def _ready_after(self, sequence: Sequence, complete: Collection[int]) -> bool:
+        """Whether it can begin its tail in a step that completes the nodes of these numbers. What is to be copied must
+        be there before."""
+        return (
+            bool(sequence.pending)
+            and sequence.owner is None
+            and all(node.id in complete and node.id not in sequence.inlined for node in sequence.pending)
+        )
+
+    def computed(self, batch: Batch) -> None:
+        """Count a batch as done."""
+        for chunk in batch.fills:
+            self.fills.computed(chunk)
+            self.counters.prefill_tokens += chunk.count
+        for tail in batch.tails:
+            self._started(tail.sequence)
+            if tail.sequence.computed >= tail.sequence.prompt_length:
+                self.counters.decode_tokens += tail.count
+            else:
+                self.counters.prefill_tokens += tail.count
+            tail.sequence.computed += tail.count
+
+    def _whose_turn(self, ready: list[Sequence]) -> Request | None:
+        """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
+        two take turns."""
+        owners = [sequence.owner for sequence in ready]
+        owners += [fill.owner for fill in self.fills if fill.ready]
+        alone = [owner for owner in owners if owner is not None]
+        self._was_alone = bool(alone) and not (self._was_alone and None in owners)
+        return min(alone, key=lambda request: request.arrived) if self._was_alone else None
+
+    def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
+        """Running sequences that can compute: those that decode, with room for a token, and those that prefill."""
+        for sequence in list(self.running):
+            if sequence.status is Status.RUNNING and self._started(sequence) and sequence.decoding:
+                self._ensure_room(sequence)
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self.running:
+            if not sequence.pending:
+                (decodes if sequence.decoding and sequence.remaining == 1 else prefills).append(sequence)
+        return decodes, prefills
+
+    def _admit(self, complete: Collection[int] = ()) -> None:
+        """As many as there are places for; nodes of the numbers in `complete` count as filled."""
+        admitted = True
+        while admitted and len(self.running) < self._options.max_running:
+            admitted = False
+            for sequence in self.queue.heads():
+                if len(self.running) >= self._options.max_running:
+                    return
+                node = sequence.blocked_on
+                if node is not None and node.building and not node.detached and node.id not in complete:
+                    continue
+                self._unblock(sequence)
+                if self._try_admit(sequence, complete):
+                    admitted = True
+                elif sequence.blocked_on is None and (self.running or self.fills):
+                    return  # it keeps its turn: none that needs less may pass it over for ever
+                elif sequence.blocked_on is None:
+                    self.fail(sequence, self._too_large(sequence))
+                    admitted = True
+                    break
+
+    def _try_admit(self, sequence: Sequence, complete: Collection[int]) -> bool:
+        """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
+        end = sequence.prompt_length if sequence.trie is not None else sequence.length
+        content = sequence.content_until(end)
+        found, building = self._cache.match(content, self._cuts.look_until(sequence, end), complete)
+        if building is None:
+            found, building = self._stems.find(sequence, found, complete)
+        if building is not None:
+            building.waiters += 1
+            sequence.blocked_on = building
+            return False
+        self._cache.acquire(found)
+        created = self._cuts.create_nodes(sequence, found, end)
+        if created is None:
+            self._cache.release(found)
+            return False
+        leaf = created[-1] if created else found
+        # stems change nothing of what is enough: they are either copied, too, or not part of the tail
+        copied = sum(node.length for node in self._cuts.worth_copying(leaf))
+        answer = sequence.answer
+        slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
+        if slot is None:
+            for node in reversed(created):
+                self._cache.detach(node)
+            self._cache.release(found)
+            return False
+        created += self._stems.create(sequence, leaf)
+        leaf = created[-1] if created else found
+        self._cache.acquire(leaf)
+        self._cache.release(found)
+        self.queue.pop(sequence)
+        self.running.append(sequence)
+        self.admitted.append(sequence)
+        sequence.leaf, sequence.leaf_end, sequence.slot = leaf, leaf.end, slot
+        sequence.pending = [*(node for node in found.path() if node.building), *created]
+        sequence.inlined = {node.id for node in self._cuts.worth_copying(leaf)}
+        sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
+        sequence.note_admission()
+        sequence.note_reuse(found.end)
+        self._count_hit(sequence)
+        for node in created:
+            fill = self.fills.add(node, sequence)
+            if fill.loading:
+                self._load(fill)
+        if not sequence.pending:
+            self._start(sequence)
+        return True
+
+    def _started(self, sequence: Sequence) -> bool:
+        """Whether its prefix is filled; if it just came to be, its tail is begun."""
+        if sequence.pending:
+            sequence.pending = [node for node in sequence.pending if node.building]
+            if not sequence.pending:
+                self._start(sequence)
+        return not sequence.pending
+
+    def _start(self, sequence: Sequence) -> None:
+        """Copy short stretches of its prefix into its tail: cheaper than a product of their own in every layer."""
+        leaf, slot = sequence.leaf, sequence.slot
+        if leaf is None or slot is None or sequence.inlined_tokens:
+            return
+        at = 0
+        for node in leaf.path():
+            if node.id in sequence.inlined:
+                self._pool.kv(slot).cut(at, at + node.length).copy_(node.kv)
+                at += node.length
+        sequence.inlined_tokens = at
+
+    def _ensure_room(self, sequence: Sequence) -> None:
+        """A slot with room for one more token, from others if need be; else the sequence steps back itself."""
+        length = sequence.tail_length
+        while sequence.slot is not None and length + 1 > sequence.slot.capacity:
+            grown = self._pool.grow(sequence.slot, length, length + 1)
+            if grown is not None:
+                sequence.slot = grown
+                return
+            fits = self._pool.capacity_for(length + 1) <= self._pool.slab_tokens
+            self._preempt(self.running[-1] if fits else sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Free what a sequence holds and let it wait at the front; it goes on where it stopped."""
+        if sequence.answer is not None:
+            self._keep_tail(sequence)
+        sequence.sums = [0.0] * len(sequence.sums)
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.status = Status.WAITING
+        self.queue.push_front(sequence)
+        self.counters.preemptions += 1
+
+    def _keep_tail(self, sequence: Sequence) -> None:
+        leaf, slot = sequence.leaf, sequence.slot
+        if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
+            return
+        kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.tail_length)
+        self._cache.insert(leaf, sequence.content_between(leaf.end, sequence.computed), kv)
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._pool.free(sequence.slot)
+        if sequence.leaf is not None:
+            self._cache.release(sequence.leaf)
+        sequence.slot, sequence.leaf, sequence.leaf_end = None, None, 0
+        sequence.pending, sequence.path, sequence.order = [], (), ()
+        sequence.inlined, sequence.inlined_tokens, sequence.computed = set(), 0, 0
+
+    def _unblock(self, sequence: Sequence) -> None:
+        if sequence.blocked_on is not None:
+            sequence.blocked_on.waiters -= 1
+            self._cache.settle(sequence.blocked_on)
+            sequence.blocked_on = None
+
+    def _users(self, node: Node) -> list[Sequence]:
+        return [sequence for sequence in self.running if node in sequence.pending]
+
+    def _refresh_path(self, sequence: Sequence) -> None:
+        if sequence.path_version != self._version and sequence.leaf is not None:
+            sequence.path = tuple(node for node in sequence.leaf.path() if node.id not in sequence.inlined)
+            sequence.order = tuple(node.id for node in sequence.path)
+            sequence.path_version = self._version
+
+    def _on_split(self, upper: Node, lower: Node) -> None:
+        self._version += 1
+        for sequence in self.running:
+            if lower.id in sequence.inlined:
+                sequence.inlined.add(upper.id)
+
+    def _count_hit(self, sequence: Sequence) -> None:
+        if sequence.admissions == 1:
+            if sequence.timings.prefix_hit:
+                self.counters.prefix_hits += 1
+            else:
+                self.counters.prefix_misses += 1
+
+    def _too_large(self, sequence: Sequence) -> LookonceError:
+        return LookonceError(
+            ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+            f"{sequence.length} tokens need more KV memory than there is: "
+            f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token",
+        )

@@ -1,0 +1,69 @@
+"""From a Scoring to sequences, and from those to its Scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Sequences
+from itertools import groupby
+
+from lm_service.engine.packed.execution.choices import trie_of
+from lm_service.engine.packed.prefix_cache.content import Head, prompt_contents
+from lm_service.engine.packed.scheduling.sequence import Request, Sequence
+from lm_service.engine.packed.scheduling.shared_stems import stems
+from lm_service.engine.types import EmbeddingSource, Scores, Scoring, Timings
+
+
+def score_sequences(request: Request, scoring: Scoring, *, worth: int, longest: int) -> list[Sequence]:
+    """A sequence for each item, in order. Where at least `worth` tokens are spared, those that go on alike behind the
+    same images share a stem; questions of `longest` tokens or more don't take part."""
+    contents = prompt_contents((item.prompt for item in scoring.items), scoring.salt)
+    sequences = []
+    for index, (item, content) in enumerate(zip(scoring.items, contents, strict=True)):
+        trie = trie_of(item.choices)
+        sequences.append(
+            Sequence(
+                request=request,
+                index=index,
+                prompt=item.prompt,
+                content=content,
+                tokens=[*item.prompt.token_ids, *trie.tokens],
+                trie=trie,
+                sums=[0.0] * len(item.choices),
+            )
+        )
+    for head, alike in groupby(sequences, lambda sequence: sequence.content.head):
+        _find_stems(head, [one for one in alike if one.content.length - head.length < longest], worth)
+    return sequences
+
+
+def _find_stems(head: Head, sequences: Sequences[Sequence], worth: int) -> None:
+    if len(sequences) < 2:
+        return
+    begun: set[tuple[int, ...]] = set()
+    rests = [sequence.prompt.token_ids[head.length :] for sequence in sequences]
+    for sequence, rest, ends in zip(sequences, rests, stems(rests, worth), strict=True):
+        if ends:
+            sequence.stems = tuple(head.length + end for end in ends)
+            sequence.follows = rest[: ends[0]] in begun
+            begun.update(rest[:end] for end in ends)
+
+
+def scores_of(sequences: Sequences[Sequence]) -> Scores:
+    """The result, once all are scored."""
+    each = [sequence.timings for sequence in sequences]
+    slowest = max(each, key=lambda timings: timings.total_ms, default=Timings())
+    return Scores(
+        logprobs=tuple(tuple(sequence.sums) for sequence in sequences),
+        cached_tokens=tuple(timings.cached_tokens for timings in each),
+        timings=Timings(
+            queue_ms=max((timings.queue_ms for timings in each), default=0.0),
+            load_ms=max((timings.load_ms for timings in each), default=0.0),
+            ttft_ms=slowest.ttft_ms,
+            total_ms=slowest.total_ms,
+            prefill_tokens=sum(timings.prefill_tokens for timings in each),
+            cached_tokens=sum(timings.cached_tokens for timings in each),
+            prefix_hit=bool(each) and all(timings.prefix_hit for timings in each),
+            embedding=max(
+                (timings.embedding for timings in each), key=list(EmbeddingSource).index, default=EmbeddingSource.NONE
+            ),
+        ),
+    )

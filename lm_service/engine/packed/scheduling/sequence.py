@@ -1,0 +1,170 @@
+"""One answer in the making, or one question to be scored: its tokens, and where their KV lies."""
+
+from __future__ import annotations
+
+import time
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from lm_service.engine.answer import Answer
+from lm_service.engine.packed.execution.choices import ChoiceTrie
+from lm_service.engine.packed.prefix_cache.content import Content, PromptContent, text_content
+from lm_service.engine.packed.prefix_cache.pool import Slot
+from lm_service.engine.packed.prefix_cache.tree import Node
+from lm_service.engine.sampling import SamplerState
+from lm_service.engine.types import EmbeddingSource, Prompt, Timings
+
+
+class Status(Enum):
+    """Where a sequence is on its way."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    DONE = auto()
+
+
+@dataclass(eq=False)
+class Request:
+    """What its sequences have in common."""
+
+    id: str
+    client: str
+    kept: bool  # whether the KV of its answers is worth keeping
+    alone: bool = False  # other requests change nothing of it, to the last bit
+    mixes: bool = False  # though `alone`, it shares steps with others: no row depends on the others of a step
+    whole: bool = False  # its answers are handed over when they have ended, not before
+    salt: bytes = b""  # of the content of its text
+    context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
+    arrived: float = field(default_factory=time.monotonic)
+    sequences: list[Sequence] = field(default_factory=list)
+    admitted: bool = False
+    unfinished: int = 0
+    present: int = 0  # sequences that wait or run
+    stems: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by the node before them and their content
+    held: list[Node] = field(default_factory=list)  # stems kept until the last sequence has ended
+
+
+@dataclass(eq=False)
+class Sequence:
+    """Tokens [0, computed) have their KV in the prefix that ends with `leaf` and in the tail behind it."""
+
+    request: Request
+    index: int
+    prompt: Prompt
+    content: PromptContent  # and that of the answer so far once preempted
+    tokens: list[int]  # prompt and answer (or the tokens of a choice trie) so far
+    answer: Answer | None = None  # of a generation
+    sampler: SamplerState | None = None
+    trie: ChoiceTrie | None = None  # of a scoring
+    sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
+    stems: tuple[int, ...] = ()  # where stretches end that other questions of the request go on with alike
+    follows: bool = False  # an earlier question has the first of them, too
+    status: Status = Status.WAITING
+    blocked_on: Node | None = None
+    leaf: Node | None = None
+    leaf_end: int = 0  # tokens of the prefix that ends with `leaf`; 0 without one
+    inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the tail
+    inlined_tokens: int = 0
+    pending: list[Node] = field(default_factory=list)  # nodes of its prefix still to be filled
+    slot: Slot | None = None
+    computed: int = 0
+    path: tuple[Node, ...] = ()  # shared nodes, first to last
+    order: tuple[int, ...] = ()  # their ids
+    path_version: int = -1
+    timings: Timings = field(default_factory=Timings)
+    admissions: int = 0
+    prompt_length: int = field(init=False)  # tokens of the prompt
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.prompt.token_ids)
+
+    @property
+    def owner(self) -> Request | None:
+        """Its request, if that one shares no step with others."""
+        request = self.request
+        return request if request.alone and not request.mixes else None
+
+    @property
+    def length(self) -> int:
+        """Tokens whose KV is or will be needed."""
+        return len(self.tokens)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to feed before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def tail_length(self) -> int:
+        """Tokens in its slot."""
+        return self.inlined_tokens + self.computed - self.leaf_end
+
+    @property
+    def decoding(self) -> bool:
+        """Whether it has sampled a token already."""
+        return self.answer is not None and bool(self.answer.tokens)
+
+    @cached_property
+    def group(self) -> bytes:
+        """What fair admission takes turns by within a client: its images."""
+        return b"".join(span.reference.key for span in self.prompt.images)
+
+    def content_until(self, end: int) -> PromptContent:
+        """The content of the tokens [0, end) at least."""
+        have = self.content.length
+        if end > have:
+            self.content = self.content.followed_by(self._answer_content(have, end))
+        return self.content
+
+    def content_between(self, start: int, end: int) -> Content:
+        """The content of the tokens [start, end)."""
+        have = self.content.length
+        if end <= have:
+            return self.content.cut(start, end)
+        rest = self._answer_content(max(start, have), end)
+        return rest if start >= have else np.concatenate([self.content.cut(start, have), rest], axis=1)
+
+    def _answer_content(self, start: int, end: int) -> Content:
+        first = self.prompt.next_position + start - self.prompt_length
+        return text_content(self.tokens[start:end], first, self.request.salt)
+
+    def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
+        """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
+        prompt = self.prompt_length
+        if start >= prompt:
+            first = self.prompt.next_position - prompt
+            if self.trie is not None:
+                row = self.prompt.next_position + self.trie.depths[start - prompt : end - prompt]
+            else:
+                row = np.arange(first + start, first + end)
+            return np.broadcast_to(row, (3, end - start))
+        if end <= prompt:
+            return self.content.cut(start, end)[1:4]
+        return np.concatenate([self.positions(start, prompt), self.positions(prompt, end)], axis=1)
+
+    def note_admission(self) -> None:
+        """Count the wait; only the first admission of a preempted sequence counts."""
+        self.status = Status.RUNNING
+        self.admissions += 1
+        if self.admissions == 1:
+            self.timings.queue_ms = self.elapsed_ms()
+
+    def elapsed_ms(self) -> float:
+        """Milliseconds since the request arrived."""
+        return (time.monotonic() - self.request.arrived) * 1000
+
+    def note_reuse(self, reused: int) -> None:
+        """Record what the first plan found in the cache."""
+        if self.admissions > 1:
+            return
+        images = self.prompt.images
+        self.timings.cached_tokens = reused
+        self.timings.prefill_tokens = self.prompt_length - reused
+        self.timings.prefix_hit = reused >= images[-1].end if images else reused > 0
+        if images:
+            self.timings.embedding = EmbeddingSource.NOT_NEEDED

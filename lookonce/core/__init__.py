@@ -1,0 +1,1 @@
+"""What every process leans on: errors, identity, records, stores, RPC, telemetry. Never imports torch."""

@@ -1,0 +1,76 @@
+"""What makes two images, two encoders and two embeddings the same (BLAKE3-256 throughout).
+
+Every digest of several fields is taken over canonical JSON under a domain-separating context, so fields can't run into
+each other. Knows nothing of stores, gRPC or torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from lookonce.core.errors import invalid
+
+DIGEST_BYTES = 32
+RECORD_SCHEMA = 2
+PREPROCESSING_VERSION = 1
+SHARED_TENANT_KEY = bytes(DIGEST_BYTES)
+"""The digest key of a deployment where tenants share embeddings (or where there is only one)."""
+
+
+def tenant_key(secret: str, tenant: str) -> bytes:
+    """Derive a tenant's 32-byte digest key from the deployment's secret."""
+    return _digest("lookonce 2026 tenant key", {"secret": secret, "tenant": tenant})
+
+
+def cache_salt(secret: str, tenant: str) -> bytes:
+    """Derive the 32 bytes that keep a tenant's KV apart. They tell nothing of its digest key."""
+    return _digest("lookonce 2026 cache salt", {"secret": secret, "tenant": tenant})
+
+
+def image_digest(data: bytes | memoryview, key: bytes = SHARED_TENANT_KEY) -> bytes:
+    """Digest (32 bytes) of an encoded image file exactly as received, keyed with the tenant's key."""
+    if len(key) != DIGEST_BYTES:
+        raise invalid(f"tenant_key must be {DIGEST_BYTES} bytes, got {len(key)}", param="tenant_key")
+    return blake3(data, key=key).digest()
+
+
+def image_id(digest: bytes) -> str:
+    """Public id of an image: `img_` and the digest in lower-case base32 (52 characters)."""
+    return "img_" + base64.b32encode(digest).decode("ascii").rstrip("=").lower()
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """All that decides the bytes of an embedding, apart from the image and its pixel bounds."""
+
+    checkpoint: str  # checkpoint identity: "hub:repo@commit" or "blake3:hex"
+    family: str  # "qwen2_vl"
+    vision_config: dict[str, Any]
+    preprocessor: dict[str, Any]  # resample, mean, std, rescale factor, EXIF and alpha handling
+    dtype: str  # compute dtype: "float32" | "bfloat16" | "float16"
+    quantization: str = "none"
+
+    def fingerprint(self) -> str:
+        """Encoder fingerprint: 64 hexadecimal characters."""
+        fields = asdict(self) | {"record_schema": RECORD_SCHEMA, "preprocessing": PREPROCESSING_VERSION}
+        return _digest("lookonce 2026 encoder fingerprint", fields).hex()
+
+
+def embedding_key(digest: bytes, fingerprint: str, min_pixels: int, max_pixels: int) -> bytes:
+    """Key (32 bytes) of the embedding of one image by one encoder within one pair of pixel bounds."""
+    fields = {"image": digest.hex(), "encoder": fingerprint, "min_pixels": min_pixels, "max_pixels": max_pixels}
+    return _digest("lookonce 2026 embedding key", fields)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, so that equal values have equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode("ascii")
+
+
+def _digest(context: str, fields: dict[str, Any]) -> bytes:
+    return blake3(canonical_json(fields), derive_key_context=context).digest()

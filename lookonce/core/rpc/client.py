@@ -1,0 +1,212 @@
+"""Clients of the two model services: channels, deadlines, and every failure as a LookonceError."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.reference import EmbeddingReference
+from lookonce.core.rpc.messages import join, reference_from_proto
+from lookonce.core.rpc.pem import read_authorities, read_pair
+from lookonce.core.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
+from lookonce.core.rpc.status_codes import from_rpc_error
+from lookonce.core.telemetry.tracing import Step, failure_of, start
+from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
+
+MAX_RECORD_BYTES = 1 << 30
+_OUTCOMES = {vision_pb2.HIT: "hit", vision_pb2.MISS: "miss", vision_pb2.COALESCED: "coalesced"}
+
+
+def open_channel(
+    address: str,
+    tls: Tls | None = None,
+    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    *,
+    server_name: str | None = None,
+) -> grpc.aio.Channel:
+    """A channel to "host:port" or "unix:/path"; connects when first used, reconnects by itself. `server_name` is what
+    the certificate must be for when that is not the host."""
+    options: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 500),
+        ("grpc.keepalive_time_ms", 20000),
+        ("grpc.keepalive_timeout_ms", 10000),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    if tls is None or not tls.enabled:
+        return grpc.aio.insecure_channel(address, options=options)
+    if server_name is not None:
+        options.append(("grpc.ssl_target_name_override", server_name))
+    roots = read_authorities(tls.ca) if tls.ca else None
+    key, certificate = read_pair(tls.certificate, tls.key) if tls.certificate or tls.key else (None, None)
+    credentials = grpc.ssl_channel_credentials(roots, key, certificate)
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The answer to Encode. `outcome` is "hit", "miss" or "coalesced"; `record` stands there when it was asked for."""
+
+    reference: EmbeddingReference
+    outcome: str
+    stored: bool
+    timings: vision_pb2.EncodeTimings
+    record: bytes | None = None
+    notice: str = ""  # why the image was made smaller, and the setting that changes that
+
+
+def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
+    """The typed form of a result."""
+    outcome = _OUTCOMES.get(result.outcome, "miss")
+    return Encoded(
+        reference_from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
+    )
+
+
+class _Client:
+    label = "service"
+    stub: Any  # of the service: both have Forget
+
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
+        self.address = address
+        self.channel = open_channel(address, tls, server_name=server_name)
+        self._health = health_pb2_grpc.HealthStub(self.channel)
+
+    async def healthy(self, timeout: float = 2.0) -> bool:
+        """Whether the service says SERVING."""
+        try:
+            reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    async def forget(
+        self, keys: Sequence[bytes] = (), image_digests: Sequence[bytes] = (), *, timeout: float = 10.0
+    ) -> common_pb2.ForgetResponse:
+        """Erase embeddings, and what was made from them, from this process and its stores."""
+        request, step = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests), self._step("Forget")
+        reply: common_pb2.ForgetResponse = await self._unary(
+            self.stub.Forget(request, timeout=timeout, metadata=step.outgoing), step
+        )
+        return reply
+
+    async def close(self) -> None:
+        """Close the channel."""
+        await self.channel.close()
+
+    def _step(self, method: str) -> Step:
+        """A step of the current trace for one call to this service."""
+        step = start(f"{self.label}: {method}", "client")
+        step.note(address=self.address)
+        return step
+
+    async def _unary(self, call: Any, step: Step) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            failure = from_rpc_error(error, self.label)
+            step.end(failure_of(failure))
+            raise failure from error
+        finally:
+            step.end()
+
+    async def _stream(self, call: Any, step: Step) -> AsyncIterator[Any]:
+        try:
+            async for message in call:
+                yield message
+        except grpc.aio.AioRpcError as error:
+            failure = from_rpc_error(error, self.label)
+            step.end(failure_of(failure))
+            raise failure from error
+        finally:
+            step.end()
+            call.cancel()  # no effect once the call has ended; stops the far end when the reader went away
+
+
+class VisionClient(_Client):
+    """The vision service at one address."""
+
+    label = "vision service"
+
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
+        super().__init__(address, tls=tls, server_name=server_name)
+        self.stub = vision_pb2_grpc.VisionEncoderStub(self.channel)  # type: ignore[no-untyped-call]
+
+    async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
+        """Encode one image; the record is joined from its chunks when tensors were asked for."""
+        step = self._step("Encode")
+        messages = self._stream(self.stub.Encode(request, timeout=timeout, metadata=step.outgoing), step)
+        try:
+            first = await anext(messages, None)
+            if first is None or first.WhichOneof("payload") != "result":
+                raise LookonceError(ErrorKind.INTERNAL, "the vision service sent no result")
+            result = first.result
+            record: bytes | None = result.record or None
+            if result.record_bytes_to_follow:
+                record = await join((message.chunk async for message in messages), max_bytes=MAX_RECORD_BYTES)
+            return encoded_from_proto(result, record)
+        finally:
+            await messages.aclose()  # type: ignore[attr-defined]
+
+    def encode_stream(
+        self, requests: AsyncIterator[vision_pb2.EncodeStreamRequest], *, timeout: float
+    ) -> AsyncIterator[vision_pb2.EncodeStreamResponse]:
+        """Many images over one stream, answered as each finishes."""
+        step = self._step("EncodeStream")
+        return self._stream(self.stub.EncodeStream(requests, timeout=timeout, metadata=step.outgoing), step)
+
+    async def fetch(self, key: bytes, *, timeout: float = 30.0) -> bytes:
+        """A serialized record. Raises EMBEDDING_MISSING when the service has it no more."""
+        step = self._step("Fetch")
+        call = self.stub.Fetch(vision_pb2.FetchRequest(key=key), timeout=timeout, metadata=step.outgoing)
+        chunks = self._stream(call, step)
+        return await join(chunks, max_bytes=MAX_RECORD_BYTES)
+
+    async def describe(self, *, timeout: float = 5.0) -> vision_pb2.VisionDescription:
+        """What model it serves, within what limits."""
+        reply: vision_pb2.VisionDescription = await self._unary(
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
+        )
+        return reply
+
+
+class LanguageClient(_Client):
+    """The language service at one address."""
+
+    label = "language service"
+
+    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
+        super().__init__(address, tls=tls, server_name=server_name)
+        self.stub = language_pb2_grpc.LanguageModelStub(self.channel)  # type: ignore[no-untyped-call]
+
+    def generate(
+        self, request: language_pb2.GenerateRequest, *, timeout: float = 600.0
+    ) -> AsyncIterator[language_pb2.GenerateEvent]:
+        """Stream an answer; closing the iterator cancels the work."""
+        step = self._step("Generate")
+        return self._stream(self.stub.Generate(request, timeout=timeout, metadata=step.outgoing), step)
+
+    async def score(self, request: language_pb2.ScoreRequest, *, timeout: float = 600.0) -> language_pb2.ScoreResponse:
+        """Probabilities of choices."""
+        step = self._step("Score")
+        reply: language_pb2.ScoreResponse = await self._unary(
+            self.stub.Score(request, timeout=timeout, metadata=step.outgoing), step
+        )
+        return reply
+
+    async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:
+        """What model it serves, within what limits."""
+        reply: language_pb2.LanguageDescription = await self._unary(
+            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
+        )
+        return reply

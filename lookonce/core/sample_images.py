@@ -1,0 +1,88 @@
+"""Pictures and questions for the demo: the bundled samples with their truth, or two drawn here whose truth is what the
+unsplit model answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lookonce.core.errors import CheckpointError
+
+BUNDLED = Path(__file__).resolve().parent.parent / "data" / "samples" / "samples.json"
+
+QUESTIONS = (
+    "What colour is the circle?",
+    "How many shapes are there?",
+    "Is there a star?",
+    "What is the biggest shape?",
+    "Where is the square?",
+    "What shape is red?",
+    "Does this image contain a green cross? Answer yes or no.",
+    "Describe the image.",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture file and its questions, each with the true answer where it is known."""
+
+    path: Path
+    questions: tuple[tuple[str, str | None], ...]
+
+
+def bundled_samples(file: Path = BUNDLED) -> list[Sample]:
+    """What samples.json lists: {"samples": [{"file": name, "questions": [{"question": text, "answer": text}]}]}."""
+    try:
+        content = json.loads(file.read_bytes())
+        items = content if isinstance(content, list) else content.get("samples") or content["images"]
+        return [_sample(file.parent, item) for item in items]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(f"{file} is not a list of samples; install lookonce again") from None
+
+
+def _sample(directory: Path, item: dict[str, Any]) -> Sample:
+    name = next(item[key] for key in ("file", "image", "path", "name") if key in item)
+    asked = item.get("questions") or item["qa"]
+    return Sample(directory / name, tuple(_pairs(asked)))
+
+
+def _pairs(asked: Any) -> Iterator[tuple[str, str | None]]:
+    for one in asked.items() if isinstance(asked, dict) else asked:
+        if isinstance(one, dict):
+            question = one.get("question") or one["text"]
+            answer = one.get("answer", one.get("truth"))
+        else:
+            question, answer = one
+        yield str(question), None if answer is None else str(answer)
+
+
+def drawn_samples(directory: Path) -> list[Sample]:
+    """Two pictures of shapes, drawn into `directory`."""
+    from PIL import Image, ImageDraw
+
+    first = Image.new("RGB", (280, 224), "white")
+    draw = ImageDraw.Draw(first)
+    draw.ellipse((30, 30, 120, 120), fill="red")
+    draw.rectangle((160, 110, 250, 200), fill="blue")
+    second = Image.new("RGB", (224, 252), "lightgrey")
+    draw = ImageDraw.Draw(second)
+    draw.polygon(((112, 20), (190, 150), (34, 150)), fill="green")
+    draw.ellipse((70, 170, 140, 240), fill="gold")
+    draw.rectangle((160, 180, 210, 230), fill="purple")
+    samples = []
+    for name, picture in (("circle-square.png", first), ("triangle-circle-square.png", second)):
+        picture.save(directory / name)
+        samples.append(Sample(directory / name, tuple((question, None) for question in QUESTIONS)))
+    return samples
+
+
+def same_answer(answer: str, truth: str) -> bool:
+    """Equal but for case, outer spaces and a final full stop."""
+    return _plain(answer) == _plain(truth)
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").casefold()

@@ -1,0 +1,80 @@
+"""The store interface: four verbs and close; and leases, for exactly one encode across processes.
+
+Values are opaque bytes. A store's own failure is a miss, never an error of the caller: `get` answers None, `put` False.
+Drivers (Redis, embedded) raise StoreFailure; the circuit breaker that `open_store` puts around them makes it a miss.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from lookonce.core.stores.metrics import StoreStats
+
+Value = bytes | bytearray | memoryview
+MAX_LEASE_SECONDS = 3600.0
+"""A lease that claims to last longer is none: its clock has since been set back, or something else was put there."""
+
+
+class StoreFailure(Exception):
+    """A driver could not do what was asked (server gone, timed out, full, file damaged). The cause is chained; `code`
+    is the word that the server's own error began with, such as NOPERM, if it sent one."""
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@runtime_checkable
+class EmbeddingStore(Protocol):
+    """Keys are bytes (32 for embeddings). Every store has a byte budget, a TTL and least-recently-used eviction."""
+
+    async def get(self, key: bytes) -> memoryview | None:
+        """The value, read-only, or None. The view stays valid while it is referenced (zero-copy where possible)."""
+        ...
+
+    async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
+        """Keep `value` for `ttl` seconds (None: the store's own TTL). False when it could not be kept."""
+        ...
+
+    async def contains(self, key: bytes) -> bool:
+        """Whether `get` would find the key; does not count as a use."""
+        ...
+
+    async def delete(self, key: bytes) -> bool:
+        """Remove the key; True only once it is known to be gone from this store (absent counts as gone)."""
+        ...
+
+    async def close(self) -> None:
+        """Release files, connections and threads. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Leases(Protocol):
+    """A lock that runs out: held by one owner across processes, lost to others when its time ends."""
+
+    async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
+        """Take or renew the lease. True when held by `owner` now, and also when the store is out of order
+        (without a working store there is nobody to coordinate with)."""
+        ...
+
+    async def release(self, name: bytes, owner: bytes) -> None:
+        """Give the lease back if `owner` still holds it."""
+        ...
+
+
+@runtime_checkable
+class Store(EmbeddingStore, Leases, Protocol):
+    """What `open_store` answers: values, leases, and a look at how it fares."""
+
+    async def discard(self, key: bytes, value: Value) -> None:
+        """Remove what was found to be no good, unless the key has another value by now."""
+        ...
+
+    async def ping(self) -> bool:
+        """Whether the store answers right now, asked afresh (never a circuit breaker's memory)."""
+        ...
+
+    def stats(self) -> list[StoreStats]:
+        """One snapshot a tier, nearest first. `degraded` tells that a tier is out of use for now."""
+        ...

@@ -1,0 +1,1 @@
+"""Model families and what serves them: checkpoints, devices, linear layers, kernels. May import torch."""

@@ -1,0 +1,226 @@
+"""A checkpoint's chat template, rendered: from turns of text and images to the text of a prompt. No torch.
+
+Templates take a message's content as a list of parts or as one string. Which of them takes what is found out once, by
+rendering a probe for each role: a text is never given to a template in a form that it would print.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.files import read_json
+from lookonce.models.checkpoint.tokenizer import load_tokenizer, tokenizer_settings
+from lookonce.models.family import SpecialTokens
+
+_log = logging.getLogger(__name__)
+_ROLES = ("user", "system", "assistant")  # in the order in which they are probed: the others stand beside a user's
+_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+_DEFAULT = "default"
+_PROBE = "lookonce"
+
+
+class TemplateRefusal(Exception):
+    """The template raised an error for these turns; its cause says which."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message; None stands for an image."""
+
+    role: str
+    parts: tuple[str | None, ...]
+
+
+_NEIGHBOUR = Turn("user", ("Hm?",))
+
+
+class ChatFormat:
+    """Tokenizer and template of one checkpoint. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, names: dict[str, str], image: str = "") -> None:
+        """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
+        image in a message that the template takes as one string."""
+        self.tokenizer = tokenizer
+        self._template = template
+        self._names: dict[str, Any] = dict(names)
+        self._image = image
+        self.tokenizer.encode_special_tokens = True  # what a text spells stays text
+        self.added: dict[str, int] = {
+            token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._takes_strings: set[str] = set()
+        for role in _ROLES:
+            if self._takes_only_strings(role):
+                self._takes_strings.add(role)
+
+    def render(self, turns: Sequence[Turn]) -> str:
+        """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
+        return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+
+    def pieces(self, text: str) -> Iterator[str | int]:
+        """Stretches of plain text, and the ids of the special tokens between them."""
+        at = 0
+        for match in self._special.finditer(text):
+            yield text[at : match.start()]
+            yield self.added[match.group()]
+            at = match.end()
+        yield text[at:]
+
+    def _content(self, turn: Turn) -> Any:
+        if turn.role in self._takes_strings:
+            return "".join(self._image if part is None else part for part in turn.parts)
+        return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            rendered: Any = render_jinja_template(
+                [messages], chat_template=self._template, add_generation_prompt=True, **self._names
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise TemplateRefusal from error
+        return str(rendered[0][0])
+
+    def _takes_only_strings(self, role: str) -> bool:
+        """Whether the template prints, drops or refuses a list where it says the text of a string."""
+        return not self._says(role, [{"type": "text", "text": _PROBE}]) and self._says(role, _PROBE)
+
+    def _says(self, role: str, content: Any) -> bool:
+        """Whether a message's text is in the prompt, and nothing of a list around it."""
+        probe, user = {"role": role, "content": content}, {"role": "user", "content": self._content(_NEIGHBOUR)}
+        messages = {"user": [probe], "system": [probe, user], "assistant": [user, probe]}[role]
+        try:
+            text = self._render(messages)
+        except TemplateRefusal:
+            return False
+        return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def open_chat(path: Path, image: str = "") -> ChatFormat:
+    """The tokenizer and template of a checkpoint directory. CheckpointError naming all that is missing."""
+    problems: list[str] = []
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = load_tokenizer(path)
+    except CheckpointError as error:
+        problems += error.problems
+    try:
+        template = stored_template(path)
+    except CheckpointError as error:
+        problems += error.problems
+    if tokenizer is None or problems:
+        raise CheckpointError(*problems)
+    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
+
+
+def image_marker(tokens: SpecialTokens) -> str:
+    """What a family writes for an image: its placeholder between start and end."""
+    return tokens.vision_start + tokens.image + tokens.vision_end
+
+
+def end_token_ids(path: Path, text_config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
+    """Tokens that end a turn: generation_config.json's, else config.json's, else <|im_end|>. Raises CheckpointError."""
+    file = path / "generation_config.json"
+    stated = read_json(file).get("eos_token_id") if file.is_file() else None
+    if stated is None:
+        stated = text_config.get("eos_token_id")
+    if stated is None:
+        stated = chat.added.get("<|im_end|>")
+    ids = stated if isinstance(stated, list) else [stated]
+    if not ids or not all(isinstance(number, int) for number in ids):
+        raise CheckpointError(
+            f"{file}: eos_token_id must be the id of a token or a list of such, got {stated!r}; "
+            "copy the file from the model's repository"
+        )
+    return frozenset(ids)
+
+
+def prompt_problems(chat: ChatFormat, path: Path, tokens: SpecialTokens | None, rows: int) -> Iterator[str]:
+    """What keeps prompts from being made: tokens beyond the embedding's rows, no place for an image, a lost question.
+
+    `tokens` are None where config.json's are wrong: then no image is looked for."""
+    largest, token = max((number, token) for token, number in chat.tokenizer.get_vocab().items())
+    if largest >= rows:
+        yield (
+            f"{path}: the tokenizer is larger than the embedding: token {token!r} has id {largest}, vocab_size is "
+            f"{rows}; take tokenizer and weights from the same repository"
+        )
+    if tokens is None:
+        return
+    if tokens.image_id not in chat.added.values():
+        yield (
+            f"{path}: config.json's image_token_id {tokens.image_id} is no special token of the tokenizer; "
+            "take both from the same repository"
+        )
+        return
+    yield from _rendering_problems(chat, path, tokens)
+
+
+def _rendering_problems(chat: ChatFormat, path: Path, tokens: SpecialTokens) -> Iterator[str]:
+    remedy = "use the chat template of an instruction-tuned Qwen2-VL (its chat_template.json)"
+    try:
+        text = chat.render([Turn("user", (None, _PROBE))])
+    except TemplateRefusal as refusal:
+        _log.info("the chat template of %s fails: %r", path, refusal.__cause__)
+        yield f"{path}: the chat template can't be rendered for a user's message with an image; {remedy}"
+        return
+    count = list(chat.pieces(text)).count(tokens.image_id)
+    if count != 1:
+        yield f"{path}: the chat template writes {count} placeholders ({tokens.image}) for one image; {remedy}"
+    if _PROBE not in text:
+        yield f"{path}: the chat template leaves out the user's text; {remedy}"
+
+
+def stored_template(path: Path) -> str:
+    """The chat template: a file of its own or a field of tokenizer_config.json, one text or a list of named ones."""
+    for name in _TEMPLATE_FILES:
+        file = path / name
+        if file.is_file():
+            if name.endswith(".jinja"):
+                return _text_of(file)
+            return _chosen(read_json(file).get("chat_template"), file)
+    file = path / "tokenizer_config.json"
+    return _chosen(tokenizer_settings(path).get("chat_template"), file)
+
+
+def _chosen(stored: Any, file: Path) -> str:
+    if isinstance(stored, list):
+        named = {entry.get("name"): entry.get("template") for entry in stored if isinstance(entry, dict)}
+        stored = named.get(_DEFAULT)
+        if named and stored is None:
+            raise CheckpointError(
+                f"{file}: chat_template lists {', '.join(map(str, named))}, and none is named {_DEFAULT!r}; "
+                f"rename the one to use, or write it to {file.parent / _TEMPLATE_FILES[0]}"
+            )
+    if not isinstance(stored, str):
+        raise CheckpointError(
+            f"{file.parent} has no chat template; use an instruction-tuned checkpoint or copy its chat_template.jinja"
+        )
+    return stored
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise CheckpointError(f"{file} cannot be read as UTF-8; copy it from the model's repository") from None
+
+
+def _special_names(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = settings.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            yield name, content

@@ -1,0 +1,204 @@
+"""The one check of a checkpoint, before it is loaded: all that keeps it from being served, said at once. No torch.
+
+Commands and services open a model by it, so what it passes starts, and what can't start is refused in the same words
+everywhere. It reads settings, safetensors headers and the tokenizer, no weights, and renders the chat template once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import directory, files
+from lookonce.models.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
+from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.checkpoint.inventory import HEAD, expected_shapes, quantisation_problem, tensor_problems
+from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of
+from lookonce.models.registry import Family, Half, family_of
+
+_Value = TypeVar("_Value")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What checking a model found: its opened halves, or what keeps it from being served."""
+
+    halves: dict[Half, Checkpoint]  # those that were asked for; empty when there are problems
+    problems: tuple[str, ...]  # each one sentence: the file, what is wrong; the remedy
+
+    def usable(self) -> dict[Half, Checkpoint]:
+        """The opened halves. Raises CheckpointError with every problem."""
+        if self.problems:
+            raise CheckpointError(*self.problems)
+        return self.halves
+
+
+def check_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> CheckpointReport:
+    """Check one half, or both (None), of a local directory or a hub id, whose needed files are fetched first.
+
+    A directory that `lookonce split` wrote both halves under is one model. Never raises CheckpointError.
+    """
+    wanted = (needs,) if needs is not None else tuple(Half)
+    problems = _Problems()
+    places = problems.of(places_of, model, wanted, revision) or []
+    for place in places:
+        problems.found += _directory_problems(place.path, place.halves)
+    if not places or problems.found:
+        return CheckpointReport({}, tuple(dict.fromkeys(problems.found)))
+    opened: dict[Half, Checkpoint] = {}
+    for place in places:
+        only = next(iter(place.halves)) if len(place.halves) == 1 else None
+        checkpoint = problems.of(open_directory, place.path, place.name, only, place.identity)
+        if checkpoint is not None:
+            opened |= dict.fromkeys(place.halves, checkpoint)
+    return CheckpointReport({} if problems.found else opened, tuple(problems.found))
+
+
+def open_checked(model: str, half: Half, revision: str | None = None) -> Checkpoint:
+    """One half of a model, checked. Raises CheckpointError with every problem."""
+    return check_checkpoint(model, needs=half, revision=revision).usable()[half]
+
+
+def check_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+    """Family, config.json and preprocessor settings of a model, of which nothing else is fetched but the index.
+
+    Tensors are checked by their names then. A local directory that has weights is checked whole. Raises
+    CheckpointError with every problem.
+    """
+    path = Path(model).expanduser()
+    if any(file for place in (path, *(path / half for half in Half)) for name in _WEIGHTS for file in place.glob(name)):
+        check_checkpoint(model, revision=revision).usable()
+    path = settings_directory(model, revision)
+    config = directory.read_config(path)
+    problems = settings_problems(path, config, Half)
+    if (path / files.INDEX).is_file() and not problems:
+        problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX))
+    if problems:
+        raise CheckpointError(*problems)
+    family = family_of(config)
+    return family, config, family.preprocessor(directory.read_preprocessor(path))
+
+
+def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]) -> list[str]:
+    """What config.json and preprocessor_config.json ask for that can't be computed."""
+    problems = _Problems()
+    problems.of(directory.refuse_quantised, path, config)
+    family = problems.of(family_of, config)
+    if family is not None:
+        preprocessor = problems.of(lambda: family.preprocessor(directory.read_preprocessor(path)))
+        problems.found += problems.of(family.problems, config, preprocessor, halves) or []
+        problems.of(family.hidden_size, config)
+    return problems.found
+
+
+class _Problems:
+    """Collects what steps raise, so that one doesn't hide the next."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def of(self, step: Callable[..., _Value], *arguments: Any, **named: Any) -> _Value | None:
+        """What the step answers; None when it found problems."""
+        try:
+            return step(*arguments, **named)
+        except CheckpointError as error:
+            self.found += error.problems
+            return None
+
+
+def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
+    problems = _Problems()
+    config = problems.of(directory.read_config, path)
+    if config is None:
+        return problems.found
+    problems.found += settings_problems(path, config, halves)
+    try:
+        family = family_of(config)
+    except CheckpointError:
+        return problems.found  # said above; without a family no tensor and no token has a meaning
+    stated = bool(config.get("quantization_config"))
+    problems.found += _weight_problems(path, family, config, halves, quantised=stated)
+    if Half.LANGUAGE in halves:
+        problems.found += _chat_problems(path, family, config)
+    return problems.found
+
+
+def _weight_problems(
+    path: Path, family: Family, config: dict[str, Any], halves: frozenset[Half], *, quantised: bool
+) -> list[str]:
+    problems = _Problems()
+    weight_map = problems.of(directory.weight_map_of, path)
+    if weight_map is None:
+        return problems.found
+    if quantised and quantisation_problem(weight_map, path) is not None:
+        return []  # config.json says so itself
+    placed, strays = files.places_and_strays(family, weight_map)
+    problems.found += [f"{path}: {files.describe_strays(strays)}"] if strays else []
+    known = {name: weight_map[name] for name in placed}
+    named = directory.halves_named(family, known)
+    architecture = _architecture(family, config)
+    for half in sorted(halves):
+        if half not in named:
+            problems.found += directory.absent(path, half, named).problems
+            continue
+        entries = problems.of(directory.entries_of, path, family, known, {half})
+        if entries is not None and architecture is not None:
+            problems.found += _half_problems(path, family, config, architecture, half, entries[half])
+    return problems.found
+
+
+def _name_problems(path: Path, family: Family, names: Iterable[str]) -> list[str]:
+    quantised = quantisation_problem(names, path)
+    _, strays = files.places_and_strays(family, names)
+    return [*([quantised] if quantised else []), *([f"{path}: {files.describe_strays(strays)}"] if strays else [])]
+
+
+def _architecture(family: Family, config: dict[str, Any]) -> Architecture | None:
+    """None where config.json's dimensions are wrong, of which the settings' problems tell."""
+    try:
+        return architecture_of(family, config)
+    except CheckpointError:
+        return None
+
+
+def _half_problems(
+    path: Path,
+    family: Family,
+    config: dict[str, Any],
+    architecture: Architecture,
+    half: Half,
+    entries: dict[str, TensorEntry],
+) -> list[str]:
+    head = HEAD in entries or not family.tied_head(config)
+    return tensor_problems(expected_shapes(family, architecture, half, head=head), entries, path)
+
+
+def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
+    from lookonce.models.checkpoint.chat import end_token_ids, image_marker, open_chat, prompt_problems
+
+    problems = _Problems()
+    rows = family.text_config(config).get("vocab_size")
+    if not isinstance(rows, int):
+        return []  # the settings' problems say so
+    problems.found += _token_id_problems(path, config, rows)
+    tokens = problems.of(family.special_tokens, config) if not problems.found else None
+    chat = problems.of(open_chat, path, image_marker(tokens) if tokens is not None else "")
+    if chat is not None:
+        problems.of(end_token_ids, path, family.text_config(config), chat)
+        problems.found += prompt_problems(chat, path, tokens, rows)
+    return problems.found
+
+
+def _token_id_problems(path: Path, config: dict[str, Any], rows: int) -> Iterator[str]:
+    for name in _TOKEN_IDS:
+        number = config.get(name, 0)
+        if not isinstance(number, int) or not 0 <= number < rows:
+            yield (
+                f"{path / files.CONFIG}: {name} must be the id of a token, below vocab_size {rows}, got {number!r}; "
+                "take config.json from the model's repository"
+            )

@@ -1,0 +1,241 @@
+"""`Checkpoint` and `open_checkpoint`: one view over a local directory, a hub repository, a whole model or a split half.
+
+Opening reads JSON files and safetensors headers only, and checks that every file the needed half consists of is whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lookonce.core.errors import CheckpointError
+from lookonce.core.identity import EncoderSpec
+from lookonce.models.checkpoint import directory, files, hub
+from lookonce.models.checkpoint.digest import content_identity
+from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.registry import Family, Half, family_of
+
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_IDENTITY = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|blake3:[0-9a-f]{64}")
+_IDENTITY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose needed halves are on this machine, whole."""
+
+    name: str  # for people: hub id or directory name
+    path: Path  # directory with config.json
+    family: Family
+    config: dict[str, Any]  # config.json
+    preprocessor: dict[str, Any]  # preprocessor_config.json, defaults filled in
+    halves: frozenset[Half]  # those whose every shard is here
+    entries: dict[Half, dict[str, TensorEntry]] = field(repr=False)  # by module-relative name; opened halves only
+    identity_files: tuple[Path, ...] = field(repr=False)
+    known_identity: str | None = field(repr=False)
+
+    @cached_property
+    def identity(self) -> str:
+        """`hub:repo@commit`, or `blake3:hex` of a local directory (hashed once, then remembered on disk).
+
+        A directory that `lookonce split` wrote states its source's identity, which is taken at its word: whoever
+        changes weights or config in such a directory must remove its lookonce.json.
+        """
+        if self.known_identity is not None:
+            return self.known_identity
+        missing = [file.name for file in self.identity_files if not file.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {', '.join(missing)} missing, so the checkpoint can't be identified; "
+                "copy every shard, or copy a half that `lookonce split` wrote"
+            )
+        return content_identity(self.identity_files)
+
+    def tensors(self, half: Half) -> dict[str, Path]:
+        """File of every tensor of a half, by its name in the module.
+
+        Vision names are relative to Qwen2VisionTransformerPretrainedModel, language names to
+        {"model.": Qwen2VLTextModel, "lm_head.": Linear}.
+        """
+        return {name: entry.file for name, entry in self.half_entries(half).items()}
+
+    def half_entries(self, half: Half) -> dict[str, TensorEntry]:
+        """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
+        if half not in self.entries:
+            raise directory.absent(self.path, half, self.halves)
+        return self.entries[half]
+
+    def files(self, half: Half) -> list[Path]:
+        """The safetensors files that hold a half, sorted, and no others."""
+        return sorted({entry.file for entry in self.half_entries(half).values()})
+
+    def weight_bytes(self, half: Half) -> int:
+        """Bytes of a half's tensors as stored."""
+        return sum(entry.nbytes for entry in self.half_entries(half).values())
+
+    def encoder_spec(self, dtype: str, quantization: str = "none") -> EncoderSpec:
+        """What identifies embeddings of this checkpoint's tower at a compute dtype (see `lookonce.core.identity`)."""
+        if dtype not in COMPUTE_DTYPES:
+            raise CheckpointError(f"compute dtype {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
+        return EncoderSpec(
+            checkpoint=self.identity,
+            family=self.family.model_type,
+            vision_config=self.family.vision_config(self.config),
+            preprocessor=self.family.fingerprint_preprocessor(self.preprocessor),
+            dtype=dtype,
+            quantization=quantization,
+        )
+
+    @property
+    def dtype(self) -> str:
+        """The dtype most of the opened weights are stored in: float32, bfloat16 or float16."""
+        sizes: Counter[str] = Counter()
+        for entries in self.entries.values():
+            for entry in entries.values():
+                sizes[entry.dtype] += entry.nbytes
+        code = sizes.most_common(1)[0][0]
+        return _STORED_DTYPES.get(code, code)
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the output head shares the input embedding's weight."""
+        return self.family.tied_head(self.config)
+
+    @property
+    def min_pixels(self) -> int:
+        """Fewest pixels an image is resized to."""
+        return int(self.preprocessor["min_pixels"])
+
+    @property
+    def max_pixels(self) -> int:
+        """Most pixels an image is resized to."""
+        return int(self.preprocessor["max_pixels"])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an image embedding."""
+        return self.family.hidden_size(self.config)
+
+    @property
+    def merge_size(self) -> int:
+        """Patches per side that are merged to one token."""
+        return self.family.merge_size(self.config)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A directory that holds one half of a model, or both."""
+
+    path: Path
+    name: str
+    halves: frozenset[Half]  # those of it that are asked for
+    identity: str | None  # None: to be found out from its files
+
+
+def places_of(model: str, halves: Collection[Half], revision: str | None = None) -> list[Place]:
+    """Where the halves of a local directory or a hub id lie, fetched from the hub if need be. Raises CheckpointError.
+
+    A directory that `lookonce split` wrote holds each half in a directory of its own.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        if not hub.is_repository(model):
+            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+        snapshot, commit = hub.fetch(model, halves, revision)
+        return [Place(snapshot, model, frozenset(halves), hub.identity(model, commit))]
+    if revision is not None:
+        raise CheckpointError(
+            f"revision {revision!r} was given, but {path} is a local directory, which has none; leave it out"
+        )
+    whole = (path / files.CONFIG).is_file()
+    apart = [half for half in halves if not whole and (path / half.value / files.CONFIG).is_file()]
+    places = [_local(path / half.value, {half}) for half in apart]
+    together = frozenset(halves).difference(apart)
+    return [*places, _local(path, together)] if together else places
+
+
+def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> Checkpoint:
+    """Open a local directory or a hub id, fetching what `needs` needs (both halves when None).
+
+    A directory that `lookonce split` wrote both halves under serves as either one. Raises CheckpointError naming the
+    file or tensor at fault and the remedy. Services and commands open models by `check.check_checkpoint`.
+    """
+    place, *others = places_of(model, (needs,) if needs is not None else tuple(Half), revision)
+    path = Path(model).expanduser() if others else place.path
+    return open_directory(path, place.name, needs, place.identity)
+
+
+def settings_directory(model: str, revision: str | None = None) -> Path:
+    """Where config.json, the preprocessor's settings and the index of a model lie; no weight is fetched.
+
+    Raises CheckpointError."""
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        if not hub.is_repository(model):
+            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+        return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.INDEX], revision)
+    if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
+        return path / Half.LANGUAGE  # split: either half has both files
+    return path
+
+
+def open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
+    """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
+    config = directory.read_config(path)
+    directory.refuse_quantised(path, config)
+    family = family_of(config)
+    preprocessor = family.preprocessor(directory.read_preprocessor(path))
+    weight_map = directory.weight_map_of(path)
+    present = directory.halves_present(path, family, weight_map)
+    named = directory.halves_named(family, weight_map)
+    if needs is not None and needs not in named:
+        raise directory.absent(path, needs, named)
+    shards = sorted(set(weight_map.values()))
+    identity_files = (path / files.CONFIG, *(path / shard for shard in shards))
+    stated = _stated_identity(path, named)
+    if stated is None and identity is None:
+        stated = hub.snapshot_source(path, identity_files)
+    return Checkpoint(
+        name=stated[1] if stated else name,
+        path=path,
+        family=family,
+        config=config,
+        preprocessor=preprocessor,
+        halves=present,
+        entries=directory.entries_of(path, family, weight_map, {needs} if needs is not None else named),
+        identity_files=identity_files,
+        known_identity=stated[0] if stated else identity,
+    )
+
+
+def _stated_identity(path: Path, named: frozenset[Half]) -> tuple[str, str] | None:
+    """Source identity and name from the file that `lookonce split` writes, if there is one."""
+    file = path / files.IDENTITY
+    if not file.is_file():
+        return None
+    stated = files.read_json(file)
+    identity, name, half = stated.get("identity"), stated.get("name"), stated.get("half")
+    valid = stated.get("format") == _IDENTITY_FORMAT and isinstance(name, str) and isinstance(identity, str)
+    if not valid or _IDENTITY.fullmatch(str(identity)) is None or {half} != {str(known) for known in named}:
+        raise CheckpointError(f"{file} doesn't describe the weights beside it; run `lookonce split` again")
+    return str(identity), str(name)
+
+
+def identity_record(checkpoint: Checkpoint, half: Half) -> dict[str, Any]:
+    """The contents of a split half's lookonce.json."""
+    return {
+        "format": _IDENTITY_FORMAT,
+        "identity": checkpoint.identity,
+        "name": checkpoint.name,
+        "half": half.value,
+    }
+
+
+def _local(path: Path, halves: Collection[Half]) -> Place:
+    return Place(path, path.resolve().name, frozenset(halves), None)

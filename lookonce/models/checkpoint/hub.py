@@ -1,0 +1,145 @@
+"""Fetches from the hub only the files that a half needs, all at one commit. Maps the hub library's failures to ours."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint import files, resume
+from lookonce.models.registry import Half, family_of
+
+_log = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repository(model: str) -> bool:
+    """Whether the text has the form of a hub id: `owner/name`."""
+    return _REPOSITORY.fullmatch(model) is not None and ".." not in model
+
+
+def identity(repository: str, commit: str) -> str:
+    """What a hub repository at a commit is identified by."""
+    return f"hub:{repository}@{commit}"
+
+
+def snapshot_source(path: Path, weights: Iterable[Path]) -> tuple[str, str] | None:
+    """Identity and repository of a directory that is a snapshot in the hub library's cache; None: it is not one.
+
+    Such a directory's files are links to the cache's blobs. One that was put there by hand makes it another model.
+    """
+    real = path.resolve()
+    repository = real.parent.parent.name.removeprefix("models--").replace("--", "/")
+    cached = real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--")
+    if not (cached and is_repository(repository) and _COMMIT.fullmatch(real.name)):
+        return None
+    linked = (os.readlink(file) if file.is_symlink() else "" for file in weights if file.exists())
+    if not all(Path(target).parent.name == "blobs" for target in linked):
+        return None
+    return identity(repository, real.name), repository
+
+
+def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) -> tuple[Path, str]:
+    """Bring the given halves of a hub repository into the hub library's cache.
+
+    Returns the snapshot's directory and the commit it stands for. Without a connection a snapshot that is already
+    cached serves. Raises CheckpointError for a repository that is unknown, gated, unreachable, or without safetensors.
+    """
+    from huggingface_hub import snapshot_download
+
+    halves = set(halves)
+    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX], revision)
+    commit = snapshot.name
+    with _translated(repository, revision):
+        wanted = _weights(repository, snapshot, halves)
+        # Asked for by commit, so that a push between the calls can't mix two versions.
+        resume.download(repository, commit, wanted)
+        snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
+    missing = [name for name in wanted if not (snapshot / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{repository}@{commit[:12]}: could not get {', '.join(missing)}: either the hub can't be reached and they "
+            "were never downloaded, or the repository has only pickled weights (.bin), which are never loaded"
+        )
+    _log.info("fetched %s at %s: %d weight files", repository, commit[:12], len(wanted))
+    return snapshot, commit
+
+
+def fetch_files(repository: str, names: list[str], revision: str | None = None) -> Path:
+    """Bring files of these names, those of them that there are, into the cache; the snapshot's directory."""
+    from huggingface_hub import snapshot_download
+
+    with _translated(repository, revision):
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=names))
+
+
+def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
+    if not (snapshot / files.CONFIG).is_file():
+        raise CheckpointError(f"{repository} has no {files.CONFIG}: it is not a model repository")
+    index = snapshot / files.INDEX
+    if not index.is_file():
+        return [files.SINGLE]
+    family = family_of(files.read_json(snapshot / files.CONFIG))
+    return files.shards_of(family, files.read_index(index), halves)
+
+
+@contextlib.contextmanager
+def _translated(repository: str, revision: str | None) -> Iterator[None]:
+    import httpx2
+    from huggingface_hub import constants, errors
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{repository} is gated: accept its terms on its hub page, then set HF_TOKEN or run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{repository} was not found on the hub: check the spelling; for a private one set HF_TOKEN; "
+            "for a local directory give its path, starting with ./ or /"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{repository} has no revision {revision!r} on the hub") from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        raise CheckpointError(f"{repository}{at}: the hub answered HTTP {status}; try again later") from None
+    except (httpx2.ReadTimeout, httpx2.WriteTimeout):
+        raise CheckpointError(
+            f"{repository}{at}: the download stalled: the hub sent nothing for {constants.HF_HUB_DOWNLOAD_TIMEOUT} s "
+            "(HF_HUB_DOWNLOAD_TIMEOUT), several times; run it again: it goes on where it ended"
+        ) from None
+    except (httpx2.ReadError, httpx2.WriteError, httpx2.RemoteProtocolError):
+        raise CheckpointError(
+            f"{repository}{at}: the connection to the hub broke off during the download; "
+            "run it again: it goes on where it ended"
+        ) from None
+    except (
+        errors.LocalEntryNotFoundError,
+        ConnectionError,
+        TimeoutError,
+        httpx2.TransportError,
+        httpx2.InvalidURL,
+    ):
+        raise CheckpointError(
+            f"{repository}{at} is not in the hub cache and the hub can't be reached: "
+            "check the network (and HF_ENDPOINT, HF_HUB_OFFLINE), or give a local directory"
+        ) from None
+    except OSError as error:
+        if not error.errno:  # the library's own: a file of another size than was announced
+            raise CheckpointError(f"{repository}{at}: a download was cut short; run it again") from None
+        why = os.strerror(error.errno)
+        raise CheckpointError(
+            f"{repository}{at}: the hub cache {constants.HF_HUB_CACHE} can't be written ({why}): "
+            "make room there, give it to this process's user, or set HF_HOME to another directory"
+        ) from None
+    except errors.HFValidationError:
+        raise CheckpointError(
+            f"{repository!r} is not a hub id (owner/name) and no local directory has that name"
+        ) from None

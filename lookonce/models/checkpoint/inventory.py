@@ -1,0 +1,100 @@
+"""Holds the tensors that a checkpoint stores against those that its config.json asks for. No torch, no weights read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lookonce.models.checkpoint.files import describe_strays, some
+from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.qwen2_vl.architecture import Architecture, tensor_shapes
+from lookonce.models.registry import Family, Half
+
+STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Codes of the dtypes that weights may be stored in."""
+HEAD = "lm_head.weight"
+_QUANTISED = (  # method, and what its tensors' names end with; the first that is found
+    ("GPTQ", (".g_idx",)),
+    ("AWQ", (".qweight", ".qzeros")),
+    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point")),
+    ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".weight_format")),
+    ("bitsandbytes", (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")),
+    ("FP8", (".weight_scale_inv", ".weight_scale", ".input_scale")),
+)
+
+
+def expected_shapes(
+    family: Family, architecture: Architecture, half: Half, *, head: bool
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a half, by its name in the module; `head`: the output head has a weight of its own."""
+    places = ((family.locate(name), shape) for name, shape in tensor_shapes(architecture, tied=not head).items())
+    return {place[1]: shape for place, shape in places if place is not None and place[0] is half}
+
+
+def tensor_problems(
+    expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, TensorEntry], path: Path
+) -> list[str]:
+    """All that is quantised, missing, unexpected, of another shape or of an unusable dtype in `path`'s files."""
+    quantised = quantisation_problem((entry.stored_name for entry in entries.values()), path)
+    if quantised is not None:
+        return [quantised]
+    found = [*_missing(expected, entries, path), *_unexpected(expected, entries, path)]
+    common = [(expected[name], entry) for name, entry in entries.items() if name in expected]
+    return [*found, *_misshapen(common), *_mistyped([entry for _, entry in common])]
+
+
+def quantisation_problem(names: Iterable[str], path: Path) -> str | None:
+    """What to say when tensors' names show that they are quantised; None: the weights are plain."""
+    names = sorted(names)
+    for method, endings in _QUANTISED:
+        found = [name for name in names if name.endswith(endings)]
+        if found:
+            return (
+                f"{path}: the weights are quantised by {method} ({some(found)}), although config.json has no "
+                "quantization_config: pre-quantised weights are not supported; use the original checkpoint"
+            )
+    return None
+
+
+def _missing(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, TensorEntry], path: Path) -> Iterator[str]:
+    missing = sorted(expected.keys() - entries.keys())
+    if missing == [HEAD]:
+        yield (
+            f"{path}: tensors missing from the weights: {HEAD}, the output head, which config.json has no embedding "
+            "stand in for (tie_word_embeddings false); use a checkpoint with its head, or take config.json from the "
+            "same repository"
+        )
+    elif missing:
+        yield f"{path}: tensors missing from the weights: {some(missing)}; download the checkpoint again"
+
+
+def _unexpected(
+    expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, TensorEntry], path: Path
+) -> Iterator[str]:
+    unexpected = sorted(entries[name].stored_name for name in entries.keys() - expected.keys())
+    if any("lora_" in name for name in unexpected):
+        yield f"{path}: {describe_strays(unexpected)}"
+    elif unexpected:
+        yield f"{path}: tensors that config.json has no place for: {some(unexpected)}; is it the right config?"
+
+
+def _misshapen(tensors: list[tuple[tuple[int, ...], TensorEntry]]) -> Iterator[str]:
+    wrong = [(shape, entry) for shape, entry in tensors if shape != entry.shape]
+    if wrong:
+        shape, entry = wrong[0]
+        others = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        yield (
+            f"{entry.file}: tensor {entry.stored_name!r} has shape {list(entry.shape)}, but config.json asks for "
+            f"{list(shape)}{others}; take both from the same repository and revision"
+        )
+
+
+def _mistyped(entries: list[TensorEntry]) -> Iterator[str]:
+    wrong = [entry for entry in entries if entry.dtype not in STORED_DTYPES]
+    if wrong:
+        entry = wrong[0]
+        others = f" ({len(wrong) - 1} more are stored so)" if len(wrong) > 1 else ""
+        yield (
+            f"{entry.file}: tensor {entry.stored_name!r} is stored as {entry.dtype}{others}; "
+            f"supported: {', '.join(STORED_DTYPES)}. Use the original, unquantised checkpoint"
+        )

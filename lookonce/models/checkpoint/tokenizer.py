@@ -1,0 +1,92 @@
+"""A checkpoint's tokenizer: tokenizer.json, or vocab.json and merges.txt as older repositories have them. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.files import read_json
+
+TOKENIZER, VOCABULARY, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+_ADDED = "added_tokens.json"
+# Qwen2's own word splitting: contractions, words, single digits, punctuation, line ends, spaces.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(model: models.BPE) -> Tokenizer:
+    """A tokenizer of Qwen2's kind (byte-level BPE, NFC) without added tokens."""
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, with every added token that its files state. Raises CheckpointError."""
+    tokenizer = _stored(path)
+    with _readable(path / SETTINGS):
+        _add_missing(tokenizer, tokenizer_settings(path).get("added_tokens_decoder") or {})
+    if (path / _ADDED).is_file():
+        with _readable(path / _ADDED):
+            stated = {number: {"content": token, "special": True} for token, number in read_json(path / _ADDED).items()}
+            _add_missing(tokenizer, stated)
+    return tokenizer
+
+
+def tokenizer_settings(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty when there is none."""
+    file = path / SETTINGS
+    return read_json(file) if file.is_file() else {}
+
+
+def _stored(path: Path) -> Tokenizer:
+    file = path / TOKENIZER
+    if file.is_file():
+        with _readable(file):
+            return Tokenizer.from_file(str(file))
+    if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
+        with _readable(path / VOCABULARY, path / MERGES):
+            return byte_level(models.BPE.from_file(str(path / VOCABULARY), str(path / MERGES)))
+    raise CheckpointError(
+        f"{path}: the tokenizer is missing; copy {TOKENIZER} (or {VOCABULARY} and {MERGES}) from the model's repository"
+    )
+
+
+def _add_missing(tokenizer: Tokenizer, stated: dict[Any, Any]) -> None:
+    """Added tokens that only other files state, as in older repositories; in order of id."""
+    for number, entry in sorted(stated.items(), key=lambda item: int(item[0])):
+        if tokenizer.token_to_id(entry["content"]) is not None:
+            continue
+        token = AddedToken(entry["content"], special=bool(entry.get("special")), normalized=False)
+        tokenizer.add_special_tokens([token]) if token.special else tokenizer.add_tokens([token])
+        given = tokenizer.token_to_id(entry["content"])
+        if given != int(number):
+            raise CheckpointError(
+                f"token {entry['content']!r} is stated to be {number}, but follows the vocabulary as {given}; "
+                "take all files of the tokenizer from the same repository"
+            )
+
+
+@contextlib.contextmanager
+def _readable(*files: Path) -> Iterator[None]:
+    """What the library raises for bad files is nothing more specific than Exception."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        named = " and ".join(map(str, files))
+        raise CheckpointError(f"{named}: no tokenizer; copy it from the model's repository") from error

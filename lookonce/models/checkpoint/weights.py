@@ -1,0 +1,146 @@
+"""Reads one half's tensors into a module built on the meta device, strictly: nothing missing, unexpected or misshapen.
+
+Tensors are read with plain reads straight into their final memory (through a small staging buffer when the dtype or
+device differs), never by mapping the file: resident memory then is the weights themselves, one copy, and a checkpoint
+that is replaced on disk can't change or crash a running service.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.checkpoint import Checkpoint
+from lookonce.models.checkpoint.files import some
+from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.checkpoint.inventory import HEAD, STORED_DTYPES, tensor_problems
+from lookonce.models.registry import Half
+
+STAGING_BYTES = 16 << 20
+_TORCH_DTYPES = dict(zip(STORED_DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+_EMBEDDING = "model.embed_tokens.weight"
+Where = Callable[[str], torch.device]
+"""Says on which device a tensor belongs, by its name in the module."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading one half took."""
+
+    bytes_read: int
+    tensors: int
+    seconds: float
+
+
+def load_weights(
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    half: Half,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | Where = "cpu",
+) -> LoadReport:
+    """Fill a module built on the meta device with a half's weights, cast to `dtype` and placed on `device` (or each on
+    its own).
+
+    The module's parameter names are those of `Checkpoint.tensors`. A head that the config ties and the checkpoint
+    doesn't store shares the embedding's parameter. Non-persistent buffers are computed by `materialize_buffers`. Raises
+    CheckpointError naming the tensor (and both shapes, and the file) for anything missing, unexpected or of another
+    shape.
+    """
+    started = time.perf_counter()
+    where = _always(torch.device(device)) if isinstance(device, str | torch.device) else device
+    entries = checkpoint.half_entries(half)
+    expected = module.state_dict(keep_vars=True)
+    tied = half is Half.LANGUAGE and checkpoint.tied_head and HEAD in expected and HEAD not in entries
+    if tied:
+        del expected[HEAD]
+    problems = tensor_problems({name: tuple(x.shape) for name, x in expected.items()}, entries, checkpoint.path)
+    if problems:
+        raise CheckpointError(*problems)
+    state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, where)}
+    if tied:
+        state[HEAD] = state[_EMBEDDING]
+    module.load_state_dict(state, strict=True, assign=True)
+    if tied:
+        module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
+    materialize_buffers(module, where)
+    _check_nothing_on_meta(module)
+    bytes_read = sum(entry.nbytes for entry in entries.values())
+    return LoadReport(bytes_read, len(entries), time.perf_counter() - started)
+
+
+def materialize_buffers(module: torch.nn.Module, where: Where) -> None:
+    """Compute the buffers that no checkpoint stores (rotary frequencies), in float32, for every submodule on meta.
+
+    The owner is built anew from its own `config` off the meta device and its buffers are taken over.
+    """
+    for path, owner in module.named_modules():
+        hollow = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+        if not hollow:
+            continue
+        with torch.device("cpu"):
+            fresh = type(owner)(owner.config)
+        buffers = dict(fresh.named_buffers(recurse=False))
+        for name in hollow:
+            owner.register_buffer(name, buffers[name].to(where(f"{path}.{name}")), persistent=False)
+
+
+def _by_file(entries: dict[str, TensorEntry]) -> list[tuple[Path, list[tuple[str, TensorEntry]]]]:
+    groups: dict[Path, list[tuple[str, TensorEntry]]] = defaultdict(list)
+    for name, entry in entries.items():
+        groups[entry.file].append((name, entry))
+    return [(file, sorted(group, key=lambda pair: pair[1].offset)) for file, group in sorted(groups.items())]
+
+
+def _read_file(
+    file: Path, group: list[tuple[str, TensorEntry]], dtype: torch.dtype, where: Where
+) -> list[tuple[str, torch.Tensor]]:
+    try:
+        with open(file, "rb", buffering=0) as stream:
+            return [(name, _read_tensor(stream.fileno(), entry, dtype, where(name))) for name, entry in group]
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check the disk and its permissions") from None
+
+
+def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    stored = _TORCH_DTYPES[entry.dtype]
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    if stored is dtype and device.type == "cpu":
+        _read_into(descriptor, entry, tensor.view(-1), entry.offset)
+        return tensor
+    flat = tensor.view(-1)
+    step = max(1, STAGING_BYTES // stored.itemsize)
+    staging = torch.empty(min(step, flat.numel()), dtype=stored)
+    for start in range(0, flat.numel(), step):
+        part = staging[: min(step, flat.numel() - start)]
+        _read_into(descriptor, entry, part, entry.offset + start * stored.itemsize)
+        flat[start : start + part.numel()].copy_(part)
+    return tensor
+
+
+def _read_into(descriptor: int, entry: TensorEntry, target: torch.Tensor, offset: int) -> None:
+    view = target.view(torch.uint8).numpy().data.cast("B") if target.numel() else memoryview(b"")
+    while len(view):
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; download it again")
+        view, offset = view[count:], offset + count
+
+
+def _always(device: torch.device) -> Where:
+    return lambda name: device
+
+
+def _check_nothing_on_meta(module: torch.nn.Module) -> None:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    hollow = sorted(name for name, tensor in tensors if tensor.is_meta)
+    if hollow:
+        raise CheckpointError(f"not filled from the checkpoint: {some(hollow)}")

@@ -1,0 +1,185 @@
+"""Qwen2-VL's architecture as names, shapes and config.json: the published sizes and small ones for tests. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.qwen2_vl.limits import MOST_LAYERS
+from lookonce.models.registry import Family
+
+Layout = Literal["published", "nested"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Dimensions of one model."""
+
+    vision_depth: int
+    vision_width: int
+    vision_heads: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    mlp_ratio: int = 4
+    patch: int = 14
+    temporal_patch: int = 2
+    merge: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse dimensions that transformers' modules can't take."""
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise CheckpointError(f"hidden {self.hidden} / heads {self.heads} / kv_heads {self.kv_heads} don't divide")
+        if self.hidden // self.heads % 2:
+            raise CheckpointError(f"head width {self.hidden // self.heads} must be even for rotary positions")
+        if self.vision_width % self.vision_heads or self.vision_width // self.vision_heads % 4:
+            raise CheckpointError(f"vision head width {self.vision_width}/{self.vision_heads} must be a multiple of 4")
+
+    @property
+    def mrope_section(self) -> list[int]:
+        """Rotary frequencies given to time, height and width; [16, 24, 24] in every published model."""
+        half = self.hidden // self.heads // 2
+        side = 3 * half // 8
+        return [half - 2 * side, side, side]
+
+
+SIZES: dict[str, Architecture] = {
+    "tiny": Architecture(2, 64, 2, layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=512),
+    "small": Architecture(4, 128, 4, layers=4, hidden=128, heads=4, kv_heads=2, ffn=384, vocab=2048),
+    "50m": Architecture(8, 384, 6, layers=8, hidden=512, heads=8, kv_heads=2, ffn=2048, vocab=8192),
+    "2b": Architecture(32, 1280, 16, layers=28, hidden=1536, heads=12, kv_heads=2, ffn=8960, vocab=151936),
+    "7b": Architecture(32, 1280, 16, layers=28, hidden=3584, heads=28, kv_heads=4, ffn=18944, vocab=152064),
+    "72b": Architecture(32, 1280, 16, layers=80, hidden=8192, heads=64, kv_heads=8, ffn=29568, vocab=152064),
+}
+
+
+def architecture_of(family: Family, config: dict[str, Any]) -> Architecture:
+    """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
+    vision, text = family.vision_config(config), family.text_config(config)
+    sizes = {
+        "vision_depth": vision["depth"],
+        "vision_width": vision["embed_dim"],
+        "vision_heads": vision["num_heads"],
+        "layers": text.get("num_hidden_layers"),
+        "hidden": family.hidden_size(config),
+        "heads": text.get("num_attention_heads"),
+        "kv_heads": text.get("num_key_value_heads") or text.get("num_attention_heads"),
+        "ffn": text.get("intermediate_size"),
+        "vocab": text.get("vocab_size"),
+        "mlp_ratio": vision["mlp_ratio"],
+        "patch": vision["patch_size"],
+        "temporal_patch": vision["temporal_patch_size"],
+        "merge": vision["spatial_merge_size"],
+    }
+    wrong = [name for name, value in sizes.items() if not isinstance(value, int) or value <= 0]
+    wrong += [name for name in ("vision_depth", "layers") if name not in wrong and sizes[name] > MOST_LAYERS]
+    if wrong:
+        stated = ", ".join(f"{name} {sizes[name]!r}" for name in wrong)
+        raise CheckpointError(f"config.json: no dimensions of a model: {stated}; take it from the model's repository")
+    return Architecture(**sizes)
+
+
+def tensor_shapes(arch: Architecture, *, layout: Layout = "published", tied: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint, vision first, as the published files have them."""
+    visual, model = ("visual.", "model.") if layout == "published" else ("model.visual.", "model.language_model.")
+    shapes = {visual + name: shape for name, shape in _vision(arch)}
+    shapes |= {model + name: shape for name, shape in _language(arch)}
+    return shapes if tied else shapes | {"lm_head.weight": (arch.vocab, arch.hidden)}
+
+
+def model_config(
+    arch: Architecture, tokens: dict[str, int], *, layout: Layout, tied: bool, dtype: str
+) -> dict[str, Any]:
+    """config.json: flat as published, or with text_config nested as newer saves write it."""
+    end, stop = tokens["<|endoftext|>"], tokens["<|im_end|>"]
+    text: dict[str, Any] = {
+        "attention_dropout": 0.0,
+        "bos_token_id": end,
+        "eos_token_id": stop,
+        "hidden_act": "silu",
+        "hidden_size": arch.hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": arch.ffn,
+        "max_position_embeddings": 32768,
+        "max_window_layers": arch.layers,
+        "num_attention_heads": arch.heads,
+        "num_hidden_layers": arch.layers,
+        "num_key_value_heads": arch.kv_heads,
+        "rms_norm_eps": 1e-06,
+        "sliding_window": 32768,
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": arch.vocab,
+    }
+    vision: dict[str, Any] = {
+        "depth": arch.vision_depth,
+        "embed_dim": arch.vision_width,
+        "hidden_size": arch.hidden,
+        "mlp_ratio": arch.mlp_ratio,
+        "num_heads": arch.vision_heads,
+        "patch_size": arch.patch,
+        "spatial_merge_size": arch.merge,
+        "temporal_patch_size": arch.temporal_patch,
+    }
+    outer: dict[str, Any] = {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "image_token_id": tokens["<|image_pad|>"],
+        "video_token_id": tokens["<|video_pad|>"],
+        "vision_start_token_id": tokens["<|vision_start|>"],
+        "vision_end_token_id": tokens["<|vision_end|>"],
+        "tie_word_embeddings": tied,
+    }
+    rope: dict[str, Any] = {"mrope_section": arch.mrope_section}
+    if layout == "published":
+        extra = {"model_type": "qwen2_vl", "in_chans": 3, "spatial_patch_size": arch.patch}
+        flat = {"rope_scaling": {"type": "mrope", **rope}, "rope_theta": 1000000.0, "torch_dtype": dtype}
+        return outer | text | flat | {"vision_config": vision | extra}
+    text |= {"model_type": "qwen2_vl_text", "dtype": dtype, "layer_types": ["full_attention"] * arch.layers}
+    text["sliding_window"] = None
+    text["rope_parameters"] = {"rope_type": "default", "type": "default", "rope_theta": 1000000.0, **rope}
+    vision |= {"model_type": "qwen2_vl_vision", "in_channels": 3, "hidden_act": "quick_gelu", "dtype": dtype}
+    return outer | {"dtype": dtype, "text_config": text, "vision_config": vision}
+
+
+def _vision(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, ffn, merged = arch.vision_width, arch.vision_width * arch.mlp_ratio, arch.vision_width * arch.merge**2
+    yield "patch_embed.proj.weight", (width, 3, arch.temporal_patch, arch.patch, arch.patch)
+    for layer in range(arch.vision_depth):
+        block = f"blocks.{layer}."
+        yield from _affine(block + "norm1", width)
+        yield from _affine(block + "norm2", width)
+        yield from _affine(block + "attn.qkv", 3 * width, width)
+        yield from _affine(block + "attn.proj", width, width)
+        yield from _affine(block + "mlp.fc1", ffn, width)
+        yield from _affine(block + "mlp.fc2", width, ffn)
+    yield from _affine("merger.ln_q", width)
+    yield from _affine("merger.mlp.0", merged, merged)
+    yield from _affine("merger.mlp.2", arch.hidden, merged)
+
+
+def _language(arch: Architecture) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, keys = arch.hidden, arch.hidden // arch.heads * arch.kv_heads
+    yield "embed_tokens.weight", (arch.vocab, hidden)
+    for layer in range(arch.layers):
+        block = f"layers.{layer}."
+        yield block + "input_layernorm.weight", (hidden,)
+        yield from _affine(block + "self_attn.q_proj", hidden, hidden)
+        yield from _affine(block + "self_attn.k_proj", keys, hidden)
+        yield from _affine(block + "self_attn.v_proj", keys, hidden)
+        yield block + "self_attn.o_proj.weight", (hidden, hidden)
+        yield block + "post_attention_layernorm.weight", (hidden,)
+        yield block + "mlp.gate_proj.weight", (arch.ffn, hidden)
+        yield block + "mlp.up_proj.weight", (arch.ffn, hidden)
+        yield block + "mlp.down_proj.weight", (hidden, arch.ffn)
+    yield "norm.weight", (hidden,)
+
+
+def _affine(name: str, *shape: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]

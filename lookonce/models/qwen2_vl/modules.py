@@ -1,0 +1,213 @@
+"""Each half of Qwen2-VL as bare torch modules that hold weights under the published names.
+
+The services run their own packed forwards over these; importing transformers' modelling code would triple a service's
+start-up time and cost 150 MB. What the forwards compute is held equal to transformers' by the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.checkpoint import Checkpoint
+from lookonce.models.checkpoint.weights import Where, load_weights
+from lookonce.models.qwen2_vl.limits import text_problems, vision_problems
+from lookonce.models.registry import Half
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_VISION_EPSILON = 1e-6
+
+
+class PatchEmbed(nn.Module):
+    """A convolution whose stride equals its kernel: a matrix product, once the patches are cut."""
+
+    def __init__(self, channels: int, width: int, kernel: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(channels, width, kernel, stride=kernel, bias=False)
+
+
+class VisionAttention(nn.Module):
+    """Fused query, key and value, and the output projection."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.scaling = (width // heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+
+class VisionMlp(nn.Module):
+    """Two layers with QuickGELU, x * sigmoid(1.702 x), between."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[patches, width] -> [patches, width]."""
+        inner = self.fc1(hidden)
+        output: torch.Tensor = self.fc2(inner * torch.sigmoid(1.702 * inner))
+        return output
+
+
+class VisionBlock(nn.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        width = config["embed_dim"]
+        self.norm1 = nn.LayerNorm(width, eps=_VISION_EPSILON)
+        self.norm2 = nn.LayerNorm(width, eps=_VISION_EPSILON)
+        self.attn = VisionAttention(width, config["num_heads"])
+        self.mlp = VisionMlp(width, int(width * config["mlp_ratio"]))
+
+
+class PatchMerger(nn.Module):
+    """merge x merge patches to one token of the language model's width."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.inner = config["embed_dim"] * config["spatial_merge_size"] ** 2
+        self.ln_q = nn.LayerNorm(config["embed_dim"], eps=_VISION_EPSILON)
+        self.mlp = nn.Sequential(
+            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, config["hidden_size"])
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[patches, width] -> [tokens, hidden]."""
+        tokens: torch.Tensor = self.mlp(self.ln_q(hidden).view(-1, self.inner))
+        return tokens
+
+
+class VisionTower(nn.Module):
+    """The vision half's weights; `rotary_frequencies` [head width / 4] is computed, not stored."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        _refuse(vision_problems(config))
+        kernel = (config["temporal_patch_size"], config["patch_size"], config["patch_size"])
+        self.spatial_merge_size: int = config["spatial_merge_size"]
+        self.patch_embed = PatchEmbed(config["in_channels"], config["embed_dim"], kernel)
+        self.blocks: Any = nn.ModuleList(VisionBlock(config) for _ in range(config["depth"]))
+        self.merger = PatchMerger(config)
+        half = config["embed_dim"] // config["num_heads"] // 2
+        self.rotary_frequencies = rope_frequencies(half, config["rope_theta"])
+
+
+class Rotary:
+    """What turns M-RoPE positions to angles: `inv_freq` [head width / 2], float32."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        self.attention_scaling = 1.0
+        self.mrope_section: list[int] = list(rope.get("mrope_section", (16, 24, 24)))
+        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1_000_000.0)
+        self.inv_freq = rope_frequencies(config["hidden_size"] // config["num_attention_heads"], theta)
+
+
+class TextAttention(nn.Module):
+    """Grouped-query attention's projections."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, heads = config["hidden_size"], config["num_attention_heads"]
+        inner = hidden // heads * config["num_key_value_heads"]
+        self.q_proj = nn.Linear(hidden, hidden)
+        self.k_proj = nn.Linear(hidden, inner)
+        self.v_proj = nn.Linear(hidden, inner)
+        self.o_proj = nn.Linear(hidden, hidden, bias=False)
+
+
+class TextMlp(nn.Module):
+    """SwiGLU's three matrices."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, inner = config["hidden_size"], config["intermediate_size"]
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+
+
+class TextLayer(nn.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config["hidden_size"])
+        self.self_attn = TextAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"])
+        self.mlp = TextMlp(config)
+
+
+class TextModel(nn.Module):
+    """The language half's weights but for the output head, and the dimensions that a forward needs."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        _refuse(text_problems(config))
+        self.config = SimpleNamespace(**config)
+        self.rotary_emb = Rotary(config)
+        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.norm = nn.RMSNorm(config["hidden_size"])
+
+
+def rope_frequencies(width: int, theta: float) -> torch.Tensor:
+    """Float32 [width / 2] on the CPU, whatever the default device: theta^(-2i / width) (RoFormer, arXiv:2104.09864)."""
+    steps = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
+    return 1.0 / theta**steps
+
+
+def load_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> VisionTower:
+    """The vision half, in eval mode. Raises CheckpointError."""
+    with torch.device("meta"):
+        tower = VisionTower(checkpoint.family.vision_config(checkpoint.config))
+    load_weights(tower, checkpoint, Half.VISION, dtype=dtype, device=device)
+    return _frozen(tower)
+
+
+def load_language_model(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str | Where = "cpu"
+) -> tuple[TextModel, nn.Linear]:
+    """The language half and its output head, in eval mode; a tied head shares the embedding's parameter. `device` may
+    differ from tensor to tensor.
+
+    Raises CheckpointError."""
+    config = text_settings(checkpoint)
+    with torch.device("meta"):
+        model = TextModel(config)
+        head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
+    halves = nn.ModuleDict({"model": model, "lm_head": head})
+    load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
+    return _frozen(model), _frozen(head)
+
+
+def text_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The language half's configuration with transformers' defaults filled in. CheckpointError for what has none."""
+    config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
+    config |= checkpoint.family.text_config(checkpoint.config)
+    _refuse(text_problems(config))
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config["num_attention_heads"]
+    return config
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    found = list(problems)
+    if found:
+        raise CheckpointError(*found)
+
+
+def _frozen(module: _Module) -> _Module:
+    module.requires_grad_(False)
+    module.train(False)
+    return module

@@ -1,0 +1,184 @@
+"""The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
+
+Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
+(`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
+The patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import groupby
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.kernels.panels import PanelLinear, panels_serve
+from lookonce.models.onednn import BlockedLinear, blocked_pays, lay_out, needs_round_rows, rounded_up
+from lookonce.models.quantization import quantize
+from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
+from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Patches, Preprocessor
+from lookonce.models.qwen2_vl.vision_kernels.blocks import blocks_for
+from vision_service.encode_thread import Pause
+
+Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
+
+
+class Encoder:
+    """A loaded tower. `encode` is called from one thread at a time."""
+
+    def __init__(
+        self,
+        tower: VisionTower,
+        preprocessor: Preprocessor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        native: bool = True,
+    ) -> None:
+        """`native`: use compiled kernels where there are some for this tower."""
+        self.tower = tower
+        self.dtype = dtype
+        self.device = device
+        self.merge_area = preprocessor.merge**2
+        self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
+        self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
+        self._frequencies = tower.rotary_frequencies.to(device)
+        self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
+        if dtype == torch.float32:
+            lay_out(tower, native=native)
+        self._rounds = device.type == "cpu" and (isinstance(self._project, BlockedLinear) or needs_round_rows(tower))
+        self._blocks = blocks_for(tower, dtype, device) if native else None
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> Encoder:
+        """Read the vision half of a checkpoint; `quantization` ("none", "int8") is that of the blocks' matrices. Raises
+        CheckpointError."""
+        tower = load_vision_tower(checkpoint, dtype, device)
+        if quantization == "int8":
+            quantize(tower.blocks)
+        return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device, native=native)
+
+    @property
+    def native(self) -> bool:
+        """Whether compiled kernels serve."""
+        return self._blocks is not None
+
+    @torch.inference_mode()
+    def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
+        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
+        between the blocks of the tower, and within them where they take long; it may encode another batch."""
+        order = sorted(range(len(batch)), key=lambda index: batch[index].count)
+        packed = [batch[index] for index in order]
+        rows = self._forward(packed, pause).to("cpu")
+        tokens = sum(patches.count for patches in packed) // self.merge_area
+        parts = torch.split(rows[:tokens], [patches.count // self.merge_area for patches in packed])
+        results: list[torch.Tensor] = [rows] * len(batch)
+        for index, part in zip(order, parts, strict=True):
+            results[index] = part
+        return results
+
+    def warm_up(self, preprocessor: Preprocessor) -> None:
+        """Encode one small picture, so that lazy initialisation isn't paid for by the first request."""
+        side = preprocessor.factor
+        self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
+
+    def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
+        """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
+        more picture, of as many patches as make their number a round one."""
+        tower, counts = self.tower, [patches.count for patches in batch]
+        missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
+        missing += -missing % self.merge_area
+        counts += [missing] if missing else []
+        cos, sin = self._rotary(batch, missing)
+        hidden = self._embed(batch, missing)
+        if self._blocks is not None:
+            return self._blocks(hidden, counts, cos, sin, pause)
+        runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
+        for block in tower.blocks:
+            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+            pause()
+        merged: torch.Tensor = tower.merger(hidden)
+        return merged
+
+    def _rotary(self, batch: list[Patches], missing: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [patches of all, 1, head width / 2], float32: of the row first, then of the column."""
+        merge = self.tower.spatial_merge_size
+        positions = torch.cat([patch_positions(*patches.grid_thw[1:], merge) for patches in batch]).to(self.device)
+        positions = functional.pad(positions, (0, 0, 0, missing))
+        angles = (positions[:, :, None].float() * self._frequencies).flatten(1)
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+    def _embed(self, batch: list[Patches], missing: int) -> torch.Tensor:
+        """[patches of all, width]."""
+        parts = [patches.pixels for patches in batch]
+        if missing:
+            parts.append(np.zeros_like(parts[0], shape=(missing, *parts[0].shape[1:])))
+        pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if self._blocks is not None:
+            values = self._blocks.kernels.lookup(pixels, self._table)
+        else:
+            index = torch.from_numpy(pixels).to(self.device).to(torch.int32) + self._offsets
+            values = self._table.index_select(0, index.view(-1))
+        values = values.view(len(pixels), CHANNELS, 1, -1)
+        return self._project(values.expand(-1, -1, self._frames, -1).reshape(len(pixels), -1))
+
+
+def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
+    """The product with a kernel [width, 3, frames, patch, patch], and how many frames of a picture it takes. They are
+    all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
+    frames = kernel.shape[2]
+    if kernel.dtype == torch.float32:
+        frames, kernel = 1, kernel.sum(2)
+    weight = kernel.flatten(1)
+    if native and panels_serve(weight):
+        return frames, PanelLinear(weight)
+    if kernel.dtype == torch.float32 and blocked_pays(weight):
+        return frames, BlockedLinear(weight)
+    return frames, partial(functional.linear, weight=weight)
+
+
+@lru_cache(maxsize=64)
+def patch_positions(height: int, width: int, merge: int) -> torch.Tensor:
+    """Row and column [height * width, 2] of each patch, in the order that keeps merge cells together."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cells = (height // merge, merge, width // merge, merge)
+    return torch.stack([axis.reshape(cells).transpose(1, 2).flatten() for axis in (rows, columns)], dim=-1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [patches, heads, head width] in float32; the two halves of the width are the coordinates."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def _attend(
+    attention: VisionAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: list[Run]
+) -> torch.Tensor:
+    length = hidden.shape[0]
+    heads = attention.num_heads
+    query, key, value = attention.qkv(hidden).view(length, 3, heads, -1).unbind(1)  # each [patches, heads, head width]
+    query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    outputs = []
+    start = 0
+    for pictures, patches in runs:
+        end = start + pictures * patches
+        q, k, v = (x[start:end].view(pictures, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+        outputs.append(mixed.transpose(1, 2).reshape(pictures * patches, -1))
+        start = end
+    projected: torch.Tensor = attention.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+    return projected

@@ -1,0 +1,1 @@
+"""Images judged by a policy: the rules, batches of images, the report."""

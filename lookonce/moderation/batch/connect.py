@@ -1,0 +1,116 @@
+"""From addresses to a judge: channels, models described and checked, all closed together."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import structlog
+
+from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.rpc.client import LanguageClient, VisionClient
+from lookonce.core.rpc.server import Tls
+from lookonce.moderation.batch.identity import Models, language_fingerprint
+from lookonce.moderation.batch.judging import Judge, other_model
+from lookonce.moderation.batch.poison_isolation import Asking
+from lookonce.moderation.batch.service_pool import AWAY, LanguageLink, Links, Patience, VisionLink, pause
+from lookonce.moderation.policy import Policy
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the services are, and how they are spoken to. Plain data: another machine may connect with it."""
+
+    vision: tuple[str, ...]
+    language: tuple[str, ...]
+    tls: Tls | None = None
+    connections: int = 2  # to each vision service
+    scores: int = 16  # pictures a language service scores at once
+    reproducible: bool = True
+    patience: Patience = field(default_factory=Patience)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the services are and take."""
+
+    models: Models
+    max_image_bytes: int
+    window: int  # pictures of one stream under way
+    under_way: int  # pictures worth having under way in all
+
+
+async def describe(addresses: Addresses, policy: Policy) -> Served:
+    """Waits for the services to answer, as long as patience lasts. Raises UNAVAILABLE, FINGERPRINT_MISMATCH when they
+    don't belong together or differ among themselves."""
+    visions = [VisionClient(address, tls=addresses.tls) for address in addresses.vision]
+    languages = [LanguageClient(address, tls=addresses.tls) for address in addresses.language]
+    try:
+        seen = [await _described(client, addresses.patience) for client in visions]
+        heard = [await _described(client, addresses.patience) for client in languages]
+    finally:
+        for client in (*visions, *languages):
+            await client.close()
+    models = {Models.of(vision, language, policy) for vision in seen for language in heard}
+    if len(models) != 1:
+        raise invalid("the services at these addresses don't all have the same model and bounds", param="vision")
+    window = min(vision.stream_window for vision in seen)
+    under_way = addresses.connections * len(visions) * window + addresses.scores * len(languages)
+    return Served(models.pop(), min(vision.max_image_bytes for vision in seen), window, under_way)
+
+
+async def _described(client: VisionClient | LanguageClient, patience: Patience):  # type: ignore[no-untyped-def]
+    began, attempt, said = time.monotonic(), 0, False
+    while True:
+        try:
+            return await client.describe()
+        except LookonceError as error:
+            if error.kind not in AWAY or time.monotonic() - began > patience.away:
+                raise
+            if not said and time.monotonic() - began > 1:
+                said = True
+                log.warning("waiting for a service", service=client.label, gives_up_after=patience.away)
+            await asyncio.sleep(pause(attempt))
+            attempt += 1
+
+
+@asynccontextmanager
+async def connected(
+    addresses: Addresses, policy: Policy, served: Served, *, trials: bool = True
+) -> AsyncIterator[Judge]:
+    """A judge, for as long as the block runs. Only one process of a run makes `trials`."""
+    models, patience = served.models, addresses.patience
+
+    async def check_vision(client: VisionClient) -> str:
+        found = await client.describe()
+        if found.fingerprint != models.vision:
+            raise other_model(client.label, models.vision, found.fingerprint)
+        return found.model.instance
+
+    async def check_language(client: LanguageClient) -> str:
+        described = await client.describe()
+        found = language_fingerprint(described)
+        if found != models.language:
+            raise other_model(client.label, models.language, found)
+        return described.model.instance
+
+    def open_vision(address: str) -> VisionLink:
+        clients = [VisionClient(address, tls=addresses.tls) for _ in range(addresses.connections)]
+        return VisionLink(clients, served.window, patience, check_vision)
+
+    def open_language(address: str) -> LanguageLink:
+        client = LanguageClient(address, tls=addresses.tls)
+        return LanguageLink(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
+
+    visions = Links([open_vision(address) for address in addresses.vision])
+    languages = Links([open_language(address) for address in addresses.language])
+    try:
+        yield Judge(policy, models, visions, languages, patience, Asking(trials=trials))
+    finally:
+        await visions.close()
+        await languages.close()

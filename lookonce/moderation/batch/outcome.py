@@ -1,0 +1,84 @@
+"""What came of one picture: everything that depends on its bytes, the policy and the models, and on nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from lookonce.core.errors import ErrorKind, LookonceError
+
+PLACES = 6
+"""Decimal places of a score: more would be the noise of how pictures happened to share a batch."""
+SERVICE_CRASHED = "service_crashed"
+"""The kind of a picture that kills a service whenever it is asked about. No service can say so: no ErrorKind."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there are no scores: a kind of `lookonce.core.errors.ErrorKind`, or SERVICE_CRASHED, and our words."""
+
+    kind: str
+    message: str
+
+    @classmethod
+    def of(cls, error: LookonceError) -> Failure:
+        """The failure that an error means. Raises the error itself where it is no picture's doing: a bucket that does
+        not accept the credentials (any more) ends the run, which goes on with better ones."""
+        if error.kind is ErrorKind.UNAUTHENTICATED:
+            raise error
+        return cls(error.kind.value, error.message)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Scores by rule id, for the rules that were asked. Without `failure` the size is known."""
+
+    width: int | None = None  # pixels, after EXIF orientation
+    height: int | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    follow_ups: dict[str, str] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    def to_json(self) -> bytes:
+        """For the ledger."""
+        return orjson.dumps(self)
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Outcome:
+        """What `to_json` made."""
+        fields: dict[str, Any] = orjson.loads(data)
+        failure = fields.pop("failure")
+        return cls(**fields, failure=Failure(**failure) if failure else None)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Milliseconds, as this job saw them; `embedding` is "hit", "miss" or "coalesced"."""
+
+    read_ms: float | None = None
+    encode_ms: float | None = None
+    score_ms: float | None = None
+    follow_up_ms: float | None = None
+    embedding: str | None = None
+
+    def to_json(self) -> bytes:
+        """For the ledger."""
+        return orjson.dumps({name: value for name, value in vars(self).items() if value is not None})
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Timings:
+        """What `to_json` made."""
+        return cls(**orjson.loads(data))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One input of the job. With `failure` its bytes could not be had; else `digest` leads to its outcome."""
+
+    index: int
+    source: str
+    digest: bytes | None = None  # 32 bytes, BLAKE3
+    failure: Failure | None = None
+    timings: Timings = Timings()

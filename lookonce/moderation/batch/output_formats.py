@@ -1,0 +1,163 @@
+"""The forms that results are written in: Parquet, JSON lines, CSV. Each writes a part, joins parts, reads both back."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.parquet as pq
+
+from lookonce.moderation.batch.columns import Columns
+from lookonce.moderation.batch.ledger import Full
+
+BATCH_ROWS = 4096
+GROUP_ROWS = 65536
+_BLOCK_BYTES = 8 << 20  # read at once; the longest row of a CSV must fit into it
+_FORMULA = r"'*(?:\s*[=+\-@＝＋－＠]|[\t\r\n])"
+"""How a cell begins that a spreadsheet may take for a formula; behind quotes, so that escaping can be undone."""
+
+
+class Form(Protocol):
+    """One way to write rows. Blocking."""
+
+    def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
+        """One part."""
+
+    def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
+        """One file of all parts, in their order."""
+
+    def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The rows of a part or of a whole result."""
+
+
+class Parquet:
+    """Typed columns, compressed; the schema holds the manifest."""
+
+    def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
+        """One part."""
+        pq.write_table(columns.table(rows), path, compression="zstd")
+
+    def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
+        """In groups of rows that are worth compressing."""
+        with pq.ParquetWriter(path, columns.schema, compression="zstd") as writer:
+            waiting: list[pa.Table] = []
+            for part in parts:
+                waiting.append(pq.read_table(part))
+                if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
+                    writer.write_table(pa.concat_tables(waiting))
+                    waiting = []
+            if waiting:
+                writer.write_table(pa.concat_tables(waiting))
+
+    def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """In batches."""
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+
+class JsonLines:
+    """An object a line."""
+
+    def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
+        """One part."""
+        with path.open("wb") as file:
+            for row in rows:
+                file.write(orjson.dumps(columns.record(row), option=orjson.OPT_APPEND_NEWLINE))
+
+    def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
+        """One part after the other."""
+        with path.open("wb") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+
+    def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """In batches."""
+        lines: list[dict[str, object]] = []
+        with path.open("rb") as stream:
+            for line in stream:
+                lines.append(orjson.loads(line))
+                if len(lines) == BATCH_ROWS:
+                    yield pa.RecordBatch.from_pylist(lines, schema=schema)
+                    lines = []
+        if lines:
+            yield pa.RecordBatch.from_pylist(lines, schema=schema)
+
+
+class Csv:
+    """RFC 4180 in UTF-8, with a header; nothing in a cell: no value. Structs become a column for each of their fields.
+
+    Text that a spreadsheet would take for a formula has a ' before it (OWASP, CSV injection): names of files and
+    answers of models are strangers' words. `read` takes it off again.
+    """
+
+    def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
+        """One part, with its header."""
+        pcsv.write_csv(_flat(columns.table(rows)), path)
+
+    def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
+        """One header, then all rows."""
+        self.write(path, columns, [])
+        header = path.stat().st_size
+        with path.open("ab") as target:
+            for part in parts:
+                with part.open("rb") as source:
+                    source.seek(header)
+                    shutil.copyfileobj(source, target)
+
+    def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """In batches, the columns as they were."""
+        flat = _flat(schema.empty_table()).schema
+        opened = pcsv.open_csv(
+            path,
+            pcsv.ReadOptions(block_size=_BLOCK_BYTES),
+            pcsv.ParseOptions(newlines_in_values=True),
+            pcsv.ConvertOptions(
+                column_types=flat, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+            ),
+        )
+        with opened as reader:
+            for batch in reader:
+                yield _nested(batch, schema)
+
+
+def _flat(table: pa.Table) -> pa.Table:
+    """`timings: {read_ms, ...}` as `timings_read_ms` and so on; formulas as text."""
+    arrays: list[pa.ChunkedArray] = []
+    names: list[str] = []
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if pa.types.is_struct(field.type):
+            arrays += column.flatten()
+            names += [f"{field.name}_{inner.name}" for inner in field.type]
+        else:
+            arrays.append(column)
+            names.append(field.name)
+    texts = [pc.replace_substring_regex(a, f"^({_FORMULA})", r"'\1") if _text(a) else a for a in arrays]
+    return pa.table(texts, names=names)
+
+
+def _nested(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """`_flat`, undone."""
+    columns = iter(pc.replace_substring_regex(a, f"^'({_FORMULA})", r"\1") if _text(a) else a for a in batch.columns)
+    arrays = []
+    for field in schema:
+        if pa.types.is_struct(field.type):
+            inner = [next(columns) for _ in field.type]
+            arrays.append(pa.StructArray.from_arrays(inner, fields=list(field.type)))
+        else:
+            arrays.append(next(columns))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _text(column: pa.ChunkedArray | pa.Array) -> bool:
+    return bool(pa.types.is_string(column.type))
+
+
+FORMS: dict[str, Form] = {"parquet": Parquet(), "jsonl": JsonLines(), "csv": Csv()}
+SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv"}

@@ -1,0 +1,143 @@
+"""One run on disk: begun, taken up again, its parts written in order, finished. Ledger and files keep to one thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.moderation.batch.columns import Columns
+from lookonce.moderation.batch.identity import Manifest
+from lookonce.moderation.batch.ledger import Ledger
+from lookonce.moderation.batch.outcome import Outcome, Row
+from lookonce.moderation.batch.parts import Output
+from lookonce.moderation.batch.results import Results
+
+T = TypeVar("T")
+
+
+def prepare(output: Output, manifest: Manifest, *, restart: bool) -> bool:
+    """Claim the output for this run; whether it is finished already. Raises CONFLICT when the results there are those
+    of another run, naming what differs. Blocking."""
+    begun = output.manifest()
+    if begun is None and output.occupied() and not restart:
+        text = f"{output.out} exists and is not a result of `lookonce moderate`: choose another --out, or --restart"
+        raise LookonceError(ErrorKind.CONFLICT, text, param="out")
+    differences = begun.identity.differences(manifest.identity) if begun is not None else []
+    if differences and not restart:
+        text = (
+            f"{output.out} holds results of another run, and results are never mixed: {'; '.join(differences)}. "
+            "Choose another --out, or begin again with --restart"
+        )
+        raise LookonceError(ErrorKind.CONFLICT, text, param="out")
+    if begun is not None and output.finished() and not restart:
+        return True
+    output.claim()
+    if restart or begun is None:
+        if output.ledger.exists():
+            ledger = Ledger(output.ledger)
+            same = begun is not None and begun.identity.same_judgement(manifest.identity)
+            ledger.start_again(keep_pictures=same)
+            ledger.close()
+        output.drop_parts()
+    output.begin(manifest)
+    return False
+
+
+class Run:
+    """A claimed output. Close it at the end."""
+
+    def __init__(self, output: Output, manifest: Manifest) -> None:
+        """Blocking."""
+        self.output = output
+        self.manifest = manifest
+        self.columns = Columns(manifest)
+        self._size = manifest.identity.part_rows
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
+        self._ledger = Ledger(output.ledger)
+        self._parts = self._ledger.parts
+        self._total = self._ledger.total
+        start = self._parts * self._size
+        numbers = [number for number in self._ledger.row_numbers() if number >= start]
+        self._rows = set(numbers)  # of parts that are not written
+        self._listed = 0
+        self._advanced = asyncio.Event()
+        self.begun = Results.at(output.out).counts()
+        """Of the rows that earlier processes left."""
+
+    def has(self, index: int) -> bool:
+        """Whether the input's row is known."""
+        return index < self._parts * self._size or index in self._rows
+
+    def fired(self, outcome: Outcome | None) -> bool:
+        """Whether any rule fired."""
+        scores = outcome.scores if outcome is not None else {}
+        return any(rule.id in scores and rule.fires(scores[rule.id]) for rule in self.manifest.policy.rules)
+
+    def listed(self, count: int) -> None:
+        """So many inputs are known to be there."""
+        self._listed = max(self._listed, count)
+
+    async def listing_ended(self) -> None:
+        """There are no more inputs than `listed`."""
+        self._total = self._listed
+        await self._in_thread(lambda: self._ledger.finish_listing(self._listed))
+        await self.record([], {})  # the last part is shorter than the others
+
+    async def wait_near(self, index: int, parts: int) -> None:
+        """Until the input is at most so many parts beyond the first that is not complete."""
+        while index >= (self._parts + parts) * self._size:
+            self._advanced.clear()
+            await self._advanced.wait()
+
+    async def outcome(self, digest: bytes) -> tuple[Outcome, bool] | None:
+        """What is known of a picture, and whether there is a row of it."""
+        return await self._in_thread(lambda: self._ledger.outcome(digest))
+
+    async def record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
+        """Keep rows, with the outcomes that are new, and write the parts that are now complete."""
+        await self._in_thread(lambda: self._record(rows, outcomes))
+        self._advanced.set()
+
+    async def complete(self) -> bool:
+        """Whether every input is in a part."""
+        return self._total is not None and self._parts * self._size >= self._total
+
+    async def finish(self) -> int:
+        """Make the result of the parts; how many rows it has."""
+        total = self._total or 0
+        await self._in_thread(lambda: self.output.finish(self._parts, self.columns))
+        return total
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._thread.shutdown()
+        self._ledger.close()
+        self.output.release()
+
+    def _record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
+        if rows:
+            self._ledger.record(rows, outcomes)
+            self._rows.update(row.index for row in rows)
+        while (end := self._end_of_next()) is not None:
+            start = self._parts * self._size
+            if not all(number in self._rows for number in range(start, end)):
+                return
+            self.output.write_part(self._parts, self.columns, list(self._ledger.rows(start, end)))
+            self._ledger.part_written(self._parts, end)
+            self._rows.difference_update(range(start, end))
+            self._parts += 1
+
+    def _end_of_next(self) -> int | None:
+        """Where the next part ends; None when there is none, or its end isn't known yet."""
+        start, end = self._parts * self._size, (self._parts + 1) * self._size
+        if self._total is not None:
+            end = min(end, self._total)
+        elif end > self._listed:
+            return None
+        return end if end > start else None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -1,8 +1,0 @@
-"""Where embeddings are kept: in memory, in an embedded database, in Redis, or in tiers of these. `open_store` opens
-any by URL."""
-
-from lookonce.stores.base import EmbeddingStore, Leases, Store, StoreFailure, Value
-from lookonce.stores.factory import open_store
-from lookonce.stores.metrics import StoreStats
-
-__all__ = ["EmbeddingStore", "Leases", "Store", "StoreFailure", "StoreStats", "Value", "open_store"]
