@@ -34,8 +34,8 @@ from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.server import Server
 from lookonce.core.stores import open_store
 from lookonce.core.telemetry.logs import serve_metrics
+from lookonce.models.chat.chat_format import end_token_ids, image_marker
 from lookonce.models.checkpoint import Checkpoint, Half
-from lookonce.models.checkpoint.chat import end_token_ids, image_marker
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.omp_thread import apart

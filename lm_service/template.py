@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lm_service.engine.detokenizer import TokenTable
 from lookonce.core.errors import invalid
-from lookonce.models.checkpoint.chat import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
 
 __all__ = ["ChatTemplate", "Turn", "load_template"]
 

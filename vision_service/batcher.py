@@ -19,9 +19,10 @@ import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running
+from lookonce.models.omp_thread import Pause
 from lookonce.models.qwen2_vl.preprocessing import Patches
 from vision_service import metrics
-from vision_service.encode_thread import EncodeThread, Pause, Stopped
+from vision_service.encode_thread import EncodeThread, Stopped
 
 Encode = Callable[[Sequence[Patches], Pause], list[torch.Tensor]]
 log = structlog.get_logger(__name__)

@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
+from lookonce.models.omp_thread import Pause
+
 R = TypeVar("R")
-Pause = Callable[[], None]
-"""To be called now and then by a forward that takes long: others have a turn, and it raises Stopped at the end."""
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the forward under way to reach its next pause; the thread ends with the process."""
 

@@ -13,6 +13,8 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Pause = Callable[[], None]
+"""To be called now and then by a forward that takes long: others have a turn. Raises what ends the forward."""
 
 
 def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

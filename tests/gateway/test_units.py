@@ -15,6 +15,7 @@ from gateway.schemas.questions import QuestionsRequest
 from gateway.schemas.sampling import to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
 
 KEY = "correct-horse-battery"
 
@@ -97,7 +98,7 @@ def test_a_public_address_needs_keys() -> None:
         GatewaySettings(host=host)
 
 
-def test_a_bad_start_is_one_line_and_status_1_or_2() -> None:
+def test_a_bad_start_is_one_line_and_a_permanent_status() -> None:
     for arguments, words in (
         (["--host", "0.0.0.0"], "LOOKONCE_GATEWAY_API_KEYS"),
         (["--store", "nowhere://x"], "store"),
@@ -105,7 +106,7 @@ def test_a_bad_start_is_one_line_and_status_1_or_2() -> None:
         done = subprocess.run(
             [sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, timeout=180
         )
-        assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+        assert done.returncode in (USAGE_EXIT, PERMANENT_EXIT) and "Traceback" not in done.stderr
         assert words in " ".join(done.stderr.replace("│", " ").split()), done.stderr
 
 

@@ -179,7 +179,7 @@ def _half_problems(
 
 
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
-    from lookonce.models.checkpoint.chat import end_token_ids, image_marker, open_chat, prompt_problems
+    from lookonce.models.chat.chat_format import end_token_ids, image_marker, open_chat, prompt_problems
 
     problems = _Problems()
     rows = family.text_config(config).get("vocab_size")

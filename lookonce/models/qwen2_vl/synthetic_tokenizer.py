@@ -71,7 +71,7 @@ def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: boo
     """
     from tokenizers import AddedToken, models, pre_tokenizers
 
-    from lookonce.models.checkpoint.tokenizer import byte_level
+    from lookonce.models.chat.tokenizer import byte_level
 
     vocab = {symbol: position for position, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     room = vocab_size - len(vocab) - len(SPECIAL_TOKENS)

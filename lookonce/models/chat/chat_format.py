@@ -16,8 +16,8 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
 from lookonce.models.checkpoint.files import read_json
-from lookonce.models.checkpoint.tokenizer import load_tokenizer, tokenizer_settings
 from lookonce.models.family import SpecialTokens
 
 _log = logging.getLogger(__name__)
