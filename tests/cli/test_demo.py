@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -30,24 +31,29 @@ def test_demo_answers_as_the_unsplit_model_does(checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="affinity is set as Linux does it")
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="two cores, to be chosen from")
 def test_the_unsplit_models_threads_do_not_wait_awake(tmp_path):
-    """On one core two threads take about as long as one; waiting awake for each other, thirty times as long."""
+    """Where other work shares the cores two threads take about as long as one; waiting awake, twenty times as long."""
     [picture, _] = drawn_samples(tmp_path)
-    core = min(os.sched_getaffinity(0))
+    cores = sorted(os.sched_getaffinity(0))[:2]
     job = {"model": str(BUNDLED), "dtype": "float32", "device": "cpu", "max_tokens": 8}
     job["items"] = [{"image": str(picture.path), "question": question} for question, _ in picture.questions]
     seconds = {}
-    for threads in (1, 2):
-        done = subprocess.run(
-            [sys.executable, "-m", "lookonce.cli.baseline"], input=json.dumps({**job, "threads": threads}), cwd=ROOT,
-            env=environment(OMP_NUM_THREADS="2"), preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        result = json.loads(done.stdout)
-        assert result["threads"] == threads
-        seconds[threads] = sum(answer["ms"] for answer in result["answers"]) / 1000
-    assert seconds[2] < 8 * seconds[1], seconds
+    with ExitStack() as stack:
+        for core in cores:
+            code = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", code]))
+            stack.callback(busy.kill)
+        for threads in (1, 2):
+            done = subprocess.run(
+                [sys.executable, "-m", "lookonce.cli.baseline"], cwd=ROOT, input=json.dumps({**job, "threads": threads}),
+                env=environment(OMP_NUM_THREADS="2"), preexec_fn=lambda: os.sched_setaffinity(0, cores),
+                capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            result = json.loads(done.stdout)
+            assert result["threads"] == threads
+            seconds[threads] = sum(answer["ms"] for answer in result["answers"]) / 1000
+    assert seconds[2] < 6 * seconds[1], seconds
 
 
 def test_drawn_samples_are_two_pictures_with_eight_questions(tmp_path):
