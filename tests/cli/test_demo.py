@@ -45,8 +45,9 @@ def test_the_unsplit_models_threads_do_not_wait_awake(tmp_path):
             busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", code]))
             stack.callback(busy.kill)
         for threads in (1, 2):
+            asked = json.dumps({**job, "threads": threads})
             done = subprocess.run(
-                [sys.executable, "-m", "lookonce.cli.baseline"], cwd=ROOT, input=json.dumps({**job, "threads": threads}),
+                [sys.executable, "-m", "lookonce.cli.baseline"], cwd=ROOT, input=asked,
                 env=environment(OMP_NUM_THREADS="2"), preexec_fn=lambda: os.sched_setaffinity(0, cores),
                 capture_output=True, text=True, check=True,
             )  # fmt: skip
