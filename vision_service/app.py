@@ -141,7 +141,8 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     core.start()
     try:
         server = Server(settings.server)
-        servicer = VisionServicer(core, describe(settings, tower), shrunk=_shrunk(settings, tower))
+        shrunk = _shrunk(settings, tower)
+        servicer = VisionServicer(core, describe(settings, tower), shrunk=shrunk)
         server.add(
             "lookonce.v1.VisionEncoder",
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
@@ -162,6 +163,13 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
                 fingerprint=tower.model.fingerprint[:16],
                 seconds=round(time.monotonic() - started, 2),
             )
+            if shrunk is not None:
+                log.info(
+                    "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
+                    max_pixels=tower.model.bounds[1],
+                    checkpoint_max_pixels=tower.model.own_bounds[1],
+                    variable="LOOKONCE_VISION_MAX_PIXELS",
+                )
             yield server
     finally:
         await core.close()
@@ -191,13 +199,6 @@ async def serve(settings: VisionSettings) -> None:
 
 def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
     most = settings.max_pixels or default_max_pixels(checkpoint.max_pixels, device.type)
-    if settings.max_pixels is None and most < checkpoint.max_pixels:
-        log.info(
-            "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
-            max_pixels=most,
-            checkpoint_max_pixels=checkpoint.max_pixels,
-            variable="LOOKONCE_VISION_MAX_PIXELS",
-        )
     least = settings.min_pixels or min(checkpoint.min_pixels, most)
     if least > most:
         raise LookonceError(
