@@ -197,13 +197,15 @@ def _unusable(problem: str) -> Finding:
 
 
 def _image_size(own: int, report: dict[str, Any] | None) -> Iterator[Finding]:
-    """Whether large images are made smaller because a CPU encodes them; `own`: the checkpoint's max_pixels."""
+    """How large images are encoded: smaller ones on a CPU than `own`, the checkpoint's max_pixels, allows for."""
     from lookonce.models.qwen2_vl.sizing import default_max_pixels
 
     most = default_max_pixels(own, "cuda" if (report or {}).get("available") else "cpu")
     if most < own:
         detail = f"resized to {most} pixels at most, because a CPU encodes them; the checkpoint allows for {own}"
         yield warn("images", detail, f"--max-pixels {own} keeps them large: minutes for a photograph on few cores")
+    else:
+        yield ok("images", f"resized to {most} pixels at most, as the checkpoint says")
 
 
 def check_memory(sizes: dict[str, int], report: dict[str, Any] | None) -> Iterator[Finding]:

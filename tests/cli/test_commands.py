@@ -53,7 +53,9 @@ def test_doctor_on_a_good_machine(checkpoint, tmp_path):
     done = lookonce("doctor", "--model", checkpoint, "--data-dir", tmp_path / "data", "--port", "0", "--json")
     found = findings(done)
     assert done.returncode == 0, done.stdout
-    assert {"python", "torch", "cpu", "cuda", "checkpoint", "memory", "data dir", "store", "port"} == set(found)
+    assert {"python", "torch", "cpu", "cuda", "checkpoint", "images", "memory", "data dir", "store", "port"} == set(
+        found
+    )
     assert found["checkpoint"]["status"] == found["python"]["status"] == found["torch"]["status"] == "ok"
     assert "vision" in found["memory"]["detail"] and "language" in found["memory"]["detail"]
     assert not (tmp_path / "data").exists(), "doctor changes nothing"
