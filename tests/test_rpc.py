@@ -48,6 +48,8 @@ class Echo(vision_pb2_grpc.VisionEncoderServicer):
     slow = asyncio.Event()
 
     async def Encode(self, request, context):
+        if request.image == b"caught":  # as calls end that grpc's shutdown catches before they begin
+            await context.abort(grpc.StatusCode.CANCELLED, "")
         if request.image == b"slow":
             self.slow.set()
             await asyncio.sleep(60)
@@ -128,6 +130,16 @@ async def test_a_method_the_server_lacks_is_internal_not_a_crash(tmp_path):
     with pytest.raises(LookonceError) as caught:
         await client.encode(vision_pb2.EncodeRequest(image=b"x"))
     assert caught.value.kind is ErrorKind.INTERNAL
+    await client.close()
+    await server.grpc.stop(None)
+
+
+async def test_a_cancelled_that_nobody_here_asked_for_is_unavailable(tmp_path):
+    server, address = await serving(tmp_path)
+    client = VisionClient(address)
+    with pytest.raises(LookonceError) as caught:
+        await client.encode(vision_pb2.EncodeRequest(image=b"caught"))
+    assert (caught.value.kind, bool(caught.value.retry_after)) == (ErrorKind.UNAVAILABLE, True)
     await client.close()
     await server.grpc.stop(None)
 
