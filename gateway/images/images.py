@@ -5,7 +5,6 @@ knows nothing of HTTP."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import binascii
 import re
 import secrets
@@ -22,7 +21,7 @@ from gateway.images.image_records import PINNED_SECONDS, Change, ImageRecord, Re
 from gateway.images.listing import Listing, Page
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import image_digest
+from lookonce.core.identity import digest_of_image_id, image_digest
 from lookonce.core.reference import EmbeddingReference
 from lookonce.core.stores import Store
 from lookonce.core.tasks import start_task
@@ -318,7 +317,7 @@ def parse_id(identifier: str) -> bytes:
     if match is None:
         raise not_found()
     try:
-        return base64.b32decode(match[1].upper() + "====")
+        return digest_of_image_id(identifier)
     except binascii.Error as error:
         raise not_found() from error
 

@@ -89,6 +89,8 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
         return 0
     run = Run(made.output, made.manifest)
     try:
+        if run.dropped:
+            note(f"{run.dropped:,} damaged entries of an earlier process were dropped, and are made again")
         if run.begun.rows:
             note(f"going on after {run.begun.rows:,} pictures")
         status = uvloop.run(_work(made, run))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lookonce.cli.console import fail, say
+from lookonce.cli.console import fail, note, say
 from lookonce.core.errors import LookonceError
 
 HELP = """Write one HTML page about the results of `lookonce moderate`.
@@ -41,6 +41,8 @@ def report(
     so_far = "" if collected.finished else " so far"
     shown = f"{len(collected.cards)} of them in the page"
     say(f"{page}: {collected.rows:,} pictures{so_far}, {collected.flagged:,} flagged, {shown}")
+    if collected.left_out:
+        note(f"{collected.left_out:,} damaged rows or parts were left out: run `lookonce moderate` again to mend them")
 
 
 def register(app: typer.Typer) -> None:

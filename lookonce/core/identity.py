@@ -44,6 +44,11 @@ def image_id(digest: bytes) -> str:
     return "img_" + base64.b32encode(digest).decode("ascii").rstrip("=").lower()
 
 
+def digest_of_image_id(identifier: str) -> bytes:
+    """The digest that `image_id` was given. Raises ValueError for what is no id."""
+    return base64.b32decode(identifier.removeprefix("img_").upper() + "====")
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """All that decides the bytes of an embedding, apart from the image and its pixel bounds."""

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from lookonce.moderation.batch.results import Results
 from tests.cli.commands import Background, lookonce
 from tests.moderate.scenes import Pictures, make_pictures, policy_text
 from tests.processes import ROOT, ServiceProcess
@@ -62,3 +64,19 @@ def policy(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("policy") / "policy.yaml"
     path.write_text(policy_text())
     return path
+
+
+@pytest.fixture(scope="session")
+def results(pair, pictures, policy, tmp_path_factory) -> Path:
+    """Of a run that nothing disturbed."""
+    out = tmp_path_factory.mktemp("results") / "results.parquet"
+    done = pair.moderate(pictures.folder, policy, out, "--part-rows", "25")
+    assert done.returncode == 0, done.stderr
+    assert f"{COUNT} pictures" in done.stdout and "crowded" in done.stdout
+    assert list(out.parent.iterdir()) == [out]  # nothing is left behind
+    return out
+
+
+def settled(path: Path) -> pa.Table:
+    """A result without its timings."""
+    return pa.Table.from_batches(Results.at(path).batches()).drop(["timings"])

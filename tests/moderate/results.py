@@ -38,9 +38,9 @@ def write_results(folder: Path, count: int = 40, name: str = "results.parquet") 
     return output.out
 
 
-def begin_results(folder: Path, rows: int, part_rows: int) -> Path:
+def begin_results(folder: Path, rows: int, part_rows: int, name: str = "results.parquet") -> Path:
     """The same, of a run that was killed when it had so many rows."""
-    output, manifest, made = _made(folder, 40, "results.parquet", part_rows)
+    output, manifest, made = _made(folder, 40, name, part_rows)
     outcomes = {row.digest: outcome for row, outcome, *_ in made[:rows]}
 
     async def record() -> None:

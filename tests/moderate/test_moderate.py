@@ -14,32 +14,14 @@ from collections import Counter
 from contextlib import closing
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lookonce.moderation.batch.results import Results
 from tests.cli.commands import invoke
-from tests.moderate.conftest import COUNT, start_pair
+from tests.moderate.conftest import COUNT, settled, start_pair
 from tests.moderate.scenes import area_under_curve, holds, policy_text
 
 KILLS = 2
-
-
-@pytest.fixture(scope="session")
-def results(pair, pictures, policy, tmp_path_factory) -> Path:
-    """Of a run that nothing disturbed."""
-    out = tmp_path_factory.mktemp("results") / "results.parquet"
-    done = pair.moderate(pictures.folder, policy, out, "--part-rows", "25")
-    assert done.returncode == 0, done.stderr
-    assert f"{COUNT} pictures" in done.stdout and "crowded" in done.stdout
-    assert list(out.parent.iterdir()) == [out]  # nothing is left behind
-    return out
-
-
-def settled(path: Path) -> pa.Table:
-    """A result without its timings."""
-    return pa.Table.from_batches(Results.at(path).batches()).drop(["timings"])
 
 
 def begun(ledger: Path, rows: int) -> bool:
@@ -49,7 +31,7 @@ def begun(ledger: Path, rows: int) -> bool:
     with closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as db:
         try:
             return rows == 0 or bool(
-                db.execute("SELECT (SELECT count(*) FROM rows) + parts FROM progress").fetchone()[0]
+                db.execute("SELECT (SELECT count(*) FROM rows) + (SELECT count(*) FROM parts)").fetchone()[0]
             )
         except sqlite3.Error:  # being made
             return False

@@ -214,7 +214,9 @@ async def _record(
             tally.count(row, None, fired=False, first=False)
         elif outcome is not None:
             outcomes[row.digest] = outcome
-            earlier = await run.outcome(row.digest)  # this process's workers don't know what earlier ones left
+            earlier = await run.outcome(
+                row.digest, row.index
+            )  # this process's workers don't know what earlier ones left
             tally.count(row, outcome, fired=run.fired(outcome), first=earlier is None or not earlier[1])
             rows.append(row)
     for row, outcome in batch:
@@ -222,7 +224,7 @@ async def _record(
             waiting.setdefault(row.digest, []).append(row)
     for digest in list(waiting):
         known = outcomes.get(digest)
-        if known is None and (recorded := await run.outcome(digest)) is not None:
+        if known is None and (recorded := await run.outcome(digest, waiting[digest][0].index)) is not None:
             known = recorded[0]
         if known is not None:
             for row in waiting.pop(digest):

@@ -73,9 +73,19 @@ class Identity:
         """What `to_json` made."""
         return cls(**{**fields, "models": Models(**fields["models"])})
 
+    def judgement_key(self) -> str:
+        """What the scores of a picture are bound to."""
+        models = self.models
+        return _canonical([self.policy_digest, models.vision, models.language, models.max_pixels])
+
+    def run_key(self) -> str:
+        """What rows and parts are bound to: all in which two runs can differ."""
+        parts = [self.source, self.source_digest, self.count, self.form, self.part_rows]
+        return _canonical([*parts, self.judgement_key()])
+
     def same_judgement(self, other: Identity) -> bool:
         """Whether a picture has the same scores in both."""
-        return (self.policy_digest, self.models) == (other.policy_digest, other.models)
+        return self.judgement_key() == other.judgement_key()
 
     def differences(self, now: Identity) -> list[str]:
         """What differs between the run that was begun and the one wanted now, in words that name both."""
@@ -98,6 +108,10 @@ class Identity:
             then, wanted = f"{self.form} of {self.part_rows} rows", f"{now.form} of {now.part_rows} rows"
             found.append(f"parts were {then}, now they would be {wanted}")
         return found
+
+
+def _canonical(value: Any) -> str:
+    return canonical_json(value).decode("utf-8")
 
 
 def _listed(identity: Identity) -> str:
@@ -124,9 +138,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Manifest:
-        """What `to_json` made. Raises CONFLICT for another version."""
+        """What `to_json` made. Raises CONFLICT for another version, ValueError for another policy than it names."""
         fields = dict(fields)
         if fields.pop("version", None) != 1:
             raise LookonceError(ErrorKind.CONFLICT, "the results were made by another version of lookonce")
         policy, options = Policy.model_validate(fields.pop("policy")), fields.pop("options")
-        return cls(Identity.from_json(fields), policy, options)
+        identity = Identity.from_json(fields)
+        if policy.digest != identity.policy_digest:
+            raise ValueError("the policy is not the one that the results were judged by")
+        return cls(identity, policy, options)

@@ -156,7 +156,7 @@ class Job:
         self._budget.add(size)
         try:
             digest = await _digest(data)
-            outcome, timings, first = await self._outcome(digest, data)
+            outcome, timings, first = await self._outcome(item.index, digest, data)
         finally:
             self._budget.add(-size)
         del data
@@ -167,7 +167,7 @@ class Job:
         if first:
             self._judging.pop(digest).set_result(outcome)  # after its row, which stands before those of duplicates
 
-    async def _outcome(self, digest: bytes, data: bytes) -> tuple[Outcome, Timings, bool]:
+    async def _outcome(self, index: int, digest: bytes, data: bytes) -> tuple[Outcome, Timings, bool]:
         """What comes of the bytes, what this worker took to find out, and whether no row has them yet: then the caller
         keeps one."""
         under_way = self._judging.get(digest)
@@ -179,7 +179,7 @@ class Job:
             if (kept := self._outcomes.get(digest)) is not None:
                 known: tuple[Outcome, bool] | None = (kept, True)
             else:
-                known = await self._run.outcome(digest)
+                known = await self._run.outcome(digest, index)
             if known is None:
                 return *await self._judge.judge(data), True
             outcome, has_row = known

@@ -1,43 +1,56 @@
-"""What a run knows so far, in SQLite: outcomes by picture, rows of parts that are not complete yet, how many parts are.
+"""What a run knows so far, in SQLite: outcomes by picture, rows of parts that are not complete yet, digests of parts.
 
 A picture's outcome stands once, by digest; rows lead to it. So a picture is judged once whatever the order, and killing
-the process at any instant loses only what was not committed. Blocking: `run.Run` keeps it to one thread.
+the process at any instant loses only what was not committed. Every value is sealed: an outcome for its picture and the
+judgement (policy and models), the rest for its number or picture and the run. Blocking: `run.Run` keeps it to one
+thread.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import quote
 
+import orjson
+import structlog
+
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.seal import Sealer
+from lookonce.moderation.batch.identity import Identity
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 
-_VERSION = 1
-_NEVER = 1 << 62
+_VERSION = 2
 _SCHEMA = """
-CREATE TABLE pictures (
-  digest BLOB PRIMARY KEY, first INTEGER NOT NULL, source TEXT NOT NULL, outcome BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE rows (
-  number INTEGER PRIMARY KEY, source TEXT NOT NULL, digest BLOB, kind TEXT, message TEXT, timings BLOB NOT NULL);
-CREATE TABLE progress (parts INTEGER NOT NULL, total INTEGER);
-INSERT INTO progress VALUES (0, NULL);
-"""
-_KEEP_FIRST = """
-INSERT INTO pictures VALUES (?, ?, ?, ?) ON CONFLICT (digest) DO UPDATE SET
-  source = CASE WHEN excluded.first < first THEN excluded.source ELSE source END, first = min(first, excluded.first)
+CREATE TABLE pictures (digest BLOB PRIMARY KEY, outcome BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE firsts (digest BLOB PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE rows (number INTEGER PRIMARY KEY, row BLOB NOT NULL);
+CREATE TABLE parts (number INTEGER PRIMARY KEY, digest BLOB NOT NULL);
 """
 _PRAGMAS = ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=NORMAL")
+_ALL = 1 << 62
+log = structlog.get_logger(__name__)
 Full = tuple[Row, Outcome | None, int | None, str | None]
 """A row, the outcome of its picture, and index and name of the first input with the same bytes."""
+Table = Literal["pictures", "firsts", "rows", "parts"]
+_KEYS: dict[Table, str] = {"pictures": "digest", "firsts": "digest", "rows": "number", "parts": "number"}
+_VALUES: dict[Table, str] = {"pictures": "outcome", "firsts": "input", "rows": "row", "parts": "digest"}
 
 
 class Ledger:
     """One file, used by one process at a time."""
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        """Read-only, it is there already; another process may be using it, and what is read is of one moment."""
+    def __init__(self, path: Path, identity: Identity, *, read_only: bool = False) -> None:
+        """Read-only, it is there already; another process may be using it, and what is read is of one moment. Raises
+        CONFLICT for a file that is no ledger."""
+        run = identity.run_key()
+        self._path = path
+        self._sealers: dict[Table, Sealer] = {
+            table: Sealer(f"moderate-{table}/{identity.judgement_key() if table == 'pictures' else run}")
+            for table in _KEYS
+        }
         try:
             mode = "ro" if read_only else "rwc"
             self._db = sqlite3.connect(
@@ -59,100 +72,153 @@ class Ledger:
         """Let go of the file."""
         self._db.close()
 
-    @property
-    def parts(self) -> int:
-        """Parts that are written."""
-        return int(self._db.execute("SELECT parts FROM progress").fetchone()[0])
+    def mend(self, intact: Callable[[int, bytes], bool], pictures_of: Callable[[int], Iterable[bytes]]) -> int:
+        """Drop what fails its seal, and all that hangs on it, so that it is made again; how much failed. `intact`:
+        whether a part is there with that digest; `pictures_of`: the digests of its pictures."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN")
+                dropped = sum(self._drop_damaged(table) for table in _KEYS)
+                whole = self._whole_parts(intact)
+                dropped += len(self._keys("parts")) - whole
+                if dropped:
+                    known = (all(map(self._known, pictures_of(number))) for number in range(whole))
+                    whole = next((number for number, good in enumerate(known) if not good), whole)
+                    rows = zip(self._keys("rows"), self.rows(0), strict=True)
+                    self._delete("rows", [number for number, full in rows if full is None])
+                self._db.execute("DELETE FROM parts WHERE number >= ?", (whole,))
+        except sqlite3.Error as error:
+            raise _damaged(self._path) from error
+        return dropped
 
-    @property
-    def total(self) -> int | None:
-        """Inputs of the source, once its end has been seen."""
-        found = self._db.execute("SELECT total FROM progress").fetchone()[0]
-        return None if found is None else int(found)
+    def _drop_damaged(self, table: Table) -> int:
+        found = self._db.execute(f"SELECT {_KEYS[table]}, {_VALUES[table]} FROM {table}")
+        bad = [key for key, sealed in found if self._open(table, key, sealed) is None]
+        if bad:
+            log.warning("entries of the ledger that are damaged or another's were dropped", table=table, count=len(bad))
+        return self._delete(table, bad)
 
-    def finish_listing(self, total: int) -> None:
-        """The source has been read to its end."""
-        self._db.execute("UPDATE progress SET total = ?", (total,))
+    def _delete(self, table: Table, keys: list[Any]) -> int:
+        self._db.executemany(f"DELETE FROM {table} WHERE {_KEYS[table]} = ?", ((key,) for key in keys))
+        return len(keys)
+
+    def _whole_parts(self, intact: Callable[[int, bytes], bool]) -> int:
+        """How many parts there are before the first that is missing or another."""
+        parts = self.parts()
+        for number in range(len(parts)):
+            digest = parts.get(number)
+            if digest is None or not intact(number, digest):
+                log.warning("a part that is damaged or another's was dropped", part=number)
+                return number
+        return len(parts)
+
+    def _known(self, digest: bytes) -> bool:
+        return self._get("pictures", digest) is not None and self._get("firsts", digest) is not None
+
+    def _keys(self, table: Table) -> list[Any]:
+        key = _KEYS[table]
+        return [found for (found,) in self._db.execute(f"SELECT {key} FROM {table} ORDER BY {key}")]
+
+    def _get(self, table: Table, key: bytes | int) -> bytes | None:
+        """The value; None when there is none, or another's."""
+        query = f"SELECT {_VALUES[table]} FROM {table} WHERE {_KEYS[table]} = ?"
+        found = self._db.execute(query, (key,)).fetchone()
+        return self._open(table, key, found[0]) if found is not None else None
+
+    def _put(self, table: Table, key: bytes | int, value: bytes) -> None:
+        self._db.execute(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", (key, self._seal(table, key, value)))
+
+    def _seal(self, table: Table, key: bytes | int, value: bytes) -> bytes:
+        return self._sealers[table].seal(_key(key), value)
+
+    def _open(self, table: Table, key: Any, sealed: Any) -> bytes | None:
+        """Also None for keys and values of other types, which SQLite allows."""
+        value = None
+        if isinstance(sealed, bytes) and isinstance(key, bytes | int):
+            value = self._sealers[table].open(_key(key), sealed)
+        return None if value is None else bytes(value)
+
+    def parts(self) -> dict[int, bytes | None]:
+        """The digests of the parts that are written; None for one that is damaged."""
+        return {number: self._get("parts", number) for number in self._keys("parts")}
 
     def row_numbers(self) -> list[int]:
         """Rows kept for parts that are not written yet."""
-        return [number for (number,) in self._db.execute("SELECT number FROM rows ORDER BY number")]
+        return self._keys("rows")
 
-    def outcome(self, digest: bytes) -> tuple[Outcome, bool] | None:
-        """What is known of a picture, and whether there is a row of it."""
-        found = self._db.execute("SELECT outcome, first FROM pictures WHERE digest = ?", (digest,)).fetchone()
-        return (Outcome.from_json(found[0]), found[1] < _NEVER) if found is not None else None
+    def outcome(self, digest: bytes, index: int) -> tuple[Outcome, bool] | None:
+        """What is known of a picture, and whether there is a row of it besides the one at `index`."""
+        found = self._get("pictures", digest)
+        if found is None:
+            return None
+        first = self._get("firsts", digest)
+        return Outcome.from_json(found), first is not None and orjson.loads(first)[0] != index
 
     def record(self, rows: Iterable[Row], outcomes: dict[bytes, Outcome]) -> None:
         """Keep rows, all or none. `outcomes` holds those that are new; the others are known already."""
         with self._db:
             self._db.execute("BEGIN")
             for row in rows:
-                kind, message = (row.failure.kind, row.failure.message) if row.failure else (None, None)
-                self._db.execute(
-                    "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?)",
-                    (row.index, _text(row.source), row.digest, kind, message, row.timings.to_json()),
-                )
+                self._put("rows", row.index, _row_to_json(row))
                 if row.digest is not None:
-                    self._note_first(row, outcomes.get(row.digest))
+                    outcome = outcomes.get(row.digest)
+                    if outcome is not None and self._get("pictures", row.digest) is None:
+                        self._put("pictures", row.digest, outcome.to_json())
+                    self._note_first(row.digest, row)
 
-    def _note_first(self, row: Row, outcome: Outcome | None) -> None:
-        if outcome is not None:
-            self._db.execute(_KEEP_FIRST, (row.digest, row.index, _text(row.source), outcome.to_json()))
-        else:
-            self._db.execute(
-                "UPDATE pictures SET first = ?1, source = ?2 WHERE digest = ?3 AND first > ?1",
-                (row.index, _text(row.source), row.digest),
-            )
+    def _note_first(self, digest: bytes, row: Row) -> None:
+        known = self._get("firsts", digest)
+        if known is None or row.index < orjson.loads(known)[0]:
+            self._put("firsts", digest, orjson.dumps([row.index, _text(row.source)]))
 
-    def rows(self, start: int, end: int = _NEVER) -> Iterator[Full]:
-        """The rows from `start` to before `end`, in order. Which is the first of its picture is certain once all of
-        them and all before them have been recorded."""
-        found = self._db.execute(
-            "SELECT r.number, r.source, r.digest, r.kind, r.message, r.timings, p.first, p.source, p.outcome "
-            "FROM rows r LEFT JOIN pictures p ON p.digest = r.digest WHERE r.number >= ? AND r.number < ? "
-            "ORDER BY r.number",
-            (start, end),
-        )
-        for values in found:
-            yield _full(*values)
+    def rows(self, start: int, end: int = _ALL) -> Iterator[Full | None]:
+        """The rows from `start` to before `end`, in order; None for one that is damaged, or whose picture is. Which is
+        the first of its picture is certain once all of them and all before them have been recorded."""
+        query = "SELECT number, row FROM rows WHERE number >= ? AND number < ? ORDER BY number"
+        found = self._db.execute(query, (start, end))
+        for number, sealed in found:
+            opened = self._open("rows", number, sealed)
+            yield self._full(_row_from_json(number, opened)) if opened is not None else None
 
-    def part_written(self, number: int, end: int) -> None:
+    def _full(self, row: Row) -> Full | None:
+        if row.digest is None:
+            return row, None, None, None
+        outcome, first = self._get("pictures", row.digest), self._get("firsts", row.digest)
+        if outcome is None or first is None:
+            return None
+        index, source = orjson.loads(first)
+        repeated = index < row.index
+        return row, Outcome.from_json(outcome), index if repeated else None, source if repeated else None
+
+    def part_written(self, number: int, end: int, digest: bytes) -> None:
         """Part `number` is durable: its rows need not be kept."""
         with self._db:
             self._db.execute("BEGIN")
             self._db.execute("DELETE FROM rows WHERE number < ?", (end,))
-            self._db.execute("UPDATE progress SET parts = ?", (number + 1,))
+            self._put("parts", number, digest)
 
     def start_again(self, *, keep_pictures: bool) -> None:
         """Forget rows and parts; and what is known of pictures, unless the same policy and models judge again."""
         with self._db:
             self._db.execute("BEGIN")
-            self._db.execute("DELETE FROM rows")
-            self._db.execute("UPDATE progress SET parts = 0, total = NULL")
-            if keep_pictures:
-                self._db.execute("UPDATE pictures SET first = ?", (_NEVER,))
-            else:
-                self._db.execute("DELETE FROM pictures")
+            for table in _KEYS:
+                if table != "pictures" or not keep_pictures:
+                    self._db.execute(f"DELETE FROM {table}")
 
 
-def _full(
-    number: int,
-    source: str,
-    digest: bytes | None,
-    kind: str | None,
-    message: str | None,
-    timings: bytes,
-    first: int | None,
-    first_source: str | None,
-    outcome: bytes | None,
-) -> Full:
-    failure = Failure(kind, message or "") if kind is not None else None
-    row = Row(number, source, digest, failure, Timings.from_json(timings))
-    if outcome is None:
-        return row, None, None, None
-    repeated = first is not None and first < number
-    return row, Outcome.from_json(outcome), first if repeated else None, first_source if repeated else None
+def _key(key: bytes | int) -> bytes:
+    return key if isinstance(key, bytes) else str(key).encode()
+
+
+def _row_to_json(row: Row) -> bytes:
+    digest = row.digest.hex() if row.digest is not None else None
+    return orjson.dumps([_text(row.source), digest, row.failure, orjson.Fragment(row.timings.to_json())])
+
+
+def _row_from_json(number: int, data: bytes) -> Row:
+    source, digest, failure, timings = orjson.loads(data)
+    known = bytes.fromhex(digest) if digest is not None else None
+    return Row(number, source, known, Failure(**failure) if failure else None, Timings(**timings))
 
 
 def _text(name: str) -> str:

@@ -37,18 +37,18 @@ class Form(Protocol):
 
 
 class Parquet:
-    """Typed columns, compressed; the schema holds the manifest."""
+    """Typed columns, compressed, each page with a checksum; the schema holds the manifest."""
 
     def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
         """One part."""
-        pq.write_table(columns.table(rows), path, compression="zstd")
+        pq.write_table(columns.table(rows), path, compression="zstd", write_page_checksum=True)
 
     def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
         """In groups of rows that are worth compressing."""
-        with pq.ParquetWriter(path, columns.schema, compression="zstd") as writer:
+        with pq.ParquetWriter(path, columns.schema, compression="zstd", write_page_checksum=True) as writer:
             waiting: list[pa.Table] = []
             for part in parts:
-                waiting.append(pq.read_table(part))
+                waiting.append(pq.read_table(part, page_checksum_verification=True))
                 if sum(table.num_rows for table in waiting) >= GROUP_ROWS:
                     writer.write_table(pa.concat_tables(waiting))
                     waiting = []
@@ -57,7 +57,7 @@ class Parquet:
 
     def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """In batches."""
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
 

@@ -11,12 +11,13 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
+from blake3 import blake3
 
 from lookonce.core.atomic_files import sync, write_durably
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -129,11 +130,23 @@ class Output:
         """Make a part durable."""
         write_durably(self.part(number), lambda path: FORMS[self.form].write(path, columns, rows))
 
+    def digest(self, number: int) -> bytes:
+        """Of a part's file. Raises OSError."""
+        return blake3().update_mmap(self.part(number)).digest()
+
+    def pictures(self, number: int, columns: Columns) -> Iterator[str]:
+        """The ids of the pictures in a part."""
+        for batch in FORMS[self.form].read(self.part(number), columns.schema):
+            yield from batch.column("image_digest").drop_null().to_pylist()
+
     def finish(self, count: int, columns: Columns) -> None:
         """From parts to the result, and nothing else left behind."""
         if self.single:
             files = [self.part(number) for number in range(count)]
             write_durably(self.out, lambda path: FORMS[self.form].join(path, columns, files))
+        else:
+            for path in set(self.written()) - {self.part(number) for number in range(count)}:
+                path.unlink()
         if not self.single or self.form != "parquet":  # which holds its manifest
             data = (self.run / "manifest.json").read_bytes()
             write_durably(self._final_manifest, lambda path: _keep(path, data))

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
+import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.moderation.batch.columns import FIRED, SCORE, Columns
@@ -18,14 +19,18 @@ from lookonce.moderation.batch.ledger import Ledger
 from lookonce.moderation.batch.output_formats import BATCH_ROWS, FORMS
 from lookonce.moderation.batch.parts import Output
 
+log = structlog.get_logger(__name__)
 
-@dataclass(frozen=True)
+
+@dataclass
 class Results:
     """Rows of one run. Blocking."""
 
     output: Output
     manifest: Manifest
     finished: bool
+    left_out: int = 0
+    """Rows and parts that the last `batches` left out: damaged, or not of this run."""
 
     @classmethod
     def at(cls, out: Path) -> Results:
@@ -42,26 +47,36 @@ class Results:
         """The rows in batches, in order; of a run under way those in parts, then those in its ledger. Raises CONFLICT
         when the run ends meanwhile."""
         schema, read = Columns(self.manifest).schema, FORMS[self.manifest.identity.form].read
-        if self.finished:
-            for path in [self.output.out] if self.output.single else self.output.written():
-                yield from read(path, schema)
-        elif self.output.ledger.exists():
-            try:
+        self.left_out = 0
+        try:
+            if self.finished:
+                for path in [self.output.out] if self.output.single else self.output.written():
+                    yield from read(path, schema)
+            elif self.output.ledger.exists():
                 yield from self._under_way()
-            except FileNotFoundError:
-                over = self.output.finished()
-                why = "the run has ended meanwhile: look again" if over else "a part is missing: begin with --restart"
-                raise LookonceError(ErrorKind.CONFLICT, f"{self.output.out}: {why}", param="results") from None
+        except FileNotFoundError:
+            over = self.output.finished()
+            why = "the run has ended meanwhile: look again" if over else "a part is missing: run it again"
+            raise LookonceError(ErrorKind.CONFLICT, f"{self.output.out}: {why}", param="results") from None
+        except (OSError, ValueError) as error:
+            log.warning("results can't be read", out=str(self.output.out), error=str(error))
+            text = f"{self.output.out} is damaged: make it again with --restart"
+            raise LookonceError(ErrorKind.CONFLICT, text, param="results") from error
 
     def _under_way(self) -> Iterator[pa.RecordBatch]:
         columns, read = Columns(self.manifest), FORMS[self.manifest.identity.form].read
-        with closing(Ledger(self.output.ledger, read_only=True)) as ledger:
-            parts = ledger.parts
-            for number in range(parts):
-                yield from read(self.output.part(number), columns.schema)
-            rows = ledger.rows(parts * self.manifest.identity.part_rows)
+        with closing(Ledger(self.output.ledger, self.manifest.identity, read_only=True)) as ledger:
+            parts = ledger.parts()
+            for number, digest in parts.items():
+                if digest == self.output.digest(number):
+                    yield from read(self.output.part(number), columns.schema)
+                else:
+                    self.left_out += 1
+            rows = ledger.rows(len(parts) * self.manifest.identity.part_rows)
             while some := list(islice(rows, BATCH_ROWS)):
-                yield from columns.table(some).to_batches()
+                good = [row for row in some if row is not None]
+                self.left_out += len(some) - len(good)
+                yield from columns.table(good).to_batches()
 
     def counts(self) -> Counts:
         """Of all rows."""

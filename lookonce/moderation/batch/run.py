@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import TypeVar
 
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import digest_of_image_id
 from lookonce.moderation.batch.columns import Columns
 from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.ledger import Ledger
@@ -37,13 +40,20 @@ def prepare(output: Output, manifest: Manifest, *, restart: bool) -> bool:
     output.claim()
     if restart or begun is None:
         if output.ledger.exists():
-            ledger = Ledger(output.ledger)
-            same = begun is not None and begun.identity.same_judgement(manifest.identity)
-            ledger.start_again(keep_pictures=same)
-            ledger.close()
+            _start_again(output.ledger, begun, manifest)
         output.drop_parts()
     output.begin(manifest)
     return False
+
+
+def _start_again(path: Path, begun: Manifest | None, manifest: Manifest) -> None:
+    try:
+        with closing(Ledger(path, manifest.identity)) as ledger:
+            same = begun is not None and begun.identity.same_judgement(manifest.identity)
+            ledger.start_again(keep_pictures=same)
+    except LookonceError:  # damaged, or of another version: nothing of it is kept
+        for file in path.parent.glob(f"{path.name}*"):
+            file.unlink()
 
 
 class Run:
@@ -56,9 +66,11 @@ class Run:
         self.columns = Columns(manifest)
         self._size = manifest.identity.part_rows
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
-        self._ledger = Ledger(output.ledger)
-        self._parts = self._ledger.parts
-        self._total = self._ledger.total
+        self._ledger = Ledger(output.ledger, manifest.identity)
+        self.dropped = self._ledger.mend(self._intact, self._pictures)
+        """Entries that earlier processes left and that were damaged or another's."""
+        self._parts = len(self._ledger.parts())
+        self._total: int | None = None  # inputs, once the source has been read to its end
         start = self._parts * self._size
         numbers = [number for number in self._ledger.row_numbers() if number >= start]
         self._rows = set(numbers)  # of parts that are not written
@@ -83,7 +95,6 @@ class Run:
     async def listing_ended(self) -> None:
         """There are no more inputs than `listed`."""
         self._total = self._listed
-        await self._in_thread(lambda: self._ledger.finish_listing(self._listed))
         await self.record([], {})  # the last part is shorter than the others
 
     async def wait_near(self, index: int, parts: int) -> None:
@@ -92,9 +103,9 @@ class Run:
             self._advanced.clear()
             await self._advanced.wait()
 
-    async def outcome(self, digest: bytes) -> tuple[Outcome, bool] | None:
-        """What is known of a picture, and whether there is a row of it."""
-        return await self._in_thread(lambda: self._ledger.outcome(digest))
+    async def outcome(self, digest: bytes, index: int) -> tuple[Outcome, bool] | None:
+        """What is known of a picture, and whether there is a row of it besides the one at `index`."""
+        return await self._in_thread(lambda: self._ledger.outcome(digest, index))
 
     async def record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
         """Keep rows, with the outcomes that are new, and write the parts that are now complete."""
@@ -106,9 +117,9 @@ class Run:
         return self._total is not None and self._parts * self._size >= self._total
 
     async def finish(self) -> int:
-        """Make the result of the parts; how many rows it has."""
+        """Make the result of the parts; how many rows it has. Raises CONFLICT when a part is damaged."""
         total = self._total or 0
-        await self._in_thread(lambda: self.output.finish(self._parts, self.columns))
+        await self._in_thread(self._finish)
         return total
 
     def close(self) -> None:
@@ -116,6 +127,25 @@ class Run:
         self._thread.shutdown()
         self._ledger.close()
         self.output.release()
+
+    def _finish(self) -> None:
+        for number, digest in self._ledger.parts().items():
+            if digest is None or not self._intact(number, digest):
+                raise self._damaged()
+        self.output.finish(self._parts, self.columns)
+
+    def _intact(self, number: int, digest: bytes) -> bool:
+        try:
+            return self.output.digest(number) == digest
+        except OSError:
+            return False
+
+    def _pictures(self, number: int) -> Iterator[bytes]:
+        return map(digest_of_image_id, self.output.pictures(number, self.columns))
+
+    def _damaged(self) -> LookonceError:
+        text = f"{self.output.run} was damaged meanwhile: run the same command again, which makes again what is missing"
+        return LookonceError(ErrorKind.CONFLICT, text, param="out")
 
     def _record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
         if rows:
@@ -125,8 +155,11 @@ class Run:
             start = self._parts * self._size
             if not all(number in self._rows for number in range(start, end)):
                 return
-            self.output.write_part(self._parts, self.columns, list(self._ledger.rows(start, end)))
-            self._ledger.part_written(self._parts, end)
+            full = [row for row in self._ledger.rows(start, end) if row is not None]
+            if len(full) < end - start:
+                raise self._damaged()
+            self.output.write_part(self._parts, self.columns, full)
+            self._ledger.part_written(self._parts, end, self.output.digest(self._parts))
             self._rows.difference_update(range(start, end))
             self._parts += 1
 

@@ -45,6 +45,7 @@ class Collected:
     rows: int = 0
     flagged: int = 0
     duplicates: int = 0
+    left_out: int = 0  # rows and parts that are damaged
     rules: list[RuleCounts] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # kind -> (source, message)
@@ -65,6 +66,7 @@ def collect(out: Path, gallery: int) -> Collected:
     wanted = _chosen(collected.rules, gallery)
     if wanted:
         collected.cards = {row["index"]: row for row in _rows(results.batches(), wanted)}
+    collected.left_out = results.left_out
     return collected
 
 
