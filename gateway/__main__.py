@@ -71,9 +71,9 @@ def build(settings: GatewaySettings) -> Gateway:
 
 def _open_image_store(settings: GatewaySettings) -> Store:
     url = settings.store
-    passing = open_store(url, namespace="images", max_bytes=settings.store_bytes, ttl=settings.image_ttl)
-    pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False)
-    index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False)
+    passing = open_store(url, namespace="images", max_bytes=settings.store_bytes, ttl=settings.image_ttl, strict=True)
+    pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False, strict=True)
+    index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False, strict=True)
     return SealedStore(Rooms(passing, pinned, index), "images", settings.secret.get_secret_value())
 
 

@@ -105,8 +105,8 @@ class Answers:
         await self._resolve(served, images, asker, resolved)
         key, replicas = routing_key(questions[0].turns, asker.tenant.cache_salt), served.language
 
-        async def renew(_: LookonceError) -> bool:
-            return await self._renew(served, images, asker, resolved)
+        async def renew(error: LookonceError) -> bool:
+            return await self._renew(served, images, asker, resolved, error)
 
         patience = self._reconnect_wait if last else 0.0
         recovery = Recovery(replicas, key, patience=patience, renew=renew)
@@ -167,8 +167,8 @@ class Answers:
         images, replicas = images_of(turns), served.language
         await self._resolve(served, images, asker, resolved)
 
-        async def renew(_: LookonceError) -> bool:
-            return await self._renew(served, images, asker, resolved)
+        async def renew(error: LookonceError) -> bool:
+            return await self._renew(served, images, asker, resolved, error)
 
         patience = self._reconnect_wait if last else 0.0
         key = routing_key(turns, asker.tenant.cache_salt)
@@ -215,15 +215,29 @@ class Answers:
         async def one(part: ImagePart) -> Resolved:
             if part.resolved is not None and part.resolved.variant == served.name:
                 return part.resolved
-            return await self._images.resolve(part.record, asker.tenant, part.max_pixels, served=served)
+            return await self._images.resolve(part.record, asker.tenant, part.max_pixels, served=served, data=part.data)
 
         resolved[:] = await _each(images, one)
 
     async def _renew(
-        self, served: Variant, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]
+        self,
+        served: Variant,
+        images: Sequence[ImagePart],
+        asker: Asker,
+        resolved: list[Resolved],
+        stale: LookonceError,
     ) -> bool:
+        """Encode the images again. Raises `stale` when a file is gone but the embedding may be there after all."""
+
         async def one(part: ImagePart) -> Resolved:
-            return await self._images.renew(part.record, asker.tenant, part.max_pixels, served=served)
+            try:
+                return await self._images.renew(
+                    part.record, asker.tenant, part.max_pixels, served=served, data=part.data
+                )
+            except LookonceError as error:
+                if error.kind is ErrorKind.NOT_FOUND and stale.retry_after is not None:
+                    raise stale from error
+                raise
 
         resolved[:] = await _each(images, one)
         return bool(images)

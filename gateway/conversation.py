@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.auth import Tenant
 from gateway.images.image_records import ImageRecord
@@ -20,6 +20,7 @@ class ImagePart:
     record: ImageRecord
     max_pixels: int | None = None
     resolved: Resolved | None = None  # when the image came with the request and has just been encoded
+    data: bytes | None = field(default=None, repr=False)  # its file, when it came with the request
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 import lookonce
 from lm_service.device_map import Home, place, wanted
 from lm_service.embeddings import EmbeddingResolver
-from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.engine import PackedEngine, unusable
 from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Engine
@@ -90,9 +90,10 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
 
 
 async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on."""
+    """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on, INTERNAL when a
+    fault has left the engine unusable."""
     accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype, settings.encoder_quantization)
-    store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
+    store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl, strict=True)
     clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
     peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
     checkpoint = model.checkpoint
@@ -111,7 +112,7 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
     server.add(SERVICE_NAME, register)
     try:
         address = await server.start()
-        await engine.start()
+        await engine.start(on_failure=server.stop)
         peers.start()
         with heap_frozen():
             await server.set_serving(True)
@@ -123,6 +124,8 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         await peers.close()
         await engine.close()
         await store.close()
+    if engine.failed:
+        raise unusable()
     log.info("stopped")
 
 

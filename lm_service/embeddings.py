@@ -24,10 +24,12 @@ from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.record import EmbeddingRecord, parse_record
 from lookonce.core.reference import EmbeddingReference
+from lookonce.core.stores import StoreFailure
 from lookonce.core.tasks import end_tasks, start_task
 from lookonce.models.omp_thread import apart
 
 log = structlog.get_logger(__name__)
+RETRY_SECONDS = 1.0  # until a store that could not be asked is worth another try
 Loaded = tuple[torch.Tensor, EmbeddingSource]
 
 
@@ -98,7 +100,8 @@ class EmbeddingResolver:
             return await asyncio.shield(flight.task)
         except asyncio.CancelledError:
             if flight.task.cancelled() and not _cancelling():
-                raise _missing("the image was erased while it was asked about") from None
+                text = "the image was erased while it was asked about"
+                raise LookonceError(ErrorKind.EMBEDDING_MISSING, text, param="image") from None
             raise
         finally:
             flight.waiters -= 1
@@ -118,7 +121,11 @@ class EmbeddingResolver:
 
     async def _load(self, reference: EmbeddingReference) -> Loaded:
         refusal: LookonceError | None = None
-        record = await self._cache.get(reference.key)
+        record, asked = None, True
+        try:
+            record = await self._cache.get(reference.key)
+        except StoreFailure:  # counted and logged by the store's breaker
+            asked = False
         if record is not None:
             try:
                 return await self._admit(record, reference), EmbeddingSource.STORE
@@ -129,9 +136,7 @@ class EmbeddingResolver:
                     await self._cache.forget([reference.key])
         fetched = await self._peers.fetch(reference.key)
         if fetched is None:
-            raise refusal or _missing(
-                "the image's embedding is in no store and no vision service has it; encode it again"
-            )
+            raise refusal or _missing(asked=asked)
         record = await asyncio.to_thread(parse_record, fetched, reference.key)
         rows = await self._admit(record, reference)
         await _to_its_end(self._cache.put(record))
@@ -167,5 +172,8 @@ async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:
         raise
 
 
-def _missing(message: str) -> LookonceError:
-    return LookonceError(ErrorKind.EMBEDDING_MISSING, message, param="image")
+def _missing(*, asked: bool) -> LookonceError:
+    """`asked`: the store was; if not, the embedding may well be there, and `retry_after` says so."""
+    where = "is in no store" if asked else "could not be looked for in the store,"
+    text = f"the image's embedding {where} and no vision service has it; encode it again"
+    return LookonceError(ErrorKind.EMBEDDING_MISSING, text, param="image", retry_after=None if asked else RETRY_SECONDS)

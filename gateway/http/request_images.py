@@ -121,7 +121,7 @@ async def _kept(
         record = await _named(record, image.uuid, gateway, tenant)
     except LookonceError as error:
         return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
-    return ImagePart(record, max_pixels, resolved)
+    return ImagePart(record, max_pixels, resolved, data)
 
 
 async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant: Tenant) -> ImageRecord:

@@ -9,10 +9,10 @@ import orjson
 import structlog
 from blake3 import blake3
 
-from gateway.images.image_records import PINNED_SECONDS, ImageRecord
+from gateway.images.image_records import PINNED_SECONDS, ImageRecord, StoreOutage
 from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.identity import canonical_json
-from lookonce.core.stores import Store
+from lookonce.core.stores import Store, Value
 
 MAX_ALIASES = 16
 PATTERN = "^(?!img_)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -29,9 +29,14 @@ class Aliases:
         self._spare = spare
 
     async def find(self, tenant: str, name: str) -> tuple[bytes, float] | None:
-        """The digest of the image of that name, and when that was made; None when there is none."""
+        """The digest of the image of that name, and when that was made; None when there is none. Raises StoreOutage
+        when the store could not be asked."""
         key = _key(tenant, name)
-        value = await self._store.get(key) or await self._spare.get(key)
+        value = await self._spare.get(key)
+        if value is None:
+            value = await self._store.get(key)
+        else:  # given while the store could not keep it
+            await self._write(key, value)
         if value is None:
             return None
         try:
@@ -45,14 +50,24 @@ class Aliases:
         """Give the name to the image, whoever had it."""
         key = _key(record.tenant, name)
         value = orjson.dumps({"digest": record.digest.hex(), "created": record.created})
-        if await self._store.put(key, value, ttl=PINNED_SECONDS):
+        await self._write(key, value)
+
+    async def _write(self, key: bytes, value: Value) -> None:
+        try:
+            kept = await self._store.put(key, value, ttl=PINNED_SECONDS)
+        except StoreOutage:
+            kept = False
+        if kept:
             await self._spare.delete(key)
         else:
             await self._spare.put(key, value, ttl=PINNED_SECONDS)
 
     async def drop(self, record: ImageRecord, name: str) -> bool:
         """Take the name away from this making of an image, unless another has it; whether that is confirmed."""
-        found = await self.find(record.tenant, name)
+        try:
+            found = await self.find(record.tenant, name)
+        except StoreOutage:
+            return False
         if found is not None and found != (record.digest, record.created):
             return True  # it has moved on
         key = _key(record.tenant, name)

@@ -117,13 +117,11 @@ class Erasure:
         return await self._eraser.forget(sorted(keys), sorted(digests)) and removed and await self._finish()
 
     async def _later(self) -> ImageRecord | None:
-        """The record of a later upload, if there was one. Raises UNAVAILABLE when the store can't tell, but for the
+        """The record of a later upload, if there was one. Raises StoreOutage when the store can't tell, but for the
         first time: then what was asked for is what there is."""
         shelf = self._traces.shelf
         again, self._asked = self._asked, True
-        current = await shelf.load(self._record.digest, fresh=True)
-        if again:
-            shelf.check_in_order()
+        current = await shelf.load(self._record.digest, fresh=True, sure=again)
         return current if current is not None and current.upload != self._record.upload else None
 
     async def _finish(self) -> bool:

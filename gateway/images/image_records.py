@@ -33,6 +33,7 @@ OUTLIVES_STORE = 600.0
 """Seconds since its last confirmation that a record lost by the store is believed."""
 TOMBSTONE_TTL = 3600.0  # longer than any cache believes a lost record
 CACHED_RECORDS = 16384
+CLOCK_STEP = 1e-3  # seconds that a record's change is later than the one before, whatever the clocks say
 PINNED_SECONDS = 100 * 365 * 86400.0
 """How long a pinned image is kept: longer than any store stands."""
 LASTING_SECONDS = 90 * 365 * 86400.0
@@ -42,6 +43,13 @@ FILE_KEY = b"file:"
 Change = Callable[["ImageRecord"], "ImageRecord"]
 _VERSION = 1
 log = structlog.get_logger(__name__)
+
+
+class StoreOutage(LookonceError):
+    """The image store could not do what was asked: what it was asked for may well be there."""
+
+    def __init__(self) -> None:
+        super().__init__(ErrorKind.UNAVAILABLE, "the image store cannot be reached", retry_after=1.0)
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class ImageRecord:
     pinned: bool = False  # kept until it is erased
     aliases: tuple[str, ...] = ()
     upload: str = field(default_factory=lambda: secrets.token_hex(8))  # another one each time that it is uploaded
+    changed: float = 0.0  # Unix seconds of the latest change; grows with each
 
     @property
     def id(self) -> str:
@@ -99,6 +108,7 @@ class ImageRecord:
                 "pinned": self.pinned,
                 "aliases": list(self.aliases),
                 "upload": self.upload,
+                "changed": self.changed,
                 "references": {name: _reference_fields(item) for name, item in self.references.items()},
             }
         )
@@ -128,6 +138,7 @@ def parse_record(value: bytes | memoryview) -> ImageRecord | None:
             pinned=fields.get("pinned", False),
             aliases=tuple(fields.get("aliases", ())),
             upload=str(fields["upload"]),
+            changed=float(fields.get("changed", 0.0)),
             references={name: _reference(item) for name, item in fields["references"].items()},
         )
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -159,29 +170,33 @@ class RecordShelf:
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
-    async def load(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
-        """The record, a tombstone included, or None. `fresh`: ask the store even within the cache's second.
+    async def load(self, digest: bytes, *, fresh: bool = False, sure: bool = False) -> ImageRecord | None:
+        """The record, a tombstone included, or None. `fresh`: ask the store even within the cache's second. `sure`:
+        what the store can't tell is not told from memory.
 
-        Raises UNAVAILABLE when the store is out of order and nothing is cached."""
+        Raises StoreOutage when the store could not be asked and nothing is known here."""
         cached = self._cache.get(digest)
         if cached is not None and not fresh and self._clock() - cached.confirmed < CONFIRMED:
             self._cache.move_to_end(digest)
             return self._unexpired(cached.record)
-        value = await self._store.get(_key(digest))
-        record = None if value is None else parse_record(value)
-        if record is not None:
-            self._remember(record)
-            return self._unexpired(record)
+        spare = _parsed(await self._spare.get(_key(digest)))
+        try:
+            stored = _parsed(await self._store.get(_key(digest)))
+        except StoreOutage:
+            known = spare or self._believed(cached)
+            if sure or known is None:
+                raise
+            return self._unexpired(known)
+        if spare is not None:
+            return self._unexpired(await self._reconciled(spare, stored))
+        if stored is not None:
+            self._remember(stored)
+            return self._unexpired(stored)
         return await self._lost(digest, cached)
 
-    async def save(self, record: ImageRecord) -> None:
-        """Keep the record until it expires."""
-        seconds = max(record.expires - self.now(), 1.0)
-        if await self._store.put(_key(record.digest), record.to_json(), ttl=seconds):
-            await self._spare.delete(_key(record.digest))
-        else:
-            await self._spare.put(_key(record.digest), record.to_json(), ttl=seconds)
-        self._remember(record)
+    async def save(self, record: ImageRecord) -> bool:
+        """Keep the record until it expires; whether the store has it, or only this process."""
+        return await self._write(self._changed(record))
 
     @asynccontextmanager
     async def held(self, digest: bytes) -> AsyncIterator[None]:
@@ -203,30 +218,51 @@ class RecordShelf:
     async def bury(self, record: ImageRecord) -> bool:
         """Put a tombstone in the record's place; whether the store has it."""
         tombstone = replace(record, deleted=True, expires=self.now() + TOMBSTONE_TTL)
-        await self._spare.delete(_key(record.digest))
-        self._remember(tombstone)
-        return await self._store.put(_key(record.digest), tombstone.to_json(), ttl=TOMBSTONE_TTL)
+        return await self._write(self._changed(tombstone))
 
-    async def _lost(self, digest: bytes, cached: _Cached | None) -> ImageRecord | None:
-        value = await self._spare.get(_key(digest))
-        record = None if value is None else parse_record(value)
-        if record is None and cached is not None and self._clock() - cached.confirmed < OUTLIVES_STORE:
-            record = cached.record
-        if record is None:
-            self._cache.pop(digest, None)
-            self.check_in_order()
-            return None
-        record = self._unexpired(record)
-        if record is not None and not self.degraded:
-            seconds = max(record.expires - self.now(), 1.0)
-            if await self._store.put(_key(digest), record.to_json(), ttl=seconds):
-                self._remember(record)
+    async def _write(self, record: ImageRecord) -> bool:
+        key, seconds = _key(record.digest), max(record.expires - self.now(), 1.0)
+        self._remember(record)
+        try:
+            kept = await self._store.put(key, record.to_json(), ttl=seconds)
+        except StoreOutage:
+            kept = False
+        if kept:
+            await self._spare.delete(key)
+        else:
+            await self._spare.put(key, record.to_json(), ttl=seconds)
+        return kept
+
+    async def _reconciled(self, spare: ImageRecord, stored: ImageRecord | None) -> ImageRecord:
+        """The record after an outage, written back: that which the store could not keep, or the store's if it is later
+        or both if neither knew of the other."""
+        if stored is None:
+            record = spare
+        elif spare.deleted or stored.deleted or spare.created == stored.created:
+            buried = stored.deleted and stored.upload == spare.upload
+            record = stored if buried or stored.changed > spare.changed else spare
+        else:
+            record = _joined(spare, stored)
+        await self._write(record)
         return record
 
-    def check_in_order(self) -> None:
-        """Raise UNAVAILABLE when the store is out of order: what it lacks may well be there."""
-        if self.degraded:
-            raise LookonceError(ErrorKind.UNAVAILABLE, "the image store cannot be reached", retry_after=1.0)
+    async def _lost(self, digest: bytes, cached: _Cached | None) -> ImageRecord | None:
+        record = self._believed(cached)
+        if record is None:
+            self._cache.pop(digest, None)
+            return None
+        record = self._unexpired(record)
+        if record is not None:
+            await self._write(record)
+        return record
+
+    def _believed(self, cached: _Cached | None) -> ImageRecord | None:
+        """A record that was cached not long ago."""
+        believed = cached is not None and self._clock() - cached.confirmed < OUTLIVES_STORE
+        return cached.record if cached is not None and believed else None
+
+    def _changed(self, record: ImageRecord) -> ImageRecord:
+        return replace(record, changed=max(self.now(), record.changed + CLOCK_STEP))
 
     @property
     def degraded(self) -> bool:
@@ -241,6 +277,24 @@ class RecordShelf:
         self._cache.move_to_end(record.digest)
         while len(self._cache) > CACHED_RECORDS:
             self._cache.popitem(last=False)
+
+
+def _parsed(value: memoryview | None) -> ImageRecord | None:
+    return None if value is None else parse_record(value)
+
+
+def _joined(spare: ImageRecord, stored: ImageRecord) -> ImageRecord:
+    """An image that was uploaded while the store could not tell that it had it."""
+    return replace(
+        stored,
+        expires=max(spare.expires, stored.expires),
+        references=stored.references | spare.references,
+        ttl=stored.ttl if spare.ttl is None else spare.ttl,
+        pinned=stored.pinned or spare.pinned,
+        aliases=tuple(dict.fromkeys((*stored.aliases, *spare.aliases))),
+        upload=spare.upload,
+        changed=max(spare.changed, stored.changed) + CLOCK_STEP,
+    )
 
 
 def _key(digest: bytes) -> bytes:

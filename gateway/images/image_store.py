@@ -5,15 +5,19 @@ images that last (records of pinned ones, lists, names)."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from gateway.images.image_records import FILE_KEY, LASTING_SECONDS
-from lookonce.core.stores import Store
+from gateway.images.image_records import FILE_KEY, LASTING_SECONDS, StoreOutage
+from lookonce.core.stores import Store, StoreFailure
 from lookonce.core.stores.base import Value
 from lookonce.core.stores.metrics import StoreStats
 
 
 class Rooms:
-    """A `Store` of three. A value that is put for LASTING_SECONDS or more lasts until it is deleted."""
+    """A `Store` of three strict ones. A value that is put for LASTING_SECONDS or more lasts until it is deleted.
+
+    `get`, `put` and `contains` raise StoreOutage when a room could not do it."""
 
     def __init__(self, passing: Store, pinned: Store, index: Store) -> None:
         self._passing, self._pinned, self._index = passing, pinned, index
@@ -21,23 +25,26 @@ class Rooms:
 
     async def get(self, key: bytes) -> memoryview | None:
         """See EmbeddingStore."""
-        value = await self._passing.get(key)
-        return await self._lasting(key).get(key) if value is None else value
+        with _outages():
+            value = await self._passing.get(key)
+            return await self._lasting(key).get(key) if value is None else value
 
     async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
         """See EmbeddingStore. False when there is no room: what lasts evicts nothing."""
         lasting = self._lasting(key)
-        if ttl is not None and ttl >= LASTING_SECONDS:
-            kept, other = await lasting.put(key, value), self._passing
-        else:
-            kept, other = await self._passing.put(key, value, ttl=ttl), lasting
-        if kept and await other.contains(key):
-            await other.delete(key)
+        with _outages():
+            if ttl is not None and ttl >= LASTING_SECONDS:
+                kept, other = await lasting.put(key, value), self._passing
+            else:
+                kept, other = await self._passing.put(key, value, ttl=ttl), lasting
+            if kept and await other.contains(key) and not await other.delete(key):
+                raise StoreFailure("an older value stays beside the new one")
         return kept
 
     async def contains(self, key: bytes) -> bool:
         """See EmbeddingStore."""
-        return await self._passing.contains(key) or await self._lasting(key).contains(key)
+        with _outages():
+            return await self._passing.contains(key) or await self._lasting(key).contains(key)
 
     async def delete(self, key: bytes) -> bool:
         """See EmbeddingStore."""
@@ -70,3 +77,11 @@ class Rooms:
 
     def _lasting(self, key: bytes) -> Store:
         return self._pinned if key.startswith(FILE_KEY) else self._index
+
+
+@contextmanager
+def _outages() -> Iterator[None]:
+    try:
+        yield
+    except StoreFailure as failure:
+        raise StoreOutage from failure

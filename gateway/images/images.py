@@ -17,7 +17,15 @@ from gateway.auth import Tenant
 from gateway.images.aliases import MAX_ALIASES, Aliases, is_alias
 from gateway.images.encoding import Encoder
 from gateway.images.erasure import Eraser, Erasure, Traces
-from gateway.images.image_records import PINNED_SECONDS, Change, ImageRecord, RecordShelf, file_key, variant
+from gateway.images.image_records import (
+    PINNED_SECONDS,
+    Change,
+    ImageRecord,
+    RecordShelf,
+    StoreOutage,
+    file_key,
+    variant,
+)
 from gateway.images.listing import Listing, Page
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -125,11 +133,12 @@ class ImageLibrary:
         async with self._shelf.held(digest):
             old = await self._known(digest, fresh=True)
             if old is None or old.deleted:
-                old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0)
+                changed = 0.0 if old is None else old.changed
+                old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0, changed=changed)
             record = replace(self._kept_for(old, keeping), upload=secrets.token_hex(8))
             record = record.with_reference(variant(max_pixels, resolved.variant), resolved.reference)
             await self._keep(record, data)
-            await self._shelf.save(record)
+            await self._save(record)
             await self._listing.add(record)
         if keeping.alias is not None:
             record = await self._name(record, keeping.alias)
@@ -139,9 +148,7 @@ class ImageLibrary:
         """The record, if the store can tell: without it an upload is kept all the same."""
         try:
             return await self._shelf.load(digest, fresh=fresh)
-        except LookonceError as error:
-            if error.kind is not ErrorKind.UNAVAILABLE:
-                raise
+        except StoreOutage:
             return None
 
     async def get(self, identifier: str, tenant: Tenant, *, fresh: bool = False) -> ImageRecord:
@@ -150,8 +157,8 @@ class ImageLibrary:
         record = await self._shelf.load(digest, fresh=fresh)
         if record is None or record.deleted or record.tenant != tenant.name:
             raise not_found()
-        if created is not None and record.created != created:  # the name of an image that was erased meanwhile
-            raise not_found()
+        if created is not None and record.created != created and identifier not in record.aliases:
+            raise not_found()  # the name of an image that was erased meanwhile
         return record
 
     async def page(self, tenant: Tenant, *, limit: int, after: str | None = None) -> Page:
@@ -165,7 +172,7 @@ class ImageLibrary:
         async with self._shelf.held(digest):
             record = self._kept_for(await self.get(identifier, tenant, fresh=True), keeping)
             await self._keep(record, await self._file(record, tenant))
-            await self._shelf.save(record)
+            await self._save(record)
         return record if keeping.alias is None else await self._name(record, keeping.alias)
 
     async def unname(self, identifier: str, alias: str, tenant: Tenant) -> ImageRecord:
@@ -173,23 +180,44 @@ class ImageLibrary:
         record = await self.get(identifier, tenant, fresh=True)
         if alias not in record.aliases:
             raise LookonceError(ErrorKind.NOT_FOUND, "the image has no such alias", param="alias")
-        await self._aliases.drop(record, alias)
+        if not await self._aliases.drop(record, alias):
+            raise StoreOutage
         return await self._revise(record.digest, lambda one: one.without_alias(alias))
 
     async def resolve(
-        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None, *, served: Variant
+        self,
+        record: ImageRecord,
+        tenant: Tenant,
+        max_pixels: int | None = None,
+        *,
+        served: Variant,
+        data: bytes | None = None,
     ) -> Resolved:
-        """A variant's embedding of the image within `max_pixels`; encoded from the kept file when there is none yet."""
+        """A variant's embedding of the image within `max_pixels`; encoded when there is none yet, from `data` or the
+        kept file."""
         known = record.references.get(variant(max_pixels, served.name))
         if known is not None:
             return Resolved(known, "hit", 0.0, served.name)
-        return await self._encode_kept(served, record, tenant, max_pixels)
+        return await self.renew(record, tenant, max_pixels, served=served, data=data)
 
     async def renew(
-        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None = None, *, served: Variant
+        self,
+        record: ImageRecord,
+        tenant: Tenant,
+        max_pixels: int | None = None,
+        *,
+        served: Variant,
+        data: bytes | None = None,
     ) -> Resolved:
-        """Encode again from the kept file: the embedding was lost, or is another encoder's."""
-        return await self._encode_kept(served, record, tenant, max_pixels)
+        """Encode again, from `data` or the kept file: the embedding was lost, or is another encoder's."""
+        data = await self._file(record, tenant) if data is None else data
+        resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
+        name, reference = variant(max_pixels, served.name), resolved.reference
+        if await self._shelf.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
+            # erased while it was encoded: leave nothing behind
+            await self._eraser.forget([reference.key], [reference.image_digest])
+            raise not_found()
+        return resolved
 
     async def delete(self, identifier: str, tenant: Tenant) -> Erased:
         """Erase the file, its record, its embeddings and all KV made from them. Raises NOT_FOUND.
@@ -207,7 +235,6 @@ class ImageLibrary:
             return parse_id(identifier), None
         found = await self._aliases.find(tenant.name, identifier)
         if found is None:
-            self._shelf.check_in_order()
             raise not_found()
         return found
 
@@ -215,7 +242,10 @@ class ImageLibrary:
         """The image with one alias more, which is taken from the image that had it."""
         if alias not in record.aliases and len(record.aliases) >= MAX_ALIASES:
             raise invalid(f"the image has {MAX_ALIASES} aliases already, the limit is {MAX_ALIASES}", param="alias")
-        found = await self._aliases.find(record.tenant, alias)
+        try:
+            found = await self._aliases.find(record.tenant, alias)
+        except StoreOutage:  # whose it was stays unknown; it is this image's from now on
+            found = None
         await self._aliases.point(alias, record)
         if found is not None and found[0] != record.digest:
             await self._shelf.revise(found[0], lambda former: former.without_alias(alias))
@@ -238,18 +268,6 @@ class ImageLibrary:
         pinned = record.pinned if keeping.pinned is None else keeping.pinned
         record = replace(record, ttl=record.ttl if keeping.ttl is None else keeping.ttl, pinned=pinned)
         return replace(record, expires=self._shelf.now() + self._lifetime(record))
-
-    async def _encode_kept(
-        self, served: Variant, record: ImageRecord, tenant: Tenant, max_pixels: int | None
-    ) -> Resolved:
-        data = await self._file(record, tenant)
-        resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
-        name, reference = variant(max_pixels, served.name), resolved.reference
-        if await self._shelf.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
-            # erased while it was encoded: leave nothing behind
-            await self._eraser.forget([reference.key], [reference.image_digest])
-            raise not_found()
-        return resolved
 
     async def _encode_elsewhere(
         self, others: Sequence[Variant], digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
@@ -290,17 +308,34 @@ class ImageLibrary:
             task.exception()  # retrieved, should every caller have gone away
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
+        """Keep the file. Raises INVALID_ARGUMENT when there is no room for a pinned one, StoreOutage when one could not
+        be kept for good: memory is no place for that."""
         key, ttl = file_key(record.digest), self._lifetime(record)
-        if await self._store.put(key, data, ttl=ttl):
-            return
-        if record.pinned and not self._shelf.degraded:
+        try:
+            if await self._store.put(key, data, ttl=ttl):
+                return
+        except StoreOutage:
+            if record.pinned:
+                raise
+        if record.pinned:
             text = "there is no room for more pinned images: unpin or erase some, or let this one expire"
             raise invalid(text, param="pinned")
         await self._spare.put(key, data, ttl=ttl)
 
+    async def _save(self, record: ImageRecord) -> None:
+        """Keep the record. Raises StoreOutage when that of a pinned image could not be kept for good."""
+        if not await self._shelf.save(record) and record.pinned:
+            raise StoreOutage
+
     async def _file(self, record: ImageRecord, tenant: Tenant) -> bytes:
-        for store in (self._store, self._spare):
-            value = await store.get(file_key(record.digest))
+        """The kept file. Raises NOT_FOUND when it is gone, StoreOutage when the store could not be asked."""
+        outage: StoreOutage | None = None
+        for store in (self._spare, self._store):
+            try:
+                value = await store.get(file_key(record.digest))
+            except StoreOutage as error:
+                outage = error
+                continue
             if value is None:
                 continue
             data = bytes(value)
@@ -308,6 +343,8 @@ class ImageLibrary:
                 return data
             log.warning("kept image file is another's, dropped", image=record.id)
             await store.discard(file_key(record.digest), data)
+        if outage is not None:
+            raise outage
         raise LookonceError(ErrorKind.NOT_FOUND, "the image's file is no longer kept: upload it again", param="image")
 
 

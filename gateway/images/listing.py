@@ -14,7 +14,7 @@ import orjson
 import structlog
 from blake3 import blake3
 
-from gateway.images.image_records import PINNED_SECONDS, ImageRecord, RecordShelf
+from gateway.images.image_records import PINNED_SECONDS, ImageRecord, RecordShelf, StoreOutage
 from lookonce.core.stores import Store
 from lookonce.core.stores.leased import leased
 
@@ -44,7 +44,11 @@ class Listing:
     async def add(self, record: ImageRecord) -> None:
         """Have the image listed. Costs one read when it is already."""
         digest = record.digest.hex()
-        if (await self._read(record.tenant, _bucket(digest))).get(digest) != record.created:
+        try:
+            listed = (await self._read(record.tenant, _bucket(digest))).get(digest)
+        except StoreOutage:
+            listed = None
+        if listed != record.created:
             await self._change(record.tenant, _bucket(digest), lambda entries: entries | {digest: record.created})
 
     async def remove(self, tenant: str, digests: Iterable[str]) -> None:
@@ -54,9 +58,8 @@ class Listing:
             await self._change(tenant, bucket, lambda entries: {k: v for k, v in entries.items() if k not in gone})
 
     async def page(self, tenant: str, *, limit: int, after: ImageRecord | None = None) -> Page:
-        """At most `limit` images made before `after`, or the newest ones. Raises UNAVAILABLE without the store."""
+        """At most `limit` images made before `after`, or the newest ones. Raises StoreOutage without the store."""
         found = await asyncio.gather(*(self._read(tenant, bucket) for bucket in range(BUCKETS)))
-        self._shelf.check_in_order()
         places = sorted(((-made, digest) for entries in found for digest, made in entries.items()))
         if after is not None:
             start = (-after.created, after.digest.hex())
@@ -77,21 +80,25 @@ class Listing:
 
     async def _read(self, tenant: str, bucket: int) -> Entries:
         key = _key(tenant, bucket)
-        values = [await store.get(key) for store in (self._store, self._spare)]
-        return {digest: made for value in values if value is not None for digest, made in _parse(value).items()}
+        return _parse(await self._store.get(key)) | _parse(await self._spare.get(key))
 
     async def _change(self, tenant: str, bucket: int, change: Callable[[Entries], Entries]) -> None:
         key = _key(tenant, bucket)
         async with self._locks[bucket], leased(self._store, key):
-            value = orjson.dumps(change(await self._read(tenant, bucket)))
-            # What a store out of order seems to lack must not be lost by writing over it.
-            if not self._shelf.degraded and await self._store.put(key, value, ttl=PINNED_SECONDS):
+            try:
+                entries = change(await self._read(tenant, bucket))
+                kept = await self._store.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
+            except StoreOutage:  # the store's own entries are joined with these when it is back
+                entries, kept = change(_parse(await self._spare.get(key))), False
+            if kept:
                 await self._spare.delete(key)
             else:
-                await self._spare.put(key, value, ttl=PINNED_SECONDS)
+                await self._spare.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
 
 
-def _parse(value: memoryview) -> Entries:
+def _parse(value: memoryview | None) -> Entries:
+    if value is None:
+        return {}
     try:
         entries = orjson.loads(value)
         return {str(digest): float(made) for digest, made in entries.items() if len(bytes.fromhex(digest)) == 32}

@@ -16,12 +16,14 @@ from typing import Generic, Protocol, TypeVar
 from blake3 import blake3
 
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, start_task
 
 FIRST_BACKOFF = 0.25  # seconds an endpoint is left out after its first failure; doubles
 MAX_BACKOFF = 5.0
 LOAD_FACTOR = 1.5  # of the mean load; beyond it a replica counts as overloaded
 LOAD_FLOOR = 16  # calls at once that never count as overload
 POLL = 0.1
+PROBE_SECONDS = 1.0  # that an ejected endpoint gets to say SERVING
 REMEMBERED = 300.0
 """Seconds that an endpoint no longer listed is still asked to forget images: it may live on, and come back."""
 
@@ -50,7 +52,13 @@ class Endpoint(Generic[C]):
         self.client = client
         self.active = 0  # calls under way from this gateway
         self.failures = 0  # in a row
-        self.down_until = 0.0  # on the replicas' clock
+        self.down_until = 0.0  # on the replicas' clock: when it is asked again whether it serves
+        self.probe: asyncio.Task[None] | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether its last call, or a look at its health since, went well."""
+        return not self.failures
 
     def weight(self, key: bytes) -> int:
         """The rendezvous weight of this endpoint for a key."""
@@ -92,6 +100,7 @@ class Replicas(Generic[C]):
 
     async def close(self) -> None:
         """Close all clients."""
+        await end_tasks(*(endpoint.probe for endpoint in self.remembered if endpoint.probe is not None))
         for endpoint in self.remembered:
             await endpoint.client.close()
 
@@ -103,11 +112,11 @@ class Replicas(Generic[C]):
             raise LookonceError(ErrorKind.UNAVAILABLE, "no service is known at the moment", retry_after=1.0)
         if len(self.endpoints) == 1:
             return self.endpoints[0]
-        now, capacity = self._clock(), self._capacity()
+        self._probe_ejected()
+        capacity = self._capacity()
 
         def rank(endpoint: Endpoint[C]) -> tuple[bool, bool, bool, int]:
-            dead = endpoint.down_until > now
-            return (endpoint is avoid, dead, endpoint.active >= capacity, -endpoint.weight(key))
+            return (endpoint is avoid, not endpoint.live, endpoint.active >= capacity, -endpoint.weight(key))
 
         return min(self.endpoints, key=rank)
 
@@ -121,7 +130,7 @@ class Replicas(Generic[C]):
             endpoint.active -= 1
 
     def failed(self, endpoint: Endpoint[C]) -> None:
-        """Leave the endpoint out for a while, longer with each failure in a row."""
+        """Leave the endpoint out until it says SERVING. Asked after a pause, longer with each failure in a row."""
         endpoint.down_until = self._clock() + min(FIRST_BACKOFF * 2**endpoint.failures, MAX_BACKOFF)
         endpoint.failures = min(endpoint.failures + 1, 16)
 
@@ -131,8 +140,8 @@ class Replicas(Generic[C]):
 
     def any_live(self, avoid: Endpoint[C] | None = None) -> bool:
         """Whether an endpoint other than `avoid` is not ejected."""
-        now = self._clock()
-        return any(endpoint is not avoid and endpoint.down_until <= now for endpoint in self.endpoints)
+        self._probe_ejected()
+        return any(endpoint is not avoid and endpoint.live for endpoint in self.endpoints)
 
     async def health(self, timeout: float = 1.0) -> dict[str, bool]:
         """Whether each endpoint says SERVING, by address; brings those that do back into use."""
@@ -152,6 +161,21 @@ class Replicas(Generic[C]):
             if self._clock() + POLL > end:
                 return False
             await asyncio.sleep(POLL)
+
+    def _probe_ejected(self) -> None:
+        """Have those looked at whose time is up: no request is put at stake for it."""
+        for endpoint in self.endpoints:
+            if not endpoint.live and endpoint.down_until <= self._clock() and endpoint.probe is None:
+                endpoint.probe = start_task(self._probe(endpoint), awaited=False)
+
+    async def _probe(self, endpoint: Endpoint[C]) -> None:
+        try:
+            if await endpoint.client.healthy(PROBE_SECONDS):
+                self.succeeded(endpoint)
+            else:
+                self.failed(endpoint)
+        finally:
+            endpoint.probe = None
 
     def _capacity(self) -> int:
         total = sum(endpoint.active for endpoint in self.endpoints) + 1

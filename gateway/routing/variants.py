@@ -119,14 +119,20 @@ class Variants:
     async def replace(self, specs: Sequence[VariantSpec]) -> None:
         """Serve these from now on. Channels to services that stay are kept."""
         old = {(variant.name, variant.spec.vision, variant.spec.language): variant for variant in self.all}
-        new = []
-        for spec in specs:
-            same = old.pop((spec.name, spec.vision, spec.language), None)
-            if same is None:
-                new.append(self._connect(spec))
-                await new[-1].start()
-            else:
-                new.append(Variant(spec, same.vision, same.language, same.discoveries))
+        new, made = [], []
+        try:
+            for spec in specs:
+                same = old.pop((spec.name, spec.vision, spec.language), None)
+                if same is None:
+                    made.append(self._connect(spec))
+                    await made[-1].start()
+                    new.append(made[-1])
+                else:
+                    new.append(Variant(spec, same.vision, same.language, same.discoveries))
+        except BaseException:  # nothing has changed; what was begun ends
+            for variant in made:
+                await variant.close()
+            raise
         self._retired += [(time.monotonic(), variant) for variant in old.values()]
         self.all = tuple(new)
 
@@ -155,17 +161,22 @@ class Variants:
             await variant.close()
 
     async def _follow(self, path: Path) -> None:
-        text = await asyncio.to_thread(_read, path)
+        """The file is held against what is served, so that a change that failed is tried again."""
+        refused: str | None = None
         while True:
             await asyncio.sleep(POLL)
             await self._close_idle()
+            found: str | None = None
             try:
                 found = await asyncio.to_thread(_read, path)
-                if found == text:
+                if found == refused:
                     continue
-                text = found
-                await self.replace(parse_variants(found, param="variants_file"))
+                specs = parse_variants(found, param="variants_file")
+                if specs == tuple(variant.spec for variant in self.all):
+                    continue
+                await self.replace(specs)
             except LookonceError as error:
+                refused = found
                 log.error("variants unchanged: the file is not usable", reason=error.message)
             else:
                 log.info("variants changed", **{variant.name: variant.spec.weight for variant in self.all})

@@ -10,7 +10,7 @@ import structlog
 
 from lookonce.core.errors import RecordError
 from lookonce.core.record import EmbeddingRecord, parse_record
-from lookonce.core.stores.base import Store
+from lookonce.core.stores.base import Store, StoreFailure
 from lookonce.core.stores.metrics import StoreMetrics
 
 INLINE_BYTES = 64 * 1024
@@ -28,7 +28,7 @@ class EmbeddingCache:
 
     async def get(self, key: bytes) -> EmbeddingRecord | None:
         """The record, verified; its tensors are views into the store's bytes. A damaged one, or another key's, is
-        deleted, counted, and a miss."""
+        deleted, counted, and a miss. Raises StoreFailure where the store is strict and could not tell."""
         value = await self.store.get(key)
         record = None
         if value is not None:
@@ -47,7 +47,10 @@ class EmbeddingCache:
         other."""
         size = sum(view.data.nbytes for view in record.tensors.values())
         value = record.serialize() if size <= INLINE_BYTES else await asyncio.to_thread(record.serialize)
-        kept = await self.store.put(record.key, value, ttl=ttl)
+        try:
+            kept = await self.store.put(record.key, value, ttl=ttl)
+        except StoreFailure:  # of a strict store: counted and logged by its breaker
+            kept = False
         self.metrics.put(kept)
         return kept
 

@@ -84,7 +84,7 @@ class Traced(Protocol):
 
 def serve_to_end(service: str, settings: Traced, serve: Callable[[], None]) -> int:
     """Run `serve`, which returns after a drain, with its traces sent; the process's exit status. What keeps it from
-    starting goes to the log and, as a sentence, to the last line of stderr."""
+    starting or going on goes to the log and, as a sentence, to the last line of stderr."""
     try:
         tracing.export_spans(service, settings.trace_endpoint, share=settings.trace_share)
         serve()
@@ -93,7 +93,7 @@ def serve_to_end(service: str, settings: Traced, serve: Callable[[], None]) -> i
         failure = error
     finally:
         tracing.flush_spans()
-    structlog.get_logger(service).error("cannot start", kind=failure.kind.value, reason=failure.message)
+    structlog.get_logger(service).error("ended by an error", kind=failure.kind.value, reason=failure.message)
     print(f"{service}: error: {failure.message}", file=sys.stderr, flush=True)
     return 1 if failure.kind in _PASSING else PERMANENT_EXIT
 

@@ -10,8 +10,10 @@ import structlog
 import torch
 
 from lm_service.engine.packed import core
+from lm_service.engine.packed import engine as engine_module
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError
 from tests.engine.lab import TOKENS, Album, ask, drained, generation, picture, prompt, words
@@ -130,6 +132,67 @@ async def test_who_waits_with_the_same_words_about_another_image_is_not_failed(l
     assert isinstance(failure, LookonceError) and failure.kind is ErrorKind.INTERNAL
     lab.check_scores(second, scores)
     await engine.close()
+
+
+def raising(times, place="before"):
+    """What takes a function's place and raises so many times, `before` or `after` having done its work."""
+
+    def wrap(function):
+        left = [times]
+
+        def faulty(*args, **kwargs):
+            if left[0] and place == "before":
+                left[0] -= 1
+                raise RuntimeError("secret detail")
+            result = function(*args, **kwargs)
+            if left[0]:
+                left[0] -= 1
+                raise RuntimeError("secret detail")
+            return result
+
+        return faulty
+
+    return wrap
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("what", ["schedule", "_admit", "computed"])
+async def test_a_fault_beside_the_forward_ends_in_errors_and_the_engine_goes_on(lab, monkeypatch, what, place):
+    monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
+    monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
+    monkeypatch.setattr(Scheduler, what, raising(1, place)(getattr(Scheduler, what)))
+    async with lab.engine() as engine:
+        asked = [ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3)) for i in range(4)]
+        outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, LookonceError)]
+        assert failures and all(failure.kind is ErrorKind.INTERNAL for failure in failures)
+        assert not any("secret" in failure.message for failure in failures)
+        assert not engine.failed
+        wanted = prompt(SYSTEM, picture(1), words(4, 9))
+        (answer,) = await ask(engine, generation(wanted, 5))
+        lab.check(wanted, answer)
+
+
+@pytest.mark.parametrize("what", ["schedule", "fail"])
+async def test_a_fault_that_stays_ends_the_engine_and_everybody_is_told(lab, monkeypatch, what):
+    """`fail`: not even ending the requests works any more."""
+    monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
+    monkeypatch.setattr(Scheduler, "schedule", raising(math.inf)(Scheduler.schedule))
+    monkeypatch.setattr(Scheduler, what, raising(math.inf)(getattr(Scheduler, what)))
+    engine = PackedEngine(
+        lab.adapter, TOKENS, frozenset(), Album(64), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
+    )
+    ended = asyncio.Event()
+    await engine.start(on_failure=ended.set)
+    while not engine.failed:
+        asked = [ask(engine, generation(prompt(words(5, i)), 5)) for i in range(3)]
+        failures = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
+        assert {failure.kind for failure in failures} <= {ErrorKind.INTERNAL, ErrorKind.UNAVAILABLE}
+    assert ended.is_set()
+    with pytest.raises(LookonceError) as refused:
+        await asyncio.wait_for(ask(engine, generation(prompt(words(5, 1)), 5)), 60)
+    assert refused.value.kind is ErrorKind.UNAVAILABLE
+    await asyncio.wait_for(engine.close(), 60)
 
 
 async def test_forget(lab):

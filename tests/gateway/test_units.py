@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 
@@ -42,8 +43,10 @@ class StandIn:
     def __init__(self, address: str) -> None:
         self.address = address
 
+    serving = True
+
     async def healthy(self, timeout: float = 2.0) -> bool:
-        return True
+        return self.serving
 
     async def close(self) -> None:
         pass
@@ -53,7 +56,7 @@ def replicas(count: int, now: list[float]) -> Replicas[StandIn]:
     return Replicas([StandIn(f"host{number}:1") for number in range(count)], clock=lambda: now[0])
 
 
-def test_one_image_goes_to_one_replica_and_only_a_dead_ones_images_move() -> None:
+async def test_one_image_goes_to_one_replica_and_only_a_dead_ones_images_move() -> None:
     now = [0.0]
     pool = replicas(4, now)
     keys = [bytes([number]) * 32 for number in range(200)]
@@ -64,7 +67,15 @@ def test_one_image_goes_to_one_replica_and_only_a_dead_ones_images_move() -> Non
     pool.failed(dead)
     moved = {key for key in keys if pool.choose(key) is not homes[key]}
     assert moved == {key for key in keys if homes[key] is dead}
+    dead.client.serving = False
+    for _ in range(3):  # it is looked at, and no request is put at stake for it
+        now[0] += 10
+        assert all(pool.choose(key) is not dead for key in keys)
+        await asyncio.sleep(0.01)
+    dead.client.serving = True
     now[0] += 10
+    pool.choose(keys[0])
+    await asyncio.sleep(0.01)
     assert all(pool.choose(key) is homes[key] for key in keys)
 
 

@@ -3,6 +3,7 @@ time. That halves of two checkpoints never meet is held by tests/system/test_rol
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import httpx2
 import pytest
 
 from gateway.routing.replicas import Replicas
-from gateway.routing.variants import Variant, Variants, VariantSpec, parse_variants
+from gateway.routing.variants import Variant, Variants, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
@@ -155,3 +156,27 @@ def test_a_variant_that_nobody_serves_fails_no_request(services: Services, pictu
             uploaded = http.post("/v1/images", files={"file": picture()})
             assert uploaded.status_code == 200, uploaded.text
             assert ask(http, uploaded.json()["id"])["variant"] == "there"
+
+
+async def test_a_change_of_the_file_that_failed_unforeseen_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.variants.POLL", 0.01)
+    failures = [RuntimeError("out of sockets")]
+
+    def connect_or_fail(spec: VariantSpec) -> Variant:
+        if spec.name == "b" and failures:
+            raise failures.pop()
+        return connect(spec)
+
+    path = tmp_path / "variants"
+    path.write_text("a weight=1 vision=v-a lm=l-a\n")
+    pool = Variants(read_variants(path), connect_or_fail)
+    pool.watch(path)
+    path.write_text("a weight=1 vision=v-a lm=l-a\nc weight=1 vision=v-c lm=l-c\nb weight=1 vision=v-b lm=l-b\n")
+    for _ in range(6000):
+        if len(pool.all) == 3:
+            break
+        await asyncio.sleep(0.01)
+    await pool.close()
+    assert [variant.name for variant in pool.all] == ["a", "c", "b"] and not failures

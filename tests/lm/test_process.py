@@ -139,3 +139,33 @@ async def test_an_address_in_use_ends_the_start(checkpoint_path):
         settings = LanguageSettings(model=str(checkpoint_path), device="cpu", listen=address)
         with pytest.raises(LookonceError, match="cannot listen"):
             await serve(settings, load_model(settings))
+
+
+async def test_a_fault_that_leaves_the_engine_unusable_ends_the_process_and_a_new_one_answers(
+    checkpoint_path, unsplit, tmp_path
+):
+    switch = tmp_path / "fault"
+    with ServiceProcess(
+        "tests.lm.faulty_service", "--model", str(checkpoint_path), "--device", "cpu", "--dtype", "float32", str(switch)
+    ) as language:
+        client = LanguageClient(language.address)
+        question = asking(user("What is this?"))
+        expected = unsplit.answer_ids([("user", ["What is this?"])], 8)
+        assert (await answer(client, question)).ids == expected
+        switch.touch()
+        kinds = []
+        while len(kinds) < 10 and (not kinds or kinds[-1] is ErrorKind.INTERNAL):
+            with pytest.raises(LookonceError) as caught:
+                await answer(client, question)
+            assert "secret" not in caught.value.message
+            kinds.append(caught.value.kind)
+        assert kinds == [ErrorKind.INTERNAL, ErrorKind.INTERNAL, ErrorKind.UNAVAILABLE]
+        assert not await client.healthy()
+        assert await asyncio.to_thread(language.wait_exit) == 1
+        assert "engine_unusable" in language.log and "unusable; a new process is needed" in language.log
+        switch.unlink()
+        await asyncio.to_thread(language.restart)
+        await client.close()
+        client = LanguageClient(language.address)
+        assert (await answer(client, question)).ids == expected
+        await client.close()

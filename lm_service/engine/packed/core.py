@@ -51,6 +51,7 @@ class EngineCore:
         """`load` is told of fills that want embeddings."""
         free = _free_for_kv(model.shape)
         self.options = options
+        self._stages = model.shape.stages
         self.events: list[tuple[Request, Event]] = []
         self.urgent = False  # there are others among them than tokens that follow an answer's first
         self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
@@ -87,11 +88,15 @@ class EngineCore:
         return self.cache.forget(frozenset(keys), frozenset(digests))
 
     def fail_all(self, error: LookonceError) -> None:
-        """End every request with an error, and drop all KV."""
+        """End every request with an error, and drop all KV. Raises when something is held for nobody afterwards: the
+        core can't be used any more."""
         for sequence in [*self.scheduler.running, *self.scheduler.queue]:
             self.scheduler.fail(sequence, error)
-        self.scheduler.schedule()  # nothing runs any more; this drops what was being filled for nobody
+        self.scheduler.admitted.clear()
+        self.scheduler.fills.drop_unwanted()
         self.cache.clear()
+        if self.pool.used_slots or self.cache.bytes:
+            raise RuntimeError(f"{self.pool.used_slots} slots and {self.cache.bytes} bytes of prefixes are nobody's")
 
     def step(self) -> bool:
         """One step; False when there was nothing to compute."""
@@ -149,18 +154,31 @@ class EngineCore:
             for tail in batch.tails:
                 if tail.sequence.status is Status.RUNNING:
                     self._compute_alone(Batch(tails=[tail]))
+            self._check_devices()
             return
-        self._postprocess(batch, logits)
+        try:
+            self._postprocess(batch, logits)
+        except Exception:  # noqa: BLE001 - logged; how far it came is not known, so all who took part are told
+            _log.exception("postprocess_failed", tokens=batch.tokens)
+            self._fail_parts(batch)
 
     def _compute_alone(self, batch: Batch) -> None:
         try:
             self._postprocess(batch, self._run(batch))
         except Exception:  # noqa: BLE001 - logged; whoever needed this part is told
             _log.exception("sequence_failed")
-            for chunk in batch.fills:
-                self.scheduler.fail_fill(chunk.fill, internal_error())
-            for tail in batch.tails:
-                self.scheduler.fail(tail.sequence, internal_error())
+            self._fail_parts(batch)
+
+    def _fail_parts(self, batch: Batch) -> None:
+        for chunk in batch.fills:
+            self.scheduler.fail_fill(chunk.fill, internal_error())
+        for tail in batch.tails:
+            self.scheduler.fail(tail.sequence, internal_error())
+
+    def _check_devices(self) -> None:
+        """Raise what a device that computes nothing any more raises."""
+        for stage in self._stages:
+            torch.ones((), device=stage.device).add(1).item()
 
     def _run(self, batch: Batch) -> torch.Tensor | None:
         began = time.perf_counter()

@@ -39,6 +39,8 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import start_task
 
 _HAND_OVER_SECONDS = 0.02
+FAULTS_IN_A_ROW = 3
+"""So many faults without a step between them, and the engine is no longer usable."""
 _log = structlog.get_logger(__name__)
 
 
@@ -80,9 +82,20 @@ class PackedEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._on_failure: Callable[[], object] = lambda: None
+        self._failed = False  # the worker thread has ended for a fault
+        self._faults = 0  # since the latest step
+        self._forgetting: set[asyncio.Future[int]] = set()
 
-    async def start(self) -> None:
-        """Start the worker thread, on the running event loop."""
+    @property
+    def failed(self) -> bool:
+        """Whether a fault has left the engine unusable."""
+        return self._failed
+
+    async def start(self, on_failure: Callable[[], object] = lambda: None) -> None:
+        """Start the worker thread, on the running event loop. `on_failure` is called there once when a fault has left
+        the engine unusable: the process should end."""
+        self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name="packed-engine", daemon=True)
         self._thread.start()
@@ -161,14 +174,18 @@ class PackedEngine:
             self._state = self._core.state()
             self._call_loop(lambda: None if done.done() else done.set_result(count))
 
-        if self._closing or self._thread is None:
+        if self._closing or self._failed or self._thread is None:
             return self._core.forget(*wanted)
-        self._tell(drop)
-        return await done
+        self._forgetting.add(done)
+        try:
+            self._tell(drop)
+            return await done
+        finally:
+            self._forgetting.discard(done)
 
     async def _events(self, request: packed.Request, deadline: float | None) -> AsyncGenerator[Event, None]:
         """Submit a request and yield its events; leaving early cancels it within a step."""
-        if self._closing or self._thread is None:
+        if self._closing or self._failed or self._thread is None:
             raise _unavailable()
         # a request on its way to a free place does not count as waiting
         if self._waiting >= self.options.max_waiting + max(0, self.options.max_running - self._admitted):
@@ -229,17 +246,34 @@ class PackedEngine:
 
     def _work(self) -> None:
         busy = False
-        while not self._closing:
-            try:
-                self._read_mail(wait=not busy)
-                busy = self._core.step()
-            except Exception:  # noqa: BLE001 - the thread must outlive any fault; all requests are told
-                _log.exception("engine_failed")
-                self._core.fail_all(internal_error())
-                busy = False
+        try:
+            while not self._closing:
+                busy = self._turn(busy)
+            self._core.fail_all(_unavailable())
             self._post()
-        self._core.fail_all(_unavailable())
-        self._post()
+        except Exception:  # noqa: BLE001 - the thread's end: logged, and everybody is told
+            _log.exception("engine_unusable")
+            self._call_loop(self._give_up)
+
+    def _turn(self, busy: bool) -> bool:
+        """Mail, a step, and what came of it; whether there may be more to compute. Raises when a fault has left the
+        engine unusable."""
+        try:
+            self._read_mail(wait=not busy)
+            busy = self._core.step()
+            if busy:
+                self._faults = 0
+            self._post()
+        except Exception:  # logged; nobody knows how far it came, so all requests are told
+            _log.exception("engine_failed")
+            self._faults += 1
+            if self._faults >= FAULTS_IN_A_ROW:
+                raise
+            self._core.fail_all(internal_error())
+            self._post()
+            self._call_loop(lambda: self._fail_streams(internal_error()))  # also those that were between two places
+            return False
+        return busy
 
     def _read_mail(self, *, wait: bool) -> None:
         if wait:
@@ -265,6 +299,18 @@ class PackedEngine:
         self._call_loop(lambda: self._start_loading(fill))
 
     # Back on the event loop
+
+    def _give_up(self) -> None:
+        self._failed = True
+        self._fail_streams(_unavailable())
+        self._on_failure()
+
+    def _fail_streams(self, error: LookonceError) -> None:
+        for stream in self._streams.values():
+            stream.events.put_nowait(error)
+        for done in self._forgetting:
+            if not done.done():
+                done.set_exception(error)
 
     def _start_loading(self, fill: Fill) -> None:
         task = start_task(self._load(fill), awaited=False, context=fill.context)
@@ -322,3 +368,8 @@ async def _next(stream: _Stream, deadline: float | None) -> Event:
 
 def _unavailable() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
+
+
+def unusable() -> LookonceError:
+    """Why the process ends: what happened is in the log."""
+    return LookonceError(ErrorKind.INTERNAL, "a fault has left the engine unusable; a new process is needed")

@@ -2,6 +2,8 @@
 
 Values are opaque bytes. A store's own failure is a miss, never an error of the caller: `get` answers None, `put` False.
 Drivers (Redis, embedded) raise StoreFailure; the circuit breaker that `open_store` puts around them makes it a miss.
+For callers to whom "it is not there" and "it could not be looked for" are different things, a strict store raises
+StoreFailure from `get`, `put` and `contains`.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Driver(Store, Protocol):
 
 
 class CircuitBreaker:
-    """A Store that never raises StoreFailure: `driver`, guarded. Runs on one event loop."""
+    """`driver`, guarded: a Store that raises no StoreFailure, unless it is strict. Runs on one event loop."""
 
     def __init__(
         self,
@@ -46,8 +46,11 @@ class CircuitBreaker:
         threshold: int = THRESHOLD,
         first_backoff: float = FIRST_BACKOFF,
         max_backoff: float = MAX_BACKOFF,
+        strict: bool = False,
     ) -> None:
+        """`strict`: see `open_store`."""
         self._driver = driver
+        self._strict = strict
         self._threshold = threshold
         self._first_backoff = first_backoff
         self._max_backoff = max_backoff
@@ -65,18 +68,20 @@ class CircuitBreaker:
         """See EmbeddingStore."""
         if self._blocked():
             self._driver.metrics.lookup(False)
-            return None
-        return await self._guard(self._driver.get(key), None)
+            return self._untold(None)
+        return await self._guard(self._driver.get(key), None, tell=True)
 
     async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
         """See EmbeddingStore."""
         if self._blocked():
-            return False
-        return await self._guard(self._driver.put(key, value, ttl=ttl), False)
+            return self._untold(False)
+        return await self._guard(self._driver.put(key, value, ttl=ttl), False, tell=True)
 
     async def contains(self, key: bytes) -> bool:
         """See EmbeddingStore."""
-        return False if self._blocked() else await self._guard(self._driver.contains(key), False)
+        if self._blocked():
+            return self._untold(False)
+        return await self._guard(self._driver.contains(key), False, tell=True)
 
     async def delete(self, key: bytes) -> bool:
         """See EmbeddingStore. Tried even while the circuit is open: erasure must not be skipped to save time."""
@@ -111,14 +116,20 @@ class CircuitBreaker:
             self._probe = None
         await self._driver.close()
 
-    async def _guard(self, operation: Awaitable[T], otherwise: T) -> T:
+    async def _guard(self, operation: Awaitable[T], otherwise: T, *, tell: bool = False) -> T:
         try:
             result = await operation
         except StoreFailure as failure:
             self._failed(failure)
-            return otherwise
+            return self._untold(otherwise, failure) if tell else otherwise
         self._succeeded()
         return result
+
+    def _untold(self, otherwise: T, failure: StoreFailure | None = None) -> T:
+        """What is answered when the store did not tell. Raises StoreFailure where the breaker is strict."""
+        if self._strict:
+            raise failure or StoreFailure("the store is out of use")
+        return otherwise
 
     def _blocked(self) -> bool:
         if self._probe_at is None:

@@ -54,14 +54,16 @@ def open_store(
     max_bytes: int | None = None,
     ttl: float | None = None,
     evicts: bool = True,
+    strict: bool = False,
 ) -> Store:
     """Open the store that `url` names (see the module's docstring).
 
     `namespace` keeps one use's keys apart from another's in the same store. `max_bytes` (memory and file tiers) and
     `ttl` (seconds) are defaults that the URL's query overrides. Without `evicts` a full memory or file store, when it
-    is the last tier, refuses what is new and keeps what it has; Redis does as its own policy says. The embedded
-    store's file is opened here (blocking, at start); Redis on first use. Raises LookonceError(INVALID_ARGUMENT) naming
-    the part of the URL at fault.
+    is the last tier, refuses what is new and keeps what it has; Redis does as its own policy says. The last tier's
+    failures are misses, unless `strict`: then its `get`, `put` and `contains` raise StoreFailure. The embedded store's
+    file is opened here (blocking, at start); Redis on first use. Raises LookonceError(INVALID_ARGUMENT) naming the part
+    of the URL at fault.
     """
     if not _NAMESPACE.fullmatch(namespace):
         raise invalid(f"namespace must match {_NAMESPACE.pattern}, got {namespace!r}", param="namespace")
@@ -69,7 +71,10 @@ def open_store(
     if not parts:
         raise invalid("store must be a URL such as memory://, file:///path or redis://host:port", param="store")
     last = len(parts) - 1
-    tiers = [_plan(part, namespace, max_bytes, ttl, evicts=evicts or place != last) for place, part in enumerate(parts)]
+    tiers = [
+        _plan(part, namespace, max_bytes, ttl, evicts=evicts or place != last, strict=strict and place == last)
+        for place, part in enumerate(parts)
+    ]
     stores = [build() for build in tiers]  # only once every part is known to be well-formed
     if tracing.is_exporting():
         kinds = [part.partition(":")[0] for part in parts]
@@ -80,7 +85,9 @@ def open_store(
     return stores[0] if len(stores) == 1 else TieredStore(stores)
 
 
-def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool) -> Callable[[], Store]:
+def _plan(
+    url: str, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool, strict: bool
+) -> Callable[[], Store]:
     try:
         parts = urlsplit(url)
         if "+sentinel" not in parts.scheme:
@@ -94,9 +101,9 @@ def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None, *,
         if "max_bytes" in query:
             max_bytes = parse_size(query.pop("max_bytes"), param="store: max_bytes")
         _nothing_left(query)
-        return _local(parts, namespace, max_bytes, ttl, evicts=evicts)
+        return _local(parts, namespace, max_bytes, ttl, evicts=evicts, strict=strict)
     if parts.scheme in ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel"):
-        return _remote(parts, namespace, ttl, _redis_settings(parts, query))
+        return _remote(parts, namespace, ttl, _redis_settings(parts, query), strict=strict)
     raise invalid(
         f"store: scheme {parts.scheme!r} is not known; use memory://, file:///path, redis://, rediss://, "
         "redis+cluster://, rediss+cluster:// or redis+sentinel://",
@@ -105,7 +112,7 @@ def _plan(url: str, namespace: str, max_bytes: int | None, ttl: float | None, *,
 
 
 def _local(
-    parts: SplitResult, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool
+    parts: SplitResult, namespace: str, max_bytes: int | None, ttl: float | None, *, evicts: bool, strict: bool
 ) -> Callable[[], Store]:
     if parts.scheme == "memory":
         if parts.netloc or parts.path.strip("/"):
@@ -118,10 +125,12 @@ def _local(
         )
     size = DEFAULT_FILE_BYTES if max_bytes is None else max_bytes
     path = Path(unquote(parts.path)) / namespace
-    return lambda: CircuitBreaker(EmbeddedStore(path, size, ttl=ttl, namespace=namespace, evicts=evicts))
+    return lambda: CircuitBreaker(EmbeddedStore(path, size, ttl=ttl, namespace=namespace, evicts=evicts), strict=strict)
 
 
-def _remote(parts: SplitResult, namespace: str, ttl: float | None, settings: RedisSettings) -> Callable[[], Store]:
+def _remote(
+    parts: SplitResult, namespace: str, ttl: float | None, settings: RedisSettings, *, strict: bool
+) -> Callable[[], Store]:
     if not parts.netloc.rpartition("@")[2]:
         raise invalid(f"store: {parts.scheme}:// needs a host", param="store")
     base, _, kind = parts.scheme.partition("+")
@@ -137,7 +146,7 @@ def _remote(parts: SplitResult, namespace: str, ttl: float | None, settings: Red
         else:
             client = standalone(plain.geturl(), settings)
         driver = RedisStore(client, settings=settings, ttl=ttl, namespace=namespace, also_close=also_close)
-        return CircuitBreaker(driver)
+        return CircuitBreaker(driver, strict=strict)
 
     if kind == "sentinel":
         _check_sentinels(parts)

@@ -47,10 +47,11 @@ class TieredStore:
         """See EmbeddingStore. Far tier first, so that what this process sees, others can see. False when the last
         tier refused."""
         self._outdate(key)
-        kept = await self._tiers[-1].put(key, value, ttl=ttl)
-        for tier in reversed(self._tiers[:-1]):
-            await tier.put(key, value, ttl=ttl)
-        return kept
+        try:
+            return await self._tiers[-1].put(key, value, ttl=ttl)
+        finally:  # even if it failed: what nearer tiers have is outdated
+            for tier in reversed(self._tiers[:-1]):
+                await tier.put(key, value, ttl=ttl)
 
     async def contains(self, key: bytes) -> bool:
         """See EmbeddingStore."""

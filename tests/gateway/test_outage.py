@@ -1,0 +1,144 @@
+"""What a Redis in trouble means for images: "not there", "no room" and "it can't be told now" are different answers,
+and what was acknowledged meanwhile holds afterwards."""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import httpx2
+import pytest
+
+from tests.gateway.conftest import Services
+from tests.gateway.processes import GatewayProcess
+from tests.gateway.test_failures import eventually, lose_everything
+from tests.system.campaign.proxy import Proxy
+from tests.valkey import ValkeyServer
+
+Picture = Callable[..., bytes]
+QUICK = "connect_timeout=500ms&socket_timeout=500ms&operation_timeout=1s"
+
+
+@dataclass
+class Scene:
+    """Two gateways over one Redis behind a proxy."""
+
+    proxy: Proxy
+    first: httpx2.Client
+    second: httpx2.Client
+
+
+@pytest.fixture
+def scene(services: Services) -> Iterator[Scene]:
+    """Anew for each test: circuit breakers remember."""
+    with ValkeyServer() as valkey, Proxy(valkey.port) as proxy:
+        arguments = (*services.arguments(), "--store", f"{proxy.url}?{QUICK}")
+        with (
+            GatewayProcess(*arguments) as one,
+            GatewayProcess(*arguments) as two,
+            one.client() as first,
+            two.client() as second,
+        ):
+            yield Scene(proxy, first, second)
+
+
+def upload(http: httpx2.Client, data: bytes, **fields: str) -> httpx2.Response:
+    return http.post("/v1/images", files={"file": data}, data=fields)
+
+
+def chat(http: httpx2.Client, data: bytes) -> httpx2.Response:
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    return http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}], "max_tokens": 2})
+
+
+def refused(reply: httpx2.Response) -> bool:
+    return (
+        reply.status_code == 503 and reply.json()["error"]["code"] == "unavailable" and "retry-after" in reply.headers
+    )
+
+
+@pytest.mark.parametrize("mode", ["reset", "half"])
+def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(scene: Scene, picture: Picture, mode: str) -> None:
+    data = picture()
+    scene.proxy.set(mode)
+    reply = upload(scene.first, data, pinned="true")
+    assert refused(reply), reply.text
+    scene.proxy.set("pass")
+    assert eventually(lambda: upload(scene.first, data, pinned="true").status_code in (200, 201))
+
+
+def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, picture: Picture) -> None:
+    image = upload(scene.first, picture(), alias="cat").json()["id"]
+    scene.proxy.set("reset")
+    for path in (f"/v1/images/{image}", "/v1/images/cat", "/v1/images"):
+        reply = scene.second.get(path)
+        assert refused(reply), (path, reply.text)
+    scene.proxy.set("pass")
+    for path in (f"/v1/images/{image}", "/v1/images/cat"):
+        assert eventually(lambda path=path: scene.second.get(path).status_code == 200)
+    assert scene.second.get("/v1/images").json()["data"][0]["id"] == image
+
+
+def test_a_kept_file_that_could_not_be_read_is_not_gone(scene: Scene, services: Services, picture: Picture) -> None:
+    image = upload(scene.first, picture()).json()["id"]
+    lose_everything(services, image)
+    scene.proxy.set("reset")
+    reply = scene.first.post(f"/v1/images/{image}/questions", json={"questions": ["What?"], "max_tokens": 2})
+    assert refused(reply), reply.text
+    assert refused(scene.first.patch(f"/v1/images/{image}", json={"pinned": True}))
+
+
+def test_an_image_that_came_with_the_request_needs_no_kept_file(
+    scene: Scene, services: Services, picture: Picture
+) -> None:
+    data = picture()
+    first = chat(scene.first, data)
+    assert first.status_code == 200, first.text
+    lose_everything(services, upload(scene.second, data).json()["id"])
+    scene.proxy.set("reset")
+    again = chat(scene.first, data)
+    assert again.status_code == 200, again.text
+    assert again.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
+
+
+@pytest.mark.parametrize("mode", ["half", "hang"])
+def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_before_it(
+    scene: Scene, picture: Picture, mode: str
+) -> None:
+    data = picture()
+    image = upload(scene.first, data).json()["id"]
+    assert scene.first.delete(f"/v1/images/{image}").json()["complete"] is True
+    assert scene.first.get(f"/v1/images/{image}").status_code == 404
+    scene.proxy.set(mode)
+    reply = upload(scene.first, data, alias="again")
+    assert reply.status_code in (200, 201), reply.text
+    assert scene.first.get(f"/v1/images/{image}").status_code == 200
+    scene.proxy.set("pass")
+    end = time.monotonic() + 4  # the breaker closes within
+    while time.monotonic() < end:
+        assert scene.first.get(f"/v1/images/{image}").status_code == 200
+        time.sleep(0.1)
+    assert eventually(lambda: scene.first.get("/v1/images/again").status_code == 200)
+    assert eventually(lambda: scene.second.get(f"/v1/images/{image}").status_code == 200)
+    assert scene.second.get("/v1/images/again").json()["id"] == image
+    assert image in [item["id"] for item in scene.first.get("/v1/images").json()["data"]]
+
+
+def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, picture: Picture) -> None:
+    """A gateway that can't see that an image is pinned and named keeps it all the same, and joins both afterwards."""
+    data = picture()
+    image = upload(scene.first, data, pinned="true", alias="kept").json()["id"]
+    scene.proxy.set("reset")
+    assert upload(scene.second, data).status_code in (200, 201)
+    scene.proxy.set("pass")
+
+    def whole(http: httpx2.Client) -> bool:
+        found = http.get("/v1/images/kept")
+        return found.status_code == 200 and found.json()["pinned"] and found.json()["aliases"] == ["kept"]
+
+    assert eventually(lambda: scene.second.get(f"/v1/images/{image}").json().get("pinned"))
+    for http in (scene.second, scene.first):
+        assert eventually(lambda http=http: whole(http))
