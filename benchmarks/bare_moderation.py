@@ -30,7 +30,7 @@ from benchmarks.moderate import PACK, Floor, Preparation
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.process import keep_freed_memory
 from lookonce.models.checkpoint import open_checkpoint
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.qwen2_vl.preprocessing import Patches
 from lookonce.moderation.policy import parse_policy
 from tests.modules import load_language_model, load_vision_tower
@@ -309,7 +309,7 @@ def main() -> int:
     for kind, size, one in (("transformers", pack, way), ("transformers, plain", PACK, PLAIN)):
         found |= {f"bare encodes, {kind}": encodes[size] * len(cut), f"bare scores, {kind}": scores[one] * len(cut)}
     few = min(PACK, len(cut))
-    own = asyncio.run(own_answers(apart(Floor, preparation, dtype), cut[:few], asked[:few]))
+    own = asyncio.run(own_answers(run_in_omp_thread(Floor, preparation, dtype), cut[:few], asked[:few]))
     difference = max(farthest(own, stages.answers(way, layouts, few)) for way in WAYS)
     print(f"transformers' floor: encodes of {pack}; scores: {way}; from ours by {difference:.1e}", file=sys.stderr)
     print(json.dumps({"seconds": found, "difference": difference}))

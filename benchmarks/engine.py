@@ -42,7 +42,7 @@ from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Samplin
 from lookonce.core.process import keep_freed_memory
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Checkpoint, open_checkpoint
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.vision import Encoder
@@ -166,8 +166,8 @@ class Decoding:
     ) -> None:
         """`donor` is the KV of an image's prefix, taken for every picture's to spare the prefills."""
         self.model = Timed(adapter)
-        fills: list[Any] = []
-        self.core = EngineCore(self.model, options, fills.append)
+        prefills: list[Any] = []
+        self.core = EngineCore(self.model, options, prefills.append)
         rows = Pictures(adapter.shape.hidden).rows
         for number, picture in enumerate(pictures):
             prompt = question(number, picture)
@@ -179,13 +179,13 @@ class Decoding:
             self.core.submit(request)
         while not all(sequence.decoding for sequence in self.core.scheduler.running) or self.core.scheduler.queue:
             self.core.step()
-            for fill in fills:
+            for fill in prefills:
                 fill.rows = [(span, rows) for span in fill.node.images]
                 if donor is not None:
                     fill.node.kv.copy_(donor)
                     fill.node.filled = fill.node.length - 1  # the last token is fed, to end the fill
                 self.core.scheduler.loaded(fill, EmbeddingSource.L1, 0.0)
-            fills.clear()
+            prefills.clear()
 
     def step(self) -> float:
         """Seconds of one step."""
@@ -305,16 +305,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = arguments.model or make_random_checkpoint(Path(folder) / "model", size=arguments.size)
         checkpoint = open_checkpoint(str(path))
-        adapter = apart(lambda: Qwen2VLAdapter(*load_language_model(checkpoint, torch.float32)))
-        model, head = apart(load_language_model, checkpoint, torch.float32)
-        tower = apart(load_vision_tower, checkpoint, torch.float32) if arguments.unsplit else None
-        encoding = apart(own_encoding, checkpoint) if arguments.unsplit else None
+        adapter = run_in_omp_thread(lambda: Qwen2VLAdapter(*load_language_model(checkpoint, torch.float32)))
+        model, head = run_in_omp_thread(load_language_model, checkpoint, torch.float32)
+        tower = run_in_omp_thread(load_vision_tower, checkpoint, torch.float32) if arguments.unsplit else None
+        encoding = run_in_omp_thread(own_encoding, checkpoint) if arguments.unsplit else None
     bare = Bare(model, head, Pictures(adapter.shape.hidden).rows, tower)
     table = TokenTable([(number, b"a") for number in range(adapter.shape.vocabulary)])
     options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=2048 * MIB)
     results: dict[str, float] = {}
     if "decode" in arguments.parts:
-        results |= apart(decode_ratios, adapter, bare, table, options, arguments.rounds)
+        results |= run_in_omp_thread(decode_ratios, adapter, bare, table, options, arguments.rounds)
     if "score" in arguments.parts:
         results |= asyncio.run(score_ratio(adapter, bare, table, options, arguments.rounds))
     if "wall" in arguments.parts:

@@ -10,8 +10,8 @@ from gateway.http.app import create_app
 from gateway.http.batch_lines import BatchEndpoints
 from gateway.images.encoding import Encoder
 from gateway.images.erasure import Eraser
-from gateway.images.image_records import RecordShelf
-from gateway.images.image_store import Rooms
+from gateway.images.image_records import ImageRecords
+from gateway.images.image_store import ImageStores
 from gateway.images.images import ImageLibrary
 from gateway.limits import Quota
 from gateway.routing.discovery import open_replicas
@@ -58,7 +58,7 @@ def build(settings: GatewaySettings) -> Gateway:
     ttl = settings.image_ttl
     store = _open_image_store(settings)
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
-    shelf = RecordShelf(store, spare)
+    shelf = ImageRecords(store, spare)
     eraser = Eraser(variants)
     encoder = Encoder(timeout=settings.encode_timeout, reconnect_wait=settings.reconnect_wait)
     images = ImageLibrary(store, spare, shelf, variants, encoder, eraser, ttl=ttl)
@@ -74,7 +74,7 @@ def _open_image_store(settings: GatewaySettings) -> Store:
     passing = open_store(url, namespace="images", max_bytes=settings.store_bytes, ttl=settings.image_ttl, strict=True)
     pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False, strict=True)
     index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False, strict=True)
-    return SealedStore(Rooms(passing, pinned, index), "images", settings.secret.get_secret_value())
+    return SealedStore(ImageStores(passing, pinned, index), "images", settings.secret.get_secret_value())
 
 
 def _open_batches(settings: GatewaySettings) -> Batches | None:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Seque
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
-from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
+from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
 from gateway.images.images import ImageLibrary, Resolved
 from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.routing.retries import STALE, Recovery
@@ -53,7 +53,7 @@ class Answers:
         self.interactive = 0  # calls under way for askers who wait
 
     def generate(
-        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, asker: Asker, *, whole: bool = False
+        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, caller: Caller, *, whole: bool = False
     ) -> Answering:
         """Stream the events of an answer; of a `whole` one, nothing before it has ended. Close the iterator to stop the
         work.
@@ -61,14 +61,14 @@ class Answers:
         A replica that fails before the first event is replaced in silence, as are lost embeddings; afterwards the
         failure is raised from the iterator."""
         resolved: list[Resolved] = []
-        return Answering(self._events(turns, sampling, asker, resolved, whole), resolved)
+        return Answering(self._events(turns, sampling, caller, resolved, whole), resolved)
 
     async def complete(
-        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, asker: Asker
+        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, caller: Caller
     ) -> tuple[list[Completion], list[Resolved]]:
         """The whole of an answer (or n). Nothing was shown yet: a replica that dies midway costs one more try."""
         for last in (False, True):
-            answering = self.generate(turns, sampling, asker, whole=True)
+            answering = self.generate(turns, sampling, caller, whole=True)
             try:
                 return await collect(answering, max(1, sampling.n)), answering.resolved
             except LookonceError as error:
@@ -77,16 +77,16 @@ class Answers:
         raise LookonceError(ErrorKind.INTERNAL, "no answer")
 
     async def score(
-        self, questions: Sequence[ChoiceQuestion], asker: Asker
+        self, questions: Sequence[ChoiceQuestion], caller: Caller
     ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
         """Weigh the choices of all questions in one call: an outcome for each, in order."""
         images = [part for question in questions for part in images_of(question.turns)]
-        deadline = time.monotonic() + asker.timeout
+        deadline = time.monotonic() + caller.timeout
         candidates = self._candidates(images)
         for served in candidates:
             try:
                 with _measured(served):
-                    return await self._score(served, questions, images, asker, deadline, served is candidates[-1])
+                    return await self._score(served, questions, images, caller, deadline, served is candidates[-1])
             except LookonceError as error:
                 if error.kind is not ErrorKind.UNAVAILABLE or served is candidates[-1]:
                     raise
@@ -97,25 +97,25 @@ class Answers:
         served: Variant,
         questions: Sequence[ChoiceQuestion],
         images: Sequence[ImagePart],
-        asker: Asker,
+        caller: Caller,
         deadline: float,
         last: bool,
     ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
         resolved: list[Resolved] = []
-        await self._resolve(served, images, asker, resolved)
-        key, replicas = routing_key(questions[0].turns, asker.tenant.cache_salt), served.language
+        await self._resolve(served, images, caller, resolved)
+        key, replicas = routing_key(questions[0].turns, caller.tenant.cache_salt), served.language
 
         async def renew(error: LookonceError) -> bool:
-            return await self._renew(served, images, asker, resolved, error)
+            return await self._renew(served, images, caller, resolved, error)
 
         patience = self._reconnect_wait if last else 0.0
         recovery = Recovery(replicas, key, patience=patience, renew=renew)
         while True:
             endpoint = recovery.choose()
             left = _left(deadline)
-            request = _score_request(questions, resolved, asker, left)
+            request = _score_request(questions, resolved, caller, left)
             try:
-                with self._counted(asker), replicas.use(endpoint) as client:
+                with self._counted(caller), replicas.use(endpoint) as client:
                     response = await client.score(request, timeout=left + SPARE_SECONDS)
                 outcomes = [_outcome(result) for result in response.results]
                 if len(outcomes) != len(questions):
@@ -133,17 +133,17 @@ class Answers:
         self,
         turns: Sequence[Turn],
         sampling: language_pb2.SamplingParameters,
-        asker: Asker,
+        caller: Caller,
         resolved: list[Resolved],
         whole: bool,
     ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
-        deadline = time.monotonic() + asker.timeout
+        deadline = time.monotonic() + caller.timeout
         candidates = self._candidates(images_of(turns))
         for served in candidates:
             last, started = served is candidates[-1], False
             try:
                 with _measured(served):
-                    attempt = self._attempt(served, turns, sampling, asker, resolved, deadline, last, whole)
+                    attempt = self._attempt(served, turns, sampling, caller, resolved, deadline, last, whole)
                     async with aclosing(attempt) as events:
                         async for event in events:
                             started = True
@@ -158,20 +158,20 @@ class Answers:
         served: Variant,
         turns: Sequence[Turn],
         sampling: language_pb2.SamplingParameters,
-        asker: Asker,
+        caller: Caller,
         resolved: list[Resolved],
         deadline: float,
         last: bool,
         whole: bool,
     ) -> AsyncGenerator[language_pb2.GenerateEvent, None]:
         images, replicas = images_of(turns), served.language
-        await self._resolve(served, images, asker, resolved)
+        await self._resolve(served, images, caller, resolved)
 
         async def renew(error: LookonceError) -> bool:
-            return await self._renew(served, images, asker, resolved, error)
+            return await self._renew(served, images, caller, resolved, error)
 
         patience = self._reconnect_wait if last else 0.0
-        key = routing_key(turns, asker.tenant.cache_salt)
+        key = routing_key(turns, caller.tenant.cache_salt)
         recovery = Recovery(replicas, key, patience=patience, renew=renew)
         while True:
             endpoint, started = recovery.choose(), False
@@ -181,12 +181,12 @@ class Answers:
                 messages=to_messages(turns, resolved),
                 sampling=sampling,
                 timeout=left,
-                client=asker.client,
+                client=caller.client,
                 whole=whole,
-                cache_salt=asker.tenant.cache_salt,
+                cache_salt=caller.tenant.cache_salt,
             )
             try:
-                with self._counted(asker), replicas.use(endpoint) as client:
+                with self._counted(caller), replicas.use(endpoint) as client:
                     async with aclosing(client.generate(request, timeout=left + SPARE_SECONDS)) as events:  # type: ignore[type-var]
                         async for event in events:
                             started = True
@@ -198,24 +198,26 @@ class Answers:
                 return
 
     @contextmanager
-    def _counted(self, asker: Asker) -> Iterator[None]:
-        self.interactive += not asker.background
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        self.interactive += not caller.background
         try:
             yield
         finally:
-            self.interactive -= not asker.background
+            self.interactive -= not caller.background
 
     def _candidates(self, images: Sequence[ImagePart]) -> list[Variant]:
         """The variant that answers, by the first image or at random, and those that may stand in."""
         return self._variants.in_order(images[0].record.digest if images else uuid.uuid4().bytes)
 
     async def _resolve(
-        self, served: Variant, images: Sequence[ImagePart], asker: Asker, resolved: list[Resolved]
+        self, served: Variant, images: Sequence[ImagePart], caller: Caller, resolved: list[Resolved]
     ) -> None:
         async def one(part: ImagePart) -> Resolved:
             if part.resolved is not None and part.resolved.variant == served.name:
                 return part.resolved
-            return await self._images.resolve(part.record, asker.tenant, part.max_pixels, served=served, data=part.data)
+            return await self._images.resolve(
+                part.record, caller.tenant, part.max_pixels, served=served, data=part.data
+            )
 
         resolved[:] = await _each(images, one)
 
@@ -223,7 +225,7 @@ class Answers:
         self,
         served: Variant,
         images: Sequence[ImagePart],
-        asker: Asker,
+        caller: Caller,
         resolved: list[Resolved],
         stale: LookonceError,
     ) -> bool:
@@ -232,7 +234,7 @@ class Answers:
         async def one(part: ImagePart) -> Resolved:
             try:
                 return await self._images.renew(
-                    part.record, asker.tenant, part.max_pixels, served=served, data=part.data
+                    part.record, caller.tenant, part.max_pixels, served=served, data=part.data
                 )
             except LookonceError as error:
                 if error.kind is ErrorKind.NOT_FOUND and stale.retry_after is not None:
@@ -292,10 +294,10 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
 
 
 def _score_request(
-    questions: Sequence[ChoiceQuestion], resolved: Sequence[Resolved], asker: Asker, timeout: float
+    questions: Sequence[ChoiceQuestion], resolved: Sequence[Resolved], caller: Caller, timeout: float
 ) -> language_pb2.ScoreRequest:
     request = language_pb2.ScoreRequest(
-        request_id=uuid.uuid4().hex, timeout=timeout, client=asker.client, cache_salt=asker.tenant.cache_salt
+        request_id=uuid.uuid4().hex, timeout=timeout, client=caller.client, cache_salt=caller.tenant.cache_salt
     )
     position = 0
     for number, question in enumerate(questions):

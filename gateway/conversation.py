@@ -32,7 +32,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Asker:
+class Caller:
     """Who asks, and for how long they wait."""
 
     tenant: Tenant

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gateway.answers import Answers
 from gateway.batches.service import Batches
 from gateway.images.erasure import Eraser
-from gateway.images.image_records import RecordShelf
+from gateway.images.image_records import ImageRecords
 from gateway.images.images import ImageLibrary
 from gateway.routing.variants import Variants
 from gateway.served_model import ServedModel
@@ -24,7 +24,7 @@ class Gateway:
     settings: GatewaySettings
     store: Store
     spare: Store
-    shelf: RecordShelf
+    shelf: ImageRecords
     variants: Variants
     eraser: Eraser
     images: ImageLibrary

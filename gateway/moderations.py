@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.answers import Answers
-from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn
+from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.receipts import receipt
 from gateway.served_model import ServedModel
 from lookonce.core.errors import LookonceError
@@ -44,14 +44,14 @@ class Moderations:
         self._model = model
         self._concurrency = concurrency
 
-    async def moderate(self, inputs: Sequence[Sequence[Item]], asker: Asker) -> list[dict[str, Any]]:
+    async def moderate(self, inputs: Sequence[Sequence[Item]], caller: Caller) -> list[dict[str, Any]]:
         """A result for each input; an input is one or more pictures, within the policy's `max_pixels`, and texts that
         are judged together: each rule by its highest score. Raises the first failure."""
         gate = asyncio.Semaphore(self._concurrency)
 
         async def one(item: Item) -> Scores:
             async with gate:
-                return await self._score(item, asker)
+                return await self._score(item, caller)
 
         tasks = [[start_task(one(item)) for item in items] for items in inputs]
         flat = [task for group in tasks for task in group]
@@ -61,25 +61,25 @@ class Moderations:
             await end_tasks(*flat)
         return [result_of(self._policy, [task.result() for task in group]) for group in tasks]
 
-    async def _score(self, item: Item, asker: Asker) -> Scores:
+    async def _score(self, item: Item, caller: Caller) -> Scores:
         kind: InputType = "image" if isinstance(item, ImagePart) else "text"
         rules = self._policy.of(kind, _size(item))
         if not rules:
             return Scores(kind, {}, {}, None)
         questions = [ChoiceQuestion(rule.id, self._turns(item, rule.ask(kind)), rule.choices) for rule in rules]
-        outcomes, cost, resolved = await self._answers.score(questions, asker)
+        outcomes, cost, resolved = await self._answers.score(questions, caller)
         probabilities: dict[str, float] = {}
         for rule, outcome in zip(rules, outcomes, strict=True):
             if isinstance(outcome, LookonceError):
                 raise outcome
             probabilities[rule.id] = rule.score({choice.choice: choice.probability for choice in outcome.choices})
         fired = [rule for rule in rules if rule.follow_up and rule.fires(probabilities[rule.id])]
-        follow_ups = {rule.id: await self._follow_up(rule, kind, item, asker) for rule in fired}
+        follow_ups = {rule.id: await self._follow_up(rule, kind, item, caller) for rule in fired}
         return Scores(kind, probabilities, follow_ups, receipt(resolved, cost, self._model.name))
 
-    async def _follow_up(self, rule: Rule, kind: InputType, shown: Item, asker: Asker) -> str:
+    async def _follow_up(self, rule: Rule, kind: InputType, shown: Item, caller: Caller) -> str:
         sampling = language_pb2.SamplingParameters(max_tokens=rule.follow_up_tokens)
-        (completion,), _ = await self._answers.complete(self._turns(shown, rule.ask_further(kind)), sampling, asker)
+        (completion,), _ = await self._answers.complete(self._turns(shown, rule.ask_further(kind)), sampling, caller)
         return completion.text
 
     def _turns(self, shown: Item, question: str) -> tuple[Turn, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from gateway.answers import Answers, Completion
-from gateway.conversation import Asker, ChoiceQuestion, Turn
+from gateway.conversation import Caller, ChoiceQuestion, Turn
 from gateway.images.images import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from gateway.served_model import ServedModel
@@ -49,7 +49,7 @@ class Outcome:
     error: LookonceError | None = None
 
 
-class _Tide:
+class _Saturation:
     """How the questions of one request fare together. When the service takes none of them, it is full of others' work:
     then all of them fail at once."""
 
@@ -86,22 +86,22 @@ class Questions:
         self._model = model
         self._concurrency = concurrency
 
-    async def run(self, questions: Sequence[AnyQuestion], asker: Asker) -> AsyncGenerator[Outcome, None]:
+    async def run(self, questions: Sequence[AnyQuestion], caller: Caller) -> AsyncGenerator[Outcome, None]:
         """Outcomes in order of completion. Closing the iterator stops all work."""
-        gate, tide = asyncio.Semaphore(self._concurrency), _Tide()
+        gate, saturation = asyncio.Semaphore(self._concurrency), _Saturation()
 
-        async def written(position: int, question: OpenQuestion) -> list[Outcome]:
+        async def answer_open(position: int, question: OpenQuestion) -> list[Outcome]:
             async with gate:
-                return [Outcome(position, question.id, await self._write(question, asker, tide))]
+                return [Outcome(position, question.id, await self._write(question, caller, saturation))]
 
         tasks = [
-            start_task(_told([(position, question)], partial(written, position, question)))
+            start_task(_told([(position, question)], partial(answer_open, position, question)))
             for position, question in enumerate(questions)
             if isinstance(question, OpenQuestion)
         ]
         choices = [(position, item) for position, item in enumerate(questions) if isinstance(item, ChoiceQuestion)]
         if choices:
-            tasks.append(start_task(_told(choices, partial(self._weighed, choices, asker))))
+            tasks.append(start_task(_told(choices, partial(self._weighed, choices, caller))))
         try:
             for done in asyncio.as_completed(tasks):
                 for outcome in await done:
@@ -109,10 +109,10 @@ class Questions:
         finally:
             await end_tasks(*tasks)
 
-    async def run_all(self, questions: Sequence[AnyQuestion], asker: Asker) -> list[Outcome]:
+    async def run_all(self, questions: Sequence[AnyQuestion], caller: Caller) -> list[Outcome]:
         """Outcomes in the order asked. Raises the failure when all failed for want of a service: ask again later."""
         outcomes: list[Outcome] = []
-        async with aclosing(self.run(questions, asker)) as run:
+        async with aclosing(self.run(questions, caller)) as run:
             async for outcome in run:
                 outcomes.append(outcome)  # noqa: PERF401
         outcomes.sort(key=lambda outcome: outcome.position)
@@ -121,8 +121,8 @@ class Questions:
             raise errors[0]
         return outcomes
 
-    async def _write(self, question: OpenQuestion, asker: Asker, tide: _Tide) -> dict[str, Any]:
-        completion, resolved = await self._patiently(question, asker, tide)
+    async def _write(self, question: OpenQuestion, caller: Caller, saturation: _Saturation) -> dict[str, Any]:
+        completion, resolved = await self._patiently(question, caller, saturation)
         finish = completion.finish
         if finish is None:
             raise LookonceError(ErrorKind.INTERNAL, "no answer")
@@ -133,23 +133,25 @@ class Questions:
             "receipt": receipt(resolved, finish.receipt, self._model.name),
         }
 
-    async def _patiently(self, question: OpenQuestion, asker: Asker, tide: _Tide) -> tuple[Completion, list[Resolved]]:
+    async def _patiently(
+        self, question: OpenQuestion, caller: Caller, saturation: _Saturation
+    ) -> tuple[Completion, list[Resolved]]:
         """Ask again where the service was full of the other questions of this request; not where it was full anyway."""
         for attempt in range(BUSY_TRIES):
             try:
-                with tide.asking():
-                    (completion,), resolved = await self._answers.complete(question.turns, question.sampling, asker)
+                with saturation.asking():
+                    (completion,), resolved = await self._answers.complete(question.turns, question.sampling, caller)
                 return completion, resolved
             except LookonceError as error:
                 if error.kind is not ErrorKind.OVERLOADED or attempt == BUSY_TRIES - 1:
                     raise
-                tide.check(error)
+                saturation.check(error)
                 await asyncio.sleep(BUSY_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
-                tide.check(error)
+                saturation.check(error)
         raise LookonceError(ErrorKind.INTERNAL, "no answer")
 
-    async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], asker: Asker) -> list[Outcome]:
-        scores, cost, resolved = await self._answers.score([item for _, item in items], asker)
+    async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], caller: Caller) -> list[Outcome]:
+        scores, cost, resolved = await self._answers.score([item for _, item in items], caller)
         bill = receipt(resolved, cost, self._model.name)
         return [
             Outcome(position, item.id, error=found)

@@ -6,7 +6,7 @@ from lm_service.settings import LanguageSettings
 from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
 from lookonce.core.settings import command
 from lookonce.core.telemetry.logs import configure_logging
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 
 
 def run(settings: LanguageSettings) -> int:
@@ -20,7 +20,7 @@ def run(settings: LanguageSettings) -> int:
 
     def load_and_serve() -> None:
         start_metrics(settings)
-        model = apart(load_model, settings)
+        model = run_in_omp_thread(load_model, settings)
         keep_freed_memory()
         uvloop.run(serve(settings, model))
 

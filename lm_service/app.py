@@ -38,7 +38,7 @@ from lookonce.models.chat.chat_format import end_token_ids, image_marker
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_dtype, dtype_name
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
 from lookonce.models.qwen2_vl.modules import TextModel, load_language_model
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
@@ -147,7 +147,7 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         native=native,
     )
     devices = model.home.of_layers
-    adapter = apart(
+    adapter = run_in_omp_thread(
         Qwen2VLAdapter,
         model.text_model,
         model.lm_head,

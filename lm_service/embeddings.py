@@ -26,7 +26,7 @@ from lookonce.core.record import EmbeddingRecord, parse_record
 from lookonce.core.reference import EmbeddingReference
 from lookonce.core.stores import StoreFailure
 from lookonce.core.tasks import end_tasks, start_task
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 
 log = structlog.get_logger(__name__)
 RETRY_SECONDS = 1.0  # until a store that could not be asked is worth another try
@@ -147,7 +147,7 @@ class EmbeddingResolver:
             if sum(view.data.nbytes for view in record.tensors.values()) <= INLINE_BYTES:
                 rows = self._rules.rows(record, reference)
             else:
-                rows = await asyncio.to_thread(apart, self._rules.rows, record, reference)
+                rows = await asyncio.to_thread(run_in_omp_thread, self._rules.rows, record, reference)
         except LookonceError:
             METRICS.invalid.inc()
             raise

@@ -17,7 +17,7 @@ from lm_service.prompt import SHORT, PromptBuilder
 from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
-from lm_service.trace_phases import Phases
+from lm_service.trace_phases import TracePhases
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.status_codes import to_proto
@@ -49,13 +49,20 @@ class Scorer:
     """Answers ScoreRequests."""
 
     def __init__(
-        self, engine: Engine, builder: PromptBuilder, replies: Replies, apart: PromptThread, *, packs: bool = False
+        self,
+        engine: Engine,
+        builder: PromptBuilder,
+        replies: Replies,
+        prompt_thread: PromptThread,
+        *,
+        packs: bool = False,
     ) -> None:
-        """`apart` builds long prompts. `packs`: images of one request that is to be scored `alone` share steps, if that
-        turns out to change no bit: a product's rows don't depend on how many there are on CPUs, and do on GPUs."""
+        """`prompt_thread` builds long prompts. `packs`: images of one request that is to be scored `alone` share steps,
+        if that turns out to change no bit: a product's rows don't depend on how many there are on CPUs, and do on GPUs.
+        """
         self._engine = engine
         self._builder = builder
-        self._apart = apart
+        self._prompt_thread = prompt_thread
         self._replies = replies
         self._packs = None if packs else False  # None: to be found out
 
@@ -93,7 +100,7 @@ class Scorer:
         while len(asked) < len(items) and _is_short(items[len(asked)]) and time.perf_counter() < until:
             asked += prepare(range(len(asked), len(asked) + 1))
         if len(asked) < len(items):
-            asked += await self._apart.run(prepare, range(len(asked), len(items)))
+            asked += await self._prompt_thread.run(prepare, range(len(asked), len(items)))
         return [entry for entry in asked if entry is not None]
 
     def _prepare(
@@ -123,10 +130,10 @@ class Scorer:
         deadline: float,
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
-        phases = Phases()
+        trace_phases = TracePhases()
         scoring = _scoring(name, items, request, deadline, mixes=bool(self._packs))
         scores = await self._engine.score(scoring)
-        phases.scored(scores.timings)
+        trace_phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
             lengths = [len(choice) for choice in entry.item.choices]
             results[entry.at].scores.CopyFrom(item_scores(entry.choices, lengths, logprobs, entry.item.prompt, cached))

@@ -17,7 +17,7 @@ from lm_service.prompt_thread import PromptThread
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
-from lm_service.trace_phases import Phases
+from lm_service.trace_phases import TracePhases
 from lookonce.core.errors import LookonceError
 from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
@@ -44,8 +44,8 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._builder = builder
         self._resolver = resolver
         self._replies = replies
-        self._apart = PromptThread()
-        self._scorer = Scorer(engine, builder, replies, self._apart, packs=packs)
+        self._prompt_thread = PromptThread()
+        self._scorer = Scorer(engine, builder, replies, self._prompt_thread, packs=packs)
         self._model = model
         self._fingerprints = fingerprints
         self._max_tokens = min(max_tokens, builder.context_length)
@@ -53,7 +53,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
 
     def close(self) -> None:
         """Begin no prompt any more."""
-        self._apart.close()
+        self._prompt_thread.close()
 
     async def Generate(  # the contract's name
         self, request: language_pb2.GenerateRequest, context: Any
@@ -62,7 +62,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         with _counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
-            phases = Phases()
+            trace_phases = TracePhases()
             stream = cast(AsyncGenerator[Delta | Finish, None], self._engine.generate(generation))
             async with aclosing(stream) as events:
                 async for event in events:
@@ -70,7 +70,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
                         yield self._replies.delta(event, generation.prompt)
                     else:
                         _observe(event.timings, event.completion_tokens, first=event.index == 0)
-                        phases.answered(event)
+                        trace_phases.answered(event)
                         yield self._replies.finish(event, generation.prompt)
 
     async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:
@@ -110,7 +110,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         if is_short(messages):
             prompt = self._builder.build(messages, salt=request.cache_salt)
         else:
-            prompt = await self._apart.run(partial(self._builder.build, messages, salt=request.cache_salt))
+            prompt = await self._prompt_thread.run(partial(self._builder.build, messages, salt=request.cache_salt))
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt

@@ -9,7 +9,7 @@ from lm_service.engine.types import Finish, Timings
 from lookonce.core.telemetry import tracing
 
 
-class Phases:
+class TracePhases:
     """Records the phases of one request, which enters the engine when this is made."""
 
     def __init__(self) -> None:

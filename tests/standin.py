@@ -56,7 +56,7 @@ class Placed(torch.Tensor):
         if kwargs.get("device") is not None:
             device, kwargs["device"] = torch.device(kwargs["device"]), torch.device("cpu")
         result = func(*tree.tree_map_only(Placed, _held, args), **tree.tree_map_only(Placed, _held, kwargs))
-        written = _written(func, args, kwargs)
+        written = _answer_open(func, args, kwargs)
         if written is not None:
             return written
         return tree.tree_map_only(torch.Tensor, lambda each: _on(device, each), result)
@@ -82,7 +82,7 @@ def _common_device(func: Any, operands: Any) -> torch.device:
     return devices.pop()
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> Any:
+def _answer_open(func: Any, args: Any, kwargs: Any) -> Any:
     """The operand that an in-place operation writes to and returns, if it is one."""
     returned = func._schema.returns
     if len(returned) != 1 or returned[0].alias_info is None or not returned[0].alias_info.is_write:

@@ -11,7 +11,7 @@ from lookonce.cli.capacity import GIB, Device, Workload, placements
 from lookonce.cli.checks import check_checkpoint, check_cpu, check_cuda
 from lookonce.models import devices
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.checkpoint.checkpoint import read_settings
+from lookonce.models.checkpoint.check import check_settings
 from lookonce.models.qwen2_vl.sizing import size_of
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from vision_service.app import load
@@ -47,7 +47,7 @@ def checkpoints(tmp_path_factory):
 
 def planned(path, device):
     """By `lookonce plan`, which knows no more of a GPU than its memory."""
-    found = placements(size_of(*read_settings(str(path), None)), [device], Workload(100, 100, 1), None)
+    found = placements(size_of(*check_settings(str(path), None)), [device], Workload(100, 100, 1), None)
     return {found[0].vision.dtype, found[0].language.dtype}
 
 

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway.answers import Completion
 from gateway.auth import Keyring
-from gateway.conversation import Asker, ChoiceQuestion, Turn
+from gateway.conversation import Caller, ChoiceQuestion, Turn
 from gateway.questions import OpenQuestion, Questions
 from lookonce.core import tasks
 from lookonce.core.errors import ErrorKind, LookonceError
@@ -108,11 +108,11 @@ def test_a_question_that_fails_as_nobody_foresaw_is_answered_and_the_others_go_o
         ChoiceQuestion("2", (Turn("user", ("a",)),), ("yes", "no")),
         ChoiceQuestion("3", (Turn("user", ("b",)),), ("yes", "no")),
     ]
-    asker = Asker(Keyring([]).authenticate(None), "someone", 60.0)
+    caller = Caller(Keyring([]).authenticate(None), "someone", 60.0)
 
     async def run() -> Any:
         async with asyncio.timeout(30):
-            return await Questions(Broken(), Model(), concurrency=2).run_all(questions, asker)  # type: ignore[arg-type]
+            return await Questions(Broken(), Model(), concurrency=2).run_all(questions, caller)  # type: ignore[arg-type]
 
     outcomes = asyncio.run(run())
     assert [outcome.id for outcome in outcomes] == ["0", "1", "2", "3"]

@@ -25,7 +25,7 @@ from lookonce.core.units import format_size
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_device, choose_dtype, dtype_name
-from lookonce.models.omp_thread import apart
+from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.resizing import smart_resize
@@ -134,7 +134,7 @@ def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescrip
 async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
     started = time.monotonic()
-    tower = await asyncio.to_thread(apart, load, settings)
+    tower = await asyncio.to_thread(run_in_omp_thread, load, settings)
     keep_freed_memory()
     store, shared = open_stores(settings)
     core = build_core(settings, tower, store, shared)

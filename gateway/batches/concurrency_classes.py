@@ -9,7 +9,7 @@ from contextlib import suppress
 LOOK = 0.1  # seconds after which a waiting line looks again whether the people have their answers
 
 
-class Lanes:
+class ConcurrencyClasses:
     """`limit` lines at once while nobody else is served, one while somebody is, none while draining."""
 
     def __init__(self, limit: int, interactive: Callable[[], int]) -> None:

@@ -13,7 +13,7 @@ from typing import Protocol
 import structlog
 from prometheus_client import Counter
 
-from gateway.batches.concurrency_classes import Lanes
+from gateway.batches.concurrency_classes import ConcurrencyClasses
 from gateway.batches.files import Files
 from gateway.batches.jobs import End, Job, Jobs
 from gateway.batches.lines import Line, Problem, Reply
@@ -50,7 +50,7 @@ class Runner:
         jobs: Jobs,
         files: Files,
         endpoints: Endpoints,
-        lanes: Lanes,
+        lanes: ConcurrencyClasses,
         *,
         reachable: Callable[[], Awaitable[bool]],
         max_lines: int,
@@ -59,7 +59,7 @@ class Runner:
         self._jobs = jobs
         self._files = files
         self._endpoints = endpoints
-        self._lanes = lanes
+        self._concurrency = lanes
         self._reachable = reachable  # whether the services say that they serve
         self._max_lines = max_lines
         self._clock = clock
@@ -85,17 +85,17 @@ class Runner:
 
     def drain(self, grace: float) -> None:
         """Begin no more lines; those under way get `grace` seconds."""
-        self._lanes.closed = True
+        self._concurrency.closed = True
         self._until = asyncio.get_running_loop().time() + grace
 
     async def close(self) -> None:
         """Wait for the lines under way as long as `drain` allowed, then stop."""
-        self._lanes.closed = True
+        self._concurrency.closed = True
         try:
             async with asyncio.timeout_at(self._until):
-                await self._lanes.empty()
+                await self._concurrency.empty()
         except TimeoutError:
-            log.info("batch lines under way are left for the next start", lines=self._lanes.busy)
+            log.info("batch lines under way are left for the next start", lines=self._concurrency.busy)
         tasks = [*self._working.values(), *([self._main] if self._main is not None else [])]
         await end_tasks(*tasks)
 
@@ -105,7 +105,7 @@ class Runner:
             try:
                 await self._files.sweep()
                 for job in await self._jobs.active():
-                    if job.id not in self._working and not self._lanes.closed:
+                    if job.id not in self._working and not self._concurrency.closed:
                         self._begin(job)
             except LookonceError as error:
                 log.warning("batches can't be looked at", reason=error.message)
@@ -168,18 +168,18 @@ class Runner:
         after = 0
         async with asyncio.TaskGroup() as group:
             while True:
-                await self._lanes.enter()
+                await self._concurrency.enter()
                 try:
                     line = await self._jobs.next_line(job, after)
                 except BaseException:
-                    self._lanes.leave()
+                    self._concurrency.leave()
                     raise
                 if line is None:
-                    self._lanes.leave()
+                    self._concurrency.leave()
                     return
                 after = line.number
                 task = group.create_task(self._line(job, line))
-                task.add_done_callback(lambda _: self._lanes.leave())
+                task.add_done_callback(lambda _: self._concurrency.leave())
 
     async def _line(self, job: Job, line: Line) -> None:
         reply = await self._reply(job, line)
@@ -198,7 +198,7 @@ class Runner:
             while True:
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, LAST_PAUSE)
-                if self._lanes.closed:
+                if self._concurrency.closed:
                     return None
                 if await self._reachable():
                     break

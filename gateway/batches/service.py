@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from gateway.batches.concurrency_classes import Lanes
+from gateway.batches.concurrency_classes import ConcurrencyClasses
 from gateway.batches.database import Database
 from gateway.batches.files import Files
 from gateway.batches.jobs import Jobs
@@ -40,7 +40,7 @@ class Batches:
         self, endpoints: Endpoints, *, interactive: Callable[[], int], reachable: Callable[[], Awaitable[bool]]
     ) -> None:
         """Work through what is there and what comes. `interactive`: requests of others under way."""
-        lanes = Lanes(self._concurrency, interactive)
+        lanes = ConcurrencyClasses(self._concurrency, interactive)
         self.runner = Runner(self.jobs, self.files, endpoints, lanes, reachable=reachable, max_lines=self._max_lines)
         self.runner.start()
 

@@ -9,7 +9,7 @@ import structlog
 
 from gateway.auth import Keyring, Tenant
 from gateway.batches.lines import Line, Problem, Reply
-from gateway.conversation import Asker
+from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http import chat, moderations, questions
 from gateway.http.body import validate
@@ -61,14 +61,14 @@ class BatchEndpoints:
     async def _answer(self, line: Line, tenant: Tenant) -> dict[str, Any]:
         LONG_STRINGS.set(line.long)
         timeout = self._gateway.settings.request_timeout
-        asker = Asker(tenant, f"{tenant.name}/batch", timeout, background=True)
+        caller = Caller(tenant, f"{tenant.name}/batch", timeout, background=True)
         if line.url == "/v1/chat/completions":
             chat_request = await aside(line.size, validate, line.body, ChatRequest)
             _no_stream(chat_request.stream)
-            return await chat.complete(chat_request, self._gateway, asker)
+            return await chat.complete(chat_request, self._gateway, caller)
         if line.url == "/v1/moderations":
             return await moderations.moderate(
-                await aside(line.size, validate, line.body, ModerationRequest), self._gateway, asker
+                await aside(line.size, validate, line.body, ModerationRequest), self._gateway, caller
             )
         found = _QUESTIONS_URL.fullmatch(line.url)
         if found is None:
@@ -76,7 +76,7 @@ class BatchEndpoints:
         record = await self._gateway.images.get(found[1], tenant)
         questions_request = await aside(line.size, validate, line.body, QuestionsRequest)
         _no_stream(questions_request.stream)
-        return await questions.answer_all(record, questions_request, self._gateway, asker)
+        return await questions.answer_all(record, questions_request, self._gateway, caller)
 
 
 def _no_stream(stream: bool | None) -> None:

@@ -12,14 +12,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Tenant
-from gateway.conversation import Asker, Turn
+from gateway.conversation import Caller, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
-from gateway.http.context import asker_of, gateway_of, json_response
+from gateway.http.context import caller_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.request_images import RemotePictures, check_pictures, keep_all
+from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.sse import EventStream, until_disconnect
 from gateway.schemas.chat import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
@@ -47,22 +47,22 @@ async def create(request: Request) -> Response:
     """Answer a conversation of text and pictures, as OpenAI's API does; with a receipt."""
     gateway = gateway_of(request)
     body = await read_json(request, ChatRequest)
-    asker = asker_of(request, body.user or body.safety_identifier)
+    caller = caller_of(request, body.user or body.safety_identifier)
     if not body.stream:
-        return json_response(await until_disconnect(request, complete(body, gateway, asker)))
-    turns = await until_disconnect(request, _turns(body, gateway, asker.tenant))
+        return json_response(await until_disconnect(request, complete(body, gateway, caller)))
+    turns = await until_disconnect(request, _turns(body, gateway, caller.tenant))
     sampling, options = _sampling(body), body.stream_options or StreamOptions()
-    answering = gateway.answers.generate(turns, sampling, asker)
+    answering = gateway.answers.generate(turns, sampling, caller)
     telling = Telling(last=bool(options.include_usage), each=bool(options.continuous_usage_stats))
     stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), telling)
     return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
-async def complete(body: ChatRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
+async def complete(body: ChatRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
     """The whole completion object. Raises what is wrong with the request, naming the field."""
-    turns = await _turns(body, gateway, asker.tenant)
+    turns = await _turns(body, gateway, caller.tenant)
     envelope = _envelope(body, gateway)
-    completions, resolved = await gateway.answers.complete(turns, _sampling(body), asker)
+    completions, resolved = await gateway.answers.complete(turns, _sampling(body), caller)
     return completion_object(completions, resolved, envelope, with_logprobs=bool(body.logprobs))
 
 
@@ -86,7 +86,7 @@ async def _begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator
     return again()
 
 
-def _check(body: ChatRequest, settings: GatewaySettings) -> RemotePictures:
+def _check(body: ChatRequest, settings: GatewaySettings) -> RemoteImages:
     if body.top_logprobs and not body.logprobs:
         raise invalid("'top_logprobs' needs 'logprobs': true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
@@ -98,7 +98,7 @@ def _check(body: ChatRequest, settings: GatewaySettings) -> RemotePictures:
     chars = _chars(body)
     if chars > settings.max_text_chars:
         raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param="messages")
-    return check_pictures([(name, part.url) for name, part in _images(body).items()], settings, "messages")
+    return check_images([(name, part.url) for name, part in _images(body).items()], settings, "messages")
 
 
 def _images(body: ChatRequest) -> dict[str, ImageUrlPart]:

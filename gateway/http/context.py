@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.auth import Tenant
-from gateway.conversation import Asker
+from gateway.conversation import Caller
 from gateway.core import Gateway
 
 
@@ -25,10 +25,10 @@ def tenant_of(request: Request) -> Tenant:
     return tenant
 
 
-def asker_of(request: Request, user: str | None = None) -> Asker:
+def caller_of(request: Request, user: str | None = None) -> Caller:
     """For the core: tenant, a client for fairness (the tenant and OpenAI's `user`), and the time allowed."""
     tenant = tenant_of(request)
-    return Asker(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
+    return Caller(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
 
 
 def json_response(content: Any, status: int = 200) -> Response:

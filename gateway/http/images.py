@@ -12,7 +12,7 @@ from gateway.http import examples
 from gateway.http.body import read_json
 from gateway.http.context import gateway_of, json_response, tenant_of
 from gateway.http.openapi import answers, json_body, operation, query
-from gateway.http.retention import keeping_of
+from gateway.http.retention import retention_of
 from gateway.images.image_records import ImageRecord
 from gateway.images.images import Resolved
 from gateway.schemas.questions import ImageChange
@@ -68,8 +68,8 @@ async def change(request: Request, image_id: str) -> Response:
     An alias that another image has goes over to this one."""
     gateway = gateway_of(request)
     body = await read_json(request, ImageChange)
-    keeping = keeping_of(body, gateway.settings)
-    return json_response(image_object(await gateway.images.change(image_id, tenant_of(request), keeping)))
+    retention = retention_of(body, gateway.settings)
+    return json_response(image_object(await gateway.images.change(image_id, tenant_of(request), retention)))
 
 
 @router.delete(

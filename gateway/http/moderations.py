@@ -9,13 +9,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.conversation import Asker
+from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http import job_examples
 from gateway.http.body import read_json
-from gateway.http.context import asker_of, gateway_of, json_response
+from gateway.http.context import caller_of, gateway_of, json_response
 from gateway.http.openapi import answers, json_body, operation
-from gateway.http.request_images import RemotePictures, check_pictures, keep_all
+from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.sse import until_disconnect
 from gateway.moderations import Item, Moderations
 from gateway.schemas.chat import ImageUrlPart, TextPart
@@ -40,11 +40,11 @@ OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
 async def create(request: Request) -> Response:
     """Score pictures and texts against the categories of the configured policy, as OpenAI's API does."""
     body = await read_json(request, ModerationRequest)
-    moderated = moderate(body, gateway_of(request), asker_of(request))
+    moderated = moderate(body, gateway_of(request), caller_of(request))
     return json_response(await until_disconnect(request, moderated))
 
 
-async def moderate(body: ModerationRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
+async def moderate(body: ModerationRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
     """The moderation object. Raises what is wrong with the request, UNSUPPORTED without a policy."""
     if gateway.policy is None:
         raise LookonceError(
@@ -54,30 +54,30 @@ async def moderate(body: ModerationRequest, gateway: Gateway, asker: Asker) -> d
     remote = _check(body, gateway)
     named = body.model if body.model is None or not body.model.startswith(OPENAI_MODELS) else None
     await gateway.model.check(named)
-    inputs = await _inputs(body, gateway, asker, remote)
+    inputs = await _inputs(body, gateway, caller, remote)
     settings = gateway.settings
     moderations = Moderations(gateway.policy, gateway.answers, gateway.model, concurrency=settings.question_concurrency)
-    results = await moderations.moderate(inputs, asker)
+    results = await moderations.moderate(inputs, caller)
     return {"id": "modr-" + uuid.uuid4().hex, "model": gateway.model.name, "results": results}
 
 
-def _check(body: ModerationRequest, gateway: Gateway) -> RemotePictures:
+def _check(body: ModerationRequest, gateway: Gateway) -> RemoteImages:
     items = [body.input] if isinstance(body.input, str) else body.input
     chars = sum(len(item) if isinstance(item, str) else len(getattr(item, "text", "")) for item in items)
     limit = gateway.settings.max_text_chars
     if chars > limit:
         raise invalid(f"the input has {chars} characters, the limit is {limit}", param="input")
     urls = [(_param(place, item), item.url) for place, item in enumerate(items) if isinstance(item, ImageUrlPart)]
-    return check_pictures(urls, gateway.settings, "input")
+    return check_images(urls, gateway.settings, "input")
 
 
-async def _inputs(body: ModerationRequest, gateway: Gateway, asker: Asker, remote: RemotePictures) -> list[list[Item]]:
+async def _inputs(body: ModerationRequest, gateway: Gateway, caller: Caller, remote: RemoteImages) -> list[list[Item]]:
     if isinstance(body.input, str):
         return [[body.input]]
-    files = await remote.fetch(gateway.fetcher, asker.tenant)
+    files = await remote.fetch(gateway.fetcher, caller.tenant)
     images = {_param(place, item): item for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
     most = gateway.policy.max_pixels if gateway.policy is not None else None
-    kept = await keep_all(images, files, gateway, asker.tenant, max_pixels=most)
+    kept = await keep_all(images, files, gateway, caller.tenant, max_pixels=most)
     parts: list[Item] = []
     for place, item in enumerate(body.input):
         if isinstance(item, str):

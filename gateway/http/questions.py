@@ -10,11 +10,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.conversation import Asker, ChoiceQuestion, ImagePart, Turn
+from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.body import read_json
-from gateway.http.context import asker_of, gateway_of, json_response
+from gateway.http.context import caller_of, gateway_of, json_response
 from gateway.http.error_bodies import error_body
 from gateway.http.openapi import answers, json_body, operation
 from gateway.http.request_images import pixels_of
@@ -42,18 +42,18 @@ router = APIRouter()
 )
 async def ask(request: Request, image_id: str) -> Response:
     """Ask all questions concurrently: one JSON in the order asked, or events in order of completion."""
-    gateway, asker = gateway_of(request), asker_of(request)
-    record = await gateway.images.get(image_id, asker.tenant)
+    gateway, caller = gateway_of(request), caller_of(request)
+    record = await gateway.images.get(image_id, caller.tenant)
     body = await read_json(request, QuestionsRequest)
     if not body.stream:
-        return json_response(await until_disconnect(request, answer_all(record, body, gateway, asker)))
+        return json_response(await until_disconnect(request, answer_all(record, body, gateway, caller)))
     questions = await _questions(record, body, gateway)
-    return EventStream(_events(_runner(gateway), questions, asker), heartbeat=gateway.settings.heartbeat)
+    return EventStream(_events(_runner(gateway), questions, caller), heartbeat=gateway.settings.heartbeat)
 
 
-async def answer_all(record: ImageRecord, body: QuestionsRequest, gateway: Gateway, asker: Asker) -> dict[str, Any]:
+async def answer_all(record: ImageRecord, body: QuestionsRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
     """All answers as one object, in the order asked. Raises what is wrong with the request, naming the field."""
-    outcomes = await _runner(gateway).run_all(await _questions(record, body, gateway), asker)
+    outcomes = await _runner(gateway).run_all(await _questions(record, body, gateway), caller)
     answers = [answer_object(outcome) for outcome in outcomes]
     return {"object": "list", "image": record.id, "model": gateway.model.name, "answers": answers}
 
@@ -85,9 +85,9 @@ def _of_question(error: LookonceError, position: int) -> LookonceError:
 
 
 async def _events(
-    runner: Questions, questions: Sequence[AnyQuestion], asker: Asker
+    runner: Questions, questions: Sequence[AnyQuestion], caller: Caller
 ) -> AsyncGenerator[dict[str, Any], None]:
-    async with aclosing(runner.run(questions, asker)) as outcomes:
+    async with aclosing(runner.run(questions, caller)) as outcomes:
         async for outcome in outcomes:
             yield answer_object(outcome)
 

@@ -15,7 +15,7 @@ from gateway.core import Gateway
 from gateway.http.data_urls import base64_of, check_size, decode, decoded_size, image_reference
 from gateway.images.aliases import is_alias
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Keeping
+from gateway.images.images import Retention
 from gateway.schemas.chat import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class RemotePictures:
+class RemoteImages:
     """Pictures of one request that are at URLs, and what they may weigh."""
 
     wanted: tuple[Wanted, ...]
@@ -44,7 +44,7 @@ class RemotePictures:
         return {item.param: data for item, data in zip(self.wanted, files, strict=True)}
 
 
-def check_pictures(urls: Sequence[tuple[str, str]], settings: GatewaySettings, param: str) -> RemotePictures:
+def check_images(urls: Sequence[tuple[str, str]], settings: GatewaySettings, param: str) -> RemoteImages:
     """Check how many pictures (field, URL) there are and how large the inline ones; the rest is left to the others.
 
     Raises INVALID_ARGUMENT, or UNSUPPORTED for another kind of URL."""
@@ -64,7 +64,7 @@ def check_pictures(urls: Sequence[tuple[str, str]], settings: GatewaySettings, p
     if left < 0:
         text = f"the images have {total} bytes together, the limit is {settings.max_request_image_bytes}"
         raise invalid(text, param=param)
-    return RemotePictures(wanted, settings.max_image_bytes, left)
+    return RemoteImages(wanted, settings.max_image_bytes, left)
 
 
 def is_remote(url: str) -> bool:
@@ -130,7 +130,7 @@ async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant
     if uuid is None or uuid in record.aliases or not is_alias(uuid):
         return record
     try:
-        return await gateway.images.change(record.id, tenant, Keeping(alias=uuid))
+        return await gateway.images.change(record.id, tenant, Retention(alias=uuid))
     except LookonceError as error:
         log.info("a picture's uuid is not kept as an alias", reason=error.message)
         return record

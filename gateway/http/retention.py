@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.http.body import validate
 from gateway.images.aliases import check_alias
-from gateway.images.images import Keeping
+from gateway.images.images import Retention
 from gateway.schemas.questions import ImageChange
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -20,7 +20,7 @@ FORM_FIELDS: Mapping[str, Any] = {
 _TRUTH = {"true": True, "false": False}
 
 
-def keeping_of(body: ImageChange, settings: GatewaySettings) -> Keeping:
+def retention_of(body: ImageChange, settings: GatewaySettings) -> Retention:
     """Within the gateway's limits. Raises INVALID_ARGUMENT; PERMISSION_DENIED for pins where there are none."""
     if body.ttl is not None and body.ttl > settings.max_image_ttl:
         text = f"'ttl' is {body.ttl} seconds, the limit is {settings.max_image_ttl:.0f}"
@@ -31,7 +31,7 @@ def keeping_of(body: ImageChange, settings: GatewaySettings) -> Keeping:
         raise LookonceError(ErrorKind.PERMISSION_DENIED, "pinning images is switched off here", param="pinned")
     alias = None if body.alias is None else check_alias(body.alias, "alias")
     pinned = False if body.ttl is not None and body.pinned is None else body.pinned
-    return Keeping(None if body.ttl is None else float(body.ttl), pinned, alias)
+    return Retention(None if body.ttl is None else float(body.ttl), pinned, alias)
 
 
 def form_change(fields: Mapping[str, str]) -> ImageChange:

@@ -16,9 +16,9 @@ from gateway.http.data_urls import base64_of, check_size, decode, decoded_size
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.images import image_object
 from gateway.http.openapi import answers, operation, upload_body
-from gateway.http.retention import FORM_FIELDS, form_change, keeping_of
+from gateway.http.retention import FORM_FIELDS, form_change, retention_of
 from gateway.http.sse import until_disconnect
-from gateway.images.images import Keeping
+from gateway.images.images import Retention
 from gateway.schemas.questions import ImageUpload
 from gateway.schemas.responses import ImageObject
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -30,7 +30,7 @@ router = APIRouter(tags=["images"])
 class _Received:
     data: bytes
     param: str  # the name of the field it came in
-    keeping: Keeping
+    retention: Retention
 
 
 @router.post(
@@ -46,7 +46,9 @@ class _Received:
 async def upload(request: Request) -> Response:
     """Keep an image and encode it. The same file has the same id; uploading it again keeps it for longer."""
     received = await _received(request)
-    adding = gateway_of(request).images.add(received.data, tenant_of(request), verify=True, keeping=received.keeping)
+    adding = gateway_of(request).images.add(
+        received.data, tenant_of(request), verify=True, retention=received.retention
+    )
     try:
         record, resolved = await until_disconnect(request, adding)
     except LookonceError as error:
@@ -72,26 +74,26 @@ async def _from_json(request: Request) -> _Received:
     body = await read_json(request, ImageUpload)
     if (body.data is None) == (body.url is None):
         raise invalid("give exactly one of 'data' and 'url'", param="data")
-    keeping = keeping_of(body, gateway.settings)
+    retention = retention_of(body, gateway.settings)
     if body.url is not None:
         tenant = tenant_of(request)
         fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit, owner=tenant.name)
-        return _Received(await until_disconnect(request, fetched), "url", keeping)
+        return _Received(await until_disconnect(request, fetched), "url", retention)
     data = body.data or ""
     payload = base64_of(data, "data") if data[:5].lower() == "data:" else data
     check_size(decoded_size(payload), limit, "data")
-    return _Received(await decode(payload, "data"), "data", keeping)
+    return _Received(await decode(payload, "data"), "data", retention)
 
 
 async def _from_form(request: Request) -> _Received:
     settings = gateway_of(request).settings
     async with request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=1024) as form:
-        keeping = keeping_of(form_change(_texts(form)), settings)
+        retention = retention_of(form_change(_texts(form)), settings)
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise invalid("'file' is required, as a file", param="file")
         check_size(file.size or 0, settings.max_image_bytes, "file")
-        return _Received(await file.read(), "file", keeping)
+        return _Received(await file.read(), "file", retention)
 
 
 def _texts(form: FormData) -> dict[str, str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import structlog
 
 from gateway.images.aliases import Aliases
-from gateway.images.image_records import ImageRecord, RecordShelf, file_key
+from gateway.images.image_records import ImageRecord, ImageRecords, file_key
 from gateway.images.listing import Listing
 from gateway.routing.variants import Variants
 from lookonce.core.errors import LookonceError
@@ -78,7 +78,7 @@ class Eraser:
 class Traces:
     """What the gateway itself keeps of an image: file, record, names, a place in the list."""
 
-    def __init__(self, store: Store, spare: Store, shelf: RecordShelf, aliases: Aliases, listing: Listing) -> None:
+    def __init__(self, store: Store, spare: Store, shelf: ImageRecords, aliases: Aliases, listing: Listing) -> None:
         self._store, self._spare = store, spare
         self.shelf = shelf
         self._aliases, self._listing = aliases, listing

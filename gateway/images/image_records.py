@@ -152,7 +152,7 @@ class _Cached:
     confirmed: float  # seconds on the shelf's clock
 
 
-class RecordShelf:
+class ImageRecords:
     """Loads, saves and buries records. `spare` takes what the store could not keep."""
 
     def __init__(

@@ -14,7 +14,7 @@ from lookonce.core.stores.base import Value
 from lookonce.core.stores.metrics import StoreStats
 
 
-class Rooms:
+class ImageStores:
     """A `Store` of three strict ones. A value that is put for LASTING_SECONDS or more lasts until it is deleted.
 
     `get`, `put` and `contains` raise StoreOutage when a room could not do it."""

@@ -21,7 +21,7 @@ from gateway.images.image_records import (
     PINNED_SECONDS,
     Change,
     ImageRecord,
-    RecordShelf,
+    ImageRecords,
     StoreOutage,
     file_key,
     variant,
@@ -60,7 +60,7 @@ class Erased:
 
 
 @dataclass(frozen=True)
-class Keeping:
+class Retention:
     """How an image is to be kept; None leaves it as it is."""
 
     ttl: float | None = None  # seconds
@@ -68,7 +68,7 @@ class Keeping:
     alias: str | None = None
 
 
-AS_IT_IS = Keeping()
+AS_IT_IS = Retention()
 
 
 class ImageLibrary:
@@ -78,7 +78,7 @@ class ImageLibrary:
         self,
         store: Store,
         spare: Store,
-        shelf: RecordShelf,
+        shelf: ImageRecords,
         variants: Variants,
         encoder: Encoder,
         eraser: Eraser,
@@ -104,7 +104,7 @@ class ImageLibrary:
         *,
         max_pixels: int | None = None,
         verify: bool = False,
-        keeping: Keeping = AS_IT_IS,
+        retention: Retention = AS_IT_IS,
     ) -> tuple[ImageRecord, Resolved]:
         """Keep a file and have its embedding. A known file is not sent anywhere, unless `verify` (uploads: the vision
         service is asked whether it still has the embedding).
@@ -135,13 +135,13 @@ class ImageLibrary:
             if old is None or old.deleted:
                 changed = 0.0 if old is None else old.changed
                 old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0, changed=changed)
-            record = replace(self._kept_for(old, keeping), upload=secrets.token_hex(8))
+            record = replace(self._kept_for(old, retention), upload=secrets.token_hex(8))
             record = record.with_reference(variant(max_pixels, resolved.variant), resolved.reference)
             await self._keep(record, data)
             await self._save(record)
             await self._listing.add(record)
-        if keeping.alias is not None:
-            record = await self._name(record, keeping.alias)
+        if retention.alias is not None:
+            record = await self._name(record, retention.alias)
         return record, resolved
 
     async def _known(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
@@ -166,14 +166,14 @@ class ImageLibrary:
         last = None if after is None else await self.get(after, tenant)
         return await self._listing.page(tenant.name, limit=limit, after=last)
 
-    async def change(self, identifier: str, tenant: Tenant, keeping: Keeping) -> ImageRecord:
+    async def change(self, identifier: str, tenant: Tenant, retention: Retention) -> ImageRecord:
         """Keep the image differently from now on. Raises NOT_FOUND."""
         digest = (await self.get(identifier, tenant, fresh=True)).digest
         async with self._shelf.held(digest):
-            record = self._kept_for(await self.get(identifier, tenant, fresh=True), keeping)
+            record = self._kept_for(await self.get(identifier, tenant, fresh=True), retention)
             await self._keep(record, await self._file(record, tenant))
             await self._save(record)
-        return record if keeping.alias is None else await self._name(record, keeping.alias)
+        return record if retention.alias is None else await self._name(record, retention.alias)
 
     async def unname(self, identifier: str, alias: str, tenant: Tenant) -> ImageRecord:
         """Take an alias away from an image. Raises NOT_FOUND when the image hasn't it."""
@@ -264,9 +264,9 @@ class ImageLibrary:
             return PINNED_SECONDS
         return record.ttl if record.ttl is not None else self._ttl
 
-    def _kept_for(self, record: ImageRecord, keeping: Keeping) -> ImageRecord:
-        pinned = record.pinned if keeping.pinned is None else keeping.pinned
-        record = replace(record, ttl=record.ttl if keeping.ttl is None else keeping.ttl, pinned=pinned)
+    def _kept_for(self, record: ImageRecord, retention: Retention) -> ImageRecord:
+        pinned = record.pinned if retention.pinned is None else retention.pinned
+        record = replace(record, ttl=record.ttl if retention.ttl is None else retention.ttl, pinned=pinned)
         return replace(record, expires=self._shelf.now() + self._lifetime(record))
 
     async def _encode_elsewhere(

@@ -14,7 +14,7 @@ import orjson
 import structlog
 from blake3 import blake3
 
-from gateway.images.image_records import PINNED_SECONDS, ImageRecord, RecordShelf, StoreOutage
+from gateway.images.image_records import PINNED_SECONDS, ImageRecord, ImageRecords, StoreOutage
 from lookonce.core.stores import Store
 from lookonce.core.stores.leased import leased
 
@@ -35,7 +35,7 @@ class Page:
 class Listing:
     """The indexes of all tenants."""
 
-    def __init__(self, store: Store, spare: Store, shelf: RecordShelf) -> None:
+    def __init__(self, store: Store, spare: Store, shelf: ImageRecords) -> None:
         self._store = store
         self._spare = spare  # in memory, for what the store could not keep
         self._shelf = shelf

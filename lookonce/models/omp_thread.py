@@ -17,7 +17,7 @@ Pause = Callable[[], None]
 """To be called now and then by a forward that takes long: others have a turn. Raises what ends the forward."""
 
 
-def apart(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_in_omp_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a thread that is gone when this returns; its result or exception. Blocks."""
     with ThreadPoolExecutor(1, thread_name_prefix="apart") as thread:
         return thread.submit(function, *args, **kwargs).result()

@@ -25,7 +25,7 @@ def rounded_up(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class BlockedLinear:
+class OneDnnLinear:
     """x [T, in] -> x W^T + b [T, out], W in oneDNN's layout."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -41,12 +41,12 @@ class BlockedLinear:
         return product_with(x, residual, self._weight, self._bias, "add")
 
 
-class BlockedModule(nn.Module):
+class OneDnnModule(nn.Module):
     """Stands in for a Linear."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self._linear = BlockedLinear(linear.weight, linear.bias)
+        self._linear = OneDnnLinear(linear.weight, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[T, in] -> [T, out]."""
@@ -63,16 +63,16 @@ def lay_out(module: nn.Module, *, native: bool = True) -> None:
             lay_out(child, native=native)
         elif native and panels_serve(child.weight):
             setattr(module, name, PanelModule(child))
-        elif blocked_pays(child.weight):
-            setattr(module, name, BlockedModule(child))
+        elif onednn_pays(child.weight):
+            setattr(module, name, OneDnnModule(child))
 
 
 def needs_round_rows(module: nn.Module) -> bool:
     """Whether products below a module are compiled for each number of rows."""
-    return any(isinstance(child, BlockedModule | Int8Linear | nn.Linear) for child in module.modules())
+    return any(isinstance(child, OneDnnModule | Int8Linear | nn.Linear) for child in module.modules())
 
 
-def blocked_pays(like: torch.Tensor) -> bool:
+def onednn_pays(like: torch.Tensor) -> bool:
     """Whether oneDNN computes products of such tensors (CPU; float32, or bfloat16 where the CPU has it)."""
     if like.device.type != "cpu" or not torch._C._has_mkldnn:
         return False

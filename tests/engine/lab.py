@@ -125,7 +125,7 @@ class Lab:
         core = engine._core
         assert core.pool.used_slots == 0
         assert core.cache.bytes == 0 and len(core.cache) == 0
-        assert not core.scheduler.fills and not core.scheduler.running and not len(core.scheduler.queue)
+        assert not core.scheduler.prefills and not core.scheduler.running and not len(core.scheduler.queue)
 
     @torch.inference_mode()
     def logits(self, wanted: Prompt, answer: list[int] | tuple[int, ...] = ()) -> torch.Tensor:

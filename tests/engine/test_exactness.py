@@ -91,7 +91,7 @@ async def test_conversation_reuses_its_turns(lab):
 
 async def test_text_prefix_is_found_where_prompts_part(lab):
     document = words(150, 20)
-    async with lab.engine(long_tail_tokens=64) as engine:
+    async with lab.engine(long_suffix_tokens=64) as engine:
         first, second = prompt(document, words(9, 21)), prompt(document, words(12, 22))
         (answer,) = await ask(engine, generation(first, 5))
         lab.check(first, answer)
@@ -107,7 +107,7 @@ async def test_splitting_a_prefix_in_use(lab):
     """A second prompt parts from one whose sequence is still running on the stretch that is cut."""
     document = words(120, 30)
     first, second = prompt(document, words(30, 31)), prompt(document, words(14, 32))
-    async with lab.engine(long_tail_tokens=32) as engine:
+    async with lab.engine(long_suffix_tokens=32) as engine:
         stream = engine.generate(generation(first, 60))
         got = [await anext(stream)]
         (answer,) = await ask(engine, generation(second, 5))

@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.execution.adapter import ModelShape, Stage
-from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeTails, Workspace, kernels_for
-from lm_service.engine.packed.execution.native.kernel_plan import Stretch, Tails, native_plan
+from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeSuffixes, Workspace, kernels_for
+from lm_service.engine.packed.execution.native.kernel_plan import PrefixSpan, Suffixes, native_plan
 from lm_service.engine.packed.execution.native.kernels import compiled
 from lm_service.engine.packed.execution.native.rows import rows_for
 from lm_service.engine.packed.prefix_cache.kv import KV
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 
 LAYERS = 2
@@ -28,7 +28,7 @@ def shape_of(size: int, group: int, kv_heads: int, dtype: torch.dtype = torch.fl
 
 
 @dataclass
-class Tail:
+class Suffix:
     """A sequence: keys it holds already, new tokens, the stretches it sees, which of its keys each new token sees."""
 
     held: int
@@ -40,72 +40,72 @@ class Tail:
 class Scene:
     """A step made by hand: stretches of prefixes with random KV, and tails in a pool."""
 
-    def __init__(self, shape: ModelShape, lengths: list[int], tails: list[Tail], seed: int = 0) -> None:
-        self.shape, self.tails = shape, tails
+    def __init__(self, shape: ModelShape, lengths: list[int], suffixes: list[Suffix], seed: int = 0) -> None:
+        self.shape, self.suffixes = shape, suffixes
         torch.manual_seed(seed)
         self.nodes = []
         for number, length in enumerate(lengths):
             node = Node(number, None, np.zeros((4, length), dtype=np.int64), ())
             node.kv = KV([torch.randn(LAYERS, 2, shape.kv_heads, length + 3, shape.head_dim)]).cut(2, length + 2)
             self.nodes.append(node)
-        self.pool = TailPool(shape, 64 * 4096 * shape.token_bytes // 32, 4096)
-        self.slots = [self.pool.allocate(tail.held + tail.new) for tail in tails]
+        self.pool = SuffixPool(shape, 64 * 4096 * shape.token_bytes // 32, 4096)
+        self.slots = [self.pool.allocate(suffix.held + suffix.new) for suffix in suffixes]
         for slot in self.slots:
             for part in self.pool.kv(slot).parts:
                 part.normal_()
-        count = sum(tail.new for tail in tails)
+        count = sum(suffix.new for suffix in suffixes)
         width = shape.heads + 2 * shape.kv_heads
         heads = torch.randn(LAYERS, count, width, shape.head_dim) * 2  # one piece, as projections leave it
         self.q, self.k = heads[:, :, : shape.heads], heads[:, :, shape.heads : -shape.kv_heads]
         self.v = heads[:, :, -shape.kv_heads :]
 
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> list[PrefixSpan]:
         found = []
         for number, node in enumerate(self.nodes):
             tokens, begin = [], 0
-            for tail in self.tails:
-                tokens += list(range(begin, begin + tail.new)) if number in tail.sees else []
-                begin += tail.new
+            for suffix in self.suffixes:
+                tokens += list(range(begin, begin + suffix.new)) if number in suffix.sees else []
+                begin += suffix.new
             assert tokens == list(range(tokens[0], tokens[-1] + 1)), "who sees a stretch are neighbours"
-            found.append(Stretch(node, tokens[0], tokens[-1] + 1))
+            found.append(PrefixSpan(node, tokens[0], tokens[-1] + 1))
         return found
 
-    def told(self) -> Tails:
+    def told(self) -> Suffixes:
         rows, visible, mask_rows, masks = [], [], [], []
-        width = max((tail.held + tail.new for tail in self.tails if tail.mask is not None), default=0)
-        for tail, slot in zip(self.tails, self.slots, strict=True):
+        width = max((suffix.held + suffix.new for suffix in self.suffixes if suffix.mask is not None), default=0)
+        for suffix, slot in zip(self.suffixes, self.slots, strict=True):
             heads = np.arange(self.shape.kv_heads) * slot.capacity
-            for token in range(tail.new):
-                rows.append(self.pool.row_of(slot) + tail.held + token + heads)
-                visible.append(tail.held + token + 1)
-                mask_rows.append(-1 if tail.mask is None else len(masks))
-                if tail.mask is not None:
-                    masks.append(np.pad(tail.mask[token], (0, width - tail.mask.shape[1])))
+            for token in range(suffix.new):
+                rows.append(self.pool.row_of(slot) + suffix.held + token + heads)
+                visible.append(suffix.held + token + 1)
+                mask_rows.append(-1 if suffix.mask is None else len(masks))
+                if suffix.mask is not None:
+                    masks.append(np.pad(suffix.mask[token], (0, width - suffix.mask.shape[1])))
         table = np.array(masks, dtype=bool).reshape(len(masks), width)
-        return Tails(np.array(rows), np.array(visible), np.array(mask_rows), table)
+        return Suffixes(np.array(rows), np.array(visible), np.array(mask_rows), table)
 
     def attend(self, room: int = 1 << 24) -> list[torch.Tensor]:
         """Each layer's output [T, heads * d] by the kernels."""
         kernels = kernels_for(self.shape)
         plan = native_plan(self.stretches(), self.told(), kernels.heads, room)
         self.waves = len(plan.waves)
-        tails = NativeTails(kernels, self.shape, self.pool, plan, Workspace())
-        attention = NativeAttention(self.shape, 0, None, tails)
+        suffixes = NativeSuffixes(kernels, self.shape, self.pool, plan, Workspace())
+        attention = NativeAttention(self.shape, 0, None, suffixes)
         return [attention(layer, self.q[layer], self.k[layer], self.v[layer]) for layer in range(LAYERS)]
 
     def expected(self, layer: int) -> torch.Tensor:
         """The same, one row at a time; the pool holds the new keys and values by now."""
         out, token, group = [], 0, self.shape.group
-        for tail, slot in zip(self.tails, self.slots, strict=True):
+        for suffix, slot in zip(self.suffixes, self.slots, strict=True):
             own = self.pool.kv(slot).layers[layer]
-            for new in range(tail.new):
-                length = tail.held + new + 1
+            for new in range(suffix.new):
+                length = suffix.held + new + 1
                 seen = torch.ones(length, dtype=torch.bool)
-                if tail.mask is not None:
-                    seen = torch.from_numpy(tail.mask[new, :length])
+                if suffix.mask is not None:
+                    seen = torch.from_numpy(suffix.mask[new, :length])
                 row = []
                 for head in range(self.shape.heads):
-                    parts = [self.nodes[number].kv.layers[layer] for number in tail.sees]
+                    parts = [self.nodes[number].kv.layers[layer] for number in suffix.sees]
                     keys, values = (
                         torch.cat(
                             [*(part[side][head // group] for part in parts), own[side][head // group, :length][seen]]
@@ -122,11 +122,11 @@ class Scene:
         found = self.attend(room)
         for layer in range(LAYERS):
             at = 0
-            for tail, slot in zip(self.tails, self.slots, strict=True):
+            for suffix, slot in zip(self.suffixes, self.slots, strict=True):
                 for side, new in ((0, self.k), (1, self.v)):
-                    held = self.pool.kv(slot).layers[layer][side][:, tail.held : tail.held + tail.new]
-                    assert torch.equal(held, new[layer, at : at + tail.new].transpose(0, 1))
-                at += tail.new
+                    held = self.pool.kv(slot).layers[layer][side][:, suffix.held : suffix.held + suffix.new]
+                    assert torch.equal(held, new[layer, at : at + suffix.new].transpose(0, 1))
+                at += suffix.new
             torch.testing.assert_close(found[layer].double(), self.expected(layer), atol=tolerance, rtol=1e-5)
         return found
 
@@ -134,18 +134,24 @@ class Scene:
 @pytest.mark.parametrize(("size", "group", "kv_heads"), SIZES)
 def test_decoding_and_prefill_over_shared_stretches(size, group, kv_heads):
     """Stretches of one key and of several chunks, seen by some, by all and one after another; tails of all lengths."""
-    tails = [Tail(0, 1, [0]), Tail(31, 1, [0]), Tail(63, 1, [0, 1]), Tail(64, 2, [0, 1]), Tail(0, 7, [0, 1])]
-    tails += [Tail(200, 1, []), Tail(0, 3, []), Tail(5, 1, [2]), Tail(3, 66, [2, 3])]
-    Scene(shape_of(size, group, kv_heads), [1037, 1, 63, 130], tails).check()
+    suffixes = [
+        Suffix(0, 1, [0]),
+        Suffix(31, 1, [0]),
+        Suffix(63, 1, [0, 1]),
+        Suffix(64, 2, [0, 1]),
+        Suffix(0, 7, [0, 1]),
+    ]
+    suffixes += [Suffix(200, 1, []), Suffix(0, 3, []), Suffix(5, 1, [2]), Suffix(3, 66, [2, 3])]
+    Scene(shape_of(size, group, kv_heads), [1037, 1, 63, 130], suffixes).check()
 
 
 @pytest.mark.parametrize(("size", "group", "kv_heads"), [(32, 2, 2), (64, 7, 4)])
 def test_in_waves_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads):
-    tails = [Tail(3 * i % 40, 1 + i % 5, [0, 1 + (i >= 20)]) for i in range(41)]
+    suffixes = [Suffix(3 * i % 40, 1 + i % 5, [0, 1 + (i >= 20)]) for i in range(41)]
     made = shape_of(size, group, kv_heads)
-    whole = Scene(made, [700, 20, 513], tails)
+    whole = Scene(made, [700, 20, 513], suffixes)
     found = whole.check()
-    cut = Scene(made, [700, 20, 513], tails)
+    cut = Scene(made, [700, 20, 513], suffixes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
     try:
@@ -158,11 +164,11 @@ def test_in_waves_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads)
 
 def test_a_row_is_the_same_bits_alone_and_in_company():
     made = shape_of(32, 2, 2)
-    tails = [Tail(10 + i, 1, [0]) for i in range(45)]
-    company = Scene(made, [900], tails)
+    suffixes = [Suffix(10 + i, 1, [0]) for i in range(45)]
+    company = Scene(made, [900], suffixes)
     found = company.attend()
     for token in (0, 17, 44):
-        alone = Scene(made, [900], [tails[token]])
+        alone = Scene(made, [900], [suffixes[token]])
         alone.nodes = company.nodes
         for mine, theirs in zip(
             alone.pool.kv(alone.slots[0]).parts, company.pool.kv(company.slots[token]).parts, strict=True
@@ -178,16 +184,16 @@ def test_masked_keys_weigh_nothing():
     mask[:, 70:] = np.tril(np.random.default_rng(0).random((6, 6)) > 0.5) | np.eye(6, dtype=bool)
     sparse = np.zeros((70, 70), dtype=bool)
     np.fill_diagonal(sparse, True)  # whole blocks of keys that a row doesn't see
-    tails = [Tail(70, 6, [0], mask), Tail(4, 2, [0]), Tail(0, 70, [0], sparse), Tail(0, 70, [], sparse)]
-    Scene(shape_of(32, 2, 2), [100], tails).check()
+    suffixes = [Suffix(70, 6, [0], mask), Suffix(4, 2, [0]), Suffix(0, 70, [0], sparse), Suffix(0, 70, [], sparse)]
+    Scene(shape_of(32, 2, 2), [100], suffixes).check()
 
 
 def test_scores_as_large_as_float32_allows():
     """Neither overflow nor a sum of zero, whatever lies before what matters."""
-    scene = Scene(shape_of(16, 2, 1), [300], [Tail(80, 1, [0]), Tail(2, 3, [0])])
+    scene = Scene(shape_of(16, 2, 1), [300], [Suffix(80, 1, [0]), Suffix(2, 3, [0])])
     scene.nodes[0].kv.parts[0][:, 0] *= 300
     scene.check(tolerance=1e-3)  # scores of a thousand are that inexact in float32
-    scene = Scene(shape_of(16, 2, 1), [300], [Tail(80, 1, [0]), Tail(2, 3, [0])])
+    scene = Scene(shape_of(16, 2, 1), [300], [Suffix(80, 1, [0]), Suffix(2, 3, [0])])
     scene.nodes[0].kv.parts[0][:, 0] -= 1e4
     found = scene.attend()
     assert all(torch.isfinite(layer).all() for layer in found)
@@ -217,8 +223,8 @@ def test_rows_are_normed_and_rotated(hidden, size, rotated, count):
 
 def test_what_is_no_number_stays_so_and_harms_nobody_else():
     """The engine ends requests whose logits are no numbers; nothing on the way there may make them some again."""
-    tails = [Tail(3, 2, [0]), Tail(70, 1, [0]), Tail(3, 1, [0])]
-    scene = Scene(shape_of(32, 2, 2), [600], tails)
+    suffixes = [Suffix(3, 2, [0]), Suffix(70, 1, [0]), Suffix(3, 1, [0])]
+    scene = Scene(shape_of(32, 2, 2), [600], suffixes)
     scene.q[:, 1] = torch.nan
     scene.k[:, 2] = torch.inf
     found = scene.attend()

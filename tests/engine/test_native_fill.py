@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lm_service.engine.packed.execution.attention import FillPart
+from lm_service.engine.packed.execution.attention import PrefillSpan
 from lm_service.engine.packed.execution.native.decode import kernels_for
 from lm_service.engine.packed.execution.native.kernel_plan import tensor_fields
-from lm_service.engine.packed.execution.native.prefill import NativeFills
+from lm_service.engine.packed.execution.native.prefill import NativePrefills
 from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.kernels.program import run_program
@@ -39,7 +39,7 @@ class Prefixes:
         self.q, self.k = heads[:, :, : shape.heads], heads[:, :, shape.heads : -shape.kv_heads]
         self.v = heads[:, :, -shape.kv_heads :]
 
-    def fill(self, *steps: float) -> torch.Tensor:
+    def prefill(self, *steps: float) -> torch.Tensor:
         """[LAYERS, T, heads * d]: what the layers but the last put out, the stretches filled up to these parts of them,
         step by step."""
         outs = torch.zeros(LAYERS, sum(self.counts), self.shape.heads * self.shape.head_dim)
@@ -51,14 +51,14 @@ class Prefixes:
                 stop = max(done[number], round(step * count))
                 if stop > done[number]:
                     taken = stop - done[number]
-                    parts.append(FillPart(path[-1], at, at + taken, done[number], path[:-1]))
+                    parts.append(PrefillSpan(path[-1], at, at + taken, done[number], path[:-1]))
                     rows += range(begins[number] + done[number], begins[number] + stop)
                     at, done[number] = at + taken, stop
-            fills = NativeFills(kernels_for(self.shape), self.shape, parts)
+            prefills = NativePrefills(kernels_for(self.shape), self.shape, parts)
             for layer in range(LAYERS):
                 out = torch.full((at, outs.shape[2]), 7.0)
                 tensors = [x[layer, rows] for x in (self.q, self.k, self.v)]
-                run_program(fills.calls(tensor_fields(*tensors), out.data_ptr())[layer], alone=False)
+                run_program(prefills.calls(tensor_fields(*tensors), out.data_ptr())[layer], alone=False)
                 outs[layer, rows] = out
         return outs
 
@@ -82,7 +82,7 @@ class Prefixes:
 @pytest.mark.parametrize(("size", "group", "kv_heads"), SIZES)
 def test_prefixes_are_filled_causally(size, group, kv_heads):
     prefixes = Prefixes(shape_of(size, group, kv_heads), LENGTHS)
-    outs = prefixes.fill(1.0)
+    outs = prefixes.prefill(1.0)
     token = 0
     for path, count in zip(prefixes.paths, prefixes.counts, strict=True):
         for layer, (keys, values) in enumerate(path[-1].kv.layers):
@@ -96,11 +96,11 @@ def test_prefixes_are_filled_causally(size, group, kv_heads):
 @pytest.mark.parametrize(("size", "group", "kv_heads"), [(32, 2, 2), (128, 6, 2)])
 def test_the_bits_are_the_same_in_any_steps_and_on_any_threads(size, group, kv_heads):
     made = shape_of(size, group, kv_heads)
-    whole = Prefixes(made, LENGTHS).fill(1.0)
+    whole = Prefixes(made, LENGTHS).prefill(1.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
     try:
-        assert torch.equal(Prefixes(made, LENGTHS).fill(0.21, 0.22, 0.6, 1.0), whole)
+        assert torch.equal(Prefixes(made, LENGTHS).prefill(0.21, 0.22, 0.6, 1.0), whole)
     finally:
         torch.set_num_threads(threads)
     token = 0
@@ -110,15 +110,15 @@ def test_the_bits_are_the_same_in_any_steps_and_on_any_threads(size, group, kv_h
         rows = slice(token, token + lengths[-1])
         alone.paths, alone.counts = alone.paths[number : number + 1], alone.counts[number : number + 1]
         alone.q, alone.k, alone.v = (x[:, rows] for x in (alone.q, alone.k, alone.v))
-        assert torch.equal(alone.fill(1.0), whole[:, rows])
+        assert torch.equal(alone.prefill(1.0), whole[:, rows])
         token += lengths[-1]
 
 
 def test_what_is_no_number_stays_so_and_harms_no_other_stretch():
     prefixes = Prefixes(shape_of(32, 2, 2), LENGTHS)
-    clean = Prefixes(shape_of(32, 2, 2), LENGTHS).fill(1.0)[0]
+    clean = Prefixes(shape_of(32, 2, 2), LENGTHS).prefill(1.0)[0]
     prefixes.v[0, 100] = torch.nan  # in the second
-    found = prefixes.fill(1.0)[0]
+    found = prefixes.prefill(1.0)[0]
     assert found[100:120].isnan().all() and not found[120:].isnan().any() and not found[0].isnan().any()
     assert torch.equal(found[120:], clean[120:])
 

@@ -211,7 +211,7 @@ async def _run_schedule(lab, actions, slots, slabs, prefixes, step, inline):
         "step_tokens": step,
         "burst_tokens": 2 * step,
         "inline_tokens": inline,
-        "long_tail_tokens": 40,
+        "long_suffix_tokens": 40,
     }
     async with lab.engine(**options) as engine:
         tasks = []

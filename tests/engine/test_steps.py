@@ -181,9 +181,9 @@ def test_each_requests_admission_is_told(lab):
 
 def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     """An image is erased while a sequence waits for its embeddings, and that one steps back when they are there."""
-    fills, token = [], lab.adapter.shape.token_bytes
+    prefills, token = [], lab.adapter.shape.token_bytes
     options = PackedOptions(kv_bytes=64 * token, prefix_bytes=1 << 20, slab_tokens=64)
-    core = EngineCore(lab.adapter, options, fills.append)
+    core = EngineCore(lab.adapter, options, prefills.append)
     writer, looker = Request("writer", "writer", kept=False), Request("looker", "looker", kept=False)
     image = picture(1, 9, 11)
     writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
@@ -191,12 +191,12 @@ def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     core.submit(writer)
     core.step()
     core.submit(looker)
-    tail, slot = writer.sequences[0], writer.sequences[0].slot
-    while tail.tail_length < slot.capacity:
+    suffix, slot = writer.sequences[0], writer.sequences[0].slot
+    while suffix.suffix_length < slot.capacity:
         core.step()
     assert core.forget([image.key], []) and len(core.scheduler.running) == 2
-    fills[0].rows = [(span, torch.zeros(image.tokens, lab.adapter.shape.hidden)) for span in fills[0].node.images]
-    core.scheduler.loaded(fills[0], EmbeddingSource.L1, 0.0)
+    prefills[0].rows = [(span, torch.zeros(image.tokens, lab.adapter.shape.hidden)) for span in prefills[0].node.images]
+    core.scheduler.loaded(prefills[0], EmbeddingSource.L1, 0.0)
     core.step()  # the writer needs a longer slot
     assert core.scheduler.counters.preemptions and looker.sequences[0].admissions == 2
     core.step()

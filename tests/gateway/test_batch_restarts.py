@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx2
 
-from gateway.batches.concurrency_classes import Lanes
+from gateway.batches.concurrency_classes import ConcurrencyClasses
 from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
 from tests.gateway.conftest import Services
@@ -89,7 +89,7 @@ def test_without_a_data_directory_it_says_how_to_get_one(http: httpx2.Client) ->
 
 async def test_lines_make_way_for_people() -> None:
     waiting = 1
-    lanes = Lanes(3, lambda: waiting)
+    lanes = ConcurrencyClasses(3, lambda: waiting)
     await lanes.enter()
     others = [asyncio.create_task(lanes.enter()) for _ in range(3)]
     await asyncio.sleep(0.3)

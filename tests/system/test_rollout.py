@@ -39,7 +39,7 @@ class Pair:
         self.vision.close()
 
 
-class Asker:
+class Caller:
     """Questions over all images and now and then a new picture, until stopped; what each answer said, by variant."""
 
     def __init__(self, url, images):
@@ -120,24 +120,24 @@ def test_from_one_fine_tune_to_another_under_load(tmp_path):
         try:
             with httpx2.Client(base_url=gateway.url, timeout=120) as client:
                 images = [client.post("/v1/images", files={"file": picture}).json()["id"] for picture in pictures]
-            asker = Asker(gateway.url, images)
-            until(lambda: asker.count("old") > 20)
+            caller = Caller(gateway.url, images)
+            until(lambda: caller.count("old") > 20)
             new = Pair(second, valkey.url)
             file.write_text(old.line("old", 50) + new.line("new", 50))
-            until(lambda: asker.count("new") > 5)
+            until(lambda: caller.count("new") > 5)
             file.write_text(old.line("old", 0) + new.line("new", 100))
-            until(lambda: {one[0] for one in asker.seen[-30:]} == {"new"})
+            until(lambda: {one[0] for one in caller.seen[-30:]} == {"new"})
             file.write_text(new.line("new", 100))
-            seen = len(asker.seen)
-            until(lambda: len(asker.seen) > seen + 40)  # past the moment at which the gateway has read the file
+            seen = len(caller.seen)
+            until(lambda: len(caller.seen) > seen + 40)  # past the moment at which the gateway has read the file
             old.close()
-            seen = len(asker.seen)
-            until(lambda: len(asker.seen) > seen + 40)
-            asker.stop()
+            seen = len(caller.seen)
+            until(lambda: len(caller.seen) > seen + 40)
+            caller.stop()
             new.close()
         finally:
             gateway.close()
-    assert asker.failed == []
-    assert asker.count("old") > 20 and asker.count("new") > 40
-    for variant, image, text, fingerprint in asker.seen:
+    assert caller.failed == []
+    assert caller.count("old") > 20 and caller.count("new") > 40
+    for variant, image, text, fingerprint in caller.seen:
         assert (text, fingerprint) == truth[variant][image]

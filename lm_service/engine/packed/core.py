@@ -12,11 +12,11 @@ import structlog
 import torch
 
 from lm_service.engine.packed.execution.adapter import ModelAdapter, ModelShape
-from lm_service.engine.packed.execution.batch import Batch, Fill
+from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill
 from lm_service.engine.packed.execution.postprocess import extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.execution.runner import Runner
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import PrefixCache
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
@@ -47,14 +47,14 @@ def internal_error() -> LookonceError:
 class EngineCore:
     """Pool, cache, scheduler and runner of one model."""
 
-    def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[Fill], None]) -> None:
+    def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[PrefixPrefill], None]) -> None:
         """`load` is told of fills that want embeddings."""
         free = _free_for_kv(model.shape)
         self.options = options
         self._stages = model.shape.stages
         self.events: list[tuple[Request, Event]] = []
         self.urgent = False  # there are others among them than tokens that follow an answer's first
-        self.pool = TailPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
+        self.pool = SuffixPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self._runner = Runner(model, self.pool, native=options.native)
         self.scheduler = Scheduler(
@@ -93,7 +93,7 @@ class EngineCore:
         for sequence in [*self.scheduler.running, *self.scheduler.queue]:
             self.scheduler.fail(sequence, error)
         self.scheduler.admitted.clear()
-        self.scheduler.fills.drop_unwanted()
+        self.scheduler.prefills.drop_unwanted()
         self.cache.clear()
         if self.pool.used_slots or self.cache.bytes:
             raise RuntimeError(f"{self.pool.used_slots} slots and {self.cache.bytes} bytes of prefixes are nobody's")
@@ -105,7 +105,7 @@ class EngineCore:
         self._note_admissions()
         if not batch:
             return False
-        decoded = sum(tail.sequence.decoding for tail in batch.tails)
+        decoded = sum(suffix.sequence.decoding for suffix in batch.suffixes)
         self._compute(batch)
         elapsed = time.perf_counter() - began
         self.scheduler.budget.note(batch.tokens - decoded, decoded, elapsed)
@@ -148,12 +148,14 @@ class EngineCore:
             logits = self._run(batch)
         except Exception:  # noqa: BLE001 - logged; each part is tried again alone
             _log.exception("step_failed", tokens=batch.tokens)
-            for fill in batch.fills:
-                if fill.fill in self.scheduler.fills:  # else those who wanted it have failed with one before it
-                    self._compute_alone(Batch(fills=[fill]))
-            for tail in batch.tails:
-                if tail.sequence.status is Status.RUNNING:
-                    self._compute_alone(Batch(tails=[tail]))
+            for prefill in batch.prefills:
+                if (
+                    prefill.prefill in self.scheduler.prefills
+                ):  # else those who wanted it have failed with one before it
+                    self._compute_alone(Batch(prefills=[prefill]))
+            for suffix in batch.suffixes:
+                if suffix.sequence.status is Status.RUNNING:
+                    self._compute_alone(Batch(suffixes=[suffix]))
             self._check_devices()
             return
         try:
@@ -170,10 +172,10 @@ class EngineCore:
             self._fail_parts(batch)
 
     def _fail_parts(self, batch: Batch) -> None:
-        for chunk in batch.fills:
-            self.scheduler.fail_fill(chunk.fill, internal_error())
-        for tail in batch.tails:
-            self.scheduler.fail(tail.sequence, internal_error())
+        for chunk in batch.prefills:
+            self.scheduler.fail_prefill(chunk.prefill, internal_error())
+        for suffix in batch.suffixes:
+            self.scheduler.fail(suffix.sequence, internal_error())
 
     def _check_devices(self) -> None:
         """Raise what a device that computes nothing any more raises."""

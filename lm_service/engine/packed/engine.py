@@ -17,7 +17,7 @@ from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.execution.adapter import ModelAdapter
-from lm_service.engine.packed.execution.batch import Fill
+from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.prompt_checks import check_embedding, check_generation, check_scoring
@@ -155,7 +155,9 @@ class PackedEngine:
         inner = packed.Request(
             request.id, request.client, kept=False, alone=request.alone, mixes=mixes, salt=request.salt
         )
-        inner.sequences = score_sequences(inner, request, worth=self._stems_from, longest=self.options.long_tail_tokens)
+        inner.sequences = score_sequences(
+            inner, request, worth=self._stems_from, longest=self.options.long_suffix_tokens
+        )
         sequences = tuple(inner.sequences)
         if sequences:
             async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
@@ -295,8 +297,8 @@ class PackedEngine:
             self._call_loop(self._deliver_soon)
         core.events, core.urgent = [], False
 
-    def _ask_for_embeddings(self, fill: Fill) -> None:
-        self._call_loop(lambda: self._start_loading(fill))
+    def _ask_for_embeddings(self, prefill: PrefixPrefill) -> None:
+        self._call_loop(lambda: self._start_loading(prefill))
 
     # Back on the event loop
 
@@ -312,17 +314,17 @@ class PackedEngine:
             if not done.done():
                 done.set_exception(error)
 
-    def _start_loading(self, fill: Fill) -> None:
-        task = start_task(self._load(fill), awaited=False, context=fill.context)
+    def _start_loading(self, prefill: PrefixPrefill) -> None:
+        task = start_task(self._load(prefill), awaited=False, context=prefill.context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _load(self, fill: Fill) -> None:
+    async def _load(self, prefill: PrefixPrefill) -> None:
         began = time.monotonic()
         rows: list[torch.Tensor] = []
         source = EmbeddingSource.NONE
         try:
-            for span in fill.node.images:
+            for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference)
                 check_embedding(tensor, span.reference, self._shape)
                 rows.append(tensor)
@@ -333,11 +335,11 @@ class PackedEngine:
             _log.exception("embedding_load_failed")
             failure = internal_error()
         else:
-            fill.rows = list(zip(fill.node.images, rows, strict=True))
+            prefill.rows = list(zip(prefill.node.images, rows, strict=True))
             load_ms = (time.monotonic() - began) * 1000
-            self._tell(lambda: self._core.scheduler.loaded(fill, source, load_ms))
+            self._tell(lambda: self._core.scheduler.loaded(prefill, source, load_ms))
             return
-        self._tell(lambda: self._core.scheduler.fail_fill(fill, failure))
+        self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
 
 
 def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:

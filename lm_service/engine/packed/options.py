@@ -23,7 +23,7 @@ class PackedOptions:
     step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `budget.py`
     slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
     inline_tokens: int | None = None  # prefixes shorter than this are copied into each sequence, not shared; see below
-    long_tail_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
+    long_suffix_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
     stem_tokens: int | None = None  # what questions begin with alike is computed once if that spares so many; see below
     keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for

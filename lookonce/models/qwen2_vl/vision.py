@@ -19,7 +19,7 @@ from torch.nn import functional
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.kernels.panels import PanelLinear, panels_serve
 from lookonce.models.omp_thread import Pause
-from lookonce.models.onednn import BlockedLinear, blocked_pays, lay_out, needs_round_rows, rounded_up
+from lookonce.models.onednn import OneDnnLinear, lay_out, needs_round_rows, onednn_pays, rounded_up
 from lookonce.models.quantization import quantize
 from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
 from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Patches, Preprocessor
@@ -51,7 +51,7 @@ class Encoder:
         self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
         if dtype == torch.float32:
             lay_out(tower, native=native)
-        self._rounds = device.type == "cpu" and (isinstance(self._project, BlockedLinear) or needs_round_rows(tower))
+        self._rounds = device.type == "cpu" and (isinstance(self._project, OneDnnLinear) or needs_round_rows(tower))
         self._blocks = blocks_for(tower, dtype, device) if native else None
 
     @classmethod
@@ -146,8 +146,8 @@ def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Callable[[t
     weight = kernel.flatten(1)
     if native and panels_serve(weight):
         return frames, PanelLinear(weight)
-    if kernel.dtype == torch.float32 and blocked_pays(weight):
-        return frames, BlockedLinear(weight)
+    if kernel.dtype == torch.float32 and onednn_pays(weight):
+        return frames, OneDnnLinear(weight)
     return frames, partial(functional.linear, weight=weight)
 
 

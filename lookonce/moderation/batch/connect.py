@@ -16,7 +16,14 @@ from lookonce.core.rpc.server import Tls
 from lookonce.moderation.batch.identity import Models, language_fingerprint
 from lookonce.moderation.batch.judging import Judge, other_model
 from lookonce.moderation.batch.poison_isolation import Asking
-from lookonce.moderation.batch.service_pool import AWAY, LanguageLink, Links, Patience, VisionLink, pause
+from lookonce.moderation.batch.service_pool import (
+    AWAY,
+    LanguageConnection,
+    Patience,
+    ServicePool,
+    VisionConnection,
+    pause,
+)
 from lookonce.moderation.policy import Policy
 
 log = structlog.get_logger(__name__)
@@ -99,16 +106,16 @@ async def connected(
             raise other_model(client.label, models.language, found)
         return described.model.instance
 
-    def open_vision(address: str) -> VisionLink:
+    def open_vision(address: str) -> VisionConnection:
         clients = [VisionClient(address, tls=addresses.tls) for _ in range(addresses.connections)]
-        return VisionLink(clients, served.window, patience, check_vision)
+        return VisionConnection(clients, served.window, patience, check_vision)
 
-    def open_language(address: str) -> LanguageLink:
+    def open_language(address: str) -> LanguageConnection:
         client = LanguageClient(address, tls=addresses.tls)
-        return LanguageLink(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
+        return LanguageConnection(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
 
-    visions = Links([open_vision(address) for address in addresses.vision])
-    languages = Links([open_language(address) for address in addresses.language])
+    visions = ServicePool([open_vision(address) for address in addresses.vision])
+    languages = ServicePool([open_language(address) for address in addresses.language])
     try:
         yield Judge(policy, models, visions, languages, patience, Asking(trials=trials))
     finally:

@@ -15,7 +15,7 @@ from lookonce.core.rpc.status_codes import from_proto
 from lookonce.moderation.batch.identity import Models
 from lookonce.moderation.batch.outcome import PLACES, SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.moderation.batch.poison_isolation import LOST, Asking, ServiceCrashed, plain_picture
-from lookonce.moderation.batch.service_pool import LanguageLink, Links, Patience, VisionLink, pause
+from lookonce.moderation.batch.service_pool import LanguageConnection, Patience, ServicePool, VisionConnection, pause
 from lookonce.moderation.policy import Policy, Rule
 from protos.lookonce.v1 import common_pb2, language_pb2
 
@@ -38,8 +38,8 @@ class Judge:
         self,
         policy: Policy,
         models: Models,
-        visions: Links[VisionLink],
-        languages: Links[LanguageLink],
+        visions: ServicePool[VisionConnection],
+        languages: ServicePool[LanguageConnection],
         patience: Patience,
         asking: Asking,
     ) -> None:
@@ -126,7 +126,7 @@ class Judge:
             reference, _ = await self._encode(link, plain_picture())
         return reference_to_proto(reference)
 
-    async def _encode(self, link: VisionLink, image: bytes) -> tuple[EmbeddingReference, str]:
+    async def _encode(self, link: VisionConnection, image: bytes) -> tuple[EmbeddingReference, str]:
         most = self._models.max_pixels
         reference, how = await link.streams.encode(image, max_pixels=most, timeout=self._patience.call)
         if reference.fingerprint != self._models.vision:
@@ -134,7 +134,7 @@ class Judge:
         return reference, how
 
     async def _score(
-        self, link: LanguageLink, picture: common_pb2.ImageReference, rules: Sequence[Rule]
+        self, link: LanguageConnection, picture: common_pb2.ImageReference, rules: Sequence[Rule]
     ) -> dict[str, float]:
         items = [self._item(picture, rule) for rule in rules]
         scores: dict[str, float] = {}
@@ -151,7 +151,7 @@ class Judge:
         item.messages[-1].parts[0].image.CopyFrom(picture)
         return item
 
-    async def _follow_up(self, link: LanguageLink, picture: common_pb2.ImageReference, rule: Rule) -> str:
+    async def _follow_up(self, link: LanguageConnection, picture: common_pb2.ImageReference, rule: Rule) -> str:
         timeout = self._patience.call
         request = language_pb2.GenerateRequest(
             messages=self._messages(picture, rule.ask_further("image")),

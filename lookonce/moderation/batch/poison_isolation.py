@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.moderation.batch.service_pool import AWAY, FULL, Link, Links
+from lookonce.moderation.batch.service_pool import AWAY, FULL, ServiceConnection, ServicePool
 
-L = TypeVar("L", bound=Link[Any])
+L = TypeVar("L", bound=ServiceConnection[Any])
 S = TypeVar("S")
 T = TypeVar("T")
 LOST = frozenset({ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID})
@@ -90,7 +90,7 @@ class Asking:
 
     async def ask(
         self,
-        links: Links[L],
+        service_pool: ServicePool[L],
         call: Callable[[L, S], Awaitable[T]],
         subject: S,
         plain: Callable[[], Awaitable[S]],
@@ -100,7 +100,7 @@ class Asking:
         Raises what trying again can't help, UNAVAILABLE when patience is at its end, and ServiceCrashed."""
         attempt = losses = deaths = 0
         while True:
-            with links.use() as link:
+            with service_pool.use() as link:
                 process = ""
                 try:
                     if losses < _LOSSES:
@@ -127,7 +127,7 @@ class Asking:
                     link.heard()
                     return result
 
-    async def _recover(self, link: Link[Any], error: LookonceError, attempt: int) -> str:
+    async def _recover(self, link: ServiceConnection[Any], error: LookonceError, attempt: int) -> str:
         """Until it is worth trying again; the process that is there then. Raises the error if it never is."""
         if error.kind in LOST:
             link.shun()

@@ -1,6 +1,7 @@
 """The services of a run, and how it lives through their absence: wait, say so, check that the models are the same.
 
-A `Link` is one service at one address. Calls that fail because it is away wait in one place until it answers again.
+A `ServiceConnection` is one service at one address. Calls that fail because it is away wait in one place until it
+answers again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lookonce.moderation.batch.score_batching import ScoreCalls
 C = TypeVar("C", bound=VisionClient | LanguageClient)
 Check = Callable[[C], Awaitable[str]]
 """Names the process that answers; raises for another model."""
-L = TypeVar("L", bound="Link[Any]")
+L = TypeVar("L", bound="ServiceConnection[Any]")
 AWAY = frozenset({ErrorKind.UNAVAILABLE, ErrorKind.DEADLINE_EXCEEDED, ErrorKind.CANCELLED})
 FULL = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED})
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0  # seconds
@@ -46,7 +47,7 @@ def pause(attempt: int, retry_after: float | None = None) -> float:
     return float(longest * random.uniform(0.5, 1.0))
 
 
-class Link(Generic[C]):
+class ServiceConnection(Generic[C]):
     """`check` is called when the service is back, before anything is asked of it."""
 
     def __init__(self, client: C, patience: Patience, check: Check[C]) -> None:
@@ -138,7 +139,7 @@ class Link(Generic[C]):
         return LookonceError(ErrorKind.UNAVAILABLE, text)
 
 
-class VisionLink(Link[VisionClient]):
+class VisionConnection(ServiceConnection[VisionClient]):
     """A vision service, with the streams that pictures go over."""
 
     def __init__(
@@ -157,7 +158,7 @@ class VisionLink(Link[VisionClient]):
             await client.close()
 
 
-class LanguageLink(Link[LanguageClient]):
+class LanguageConnection(ServiceConnection[LanguageClient]):
     """A language service, asked about a bounded number of pictures at once."""
 
     def __init__(
@@ -174,16 +175,16 @@ class LanguageLink(Link[LanguageClient]):
         await super().close()
 
 
-class Links(Generic[L]):
+class ServicePool(Generic[L]):
     """Equal services at several addresses; each call goes to the one with least to do, among those that can do it."""
 
-    def __init__(self, links: Sequence[L]) -> None:
-        self.links = links
+    def __init__(self, service_pool: Sequence[L]) -> None:
+        self.service_pool = service_pool
 
     @contextmanager
     def use(self) -> Iterator[L]:
         """The least busy that is not away; a waiting one when all are."""
-        link = min(self.links, key=lambda one: (one.away, one.shunned, one.active))
+        link = min(self.service_pool, key=lambda one: (one.away, one.shunned, one.active))
         link.active += 1
         try:
             yield link
@@ -192,5 +193,5 @@ class Links(Generic[L]):
 
     async def close(self) -> None:
         """Close all."""
-        for link in self.links:
+        for link in self.service_pool:
             await link.close()

@@ -14,15 +14,15 @@ import torch
 from torch.nn import functional
 
 from lm_service.engine.packed.execution.adapter import Attend, ModelShape
-from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, Stretch
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, PrefixSpan
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 
 _FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
 
 
 @dataclass(frozen=True)
-class FillPart:
+class PrefillSpan:
     """A stretch of a prefix being filled: the step's tokens [begin, end) are those of `node` from `start` on."""
 
     node: Node
@@ -33,14 +33,14 @@ class FillPart:
 
 
 @dataclass(frozen=True)
-class SharedPart(Stretch):
+class SharedSpan(PrefixSpan):
     """A filled prefix stretch and who sees it; tail tokens count from the first one."""
 
     first: bool  # nothing shared comes before it
 
 
 @dataclass(frozen=True)
-class TailPart:
+class SuffixBatch:
     """Tails in slots of one capacity with about as many new tokens each, as one padded batch of b rows of n tokens."""
 
     capacity: int
@@ -52,7 +52,7 @@ class TailPart:
     batch: int
     mask: torch.Tensor  # [b or 1, 1, n * G or 1, length], 0 where a key may be seen, else -inf
 
-    def to(self, device: torch.device) -> TailPart:
+    def to(self, device: torch.device) -> SuffixBatch:
         """The same with its tensors on another device."""
         return replace(
             self,
@@ -68,21 +68,23 @@ class TailPart:
 class AttentionPlan:
     """Who sees what in one step; the same for every layer."""
 
-    fill_tokens: int  # tokens [0, fill_tokens) belong to `fills`, the others to tails
-    fills: list[FillPart]
-    shared: list[SharedPart]
+    prefill_tokens: int  # tokens [0, fill_tokens) belong to `prefills`, the others to tails
+    prefills: list[PrefillSpan]
+    shared: list[SharedSpan]
     # the tails, either for torch's own operations or for the compiled kernels
-    tails: list[TailPart] = field(default_factory=list)
-    tail_rows: torch.Tensor | None = None  # int64 [tail tokens * K]: where a tail token's heads are stored in the pool
+    suffixes: list[SuffixBatch] = field(default_factory=list)
+    suffix_rows: torch.Tensor | None = (
+        None  # int64 [tail tokens * K]: where a tail token's heads are stored in the pool
+    )
     native: NativePlan | None = None
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same with its tensors on another device."""
-        rows = None if self.tail_rows is None else self.tail_rows.to(device)
-        return replace(self, tails=[part.to(device) for part in self.tails], tail_rows=rows)
+        rows = None if self.suffix_rows is None else self.suffix_rows.to(device)
+        return replace(self, suffixes=[part.to(device) for part in self.suffixes], suffix_rows=rows)
 
 
-def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> Attend:
+def attention_over(shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> Attend:
     """The attention of one step by torch's operations; its plan lies on the model's first device."""
     if len(shape.stages) == 1:
         return PackedAttention(shape, pool, plan)
@@ -92,7 +94,7 @@ def attention_over(shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> At
 class StagedAttention:
     """An `Attend` over layers on several devices: each has the plan."""
 
-    def __init__(self, shape: ModelShape, pool: TailPool, plan: AttentionPlan) -> None:
+    def __init__(self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> None:
         self._by_layer: list[PackedAttention] = []
         for stage in shape.stages:
             here = PackedAttention(shape, pool, plan.to(stage.device), stage.device)
@@ -107,7 +109,7 @@ class PackedAttention:
     """An `Attend` over a plan, for layers on one device."""
 
     def __init__(
-        self, shape: ModelShape, pool: TailPool, plan: AttentionPlan, device: torch.device | None = None
+        self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan, device: torch.device | None = None
     ) -> None:
         """`device` is the layers', unless it is the model's first."""
         self._shape = shape
@@ -118,24 +120,24 @@ class PackedAttention:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
         plan, shape = self._plan, self._shape
-        count = plan.fill_tokens
-        if not plan.fills:
-            return self._attend_tails(layer, q, k, v)
+        count = plan.prefill_tokens
+        if not plan.prefills:
+            return self._attend_suffixes(layer, q, k, v)
         out = q.new_empty((q.shape[0], shape.heads * shape.head_dim))
-        self._fill_all(layer, q, k, v, out)
+        self._prefill_all(layer, q, k, v, out)
         if count < q.shape[0]:
-            out[count:] = self._attend_tails(layer, q[count:], k[count:], v[count:])
+            out[count:] = self._attend_suffixes(layer, q[count:], k[count:], v[count:])
         return out
 
-    def _fill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    def _prefill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
         final = layer == self._shape.layers - 1  # no row of a fill is read after the last layer's keys and values
-        for part in self._plan.fills:
+        for part in self._plan.prefills:
             rows = slice(part.begin, part.end)
-            self._fill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
+            self._prefill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
 
-    def _fill(
+    def _prefill(
         self,
-        part: FillPart,
+        part: PrefillSpan,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
@@ -182,20 +184,20 @@ class PackedAttention:
             merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
         return merged[0]
 
-    def _attend_tails(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _attend_suffixes(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shape, plan = self._shape, self._plan
         keys, values = self._pool.flat(layer)
-        if plan.tail_rows is None:
+        if plan.suffix_rows is None:
             raise ValueError("the plan is for the compiled kernels")
-        keys.index_copy_(0, plan.tail_rows, k.reshape(-1, shape.head_dim))
-        values.index_copy_(0, plan.tail_rows, v.reshape(-1, shape.head_dim))
+        keys.index_copy_(0, plan.suffix_rows, k.reshape(-1, shape.head_dim))
+        values.index_copy_(0, plan.suffix_rows, v.reshape(-1, shape.head_dim))
         q = q.reshape(q.shape[0], shape.kv_heads, shape.group, shape.head_dim)
         shared = self._shared(layer, q) if plan.shared else None
-        if len(plan.tails) == 1 and isinstance(plan.tails[0].tokens, slice):
-            return self._tail(plan.tails[0], layer, q, shared).reshape(q.shape[0], -1)
+        if len(plan.suffixes) == 1 and isinstance(plan.suffixes[0].tokens, slice):
+            return self._suffix(plan.suffixes[0], layer, q, shared).reshape(q.shape[0], -1)
         out = torch.empty_like(q)
-        for part in plan.tails:
-            out[part.tokens] = self._tail(part, layer, q, shared)
+        for part in plan.suffixes:
+            out[part.tokens] = self._suffix(part, layer, q, shared)
         return out.view(q.shape[0], -1)
 
     def _shared(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,8 +221,8 @@ class PackedAttention:
         out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)
         return out.transpose(0, 1), lse.transpose(0, 1)
 
-    def _tail(
-        self, part: TailPart, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
+    def _suffix(
+        self, part: SuffixBatch, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         """Output [tokens, K, G, d] over the tails and what is shared, which enters the softmax as one more key whose
         score is its log-sum-exp and whose value is its output."""
@@ -235,7 +237,7 @@ class PackedAttention:
         return _unpadded(out.addcmul_(weights[..., part.length :], _padded(shared[0], part)), part, q)
 
 
-def _padded(x: torch.Tensor, part: TailPart) -> torch.Tensor:
+def _padded(x: torch.Tensor, part: SuffixBatch) -> torch.Tensor:
     """[T, K, G, d] of all tail tokens -> [b, K, n * G, d] of a part's places."""
     if part.gather is not None:
         x = x.index_select(0, part.gather)
@@ -244,7 +246,7 @@ def _padded(x: torch.Tensor, part: TailPart) -> torch.Tensor:
     return x.view(part.batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
-def _unpadded(x: torch.Tensor, part: TailPart, q: torch.Tensor) -> torch.Tensor:
+def _unpadded(x: torch.Tensor, part: SuffixBatch, q: torch.Tensor) -> torch.Tensor:
     """[b, K, n * G, d] of a part's places -> [tokens, K, G, d] of the tokens it answers for."""
     if x.shape[2] != q.shape[2]:
         x = x.view(*x.shape[:2], -1, *q.shape[2:]).transpose(1, 2).flatten(0, 1)

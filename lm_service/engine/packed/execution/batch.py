@@ -14,7 +14,7 @@ from lm_service.engine.types import ImageSpan
 
 
 @dataclass(eq=False)
-class Fill:
+class PrefixPrefill:
     """A prefix node on its way; `rows` holds its images' embeddings [tokens, hidden] once they are loaded."""
 
     node: Node
@@ -35,21 +35,21 @@ class Fill:
 
 
 @dataclass(frozen=True)
-class FillChunk:
+class PrefillChunk:
     """The next `count` tokens of a fill."""
 
-    fill: Fill
+    prefill: PrefixPrefill
     count: int
 
     @property
     def completes(self) -> bool:
         """Whether they are the node's last ones."""
-        node = self.fill.node
+        node = self.prefill.node
         return node.filled + self.count == node.length
 
 
 @dataclass(slots=True)
-class TailChunk:
+class SuffixChunk:
     """The next `count` tokens of a sequence."""
 
     sequence: Sequence
@@ -66,18 +66,18 @@ class TailChunk:
 class Batch:
     """The work of one step."""
 
-    fills: list[FillChunk] = field(default_factory=list)
-    tails: list[TailChunk] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    suffixes: list[SuffixChunk] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.fills or self.tails)
+        return bool(self.prefills or self.suffixes)
 
     @property
     def completes(self) -> set[int]:
         """Numbers of the nodes whose last tokens it computes."""
-        return {chunk.fill.node.id for chunk in self.fills if chunk.completes}
+        return {chunk.prefill.node.id for chunk in self.prefills if chunk.completes}
 
     @property
     def tokens(self) -> int:
         """Tokens of the forward."""
-        return sum(chunk.count for chunk in self.fills) + sum(chunk.count for chunk in self.tails)
+        return sum(chunk.count for chunk in self.prefills) + sum(chunk.count for chunk in self.suffixes)

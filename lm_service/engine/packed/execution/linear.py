@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, panels_serve
-from lookonce.models.onednn import BlockedLinear, blocked, blocked_pays, product, product_with
+from lookonce.models.onednn import OneDnnLinear, blocked, onednn_pays, product, product_with
 from lookonce.models.quantization import Int8Matrix
 
 _FEW_ROWS = 256
@@ -148,7 +148,7 @@ def linear(
         return Int8Linear(weight, bias)
     if native and panels_serve(weight):
         return PanelLinear(weight, bias)
-    return BlockedLinear(weight, bias) if blocked_pays(weight) else PlainLinear(weight, bias)
+    return OneDnnLinear(weight, bias) if onednn_pays(weight) else PlainLinear(weight, bias)
 
 
 def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "none", native: bool = True) -> GatedUnit:
@@ -157,4 +157,4 @@ def gated_unit(gate: torch.Tensor, up: torch.Tensor, *, quantization: str = "non
         return Int8GatedUnit(gate, up)
     if native and panels_serve(gate):
         return PanelGatedUnit(gate, up)
-    return BlockedGatedUnit(gate, up) if blocked_pays(gate) else PlainGatedUnit(gate, up)
+    return BlockedGatedUnit(gate, up) if onednn_pays(gate) else PlainGatedUnit(gate, up)

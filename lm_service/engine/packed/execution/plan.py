@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 
 from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.attention import AttentionPlan, FillPart, SharedPart, TailPart
-from lm_service.engine.packed.execution.batch import Batch, FillChunk, TailChunk
-from lm_service.engine.packed.execution.native.kernel_plan import Tails, native_plan
+from lm_service.engine.packed.execution.attention import AttentionPlan, PrefillSpan, SharedSpan, SuffixBatch
+from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, SuffixChunk
+from lm_service.engine.packed.execution.native.kernel_plan import Suffixes, native_plan
 from lm_service.engine.packed.execution.native.kernels import Kernels
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
 _FAR = 16  # slots further apart than this are not read together
@@ -41,7 +41,7 @@ class _Members:
         return _Members(*(array[which] for array in held))
 
 
-def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
+def suffix_order(chunk: SuffixChunk) -> tuple[tuple[int, ...], int, int]:
     """Sort key: shared prefixes first, then where the tail lies."""
     slot = chunk.sequence.slot
     if chunk.sequence.owner is not None:
@@ -49,43 +49,43 @@ def tail_order(chunk: TailChunk) -> tuple[tuple[int, ...], int, int]:
     return (chunk.sequence.order, 0, 0) if slot is None else (chunk.sequence.order, slot.slab, slot.index)
 
 
-def make_plan(shape: ModelShape, pool: TailPool, batch: Batch, kernels: Kernels | None = None) -> AttentionPlan:
-    """The plan of a batch whose tails are in `tail_order`; with `kernels`, one for them."""
-    fills = _fill_parts(batch.fills)
-    shared, members, rows = _shared_parts(batch.tails), *_members(shape, pool, batch.tails)
-    plan = AttentionPlan(fills[-1].end if fills else 0, fills, shared)
-    if kernels is not None and batch.tails:
-        return replace(plan, native=native_plan(shared, _native_tails(batch.tails, members, rows), kernels.heads))
-    tail_rows = torch.from_numpy(rows.reshape(-1)).to(shape.device)
-    return replace(plan, tails=_tail_parts(shape, batch.tails, members, len(rows)), tail_rows=tail_rows)
+def make_plan(shape: ModelShape, pool: SuffixPool, batch: Batch, kernels: Kernels | None = None) -> AttentionPlan:
+    """The plan of a batch whose tails are in `suffix_order`; with `kernels`, one for them."""
+    prefills = _prefill_spans(batch.prefills)
+    shared, members, rows = _shared_parts(batch.suffixes), *_members(shape, pool, batch.suffixes)
+    plan = AttentionPlan(prefills[-1].end if prefills else 0, prefills, shared)
+    if kernels is not None and batch.suffixes:
+        return replace(plan, native=native_plan(shared, _native_suffixes(batch.suffixes, members, rows), kernels.heads))
+    suffix_rows = torch.from_numpy(rows.reshape(-1)).to(shape.device)
+    return replace(plan, suffixes=_suffix_batches(shape, batch.suffixes, members, len(rows)), suffix_rows=suffix_rows)
 
 
-def _fill_parts(chunks: list[FillChunk]) -> list[FillPart]:
+def _prefill_spans(chunks: list[PrefillChunk]) -> list[PrefillSpan]:
     parts, begin = [], 0
     for chunk in chunks:
-        node = chunk.fill.node
-        parts.append(FillPart(node, begin, begin + chunk.count, node.filled, node.path()[:-1]))
+        node = chunk.prefill.node
+        parts.append(PrefillSpan(node, begin, begin + chunk.count, node.filled, node.path()[:-1]))
         begin += chunk.count
     return parts
 
 
-def _shared_parts(chunks: list[TailChunk]) -> list[SharedPart]:
-    found: dict[int, SharedPart] = {}
+def _shared_parts(chunks: list[SuffixChunk]) -> list[SharedSpan]:
+    found: dict[int, SharedSpan] = {}
     begin = 0
     for _, alike in itertools.groupby(chunks, lambda chunk: chunk.sequence.order):
         group = list(alike)
         end = begin + sum(chunk.count for chunk in group)
         for depth, node in enumerate(group[0].sequence.path):
             start = found[node.id].begin if node.id in found else begin
-            found[node.id] = SharedPart(node, start, end, first=depth == 0)
+            found[node.id] = SharedSpan(node, start, end, first=depth == 0)
         begin = end
     return list(found.values())
 
 
-def _members(shape: ModelShape, pool: TailPool, chunks: list[TailChunk]) -> tuple[_Members, npt.NDArray[np.int64]]:
+def _members(shape: ModelShape, pool: SuffixPool, chunks: list[SuffixChunk]) -> tuple[_Members, npt.NDArray[np.int64]]:
     """The tails, and the pool row of every head of every tail token, int64 [tail tokens, K]."""
     known = [
-        (chunk.count, slot.capacity, pool.row_of(slot), pool.place_of(slot), chunk.sequence.tail_length)
+        (chunk.count, slot.capacity, pool.row_of(slot), pool.place_of(slot), chunk.sequence.suffix_length)
         for chunk in chunks
         if (slot := chunk.sequence.slot) is not None
     ]
@@ -102,7 +102,7 @@ def _within(members: _Members) -> npt.NDArray[np.int64]:
     return within
 
 
-def _native_tails(chunks: list[TailChunk], members: _Members, rows: npt.NDArray[np.int64]) -> Tails:
+def _native_suffixes(chunks: list[SuffixChunk], members: _Members, rows: npt.NDArray[np.int64]) -> Suffixes:
     visible = np.repeat(members.start, members.count) + _within(members) + 1
     mask_rows, masks = np.full(len(rows), -1), []
     limited = 0
@@ -114,7 +114,7 @@ def _native_tails(chunks: list[TailChunk], members: _Members, rows: npt.NDArray[
         _limit_to_branch(masks[-1], chunk)
         mask_rows[begin : begin + chunk.count] = limited + np.arange(chunk.count)
         limited += chunk.count
-    return Tails(rows, visible, mask_rows, _stacked(masks))
+    return Suffixes(rows, visible, mask_rows, _stacked(masks))
 
 
 def _stacked(tables: list[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
@@ -127,11 +127,13 @@ def _stacked(tables: list[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
     return out
 
 
-def _tail_parts(shape: ModelShape, chunks: list[TailChunk], everybody: _Members, tail_tokens: int) -> list[TailPart]:
+def _suffix_batches(
+    shape: ModelShape, chunks: list[SuffixChunk], everybody: _Members, suffix_tokens: int
+) -> list[SuffixBatch]:
     """The batches of tails."""
     classes = everybody.capacity * _WIDTHS + _width_class(everybody.count)
     return [
-        _tail_part(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, tail_tokens)
+        _suffix_batch(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, suffix_tokens)
         for key in (classes[:1] if (classes == classes[:1]).all() else np.unique(classes))
         for near in _neighbours(chunks, everybody[classes == key])
     ]
@@ -143,7 +145,7 @@ def _width_class(count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return (bits.astype(np.int64) + 1) // 2
 
 
-def _neighbours(chunks: list[TailChunk], members: _Members) -> Iterator[_Members]:
+def _neighbours(chunks: list[SuffixChunk], members: _Members) -> Iterator[_Members]:
     """Members by place, cut where the next one is far away; those of a request that shares no step stay together in
     their own order, so that where they lie changes nothing."""
     if chunks[int(members.number[0])].sequence.owner is not None:
@@ -155,9 +157,9 @@ def _neighbours(chunks: list[TailChunk], members: _Members) -> Iterator[_Members
         yield members[start:end]
 
 
-def _tail_part(
-    shape: ModelShape, capacity: int, chunks: list[TailChunk], members: _Members, tail_tokens: int
-) -> TailPart:
+def _suffix_batch(
+    shape: ModelShape, capacity: int, chunks: list[SuffixChunk], members: _Members, suffix_tokens: int
+) -> SuffixBatch:
     """One padded batch over neighbours; holes between their slots are computed and ignored."""
     size, width, low = len(chunks), int(members.count.max()), int(members.place[0])
     span = int(members.place[-1]) - low + 1
@@ -178,7 +180,7 @@ def _tail_part(
             _limit_to_branch(visible[place], chunk)
 
     device = shape.device
-    as_they_come = len(tokens) == tail_tokens and bool((tokens == np.arange(tail_tokens)).all())
+    as_they_come = len(tokens) == suffix_tokens and bool((tokens == np.arange(suffix_tokens)).all())
     full = len(tokens) == batch * width
     gather = None
     if not (as_they_come and full):
@@ -187,32 +189,32 @@ def _tail_part(
     mask = torch.zeros(visible.shape).masked_fill_(torch.from_numpy(~visible), -torch.inf)
     if width > 1:
         mask = mask.repeat_interleave(shape.group, dim=1)
-    return TailPart(
+    return SuffixBatch(
         capacity=capacity,
         length=length,
         slots=slice(low, low + span) if in_place else torch.from_numpy(members.place.copy()).to(device),
         gather=None if gather is None else torch.from_numpy(gather).to(device),
         scatter=None if full else torch.from_numpy(scatter).to(device),
-        tokens=slice(0, tail_tokens) if as_they_come else torch.from_numpy(tokens).to(device),
+        tokens=slice(0, suffix_tokens) if as_they_come else torch.from_numpy(tokens).to(device),
         batch=batch,
         mask=mask.unsqueeze(1).to(device),
     )
 
 
-def _branches(chunk: TailChunk) -> bool:
+def _branches(chunk: SuffixChunk) -> bool:
     """Whether it has tokens of a choice trie."""
     trie = chunk.sequence.trie
     return trie is not None and chunk.sequence.prompt_length - chunk.sequence.computed < chunk.count
 
 
-def _limit_to_branch(visible: npt.NDArray[np.bool_], chunk: TailChunk) -> None:
+def _limit_to_branch(visible: npt.NDArray[np.bool_], chunk: SuffixChunk) -> None:
     """Rows of a choice trie see the prompt and their own branch only."""
     sequence = chunk.sequence
     trie = sequence.trie
     first = sequence.prompt_length - sequence.computed  # row of the chunk that is the trie's place 0
     if trie is None:
         return
-    start = sequence.tail_length + first  # column of place 0
+    start = sequence.suffix_length + first  # column of place 0
     places = slice(max(0, -first), chunk.count - first)
     branch = trie.visible[places]
     columns = min(branch.shape[1], visible.shape[1] - start)

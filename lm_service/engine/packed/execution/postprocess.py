@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from lm_service.engine.packed.execution.batch import Batch, TailChunk
+from lm_service.engine.packed.execution.batch import Batch, SuffixChunk
 from lm_service.engine.packed.execution.choices import gather_logprobs
 from lm_service.engine.packed.scheduling.sequence import Sequence
 from lm_service.engine.sampling import finite_rows, sample, token_logprobs
 
 
-def outputs(batch: Batch) -> list[tuple[TailChunk, int, int]]:
+def outputs(batch: Batch) -> list[tuple[SuffixChunk, int, int]]:
     """Chunks that want logits, with their rows [first, last) of them."""
     found, row = [], 0
-    for chunk in batch.tails:
+    for chunk in batch.suffixes:
         count = chunk.count - chunk.first_output
         if count:
             found.append((chunk, row, row + count))
@@ -22,8 +22,8 @@ def outputs(batch: Batch) -> list[tuple[TailChunk, int, int]]:
 
 
 def split_bad(
-    wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor
-) -> tuple[list[tuple[TailChunk, int, int]], list[Sequence]]:
+    wanted: list[tuple[SuffixChunk, int, int]], logits: torch.Tensor
+) -> tuple[list[tuple[SuffixChunk, int, int]], list[Sequence]]:
     """Those with finite logits, and the sequences without."""
     finite = finite_rows(logits)
     if all(finite):
@@ -32,7 +32,7 @@ def split_bad(
     return good, [chunk.sequence for chunk, first, last in wanted if not all(finite[first:last])]
 
 
-def extend_answers(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:
+def extend_answers(wanted: list[tuple[SuffixChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:
     """Sample the next token of every answer; the sequences that have one more."""
     chosen = [(chunk.sequence, row) for chunk, row, _ in wanted if chunk.sequence.answer is not None]
     if not chosen:
@@ -56,7 +56,7 @@ def extend_answers(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tenso
     return [sequence for sequence, _ in chosen]
 
 
-def extend_scores(wanted: list[tuple[TailChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:
+def extend_scores(wanted: list[tuple[SuffixChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:
     """Add up the log-probabilities of choices; the sequences whose last row this was."""
     rows: list[int] = []
     places: list[tuple[Sequence, int]] = []

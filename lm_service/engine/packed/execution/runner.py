@@ -8,17 +8,17 @@ import torch
 
 from lm_service.engine.packed.execution.adapter import Attend, ModelAdapter
 from lm_service.engine.packed.execution.attention import AttentionPlan, attention_over
-from lm_service.engine.packed.execution.batch import Batch, FillChunk
-from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeTails, Workspace, kernels_for
-from lm_service.engine.packed.execution.native.prefill import NativeFills
-from lm_service.engine.packed.execution.plan import make_plan, tail_order
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.execution.batch import Batch, PrefillChunk
+from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeSuffixes, Workspace, kernels_for
+from lm_service.engine.packed.execution.native.prefill import NativePrefills
+from lm_service.engine.packed.execution.plan import make_plan, suffix_order
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 
 
 class Runner:
     """The model, and the pool its sequences' keys and values go to."""
 
-    def __init__(self, model: ModelAdapter, pool: TailPool, *, native: bool = True) -> None:
+    def __init__(self, model: ModelAdapter, pool: SuffixPool, *, native: bool = True) -> None:
         """`native`: attend by compiled kernels where there are some for this model."""
         self._model = model
         self._pool = pool
@@ -32,17 +32,17 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
-        """Logits [rows, vocabulary] of the tokens that want them, in the order of `batch.tails`, which this sorts.
+        """Logits [rows, vocabulary] of the tokens that want them, in the order of `batch.suffixes`, which this sorts.
 
         Running a batch again computes the same: nothing is counted as computed here. None when no row is wanted.
         """
-        batch.tails.sort(key=tail_order)
+        batch.suffixes.sort(key=suffix_order)
         device = self._model.shape.device
         ids, positions, rows = _inputs(batch)
         token_ids = torch.from_numpy(ids).to(device)
         hidden = self._model.embed(token_ids.clamp_(min=0))
         begin = 0
-        for chunk in batch.fills:
+        for chunk in batch.prefills:
             _place_images(hidden[begin : begin + chunk.count], chunk)
             begin += chunk.count
         plan = make_plan(self._model.shape, self._pool, batch, self._kernels)
@@ -55,11 +55,11 @@ class Runner:
         kernels, shape = self._kernels, self._model.shape
         if kernels is None:
             return attention_over(shape, self._pool, plan)
-        fills = NativeFills(kernels, shape, plan.fills) if plan.fills else None
-        tails = None
+        prefills = NativePrefills(kernels, shape, plan.prefills) if plan.prefills else None
+        suffixes = None
         if plan.native is not None:
-            tails = NativeTails(kernels, shape, self._pool, plan.native, self._workspace)
-        return NativeAttention(shape, plan.fill_tokens, fills, tails)
+            suffixes = NativeSuffixes(kernels, shape, self._pool, plan.native, self._workspace)
+        return NativeAttention(shape, plan.prefill_tokens, prefills, suffixes)
 
 
 def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
@@ -69,24 +69,24 @@ def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64],
     rows: list[int] = []
     single: list[tuple[int, int, int]] = []  # tokens that decode: row, id, position
     begin = 0
-    for fill in batch.fills:
-        node, end = fill.fill.node, begin + fill.count
-        stretch = node.content[:4, node.filled : node.filled + fill.count]
+    for prefill in batch.prefills:
+        node, end = prefill.prefill.node, begin + prefill.count
+        stretch = node.content[:4, node.filled : node.filled + prefill.count]
         ids[begin:end], positions[:, begin:end] = stretch[0], stretch[1:]
         begin = end
-    for tail in batch.tails:
-        sequence, end = tail.sequence, begin + tail.count
+    for suffix in batch.suffixes:
+        sequence, end = suffix.sequence, begin + suffix.count
         computed = sequence.computed
-        if tail.count == 1 and computed >= sequence.prompt_length and sequence.trie is None:
+        if suffix.count == 1 and computed >= sequence.prompt_length and sequence.trie is None:
             single.append(
                 (begin, sequence.tokens[computed], sequence.prompt.next_position + computed - sequence.prompt_length)
             )
             rows.append(begin)
         else:
-            stop = computed + tail.count
+            stop = computed + suffix.count
             ids[begin:end] = sequence.tokens[computed:stop]
             positions[:, begin:end] = sequence.positions(computed, stop)
-            rows.extend(range(begin + tail.first_output, end))
+            rows.extend(range(begin + suffix.first_output, end))
         begin = end
     if single:
         at, tokens, places = np.array(single, dtype=np.int64).T
@@ -94,11 +94,11 @@ def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64],
     return ids, positions, rows
 
 
-def _place_images(hidden: torch.Tensor, chunk: FillChunk) -> None:
+def _place_images(hidden: torch.Tensor, chunk: PrefillChunk) -> None:
     """Write the embeddings' rows over the placeholders of a chunk."""
-    start = chunk.fill.node.filled
+    start = chunk.prefill.node.filled
     end = start + chunk.count
-    for span, rows in chunk.fill.rows:
+    for span, rows in chunk.prefill.rows:
         first, last = max(span.start, start), min(span.end, end)
         if first < last:
             hidden[first - start : last - start] = rows[first - span.start : last - span.start]

@@ -32,7 +32,7 @@ class Slot:
     capacity: int
 
 
-class TailPool:
+class SuffixPool:
     """Slots of KV within `budget` bytes."""
 
     def __init__(self, shape: ModelShape, budget: int, slab_tokens: int) -> None:

@@ -10,7 +10,7 @@ from lm_service.engine.packed.scheduling.sequence import Sequence
 HEADROOM = 16  # tokens a new tail has room for beyond the prompt
 
 
-class Cuts:
+class PrefixPolicy:
     """The rules for one cache."""
 
     def __init__(self, cache: PrefixCache, options: PackedOptions, slab_tokens: int, *, native: bool) -> None:
@@ -32,7 +32,7 @@ class Cuts:
     def _has_own_node(self, sequence: Sequence, rest: int, end: int) -> bool:
         """Whether so many tokens before the last one become a node of the tree."""
         several = len(sequence.request.sequences) > 1 and sequence.answer is not None
-        long = rest >= self._options.long_tail_tokens or self._is_too_long(sequence, rest, end)
+        long = rest >= self._options.long_suffix_tokens or self._is_too_long(sequence, rest, end)
         return rest > 0 and (several or long)
 
     def _is_too_long(self, sequence: Sequence, rest: int, end: int) -> bool:
@@ -52,17 +52,19 @@ class Cuts:
     def create_nodes(self, sequence: Sequence, found: Node, end: int) -> list[Node] | None:
         """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
         content, images = sequence.content_until(end), sequence.prompt.images
-        cuts: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
+        prefix_policy: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
         if images and images[0].start > found.end and (self._native or sequence.request.alone):
-            cuts.append((images[0].start, True))  # computed apart, whoever asks first: it is the same for all images
+            prefix_policy.append(
+                (images[0].start, True)
+            )  # computed apart, whoever asks first: it is the same for all images
         if images and images[-1].end > found.end:
-            cuts.append((images[-1].end, True))
-        rest = end - 1 - (cuts[-1][0] if cuts else found.end)
+            prefix_policy.append((images[-1].end, True))
+        rest = end - 1 - (prefix_policy[-1][0] if prefix_policy else found.end)
         if self._has_own_node(sequence, rest, end):
-            cuts.append((end - 1, self._is_too_long(sequence, rest, end)))
+            prefix_policy.append((end - 1, self._is_too_long(sequence, rest, end)))
         created: list[Node] = []
         parent, start = found, found.end
-        for cut, needed in cuts:
+        for cut, needed in prefix_policy:
             node = self._cache.add(parent, content.cut(start, cut).copy(), spans_within(images, start, cut))
             if node is None and needed:
                 for made in reversed(created):

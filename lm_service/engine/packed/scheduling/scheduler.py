@@ -12,14 +12,14 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.batch import Batch, Fill, TailChunk
+from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill, SuffixChunk
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.prefix_cache.pool import TailPool
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
 from lm_service.engine.packed.scheduling.budget import StepBudget
 from lm_service.engine.packed.scheduling.counters import Counters
-from lm_service.engine.packed.scheduling.prefills import Fills
-from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, Cuts
+from lm_service.engine.packed.scheduling.prefills import Prefills
+from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, PrefixPolicy
 from lm_service.engine.packed.scheduling.queue import FairQueue
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.packed.scheduling.stem_nodes import StemNodes
@@ -33,24 +33,24 @@ class Scheduler:
     def __init__(
         self,
         shape: ModelShape,
-        pool: TailPool,
+        pool: SuffixPool,
         cache: PrefixCache,
         options: PackedOptions,
         *,
         native: bool,
-        load: Callable[[Fill], None],
+        load: Callable[[PrefixPrefill], None],
         fail: Callable[[Sequence, LookonceError], None],
     ) -> None:
         """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
         `native`: compiled kernels attend, to which a short stretch more or less is nothing."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.fills = Fills(cache)
+        self.prefills = Prefills(cache)
         self.admitted: list[Sequence] = []  # since somebody last looked
         self.counters = Counters()
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
-        self._cuts = Cuts(cache, options, pool.slab_tokens, native=native)
+        self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native)
         self._stems = StemNodes(cache)
         self._load, self._fail = load, fail
         self._was_alone = False  # the last step was one request's
@@ -80,7 +80,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """`remove`, keeping its KV for a next turn if that is wanted."""
         if sequence.request.kept:
-            self._keep_tail(sequence)
+            self._keep_suffix(sequence)
         self.remove(sequence)
 
     def fail(self, sequence: Sequence, error: LookonceError) -> None:
@@ -99,18 +99,18 @@ class Scheduler:
         if suspect is not None:
             self._cache.detach(suspect)
 
-    def loaded(self, fill: Fill, source: EmbeddingSource, load_ms: float) -> None:
+    def loaded(self, prefill: PrefixPrefill, source: EmbeddingSource, load_ms: float) -> None:
         """A fill's embeddings are here."""
-        fill.loading = False
-        for sequence in self._users(fill.node):
+        prefill.loading = False
+        for sequence in self._users(prefill.node):
             if sequence.pending and sequence.admissions == 1:
                 sequence.timings.embedding = source
                 sequence.timings.load_ms = max(sequence.timings.load_ms, load_ms)
 
-    def fail_fill(self, fill: Fill, error: LookonceError) -> None:
+    def fail_prefill(self, prefill: PrefixPrefill, error: LookonceError) -> None:
         """A fill cannot be finished; neither can those who need it. Those next in line who would come to it are told at
         once; to a private node nobody else comes."""
-        node = fill.node
+        node = prefill.node
         prefix = np.concatenate([part.content for part in node.path()], axis=1)
         waiting = [
             sequence
@@ -121,34 +121,34 @@ class Scheduler:
         for sequence in [*self._users(node), *waiting]:
             self.fail(sequence, error)
         self._cache.detach(node)
-        self.fills.drop_unwanted()
+        self.prefills.drop_unwanted()
 
     def schedule(self) -> Batch:
         """The next step. Decodes go first, prefills share what the token budget leaves."""
-        self.fills.drop_unwanted()
+        self.prefills.drop_unwanted()
         self._admit()
         preemptions = self.counters.preemptions
-        decodes, prefills = self._ready()
-        if not decodes and not prefills and self.counters.preemptions > preemptions:
+        decodes, prefilling = self._ready()
+        if not decodes and not prefilling and self.counters.preemptions > preemptions:
             self._admit()  # those who stepped back for want of a longer slot return at once
-            decodes, prefills = self._ready()
-        self.fills.drop_unwanted()  # of those who stepped back
-        turn = self._whose_turn([*decodes, *prefills])
+            decodes, prefilling = self._ready()
+        self.prefills.drop_unwanted()  # of those who stepped back
+        turn = self._whose_turn([*decodes, *prefilling])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
-        prefills = [sequence for sequence in prefills if sequence.owner is turn]
+        prefilling = [sequence for sequence in prefilling if sequence.owner is turn]
         budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens
-        batch = Batch(tails=[TailChunk(sequence, 1) for sequence in decodes])
-        for sequence in prefills:
+        batch = Batch(suffixes=[SuffixChunk(sequence, 1) for sequence in decodes])
+        for sequence in prefilling:
             if budget <= 0:
                 break
             count = min(sequence.remaining, budget)
-            batch.tails.append(TailChunk(sequence, count))
+            batch.suffixes.append(SuffixChunk(sequence, count))
             budget -= count
-        budget = self.fills.take(batch, budget, turn)
+        budget = self.prefills.take(batch, budget, turn)
         if turn is None:
             self._follow(batch, budget)
-        for tail in batch.tails:
-            self._refresh_path(tail.sequence)  # not before: who was let in last may have cut a node
+        for suffix in batch.suffixes:
+            self._refresh_path(suffix.sequence)  # not before: who was let in last may have cut a node
         return batch
 
     def _follow(self, batch: Batch, budget: int) -> None:
@@ -158,14 +158,14 @@ class Scheduler:
         complete = batch.completes
         while complete and budget > 0:
             self._admit(complete)
-            left = self.fills.take(batch, budget, None)
+            left = self.prefills.take(batch, budget, None)
             complete = batch.completes
             for sequence in self.running:
                 if left > 0 and sequence not in following and self._ready_after(sequence, complete):
                     following.add(sequence)
                     self._start(sequence)
-                    batch.tails.append(TailChunk(sequence, min(sequence.remaining, left)))
-                    left -= batch.tails[-1].count
+                    batch.suffixes.append(SuffixChunk(sequence, min(sequence.remaining, left)))
+                    left -= batch.suffixes[-1].count
             if left == budget:
                 return
             budget = left
@@ -181,22 +181,22 @@ class Scheduler:
 
     def computed(self, batch: Batch) -> None:
         """Count a batch as done."""
-        for chunk in batch.fills:
-            self.fills.computed(chunk)
+        for chunk in batch.prefills:
+            self.prefills.computed(chunk)
             self.counters.prefill_tokens += chunk.count
-        for tail in batch.tails:
-            self._started(tail.sequence)
-            if tail.sequence.computed >= tail.sequence.prompt_length:
-                self.counters.decode_tokens += tail.count
+        for suffix in batch.suffixes:
+            self._started(suffix.sequence)
+            if suffix.sequence.computed >= suffix.sequence.prompt_length:
+                self.counters.decode_tokens += suffix.count
             else:
-                self.counters.prefill_tokens += tail.count
-            tail.sequence.computed += tail.count
+                self.counters.prefill_tokens += suffix.count
+            suffix.sequence.computed += suffix.count
 
     def _whose_turn(self, ready: list[Sequence]) -> Request | None:
         """A step is for one request that shares none, the oldest of them first, or (None) for all others together; the
         two take turns."""
         owners = [sequence.owner for sequence in ready]
-        owners += [fill.owner for fill in self.fills if fill.ready]
+        owners += [prefill.owner for prefill in self.prefills if prefill.ready]
         alone = [owner for owner in owners if owner is not None]
         self._was_alone = bool(alone) and not (self._was_alone and None in owners)
         return min(alone, key=lambda request: request.arrived) if self._was_alone else None
@@ -207,11 +207,11 @@ class Scheduler:
             if sequence.status is Status.RUNNING and self._started(sequence) and sequence.decoding:
                 self._ensure_room(sequence)
         decodes: list[Sequence] = []
-        prefills: list[Sequence] = []
+        prefilling: list[Sequence] = []
         for sequence in self.running:
             if not sequence.pending:
-                (decodes if sequence.decoding and sequence.remaining == 1 else prefills).append(sequence)
-        return decodes, prefills
+                (decodes if sequence.decoding and sequence.remaining == 1 else prefilling).append(sequence)
+        return decodes, prefilling
 
     def _admit(self, complete: Collection[int] = ()) -> None:
         """As many as there are places for; nodes of the numbers in `complete` count as filled."""
@@ -227,7 +227,7 @@ class Scheduler:
                 self._unblock(sequence)
                 if self._try_admit(sequence, complete):
                     admitted = True
-                elif sequence.blocked_on is None and (self.running or self.fills):
+                elif sequence.blocked_on is None and (self.running or self.prefills):
                     return  # it keeps its turn: none that needs less may pass it over for ever
                 elif sequence.blocked_on is None:
                     self.fail(sequence, self._too_large(sequence))
@@ -238,7 +238,7 @@ class Scheduler:
         """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
         end = sequence.prompt_length if sequence.trie is not None else sequence.length
         content = sequence.content_until(end)
-        found, building = self._cache.match(content, self._cuts.look_until(sequence, end), complete)
+        found, building = self._cache.match(content, self._prefix_policy.look_until(sequence, end), complete)
         if building is None:
             found, building = self._stems.find(sequence, found, complete)
         if building is not None:
@@ -246,13 +246,13 @@ class Scheduler:
             sequence.blocked_on = building
             return False
         self._cache.acquire(found)
-        created = self._cuts.create_nodes(sequence, found, end)
+        created = self._prefix_policy.create_nodes(sequence, found, end)
         if created is None:
             self._cache.release(found)
             return False
         leaf = created[-1] if created else found
         # stems change nothing of what is enough: they are either copied, too, or not part of the tail
-        copied = sum(node.length for node in self._cuts.worth_copying(leaf))
+        copied = sum(node.length for node in self._prefix_policy.worth_copying(leaf))
         answer = sequence.answer
         slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
         if slot is None:
@@ -269,15 +269,15 @@ class Scheduler:
         self.admitted.append(sequence)
         sequence.leaf, sequence.leaf_end, sequence.slot = leaf, leaf.end, slot
         sequence.pending = [*(node for node in found.path() if node.building), *created]
-        sequence.inlined = {node.id for node in self._cuts.worth_copying(leaf)}
+        sequence.inlined = {node.id for node in self._prefix_policy.worth_copying(leaf)}
         sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
         sequence.note_admission()
         sequence.note_reuse(found.end)
         self._count_hit(sequence)
         for node in created:
-            fill = self.fills.add(node, sequence)
-            if fill.loading:
-                self._load(fill)
+            prefill = self.prefills.add(node, sequence)
+            if prefill.loading:
+                self._load(prefill)
         if not sequence.pending:
             self._start(sequence)
         return True
@@ -304,7 +304,7 @@ class Scheduler:
 
     def _ensure_room(self, sequence: Sequence) -> None:
         """A slot with room for one more token, from others if need be; else the sequence steps back itself."""
-        length = sequence.tail_length
+        length = sequence.suffix_length
         while sequence.slot is not None and length + 1 > sequence.slot.capacity:
             grown = self._pool.grow(sequence.slot, length, length + 1)
             if grown is not None:
@@ -316,7 +316,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Free what a sequence holds and let it wait at the front; it goes on where it stopped."""
         if sequence.answer is not None:
-            self._keep_tail(sequence)
+            self._keep_suffix(sequence)
         sequence.sums = [0.0] * len(sequence.sums)
         self.running.remove(sequence)
         self._free(sequence)
@@ -324,11 +324,11 @@ class Scheduler:
         self.queue.push_front(sequence)
         self.counters.preemptions += 1
 
-    def _keep_tail(self, sequence: Sequence) -> None:
+    def _keep_suffix(self, sequence: Sequence) -> None:
         leaf, slot = sequence.leaf, sequence.slot
         if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
             return
-        kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.tail_length)
+        kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.suffix_length)
         self._cache.insert(leaf, sequence.content_between(leaf.end, sequence.computed), kv)
 
     def _free(self, sequence: Sequence) -> None:

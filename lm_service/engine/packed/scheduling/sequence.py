@@ -100,7 +100,7 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def tail_length(self) -> int:
+    def suffix_length(self) -> int:
         """Tokens in its slot."""
         return self.inlined_tokens + self.computed - self.leaf_end
 

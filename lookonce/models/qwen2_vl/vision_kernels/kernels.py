@@ -91,7 +91,7 @@ class Kernels:
         reach = packed.blocks[:, Block.END] - packed.blocks[:, Block.BEGIN]
         operations = heads.count * (4.0 * heads.size + _EXPONENTIAL) * packed.blocks[:, Block.ROWS] * reach
         calls: list[Counted] = []
-        for some in np.split(np.arange(len(reach)), _cuts(operations, at_once)):
+        for some in np.split(np.arange(len(reach)), _prefix_policy(operations, at_once)):
             table, blocks = np.zeros(len(field), dtype=np.int64), packed.blocks[some[0] : some[-1] + 1]
             table[field.PATCHES :] = (
                 *(patches, qkv.data_ptr(), packed.cos.data_ptr(), packed.sin.data_ptr(), packed.laid.data_ptr()),
@@ -134,7 +134,7 @@ class Kernels:
         return x
 
 
-def _cuts(operations: npt.NDArray[np.float64], at_once: float) -> list[int]:
+def _prefix_policy(operations: npt.NDArray[np.float64], at_once: float) -> list[int]:
     """Where to cut work of so many operations each, such that each piece has about `at_once`, and at least one item."""
     pieces = np.floor((np.cumsum(operations) - operations) / at_once)
     return (np.flatnonzero(np.diff(pieces)) + 1).tolist()

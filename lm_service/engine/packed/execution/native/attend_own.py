@@ -44,7 +44,7 @@ class Finish:
             scaled = build.fmul(code.row(query, place), code.constant(self._shape.scale, code.vector))
             code.put(scaled, state.queries, place)
         state.clear()
-        self._own_tail(code, fields, token, head, state)
+        self._own_suffix(code, fields, token, head, state)
         target = code.at(
             code.address(fields, Field.OUT),
             code.plus(code.times(token, self.heads * self.group * self.size), begin),
@@ -57,7 +57,7 @@ class Finish:
                 found = build.fmul(code.get(variable, code.vector), share)
                 code.put(found, target, code.plus(code.times(member, self.size), place))
 
-    def _own_tail(self, code: Code, fields: Value, token: Value, head: Value, state: State) -> None:
+    def _own_suffix(self, code: Code, fields: Value, token: Value, head: Value, state: State) -> None:
         build = code.build
         visible = code.integer(code.address(fields, Field.VISIBLE), token)
         rows = code.address(fields, Field.POOL_ROWS)

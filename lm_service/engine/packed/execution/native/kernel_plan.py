@@ -22,7 +22,7 @@ _NOTHING: Ints = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Stretch:
+class PrefixSpan:
     """A filled prefix stretch, seen by tail tokens [begin, end)."""
 
     node: Node
@@ -31,7 +31,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Tails:
+class Suffixes:
     """The step's tail tokens."""
 
     rows: Ints  # [T, kv_heads] where keys and values are stored in the pool
@@ -41,12 +41,12 @@ class Tails:
 
 
 @dataclass(frozen=True)
-class Wave:
+class Split:
     """Tail tokens [begin, end) and the work of `look` for them."""
 
     begin: int
     end: int
-    stretches: list[Stretch]  # of those tokens
+    stretches: list[PrefixSpan]  # of those tokens
     items: Ints  # [pieces, len(Item)]
     parts: Ints  # [stretches, len(Part)]
     partial: int  # float32 that its pieces leave behind
@@ -56,15 +56,15 @@ class Wave:
 class NativePlan:
     """A step's tails, in waves whose partial results find room at once."""
 
-    tails: Tails
-    waves: list[Wave]
+    suffixes: Suffixes
+    waves: list[Split]
     seen: Ints  # [T + 1]: token t sees the stretches seen_parts[seen[t] : seen[t + 1]] of its wave
     seen_parts: Ints
 
 
-def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: int = _ROOM) -> NativePlan:
+def native_plan(stretches: Sequence[PrefixSpan], suffixes: Suffixes, heads: Heads, room: int = _ROOM) -> NativePlan:
     """Cut a step into waves that leave about `room` float32 behind at most (or one token's)."""
-    tokens = len(tails.visible)
+    tokens = len(suffixes.visible)
     chunks = [_chunks(stretch) for stretch in stretches]
     each = np.zeros(tokens + 1, dtype=np.int64)  # chunks that a token looks at
     for stretch, count in zip(stretches, chunks, strict=True):
@@ -75,9 +75,9 @@ def native_plan(stretches: Sequence[Stretch], tails: Tails, heads: Heads, room: 
     while begin < tokens:
         before = int(used[begin - 1]) if begin else 0
         end = max(begin + 1, int(np.searchsorted(used, before + room, side="right")))
-        waves.append(_wave(stretches, begin, end, heads))
+        waves.append(_split(stretches, begin, end, heads))
         begin = end
-    return NativePlan(tails, waves, *_seen(waves, tokens))
+    return NativePlan(suffixes, waves, *_seen(waves, tokens))
 
 
 def tensor_fields(*tensors: torch.Tensor) -> list[int]:
@@ -98,20 +98,20 @@ def node_table(nodes: Sequence[Node], shape: ModelShape) -> Ints:
     return table
 
 
-def _chunks(stretch: Stretch) -> int:
+def _chunks(stretch: PrefixSpan) -> int:
     return -(-stretch.node.length // _CHUNK)
 
 
-def _within(stretches: Sequence[Stretch], begin: int, end: int) -> list[Stretch]:
+def _within(stretches: Sequence[PrefixSpan], begin: int, end: int) -> list[PrefixSpan]:
     """What the tokens [begin, end) see."""
     return [
-        Stretch(stretch.node, max(stretch.begin, begin), min(stretch.end, end))
+        PrefixSpan(stretch.node, max(stretch.begin, begin), min(stretch.end, end))
         for stretch in stretches
         if stretch.begin < end and stretch.end > begin
     ]
 
 
-def _wave(stretches: Sequence[Stretch], begin: int, end: int, heads: Heads) -> Wave:
+def _split(stretches: Sequence[PrefixSpan], begin: int, end: int, heads: Heads) -> Split:
     """Cut what is looked at into pieces: for each stretch and head, chunks of keys, and in each blocks of rows."""
     inside = _within(stretches, begin, end)
     items: list[Ints] = [np.empty((0, len(Item)), dtype=np.int64)]
@@ -135,10 +135,10 @@ def _wave(stretches: Sequence[Stretch], begin: int, end: int, heads: Heads) -> W
         items.append(pieces.reshape(-1, len(Item)))
         items[-1][:, Item.PLACE] = place + np.arange(len(items[-1])) * (height * (heads.size + 2))
         place += len(items[-1]) * height * (heads.size + 2)
-    return Wave(begin, end, inside, np.concatenate(items), parts, place)
+    return Split(begin, end, inside, np.concatenate(items), parts, place)
 
 
-def _seen(waves: list[Wave], tokens: int) -> tuple[Ints, Ints]:
+def _seen(waves: list[Split], tokens: int) -> tuple[Ints, Ints]:
     """For each token the stretches it sees, in their order: offsets, and numbers within its wave."""
     token, number = [_NOTHING], [_NOTHING]
     for wave in waves:

@@ -1,9 +1,9 @@
 """Attention of a step's tokens, compiled for one size of heads and the CPU at hand.
 
-For tails two kernels, one after the other: `look` (and meanwhile new keys and values are stored), then `finish`; for
-prefixes `fill`. They read a table (`table.Field`, `fill.Field`) and take work from a counter in it until there is none,
-so that any number of threads may run them at once. A row's numbers depend neither on the rows beside it nor on the
-number of threads.
+For suffixes two kernels, one after the other: `look` (and meanwhile new keys and values are stored), then `finish`; for
+prefixes `prefill`. They read a table (`table.Field`, `prefill_kernel.Field`) and take work from a counter in it until
+there is none, so that any number of threads may run them at once. A row's numbers depend neither on the rows beside it
+nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llvmlite import ir
 from lm_service.engine.packed.execution.native.attend_own import Finish
 from lm_service.engine.packed.execution.native.attend_shared import Look
 from lm_service.engine.packed.execution.native.heads import Heads
-from lm_service.engine.packed.execution.native.prefill_kernel import Fill, tokens_of_block
+from lm_service.engine.packed.execution.native.prefill_kernel import PrefixPrefill, tokens_of_block
 from lm_service.engine.packed.execution.native.table import Field
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
@@ -28,7 +28,7 @@ class Kernels:
 
     heads: Heads
     attend: int  # address of a function of a pointer to `table.Field`: `look` and `finish`
-    fill: int  # address of a function of a pointer to `fill.Field`
+    prefill: int  # address of a function of a pointer to `fill.Field`
     code: Compiled
 
 
@@ -54,4 +54,4 @@ def _write(module: ir.Module, heads: Heads) -> None:
     code = Code(module, "attend", 1, heads.lanes)
     code.call_in_turn((look, finish), code.function.args[0], Field.BARRIER)
     code.end()
-    Fill(module, heads).write()
+    PrefixPrefill(module, heads).write()

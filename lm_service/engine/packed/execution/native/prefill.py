@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.attention import FillPart
+from lm_service.engine.packed.execution.attention import PrefillSpan
 from lm_service.engine.packed.execution.native.kernel_plan import node_table
 from lm_service.engine.packed.execution.native.kernels import Kernels
 from lm_service.engine.packed.execution.native.prefill_kernel import Field, Item, tokens_of_block
@@ -15,12 +15,12 @@ from lookonce.models.kernels.omp_team import barrier
 from lookonce.models.kernels.program import Ints, row_addresses
 
 
-class NativeFills:
+class NativePrefills:
     """Stores a step's new keys and values of prefixes and attends from its tokens, layer by layer."""
 
-    def __init__(self, kernels: Kernels, shape: ModelShape, parts: Sequence[FillPart]) -> None:
+    def __init__(self, kernels: Kernels, shape: ModelShape, parts: Sequence[PrefillSpan]) -> None:
         """`parts` in the order of the step's tokens, from the first one on."""
-        self._kernel = kernels.fill
+        self._kernel = kernels.prefill
         stretches = [[*part.ancestors, part.node] for part in parts]
         nodes = [node for path in stretches for node in path]
         own = np.cumsum([len(path) for path in stretches]) - 1
@@ -56,7 +56,7 @@ class NativeFills:
         return calls
 
 
-def _items(part: FillPart, own: int, height: int) -> Iterator[list[int]]:
+def _items(part: PrefillSpan, own: int, height: int) -> Iterator[list[int]]:
     """Its blocks, for one head."""
     place, end = part.start, part.start + part.end - part.begin
     while place < end:

@@ -1,4 +1,4 @@
-"""`fill`: new tokens of stretches of prefixes attend to all before them and, causally, to their own stretch.
+"""`prefill`: new tokens of stretches of prefixes attend to all before them and, causally, to their own stretch.
 
 First new keys and values are stored, then blocks of rows look at the stretches before, at what lies before them in
 their own, and last at the keys beside their own. Blocks begin at multiples of their height in the stretch, however many
@@ -54,8 +54,8 @@ def tokens_of_block(heads: Heads) -> int:
     return heads.block // heads.group
 
 
-class Fill:
-    """Writes the kernel: a function `fill` of a pointer to the table."""
+class PrefixPrefill:
+    """Writes the kernel: a function `prefill` of a pointer to the table."""
 
     def __init__(self, module: ir.Module, heads: Heads) -> None:
         self._module, self._shape = module, heads
