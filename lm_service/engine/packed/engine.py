@@ -51,6 +51,7 @@ class _Stream:
         self.request = request
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.waiting = True
+        self.taken = False  # by the worker thread
 
 
 class PackedEngine:
@@ -172,8 +173,12 @@ class PackedEngine:
         wanted = (frozenset(keys), frozenset(image_digests))
 
         def drop() -> None:
-            count = self._core.forget(*wanted)
-            self._state = self._core.state()
+            try:
+                count = self._core.forget(*wanted)
+                self._state = self._core.state()
+            except Exception:  # told; the thread sees to the rest
+                self._call_loop(lambda: None if done.done() else done.set_exception(internal_error()))
+                raise
             self._call_loop(lambda: None if done.done() else done.set_result(count))
 
         if self._closing or self._failed or self._thread is None:
@@ -200,7 +205,7 @@ class PackedEngine:
         stream = self._streams[request] = _Stream(request)
         self._waiting += 1
         request.unfinished = len(request.sequences)
-        self._tell(lambda: self._core.submit(request))
+        self._tell(lambda: self._submit(stream))
         try:
             while True:
                 event = await _next(stream, deadline)
@@ -271,11 +276,16 @@ class PackedEngine:
             self._faults += 1
             if self._faults >= FAULTS_IN_A_ROW:
                 raise
+            taken = [stream for stream in list(self._streams.values()) if stream.taken]
             self._core.fail_all(internal_error())
             self._post()
-            self._call_loop(lambda: self._fail_streams(internal_error()))  # also those that were between two places
+            self._call_loop(lambda: _fail(taken, internal_error()))  # also those that were between two places
             return False
         return busy
+
+    def _submit(self, stream: _Stream) -> None:
+        stream.taken = True
+        self._core.submit(stream.request)
 
     def _read_mail(self, *, wait: bool) -> None:
         if wait:
@@ -304,15 +314,11 @@ class PackedEngine:
 
     def _give_up(self) -> None:
         self._failed = True
-        self._fail_streams(_unavailable())
-        self._on_failure()
-
-    def _fail_streams(self, error: LookonceError) -> None:
-        for stream in self._streams.values():
-            stream.events.put_nowait(error)
+        _fail(self._streams.values(), _unavailable())
         for done in self._forgetting:
             if not done.done():
-                done.set_exception(error)
+                done.set_exception(_unavailable())
+        self._on_failure()
 
     def _start_loading(self, prefill: PrefixPrefill) -> None:
         task = start_task(self._load(prefill), awaited=False, context=prefill.context)
@@ -356,6 +362,11 @@ def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed
                 continue
         kept.append((request, event))
     return kept
+
+
+def _fail(streams: Iterable[_Stream], error: LookonceError) -> None:
+    for stream in streams:
+        stream.events.put_nowait(error)
 
 
 async def _next(stream: _Stream, deadline: float | None) -> Event:
