@@ -12,8 +12,10 @@ from structlog.testing import capture_logs
 
 from gateway.__main__ import build
 from gateway.auth import Caller, Keyring
+from gateway.erasure import Eraser
 from gateway.http.app import create_app
 from gateway.settings import GatewaySettings
+from gateway.variants import Variants
 
 
 class BrokenKeyring(Keyring):
@@ -54,3 +56,23 @@ def test_a_client_that_left_is_no_failure() -> None:
         assert asyncio.run(ask("POST", Keyring([]), ClientDisconnect())).status_code == 499
     assert [line["status"] for line in logged if line["event"] == "request"] == [499]
     assert not [line for line in logged if line["event"] == "request failed"]
+
+
+async def test_an_erasure_whose_tries_fail_unforeseen_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.erasure.FIRST_PAUSE", 0.01)
+    outcomes: list[Exception | bool] = [ZeroDivisionError("a"), ZeroDivisionError("b"), False, True]
+    done = asyncio.Event()
+
+    async def attempt() -> bool:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        if outcome:
+            done.set()
+        return outcome
+
+    eraser = Eraser(Variants([], lambda spec: pytest.fail("connected")))
+    assert await eraser.erase("image", attempt) is False
+    await asyncio.wait_for(done.wait(), 60)
+    await eraser.close()
+    assert not outcomes

@@ -26,6 +26,8 @@ from lookonce.core.stores import open_store
 from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import vision_pb2, vision_pb2_grpc
 from tests.lm.split import record_of
+from tests.system.campaign.proxy import Proxy
+from tests.valkey import ValkeyServer
 
 HIDDEN = 8
 MINE, ALSO_MINE, THEIRS = "a" * 64, "b" * 64, "c" * 64
@@ -81,8 +83,8 @@ async def serving(*peers):
 
 
 @contextlib.asynccontextmanager
-async def resolving(directory, *peers, dtype=torch.float32, l1_bytes=1 << 20, addresses=()):
-    store = open_store(f"file://{directory}/store")
+async def resolving(directory, *peers, dtype=torch.float32, l1_bytes=1 << 20, addresses=(), url=""):
+    store = open_store(url or f"file://{directory}/store", strict=True)
     async with serving(*peers) as live:
         accepted = AcceptedEncoders([MINE, ALSO_MINE])
         clients = [VisionClient(address) for address in (*addresses, *live)]
@@ -153,6 +155,21 @@ async def test_nowhere_is_embedding_missing_and_may_pass_where_somebody_was_not_
     async with resolving(tmp_path / "away", Peer(), addresses=["127.0.0.1:1"]) as resolver:
         error = await refused(resolver, reference())
         assert error.kind is ErrorKind.EMBEDDING_MISSING and error.retry_after
+
+
+async def test_what_could_not_be_looked_for_in_the_store_may_be_there(tmp_path):
+    """The first failure tells it, long before a circuit breaker opens; what a peer has is answered all the same."""
+    with ValkeyServer() as valkey, Proxy(valkey.port) as proxy:
+        async with resolving(tmp_path, Peer(), url=proxy.url) as resolver:
+            error = await refused(resolver, reference())
+            assert (error.kind, error.retry_after) == (ErrorKind.EMBEDDING_MISSING, None)
+            await asyncio.to_thread(proxy.set, "half")
+            error = await refused(resolver, reference())
+            assert error.kind is ErrorKind.EMBEDDING_MISSING and error.retry_after
+        peer, wanted = Peer(), reference()
+        peer.records[wanted.key] = good(wanted).serialize()
+        async with resolving(tmp_path, peer, url=proxy.url) as resolver:
+            assert (await resolver.load(wanted))[1] is EmbeddingSource.FETCHED
 
 
 async def test_a_damaged_record_in_the_store_is_dropped_and_fetched_again(tmp_path):
