@@ -42,7 +42,7 @@ class Verdicts:
 
     windows: list[Window] = field(default_factory=list)
     outcomes: Counter[str] = field(default_factory=Counter)  # "operation: outcome"
-    justified: Counter[str] = field(default_factory=Counter)  # "503 unavailable during kill language"
+    justified: Counter[str] = field(default_factory=Counter)  # "503 unavailable during kill language: ..."
     violations: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     slowest: float = 0.0  # seconds of a request
@@ -107,7 +107,7 @@ class Verdicts:
             told = ", ".join(sorted({w.kind for w in met})) or "no fault"
             self.accuse(f"{status} {code} that nothing justifies (met: {told})", **facts)
         else:
-            self._justify(f"{status} {code} during {cause.kind}")
+            self._justify(f"{status} {code} during {cause.kind}: {message}")
 
     def reply(self, status: int, headers: Mapping[str, str], **facts: Any) -> None:
         """What every reply has."""
