@@ -188,11 +188,12 @@ class ImageRecords:
                 raise
             return self._unexpired(known)
         if spare is not None:
-            return self._unexpired(await self._reconciled(spare, stored))
-        if stored is not None:
-            self._remember(stored)
-            return self._unexpired(stored)
-        return await self._lost(digest, cached)
+            stored = await self._reconciled(spare, stored)
+        if stored is None:
+            return await self._lost(digest, cached)
+        self._remember(stored)
+        await self._return_file(stored)
+        return self._unexpired(stored)
 
     async def save(self, record: ImageRecord) -> bool:
         """Keep the record until it expires; whether the store has it, or only this process."""
@@ -245,6 +246,19 @@ class ImageRecords:
             record = _joined(spare, stored)
         await self._write(record)
         return record
+
+    async def _return_file(self, record: ImageRecord) -> None:
+        """Put a file into the store that could not be kept there when it came."""
+        key = file_key(record.digest)
+        file = await self._spare.get(key) if await self._spare.contains(key) else None
+        if file is None or record.deleted:
+            return
+        try:
+            kept = await self._store.put(key, file, ttl=max(record.expires - self.now(), 1.0))
+        except StoreOutage:
+            return
+        if kept:
+            await self._spare.delete(key)
 
     async def _lost(self, digest: bytes, cached: _Cached | None) -> ImageRecord | None:
         record = self._believed(cached)

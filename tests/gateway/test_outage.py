@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
+from gateway.images import parse_id
+from gateway.records import file_key
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_failures import eventually, lose_everything
@@ -25,6 +27,7 @@ QUICK = "connect_timeout=500ms&socket_timeout=500ms&operation_timeout=1s"
 class Scene:
     """Two gateways over one Redis behind a proxy."""
 
+    valkey: ValkeyServer
     proxy: Proxy
     first: httpx2.Client
     second: httpx2.Client
@@ -41,7 +44,7 @@ def scene(services: Services) -> Iterator[Scene]:
             one.client() as first,
             two.client() as second,
         ):
-            yield Scene(proxy, first, second)
+            yield Scene(valkey, proxy, first, second)
 
 
 def upload(http: httpx2.Client, data: bytes, **fields: str) -> httpx2.Response:
@@ -125,6 +128,8 @@ def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_befo
     assert eventually(lambda: scene.second.get(f"/v1/images/{image}").status_code == 200)
     assert scene.second.get("/v1/images/again").json()["id"] == image
     assert image in [item["id"] for item in scene.first.get("/v1/images").json()["data"]]
+    with scene.valkey.client() as client:
+        assert client.exists(f"lookonce:images:{file_key(parse_id(image)).hex()}"), "the file, too, is in Redis again"
 
 
 def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, picture: Picture) -> None:
