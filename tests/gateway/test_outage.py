@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
-from gateway.images import parse_id
-from gateway.records import file_key
+from gateway.images.image_records import file_key
+from gateway.images.images import parse_id
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_failures import eventually, lose_everything

@@ -12,10 +12,10 @@ from structlog.testing import capture_logs
 
 from gateway.__main__ import build
 from gateway.auth import Caller, Keyring
-from gateway.erasure import Eraser
 from gateway.http.app import create_app
+from gateway.images.erasure import Eraser
+from gateway.routing.variants import Variants
 from gateway.settings import GatewaySettings
-from gateway.variants import Variants
 
 
 class BrokenKeyring(Keyring):
