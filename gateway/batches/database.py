@@ -11,27 +11,30 @@ import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.seal import Sealer
 from lookonce.core.stores.metrics import corrupt_counter
 
 T = TypeVar("T")
-VERSION = 1
+VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, filename TEXT NOT NULL,
-  purpose TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER);
+  purpose TEXT NOT NULL, bytes INTEGER NOT NULL, created_at INTEGER NOT NULL, expires_at INTEGER,
+  seal BLOB);
 CREATE INDEX files_of_tenant ON files (tenant, seq);
 CREATE TABLE pieces (
   file INTEGER NOT NULL REFERENCES files (seq) ON DELETE CASCADE, number INTEGER NOT NULL, data BLOB NOT NULL,
   PRIMARY KEY (file, number)) WITHOUT ROWID;
 CREATE TABLE batches (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, status TEXT NOT NULL,
-  document TEXT NOT NULL, total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
+  document BLOB, total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
   failed INTEGER NOT NULL DEFAULT 0);
 CREATE INDEX batches_of_tenant ON batches (tenant, seq);
 CREATE INDEX batches_by_status ON batches (status);
@@ -85,6 +88,17 @@ class Database:
         self._thread.submit(self._connection.close).result()
         self._thread.shutdown()
         os.close(self._lock)
+
+
+def open_row(sealer: Sealer, row: sqlite3.Row, column: str, key: Callable[[], bytes]) -> memoryview | None:
+    """What is sealed in a column for the fields that `key` writes down; None, and counted, when it is not theirs."""
+    with suppress(TypeError):  # values of other types, which SQLite allows
+        value = sealer.open(key(), row[column])
+        if value is not None:
+            return value
+    log.error("a stored file or batch is damaged", id=row["id"])
+    CORRUPT.inc()
+    return None
 
 
 def _claim(directory: Path) -> int:

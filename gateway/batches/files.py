@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal
 
+import orjson
 import structlog
 
-from gateway.batches.database import CORRUPT, Database
-from gateway.batches.paging import Page, page
+from gateway.batches.database import CORRUPT, Database, open_row
+from gateway.batches.paging import Page, intact, page
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.seal import Sealer
 from lookonce.core.units import format_size
@@ -21,6 +22,7 @@ PIECE = 256 * 1024
 """Bytes of a stored piece: what is in memory at once."""
 Purpose = Literal["batch", "batch_output"]
 _SEALER = Sealer("batch-files")
+_FILES = Sealer("batch-file-rows")
 log = structlog.get_logger(__name__)
 
 
@@ -81,7 +83,7 @@ class Files:
 
         def work(connection: sqlite3.Connection) -> Page[StoredFile]:
             rows = page(connection, "files", where, values, after=after, limit=limit, newest_first=newest_first)
-            return rows.map(_stored)
+            return rows.map(lambda some: intact(connection, "files", some, _stored))
 
         return await self._database.run(work)
 
@@ -135,8 +137,10 @@ def insert(
         sealed = _SEALER.seal(_piece_key(identifier, number), data)
         connection.execute("INSERT INTO pieces VALUES (?,?,?)", (seq, number, sealed))
         size += len(data)
-    connection.execute("UPDATE files SET bytes = ? WHERE seq = ?", (size, seq))
-    return StoredFile(seq or 0, identifier, filename, purpose, size, now, expires_at)
+    stored = StoredFile(seq or 0, identifier, filename, purpose, size, now, expires_at)
+    seal = _FILES.seal(_file_key(tenant, stored), b"")
+    connection.execute("UPDATE files SET bytes = ?, seal = ? WHERE seq = ?", (size, seal, seq))
+    return stored
 
 
 def find(connection: sqlite3.Connection, tenant: str, identifier: str, now: float) -> StoredFile:
@@ -145,22 +149,30 @@ def find(connection: sqlite3.Connection, tenant: str, identifier: str, now: floa
         "SELECT * FROM files WHERE id = ? AND tenant = ? AND (expires_at IS NULL OR expires_at > ?)",
         (identifier, tenant, now),
     ).fetchone()
-    if row is None:
+    stored = _stored(row) if row is not None else None
+    if stored is None:
         raise not_found()
-    return _stored(row)
+    return stored
 
 
 def split_lines(connection: sqlite3.Connection, stored: StoredFile) -> Iterator[bytes]:
     """The lines of a file without their line feeds, within a transaction. Raises NOT_FOUND when it is damaged."""
     begun: list[bytes] = []  # pieces of a line whose end has not come yet
     rows = connection.execute("SELECT data FROM pieces WHERE file = ? ORDER BY number", (stored.seq,))
+    left = stored.bytes
     for number, row in enumerate(rows):
-        first, *others = _open_piece(stored.id, number, row["data"]).split(b"\n")
+        data = _open_piece(stored.id, number, row["data"])
+        left -= len(data)
+        first, *others = data.split(b"\n")
         begun.append(first)
         if others:
             yield b"".join(begun)
             yield from others[:-1]
             begun = [others[-1]]
+    if left:
+        log.error("a stored file is damaged", file=stored.id, missing=left)
+        CORRUPT.inc()
+        raise not_found()
     if any(begun):
         yield b"".join(begun)
 
@@ -183,10 +195,19 @@ def not_found() -> LookonceError:
     return LookonceError(ErrorKind.NOT_FOUND, "no such file", param="file_id")
 
 
-def _stored(row: sqlite3.Row) -> StoredFile:
-    return StoredFile(
-        row["seq"], row["id"], row["filename"], row["purpose"], row["bytes"], row["created_at"], row["expires_at"]
-    )
+def _stored(row: sqlite3.Row) -> StoredFile | None:
+    """None for a row that is not as it was written."""
+    names = ("seq", "id", "filename", "purpose", "bytes", "created_at", "expires_at")
+    stored = StoredFile(**{name: row[name] for name in names})
+    if open_row(_FILES, row, "seal", lambda: _file_key(row["tenant"], stored)) is None:
+        return None
+    return stored
+
+
+def _file_key(tenant: str, stored: StoredFile) -> bytes:
+    fields = asdict(stored)
+    del fields["seq"]
+    return orjson.dumps([tenant, fields])
 
 
 def _read(content: BinaryIO) -> Iterator[bytes]:

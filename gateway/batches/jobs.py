@@ -8,7 +8,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import orjson
@@ -16,13 +16,24 @@ import structlog
 
 from gateway.batches import files
 from gateway.batches.database import CORRUPT, Database
-from gateway.batches.lines import BOM, DEFAULT_LIMITS, Line, Problem, Reply, parse, refused, tokens, unanswered, written
-from gateway.batches.paging import Page, page
+from gateway.batches.job import Counts, Job, Status, find, read, write
+from gateway.batches.lines import (
+    BOM,
+    DEFAULT_LIMITS,
+    Line,
+    Problem,
+    Reply,
+    more_usage,
+    parse,
+    refused,
+    unanswered,
+    written,
+)
+from gateway.batches.paging import Page, intact, page
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.seal import Sealer
 
-Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
 ACTIVE = ("validating", "in_progress", "cancelling")
 End = Literal["completed", "expired", "cancelled"]
 MAX_PROBLEMS = 100
@@ -34,43 +45,6 @@ _LEFT_OVER = {
     "expired": ("batch_expired", "the request was not answered before the batch expired"),
     "cancelled": ("batch_cancelled", "the request was not answered before the batch was cancelled"),
 }
-
-
-@dataclass(frozen=True)
-class Counts:
-    """How far a batch is, in lines."""
-
-    total: int = 0
-    completed: int = 0
-    failed: int = 0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One batch. `document` holds the rest of OpenAI's batch object; times are Unix seconds."""
-
-    seq: int
-    id: str
-    tenant: str
-    status: Status
-    document: dict[str, Any]
-    counts: Counts
-
-    @property
-    def endpoint(self) -> str:
-        """Which route all lines are for."""
-        return str(self.document["endpoint"])
-
-    @property
-    def expires_at(self) -> float:
-        """When what is left undone is given up."""
-        return float(self.document["expires_at"])
-
-    def to_openai(self) -> dict[str, Any]:
-        """OpenAI's batch object."""
-        shown = {name: value for name, value in self.document.items() if not name.startswith("_")}
-        counts = {"total": self.counts.total, "completed": self.counts.completed, "failed": self.counts.failed}
-        return {"id": self.id, "object": "batch", "status": self.status, **shown, "request_counts": counts}
 
 
 class Jobs:
@@ -113,24 +87,22 @@ class Jobs:
                 raise LookonceError(ErrorKind.RATE_LIMITED, text, retry_after=60.0)
             document = _new_document(now, endpoint, input_file, metadata, lifetime, output_lifetime)
             identifier = "batch_" + secrets.token_hex(16)
-            seq = connection.execute(
-                "INSERT INTO batches (id, tenant, status, document) VALUES (?,?,'validating',?)",
-                (identifier, tenant, orjson.dumps(document)),
-            ).lastrowid
-            return Job(seq or 0, identifier, tenant, "validating", document, Counts())
+            insert = "INSERT INTO batches (id, tenant, status) VALUES (?,?,'validating')"
+            seq = connection.execute(insert, (identifier, tenant)).lastrowid
+            return write(connection, Job(seq or 0, identifier, tenant, "validating", document, Counts()))
 
         return await self._database.run(work)
 
     async def get(self, tenant: str, identifier: str) -> Job:
         """Raises NOT_FOUND."""
-        return await self._database.run(lambda connection: _find(connection, tenant, identifier))
+        return await self._database.run(lambda connection: find(connection, tenant, identifier))
 
     async def page(self, tenant: str, *, after: str | None, limit: int) -> Page[Job]:
         """A page, newest first. Raises INVALID_ARGUMENT for an unknown `after`."""
 
         def work(connection: sqlite3.Connection) -> Page[Job]:
             rows = page(connection, "batches", "tenant = ?", (tenant,), after=after, limit=limit, newest_first=True)
-            return rows.map(_job)
+            return rows.map(lambda some: intact(connection, "batches", some, read))
 
         return await self._database.run(work)
 
@@ -138,7 +110,7 @@ class Jobs:
         """Mark it for cancelling. Raises NOT_FOUND, and CONFLICT when it has ended."""
 
         def work(connection: sqlite3.Connection) -> Job:
-            job = _find(connection, tenant, identifier)
+            job = find(connection, tenant, identifier)
             if job.status == "cancelling":
                 return job
             if job.status not in ACTIVE:
@@ -151,7 +123,7 @@ class Jobs:
         """All that have not ended, oldest first."""
         query = "SELECT * FROM batches WHERE status IN (?,?,?) ORDER BY seq"
         return await self._database.run(
-            lambda connection: [_job(row) for row in connection.execute(query, ACTIVE).fetchall()]
+            lambda connection: intact(connection, "batches", connection.execute(query, ACTIVE).fetchall(), read)
         )
 
     async def begin(self, job: Job, check: Callable[[Line], Problem | None], *, max_lines: int) -> Job:
@@ -160,18 +132,18 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> Job:
             now = int(self._clock())
-            current = _find(connection, job.tenant, job.id)
+            current = find(connection, job.tenant, job.id)
             if current.status != "validating":
                 return current
             try:
                 stored = files.find(connection, job.tenant, job.document["input_file_id"], now)
                 raws = files.split_lines(connection, stored)
-                problems = _insert_lines(connection, job, raws, check, max_lines, self._limits)
+                problems, counts = _insert_lines(connection, job, raws, check, max_lines, self._limits)
             except LookonceError:
-                return _fail(connection, job, [Problem("file_not_found", "the input file is gone or damaged")], now)
+                return _fail(connection, current, [Problem("file_not_found", "the input file is gone or damaged")], now)
             if problems:
-                return _fail(connection, job, problems, now)
-            return _move(connection, job, "in_progress", in_progress_at=now)
+                return _fail(connection, current, problems, now)
+            return _move(connection, replace(current, counts=counts), "in_progress", in_progress_at=now)
 
         return await self._database.run(work)
 
@@ -200,12 +172,7 @@ class Jobs:
         def work(connection: sqlite3.Connection) -> bool:
             place = {"number": line.number, "custom_id": line.custom_id}
             sealed = _SEALER.seal(_line_key(job, place, "result"), written(line, reply))
-            done = _close_line(connection, job, line.number, column, sealed)
-            if done:
-                current = _find(connection, job.tenant, job.id)
-                document = current.document | {"usage": _more(current.document.get("usage"), reply)}
-                connection.execute("UPDATE batches SET document = ? WHERE seq = ?", (orjson.dumps(document), job.seq))
-            return done
+            return _close_line(connection, job, line.number, column, sealed, reply)
 
         return await self._database.run(work)
 
@@ -214,7 +181,7 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> Job:
             now = int(self._clock())
-            current = _find(connection, job.tenant, job.id)
+            current = find(connection, job.tenant, job.id)
             if current.status not in ACTIVE:
                 return current
             outcome: End = "cancelled" if current.status == "cancelling" else end
@@ -231,14 +198,18 @@ def _close_line(
     number: int,
     column: Literal["completed", "failed"],
     result: bytes | None,
+    reply: Reply | None = None,
 ) -> bool:
-    """Mark a pending line done and count it; whether it was pending."""
+    """Mark a pending line done, count it and the reply's tokens; whether it was pending."""
     done = connection.execute(
         "UPDATE lines SET state = ?, result = ?, request = NULL WHERE batch = ? AND number = ? AND state = 'pending'",
         (column, result, job.seq, number),
     ).rowcount
     if done:
-        connection.execute(f"UPDATE batches SET {column} = {column} + 1 WHERE seq = ?", (job.seq,))
+        current = find(connection, job.tenant, job.id)
+        counts = replace(current.counts, **{column: getattr(current.counts, column) + 1})
+        usage = {"usage": more_usage(current.document.get("usage"), reply)} if reply is not None else {}
+        write(connection, replace(current, counts=counts, document=current.document | usage))
     return bool(done)
 
 
@@ -271,22 +242,6 @@ def _new_document(
     }
 
 
-def _more(usage: dict[str, Any] | None, reply: Reply) -> dict[str, Any]:
-    """OpenAI's usage of a batch, with one answer more."""
-    prompt, cached, completion = tokens(reply)
-    if usage is not None:
-        prompt += usage["input_tokens"]
-        cached += usage["input_tokens_details"]["cached_tokens"]
-        completion += usage["output_tokens"]
-    return {
-        "input_tokens": prompt,
-        "input_tokens_details": {"cached_tokens": cached},
-        "output_tokens": completion,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": prompt + completion,
-    }
-
-
 def _insert_lines(
     connection: sqlite3.Connection,
     job: Job,
@@ -294,8 +249,8 @@ def _insert_lines(
     check: Callable[[Line], Problem | None],
     max_lines: int,
     limits: JsonLimits,
-) -> list[Problem]:
-    """Why the batch can't begin; nothing when it can."""
+) -> tuple[list[Problem], Counts]:
+    """Why the batch can't begin, nothing when it can; and its counts then."""
     problems: list[Problem] = []
     seen: set[str] = set()
     total = 0
@@ -304,7 +259,7 @@ def _insert_lines(
         if not text.strip():
             continue
         if total == max_lines:
-            return [Problem("too_many_requests", f"the file has more than {max_lines} requests", number)]
+            return [Problem("too_many_requests", f"the file has more than {max_lines} requests", number)], Counts()
         total += 1
         item = _checked(parse(text, number, limits), check, seen)
         custom_id = item.custom_id or ""
@@ -321,10 +276,8 @@ def _insert_lines(
         insert = "INSERT INTO lines (batch, number, custom_id, request, state, result) VALUES (?,?,?,?,?,?)"
         connection.execute(insert, row)
     if not seen:
-        return problems or [Problem("empty_file", "the file has no requests")]
-    update = "UPDATE batches SET total = ?, failed = ? WHERE seq = ?"
-    connection.execute(update, (total, total - len(seen), job.seq))
-    return []
+        return problems or [Problem("empty_file", "the file has no requests")], Counts()
+    return [], Counts(total, failed=total - len(seen))
 
 
 def _checked(item: Line | Problem, check: Callable[[Line], Problem | None], seen: Container[str]) -> Line | Problem:
@@ -361,7 +314,7 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
         for row in connection.execute(query, (job.seq, *states)):
             yield result(row) or unanswered(row["custom_id"], code, message)
 
-    def write(name: str, failed: bool) -> str | None:
+    def output(name: str, failed: bool) -> str | None:
         filename = f"{job.id}_{name}.jsonl"
         stored = files.insert(connection, job.tenant, filename, "batch_output", _pieces(results(failed)), now, expires)
         if stored.bytes:
@@ -369,7 +322,7 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
         connection.execute("DELETE FROM files WHERE seq = ?", (stored.seq,))
         return None
 
-    return {"output_file_id": write("output", False), "error_file_id": write("error", True)}
+    return {"output_file_id": output("output", False), "error_file_id": output("error", True)}
 
 
 def _pieces(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
@@ -384,20 +337,4 @@ def _pieces(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def _move(connection: sqlite3.Connection, job: Job, status: Status, **changes: Any) -> Job:
-    moved = replace(job, status=status, document=job.document | changes)
-    connection.execute(
-        "UPDATE batches SET status = ?, document = ? WHERE seq = ?", (status, orjson.dumps(moved.document), job.seq)
-    )
-    return _job(connection.execute("SELECT * FROM batches WHERE seq = ?", (job.seq,)).fetchone())
-
-
-def _find(connection: sqlite3.Connection, tenant: str, identifier: str) -> Job:
-    row = connection.execute("SELECT * FROM batches WHERE id = ? AND tenant = ?", (identifier, tenant)).fetchone()
-    if row is None:
-        raise LookonceError(ErrorKind.NOT_FOUND, "no such batch", param="batch_id")
-    return _job(row)
-
-
-def _job(row: sqlite3.Row) -> Job:
-    counts = Counts(row["total"], row["completed"], row["failed"])
-    return Job(row["seq"], row["id"], row["tenant"], row["status"], orjson.loads(row["document"]), counts)
+    return write(connection, replace(job, status=status, document=job.document | changes))

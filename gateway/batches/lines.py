@@ -105,6 +105,22 @@ def tokens(reply: Reply) -> tuple[int, int, int]:
     return prompt, cached, sum(usage.get("completion_tokens", 0) for usage in found)
 
 
+def more_usage(usage: dict[str, Any] | None, reply: Reply) -> dict[str, Any]:
+    """OpenAI's usage of a batch, with one answer more."""
+    prompt, cached, completion = tokens(reply)
+    if usage is not None:
+        prompt += usage["input_tokens"]
+        cached += usage["input_tokens_details"]["cached_tokens"]
+        completion += usage["output_tokens"]
+    return {
+        "input_tokens": prompt,
+        "input_tokens_details": {"cached_tokens": cached},
+        "output_tokens": completion,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": prompt + completion,
+    }
+
+
 def written(line: Line, reply: Reply) -> bytes:
     """The line of the output or error file."""
     response = {"status_code": reply.status, "request_id": "req_" + secrets.token_hex(12), "body": reply.body}

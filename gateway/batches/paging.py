@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
@@ -20,9 +20,9 @@ class Page(Generic[T]):
     items: Sequence[T]
     more: bool
 
-    def map(self, call: Callable[[T], U]) -> Page[U]:
+    def map(self, call: Callable[[Sequence[T]], Sequence[U]]) -> Page[U]:
         """The same page of other items."""
-        return Page([call(item) for item in self.items], self.more)
+        return Page(call(self.items), self.more)
 
 
 def page(
@@ -45,3 +45,15 @@ def page(
     query = f"SELECT * FROM {table} WHERE {where} ORDER BY seq {order} LIMIT ?"
     rows = connection.execute(query, (*values, limit + 1)).fetchall()
     return Page(rows[:limit], len(rows) > limit)
+
+
+def intact(
+    connection: sqlite3.Connection,
+    table: Literal["files", "batches"],
+    rows: Iterable[sqlite3.Row],
+    read: Callable[[sqlite3.Row], T | None],
+) -> list[T]:
+    """What `read` makes of rows. A row of which it makes nothing is damaged: it is dropped, and all that is its own."""
+    found = [(row["seq"], read(row)) for row in rows]
+    connection.executemany(f"DELETE FROM {table} WHERE seq = ?", [(seq,) for seq, item in found if item is None])
+    return [item for _, item in found if item is not None]

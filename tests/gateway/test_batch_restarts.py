@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 import subprocess
 import sys
@@ -139,3 +140,53 @@ def test_rows_that_lie_in_the_wrong_place_fail_and_answer_for_no_other(services:
         with suppress(httpx2.TransportError):
             assert b'"a"' not in http.get(f"/v1/files/{files[1]}/content").content
         assert 'lookonce_store_corrupt_total{namespace="batches",store="sqlite"} 4.0' in http.get("/metrics").text
+
+
+def test_files_and_batches_whose_rows_are_anothers_are_not_there(services: Services, tmp_path: Path) -> None:
+    data = ("--data-dir", str(tmp_path / "data"), "--reconnect-wait", "100ms")
+    away = ("--vision", services.vision.address, "--lm", f"unix:{tmp_path}/none.sock")
+    with GatewayProcess(*away, *data) as gateway, gateway.client() as http:
+        batches = [begin(http, jsonl(chat_line(name))) for name in ("swapped", "too", "counted", "inputless", "good")]
+        for batch in batches:
+            until(http, batch, lambda state: state["status"] == "in_progress")
+        files = {batch: http.get(f"/v1/batches/{batch}").json()["input_file_id"] for batch in batches}
+    first, second, counted, inputless, good = batches
+    with sqlite3.connect(tmp_path / "data" / "batches.sqlite3") as database:
+        document = "SELECT document FROM batches WHERE id = ?"
+        (one,), (two,) = (database.execute(document, (batch,)).fetchone() for batch in (first, second))
+        put = "UPDATE batches SET document = ? WHERE id = ?"
+        database.executemany(put, [(two, first), (one, second)])
+        database.execute("UPDATE batches SET completed = 1 WHERE id = ?", (counted,))
+        database.execute("UPDATE files SET filename = 'other' WHERE id = ?", (files[good],))
+        database.execute("UPDATE files SET tenant = 'other' WHERE id = ?", (files[counted],))
+        database.execute("UPDATE batches SET status = 'validating' WHERE id = ?", (inputless,))
+        database.execute("UPDATE files SET seal = 'text' WHERE id = ?", (files[first],))
+    database.close()
+    with GatewayProcess(*services.arguments(), *data) as gateway, gateway.client() as http:
+        assert list(results(http, ended(http, good), "output")) == ["good"]
+        for batch in (first, second, counted, inputless):
+            assert http.get(f"/v1/batches/{batch}").status_code == 404
+            assert http.post(f"/v1/batches/{batch}/cancel").status_code == 404
+        assert [batch["id"] for batch in http.get("/v1/batches").json()["data"]] == [good]
+        assert http.get(f"/v1/files/{files[good]}").status_code == 404
+        assert http.get(f"/v1/files/{files[first]}/content").status_code == 404
+        told = {file["id"] for file in http.get("/v1/files").json()["data"] if file["purpose"] == "batch"}
+        assert told == {files[second], files[inputless]}
+        counted_now = re.search(r'corrupt_total{namespace="batches",store="sqlite"} (\d+)', http.get("/metrics").text)
+        assert counted_now and int(counted_now[1]) >= 6
+    with sqlite3.connect(tmp_path / "data" / "batches.sqlite3") as database:
+        assert database.execute("SELECT id FROM batches").fetchall() == [(good,)]
+    database.close()
+
+
+def test_a_batch_whose_input_lacks_its_end_fails(services: Services, tmp_path: Path) -> None:
+    data = ("--data-dir", str(tmp_path / "data"), "--reconnect-wait", "100ms")
+    with GatewayProcess(*services.arguments(), *data) as gateway, gateway.client() as http:
+        text = jsonl(chat_line("a")) + b"\n" * 600_000
+        file = http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("a.jsonl", text)}).json()["id"]
+        with sqlite3.connect(tmp_path / "data" / "batches.sqlite3") as database:
+            assert database.execute("DELETE FROM pieces WHERE number = 2").rowcount == 1
+        database.close()
+        given = {"input_file_id": file, "endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        state = ended(http, http.post("/v1/batches", json=given).json()["id"])
+        assert state["status"] == "failed" and state["errors"]["data"][0]["code"] == "file_not_found"
