@@ -52,10 +52,11 @@ test-browser: setup  ## The playground in a real Chromium (Debian: apt-get insta
 test-clients: setup  ## Other people's clients (installs each into .clients first; ARGS="-k langchain" for one)
 	@LOOKONCE_TEST_CLIENTS=all $(BIN)/python -m pytest -s tests/clients $(ARGS)
 
-check: setup  ## Lint, formatting, types
+check: setup  ## Lint, formatting, types, who may import whom
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
 format: setup  ## Format the code and sort imports
 	@$(BIN)/ruff check --fix .

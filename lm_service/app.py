@@ -10,7 +10,6 @@ from functools import partial
 import structlog
 import torch
 
-import lookonce
 from lm_service.device_map import Home, place, wanted
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.packed.engine import PackedEngine, unusable
@@ -34,6 +33,7 @@ from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.server import Server
 from lookonce.core.stores import open_store
 from lookonce.core.telemetry.logs import serve_metrics
+from lookonce.core.version import __version__
 from lookonce.models.chat.chat_format import end_token_ids, image_marker
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
@@ -198,7 +198,7 @@ def _description(settings: LanguageSettings, model: LoadedModel) -> common_pb2.M
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
         weight_bytes=model.weight_bytes,
-        version=lookonce.__version__,
+        version=__version__,
         instance=uuid.uuid4().hex,
         started_at=time.time(),
         quantization=scheme(settings.quantization, model.home.devices[0]),

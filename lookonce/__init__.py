@@ -1,16 +1,16 @@
-"""Split serving for vision-language models: the leaf that every process shares, the client and the command line."""
+"""Split serving for vision-language models: `core`, `models`, `moderation`, the client and the command line."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from lookonce.core.errors import LookonceError
+from lookonce.core.version import __version__
 
 if TYPE_CHECKING:
     from lookonce.client import AsyncClient, Client, Question
 
 __all__ = ["AsyncClient", "Client", "LookonceError", "Question", "__version__"]
-__version__ = "0.2.0"
 _OF_THE_CLIENT = frozenset({"AsyncClient", "Client", "Question"})
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -85,6 +87,49 @@ def test_imports_run_one_way(package):
 def test_the_import_rule_sees_a_planted_fault():
     tree = ast.parse("def f():\n    from vision_service.images import decode\n")
     assert {name.split(".")[0] for name in imported(tree)} & set(PACKAGES) - MAY_IMPORT["lm_service"]
+
+
+PLANTED = {
+    "core leans on nothing of ours but protos": ("lookonce/core/units.py", "import lookonce.moderation.policy"),
+    "models lean on core": ("lookonce/models/devices.py", "import lookonce.moderation.policy"),
+    "moderation leans on core": ("lookonce/moderation/policy/rules.py", "import lookonce.models.registry"),
+    "the client leans on errors and the version": ("lookonce/client/options.py", "import lookonce.core.stores"),
+    "the gateway leans on core and the policy": ("gateway/limits.py", "import lookonce.models.registry"),
+    "services know nothing of each other": ("gateway/auth.py", "import vision_service.settings"),
+    "nobody imports the command line": ("lm_service/replies.py", "import lookonce.cli.console"),
+    "the command line loads settings of services, nothing else of them": ("lookonce/cli/ask.py", "import gateway.auth"),
+    "torch is for models and the model services": ("lookonce/core/record.py", "import torch"),
+}
+"""For each contract of import-linter a module and a line that breaks it."""
+
+
+def lint_imports(where: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        str(Path(sys.executable).parent / "lint-imports"),
+        "--no-cache",
+        "--config",
+        str(where / "pyproject.toml"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(where), "COLUMNS": "200"}
+    return subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=180)
+
+
+def test_import_contracts_hold_and_each_catches_a_planted_violation(tmp_path):
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert {contract["name"] for contract in contracts} == set(PLANTED)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for package in PACKAGES:
+        shutil.copytree(
+            ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__", "data", "static")
+        )
+    clean = lint_imports(tmp_path)
+    assert clean.returncode == 0, clean.stdout
+    for file, line in PLANTED.values():
+        path = tmp_path / file
+        path.write_text(path.read_text() + f"\n{line}\n")
+    planted = lint_imports(tmp_path)
+    broken = {name for name in PLANTED if re.search(rf"^{re.escape(name)} BROKEN", planted.stdout, re.M)}
+    assert planted.returncode == 1 and broken == set(PLANTED), planted.stdout
 
 
 @pytest.mark.parametrize("package", PACKAGES)

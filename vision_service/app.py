@@ -13,7 +13,6 @@ from functools import partial
 import structlog
 import torch
 
-from lookonce import __version__
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.process import heap_frozen, keep_freed_memory
 from lookonce.core.rpc.server import Server
@@ -22,6 +21,7 @@ from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.tiered import TieredStore
 from lookonce.core.telemetry.logs import serve_metrics
 from lookonce.core.units import format_size
+from lookonce.core.version import __version__
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_device, choose_dtype, dtype_name

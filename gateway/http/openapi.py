@@ -14,8 +14,8 @@ from pydantic.json_schema import models_json_schema
 
 from gateway.http.error_bodies import HttpRefusal, error_body
 from gateway.schemas.responses import ErrorBody
-from lookonce import __version__
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.version import __version__
 
 TITLE = "lookonce"
 DESCRIPTION = "Look at a picture once, ask many questions about it. OpenAI's API, and images as a resource."

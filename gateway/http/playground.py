@@ -15,12 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import gateway.playground
-import lookonce
 from lookonce.core.errors import invalid
-from lookonce.core.sample_images import Sample, bundled_samples
+from lookonce.core.sample_images import BUNDLED, Sample, bundled_samples
 
 PAGES = Path(gateway.playground.__file__).parent / "static"
-BUNDLED_SAMPLES = Path(lookonce.__file__).parent / "data" / "samples"
+BUNDLED_SAMPLES = BUNDLED.parent
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -12,7 +12,7 @@ from gateway.http.context import gateway_of, json_response
 from gateway.http.openapi import answers, answers_text, operation
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
 from gateway.served_model import no_such_model
-from lookonce import __version__
+from lookonce.core.version import __version__
 
 router = APIRouter()
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from lookonce import __version__
 from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split, top, up
 from lookonce.cli.console import say
+from lookonce.core.version import __version__
 
 HELP = """Split serving for vision-language models: encode an image once, ask it anything, many times.
 

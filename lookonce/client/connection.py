@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import httpx2
 import tenacity
 
-from lookonce import __version__
 from lookonce.client.calls import Call
 from lookonce.client.errors import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
 from lookonce.core.errors import invalid
+from lookonce.core.version import __version__
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 READ_SECONDS = 600.0

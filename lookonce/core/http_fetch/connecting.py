@@ -13,13 +13,13 @@ from contextlib import asynccontextmanager
 
 import httpcore2
 
-import lookonce
 from lookonce.core.errors import invalid
 from lookonce.core.http_fetch.addresses import Address
 from lookonce.core.http_fetch.policy import FetchPolicy
 from lookonce.core.http_fetch.target import Target
+from lookonce.core.version import __version__
 
-USER_AGENT = f"lookonce/{lookonce.__version__}"
+USER_AGENT = f"lookonce/{__version__}"
 _MAX_ADDRESSES = 4
 
 

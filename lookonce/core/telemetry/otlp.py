@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
-from lookonce import __version__
 from lookonce.core.errors import invalid
 from lookonce.core.telemetry.tracing import Kind, Step, Trace
+from lookonce.core.version import __version__
 
 try:
     from opentelemetry import trace as otel
