@@ -72,7 +72,7 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Let a request's sequences wait."""
-        request.unfinished = len(request.sequences)
+        request.taken, request.unfinished = True, len(request.sequences)
         # those that need not wait for another's stem go first
         for sequence in sorted(request.sequences, key=lambda one: one.follows):
             self.scheduler.add(sequence)

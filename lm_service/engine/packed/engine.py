@@ -51,7 +51,6 @@ class _Stream:
         self.request = request
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.waiting = True
-        self.taken = False  # by the worker thread
 
 
 class PackedEngine:
@@ -205,7 +204,7 @@ class PackedEngine:
         stream = self._streams[request] = _Stream(request)
         self._waiting += 1
         request.unfinished = len(request.sequences)
-        self._tell(lambda: self._submit(stream))
+        self._tell(lambda: self._core.submit(request))
         try:
             while True:
                 event = await _next(stream, deadline)
@@ -276,16 +275,12 @@ class PackedEngine:
             self._faults += 1
             if self._faults >= FAULTS_IN_A_ROW:
                 raise
-            taken = [stream for stream in list(self._streams.values()) if stream.taken]
+            taken = [stream for stream in list(self._streams.values()) if stream.request.taken]
             self._core.fail_all(internal_error())
             self._post()
             self._call_loop(lambda: _fail(taken, internal_error()))  # also those that were between two places
             return False
         return busy
-
-    def _submit(self, stream: _Stream) -> None:
-        stream.taken = True
-        self._core.submit(stream.request)
 
     def _read_mail(self, *, wait: bool) -> None:
         if wait:

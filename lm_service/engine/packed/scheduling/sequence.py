@@ -42,6 +42,7 @@ class Request:
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
     arrived: float = field(default_factory=time.monotonic)
     sequences: list[Sequence] = field(default_factory=list)
+    taken: bool = False  # by the thread that computes
     admitted: bool = False
     unfinished: int = 0
     present: int = 0  # sequences that wait or run
