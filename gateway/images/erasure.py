@@ -121,7 +121,7 @@ class Erasure:
         first time: then what was asked for is what there is."""
         shelf = self._traces.shelf
         again, self._asked = self._asked, True
-        current = await shelf.load(self._record.digest, fresh=True, sure=again)
+        current = await shelf.load(self._record.digest, fresh=True, sure=again, held=True)
         return current if current is not None and current.upload != self._record.upload else None
 
     async def _finish(self) -> bool:

@@ -170,9 +170,12 @@ class ImageRecords:
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
-    async def load(self, digest: bytes, *, fresh: bool = False, sure: bool = False) -> ImageRecord | None:
+    async def load(
+        self, digest: bytes, *, fresh: bool = False, sure: bool = False, held: bool = False
+    ) -> ImageRecord | None:
         """The record, a tombstone included, or None. `fresh`: ask the store even within the cache's second. `sure`:
-        what the store can't tell is not told from memory.
+        what the store can't tell is not told from memory. `held`: the caller holds the image (see `held`); if not, it
+        is held while what the store lacks is written back.
 
         Raises StoreOutage when the store could not be asked and nothing is known here."""
         cached = self._cache.get(digest)
@@ -187,6 +190,12 @@ class ImageRecords:
             if sure or known is None:
                 raise
             return self._unexpired(known)
+        if stored is None and spare is None and self._believed(cached) is None:
+            self._cache.pop(digest, None)
+            return None
+        if not held and (stored is None or spare is not None):
+            async with self.held(digest):
+                return await self.load(digest, fresh=True, sure=sure, held=True)
         if spare is not None:
             stored = await self._reconciled(spare, stored)
         if stored is None:
@@ -209,7 +218,7 @@ class ImageRecords:
     async def revise(self, digest: bytes, change: Change) -> ImageRecord | None:
         """Change the record as it is now; None when there is none, or it is deleted."""
         async with self.held(digest):
-            record = await self.load(digest, fresh=True)
+            record = await self.load(digest, fresh=True, held=True)
             if record is None or record.deleted:
                 return None
             record = change(record)

@@ -131,7 +131,7 @@ class ImageLibrary:
             else:
                 raise
         async with self._shelf.held(digest):
-            old = await self._known(digest, fresh=True)
+            old = await self._known(digest, held=True)
             if old is None or old.deleted:
                 changed = 0.0 if old is None else old.changed
                 old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0, changed=changed)
@@ -144,17 +144,17 @@ class ImageLibrary:
             record = await self._name(record, retention.alias)
         return record, resolved
 
-    async def _known(self, digest: bytes, *, fresh: bool = False) -> ImageRecord | None:
-        """The record, if the store can tell: without it an upload is kept all the same."""
+    async def _known(self, digest: bytes, *, held: bool = False) -> ImageRecord | None:
+        """The record, afresh if it is held; without a store that can tell, an upload is kept all the same."""
         try:
-            return await self._shelf.load(digest, fresh=fresh)
+            return await self._shelf.load(digest, fresh=held, held=held)
         except StoreOutage:
             return None
 
-    async def get(self, identifier: str, tenant: Tenant, *, fresh: bool = False) -> ImageRecord:
+    async def get(self, identifier: str, tenant: Tenant, *, fresh: bool = False, held: bool = False) -> ImageRecord:
         """The image of that id or alias. Raises NOT_FOUND, also when it is another tenant's."""
         digest, created = await self._digest_of(identifier, tenant)
-        record = await self._shelf.load(digest, fresh=fresh)
+        record = await self._shelf.load(digest, fresh=fresh, held=held)
         if record is None or record.deleted or record.tenant != tenant.name:
             raise not_found()
         if created is not None and record.created != created and identifier not in record.aliases:
@@ -168,9 +168,9 @@ class ImageLibrary:
 
     async def change(self, identifier: str, tenant: Tenant, retention: Retention) -> ImageRecord:
         """Keep the image differently from now on. Raises NOT_FOUND."""
-        digest = (await self.get(identifier, tenant, fresh=True)).digest
-        async with self._shelf.held(digest):
-            record = self._kept_for(await self.get(identifier, tenant, fresh=True), retention)
+        record = await self.get(identifier, tenant, fresh=True)
+        async with self._shelf.held(record.digest):
+            record = self._kept_for(await self.get(record.id, tenant, fresh=True, held=True), retention)
             await self._keep(record, await self._file(record, tenant))
             await self._save(record)
         return record if retention.alias is None else await self._name(record, retention.alias)
