@@ -59,7 +59,7 @@ def test_a_client_that_left_is_no_failure() -> None:
 
 
 async def test_an_erasure_whose_tries_fail_unforeseen_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.erasure.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("gateway.images.erasure.FIRST_PAUSE", 0.01)
     outcomes: list[Exception | bool] = [ZeroDivisionError("a"), ZeroDivisionError("b"), False, True]
     done = asyncio.Event()
 

@@ -161,7 +161,7 @@ def test_a_variant_that_nobody_serves_fails_no_request(services: Services, pictu
 async def test_a_change_of_the_file_that_failed_unforeseen_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.variants.POLL", 0.01)
+    monkeypatch.setattr("gateway.routing.variants.POLL", 0.01)
     failures = [RuntimeError("out of sockets")]
 
     def connect_or_fail(spec: VariantSpec) -> Variant:
