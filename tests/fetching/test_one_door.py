@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 
+import httpx2
+
 from tests.test_architecture import PACKAGES, ROOT, imported, sources
 
 CLIENTS = {
@@ -19,6 +21,9 @@ TALK_TO_THE_GATEWAY_ALONE = ("lookonce/cli/", "lookonce/client/", "lookonce/clie
 """Programs of the person in front of them: the addresses are that person's own, not a stranger's."""
 REDIS_READER = "lookonce/core/stores/redis_reader.py"
 """Connects to the store that the operator configured, never to an address from a request."""
+
+HUB = "lookonce/models/checkpoint/hub.py"
+"""Names what the hub's own library raises; it has no client."""
 
 
 def clients(tree: ast.AST) -> set[str]:
@@ -39,9 +44,20 @@ def test_one_place_fetches():
     for package in PACKAGES:
         for path in sources(package):
             name = str(path.relative_to(ROOT))
-            if not name.startswith((FETCHING, REDIS_READER, *TALK_TO_THE_GATEWAY_ALONE)):
+            if not name.startswith((FETCHING, REDIS_READER, HUB, *TALK_TO_THE_GATEWAY_ALONE)):
                 found |= {name: names} if (names := clients(ast.parse(path.read_text()))) else {}
     assert found == {}
+
+
+def test_the_hub_s_module_takes_nothing_but_errors_from_the_client_library():
+    tree = ast.parse((ROOT / HUB).read_text())
+    assert clients(tree) == {"httpx2"}
+    taken = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "httpx2"
+    }
+    assert taken and all(issubclass(getattr(httpx2, name), Exception) for name in taken)
 
 
 def test_only_one_module_of_it_connects():
