@@ -9,9 +9,9 @@ from lm_service.app import load_model
 from lm_service.settings import LanguageSettings
 from lookonce.cli.capacity import GIB, Device, Workload, placements
 from lookonce.cli.checks import check_checkpoint, check_cpu, check_cuda
-from lookonce.models import devices
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.checkpoint.check import check_settings
+from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.qwen2_vl.sizing import size_of
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from vision_service.app import load
@@ -36,7 +36,7 @@ STORED = ("float32", "bfloat16", "float16")
 )
 def test_dtype(monkeypatch, name, stored, devices, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert devices.choose_dtype(name, devices, stored) is expected
+    assert choose_dtype(name, devices, stored) is expected
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def planned(path, device):
 
 def diagnosed(path, report):
     """By `lookonce doctor`, for each half."""
-    [finding], _ = check_checkpoint(str(path), None, report)
+    [finding, *_], _ = check_checkpoint(str(path), None, report)
     said = finding.detail.split("computes in ")[1:]
     assert len(said) == 2, finding.detail
     return {text.split(")")[0].split(";")[0] for text in said}
@@ -64,7 +64,7 @@ def test_plan_doctor_and_both_services_agree_on_a_cpu(checkpoints, stored):
     path = checkpoints[stored]
     vision = load(VisionSettings(model=str(path), device="cpu"))
     language = load_model(LanguageSettings(model=str(path), device="cpu"))
-    served = {devices.dtype_name(vision.encoder.dtype), devices.dtype_name(language.dtype)}
+    served = {dtype_name(vision.encoder.dtype), dtype_name(language.dtype)}
     assert served == planned(path, Device("cpu", 64 * GIB)) == diagnosed(path, None) == {"float32"}
 
 
@@ -83,7 +83,7 @@ def test_plan_doctor_and_both_services_agree_on_a_gpu(monkeypatch, tmp_path, che
     gpu = {"name": "GPU", "capability": name, "free": 64 * GIB, "total": 64 * GIB}
     report = {"version": "2", "threads": 1, "cuda": "12.8", "available": True, "gpus": [gpu]}
     opened = [open_checkpoint(str(path), needs=half) for half in (Half.VISION, Half.LANGUAGE)]
-    served = {devices.dtype_name(devices.choose_dtype("auto", [CUDA], half.dtype)) for half in opened}
+    served = {dtype_name(choose_dtype("auto", [CUDA], half.dtype)) for half in opened}
     assert served == diagnosed(path, report)
     [finding] = check_cuda(report, tmp_path)
     assert (served == {"bfloat16"}) is ("bfloat16" in finding.detail and stored != "float32")
