@@ -124,8 +124,9 @@ def test_a_failed_start_says_why_in_one_line(arguments, status, words):
         ({"device": "toaster"}, "toaster"),
         ({"context_length": 999_999}, "32768"),
         ({"store": "ftp://x"}, "scheme"),
+        ({"kv_bytes": 900 << 40}, "--kv-bytes less"),
     ],
-    ids=["no such GPU", "no such device", "context", "store"],
+    ids=["no such GPU", "no such device", "context", "store", "more KV than memory"],
 )
 async def test_settings_that_cannot_work_end_the_start(checkpoint_path, changes, words):
     settings = LanguageSettings(**{"model": str(checkpoint_path), "device": "cpu", "listen": "127.0.0.1:0"} | changes)

@@ -46,7 +46,11 @@ class SuffixPool:
         self._shape = shape
         rows = slab_tokens * shape.kv_heads
         # zeros, not empty: a masked key weighs nothing, but nothing times NaN is NaN
-        self._buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
+        try:
+            self._buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
+        except (MemoryError, RuntimeError) as error:  # numpy's, torch's
+            text = f"kv_bytes is {budget}, more than there is memory for; give --kv-bytes less"
+            raise invalid(text, param="kv_bytes") from error
         # per layer: keys and values [rows, d]
         self._flat = [(layer[0], layer[1]) for buffer in self._buffers for layer in buffer]
         self._addresses = np.array([[part.data_ptr() for part in layer] for layer in self._flat], dtype=np.int64)
