@@ -38,9 +38,6 @@ async def resolve(host: str, port: int) -> list[str]:
 def split_targets(targets: Sequence[str]) -> tuple[list[str], list[Name]]:
     """Addresses to be taken as they are, and names to be looked up (dns://HOST:PORT). Raises INVALID_ARGUMENT."""
     fixed = [target for target in targets if not target.startswith(PREFIX)]
-    for target in fixed:
-        if ":" not in target:
-            raise invalid(f"{target!r} must be HOST:PORT, unix:PATH or {PREFIX}HOST:PORT")
     return fixed, [_parse(target) for target in targets if target.startswith(PREFIX)]
 
 

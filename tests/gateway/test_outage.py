@@ -63,7 +63,7 @@ def refused(reply: httpx2.Response) -> bool:
     )
 
 
-@pytest.mark.parametrize("mode", ["reset", "half"])
+@pytest.mark.parametrize("mode", ["reset", pytest.param("half", marks=pytest.mark.slow)])
 def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(scene: Scene, picture: Picture, mode: str) -> None:
     data = picture()
     scene.proxy.set(mode)
@@ -107,7 +107,7 @@ def test_an_image_that_came_with_the_request_needs_no_kept_file(
     assert again.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
 
 
-@pytest.mark.parametrize("mode", ["half", "hang"])
+@pytest.mark.parametrize("mode", ["half", pytest.param("hang", marks=pytest.mark.slow)])
 def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_before_it(
     scene: Scene, picture: Picture, mode: str
 ) -> None:

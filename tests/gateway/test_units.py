@@ -113,7 +113,6 @@ def test_a_bad_start_is_one_line_and_a_permanent_status() -> None:
     for arguments, words in (
         (["--host", "0.0.0.0"], "LOOKONCE_GATEWAY_API_KEYS"),
         (["--store", "nowhere://x"], "store"),
-        (["--vision", "nonsense"], "HOST:PORT"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "gateway", *arguments], capture_output=True, text=True, timeout=180

@@ -15,6 +15,7 @@ import pytest
 from tests.processes import ROOT
 from tests.setup.indexes import TORCH, Index, Project, copy_of_tree
 
+pytestmark = pytest.mark.slow
 BASE = ("hatchling==1.27", "editables==0.5", "numpy==2.4.0", "numpy==2.5.0", "ruff==0.14")
 PLAIN = (f"torch=={TORCH}", "nvidia-cublas==13.1")
 CPU = f"torch=={TORCH}+cpu"
@@ -78,7 +79,6 @@ def test_an_index_that_was_given_comes_first(project, tmp_path, package_index, c
     assert places(said)[:2] == [nothing.url, "what pip knows"] and places(said)[2].startswith("PyPI")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_an_index_that_never_answers_is_given_up(project, package_index):
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -99,7 +99,6 @@ def run(folder: Path, command: str, **environment: str | None) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 def test_in_a_clone_where_pip_knows_only_pypi(tmp_path):
     """README's first line and the demo, with gigabytes of plain torch, without pip's configuration."""
     if shutil.disk_usage(tmp_path).free < 16 << 30:
@@ -121,7 +120,6 @@ def test_in_a_clone_where_pip_knows_only_pypi(tmp_path):
         shutil.rmtree(clone)
 
 
-@pytest.mark.slow
 def test_from_the_wheel(tmp_path):
     """README's second line in an environment of its own, and what it needs from the wheel."""
     clone = copy_of_tree(tmp_path / "clone")

@@ -58,7 +58,9 @@ def embeddings(valkey):
         return set(client.scan_iter("lookonce:embeddings:*", count=1000))
 
 
-@pytest.mark.parametrize("elsewhere", [0, 1], ids=["same gateway", "other gateway"])
+@pytest.mark.parametrize(
+    "elsewhere", [pytest.param(0, id="same gateway", marks=pytest.mark.slow), pytest.param(1, id="other gateway")]
+)
 def test_what_is_uploaded_again_outlives_the_erasure_before_it(system, gateways, valkey, elsewhere):
     before = embeddings(valkey)
     first, second = gateways[0], gateways[elsewhere]

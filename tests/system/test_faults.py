@@ -172,6 +172,7 @@ def test_a_language_replica_killed_under_load_is_covered_by_the_other(double):
     double.wait_whole()
 
 
+@pytest.mark.slow
 def test_no_request_fails_while_replicas_are_restarted_in_turn(double):
     with Clients(double) as clients:
         for replica in (double.languages[0], double.visions[0]):

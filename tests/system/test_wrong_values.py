@@ -22,7 +22,7 @@ NO_MEMORY = ("--l1-bytes", "1", "--prefix-bytes", "50KiB")
 """Of the language service: one prefix at most, so that questions about another image read the store."""
 
 
-@pytest.fixture(scope="module", params=["redis", "embedded"])
+@pytest.fixture(scope="module", params=["redis", pytest.param("embedded", marks=pytest.mark.slow)])
 def place(request, tmp_path_factory):
     """A running system, and the values that it has stored."""
     folder = tmp_path_factory.mktemp("wrong")

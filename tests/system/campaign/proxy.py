@@ -86,9 +86,10 @@ class Proxy:
     async def _close(self) -> None:
         if self._listener is not None:
             self._listener.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:  # until those taken in last have begun, too
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(others, timeout=0.05)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
