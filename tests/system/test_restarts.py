@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
@@ -9,7 +11,7 @@ from tests.system.clients import Clients, roll
 from tests.system.cluster import System
 
 pytestmark = pytest.mark.slow
-TIMES = 20
+TIMES = int(os.environ.get("LOOKONCE_RESTARTS", "20"))
 
 
 @pytest.mark.parametrize("kind", ["languages", "visions"])
