@@ -107,7 +107,8 @@ def test_an_image_that_came_with_the_request_needs_no_kept_file(
     assert again.json()["choices"][0]["message"] == first.json()["choices"][0]["message"]
 
 
-@pytest.mark.parametrize("mode", ["half", pytest.param("hang", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["half", "hang"])
 def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_before_it(
     scene: Scene, picture: Picture, mode: str
 ) -> None:
