@@ -29,21 +29,20 @@ def test_golden_vectors():
     )
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"checkpoint": "hub:example/model@0124"},
-        {"family": "qwen2_5_vl"},
-        {"vision_config": {"depth": 3, "embed_dim": 64}},
-        {"preprocessor": {"resample": 2, "image_mean": [0.5, 0.5, 0.5]}},
-        {"dtype": "bfloat16"},
-        {"quantization": "int8"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_every_field_changes_the_fingerprint(change):
-    assert dataclasses.replace(SPEC, **change).fingerprint() != SPEC.fingerprint()
-    assert {field.name for field in dataclasses.fields(SPEC)} == set(dataclasses.asdict(SPEC))
+CHANGES = {
+    "checkpoint": "hub:example/model@0124",
+    "family": "qwen2_5_vl",
+    "vision_config": {"depth": 3, "embed_dim": 64},
+    "preprocessor": {"resample": 2, "image_mean": [0.5, 0.5, 0.5]},
+    "dtype": "bfloat16",
+    "quantization": "int8",
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(EncoderSpec)])
+def test_every_field_changes_the_fingerprint(name):
+    """A new field has no change here until somebody gives it one."""
+    assert dataclasses.replace(SPEC, **{name: CHANGES[name]}).fingerprint() != SPEC.fingerprint()
 
 
 def test_the_order_of_settings_does_not_matter():
