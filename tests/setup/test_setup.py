@@ -90,9 +90,13 @@ def test_an_index_that_never_answers_is_given_up(project, package_index):
 COMMANDS = re.findall(r"^    (.*?) +# (.*)$", (ROOT / "README.md").read_text().partition("## Install")[2], re.M)[:2]
 
 
+OWN = ("PYTHONPATH", "VIRTUAL_ENV", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "ARGS")
+"""What this test's own environment holds, of a `make test-slow ARGS=...` too."""
+
+
 def run(folder: Path, command: str, **environment: str | None) -> str:
     """The output of a shell line in a folder, without what this test's own environment holds; None: unset."""
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "MAKEFLAGS", "VIRTUAL_ENV")}
+    env = {name: value for name, value in os.environ.items() if name not in OWN}
     env = {name: value for name, value in {**env, **environment}.items() if value is not None}
     done = subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
