@@ -39,6 +39,7 @@ class Proxy:
         self._listener: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._transports: set[asyncio.Transport] = set()
 
     @property
     def url(self) -> str:
@@ -86,20 +87,27 @@ class Proxy:
     async def _close(self) -> None:
         if self._listener is not None:
             self._listener.close()
+        told: set[asyncio.Task[Any]] = set()
         while others := asyncio.all_tasks() - {asyncio.current_task()}:  # until those taken in last have begun, too
-            for task in self._tasks:
+            for task in self._tasks - told:  # once each: the second time would cut short how it closes its ends
                 task.cancel()
+                told.add(task)
             await asyncio.wait(others, timeout=0.05)
+        for transport in self._transports:  # also what was closed with bytes that nobody took
+            transport.abort()
+        await asyncio.sleep(0.05)
 
     async def _relay(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
+        self._transports.add(writer.transport)
         ends = {writer}
         copies: list[asyncio.Task[None]] = []
         try:
             backend_reader, backend_writer = await asyncio.open_connection("127.0.0.1", self._backend)
             ends.add(backend_writer)
+            self._transports.add(backend_writer.transport)
             self._writers |= ends
             copies = [
                 asyncio.create_task(self._copy(reader, backend_writer, replies=False)),
