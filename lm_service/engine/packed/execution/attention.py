@@ -94,6 +94,8 @@ def attention_over(shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> 
 class StagedAttention:
     """An `Attend` over layers on several devices: each has the plan."""
 
+    calls = None
+
     def __init__(self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> None:
         self._by_layer: list[PackedAttention] = []
         for stage in shape.stages:
@@ -107,6 +109,8 @@ class StagedAttention:
 
 class PackedAttention:
     """An `Attend` over a plan, for layers on one device."""
+
+    calls = None
 
     def __init__(
         self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan, device: torch.device | None = None

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from lm_service.engine.packed.execution.adapter import Attend, ModelShape, Stage
 from lm_service.engine.packed.execution.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
-from lm_service.engine.packed.execution.native.decode import NativeAttention
 from lm_service.engine.packed.execution.native.layers import layers_for
 from lm_service.engine.packed.execution.native.rows import rows_for
 from lookonce.models.onednn import rounded_up
@@ -95,8 +94,8 @@ class Qwen2VLAdapter:
         those rows only. Where products are compiled for a number of rows, there are rows of zeros behind them, up to a
         round number."""
         cos, sin = self._rotary(positions)
-        if self._compiled is not None and isinstance(attend, NativeAttention):
-            return self._head(self._compiled(hidden, cos, sin, attend, rows))
+        if self._compiled is not None and attend.calls is not None:
+            return self._head(self._compiled(hidden, cos, sin, attend.calls, rows))
         tokens, wanted = hidden.shape[0], rows.shape[0]
         hidden, rows = self._padded(hidden), self._repeated(rows)
         last = len(self._layers) - 1
