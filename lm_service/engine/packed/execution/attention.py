@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.adapter import Attend, ModelShape
-from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, PrefixSpan
+from lm_service.engine.packed.execution.kernel_plan import NativePlan, PrefixSpan
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.text_adapter import Attend, ModelShape
 
 _FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.adapter import Attend, ModelShape, Stage
-from lm_service.engine.packed.execution.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
-from lm_service.engine.packed.execution.native.layers import layers_for
-from lm_service.engine.packed.execution.native.rows import rows_for
+from lookonce.models.kernels.text_layers import layers_for
+from lookonce.models.kernels.text_rows import rows_for
+from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
 from lookonce.models.onednn import rounded_up
+from lookonce.models.text_adapter import Attend, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 

@@ -9,13 +9,13 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from lm_service.engine.packed.execution.adapter import AttentionCalls, ModelShape
-from lm_service.engine.packed.execution.linear import GatedUnit, LayerWeights, Linear
-from lm_service.engine.packed.execution.native.rows import Field as Row
-from lm_service.engine.packed.execution.native.rows import RowKernels
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, product_address
 from lookonce.models.kernels.products import Field as Product
 from lookonce.models.kernels.program import Ints, row_addresses, run_program
+from lookonce.models.kernels.text_rows import Field as Row
+from lookonce.models.kernels.text_rows import RowKernels
+from lookonce.models.linear import GatedUnit, LayerWeights, Linear
+from lookonce.models.text_adapter import AttentionCalls, ModelShape
 
 _ALONE = 1 << 22  # multiplications of a step up to which other threads don't pay
 _FIELDS = max(len(Row), len(Product))
