@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lookonce.models.onednn import rounded_up
+from lookonce.models.linear import rounded_up
 
 
 def test_few_numbers_of_rows_are_left_and_few_rows_are_added():
