@@ -183,7 +183,6 @@ def _servicer(
         fingerprints=accepted.fingerprints,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
-        packs=all(device.type == "cpu" for device in model.home.devices),
     )
 
 
