@@ -1,4 +1,4 @@
-"""What is chosen by name: our own by where it is written, anybody's by an installed entry point. Imported when chosen."""
+"""What is chosen by name: built in, or else an entry point of an installed package. Imported when it is chosen."""
 
 from __future__ import annotations
 
