@@ -10,7 +10,6 @@ import structlog
 import torch
 
 from lm_service.engine.packed.core import EngineCore
-from lm_service.engine.packed.execution.adapter import ModelAdapter
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences
@@ -19,6 +18,7 @@ from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreIte
 from lookonce.core.errors import LookonceError
 from lookonce.core.identity import DIGEST_BYTES
 from lookonce.core.reference import EmbeddingReference
+from lookonce.models.text_adapter import ModelAdapter
 
 _IMAGES = (4, 25)  # tokens of each
 _QUESTIONS = (17, 6, 1)  # tokens of those about each; the last is a step of one row
