@@ -1,4 +1,4 @@
-"""The environment that chat templates are rendered in: a sandbox with what transformers gives them, without transformers.
+"""The sandbox that chat templates are rendered in: what transformers gives them, without transformers.
 
 Templates come from a repository and are not trusted; a test renders them by both.
 """
