@@ -9,7 +9,7 @@ import asyncio
 import pytest
 import torch
 
-from lm_service.device_map import Home
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.layer_split import consecutive
 from lookonce.models.checkpoint import Half, open_checkpoint
