@@ -32,7 +32,6 @@ from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.prefix_cache.kv import KV
@@ -44,6 +43,7 @@ from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Checkpoint, open_checkpoint
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
 from tests.modules import load_language_model, load_vision_tower
 

@@ -173,10 +173,10 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
     """The same questions to the engine in this process, their prompts ready: no template, no gRPC, no HTTP."""
     from lm_service.app import load_model
     from lm_service.engine.packed.engine import PackedEngine  # torch: only now that the services are gone
-    from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
     from lm_service.engine.types import EmbeddingSource, Generation, Sampling
     from lm_service.prompt import Message, PromptBuilder
     from lm_service.settings import LanguageSettings
+    from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 
     loaded = load_model(LanguageSettings(model=model))
     checkpoint, template = loaded.checkpoint, loaded.template

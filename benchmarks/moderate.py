@@ -40,7 +40,6 @@ from PIL import Image
 from benchmarks.engine import Timed
 from lm_service.app import load_model
 from lm_service.engine.packed.engine import PackedEngine
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
@@ -51,6 +50,7 @@ from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.family import Patches
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.moderation.policy import Policy, parse_policy
 from tests.moderate.scenes import make_pictures, policy_text

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 from gateway.http.protocol import Connection, ConnectionLimits, Connections
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.rpc.pem import read_pair
+from lookonce.core.rpc.tls import read_pair
 
 BACKLOG = 2048
 log = structlog.get_logger(__name__)

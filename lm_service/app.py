@@ -13,7 +13,6 @@ import torch
 from lm_service.device_map import Home, place, wanted
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.packed.engine import PackedEngine, unusable
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Engine
 from lm_service.fingerprints import AcceptedEncoders
@@ -41,6 +40,7 @@ from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
 from lookonce.models.qwen2_vl.modules import TextModel, load_language_model
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
 
 log = structlog.get_logger(__name__)

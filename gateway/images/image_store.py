@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from gateway.images.image_records import FILE_KEY, LASTING_SECONDS, StoreOutage
 from lookonce.core.stores import Store, StoreFailure
-from lookonce.core.stores.base import Value
+from lookonce.core.stores.interface import Value
 from lookonce.core.stores.metrics import StoreStats
 
 

@@ -136,7 +136,7 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
     from lookonce.cli.plan import plan_system
-    from lookonce.cli.service import RestartPolicy, Service
+    from lookonce.cli.service_process import RestartPolicy, Service
     from lookonce.cli.supervisor import Supervisor
 
     system = plan_system(settings, given, directory, model)

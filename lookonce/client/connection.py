@@ -14,7 +14,7 @@ import httpx2
 import tenacity
 
 from lookonce.client.calls import Call
-from lookonce.client.errors import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
+from lookonce.client.exceptions import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
 from lookonce.core.errors import invalid
 from lookonce.core.version import __version__
 

@@ -18,7 +18,7 @@ from typing import Generic, Literal, TypeVar
 
 import structlog
 
-from lookonce.core.stores.base import Leases
+from lookonce.core.stores.interface import Leases
 from lookonce.core.tasks import end_tasks, start_task
 
 How = Literal["hit", "miss", "coalesced"]

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from lookonce import __version__
-from lookonce.cli.reference import reference, settings_classes
+from lookonce.cli.settings_page import reference, settings_classes
 from lookonce.cli.up import UpSettings
 from lookonce.core.settings import command as make_command
 from lookonce.core.settings import load, variable
@@ -41,7 +41,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_up_and_its_supervisor_load_no_torch():
     """Everything the supervising process runs, imported."""
-    names = ["app", "plan", "supervisor", "service", "health", "model", "system", "api", "checks", "demo"]
+    names = ["app", "plan", "supervisor", "service_process", "health", "model", "system", "api", "checks", "demo"]
     code = "import sys\n" + "".join(f"import lookonce.cli.{name}\n" for name in names)
     code += "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)

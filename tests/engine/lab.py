@@ -16,7 +16,6 @@ import torch
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.engine import PackedEngine
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
@@ -37,6 +36,7 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.modules import load_language_model
 
 VOCABULARY = 512

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from lm_service.device_map import Home
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.layer_split import consecutive
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests import standin
 from tests.engine.lab import Lab, ask, generation, picture, prompt, words
 

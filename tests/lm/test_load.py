@@ -8,7 +8,7 @@ import threading
 import pytest
 from prometheus_client import REGISTRY
 
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.lm.split import answer, asking, running, user
 from tests.lm.test_service import idle, store_pictures
 from tests.pictures import photograph

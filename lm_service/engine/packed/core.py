@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelAdapter, ModelShape
 from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill
 from lm_service.engine.packed.execution.postprocess import extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.execution.runner import Runner
@@ -24,6 +23,7 @@ from lm_service.engine.types import Delta, EngineState, Finish
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.devices import free_memory
+from lookonce.models.text_adapter import ModelAdapter, ModelShape
 
 _log = structlog.get_logger(__name__)
 

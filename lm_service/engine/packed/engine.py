@@ -16,7 +16,6 @@ import torch
 from lm_service.engine.answer import Answer
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
-from lm_service.engine.packed.execution.adapter import ModelAdapter
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
@@ -37,6 +36,7 @@ from lm_service.engine.types import (
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import start_task
+from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
 FAULTS_IN_A_ROW = 3

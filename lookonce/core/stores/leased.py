@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 
-from lookonce.core.stores.base import Leases
+from lookonce.core.stores.interface import Leases
 
 SECONDS = 10.0
 """How long a holder that died keeps others waiting at most; also how long the work may take."""

@@ -9,9 +9,9 @@ import orjson
 import pyarrow as pa
 
 from lookonce.core.identity import image_id
-from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.ledger import Full
 from lookonce.moderation.batch.outcome import Outcome
+from lookonce.moderation.batch.run_identity import Manifest
 
 METADATA_KEY = b"lookonce"
 SCORE, FIRED, FOLLOW_UP = "score_", "fired_", "follow_up_"

@@ -13,9 +13,9 @@ import structlog
 from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.rpc.server import Tls
-from lookonce.moderation.batch.identity import Models, language_fingerprint
-from lookonce.moderation.batch.judging import Judge, other_model
+from lookonce.moderation.batch.judge import Judge, other_model
 from lookonce.moderation.batch.poison_isolation import Asking
+from lookonce.moderation.batch.run_identity import Models, language_fingerprint
 from lookonce.moderation.batch.service_pool import (
     AWAY,
     LanguageConnection,

@@ -10,8 +10,8 @@ from lookonce.core.errors import LookonceError, invalid
 from lookonce.moderation.batch.connect import connected
 from lookonce.moderation.batch.outcome import Failure, Outcome
 from lookonce.moderation.batch.progress import duration
+from lookonce.moderation.batch.run_plan import Plan
 from lookonce.moderation.batch.sources.items import Item, items
-from lookonce.moderation.batch.work import Plan
 
 _WARM_UP = 0.25  # share of the sample that is not timed
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lookonce.moderation.batch.job import Tally
+from lookonce.moderation.batch.work_loop import Tally
 
 _WINDOW_SECONDS = 30.0
 

@@ -19,7 +19,7 @@ import structlog
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.tasks import end_tasks, start_task
-from lookonce.moderation.batch.encoding import EncodeStreams
+from lookonce.moderation.batch.encode_streams import EncodeStreams
 from lookonce.moderation.batch.score_batching import ScoreCalls
 
 C = TypeVar("C", bound=VisionClient | LanguageClient)

@@ -6,14 +6,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.execution.adapter import Attend, ModelAdapter
 from lm_service.engine.packed.execution.attention import AttentionPlan, attention_over
 from lm_service.engine.packed.execution.batch import Batch, PrefillChunk
-from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeSuffixes, Workspace, kernels_for
-from lm_service.engine.packed.execution.native.prefill import NativePrefills
+from lm_service.engine.packed.execution.kernel_attention import NativeAttention, NativeSuffixes, Workspace, kernels_for
+from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
 from lm_service.engine.packed.execution.plan import make_plan, suffix_order
 from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lookonce.models.text_adapter import Attend, ModelAdapter
 
 
 class Runner:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from lm_service.engine.packed.execution.adapter import ModelShape
 from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill, SuffixChunk
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
@@ -25,6 +24,7 @@ from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Stat
 from lm_service.engine.packed.scheduling.stem_nodes import StemNodes
 from lm_service.engine.types import EmbeddingSource
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.text_adapter import ModelShape
 
 
 class Scheduler:

@@ -8,8 +8,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.http_fetch.policy import FetchPolicy
 from lookonce.core.http_fetch.refusals import FetchError, FetchTooLarge, Reason
 from lookonce.core.units import format_size
 from lookonce.moderation.batch.sources.filesystems import read_span

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, Split, node_table, tensor_fields
-from lm_service.engine.packed.execution.native.kernels import Kernels, compiled, supported
-from lm_service.engine.packed.execution.native.prefill import NativePrefills
-from lm_service.engine.packed.execution.native.table import Field
+from lm_service.engine.packed.execution.kernel_plan import NativePlan, Split, node_table, tensor_fields
+from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lookonce.models.kernels.attention.kernels import Kernels, compiled, supported
+from lookonce.models.kernels.attention.table import Field
 from lookonce.models.kernels.compiling import compiled_or_none
 from lookonce.models.kernels.omp_team import barrier
 from lookonce.models.kernels.program import Ints, row_addresses, run_program
+from lookonce.models.text_adapter import ModelShape
 
 _BYTES = 4  # of a float32
 

@@ -17,7 +17,7 @@ import structlog
 from lookonce.core.errors import LookonceError
 from lookonce.core.identity import image_digest
 from lookonce.core.tasks import end_tasks, start_task
-from lookonce.moderation.batch.judging import Judge
+from lookonce.moderation.batch.judge import Judge
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.results import Counts
 from lookonce.moderation.batch.run import Run

@@ -15,7 +15,7 @@ import httpcore2
 
 from lookonce.core.errors import invalid
 from lookonce.core.http_fetch.addresses import Address
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.target import Target
 from lookonce.core.version import __version__
 

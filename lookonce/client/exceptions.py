@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from lookonce.core.errors import ErrorKind, LookonceError
 
 if TYPE_CHECKING:
-    from lookonce.client.types import Answer
+    from lookonce.client.response_types import Answer
 
 KIND_OF_CODE = {
     "invalid_value": ErrorKind.INVALID_ARGUMENT,

@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from llvmlite import ir
 
-from lm_service.engine.packed.execution.native.attend_own import Finish
-from lm_service.engine.packed.execution.native.attend_shared import Look
-from lm_service.engine.packed.execution.native.heads import Heads
-from lm_service.engine.packed.execution.native.prefill_kernel import PrefixPrefill, tokens_of_block
-from lm_service.engine.packed.execution.native.table import Field
+from lookonce.models.kernels.attention.attend_own import Finish
+from lookonce.models.kernels.attention.attend_shared import Look
+from lookonce.models.kernels.attention.heads import Heads
+from lookonce.models.kernels.attention.prefill import PrefixPrefill, tokens_of_block
+from lookonce.models.kernels.attention.table import Field
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lookonce.client.errors import StreamInterrupted
+from lookonce.client.exceptions import StreamInterrupted
 
 DONE = "[DONE]"
 

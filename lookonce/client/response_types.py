@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lookonce.client.errors import ApiError, api_error
+from lookonce.client.exceptions import ApiError, api_error
 
 Json = Mapping[str, Any]
 

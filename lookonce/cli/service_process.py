@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lookonce.cli.child import command
 from lookonce.cli.health import Health, Probe
-from lookonce.cli.logs import OutputLog
+from lookonce.cli.service_log import OutputLog
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
 from lookonce.core.tasks import start_task

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lm_service.engine.packed.execution.native.heads import PIECE, Heads
-from lm_service.engine.packed.execution.native.table import Field, Item
+from lookonce.models.kernels.attention.heads import PIECE, Heads
+from lookonce.models.kernels.attention.table import Field, Item
 from lookonce.models.kernels.code import Code, Value
 from lookonce.models.kernels.queries import Queries
 

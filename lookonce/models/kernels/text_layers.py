@@ -9,14 +9,13 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.linear import GatedUnit, LayerWeights, Linear
-from lm_service.engine.packed.execution.native.decode import NativeAttention
-from lm_service.engine.packed.execution.native.rows import Field as Row
-from lm_service.engine.packed.execution.native.rows import RowKernels
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, product_address
 from lookonce.models.kernels.products import Field as Product
 from lookonce.models.kernels.program import Ints, row_addresses, run_program
+from lookonce.models.kernels.text_rows import Field as Row
+from lookonce.models.kernels.text_rows import RowKernels
+from lookonce.models.linear import GatedUnit, LayerWeights, Linear
+from lookonce.models.text_adapter import AttentionCalls, ModelShape
 
 _ALONE = 1 << 22  # multiplications of a step up to which other threads don't pay
 _FIELDS = max(len(Row), len(Product))
@@ -78,7 +77,7 @@ class NativeLayers:
         self._orders: dict[int, Ints] = {}
 
     def __call__(
-        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: NativeAttention, rows: torch.Tensor
+        self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: AttentionCalls, rows: torch.Tensor
     ) -> torch.Tensor:
         """Normed [len(rows), hidden] of the rows asked for; `hidden` [T, hidden], in one piece, is overwritten. Cosines
         and sines are [T, 1, d / 2], in one piece."""
@@ -105,7 +104,7 @@ class NativeLayers:
         own = np.stack([self._functions, row_addresses(tables)], axis=1)
         heads = np.array([0, shape.heads, shape.heads + shape.kv_heads]) * (shape.head_dim * hidden.element_size())
         fields = [number for start in heads.tolist() for number in (projected.data_ptr() + start, self._width)]
-        attended = attention.calls(fields, mixed.data_ptr())
+        attended = attention(fields, mixed.data_ptr())
         program = np.concatenate([own, attended.reshape(-1, 2)])[self._order(attended.shape[1])]
         run_program(program, alone=tokens * self._work <= _ALONE)
         return out

@@ -1,4 +1,4 @@
-"""`python -m lookonce.cli.reference`: docs/settings.md, made from the settings classes so that it can't drift."""
+"""`python -m lookonce.cli.settings_page`: docs/settings.md, made from the settings classes so that it can't drift."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.core.rpc.status_codes import from_proto
-from lookonce.moderation.batch.identity import Models
 from lookonce.moderation.batch.outcome import PLACES, SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.moderation.batch.poison_isolation import LOST, Asking, ServiceCrashed, plain_picture
+from lookonce.moderation.batch.run_identity import Models
 from lookonce.moderation.batch.service_pool import LanguageConnection, Patience, ServicePool, VisionConnection, pause
 from lookonce.moderation.policy import Policy, Rule
 from protos.lookonce.v1 import common_pb2, language_pb2

@@ -5,9 +5,12 @@ Another family is another adapter. The engine never sees modules; an adapter nev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -50,8 +53,18 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
+AttentionCalls = Callable[[list[int], int], npt.NDArray[np.int64]]
+"""From where queries, keys and values are (address and step of each) and where the output goes to calls of compiled
+kernels, int64 [layers, n, 2]: a function's address and its table's."""
+
+
 class Attend(Protocol):
     """Attention of one layer over everything each token may see, new keys and values stored on the way."""
+
+    @property
+    def calls(self) -> AttentionCalls | None:
+        """What computes it within a program of compiled layers; None: it is called layer by layer only."""
+        ...
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [T, heads, d], k and v [T, kv_heads, d], rotated, each head contiguous -> [T, heads * d]."""

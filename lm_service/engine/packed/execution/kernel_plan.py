@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.native.heads import Heads
-from lm_service.engine.packed.execution.native.table import Item, Part
 from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.kernels.attention.heads import Heads
+from lookonce.models.kernels.attention.table import Item, Part
 from lookonce.models.kernels.program import Ints
+from lookonce.models.text_adapter import ModelShape
 
 _CHUNK = 512  # keys of a stretch that one piece of work looks at, about; never depends on who looks
 _ROOM = 16 << 20  # float32 that the pieces of a wave leave behind, at most

@@ -8,17 +8,17 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 
 from lookonce.core.errors import invalid
-from lookonce.core.http_fetch.policy import FetchPolicy, parse_networks, parse_ports
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy, parse_networks, parse_ports
 from lookonce.core.units import split_list
 from lookonce.moderation.batch.connect import Addresses, Served, connected, describe
-from lookonce.moderation.batch.identity import Identity, Manifest
-from lookonce.moderation.batch.job import Job, Tally
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.run import Run
+from lookonce.moderation.batch.run_identity import Identity, Manifest
 from lookonce.moderation.batch.settings import ModerateSettings
 from lookonce.moderation.batch.sources.items import Source, items
 from lookonce.moderation.batch.sources.opening import SourceOptions, open_source
 from lookonce.moderation.batch.sources.reader import Reader
+from lookonce.moderation.batch.work_loop import Job, Tally
 from lookonce.moderation.policy import Policy, read_policy
 
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from lm_service.engine.packed.execution.adapter import ModelShape
 from lm_service.engine.packed.execution.attention import PrefillSpan
-from lm_service.engine.packed.execution.native.kernel_plan import node_table
-from lm_service.engine.packed.execution.native.kernels import Kernels
-from lm_service.engine.packed.execution.native.prefill_kernel import Field, Item, tokens_of_block
+from lm_service.engine.packed.execution.kernel_plan import node_table
+from lookonce.models.kernels.attention.kernels import Kernels
+from lookonce.models.kernels.attention.prefill import Field, Item, tokens_of_block
 from lookonce.models.kernels.omp_team import barrier
 from lookonce.models.kernels.program import Ints, row_addresses
+from lookonce.models.text_adapter import ModelShape
 
 
 class NativePrefills:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lm_service.engine.packed.execution.native.heads import PIECE, Heads
-from lm_service.engine.packed.execution.native.online import Row, State
-from lm_service.engine.packed.execution.native.table import Field, Part
+from lookonce.models.kernels.attention.heads import PIECE, Heads
+from lookonce.models.kernels.attention.online import Row, State
+from lookonce.models.kernels.attention.table import Field, Part
 from lookonce.models.kernels.code import BYTE, FLOAT, Code, Value
 from lookonce.models.kernels.queries import KEYS, NEVER
 

@@ -11,7 +11,7 @@ from enum import IntEnum
 
 from llvmlite import ir
 
-from lm_service.engine.packed.execution.native.heads import PIECE, Heads
+from lookonce.models.kernels.attention.heads import PIECE, Heads
 from lookonce.models.kernels.code import Code, Value
 from lookonce.models.kernels.queries import Queries
 

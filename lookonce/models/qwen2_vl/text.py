@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.adapter import Attend, ModelShape, Stage
-from lm_service.engine.packed.execution.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
-from lm_service.engine.packed.execution.native.decode import NativeAttention
-from lm_service.engine.packed.execution.native.layers import layers_for
-from lm_service.engine.packed.execution.native.rows import rows_for
+from lookonce.models.kernels.text_layers import layers_for
+from lookonce.models.kernels.text_rows import rows_for
+from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
 from lookonce.models.onednn import rounded_up
+from lookonce.models.text_adapter import Attend, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
@@ -96,8 +95,8 @@ class Qwen2VLAdapter:
         those rows only. Where products are compiled for a number of rows, there are rows of zeros behind them, up to a
         round number."""
         cos, sin = self._rotary(positions)
-        if self._compiled is not None and isinstance(attend, NativeAttention):
-            return self._head(self._compiled(hidden, cos, sin, attend, rows))
+        if self._compiled is not None and attend.calls is not None:
+            return self._head(self._compiled(hidden, cos, sin, attend.calls, rows))
         tokens, wanted = hidden.shape[0], rows.shape[0]
         hidden, rows = self._padded(hidden), self._repeated(rows)
         last = len(self._layers) - 1
