@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
-from lm_service.positions import mrope_positions
 from lookonce.core.reference import EmbeddingReference
+from lookonce.models.qwen2_vl.positions import mrope_positions
 
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
 SYSTEM, QUESTION, TOKENS = 20, 20, 16
@@ -28,7 +28,7 @@ def question(number: int, picture: EmbeddingReference | None) -> Prompt:
     words = torch.randint(0, 400, (QUESTION,), generator=generator).tolist()
     spans = [] if picture is None else [ImageSpan(SYSTEM, picture)]
     ids = [7] * SYSTEM + [9] * (picture.tokens if picture else 0) + words if picture else words
-    positions, following = mrope_positions(len(ids), spans, 2)
+    positions, following = mrope_positions(len(ids), [(span.start, span.reference.grid_thw) for span in spans], 2)
     return Prompt(tuple(ids), tuple(spans), positions, following)
 
 

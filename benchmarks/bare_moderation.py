@@ -30,8 +30,8 @@ from benchmarks.moderate import PACK, Floor, Preparation
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.process import keep_freed_memory
 from lookonce.models.checkpoint import open_checkpoint
+from lookonce.models.family import Patches
 from lookonce.models.omp_thread import run_in_omp_thread
-from lookonce.models.qwen2_vl.preprocessing import Patches
 from lookonce.moderation.policy import parse_policy
 from tests.modules import load_language_model, load_vision_tower
 

@@ -42,7 +42,6 @@ from lookonce.core.process import keep_freed_memory
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Checkpoint, open_checkpoint
 from lookonce.models.omp_thread import run_in_omp_thread
-from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
@@ -88,12 +87,9 @@ def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asy
 
 def own_encoding(checkpoint: Checkpoint) -> Callable[[], float]:
     """A function that encodes a picture as the vision service does, from its patches, and returns the seconds."""
-    encoder, preprocess = (
-        Encoder.load(checkpoint, torch.float32, torch.device("cpu")),
-        Preprocessor(checkpoint.preprocessor),
-    )
+    encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
     pixels = 28 * COLUMNS * 28 * ROWS
-    patches = preprocess(Image.new("RGB", (28 * COLUMNS, 28 * ROWS)), pixels, pixels)
+    patches = encoder.prepare(Image.new("RGB", (28 * COLUMNS, 28 * ROWS)), pixels, pixels)
 
     def encoding() -> float:
         began = time.perf_counter()

@@ -186,8 +186,8 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
     reference = EmbeddingReference(digest, "0" * 64, digest, grid, merged * merged, 224, 224)
     builder = PromptBuilder(
         template,
-        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
-        merge_size=checkpoint.merge_size,
+        checkpoint.family,
+        checkpoint.config,
         context_length=loaded.context_length,
         max_images=1,
         check_fingerprint=lambda _: None,

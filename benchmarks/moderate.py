@@ -48,7 +48,8 @@ from lm_service.template import load_template
 from lookonce.core.process import keep_freed_memory
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
-from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
+from lookonce.models.family import Patches
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.moderation.policy import Policy, parse_policy
@@ -79,9 +80,9 @@ class Preparation:
         self.merge = self.checkpoint.merge_size
         self.preprocess = Preprocessor(self.checkpoint.preprocessor)
         self.builder = PromptBuilder(
-            load_template(self.checkpoint.path),
-            image_token_id=self.checkpoint.family.special_tokens(self.checkpoint.config).image_id,
-            merge_size=self.merge,
+            load_template(self.checkpoint.path, self.checkpoint.family),
+            self.checkpoint.family,
+            self.checkpoint.config,
             context_length=1 << 15,
             max_images=1,
             check_fingerprint=lambda reference: None,
@@ -109,7 +110,7 @@ class Floor:
     def __init__(self, preparation: Preparation, dtype: torch.dtype) -> None:
         self.patches, self.items = preparation.patches, preparation.items
         self.encoder = Encoder.load(preparation.checkpoint, dtype, torch.device("cpu"))
-        self.encoder.warm_up(preparation.preprocess)
+        self.encoder.warm_up()
         name = "bfloat16" if dtype is torch.bfloat16 else "float32"
         loaded = load_model(LanguageSettings(model=str(preparation.checkpoint.path), dtype=name, device="cpu"))
         self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))

@@ -33,7 +33,7 @@ from lookonce.core.rpc.server import Server
 from lookonce.core.stores import open_store
 from lookonce.core.telemetry.logs import serve_metrics
 from lookonce.core.version import __version__
-from lookonce.models.chat.chat_format import end_token_ids, image_marker
+from lookonce.models.chat.chat_format import end_token_ids
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_dtype, dtype_name
@@ -71,7 +71,8 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
     dtype = choose_dtype(settings.dtype, asked.devices, checkpoint.dtype)
     home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype, settings.quantization)
-    template = load_template(checkpoint.path, image_marker(checkpoint.family.special_tokens(checkpoint.config)))
+    family, config = checkpoint.family, checkpoint.config
+    template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     context_length = _context_length(checkpoint, settings.context_length)
     where = home.of if settings.quantization == "none" else home.of_unquantized
     text_model, lm_head = load_language_model(checkpoint, dtype, where)
@@ -84,7 +85,7 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
         home=home,
         dtype=dtype,
         context_length=context_length,
-        end_ids=end_token_ids(checkpoint.path, checkpoint.family.text_config(checkpoint.config), template.chat),
+        end_ids=end_token_ids(checkpoint.path, family, config, template.chat),
         weight_bytes=sum(parameter.nbytes for parameter in parameters),
     )
 
@@ -101,7 +102,7 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         l1=TensorCache(settings.l1_bytes),
         cache=EmbeddingCache(store),
         peers=peers,
-        rules=RecordRules(checkpoint.hidden_size, checkpoint.merge_size, model.dtype, model.home.devices[0]),
+        rules=RecordRules(checkpoint.hidden_size, model.dtype, model.home.devices[0]),
         accepted=accepted,
     )
     engine = _engine(settings, model, resolver)
@@ -168,8 +169,8 @@ def _servicer(
     checkpoint = model.checkpoint
     builder = PromptBuilder(
         model.template,
-        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
-        merge_size=checkpoint.merge_size,
+        checkpoint.family,
+        checkpoint.config,
         context_length=model.context_length,
         max_images=settings.max_images,
         check_fingerprint=resolver.check,

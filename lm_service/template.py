@@ -16,6 +16,7 @@ from pathlib import Path
 from lm_service.engine.detokenizer import TokenTable
 from lookonce.core.errors import invalid
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.family import Family
 
 __all__ = ["ChatTemplate", "Turn", "load_template"]
 
@@ -110,8 +111,8 @@ class ChatTemplate:
         return [piece] if isinstance(piece, int) else self.text_ids(piece.replace(mark, ""))
 
 
-def load_template(path: Path, image: str = "") -> ChatTemplate:
+def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:
     """The template and tokenizer of a checkpoint directory; `image` stands for an image where a template takes strings.
 
     CheckpointError naming what is missing."""
-    return ChatTemplate(open_chat(path, image))
+    return ChatTemplate(open_chat(path, family, image))

@@ -21,7 +21,6 @@ class RecordRules:
     """What this model takes in."""
 
     hidden_size: int
-    merge_size: int
     dtype: torch.dtype
     device: torch.device
 
@@ -31,10 +30,9 @@ class RecordRules:
         Raises DamagedRecord, EMBEDDING_INVALID when it is not the one referred to, FINGERPRINT_MISMATCH.
         """
         self._check_agreement(record, reference)
-        t, h, w = record.grid_thw
         view = record.tensors[EMBEDDING]
-        if view.shape[0] * self.merge_size**2 != t * h * w:
-            raise DamagedRecord(f"embedding has {view.shape[0]} rows, its grid {t}x{h}x{w} makes another number")
+        if view.shape[0] != reference.tokens:
+            raise DamagedRecord(f"embedding has {view.shape[0]} rows, its grid makes {reference.tokens} tokens")
         if view.shape[1] != self.hidden_size:
             raise DamagedRecord(f"embedding has width {view.shape[1]}, the model takes {self.hidden_size}")
         rows = tensor_of(view).to(device=self.device, dtype=self.dtype, copy=True)

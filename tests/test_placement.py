@@ -12,8 +12,8 @@ from lookonce.cli.checks import check_checkpoint, check_cpu, check_cuda
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.checkpoint.check import check_settings
 from lookonce.models.devices import choose_dtype, dtype_name
-from lookonce.models.qwen2_vl.sizing import size_of
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.sizing import size_of
 from vision_service.app import load
 from vision_service.settings import VisionSettings
 

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lookonce.core.reference import EmbeddingReference
+from lookonce.models.family import Marker
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where an image's placeholder tokens stand in a prompt."""
+    """Where an image stands in a prompt: the rows of its embedding in order, and markers among them."""
 
     start: int
     reference: EmbeddingReference
+    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family and grid
 
     @property
     def end(self) -> int:
-        """One past the last placeholder token."""
-        return self.start + self.reference.tokens
+        """One past its last token."""
+        return self.start + self.reference.tokens + len(self.markers)
+
+    @property
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring rows: the place of the first in the prompt, its number in the embedding, and how many."""
+        place = row = 0
+        for at, _ in (*self.markers, (self.end - self.start, 0)):
+            if at > place:
+                yield self.start + place, row, at - place
+            row, place = row + at - place, at + 1
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt with its placeholders expanded and its M-RoPE positions laid out."""
+    """A tokenised prompt with its placeholders expanded and its positions laid out."""
 
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...]  # in order, not overlapping
-    positions: torch.Tensor  # int64 [3, len(token_ids)] on the CPU: temporal, height, width
-    next_position: int  # of the first generated token, on all three rows
+    positions: NDArray[np.int64]  # [r, len(token_ids)], r as the model's family has it
+    next_position: int  # of the first generated token, on all rows
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from lookonce.cli.up import UpSettings
 from lookonce.core.layer_split import layers_of, parse
 from lookonce.models import devices
 from lookonce.models.qwen2_vl import modules
-from lookonce.models.qwen2_vl.sizing import Economics, question_flops, size_of
 from lookonce.models.registry import Half, family_of
+from lookonce.models.sizing import Economics, question_flops, size_of
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT

@@ -32,10 +32,10 @@ from lm_service.engine.types import (
     Scores,
     TokenLogprob,
 )
-from lm_service.positions import mrope_positions
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.positions import mrope_positions
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.modules import load_language_model
 
@@ -68,7 +68,7 @@ def prompt(*parts: list[int] | EmbeddingReference) -> Prompt:
             ids += [PAD] * part.tokens
         else:
             ids += part
-    positions, following = mrope_positions(len(ids), spans, 2)
+    positions, following = mrope_positions(len(ids), [(span.start, span.reference.grid_thw) for span in spans], 2)
     return Prompt(tuple(ids), tuple(spans), positions, following)
 
 

@@ -93,7 +93,7 @@ async def resolving(directory, *peers, dtype=torch.float32, l1_bytes=1 << 20, ad
             l1=TensorCache(l1_bytes),
             cache=EmbeddingCache(store),
             peers=watch,
-            rules=RecordRules(HIDDEN, 2, dtype, torch.device("cpu")),
+            rules=RecordRules(HIDDEN, dtype, torch.device("cpu")),
             accepted=accepted,
         )
         resolver.store = store

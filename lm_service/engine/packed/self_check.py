@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import structlog
 import torch
 
@@ -85,7 +86,8 @@ def _prompt(model: ModelAdapter, number: int, tokens: int, length: int) -> Promp
     generator = torch.Generator().manual_seed(total)
     ids = torch.randint(model.shape.vocabulary, (total,), generator=generator).tolist()
     ids[0] = 0  # all begin alike
-    return Prompt(tuple(ids), (ImageSpan(1, reference),), torch.arange(total).expand(3, -1), total)
+    positions = np.tile(np.arange(total), (model.shape.position_rows, 1))
+    return Prompt(tuple(ids), (ImageSpan(1, reference),), positions, total)
 
 
 def _rows(model: ModelAdapter, reference: EmbeddingReference) -> torch.Tensor:

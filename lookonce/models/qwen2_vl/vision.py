@@ -17,13 +17,14 @@ from PIL import Image
 from torch.nn import functional
 
 from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.family import Patches
 from lookonce.models.kernels.panels import PanelLinear, panels_serve
+from lookonce.models.kernels.vision.blocks import blocks_for
 from lookonce.models.omp_thread import Pause
 from lookonce.models.onednn import OneDnnLinear, lay_out, needs_round_rows, onednn_pays, rounded_up
 from lookonce.models.quantization import quantize
 from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
-from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Patches, Preprocessor
-from lookonce.models.qwen2_vl.vision_kernels.blocks import blocks_for
+from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
 
 Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
 
@@ -45,6 +46,7 @@ class Encoder:
         self.dtype = dtype
         self.device = device
         self.merge_area = preprocessor.merge**2
+        self._preprocessor = preprocessor
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
@@ -90,10 +92,14 @@ class Encoder:
             results[index] = part
         return results
 
-    def warm_up(self, preprocessor: Preprocessor) -> None:
-        """Encode one small picture, so that lazy initialisation isn't paid for by the first request."""
-        side = preprocessor.factor
-        self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
+    def prepare(self, image: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
+        """See `Preprocessor`."""
+        return self._preprocessor(image, min_pixels, max_pixels)
+
+    def warm_up(self) -> None:
+        """Encode one small image, so that lazy initialisation isn't paid for by the first request."""
+        side = self._preprocessor.factor
+        self.encode([self.prepare(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
         """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one

@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from lm_service.engine.packed.prefix_cache.content import Content, Head, PromptContent, common_length, text_content
@@ -80,7 +81,7 @@ class PrefixCache:
         self.evictions = 0
         self._numbers = itertools.count()
         self._clock = itertools.count(1)
-        self.root, self.exclusive = (Node(next(self._numbers), None, text_content((), 0), ()) for _ in range(2))
+        self.root, self.exclusive = (Node(next(self._numbers), None, text_content((), 0, 0), ()) for _ in range(2))
         self._idle: list[tuple[int, int]] = []  # heap of (last use, id) of nodes that were evictable when pushed
         self._nodes: dict[int, Node] = {}
         self._heads: WeakKeyDictionary[Head, Node] = WeakKeyDictionary()  # nodes that end where a head does
@@ -291,7 +292,7 @@ def _outside_images(content: Content, at: int) -> int:
     """Where to cut so that no image is cut in two: `at`, or the start of the image that goes on there."""
     if at >= content.shape[1]:
         return at
-    row = -1 - int(content[0, at])  # which of its image's rows, for an image token
+    row = -1 - int(content[0, at])  # its place within its image, for an image's token
     return max(0, at - row) if row > 0 else at
 
 
@@ -300,4 +301,4 @@ def _before(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
 
 
 def _after(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
-    return tuple(ImageSpan(span.start - at, span.reference) for span in images if span.start >= at)
+    return tuple(replace(span, start=span.start - at) for span in images if span.start >= at)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.packed.execution.choices import ChoiceTrie
-from lm_service.engine.packed.prefix_cache.content import Content, PromptContent, text_content
+from lm_service.engine.packed.prefix_cache.content import POSITIONS, Content, PromptContent, text_content
 from lm_service.engine.packed.prefix_cache.pool import Slot
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.sampling import SamplerState
@@ -131,10 +131,10 @@ class Sequence:
 
     def _answer_content(self, start: int, end: int) -> Content:
         first = self.prompt.next_position + start - self.prompt_length
-        return text_content(self.tokens[start:end], first, self.request.salt)
+        return text_content(self.tokens[start:end], first, len(self.prompt.positions), self.request.salt)
 
     def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
-        """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
+        """Positions int64 [r, end - start] of the tokens [start, end)."""
         prompt = self.prompt_length
         if start >= prompt:
             first = self.prompt.next_position - prompt
@@ -142,9 +142,9 @@ class Sequence:
                 row = self.prompt.next_position + self.trie.depths[start - prompt : end - prompt]
             else:
                 row = np.arange(first + start, first + end)
-            return np.broadcast_to(row, (3, end - start))
+            return np.broadcast_to(row, (len(self.prompt.positions), end - start))
         if end <= prompt:
-            return self.content.cut(start, end)[1:4]
+            return self.content.cut(start, end)[POSITIONS:]
         return np.concatenate([self.positions(start, prompt), self.positions(prompt, end)], axis=1)
 
     def note_admission(self) -> None:
