@@ -6,18 +6,18 @@ from gateway.answers import Answers
 from gateway.auth import Keyring, read_keys
 from gateway.batches.service import Batches
 from gateway.core import Gateway
-from gateway.http.app import create_app
+from gateway.http.asgi import create_app
 from gateway.http.batch_lines import BatchEndpoints
-from gateway.images.encoding import Encoder
+from gateway.http.listener import serve
+from gateway.images.encoder import Encoder
 from gateway.images.erasure import Eraser
 from gateway.images.image_records import ImageRecords
 from gateway.images.image_store import ImageStores
-from gateway.images.images import ImageLibrary
-from gateway.limits import Quota
+from gateway.images.library import ImageLibrary
+from gateway.quotas import Quota
 from gateway.routing.discovery import open_replicas
 from gateway.routing.variants import Variant, Variants, VariantSpec
 from gateway.served_model import ServedModel
-from gateway.server import serve
 from gateway.settings import GatewaySettings, distinct
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.process import heap_frozen, leave_after, serve_to_end

@@ -10,7 +10,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
-from gateway.images.images import ImageLibrary, Resolved
+from gateway.images.library import ImageLibrary, Resolved
 from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.routing.retries import STALE, Recovery
 from gateway.routing.variants import Variant, Variants

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hmac import compare_digest
 from pathlib import Path
 
-from gateway.limits import Meter, Quota
+from gateway.quotas import Meter, Quota
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import SHARED_TENANT_KEY, cache_salt, tenant_key
 

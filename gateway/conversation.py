@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from gateway.auth import Tenant
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Resolved
+from gateway.images.library import Resolved
 from lookonce.core.rpc.messages import reference_to_proto
 from protos.lookonce.v1 import language_pb2
 

@@ -8,7 +8,7 @@ from gateway.answers import Answers
 from gateway.batches.service import Batches
 from gateway.images.erasure import Eraser
 from gateway.images.image_records import ImageRecords
-from gateway.images.images import ImageLibrary
+from gateway.images.library import ImageLibrary
 from gateway.routing.variants import Variants
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings

@@ -14,7 +14,7 @@ import structlog
 
 from gateway.answers import Answers, Completion
 from gateway.conversation import Caller, ChoiceQuestion, Turn
-from gateway.images.images import Resolved
+from gateway.images.library import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from gateway.served_model import ServedModel
 from lookonce.core.errors import ErrorKind, LookonceError

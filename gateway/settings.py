@@ -10,7 +10,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_va
 from pydantic_settings import SettingsConfigDict
 
 from gateway.json_text import JsonLimits
-from gateway.limits import Quota
+from gateway.quotas import Quota
 from gateway.routing.discovery import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import orjson
 import structlog
 
-from gateway.batches import files
+from gateway.batches import stored_files
 from gateway.batches.database import CORRUPT, Database
-from gateway.batches.job import Counts, Job, Status, find, read, write
+from gateway.batches.job_row import Counts, Job, Status, find, read, write
 from gateway.batches.lines import (
     BOM,
     DEFAULT_LIMITS,
@@ -78,7 +78,7 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> Job:
             now = int(self._clock())
-            files.find(connection, tenant, input_file, now)
+            stored_files.find(connection, tenant, input_file, now)
             active = connection.execute(
                 "SELECT count(*) FROM batches WHERE tenant = ? AND status IN (?,?,?)", (tenant, *ACTIVE)
             ).fetchone()[0]
@@ -136,8 +136,8 @@ class Jobs:
             if current.status != "validating":
                 return current
             try:
-                stored = files.find(connection, job.tenant, job.document["input_file_id"], now)
-                raws = files.split_lines(connection, stored)
+                stored = stored_files.find(connection, job.tenant, job.document["input_file_id"], now)
+                raws = stored_files.split_lines(connection, stored)
                 problems, counts = _insert_lines(connection, job, raws, check, max_lines, self._limits)
             except LookonceError:
                 return _fail(connection, current, [Problem("file_not_found", "the input file is gone or damaged")], now)
@@ -316,7 +316,8 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
 
     def output(name: str, failed: bool) -> str | None:
         filename = f"{job.id}_{name}.jsonl"
-        stored = files.insert(connection, job.tenant, filename, "batch_output", _pieces(results(failed)), now, expires)
+        pieces = _pieces(results(failed))
+        stored = stored_files.insert(connection, job.tenant, filename, "batch_output", pieces, now, expires)
         if stored.bytes:
             return stored.id
         connection.execute("DELETE FROM files WHERE seq = ?", (stored.seq,))
@@ -329,7 +330,7 @@ def _pieces(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     buffer = bytearray()
     for text in texts:
         buffer += text
-        if len(buffer) >= files.PIECE:
+        if len(buffer) >= stored_files.PIECE:
             yield bytes(buffer)
             buffer.clear()
     if buffer:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gateway.batches.concurrency_classes import ConcurrencyClasses
 from gateway.batches.database import Database
-from gateway.batches.files import Files
 from gateway.batches.jobs import Jobs
-from gateway.batches.runner import Endpoints, Runner
+from gateway.batches.stored_files import Files
+from gateway.batches.worker import Endpoints, Runner
 from gateway.json_text import JsonLimits
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from gateway.http.off_loop import aside
 from gateway.json_text import LONG_STRINGS, PIECE
-from gateway.schemas.chat import REFERENCE
+from gateway.schemas.chat_bodies import REFERENCE
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.units import format_size
 

@@ -12,14 +12,14 @@ from starlette.responses import Response
 from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http import job_examples
-from gateway.http.body import read_json
-from gateway.http.context import caller_of, gateway_of, json_response
+from gateway.http.event_stream import until_disconnect
+from gateway.http.field_errors import read_json
 from gateway.http.openapi import answers, json_body, operation
 from gateway.http.request_images import RemoteImages, check_images, keep_all
-from gateway.http.sse import until_disconnect
+from gateway.http.route import caller_of, gateway_of, json_response
 from gateway.moderations import Item, Moderations
-from gateway.schemas.chat import ImageUrlPart, TextPart
-from gateway.schemas.moderations import ModerationObject, ModerationRequest
+from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
+from gateway.schemas.moderation_bodies import ModerationObject, ModerationRequest
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter()

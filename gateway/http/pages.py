@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from gateway.http.body import UnknownField
+from gateway.http.field_errors import UnknownField
 from lookonce.core.errors import invalid
 
 

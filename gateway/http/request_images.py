@@ -15,8 +15,8 @@ from gateway.core import Gateway
 from gateway.http.data_urls import base64_of, check_size, decode, decoded_size, image_reference
 from gateway.images.aliases import is_alias
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Retention
-from gateway.schemas.chat import ImageUrlPart
+from gateway.images.library import Retention
+from gateway.schemas.chat_bodies import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.http.body import validate
+from gateway.http.field_errors import validate
 from gateway.images.aliases import check_alias
-from gateway.images.images import Retention
-from gateway.schemas.questions import ImageChange
+from gateway.images.library import Retention
+from gateway.schemas.question_bodies import ImageChange
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 

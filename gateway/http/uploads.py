@@ -10,16 +10,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http import examples
-from gateway.http.body import read_json
-from gateway.http.context import gateway_of, json_response, tenant_of
 from gateway.http.data_urls import base64_of, check_size, decode, decoded_size
 from gateway.http.error_bodies import HttpRefusal
-from gateway.http.images import image_object
+from gateway.http.event_stream import until_disconnect
+from gateway.http.field_errors import read_json
+from gateway.http.image_routes import image_object
 from gateway.http.openapi import answers, operation, upload_body
 from gateway.http.retention import FORM_FIELDS, form_change, retention_of
-from gateway.http.sse import until_disconnect
-from gateway.images.images import Retention
-from gateway.schemas.questions import ImageUpload
+from gateway.http.route import gateway_of, json_response, tenant_of
+from gateway.images.library import Retention
+from gateway.schemas.question_bodies import ImageUpload
 from gateway.schemas.responses import ImageObject
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from gateway.auth import Keyring
-from gateway.limits import Meter, Quota
+from gateway.quotas import Meter, Quota
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.telemetry import tracing

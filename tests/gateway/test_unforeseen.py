@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway.__main__ import build
 from gateway.auth import Caller, Keyring
-from gateway.http.app import create_app
+from gateway.http.asgi import create_app
 from gateway.images.erasure import Eraser
 from gateway.routing.variants import Variants
 from gateway.settings import GatewaySettings

@@ -11,23 +11,23 @@ from starlette.types import ASGIApp
 from gateway.auth import Keyring
 from gateway.core import Gateway
 from gateway.http import (
-    batches,
-    chat,
-    files,
-    images,
+    batch_routes,
+    chat_routes,
+    file_routes,
+    image_routes,
     moderations,
     openapi,
     playground,
-    questions,
-    status,
+    question_routes,
+    status_routes,
     unserved,
     uploads,
 )
 from gateway.http.error_bodies import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
+from gateway.http.event_stream import ClientGone
 from gateway.http.intake import BodyLimits, Intake
 from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
 from gateway.http.origins import Cors, OriginCheck
-from gateway.http.sse import ClientGone
 from gateway.settings import distinct
 from lookonce.core.errors import LookonceError
 
@@ -38,7 +38,17 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     app = FastAPI(title="lookonce", docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.gateway = gateway
     app.state.draining = False
-    for part in (uploads, images, questions, chat, moderations, files, batches, status, unserved):
+    for part in (
+        uploads,
+        image_routes,
+        question_routes,
+        chat_routes,
+        moderations,
+        file_routes,
+        batch_routes,
+        status_routes,
+        unserved,
+    ):
         app.include_router(part.router)
     if settings.playground:
         app.include_router(playground.make_router(settings.samples))

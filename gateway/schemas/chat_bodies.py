@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.base import Body
+from gateway.schemas.body import Body
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
-from gateway.schemas.questions import Detail, Stop
-from gateway.schemas.sampling import MaxTokens, Sampling
+from gateway.schemas.question_bodies import Detail, Stop
+from gateway.schemas.sampling_fields import MaxTokens, Sampling
 from gateway.schemas.unions import by_field, text_or_list, text_or_object
 
 REFERENCE = "lookonce:"

@@ -7,12 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http import job_examples
-from gateway.http.body import read_json
-from gateway.http.context import gateway_of, json_response, tenant_of
-from gateway.http.files import batches_of
+from gateway.http.field_errors import read_json
+from gateway.http.file_routes import batches_of
 from gateway.http.openapi import answers, json_body, operation, query
 from gateway.http.pages import check_names, limit_of, list_object
-from gateway.schemas.batches import BatchList, BatchObject, BatchRequest
+from gateway.http.route import gateway_of, json_response, tenant_of
+from gateway.schemas.batch_bodies import BatchList, BatchObject, BatchRequest
 
 router = APIRouter(tags=["batches"])
 DEFAULT_PAGE = 20

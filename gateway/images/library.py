@@ -15,7 +15,7 @@ import structlog
 
 from gateway.auth import Tenant
 from gateway.images.aliases import MAX_ALIASES, Aliases, is_alias
-from gateway.images.encoding import Encoder
+from gateway.images.encoder import Encoder
 from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import (
     PINNED_SECONDS,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gateway.schemas.base import Body
+from gateway.schemas.body import Body
 from protos.lookonce.v1 import language_pb2
 
 MaxTokens = Annotated[int, Field(ge=1, lt=2**32)]

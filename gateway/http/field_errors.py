@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from gateway.http.context import gateway_of
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.off_loop import aside
+from gateway.http.route import gateway_of
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
 from gateway.schemas.unions import UNKNOWN
 from lookonce.core.errors import ErrorKind, LookonceError, invalid

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.schemas.base import Body
-from gateway.schemas.chat import ImageUrlPart, TextPart
+from gateway.schemas.body import Body
+from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
 from gateway.schemas.responses import Answered
 from gateway.schemas.unions import by_field
 

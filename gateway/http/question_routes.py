@@ -13,17 +13,17 @@ from starlette.responses import Response
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.core import Gateway
 from gateway.http import examples
-from gateway.http.body import read_json
-from gateway.http.context import caller_of, gateway_of, json_response
 from gateway.http.error_bodies import error_body
+from gateway.http.event_stream import EventStream, until_disconnect
+from gateway.http.field_errors import read_json
 from gateway.http.openapi import answers, json_body, operation
 from gateway.http.request_images import pixels_of
-from gateway.http.sse import EventStream, until_disconnect
+from gateway.http.route import caller_of, gateway_of, json_response
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.schemas.questions import Parameters, Question, QuestionsRequest
+from gateway.schemas.question_bodies import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
-from gateway.schemas.sampling import stop_list, to_sampling
+from gateway.schemas.sampling_fields import stop_list, to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
 

@@ -8,8 +8,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http import examples
-from gateway.http.context import gateway_of, json_response
 from gateway.http.openapi import answers, answers_text, operation
+from gateway.http.route import gateway_of, json_response
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
 from gateway.served_model import no_such_model
 from lookonce.core.version import __version__

@@ -15,15 +15,15 @@ from gateway.auth import Tenant
 from gateway.conversation import Caller, Turn
 from gateway.core import Gateway
 from gateway.http import examples
-from gateway.http.body import read_json
 from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
-from gateway.http.context import caller_of, gateway_of, json_response
+from gateway.http.event_stream import EventStream, until_disconnect
+from gateway.http.field_errors import read_json
 from gateway.http.openapi import answers, json_body, operation
 from gateway.http.request_images import RemoteImages, check_images, keep_all
-from gateway.http.sse import EventStream, until_disconnect
-from gateway.schemas.chat import ChatRequest, ImageUrlPart, StreamOptions
+from gateway.http.route import caller_of, gateway_of, json_response
+from gateway.schemas.chat_bodies import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
-from gateway.schemas.sampling import stop_list, to_sampling
+from gateway.schemas.sampling_fields import stop_list, to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import invalid
 from protos.lookonce.v1 import language_pb2

@@ -9,13 +9,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http import examples
-from gateway.http.body import read_json
-from gateway.http.context import gateway_of, json_response, tenant_of
+from gateway.http.field_errors import read_json
 from gateway.http.openapi import answers, json_body, operation, query
 from gateway.http.retention import retention_of
+from gateway.http.route import gateway_of, json_response, tenant_of
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Resolved
-from gateway.schemas.questions import ImageChange
+from gateway.images.library import Resolved
+from gateway.schemas.question_bodies import ImageChange
 from gateway.schemas.responses import ErasedImage, ImageList, ImageObject
 from lookonce.core.errors import invalid
 

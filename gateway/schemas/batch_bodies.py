@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gateway.schemas.base import Body
+from gateway.schemas.body import Body
 from gateway.schemas.responses import Answered
 
 MIN_LIFETIME = 3600

@@ -11,11 +11,11 @@ from starlette.responses import Response, StreamingResponse
 
 from gateway.batches.service import Batches
 from gateway.http import job_examples
-from gateway.http.body import UnknownField
-from gateway.http.context import gateway_of, json_response, tenant_of
+from gateway.http.field_errors import UnknownField
 from gateway.http.openapi import answers, operation, query
 from gateway.http.pages import check_names, limit_of, list_object
-from gateway.schemas.batches import MAX_LIFETIME, MIN_LIFETIME, DeletedFile, FileList, FileObject
+from gateway.http.route import gateway_of, json_response, tenant_of
+from gateway.schemas.batch_bodies import MAX_LIFETIME, MIN_LIFETIME, DeletedFile, FileList, FileObject
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.units import format_size
 

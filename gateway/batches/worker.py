@@ -14,10 +14,10 @@ import structlog
 from prometheus_client import Counter
 
 from gateway.batches.concurrency_classes import ConcurrencyClasses
-from gateway.batches.files import Files
-from gateway.batches.job import Job
+from gateway.batches.job_row import Job
 from gateway.batches.jobs import End, Jobs
 from gateway.batches.lines import Line, Problem, Reply
+from gateway.batches.stored_files import Files
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running, start_task
 
