@@ -19,12 +19,12 @@ from torch.nn import functional
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.family import Patches
 from lookonce.models.kernels.panels import PanelLinear, panels_serve
-from lookonce.models.kernels.vision.blocks import blocks_for
 from lookonce.models.omp_thread import Pause
 from lookonce.models.onednn import OneDnnLinear, lay_out, needs_round_rows, onednn_pays, rounded_up
 from lookonce.models.quantization import quantize
 from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
 from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
+from lookonce.models.qwen2_vl.vision_blocks import blocks_for
 
 Run = tuple[int, int]  # images in a row with equally many patches: how many images, how many patches each
 
