@@ -56,7 +56,7 @@ class Bare:
         for at, prompt in enumerate(prompts):
             for span in prompt.images:
                 hidden[at, span.start : span.end] = self.rows
-        positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
+        positions = torch.stack([torch.from_numpy(prompt.positions) for prompt in prompts], dim=1)
         cache = cache or DynamicCache()
         out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
         self.head(out.last_hidden_state[:, -1]).argmax(-1)

@@ -80,9 +80,9 @@ def lay_out(items: Sequence[ScoreItem], *, tree: bool, dtype: torch.dtype) -> La
 
     reads: list[list[list[tuple[int, int]]]] = []
     for number, item in enumerate(items):
-        at = -1
+        at, laid_out = -1, torch.from_numpy(item.prompt.positions)
         for depth, token in enumerate(item.prompt.token_ids):
-            at = follow(at, token, item.prompt.positions[:, depth], -1 if tree or depth < shared else number)
+            at = follow(at, token, laid_out[:, depth], -1 if tree or depth < shared else number)
         reads.append([])
         for choice in item.choices:
             row, path = at, [(at, choice[0])]

@@ -171,12 +171,13 @@ async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[st
 
 async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, float]:
     """The same questions to the engine in this process, their prompts ready: no template, no gRPC, no HTTP."""
+    import torch
+
     from lm_service.app import load_model
     from lm_service.engine.packed.engine import PackedEngine  # torch: only now that the services are gone
     from lm_service.engine.types import EmbeddingSource, Generation, Sampling
     from lm_service.prompt import Message, PromptBuilder
     from lm_service.settings import LanguageSettings
-    from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 
     loaded = load_model(LanguageSettings(model=model))
     checkpoint, template = loaded.checkpoint, loaded.template
@@ -197,9 +198,9 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
     class Noise:
         async def load(self, reference: EmbeddingReference) -> tuple[Any, EmbeddingSource]:
             rows = np.random.default_rng(0).standard_normal((reference.tokens, checkpoint.hidden_size))
-            return loaded.text_model.embed_tokens.weight.new_tensor(rows), EmbeddingSource.L1
+            return torch.tensor(rows, dtype=torch.float32), EmbeddingSource.L1
 
-    adapter = Qwen2VLAdapter(loaded.text_model, loaded.lm_head)
+    adapter = loaded.adapter
     engine = PackedEngine(adapter, template.table, loaded.end_ids, Noise())
     await engine.start()
 

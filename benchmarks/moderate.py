@@ -50,7 +50,6 @@ from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.family import Patches
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
-from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.moderation.policy import Policy, parse_policy
 from tests.moderate.scenes import make_pictures, policy_text
@@ -113,7 +112,7 @@ class Floor:
         self.encoder.warm_up()
         name = "bfloat16" if dtype is torch.bfloat16 else "float32"
         loaded = load_model(LanguageSettings(model=str(preparation.checkpoint.path), dtype=name, device="cpu"))
-        self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
+        self.timed = Timed(loaded.adapter)
         self.rows = Rows()
         self._vocabulary = (loaded.template.table, loaded.end_ids)
         self.engine = self.new_engine()

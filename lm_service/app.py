@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from dataclasses import dataclass
@@ -37,10 +38,8 @@ from lookonce.models.chat.chat_format import end_token_ids
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_dtype, dtype_name
-from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
-from lookonce.models.qwen2_vl.modules import TextModel, load_language_model
-from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+from lookonce.models.text_adapter import ModelAdapter
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -53,8 +52,7 @@ class LoadedModel:
 
     checkpoint: Checkpoint
     template: ChatTemplate
-    text_model: TextModel
-    lm_head: torch.nn.Linear
+    adapter: ModelAdapter
     home: Home
     dtype: torch.dtype
     context_length: int
@@ -75,18 +73,19 @@ def load_model(settings: LanguageSettings) -> LoadedModel:
     template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     context_length = _context_length(checkpoint, settings.context_length)
     where = home.of if settings.quantization == "none" else home.of_unquantized
-    text_model, lm_head = load_language_model(checkpoint, dtype, where)
-    parameters = {*text_model.parameters(), *lm_head.parameters()}  # a tied head counts once
+    entries = checkpoint.half_entries(Half.LANGUAGE)
+    native = settings.kernels == "auto"
     return LoadedModel(
         checkpoint=checkpoint,
         template=template,
-        text_model=text_model,
-        lm_head=lm_head,
+        adapter=family.load_text(
+            checkpoint, dtype, where, home.of_layers, quantization=settings.quantization, native=native
+        ),
         home=home,
         dtype=dtype,
         context_length=context_length,
         end_ids=end_token_ids(checkpoint.path, family, config, template.chat),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        weight_bytes=sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize,
     )
 
 
@@ -147,16 +146,7 @@ def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingR
         step_seconds=settings.step_seconds,
         native=native,
     )
-    devices = model.home.of_layers
-    adapter = run_in_omp_thread(
-        Qwen2VLAdapter,
-        model.text_model,
-        model.lm_head,
-        quantization=settings.quantization,
-        devices=devices,
-        native=native,
-    )
-    return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
+    return PackedEngine(model.adapter, model.template.table, model.end_ids, resolver, options)
 
 
 def _servicer(

@@ -27,7 +27,7 @@ PIECE = 16_384
 _BRIEF = 1024
 """Characters of a text that is tokenised (in 1 ms) without letting go of Python's lock."""
 _REMEMBERED, _REMEMBERED_CHARACTERS = 1024, 4096
-"""Conversations whose ids are kept, and the longest such: the same questions are asked about many pictures."""
+"""Conversations whose ids are kept, and the longest such: the same questions are asked about many images."""
 
 
 class ChatTemplate:

@@ -71,8 +71,9 @@ def load(settings: VisionSettings) -> Tower:
     return Tower(checkpoint, encoder, model)
 
 
-def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Store) -> VisionCore:
+def build(settings: VisionSettings, tower: Tower) -> VisionCore:
     """Put the core together. Call on the event loop it will run on."""
+    store, shared = _open_stores(settings)
     return VisionCore(
         tower.model,
         tower.encoder,
@@ -90,7 +91,7 @@ def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Sto
     )
 
 
-def open_stores(settings: VisionSettings) -> tuple[Store, Store]:
+def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     """What lookups go through (memory in front), and the tier that other processes see."""
     shared = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
     if settings.l1_bytes == 0 or settings.store.strip().startswith("memory:"):
@@ -99,7 +100,7 @@ def open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     return TieredStore([nearest, shared]), shared
 
 
-def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
+def _description(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
     """Describe's answer, without the counters."""
     checkpoint, encoder = tower.checkpoint, tower.encoder
     return vision_pb2.VisionDescription(
@@ -132,13 +133,12 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     started = time.monotonic()
     tower = await asyncio.to_thread(run_in_omp_thread, load, settings)
     keep_freed_memory()
-    store, shared = open_stores(settings)
-    core = build_core(settings, tower, store, shared)
+    core = build(settings, tower)
     core.start()
     try:
         server = Server(settings.server)
         shrunk = _shrunk(settings, tower)
-        servicer = VisionServicer(core, describe(settings, tower), shrunk=shrunk)
+        servicer = VisionServicer(core, _description(settings, tower), shrunk=shrunk)
         server.add(
             "lookonce.v1.VisionEncoder",
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
@@ -169,7 +169,6 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
             yield server
     finally:
         await core.close()
-        await store.close()
 
 
 def _shrunk(settings: VisionSettings, tower: Tower) -> Callable[[int, int], bool] | None:

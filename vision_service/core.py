@@ -151,9 +151,10 @@ class VisionCore:
         self._batcher.start()
 
     async def close(self) -> None:
-        """Stop the threads. The store stays open."""
+        """Stop the threads, then close the store."""
         await self._batcher.close()
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        await self._store.close()
 
     async def encode(
         self,

@@ -6,7 +6,7 @@ flat or nested. Only `load_encoder` and `load_text` import torch; all else is ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
     from lookonce.models.omp_thread import Pause
+    from lookonce.models.text_adapter import ModelAdapter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYERS, BLOCKS = "model.layers.", "blocks."
@@ -255,4 +256,18 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> VisionEncoder:
         """Read the vision half. `quantization` ("none", "int8") is that of the blocks' matrices; `native`: use compiled
         kernels where there are some. Raises CheckpointError."""
+        ...
+
+    def load_text(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
+        `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
         ...

@@ -135,7 +135,7 @@ class Lab:
         for span in wanted.images:
             hidden[0, span.start : span.end] = self.album.rows(span.reference).to(hidden.dtype)
         further = torch.arange(wanted.next_position, wanted.next_position + len(answer)).expand(3, -1)
-        positions = torch.cat([wanted.positions, further], dim=1)[:, None]
+        positions = torch.cat([torch.from_numpy(wanted.positions), further], dim=1)[:, None]
         out = self.text_model(inputs_embeds=hidden, position_ids=positions, use_cache=False).last_hidden_state
         return self.head(out)[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.text_adapter import ModelAdapter
 
 # Longest first: the newer layout's names start with the older one's `model.`.
 _PREFIXES: tuple[tuple[str, Half, str], ...] = (
@@ -247,6 +248,23 @@ class Qwen2VL:
         from lookonce.models.qwen2_vl.vision import Encoder
 
         return Encoder.load(checkpoint, dtype, device, quantization=quantization, native=native)
+
+    def load_text(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """See `Family.load_text`."""
+        from lookonce.models.qwen2_vl.modules import load_language_model
+        from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+
+        model, head = load_language_model(checkpoint, dtype, where)
+        return Qwen2VLAdapter(model, head, quantization=quantization, devices=devices, native=native)
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

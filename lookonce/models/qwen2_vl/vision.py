@@ -1,7 +1,7 @@
-"""The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
+"""The vision tower over a packed batch: images of any sizes end to end in one sequence, no padding, no mask.
 
-Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
-(`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
+Attention runs per image; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
+(`native`); elsewhere torch's operations do, images with equally many patches attending together.
 The patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
 """
 
@@ -19,14 +19,14 @@ from torch.nn import functional
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.family import Patches
 from lookonce.models.kernels.panels import PanelLinear, panels_serve
-from lookonce.models.kernels.vision.blocks import blocks_for
 from lookonce.models.omp_thread import Pause
 from lookonce.models.onednn import OneDnnLinear, lay_out, needs_round_rows, onednn_pays, rounded_up
 from lookonce.models.quantization import quantize
 from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
 from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
+from lookonce.models.qwen2_vl.vision_blocks import blocks_for
 
-Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
+Run = tuple[int, int]  # images in a row with equally many patches: how many images, how many patches each
 
 
 class Encoder:
@@ -80,7 +80,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
-        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
+        """Embeddings of each image, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
         between the blocks of the tower, and within them where they take long; it may encode another batch."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
@@ -103,7 +103,7 @@ class Encoder:
 
     def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
         """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
-        more picture, of as many patches as make their number a round one."""
+        more image, of as many patches as make their number a round one."""
         tower, counts = self.tower, [patches.count for patches in batch]
         missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
         missing += -missing % self.merge_area
@@ -180,11 +180,11 @@ def _attend(
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     outputs = []
     start = 0
-    for pictures, patches in runs:
-        end = start + pictures * patches
-        q, k, v = (x[start:end].view(pictures, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
+    for images, patches in runs:
+        end = start + images * patches
+        q, k, v = (x[start:end].view(images, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
         mixed = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
-        outputs.append(mixed.transpose(1, 2).reshape(pictures * patches, -1))
+        outputs.append(mixed.transpose(1, 2).reshape(images * patches, -1))
         start = end
     projected: torch.Tensor = attention.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
     return projected
