@@ -11,7 +11,7 @@ from functools import partial
 import structlog
 import torch
 
-from lm_service.device_map import Home, place, wanted
+from lm_service.engine.packed.device_map import Home, place, wanted
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.packed.engine import PackedEngine, unusable
 from lm_service.engine.packed.options import PackedOptions
@@ -174,7 +174,6 @@ def _servicer(
         fingerprints=accepted.fingerprints,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
-        packs=all(device.type == "cpu" for device in model.home.devices),
     )
 
 

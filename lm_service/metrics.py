@@ -73,11 +73,10 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """See prometheus_client."""
         state = self.state_of()
-        now = {"running": state.running, "waiting": state.waiting, "prefix_bytes": state.prefix_bytes, **state.extra}
         for name, text in _ENGINE_GAUGES.items():
-            yield GaugeMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
+            yield GaugeMetricFamily(f"lookonce_lm_{name}", text, getattr(state, name))
         for name, text in _ENGINE_COUNTERS.items():
-            yield CounterMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
+            yield CounterMetricFamily(f"lookonce_lm_{name}", text, getattr(state, name))
 
 
 METRICS = Metrics()

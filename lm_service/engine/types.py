@@ -97,8 +97,7 @@ class Scoring:
     items: tuple[ScoreItem, ...]
     client: str = ""
     deadline: float | None = None
-    alone: bool = False  # what other requests are changes nothing, to the last bit: it shares no step with them
-    mixes: bool = False  # `alone` all the same: as found out, products of some rows don't depend on other rows
+    isolated: bool = False  # what other requests are, or other images of it, changes nothing, to the last bit
     salt: bytes = b""  # as in Generation
 
 
@@ -187,8 +186,20 @@ class EngineState:
     max_running: int = 0
     max_waiting: int = 0
     generated_tokens: int = 0
+    batch_invariant: bool = False  # a row of its products does not depend on how many rows there are
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
     prefix_bytes: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
+    prefix_budget_bytes: int = 0
+    prefix_entries: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    prefix_evictions: int = 0
+    preemptions: int = 0
+    kv_slots: int = 0
+    kv_budget_bytes: int = 0
+    steps: int = 0
+    forward_seconds: float = 0.0
 
 
 class EmbeddingLoader(Protocol):

@@ -206,7 +206,7 @@ async def drained(engine: PackedEngine) -> None:
     end = time.monotonic() + 60
     while True:
         state = engine.describe()
-        if not state.running and not state.waiting and not state.extra["kv_slots"]:
+        if not state.running and not state.waiting and not state.kv_slots:
             return
         assert time.monotonic() < end, f"the engine never came to rest: {state}"
         await asyncio.sleep(0.005)

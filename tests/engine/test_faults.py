@@ -161,7 +161,7 @@ async def test_a_fault_beside_the_forward_ends_in_errors_and_the_engine_goes_on(
     monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(Scheduler, what, raising(1, place)(getattr(Scheduler, what)))
-    async with lab.engine() as engine:
+    async with lab.engine(batch_invariant=True) as engine:
         asked = [ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3)) for i in range(4)]
         outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
         failures = [outcome for outcome in outcomes if isinstance(outcome, LookonceError)]

@@ -88,7 +88,7 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     await drained(engine)
     state = engine.describe()
     assert model.forwards > actions and model.most > 300 * token
-    assert state.extra["prefix_evictions"] > 0 and state.extra["preemptions"] > 0
+    assert state.prefix_evictions > 0 and state.preemptions > 0
     await engine.forget([], [picture(number).image_digest for number in range(IMAGES)])
     assert all(not node.images for node in engine._core.cache)
     await engine.close()

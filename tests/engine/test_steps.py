@@ -44,7 +44,7 @@ class Watched:
 
 def engine_of(lab, model, **options):
     lab.album = laboratory.Album(model.shape.hidden)
-    options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, **options}
+    options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, "batch_invariant": True, **options}
     return PackedEngine(model, TOKENS, frozenset(), lab.album, PackedOptions(**options))
 
 
@@ -61,7 +61,7 @@ async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
     await stream.aclose()
     model.permit()
     await drained(engine)
-    assert len(model.sizes) == 4 and engine.describe().extra["kv_slots"] == 0
+    assert len(model.sizes) == 4 and engine.describe().kv_slots == 0
     model.permit()  # were there a fifth, it could run
     await engine.close()
     assert len(model.sizes) == 4
@@ -85,14 +85,14 @@ async def test_a_question_begins_in_the_step_that_completes_its_image(lab, nativ
         lab.check(follower, given)
     assert sum(model.sizes[begun:]) == 99 + 5 + 6 + 7 + 9 * (not native)  # tokens; one image for all three
     assert max(model.sizes[begun:]) >= 99 + 5 + 6 + 7  # in one step, but for what comes before the image
-    assert state.extra["prefix_misses"] >= 2
+    assert state.prefix_misses >= 2
 
 
-@pytest.mark.parametrize(("alone", "mixes", "steps"), [(False, False, 1), (True, True, 1), (True, False, 3)])
-async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, alone, mixes, steps):
+@pytest.mark.parametrize(("isolated", "invariant", "steps"), [(False, False, 1), (True, True, 1), (True, False, 3)])
+async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, isolated, invariant, steps):
     """The image, what the questions begin with alike, and the questions."""
     model = Watched(lab.adapter)
-    engine = engine_of(lab, model, stem_tokens=8)
+    engine = engine_of(lab, model, stem_tokens=8, batch_invariant=invariant)
     await engine.start()
     wanted = [
         tuple(
@@ -101,7 +101,7 @@ async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(l
         )
         for number in range(2)
     ]
-    first, second = [await engine.score(Scoring("s", items, alone=alone, mixes=mixes)) for items in wanted]
+    first, second = [await engine.score(Scoring("s", items, isolated=isolated)) for items in wanted]
     await engine.close()
     assert model.sizes[-steps:] == ([99 + 9 + 20 + 5] if steps == 1 else [99, 9, 20 + 5])
     for items, scores in zip(wanted, (first, second), strict=True):

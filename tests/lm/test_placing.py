@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lm_service import device_map
-from lm_service.device_map import place, wanted
+from lm_service.engine.packed.device_map import place, wanted
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.layer_split import layers_of, parse, spread
 from lookonce.core.stores import open_store

@@ -21,7 +21,8 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.prompt_checks import check_embedding, check_generation, check_scoring
 from lm_service.engine.packed.scheduling import sequence as packed
-from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
+from lm_service.engine.packed.scheduling.scored_questions import by_images, score_sequences, scores_of
+from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
     Delta,
@@ -35,7 +36,7 @@ from lm_service.engine.types import (
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.tasks import start_task
+from lookonce.core.tasks import gather_or_end, start_task
 from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
@@ -79,6 +80,7 @@ class PackedEngine:
         self._timed = False  # a delivery is on its way
         self._state = self._core.state()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._model = model
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -97,8 +99,10 @@ class PackedEngine:
         the engine unusable: the process should end."""
         self._on_failure = on_failure
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="packed-engine", daemon=True)
+        ready = asyncio.Event()
+        self._thread = threading.Thread(target=self._work, args=(ready,), name="packed-engine", daemon=True)
         self._thread.start()
+        await ready.wait()
 
     async def close(self) -> None:
         """End all requests as UNAVAILABLE, free everything, stop the thread."""
@@ -151,20 +155,32 @@ class PackedEngine:
     async def score(self, request: Scoring) -> Scores:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
-        mixes = request.mixes and self._core.native
-        inner = packed.Request(
-            request.id, request.client, kept=False, alone=request.alone, mixes=mixes, salt=request.salt
-        )
-        inner.sequences = score_sequences(
-            inner, request, worth=self._stems_from, longest=self.options.long_suffix_tokens
-        )
-        sequences = tuple(inner.sequences)
-        if sequences:
-            async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
-                async for event in events:
-                    if isinstance(event, Scored):
-                        break
-        return scores_of(sequences)
+        exclusive = request.isolated and not self._core.batch_invariant
+        parts: list[packed.Request] = []
+        sequences: dict[int, packed.Sequence] = {}
+        for places in by_images(request.items) if exclusive else [range(len(request.items))]:
+            part = packed.Request(
+                request.id,
+                request.client,
+                kept=False,
+                isolated=request.isolated,
+                exclusive=exclusive,
+                salt=request.salt,
+            )
+            items = [request.items[place] for place in places]
+            part.sequences = score_sequences(
+                part, items, worth=self._stems_from, longest=self.options.long_suffix_tokens
+            )
+            sequences.update(zip(places, part.sequences, strict=True))
+            parts.append(part)
+        await gather_or_end([self._scored(part, request.deadline) for part in parts if part.sequences])
+        return scores_of([sequences[place] for place in range(len(request.items))])
+
+    async def _scored(self, request: packed.Request, deadline: float | None) -> None:
+        async with contextlib.aclosing(self._events(request, deadline)) as events:
+            async for event in events:
+                if isinstance(event, Scored):
+                    return
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
         """See `Engine.forget`."""
@@ -250,8 +266,12 @@ class PackedEngine:
 
     # The worker thread
 
-    def _work(self) -> None:
+    def _work(self, ready: asyncio.Event) -> None:
         busy = False
+        if self.options.batch_invariant is None and self._core.native:
+            self._core.batch_invariant = is_batch_invariant(self._model, self.options)
+            self._state = self._core.state()
+        self._call_loop(ready.set)
         try:
             while not self._closing:
                 busy = self._turn(busy)
@@ -269,6 +289,7 @@ class PackedEngine:
             busy = self._core.step()
             if busy:
                 self._faults = 0
+                METRICS.step_seconds.observe(self._core.last_step_seconds)
             self._post()
         except Exception:  # logged; nobody knows how far it came, so all requests are told
             _log.exception("engine_failed")

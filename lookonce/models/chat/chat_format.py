@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template, TemplateError
 from tokenizers import Tokenizer
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
 from lookonce.models.checkpoint.files import read_json
 from lookonce.models.family import Family, SpecialTokens
@@ -25,6 +27,7 @@ _ROLES = ("user", "system", "assistant")  # in the order in which they are probe
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _DEFAULT = "default"
 _PROBE = "lookonce"
+_ABSENT = {"tools": None, "documents": None, "add_generation_prompt": True}  # what templates may ask after
 
 
 class TemplateRefusal(Exception):
@@ -49,7 +52,8 @@ class ChatFormat:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
         image in a message that the template takes as one string."""
         self.tokenizer = tokenizer
-        self._template = template
+        self._source = template
+        self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
         self._image = image
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
@@ -82,16 +86,12 @@ class ChatFormat:
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered: Any = render_jinja_template(
-                [messages], chat_template=self._template, add_generation_prompt=True, **self._names
-            )
+            if self._template is None:
+                self._template = compiled(self._source)
+            return self._template.render(messages=messages, **_ABSENT, **self._names)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal from error
-        return str(rendered[0][0])
 
     def _takes_only_strings(self, role: str) -> bool:
         """Whether the template prints, drops or refuses a list where it says the text of a string."""

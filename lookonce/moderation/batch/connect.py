@@ -112,7 +112,7 @@ async def connected(
 
     def open_language(address: str) -> LanguageConnection:
         client = LanguageClient(address, tls=addresses.tls)
-        return LanguageConnection(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
+        return LanguageConnection(client, addresses.scores, patience, check_language, isolated=addresses.reproducible)
 
     visions = ServicePool([open_vision(address) for address in addresses.vision])
     languages = ServicePool([open_language(address) for address in addresses.language])

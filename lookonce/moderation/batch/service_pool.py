@@ -162,11 +162,11 @@ class LanguageConnection(ServiceConnection[LanguageClient]):
     """A language service, asked about a bounded number of pictures at once."""
 
     def __init__(
-        self, client: LanguageClient, pictures: int, patience: Patience, check: Check[LanguageClient], *, alone: bool
+        self, client: LanguageClient, pictures: int, patience: Patience, check: Check[LanguageClient], *, isolated: bool
     ) -> None:
-        """`alone`: nothing that is scored beside a picture may change its scores."""
+        """`isolated`: nothing that is scored beside a picture may change its scores."""
         super().__init__(client, patience, check)
-        self.calls = ScoreCalls(client, pictures, alone=alone, timeout=patience.call)
+        self.calls = ScoreCalls(client, pictures, isolated=isolated, timeout=patience.call)
         self.slots = asyncio.Semaphore(pictures)  # of follow-up questions
 
     async def close(self) -> None:

@@ -35,8 +35,8 @@ class Request:
     id: str
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
-    alone: bool = False  # other requests change nothing of it, to the last bit
-    mixes: bool = False  # though `alone`, it shares steps with others: no row depends on the others of a step
+    isolated: bool = False  # other requests change nothing of it, to the last bit
+    exclusive: bool = False  # isolated by sharing no step with others: rows may depend on the others of a step
     whole: bool = False  # its answers are handed over when they have ended, not before
     salt: bytes = b""  # of the content of its text
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
@@ -87,8 +87,7 @@ class Sequence:
     @property
     def owner(self) -> Request | None:
         """Its request, if that one shares no step with others."""
-        request = self.request
-        return request if request.alone and not request.mixes else None
+        return self.request if self.request.exclusive else None
 
     @property
     def length(self) -> int:
