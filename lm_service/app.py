@@ -11,8 +11,8 @@ from functools import partial
 import structlog
 import torch
 
-from lm_service.engine.packed.device_map import Home, place, wanted
 from lm_service.embeddings import EmbeddingResolver
+from lm_service.engine.packed.device_map import Home, place, wanted
 from lm_service.engine.packed.engine import PackedEngine, unusable
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Engine

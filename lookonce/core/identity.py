@@ -54,7 +54,7 @@ class EncoderSpec:
     """All that decides the bytes of an embedding, apart from the image and its pixel bounds."""
 
     checkpoint: str  # checkpoint identity: "hub:repo@commit" or "blake3:hex"
-    family: str  # "qwen2_vl"
+    family: str  # its model_type
     vision_config: dict[str, Any]
     preprocessor: dict[str, Any]  # resample, mean, std, rescale factor, EXIF and alpha handling
     dtype: str  # compute dtype: "float32" | "bfloat16" | "float16"
