@@ -38,9 +38,9 @@ class Pictures:
     def __init__(self, hidden: int) -> None:
         self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         """The same rows for every picture."""
-        return self.rows, EmbeddingSource.L1
+        return self.rows, EmbeddingSource.TENSOR_CACHE
 
 
 class Bare:

@@ -265,7 +265,7 @@ def probabilities(logprobs: Sequence[float]) -> list[float]:
 async def own_answers(floor: Floor, cut: Sequence[Patches], asked: Sequence[tuple[ScoreItem, ...]]) -> Answers:
     """By our encoder and our engine."""
     floor.encode([items[0].prompt.images[0].reference.key for items in asked], cut)
-    await floor.engine.start()
+    await floor.engine.start(floor.rows)
     scores = [await floor.engine.score(Scoring(str(number), items)) for number, items in enumerate(asked)]
     await floor.engine.close()
     return [[probabilities(item) for item in one.logprobs] for one in scores]

@@ -112,8 +112,8 @@ async def wall_times(
     """Ratio of the engine's wall time to the floor's, cold prefix, for each number of questions. `encoding` tells how
     many seconds our encoder takes for a picture."""
     results = {}
-    engine = PackedEngine(adapter, table, frozenset(), Pictures(adapter.shape.hidden), options)
-    await engine.start()
+    engine = PackedEngine(adapter, table, frozenset(), options)
+    await engine.start(Pictures(adapter.shape.hidden))
     await run_engine(engine, [question(0, image(0))])  # a running engine knows how long its steps take
     own = encode = whole = 0.0
     if encoding is not None:
@@ -180,7 +180,7 @@ class Decoding:
                 if donor is not None:
                     fill.node.kv.copy_(donor)
                     fill.node.filled = fill.node.length - 1  # the last token is fed, to end the fill
-                self.core.scheduler.loaded(fill, EmbeddingSource.L1, 0.0)
+                self.core.scheduler.loaded(fill, EmbeddingSource.TENSOR_CACHE, 0.0)
             prefills.clear()
 
     def step(self) -> float:
@@ -247,8 +247,8 @@ async def score_ratio(
 ) -> dict[str, float]:
     """32 yes/no questions on a warm image against bare prefills of them: without it, and each with KV of it."""
     timed = Timed(adapter)
-    engine = PackedEngine(timed, table, frozenset(), Pictures(adapter.shape.hidden), options)
-    await engine.start()
+    engine = PackedEngine(timed, table, frozenset(), options)
+    await engine.start(Pictures(adapter.shape.hidden))
     asked = [question(number, image(0)) for number in range(32)]
     items = tuple(ScoreItem(prompt, ((1,), (2,))) for prompt in asked)
     await engine.score(Scoring("s", items))

@@ -55,7 +55,7 @@ class Metrics:
             "lookonce_lm_step_seconds", "One step of the engine, prefill and decode together.", buckets=_SHORT_SECONDS
         )
         self.refusals = Counter("lookonce_lm_refusals", "Requests refused at once because too many waited.")
-        self.l1_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
+        self.tensor_cache_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
         self._engine = _EngineCollector()
         REGISTRY.register(self._engine)
 

@@ -94,9 +94,9 @@ def build(settings: VisionSettings, tower: Tower) -> VisionCore:
 def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     """What lookups go through (memory in front), and the tier that other processes see."""
     shared = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
-    if settings.l1_bytes == 0 or settings.store.strip().startswith("memory:"):
+    if settings.tensor_cache_bytes == 0 or settings.store.strip().startswith("memory:"):
         return shared, shared
-    nearest = MemoryStore(settings.l1_bytes, ttl=settings.store_ttl, namespace="embeddings")
+    nearest = MemoryStore(settings.tensor_cache_bytes, ttl=settings.store_ttl, namespace="embeddings")
     return TieredStore([nearest, shared]), shared
 
 

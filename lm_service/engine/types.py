@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from lookonce.core.errors import RecordError
+from lookonce.core.record import TensorView
 from lookonce.core.reference import EmbeddingReference
 from lookonce.models.family import Marker
 
@@ -106,7 +107,7 @@ class EmbeddingSource(StrEnum):
 
     NONE = "none"
     NOT_NEEDED = "not_needed"
-    L1 = "l1"
+    TENSOR_CACHE = "l1"
     STORE = "store"
     FETCHED = "fetched"
 
@@ -178,9 +179,21 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class EngineState:
-    """A snapshot for Describe, metrics and admission."""
+class ModelFacts:
+    """What an engine says of the model it has loaded, for Describe."""
 
+    context_length: int = 0  # tokens of prompt and answer
+    dtype: str = ""
+    device: str = ""
+    weight_bytes: int = 0
+    quantization: str = "none"
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """A snapshot for Describe, metrics and admission. What an engine does not have stays zero."""
+
+    model: ModelFacts = ModelFacts()
     running: int = 0
     waiting: int = 0
     max_running: int = 0
@@ -202,11 +215,31 @@ class EngineState:
     forward_seconds: float = 0.0
 
 
+class DamagedRecord(RecordError):
+    """A record no reference could make use of: not worth keeping."""
+
+
+class Rows(Protocol):
+    """An image's rows in the form an engine computes with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        ...
+
+
+R = TypeVar("R", bound=Rows)
+
+
 class EmbeddingLoader(Protocol):
     """How an engine gets an image's embedding, once it needs it."""
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
-        """Validated rows [tokens, hidden] in the model's dtype on its device, not to be written to.
+    async def load(
+        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
+    ) -> tuple[R, EmbeddingSource]:
+        """The validated rows [tokens, hidden], not to be written to. `rows_of` makes them of a record's bytes: the
+        engine's own dtype and device. It is called in any thread, once, and raises DamagedRecord for numbers that are
+        not finite. All calls of one engine pass the same function.
 
         Raises EMBEDDING_MISSING when no tier has it, EMBEDDING_INVALID when it cannot be used.
         """
@@ -214,7 +247,12 @@ class EmbeddingLoader(Protocol):
 
 
 class Engine(Protocol):
-    """An engine: generate, score, forget, describe, close. All run on the service's event loop without blocking it."""
+    """Six verbs. All run on the service's event loop without blocking it."""
+
+    async def start(self, loader: EmbeddingLoader, on_failure: Callable[[], object] = ...) -> None:
+        """Be ready for requests. `on_failure` is called once, on the loop, when a fault has left the engine unusable:
+        the process should end."""
+        ...
 
     def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """Stream the answers. Closing the iterator cancels the work within one step.
@@ -232,9 +270,9 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> EngineState:
-        """The state now."""
+        """The state now. The model's facts are there before `start`."""
         ...
 
     async def close(self) -> None:
-        """Finish nothing more; free everything."""
+        """End all requests as UNAVAILABLE; free everything."""
         ...

@@ -20,7 +20,7 @@ CPU_RUNTIME = 400 << 20
 QUANTIZED = (False, True)
 BATCH_PATCHES = {True: 2048, False: 16384}  # by whether on a CPU
 BURST_TOKENS = 4096
-L1_BYTES = 256 << 20
+TENSOR_CACHE_BYTES = 256 << 20
 MAX_RUNNING = 128
 """The services' defaults of the settings of these names; a test holds them equal."""
 
@@ -132,7 +132,7 @@ def language_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
     tokens = work.image_tokens + work.concurrency * work.question_tokens
     return Need(
         size.halves[Half.LANGUAGE].weight_bytes(choice.dtype, int8=choice.int8),
-        burst + logits + L1_BYTES,
+        burst + logits + TENSOR_CACHE_BYTES,
         _runtime(choice),
         size.kv_bytes(tokens, choice.dtype),
         len(choice.devices),

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lm_service.app import load_model
+from lm_service.app import load as load_language
 from lm_service.settings import LanguageSettings
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError
@@ -208,7 +208,7 @@ GOOD = {
 def loads(half, path):
     if half is Half.VISION:
         return load(VisionSettings(model=str(path), kernels="torch"))
-    return load_model(LanguageSettings(model=str(path), kernels="torch"))
+    return load_language(LanguageSettings(model=str(path), kernels="torch"))
 
 
 @pytest.mark.parametrize("name", SPOILED)

@@ -152,7 +152,7 @@ def test_the_commands_of_a_spread_placement(tmp_path):
 def test_what_plan_takes_for_granted_are_the_services_defaults():
     assert VisionSettings.model_fields["batch_patches"].default is None
     assert vision.BATCH_PATCHES == capacity.BATCH_PATCHES
-    assert LanguageSettings.model_fields["l1_bytes"].default == capacity.L1_BYTES
+    assert LanguageSettings.model_fields["tensor_cache_bytes"].default == capacity.TENSOR_CACHE_BYTES
     assert LanguageSettings.model_fields["max_running"].default == capacity.MAX_RUNNING
     assert PackedOptions().burst_tokens == capacity.BURST_TOKENS
 

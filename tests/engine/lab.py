@@ -91,7 +91,7 @@ class Album:
         generator = torch.Generator().manual_seed(int.from_bytes(reference.key[:7], "little"))
         return torch.randn(reference.tokens, self._hidden, generator=generator)
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         self.loads[reference.key] += 1
         if self.gate is not None:
             await self.gate.wait()
@@ -115,8 +115,8 @@ class Lab:
         """A started engine; when it is closed, none of its memory may be in use."""
         options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, **options}
         self.album = Album(self.adapter.shape.hidden)
-        engine = PackedEngine(self.adapter, TOKENS, end_ids, self.album, PackedOptions(**options))
-        await engine.start()
+        engine = PackedEngine(self.adapter, TOKENS, end_ids, PackedOptions(**options))
+        await engine.start(self.album)
         try:
             yield engine
             await drained(engine)

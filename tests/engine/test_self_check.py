@@ -39,14 +39,13 @@ class Broken(ByRows):
 
 
 def engine_of(model, **options):
-    album = Album(model.shape.hidden)
     chosen = PackedOptions(kv_bytes=4 << 20, prefix_bytes=4 << 20, slab_tokens=256, **options)
-    return PackedEngine(model, TOKENS, frozenset(), album, chosen)
+    return PackedEngine(model, TOKENS, frozenset(), chosen)
 
 
 async def found_out(model, **options):
     engine = engine_of(model, **options)
-    await engine.start()
+    await engine.start(Album(engine._shape.hidden))
     state = engine.describe()
     await engine.close()
     assert (state.steps, state.prefill_tokens, state.prefix_bytes) == (0, 0, 0)  # the check leaves nothing behind
@@ -74,11 +73,11 @@ async def test_isolated_scores_are_the_same_bits_whatever_their_company(lab, fro
     apart = []
     for at in range(3):
         engine = engine_of(model)
-        await engine.start()
+        await engine.start(Album(engine._shape.hidden))
         apart.append((await engine.score(Scoring("apart", ITEMS[at::3], isolated=True))).logprobs)
         await engine.close()
     engine = engine_of(model)
-    await engine.start()
+    await engine.start(Album(engine._shape.hidden))
     others = [generation(prompt(words(7, number), picture(9, 2, 2), words(3, number)), 20) for number in range(3)]
     beside = [asyncio.create_task(ask(engine, other)) for other in others]
     beside.append(asyncio.create_task(engine.score(Scoring("other", ITEMS[::-1]))))

@@ -9,6 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence, Set
+from dataclasses import replace
+from functools import partial
 
 import structlog
 import torch
@@ -25,18 +27,22 @@ from lm_service.engine.packed.scheduling.scored_questions import by_images, scor
 from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
+    DamagedRecord,
     Delta,
     EmbeddingLoader,
     EmbeddingSource,
     EngineState,
     Finish,
     Generation,
+    ModelFacts,
     Scores,
     Scoring,
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.record import TensorView
 from lookonce.core.tasks import gather_or_end, start_task
+from lookonce.models.tensors import tensor_of
 from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
@@ -62,15 +68,18 @@ class PackedEngine:
         model: ModelAdapter,
         table: TokenTable,
         end_ids: Set[int],
-        loader: EmbeddingLoader,
         options: PackedOptions | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         """`table` holds the vocabulary's text, `end_ids` the tokens that end an answer."""
         self.options = options or PackedOptions()
+        self._facts = facts or ModelFacts()
         self._shape = model.shape
+        self._rows_of = partial(rows_of, device=model.shape.device, dtype=model.shape.dtype)
         self._stems_from = self.options.stems_from(model.shape.device.type)
         self._context = self.options.context_tokens or model.shape.context
-        self._table, self._end_ids, self._loader = table, end_ids, loader
+        self._table, self._end_ids = table, end_ids
+        self._loader: EmbeddingLoader | None = None
         self._core = EngineCore(model, self.options, self._ask_for_embeddings)
         self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[packed.Request, _Stream] = {}
@@ -94,10 +103,9 @@ class PackedEngine:
         """Whether a fault has left the engine unusable."""
         return self._failed
 
-    async def start(self, on_failure: Callable[[], object] = lambda: None) -> None:
-        """Start the worker thread, on the running event loop. `on_failure` is called there once when a fault has left
-        the engine unusable: the process should end."""
-        self._on_failure = on_failure
+    async def start(self, loader: EmbeddingLoader, on_failure: Callable[[], object] = lambda: None) -> None:
+        """See `Engine.start`: the worker thread begins, and finds out what the products depend on."""
+        self._loader, self._on_failure = loader, on_failure
         self._loop = asyncio.get_running_loop()
         ready = asyncio.Event()
         self._thread = threading.Thread(target=self._work, args=(ready,), name="packed-engine", daemon=True)
@@ -105,7 +113,7 @@ class PackedEngine:
         await ready.wait()
 
     async def close(self) -> None:
-        """End all requests as UNAVAILABLE, free everything, stop the thread."""
+        """See `Engine.close`."""
         if self._closing or self._thread is None:
             return
         self._closing = True
@@ -117,8 +125,8 @@ class PackedEngine:
         self._deliver()
 
     def describe(self) -> EngineState:
-        """The state after the latest step."""
-        return self._state
+        """See `Engine.describe`; as of the latest step."""
+        return replace(self._state, model=self._facts)
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """See `Engine.generate`."""
@@ -346,8 +354,8 @@ class PackedEngine:
         rows: list[torch.Tensor] = []
         source = EmbeddingSource.NONE
         try:
-            for span in prefill.node.images:
-                tensor, tier = await self._loader.load(span.reference)
+            for span in prefill.node.images if self._loader is not None else ():
+                tensor, tier = await self._loader.load(span.reference, self._rows_of)
                 check_embedding(tensor, span.reference, self._shape)
                 rows.append(tensor)
                 source = max(source, tier, key=list(EmbeddingSource).index)
@@ -362,6 +370,14 @@ class PackedEngine:
             self._tell(lambda: self._core.scheduler.loaded(prefill, source, load_ms))
             return
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
+
+
+def rows_of(view: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A record's rows in memory of their own. Raises DamagedRecord when they are not finite in this dtype."""
+    rows = tensor_of(view).to(device=device, dtype=dtype, copy=True)
+    if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
+        raise DamagedRecord("embedding holds numbers that are not finite")
+    return rows
 
 
 def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:
@@ -397,8 +413,3 @@ async def _next(stream: _Stream, deadline: float | None) -> Event:
 
 def _unavailable() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
-
-
-def unusable() -> LookonceError:
-    """Why the process ends: what happened is in the log."""
-    return LookonceError(ErrorKind.INTERNAL, "a fault has left the engine unusable; a new process is needed")
