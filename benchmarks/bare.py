@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
 from lm_service.positions import mrope_positions
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
 SYSTEM, QUESTION, TOKENS = 20, 20, 16

@@ -22,8 +22,8 @@ from lm_service.tensor_cache import TensorCache
 from lm_service.validation import DamagedRecord, RecordRules
 from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EmbeddingRecord, parse_record
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.stores import StoreFailure
 from lookonce.core.tasks import end_tasks, start_task
 from lookonce.models.omp_thread import run_in_omp_thread

@@ -9,7 +9,7 @@ from lm_service.engine.types import ImageSpan, Prompt
 from lm_service.positions import mrope_positions
 from lm_service.template import ChatTemplate, Turn
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 ROLES = ("system", "user", "assistant")
 SHORT = 4096

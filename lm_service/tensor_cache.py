@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError, RecordError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.tensors import tensor_of
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lm_service.engine.types import (
 )
 from lm_service.positions import mrope_positions
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
 from tests.modules import load_language_model
 

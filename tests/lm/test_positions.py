@@ -11,7 +11,7 @@ from transformers import Qwen2VLModel
 
 from lm_service.engine.types import ImageSpan
 from lm_service.positions import mrope_positions
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 MERGE = 2
 grids = st.tuples(

@@ -10,7 +10,7 @@ from lm_service.engine.packed.execution.adapter import ModelShape
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Generation, Prompt, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 
 
 def check_generation(request: Generation, context: int, shape: ModelShape, options: PackedOptions) -> None:
