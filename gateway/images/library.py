@@ -29,8 +29,7 @@ from gateway.images.listing import Listing, Page
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import digest_of_image_id, image_digest
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
 from lookonce.core.single_flight import Flights
 from lookonce.core.stores import Store
 

@@ -22,7 +22,7 @@ from lm_service.engine.types import EmbeddingSource
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import load_template
 from lookonce.core.errors import CheckpointError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.registry import Half, family_of, supported_model_types
