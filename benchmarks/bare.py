@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.qwen2_vl.positions import mrope_positions
 
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture

@@ -38,8 +38,8 @@ from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import keep_freed_memory
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Checkpoint, open_checkpoint
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint

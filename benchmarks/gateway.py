@@ -28,7 +28,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint

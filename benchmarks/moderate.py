@@ -45,8 +45,8 @@ from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.settings import LanguageSettings
 from lm_service.template import load_template
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import keep_freed_memory
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.family import Patches
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor

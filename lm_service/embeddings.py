@@ -17,8 +17,8 @@ from lm_service.metrics import METRICS
 from lm_service.peers import AcceptedEncoders, VisionPeers
 from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, RecordError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EMBEDDING, EmbeddingRecord, TensorView, parse_record
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.single_flight import Abandoned, Flights
 from lookonce.core.stores import StoreFailure
 from lookonce.core.tasks import start_task

@@ -10,7 +10,7 @@ from typing import Any
 from lm_service.engine.types import ImageSpan, Prompt
 from lm_service.template import ChatTemplate, Turn
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Family
 
 ROLES = ("system", "user", "assistant")

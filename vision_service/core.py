@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import DIGEST_BYTES, SHARED_TENANT_KEY, embedding_key, image_digest
+from lookonce.core.identity import DIGEST_BYTES, SHARED_TENANT_KEY, EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.single_flight import Flight, How, SingleFlight
 from lookonce.core.stores import Store
 from lookonce.core.stores.sealed import SealedStore

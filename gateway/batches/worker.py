@@ -4,7 +4,6 @@ where the database says it was; a line under way at a crash is asked again, its 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,13 +17,13 @@ from gateway.batches.job_row import Job
 from gateway.batches.jobs import End, Jobs
 from gateway.batches.lines import Line, Problem, Reply
 from gateway.batches.stored_files import Files
+from gateway.routing.retries import pause
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running, start_task
 
 LINES = Counter("lookonce_gateway_batch_lines", "Lines of batches, by what came of them.", ("outcome",))
 SWEEP = 30.0  # seconds between looks at what has expired
-FIRST_PAUSE = 0.2  # seconds before a line that found no room asks again; doubles
-LAST_PAUSE = 30.0
+FIRST_PAUSE, LAST_PAUSE = 0.2, 30.0  # seconds before a line that found no room is tried again
 MAX_FAILURES = 8
 """Times a line may find the services failing while they say they serve: it may be the line that breaks them."""
 log = structlog.get_logger(__name__)
@@ -189,7 +188,7 @@ class Runner:
 
     async def _reply(self, job: Job, line: Line) -> Reply | None:
         """The answer; None when draining comes first. Waits for room and for the services to come back."""
-        pause, failures = FIRST_PAUSE, 0
+        failures, tries = 0, 0
         while True:
             try:
                 return await self._endpoints.answer(line, job.tenant, last=failures >= MAX_FAILURES)
@@ -197,8 +196,8 @@ class Runner:
                 log.info("a batch line waits", batch=job.id, line=line.number, reason=error.kind.value)
                 failures += error.kind is ErrorKind.UNAVAILABLE and await self._reachable()
             while True:
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, LAST_PAUSE)
+                tries += 1
+                await asyncio.sleep(pause(tries, FIRST_PAUSE, LAST_PAUSE))
                 if self._concurrency.closed:
                     return None
                 if await self._reachable():

@@ -16,6 +16,7 @@ from gateway.http.error_bodies import error_body, shape_of
 from gateway.http.field_errors import validate
 from gateway.http.off_loop import aside
 from gateway.json_text import LONG_STRINGS
+from gateway.routing.retries import LATER
 from gateway.schemas.batch_bodies import QUESTIONS_ENDPOINT
 from gateway.schemas.chat_bodies import ChatRequest
 from gateway.schemas.moderation_bodies import ModerationRequest
@@ -23,7 +24,6 @@ from gateway.schemas.question_bodies import QuestionsRequest
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 _QUESTIONS_URL = re.compile(r"/v1/images/([A-Za-z0-9_.-]{1,128})/questions")
-_LATER = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
 log = structlog.get_logger(__name__)
 
 
@@ -51,7 +51,7 @@ class BatchEndpoints:
         try:
             return Reply(200, await self._answer(line, known))
         except LookonceError as error:
-            if error.kind in _LATER and not last:
+            if error.kind in LATER and not last:
                 raise
             return _failure(error)
         except Exception:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 
 from gateway.metrics import ENCODES, VARIANT_ENCODES
-from gateway.routing.replicas import Endpoint
-from gateway.routing.retries import Recovery
+from gateway.routing.retries import Attempts
 from gateway.routing.variants import Variant
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import Encoded, VisionClient
@@ -26,26 +25,24 @@ class Encoder:
     async def encode(
         self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None
     ) -> Encoded:
-        """Have the file's embedding in the store. Raises what the vision service says of the picture, UNAVAILABLE
+        """Have the file's embedding in the store. Raises what the vision service says of the image, UNAVAILABLE
         without one."""
-        replicas = served.vision
-        recovery = Recovery(replicas, digest, patience=self._reconnect_wait)
-        while True:
-            endpoint = recovery.choose()
-            try:
-                with replicas.use(endpoint) as client:
-                    bound = None if max_pixels is None else await self._within(endpoint, max_pixels)
-                    request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
-                    encoded = await client.encode(request, timeout=self._timeout)
-            except LookonceError as error:
-                if error.kind is ErrorKind.DEADLINE_EXCEEDED:
-                    raise self._too_slow() from error
-                await recovery.recover(error, endpoint)
-            else:
-                replicas.succeeded(endpoint)
-                ENCODES.labels(encoded.outcome).inc()
-                VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
-                return encoded
+
+        async def call(client: VisionClient) -> Encoded:
+            bound = None if max_pixels is None else await self._within(client, max_pixels)
+            request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
+            return await client.encode(request, timeout=self._timeout)
+
+        attempts = Attempts([served], lambda variant: variant.vision, digest, reconnect_wait=self._reconnect_wait)
+        try:
+            encoded = await attempts.run(call)
+        except LookonceError as error:
+            if error.kind is ErrorKind.DEADLINE_EXCEEDED:
+                raise self._too_slow() from error
+            raise
+        ENCODES.labels(encoded.outcome).inc()
+        VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
+        return encoded
 
     def _too_slow(self) -> LookonceError:
         return LookonceError(
@@ -55,9 +52,9 @@ class Encoder:
             "--max-pixels of the vision service makes large images smaller",
         )
 
-    async def _within(self, endpoint: Endpoint[VisionClient], max_pixels: int) -> int | None:
+    async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
         """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""
-        client, now = endpoint.client, time.monotonic()
+        now = time.monotonic()
         asked, description = self._bounds.get(client.address, (0.0, None))
         if description is None or now - asked >= DESCRIPTION_FRESH:
             description = await client.describe()

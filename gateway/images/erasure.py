@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import count
 
 import structlog
 
 from gateway.images.aliases import Aliases
 from gateway.images.image_records import ImageRecord, ImageRecords, file_key
 from gateway.images.listing import Listing
+from gateway.routing.retries import pause
 from gateway.routing.variants import Variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.rpc.client import LanguageClient, VisionClient
@@ -53,11 +55,11 @@ class Eraser:
             return True
         # The encoders first: a language service could otherwise fetch what is about to go.
         served = self._variants.remembered
-        eyes = [endpoint.client for variant in served for endpoint in variant.vision.remembered]
-        mouths = [endpoint.client for variant in served for endpoint in variant.language.remembered]
-        seen = await asyncio.gather(*(_forget(client, keys, image_digests) for client in eyes))
-        said = await asyncio.gather(*(_forget(client, keys, image_digests) for client in mouths))
-        return all(seen) and all(said)
+        vision = [endpoint.client for variant in served for endpoint in variant.vision.remembered]
+        language = [endpoint.client for variant in served for endpoint in variant.language.remembered]
+        forgotten = await asyncio.gather(*(_forget(client, keys, image_digests) for client in vision))
+        forgotten += await asyncio.gather(*(_forget(client, keys, image_digests) for client in language))
+        return all(forgotten)
 
     async def close(self) -> None:
         """Stop the background work."""
@@ -65,14 +67,12 @@ class Eraser:
         await end_tasks(*tasks)
 
     async def _again(self, name: Hashable, attempt: Attempt) -> None:
-        pause = FIRST_PAUSE
-        while True:
-            await asyncio.sleep(pause)
+        for tries in count(1):
+            await asyncio.sleep(pause(tries, FIRST_PAUSE, LAST_PAUSE))
             if await _tried(attempt):
                 self._pending.pop(name, None)
                 return
-            log.warning("erasure is still incomplete", next_try_seconds=pause)
-            pause = min(2 * pause, LAST_PAUSE)
+            log.warning("erasure is still incomplete", tries=tries)
 
 
 class Traces:

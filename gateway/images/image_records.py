@@ -22,10 +22,9 @@ import structlog
 
 from gateway.routing.variants import DEFAULT
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.identity import image_id
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference, image_id
 from lookonce.core.stores import Store
-from lookonce.core.stores.leased import leased
+from lookonce.core.stores.interface import leased
 
 CONFIRMED = 1.0
 """Seconds a cached record is good without a look at the store: how late other gateways notice a deletion."""

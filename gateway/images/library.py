@@ -8,7 +8,6 @@ import asyncio
 import binascii
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -27,10 +26,10 @@ from gateway.images.image_records import (
     variant,
 )
 from gateway.images.listing import Listing, Page
+from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import digest_of_image_id, image_digest
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
 from lookonce.core.single_flight import Flights
 from lookonce.core.stores import Store
 
@@ -127,7 +126,9 @@ class ImageLibrary:
             if known is not None:
                 resolved = Resolved(known, "hit", 0.0, served.name)  # it may well be there: answering will tell
             elif others and error.kind is ErrorKind.UNAVAILABLE:
-                resolved = await self._encode_elsewhere(others, digest, data, tenant, max_pixels)
+                resolved = await by_first_reachable(
+                    others, lambda other: self._encode(other, digest, data, tenant, max_pixels)
+                )
             else:
                 raise
         async with self._shelf.held(digest):
@@ -268,18 +269,6 @@ class ImageLibrary:
         pinned = record.pinned if retention.pinned is None else retention.pinned
         record = replace(record, ttl=record.ttl if retention.ttl is None else retention.ttl, pinned=pinned)
         return replace(record, expires=self._shelf.now() + self._lifetime(record))
-
-    async def _encode_elsewhere(
-        self, others: Sequence[Variant], digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
-    ) -> Resolved:
-        """By the first of these variants that can be reached. Raises UNAVAILABLE when none can."""
-        for served in others[:-1]:
-            try:
-                return await self._encode(served, digest, data, tenant, max_pixels)
-            except LookonceError as error:
-                if error.kind is not ErrorKind.UNAVAILABLE:
-                    raise
-        return await self._encode(others[-1], digest, data, tenant, max_pixels)
 
     async def _encode(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None

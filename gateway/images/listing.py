@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from gateway.images.image_records import PINNED_SECONDS, ImageRecord, ImageRecords, StoreOutage
 from lookonce.core.stores import Store
-from lookonce.core.stores.leased import leased
+from lookonce.core.stores.interface import leased
 
 BUCKETS = 64
 LOADED_AT_ONCE = 32

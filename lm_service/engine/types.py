@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.core.errors import RecordError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import TensorView
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.family import Marker
 
 

@@ -29,7 +29,8 @@ def answer_all(job: dict[str, Any]) -> dict[str, Any]:
     model: Any = AutoModelForImageTextToText.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    processor = AutoImageProcessor.from_pretrained(job["model"], backend="pil")
+    processors: Any = AutoImageProcessor
+    processor = processors.from_pretrained(job["model"], backend="pil")
     answers = []
     for number, item in enumerate([*job["items"][:1], *job["items"]]):  # the first is asked twice, and counted once
         begun = time.perf_counter()

@@ -21,7 +21,8 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import load_template
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.errors import CheckpointError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.registry import Half, family_of, supported_model_types
@@ -185,6 +186,13 @@ def url(image: Image.Image) -> str:
 def test_the_family_is_found_by_its_entry_point_alone(installed):
     assert "toy_vl" in supported_model_types()
     assert family_of({"model_type": "toy_vl"}).label == "Toy"
+
+
+def test_a_family_that_cannot_be_imported_is_said_to_be_broken(tmp_path, monkeypatch):
+    toy_family.install(tmp_path, model_type="half_vl", leads_to="tests.toy_family.nowhere:FAMILY")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CheckpointError, match="'half_vl': its family is installed, but can't be imported"):
+        family_of({"model_type": "half_vl"})
 
 
 def test_the_halves_have_the_embeddings_of_the_whole(checkpoint, halves):

@@ -12,9 +12,8 @@ from PIL import Image
 
 from lm_service.app import load, serve
 from lm_service.settings import LanguageSettings
-from lookonce.core.identity import embedding_key, image_digest
+from lookonce.core.identity import EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient
 from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.checkpoint import open_checkpoint

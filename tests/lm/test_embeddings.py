@@ -16,8 +16,8 @@ from lm_service.engine.types import EmbeddingSource
 from lm_service.peers import AcceptedEncoders, VisionPeers
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EMBEDDING
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.messages import chunks
 from lookonce.core.rpc.server import Server, ServerOptions

@@ -11,8 +11,8 @@ import pytest
 from lm_service.app import load, serve
 from lm_service.settings import LanguageSettings
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import PERMANENT_EXIT
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.stores import open_store
 from protos.lookonce.v1 import language_pb2, vision_pb2

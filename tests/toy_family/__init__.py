@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def install(directory: Path) -> Path:
+def install(directory: Path, model_type: str = "toy_vl", leads_to: str = "tests.toy_family.family:FAMILY") -> Path:
     """What `pip install` would leave in a directory of PYTHONPATH: an entry point."""
     metadata = directory / "toy_family-1.0.dist-info"
-    metadata.mkdir(parents=True)
+    metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-family\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[lookonce.families]\ntoy_vl = tests.toy_family.family:FAMILY\n")
+    (metadata / "entry_points.txt").write_text(f"[lookonce.families]\n{model_type} = {leads_to}\n")
     return directory

@@ -9,7 +9,7 @@ import torch
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Generation, Prompt, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.text_adapter import ModelShape
 
 

@@ -17,8 +17,7 @@ from lm_service.engine.packed.scheduling.scored_questions import score_sequences
 from lm_service.engine.packed.scheduling.sequence import Request
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem
 from lookonce.core.errors import LookonceError
-from lookonce.core.identity import DIGEST_BYTES
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.models.text_adapter import ModelAdapter
 
 _IMAGES = (4, 25)  # tokens of each

@@ -22,12 +22,12 @@ Results = list[language_pb2.ScoreResult]
 class ScoreCalls:
     """`score` is called once for each picture, from any number of tasks."""
 
-    def __init__(self, client: LanguageClient, pictures: int, *, isolated: bool, timeout: float) -> None:
-        """At most about `pictures` are with the service; `timeout` is that of a call, in seconds. `isolated`: nothing
+    def __init__(self, client: LanguageClient, images: int, *, isolated: bool, timeout: float) -> None:
+        """At most about `images` are with the service; `timeout` is that of a call, in seconds. `isolated`: nothing
         scored beside a picture may change its scores, whatever call it comes in."""
         self._client = client
-        self._pictures = -(-pictures // _CALLS)
-        self._calls = min(_CALLS, pictures)
+        self._images = -(-images // _CALLS)
+        self._calls = min(_CALLS, images)
         self._isolated = isolated
         self._timeout = timeout
         self._waiting: deque[tuple[Items, asyncio.Future[Results]]] = deque()
@@ -59,7 +59,7 @@ class ScoreCalls:
     def _take(self) -> list[tuple[Items, asyncio.Future[Results]]]:
         taken = [self._waiting.popleft()]
         count = len(taken[0][0])
-        while self._waiting and len(taken) < self._pictures and count + len(self._waiting[0][0]) <= _MOST_ITEMS:
+        while self._waiting and len(taken) < self._images and count + len(self._waiting[0][0]) <= _MOST_ITEMS:
             taken.append(self._waiting.popleft())
             count += len(taken[-1][0])
         return taken
