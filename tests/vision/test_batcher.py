@@ -1,4 +1,4 @@
-"""Batches: which images share one, how long they wait for it, and that who waits gets rows or an error, never nothing."""
+"""Batches: which images share one, how long they wait for it; and who waits gets rows or an error, never nothing."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def image(count):
 
 
 class Forward:
-    """Notes the patches of each batch; rows are an image's count. The first call lasts until `go`; `bad` images fail."""
+    """Notes the patches of each batch; rows are an image's count. Calls last until `go`; batches with `bad` fail."""
 
     def __init__(self, bad=(), rows=float):
         self.batches, self.bad, self.rows = [], bad, rows
