@@ -354,8 +354,9 @@ class PackedEngine:
         rows: list[torch.Tensor] = []
         source = EmbeddingSource.NONE
         try:
-            for span in prefill.node.images if self._loader is not None else ():
-                tensor, tier = await self._loader.load(span.reference, self._rows_of)
+            loader = self._loader
+            for span in prefill.node.images if loader is not None else ():
+                tensor, tier = await loader.load(span.reference, self._rows_of)
                 check_embedding(tensor, span.reference, self._shape)
                 rows.append(tensor)
                 source = max(source, tier, key=list(EmbeddingSource).index)
