@@ -22,9 +22,8 @@ import structlog
 
 from gateway.images.image_store import FILE_KEY, StoreOutage, StoreWithSpare
 from gateway.routing.variants import DEFAULT
-from lookonce.core.identity import image_id
-from lookonce.core.reference import EmbeddingReference
-from lookonce.core.stores.leased import leased
+from lookonce.core.identity import EmbeddingReference, image_id
+from lookonce.core.stores.interface import leased
 
 CONFIRMED = 1.0
 """Seconds a cached record is good without a look at the store: how late other gateways notice a deletion."""

@@ -22,9 +22,8 @@ from gateway.images.listing import Listing, Page
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import digest_of_image_id, image_digest
-from lookonce.core.reference import EmbeddingReference
-from lookonce.core.tasks import start_task
+from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
+from lookonce.core.single_flight import Flights
 
 ID_PREFIX = "img_"
 _ID = re.compile(rf"{ID_PREFIX}([a-z2-7]{{52}})")
@@ -86,7 +85,7 @@ class ImageLibrary:
         self._encoder = encoder
         self._eraser = eraser
         self._ttl = ttl  # seconds
-        self._flights: dict[tuple[bytes, str], asyncio.Task[Resolved]] = {}
+        self._flights: Flights[Resolved] = Flights()
 
     async def add(
         self,
@@ -267,14 +266,10 @@ class ImageLibrary:
     ) -> Resolved:
         """One call for all who want the same embedding at once; it lives on when they go away."""
         key = (digest, resize_key(max_pixels, served.name))
-        flight = self._flights.get(key)
-        if flight is not None:
-            resolved = await asyncio.shield(flight)
-            return replace(resolved, outcome="coalesced") if resolved.outcome == "miss" else resolved
-        flight = start_task(self._send(served, digest, data, tenant, max_pixels))
-        self._flights[key] = flight
-        flight.add_done_callback(lambda task: self._landed(key, task))
-        return await asyncio.shield(flight)
+        resolved, joined = await self._flights.run(
+            key, lambda: self._send(served, digest, data, tenant, max_pixels), keep=lambda: True
+        )
+        return replace(resolved, outcome="coalesced") if joined and resolved.outcome == "miss" else resolved
 
     async def _send(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
@@ -282,11 +277,6 @@ class ImageLibrary:
         encoded = await self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels)
         encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
         return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
-
-    def _landed(self, key: tuple[bytes, str], task: asyncio.Task[Resolved]) -> None:
-        self._flights.pop(key, None)
-        if not task.cancelled():
-            task.exception()  # retrieved, should every caller have gone away
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
         """Keep the file. Raises INVALID_ARGUMENT when there is no room for a pinned one, StoreOutage when one could not

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from gateway.images.image_records import ImageRecord, ImageRecords
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
-from lookonce.core.stores.leased import leased
+from lookonce.core.stores.interface import leased
 
 BUCKETS = 64
 LOADED_AT_ONCE = 32

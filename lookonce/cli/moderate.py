@@ -74,10 +74,10 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
     import uvloop
 
     from lookonce.moderation.batch.estimate import estimate
+    from lookonce.moderation.batch.progress import print_summary
     from lookonce.moderation.batch.results import Results
     from lookonce.moderation.batch.run import Run, prepare
     from lookonce.moderation.batch.run_plan import plan
-    from lookonce.moderation.batch.summary import print_summary
 
     made = plan(source, settings, addresses)
     if settings.dry_run:

@@ -1,8 +1,9 @@
-"""What a caller may say about a question: sampling, choices, an id. Field names are those of the API."""
+"""What a caller may say about questions: sampling, choices, an id, progress. Field names are those of the API."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -65,3 +66,25 @@ def as_question(question: str | Question) -> Question:
 def without_none(options: Mapping[str, Any]) -> dict[str, Any]:
     """Only what was said: None means the default."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+Progress = bool | Callable[[int, int], object]
+"""True: a bar on stderr. A function: called with how many are done, of how many."""
+
+
+@contextmanager
+def reporting(progress: Progress, total: int) -> Iterator[Callable[[int], object]]:
+    """What to call with the count of answers that are there."""
+    if callable(progress):
+        yield lambda done: progress(done, total)
+    elif progress:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("questions", total=total)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        yield lambda done: None

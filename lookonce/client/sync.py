@@ -16,8 +16,7 @@ from lookonce.client.connection import Connection, streaming
 from lookonce.client.event_reader import EventReader
 from lookonce.client.exceptions import StreamInterrupted
 from lookonce.client.image import ImageBase
-from lookonce.client.progress import Progress, reporting
-from lookonce.client.request_options import Question, QuestionOptions, SamplingOptions
+from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, reporting
 from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:

@@ -41,7 +41,7 @@ def cancelled():
 
 
 async def test_a_dropped_stream_is_in_no_later_step(checkpoint_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("lm_service.app.Qwen2VLAdapter", Stepwise)
+    monkeypatch.setattr("lookonce.models.qwen2_vl.text.Qwen2VLAdapter", Stepwise)
     before = cancelled()
     async with running(checkpoint_path, tmp_path) as client:
         stream = client.generate(asking(user("Go on"), max_tokens=500, ignore_eos=True), timeout=60)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.models.qwen2_vl.preprocessing import Patches
+from lookonce.models.family import Patches
 from vision_service.batcher import Batcher
 
 PICTURE = Patches(np.zeros((4, 3, 4), dtype=np.uint8), (1, 2, 2), 4, 4)

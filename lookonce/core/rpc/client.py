@@ -11,7 +11,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.messages import join, reference_from_proto
 from lookonce.core.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
 from lookonce.core.rpc.status_codes import from_rpc_error

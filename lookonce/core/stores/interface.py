@@ -1,4 +1,4 @@
-"""The store interface: four verbs and close; and leases, for exactly one encode across processes.
+"""The store interface: four verbs and close; and leases, held by one process at a time.
 
 Values are opaque bytes. A store's own failure is a miss, never an error of the caller: `get` answers None, `put` False.
 Drivers (Redis, embedded) raise StoreFailure; the circuit breaker that `open_store` puts around them makes it a miss.
@@ -8,13 +8,21 @@ StoreFailure from `get`, `put` and `contains`.
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Protocol, runtime_checkable
 
+import structlog
+
+from lookonce.core.backoff import Backoff
 from lookonce.core.stores.metrics import StoreStats
 
 Value = bytes | bytearray | memoryview
 MAX_LEASE_SECONDS = 3600.0
 """A lease that claims to last longer is none: its clock has since been set back, or something else was put there."""
+log = structlog.get_logger(__name__)
 
 
 class StoreFailure(Exception):
@@ -80,3 +88,22 @@ class Store(EmbeddingStore, Leases, Protocol):
     def stats(self) -> list[StoreStats]:
         """One snapshot a tier, nearest first. `degraded` tells that a tier is out of use for now."""
         ...
+
+
+@asynccontextmanager
+async def leased(leases: Leases, name: bytes, *, seconds: float = 10.0) -> AsyncIterator[None]:
+    """Hold the lease `name` for the body, in which something is read, changed and written back: processes don't undo
+    each other's changes.
+
+    A holder that died keeps others waiting for `seconds` at most, which the body, too, may take. After twice as long
+    the body runs without the lease: what others hold for so long is no longer a short change."""
+    owner, give_up, backoff = os.urandom(16), time.monotonic() + 2 * seconds, Backoff(0.005, 0.1, factor=1.5)
+    while not await leases.acquire(name, owner, seconds):
+        if time.monotonic() > give_up:
+            log.warning("changed without its lease", seconds=2 * seconds)
+            break
+        await backoff.sleep()
+    try:
+        yield
+    finally:
+        await leases.release(name, owner)

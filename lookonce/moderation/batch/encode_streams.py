@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import Encoded, VisionClient, encoded_from_proto
 from lookonce.core.rpc.status_codes import from_proto
 from lookonce.core.tasks import end_tasks, start_task

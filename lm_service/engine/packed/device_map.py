@@ -13,7 +13,7 @@ from lookonce.core.layer_split import AUTO, Share, layers_of, parse, spread
 from lookonce.core.units import format_size
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.devices import choose_device, free_memory
-from lookonce.models.qwen2_vl.sizing import SCALE_BYTES
+from lookonce.models.sizing import SCALE_BYTES
 
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
 _EMBEDDING = "model.embed_tokens.weight"

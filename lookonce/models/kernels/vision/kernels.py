@@ -16,9 +16,9 @@ from torch import nn
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
 from lookonce.models.kernels.omp_team import barrier
 from lookonce.models.kernels.program import Call, run_calls
-from lookonce.models.qwen2_vl.vision_kernels import attention
-from lookonce.models.qwen2_vl.vision_kernels.attention import Block, Heads, write_attention
-from lookonce.models.qwen2_vl.vision_kernels.rows import write_gelu, write_lookup, write_norm
+from lookonce.models.kernels.vision import attention
+from lookonce.models.kernels.vision.attention import Block, Heads, write_attention
+from lookonce.models.kernels.vision.rows import write_gelu, write_lookup, write_norm
 
 Counted = tuple[Call, float]
 """A call, and about how many operations it is."""

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
-from lm_service.engine.types import ImageSpan
+from lookonce.models.family import Layout
 
-Layout = tuple[tuple[int, tuple[int, int, int]], ...]
-"""Where each image's tokens start, and its grid of patches."""
 _REMEMBERED, _REMEMBERED_LENGTH = 128, 2048
-"""Layouts whose positions are kept, and the longest such: the same questions are asked about many pictures."""
+"""Layouts whose positions are kept, and the longest such: the same questions are asked about many images."""
 
 
-def mrope_positions(length: int, images: Sequence[ImageSpan], merge_size: int) -> tuple[torch.Tensor, int]:
-    """Positions int64 [3, length] (temporal, height, width) and the position of the first generated token.
+def mrope_positions(length: int, images: Layout, merge_size: int) -> tuple[NDArray[np.int64], int]:
+    """Positions [3, length] (temporal, height, width) and the position of the first generated token.
 
     Text counts up by one on all three rows. An image's tokens get frame, row and column of their cell, counted from the
     position it starts at; what follows goes on after its longer side. `images` come in order and don't overlap. Treat
     the result as read-only.
     """
-    layout = tuple((span.start, span.reference.grid_thw) for span in images)
-    return (_remembered if length <= _REMEMBERED_LENGTH else _laid_out)(length, layout, merge_size)
+    return (_remembered if length <= _REMEMBERED_LENGTH else _laid_out)(length, tuple(images), merge_size)
 
 
-def _laid_out(length: int, images: Layout, merge_size: int) -> tuple[torch.Tensor, int]:
+def _laid_out(length: int, images: Layout, merge_size: int) -> tuple[NDArray[np.int64], int]:
     positions = np.empty((3, length), dtype=np.int64)
     at = position = 0
     for start, (t, h, w) in images:
@@ -43,7 +39,7 @@ def _laid_out(length: int, images: Layout, merge_size: int) -> tuple[torch.Tenso
         position += max(rows, columns)
         at = end
     positions[:, at:] = np.arange(position, position + length - at)
-    return torch.from_numpy(positions), int(positions.max()) + 1 if length else 0
+    return positions, int(positions.max()) + 1 if length else 0
 
 
 _remembered = lru_cache(maxsize=_REMEMBERED)(_laid_out)

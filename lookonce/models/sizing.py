@@ -6,12 +6,12 @@ Pure arithmetic; docs/operations.md has the formulas. Knows nothing of torch, de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of, tensor_shapes
-from lookonce.models.qwen2_vl.resizing import smart_resize
-from lookonce.models.registry import Family, Half
+from lookonce.models.family import BLOCKS, LAYERS, Dimensions, Family, Half
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE_BYTES = 4
@@ -19,15 +19,11 @@ SCALE_BYTES = 4
 RECORD_BYTES = 512
 """Of an embedding's record beside its rows, at most."""
 
-CPU_MAX_PIXELS = 1280 * 28 * 28
-"""Most pixels of a resized image where a CPU encodes and nobody has said otherwise: 1,280 tokens of Qwen2-VL. The work
-grows with the square of a picture's size, and the published checkpoints allow for 16,384 tokens."""
 
-
-def default_max_pixels(own: int, device: str) -> int:
+def default_max_pixels(family: Family, own: int, device: str) -> int:
     """Most pixels of a resized image unless a setting says otherwise: the checkpoint's `own`, fewer where `device` is
     "cpu"."""
-    return min(own, CPU_MAX_PIXELS) if device == "cpu" else own
+    return min(own, family.cpu_max_pixels) if device == "cpu" else own
 
 
 @dataclass(frozen=True)
@@ -52,10 +48,10 @@ class HalfSize:
 class ModelSize:
     """A checkpoint's dimensions and what follows from them."""
 
-    architecture: Architecture
+    dimensions: Dimensions
     halves: dict[Half, HalfSize]
-    min_pixels: int
-    max_pixels: int
+    image_tokens: Callable[[int, int], int]  # of an image of so many pixels, width and height
+    encode_flops: Callable[[int], float]  # work of the vision tower on one image of so many tokens
     context: int  # tokens of the longest sequence
     tied: bool  # one table is the embedding and the head
     stored: str  # dtype of the weights as config.json says, bfloat16 (as all published ones are) where it doesn't
@@ -63,53 +59,37 @@ class ModelSize:
     @property
     def table_parameters(self) -> int:
         """Of the embedding, and of a head that is its own."""
-        return self.architecture.vocab * self.architecture.hidden
+        return self.dimensions.vocabulary * self.dimensions.hidden
 
     def layer_bytes(self, dtype: str, *, int8: bool = False) -> int:
         """Weights of one layer of the language half."""
         tables = self.table_parameters * (1 if self.tied else 2) * DTYPE_BYTES[dtype]
-        return (self.halves[Half.LANGUAGE].weight_bytes(dtype, int8=int8) - tables) // self.architecture.layers
+        return (self.halves[Half.LANGUAGE].weight_bytes(dtype, int8=int8) - tables) // self.dimensions.layers
 
     @property
     def kv_elements(self) -> int:
         """Numbers of one token's keys and values, in all layers."""
-        dims = self.architecture
-        return 2 * dims.layers * dims.kv_heads * (dims.hidden // dims.heads)
+        dims = self.dimensions
+        return 2 * dims.layers * dims.kv_heads * dims.head_dim
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
         """Of so many tokens."""
         return tokens * self.kv_elements * DTYPE_BYTES[dtype]
 
-    def image_tokens(self, width: int, height: int) -> int:
-        """Tokens of an image of so many pixels."""
-        factor = self.architecture.patch * self.architecture.merge
-        bounds = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        rows, columns = smart_resize(height, width, factor=factor, **bounds)
-        return rows * columns // factor**2
-
     def embedding_bytes(self, tokens: int, dtype: str) -> int:
         """Of an image's record in the store."""
-        return tokens * self.architecture.hidden * DTYPE_BYTES[dtype] + RECORD_BYTES
+        return tokens * self.dimensions.hidden * DTYPE_BYTES[dtype] + RECORD_BYTES
 
     def patches(self, tokens: int) -> int:
         """Patches of so many image tokens."""
-        return tokens * self.architecture.merge**2
-
-    def encode_flops(self, tokens: int) -> float:
-        """Work of the vision tower on one image of so many tokens."""
-        dims = self.architecture
-        width, count = dims.vision_width, self.patches(tokens)
-        patch = 3 * dims.temporal_patch * dims.patch**2
-        merged = width * dims.merge**2
-        block = 2 * count * (4 + 2 * dims.mlp_ratio) * width**2 + 4 * count**2 * width
-        return 2 * count * patch * width + dims.vision_depth * block + 2 * tokens * merged * (merged + dims.hidden)
+        return tokens * self.dimensions.patches_per_token
 
     def prefill_flops(self, tokens: int, context: int = 0) -> float:
         """Work of the language model on `tokens` after `context` others whose KV is there."""
-        dims = self.architecture
+        dims = self.dimensions
         matrices = self.halves[Half.LANGUAGE].matrix_parameters
-        attention = 4 * dims.layers * dims.hidden * (tokens * context + tokens * (tokens + 1) / 2)
-        return 2 * tokens * matrices + attention + 2 * dims.vocab * dims.hidden
+        attention = 4 * dims.layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
+        return 2 * tokens * matrices + attention + 2 * dims.vocabulary * dims.hidden
 
 
 @dataclass(frozen=True)
@@ -142,20 +122,16 @@ def question_flops(
 
 def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any]) -> ModelSize:
     """Count a checkpoint's weights. Raises CheckpointError for a config that lacks a dimension."""
-    dims = architecture_of(family, config)
-    shapes: dict[Half, list[tuple[str, tuple[int, ...]]]] = {half: [] for half in Half}
-    for stored, shape in tensor_shapes(dims, tied=family.tied_head(config)).items():
-        place = family.locate(stored)
-        if place is not None:
-            shapes[place[0]].append((place[1], shape))
+    bounds = int(preprocessor["min_pixels"]), int(preprocessor["max_pixels"])
+    text, tied = family.text_config(config), family.tied_head(config)
     return ModelSize(
-        dims,
-        {half: _count(half, named) for half, named in shapes.items()},
-        int(preprocessor["min_pixels"]),
-        int(preprocessor["max_pixels"]),
-        int(family.text_config(config).get("max_position_embeddings", 32768)),
-        family.tied_head(config),
-        _stored_dtype(config, family.text_config(config)),
+        family.dimensions(config),
+        {half: _count(family.tensor_shapes(config, half, head=not tied)) for half in Half},
+        lambda width, height: family.tokens_per_grid(config, family.image_grid(config, width, height, *bounds)),
+        partial(family.encode_flops, config),
+        int(text.get("max_position_embeddings", 32768)),
+        tied,
+        _stored_dtype(config, text),
     )
 
 
@@ -164,11 +140,10 @@ def _stored_dtype(*configs: dict[str, Any]) -> str:
     return next((name for name in stated if name in DTYPE_BYTES), "bfloat16")
 
 
-def _count(half: Half, shapes: list[tuple[str, tuple[int, ...]]]) -> HalfSize:
-    blocks = "blocks." if half is Half.VISION else "model.layers."
-    matrices = [shape for name, shape in shapes if name.startswith(blocks) and len(shape) == 2]
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> HalfSize:
+    matrices = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS)) and len(shape) == 2]
     return HalfSize(
-        sum(math.prod(shape) for _, shape in shapes),
+        sum(math.prod(shape) for shape in shapes.values()),
         sum(math.prod(shape) for shape in matrices),
         sum(shape[0] for shape in matrices),
     )

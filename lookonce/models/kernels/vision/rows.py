@@ -8,8 +8,8 @@ from llvmlite import ir
 
 from lookonce.models.kernels.code import BYTE, INT, Code, Value
 from lookonce.models.kernels.compiling import lanes_for
-from lookonce.models.qwen2_vl.preprocessing import CHANNELS
 
+CHANNELS = 3  # of an image
 _PIECE = 8  # rows that a thread takes at once
 
 

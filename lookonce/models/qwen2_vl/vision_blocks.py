@@ -10,9 +10,9 @@ from torch import nn
 from lookonce.models.kernels.compiling import compiled_or_none
 from lookonce.models.kernels.panels import PanelLinear, PanelModule
 from lookonce.models.kernels.program import Call, run_calls
+from lookonce.models.kernels.vision.kernels import Counted, Kernels, Packed, Shape
 from lookonce.models.omp_thread import Pause
 from lookonce.models.qwen2_vl.modules import VisionBlock, VisionTower
-from lookonce.models.qwen2_vl.vision_kernels.kernels import Counted, Kernels, Packed, Shape
 
 _MLP_FLOATS = 1 << 22  # between the two layers of an MLP at once: they stay in the cache, and memory is used again
 
