@@ -98,7 +98,7 @@ PLANTED = {
     ),
     "moderation leans on core": ("lookonce/moderation/policy/rules.py", "import lookonce.models.registry"),
     "the client leans on errors and the version": ("lookonce/client/request_options.py", "import lookonce.core.stores"),
-    "the gateway leans on core, the policy and the judge": ("gateway/quotas.py", "import lookonce.models.registry"),
+    "the gateway leans on core, the policy and the judge": ("gateway/auth.py", "import lookonce.models.registry"),
     "services know nothing of each other": ("gateway/auth.py", "import vision_service.settings"),
     "nobody imports the command line": ("lm_service/replies.py", "import lookonce.cli.console"),
     "the command line loads settings of services, nothing else of them": ("lookonce/cli/ask.py", "import gateway.auth"),

@@ -12,14 +12,13 @@ from typing import BinaryIO, Literal
 import orjson
 import structlog
 
-from gateway.batches.database import CORRUPT, Database, open_row
-from gateway.batches.paging import Page, intact, page
+from gateway.batches.database import CORRUPT, Database, Page, intact, open_row, page
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.seal import Sealer
 from lookonce.core.units import format_size
 
-PIECE = 256 * 1024
-"""Bytes of a stored piece: what is in memory at once."""
+CHUNK = 256 * 1024
+"""Bytes of a stored chunk: what is in memory at once."""
 Purpose = Literal["batch", "batch_output"]
 _SEALER = Sealer("batch-files")
 _FILES = Sealer("batch-file-rows")
@@ -88,7 +87,7 @@ class Files:
         return await self._database.run(work)
 
     async def content(self, stored: StoredFile) -> AsyncGenerator[bytes, None]:
-        """The file's bytes, piece by piece. Raises NOT_FOUND when it is deleted meanwhile or damaged."""
+        """The file's bytes, chunk by chunk. Raises NOT_FOUND when it is deleted meanwhile or damaged."""
         number, left = 0, stored.bytes
         while left:
             wanted = (stored.seq, number)
@@ -122,7 +121,7 @@ def insert(
     tenant: str,
     filename: str,
     purpose: Purpose,
-    pieces: Iterable[bytes],
+    chunks: Iterable[bytes],
     now: int,
     expires_at: int | None,
 ) -> StoredFile:
@@ -133,7 +132,7 @@ def insert(
         (identifier, tenant, filename, purpose, now, expires_at),
     ).lastrowid
     size = 0
-    for number, data in enumerate(pieces):
+    for number, data in enumerate(chunks):
         sealed = _SEALER.seal(_piece_key(identifier, number), data)
         connection.execute("INSERT INTO pieces VALUES (?,?,?)", (seq, number, sealed))
         size += len(data)
@@ -157,7 +156,7 @@ def find(connection: sqlite3.Connection, tenant: str, identifier: str, now: floa
 
 def split_lines(connection: sqlite3.Connection, stored: StoredFile) -> Iterator[bytes]:
     """The lines of a file without their line feeds, within a transaction. Raises NOT_FOUND when it is damaged."""
-    begun: list[bytes] = []  # pieces of a line whose end has not come yet
+    begun: list[bytes] = []  # chunks of a line whose end has not come yet
     rows = connection.execute("SELECT data FROM pieces WHERE file = ? ORDER BY number", (stored.seq,))
     left = stored.bytes
     for number, row in enumerate(rows):
@@ -211,7 +210,7 @@ def _file_key(tenant: str, stored: StoredFile) -> bytes:
 
 
 def _read(content: BinaryIO) -> Iterator[bytes]:
-    while data := content.read(PIECE):
+    while data := content.read(CHUNK):
         yield data
 
 

@@ -7,16 +7,19 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import structlog
 from prometheus_client import Counter
 
 from gateway.batches.concurrency_classes import ConcurrencyClasses
+from gateway.batches.database import Database
 from gateway.batches.job_row import Job
 from gateway.batches.jobs import End, Jobs
 from gateway.batches.lines import Line, Problem, Reply
 from gateway.batches.stored_files import Files
+from gateway.json_text import JsonLimits
 from gateway.routing.retries import pause
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running, start_task
@@ -42,26 +45,28 @@ class Endpoints(Protocol):
         ...
 
 
-class Runner:
-    """The background work of one gateway."""
+class Batches:
+    """Files and batches over one database, and the background work on them, which begins with `start`."""
 
     def __init__(
         self,
-        jobs: Jobs,
-        files: Files,
-        endpoints: Endpoints,
-        lanes: ConcurrencyClasses,
+        directory: Path,
         *,
-        reachable: Callable[[], Awaitable[bool]],
+        quota: int,
+        max_active: int,
         max_lines: int,
+        concurrency: int,
+        grace: float,
+        limits: JsonLimits,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._jobs = jobs
-        self._files = files
-        self._endpoints = endpoints
-        self._concurrency = lanes
-        self._reachable = reachable  # whether the services say that they serve
+        """Raises INVALID_ARGUMENT or CONFLICT when the directory can't be used."""
+        self._database = Database(directory)
+        self.files = Files(self._database, quota=quota)
+        self.jobs = Jobs(self._database, max_active=max_active, limits=limits)
         self._max_lines = max_lines
+        self._limit = concurrency  # lines at once
+        self._grace = grace  # seconds that lines under way get after `drain`
         self._clock = clock
         self._woken = asyncio.Event()
         self._working: dict[str, asyncio.Task[None]] = {}
@@ -69,8 +74,13 @@ class Runner:
         self._main: asyncio.Task[None] | None = None
         self._until = 0.0  # on the loop's clock: how long lines under way may go on after `drain`
 
-    def start(self) -> None:
-        """Begin. Call within the event loop."""
+    def start(
+        self, endpoints: Endpoints, *, interactive: Callable[[], int], reachable: Callable[[], Awaitable[bool]]
+    ) -> None:
+        """Work through what is there and what comes. `interactive`: requests of others under way; `reachable`: whether
+        the services say that they serve. Call within the event loop."""
+        self._endpoints, self._reachable = endpoints, reachable
+        self._concurrency = ConcurrencyClasses(self._limit, interactive)
         self._main = keep_running(self._run)
 
     def wake(self) -> None:
@@ -83,28 +93,29 @@ class Runner:
             self._cancelled[identifier].set()
         self.wake()
 
-    def drain(self, grace: float) -> None:
-        """Begin no more lines; those under way get `grace` seconds."""
+    def drain(self) -> None:
+        """Begin no more lines; those under way get the grace time."""
         self._concurrency.closed = True
-        self._until = asyncio.get_running_loop().time() + grace
+        self._until = asyncio.get_running_loop().time() + self._grace
 
     async def close(self) -> None:
-        """Wait for the lines under way as long as `drain` allowed, then stop."""
-        self._concurrency.closed = True
-        try:
-            async with asyncio.timeout_at(self._until):
-                await self._concurrency.empty()
-        except TimeoutError:
-            log.info("batch lines under way are left for the next start", lines=self._concurrency.busy)
-        tasks = [*self._working.values(), *([self._main] if self._main is not None else [])]
-        await end_tasks(*tasks)
+        """Wait for the lines under way as long as `drain` allowed, stop, close the database."""
+        if self._main is not None:
+            self._concurrency.closed = True
+            try:
+                async with asyncio.timeout_at(self._until):
+                    await self._concurrency.empty()
+            except TimeoutError:
+                log.info("batch lines under way are left for the next start", lines=self._concurrency.busy)
+            await end_tasks(*self._working.values(), self._main)
+        self._database.close()
 
     async def _run(self) -> None:
         while True:
             self._woken.clear()
             try:
-                await self._files.sweep()
-                for job in await self._jobs.active():
+                await self.files.sweep()
+                for job in await self.jobs.active():
                     if job.id not in self._working and not self._concurrency.closed:
                         self._begin(job)
             except LookonceError as error:
@@ -126,7 +137,7 @@ class Runner:
             end: End
             if job.status == "validating":
                 endpoint = job.endpoint
-                job = await self._jobs.begin(
+                job = await self.jobs.begin(
                     job, lambda line: self._endpoints.check(line, endpoint), max_lines=self._max_lines
                 )
                 LINES.labels("failed").inc(job.counts.failed)
@@ -140,7 +151,7 @@ class Runner:
             else:
                 log.info("batch failed", batch=job.id, tenant=job.tenant)
                 return
-            job = await self._jobs.finish(job, end)
+            job = await self.jobs.finish(job, end)
             log.info("batch ended", batch=job.id, tenant=job.tenant, status=job.status, lines=job.counts.total)
         except Exception:
             log.exception("a batch was interrupted; it goes on later", batch=job.id)
@@ -159,7 +170,7 @@ class Runner:
                 await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             if feeding.done():
                 feeding.result()
-                return "completed" if await self._jobs.next_line(job, 0) is None else None
+                return "completed" if await self.jobs.next_line(job, 0) is None else None
             return "cancelled" if cancelled.is_set() else "expired"
         finally:
             await end_tasks(feeding, stopping)
@@ -170,7 +181,7 @@ class Runner:
             while True:
                 await self._concurrency.enter()
                 try:
-                    line = await self._jobs.next_line(job, after)
+                    line = await self.jobs.next_line(job, after)
                 except BaseException:
                     self._concurrency.leave()
                     raise
@@ -183,7 +194,7 @@ class Runner:
 
     async def _line(self, job: Job, line: Line) -> None:
         reply = await self._reply(job, line)
-        if reply is not None and await self._jobs.record(job, line, reply):
+        if reply is not None and await self.jobs.record(job, line, reply):
             LINES.labels("completed" if reply.good else "failed").inc()
 
     async def _reply(self, job: Job, line: Line) -> Reply | None:

@@ -14,7 +14,7 @@ from gateway.core import Gateway
 from gateway.http import chat_routes, moderations, question_routes
 from gateway.http.error_bodies import error_body, shape_of
 from gateway.http.field_errors import validate
-from gateway.http.off_loop import aside
+from gateway.http.route import aside
 from gateway.json_text import LONG_STRINGS
 from gateway.routing.retries import LATER
 from gateway.schemas.batch_bodies import QUESTIONS_ENDPOINT

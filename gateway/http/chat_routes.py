@@ -17,10 +17,9 @@ from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
 from gateway.http.event_stream import EventStream, until_disconnect
-from gateway.http.field_errors import read_json
-from gateway.http.openapi import answers, json_body, operation
+from gateway.http.openapi import or_events
 from gateway.http.request_images import RemoteImages, check_images, keep_all
-from gateway.http.route import caller_of, gateway_of, json_response
+from gateway.http.route import Route, caller_of, gateway_of, json_response
 from gateway.schemas.chat_bodies import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.sampling_fields import stop_list, to_sampling
@@ -28,25 +27,18 @@ from gateway.settings import GatewaySettings
 from lookonce.core.errors import invalid
 from protos.lookonce.v1 import language_pb2
 
-router = APIRouter()
+router = APIRouter(tags=["chat"], route_class=Route)
 
 
 @router.post(
     "/v1/chat/completions",
-    openapi_extra=operation(
-        "createChatCompletion",
-        "Answer a conversation",
-        json_body(ChatRequest, examples.CHATS),
-        answers(
-            ChatCompletion, examples.COMPLETION, event=ChatCompletionChunk, events=examples.events(*examples.CHUNKS)
-        ),
-    ),
-    tags=["chat"],
+    summary="Answer a conversation",
+    response_model=ChatCompletion,
+    responses=or_events(ChatCompletionChunk, *examples.CHUNKS),
 )
-async def create(request: Request) -> Response:
-    """Answer a conversation of text and pictures, as OpenAI's API does; with a receipt."""
+async def create_chat_completion(request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation of text and images, as OpenAI's API does; with a receipt."""
     gateway = gateway_of(request)
-    body = await read_json(request, ChatRequest)
     caller = caller_of(request, body.user or body.safety_identifier)
     if not body.stream:
         return json_response(await until_disconnect(request, complete(body, gateway, caller)))
@@ -102,7 +94,7 @@ def _check(body: ChatRequest, settings: GatewaySettings) -> RemoteImages:
 
 
 def _images(body: ChatRequest) -> dict[str, ImageUrlPart]:
-    """The pictures by the fields that they are in, in order."""
+    """The images by the fields that they are in, in order."""
     return {
         _param(number, place, part): part
         for number, message in enumerate(body.messages)
@@ -126,7 +118,7 @@ def _chars(body: ChatRequest) -> int:
 
 
 async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[Turn, ...]:
-    """Check the request, then fetch and keep its pictures."""
+    """Check the request, then fetch and keep its images."""
     remote = _check(body, gateway.settings)
     await gateway.model.check(body.model)
     kept = await keep_all(_images(body), await remote.fetch(gateway.fetcher, tenant), gateway, tenant)

@@ -46,7 +46,7 @@ async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
         DISCONNECTS.inc()
         raise ClientGone
     finally:
-        await _end(task, gone)
+        await end_tasks(task, gone)
 
 
 class EventStream(Response):
@@ -72,7 +72,7 @@ class EventStream(Response):
             else:
                 DISCONNECTS.inc()
         finally:
-            await _end(pump, gone)
+            await end_tasks(pump, gone)
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -80,7 +80,7 @@ class EventStream(Response):
         try:
             await self._send_events(send)
         finally:
-            await _end(beating)
+            await end_tasks(beating)
         await _write(send, DONE, more=False)
 
     async def _send_events(self, send: Send) -> None:
@@ -113,7 +113,3 @@ async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def _end(*tasks: asyncio.Task[Any]) -> None:
-    await end_tasks(*tasks)

@@ -1,25 +1,24 @@
-"""Reading JSON bodies: strict models, and errors that name the field in our own words."""
+"""Values as strict models, and errors that name the field in our own words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
+from starlette.responses import Response
 
-from gateway.http.error_bodies import HttpRefusal
-from gateway.http.off_loop import aside
-from gateway.http.route import gateway_of
-from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
-from gateway.schemas.unions import UNKNOWN
+from gateway.http.error_bodies import error_response, internal_error
+from gateway.schemas.body import MEMBER, UNKNOWN
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 M = TypeVar("M", bound=BaseModel)
 _MAX_NAME = 100
 _TEXTS = {
     "missing": "{field} is required",
-    "extra_forbidden": "unknown field {field}",
+    "extra_forbidden": "unknown {what} {field}",
     "string_type": "{field} must be a string",
     "int_type": "{field} must be a whole number",
     "float_type": "{field} must be a number",
@@ -37,13 +36,13 @@ _TEXTS = {
     "too_short": "{field} must have at least {min_length} items",
     "too_long": "{field} must have at most {max_length} items",
     "literal_error": "{field} must be one of {expected}",
-    "member": "{field} {text}",
+    MEMBER: "{field} {text}",
 }
 _UNIONS = {
     ("(text)", "string_type"): "{field} must be a string or a list",
     ("(object)", "model_type"): "{field} must be a string or an object",
 }
-"""The same for fields of two forms, by the tag of the one that was tried (see gateway.schemas.unions)."""
+"""The same for fields of two forms, by the tag of the one that was tried (see gateway.schemas.body)."""
 _TELLING = {"unsupported": 0, "extra_forbidden": 1}
 
 
@@ -56,27 +55,6 @@ class UnknownField(LookonceError):
         super().__init__(ErrorKind.INVALID_ARGUMENT, message, param=param)
 
 
-async def read_json(request: Request, model: type[M]) -> M:
-    """The body as `model`, long strings in it in LONG_STRINGS. Raises INVALID_ARGUMENT naming the first field at fault,
-    and 415 for what doesn't say that it is JSON: a page of any site could send that."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        text = "send JSON with the header 'content-type: application/json'"
-        raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
-    raw = bytearray()
-    async for chunk in request.stream():
-        raw += chunk
-    limits = gateway_of(request).settings.json_limits
-    value, long = await aside(len(raw), _read, raw, model, limits)
-    LONG_STRINGS.set(long)
-    return value
-
-
-def _read(raw: bytearray, model: type[M], limits: JsonLimits) -> tuple[M, Mapping[str, LongString]]:
-    parsed = parse_json(raw, limits)
-    return validate(parsed.value, model), parsed.long
-
-
 def validate(value: Any, model: type[M]) -> M:
     """`value` as `model`. Raises INVALID_ARGUMENT naming the first field at fault."""
     if not isinstance(value, dict):
@@ -84,18 +62,25 @@ def validate(value: Any, model: type[M]) -> M:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise explain(error, value) from error
+        raise _explained(error.errors(include_url=False, include_input=False), value) from error
 
 
-def explain(error: ValidationError, value: Any) -> LookonceError:
+async def on_query_error(request: Request, error: Exception) -> Response:
+    """Exception handler of what FastAPI finds in a query."""
+    if not isinstance(error, RequestValidationError):
+        return internal_error()
+    problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]
+    return error_response(_explained(problems, dict(request.query_params), "query parameter"))
+
+
+def _explained(problems: Sequence[Any], value: Any, what: str = "field") -> LookonceError:
     """Our words for the first problem; those that say what is not supported come first, then unknown fields, as the
     likeliest cause of the others."""
-    problems: list[Any] = error.errors(include_url=False, include_input=False)
     first = min(problems, key=lambda item: _TELLING.get(item["type"], len(_TELLING)))
     kind, context = first["type"], first.get("ctx", {})
     param, found = _path(first["loc"], value)
     if kind.startswith(UNKNOWN):
-        member, kind = kind.removeprefix(UNKNOWN), "member" if isinstance(found, dict) else "model_type"
+        member, kind = kind.removeprefix(UNKNOWN), MEMBER if isinstance(found, dict) else "model_type"
         param = f"{param}.{member}" if isinstance(found, dict) else param
         context = {"text": first["msg"]}
     field = f"'{param}'" if param else "the request body"
@@ -105,13 +90,13 @@ def explain(error: ValidationError, value: Any) -> LookonceError:
         text = f"{context['what']} not supported: {field} may be {context['allowed']}"
         return LookonceError(ErrorKind.UNSUPPORTED, text, param=param)
     text = _UNIONS.get((*first["loc"][-1:], kind)) or _TEXTS.get(kind, "{field} has a wrong type or value")
-    message = text.format(**{**context, "field": field})
+    message = text.format(**{**context, "field": field, "what": what})
     return UnknownField(message, param) if kind == "extra_forbidden" else invalid(message, param=param)
 
 
 def _path(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
     """The way to the field in the client's own JSON, and what is there. What pydantic adds to it is left out: the tags
-    of unions' members (see gateway.schemas.unions), and fields of another form than the client's."""
+    of unions' members (see gateway.schemas.body), and fields of another form than the client's."""
     names: list[str] = []
     current = value
     for position, step in enumerate(location):

@@ -1,96 +1,120 @@
-"""/v1/images: look, list, keep differently, name, erase. Uploading is in `uploads`."""
+"""/v1/images: upload (a file by multipart, as base64 or at a URL), look, list, keep differently, name, erase."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic.json_schema import SkipJsonSchema
+from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.http import examples
-from gateway.http.field_errors import read_json
-from gateway.http.openapi import answers, json_body, operation, query
-from gateway.http.retention import retention_of
-from gateway.http.route import gateway_of, json_response, tenant_of
+from gateway.http.error_bodies import HttpRefusal
+from gateway.http.event_stream import until_disconnect
+from gateway.http.field_errors import validate
+from gateway.http.openapi import upload_body
+from gateway.http.request_images import base64_of, check_size, decode, decoded_size
+from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, whole
+from gateway.images.aliases import check_alias
 from gateway.images.image_records import ImageRecord
-from gateway.images.library import Resolved
-from gateway.schemas.question_bodies import ImageChange
-from gateway.schemas.responses import ErasedImage, ImageList, ImageObject
-from lookonce.core.errors import invalid
+from gateway.images.library import Resolved, Retention
+from gateway.schemas.question_bodies import ImageChange, ImageUpload
+from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject
+from gateway.settings import GatewaySettings
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
-router = APIRouter(tags=["images"])
-DEFAULT_PAGE = 20
+router = APIRouter(tags=["images"], route_class=Route)
 MAX_PAGE = 100
-_PAGE = {"type": "integer", "minimum": 1, "maximum": MAX_PAGE, "default": DEFAULT_PAGE}
-_PARAMETERS = [
-    query("limit", "most images in the answer", _PAGE),
-    query("after", "the id of the last image seen", {"type": "string"}),
-]
+FORM_FIELDS: Mapping[str, Any] = {
+    "ttl": {"type": "string", "pattern": "^[1-9][0-9]{0,9}$", "description": "seconds to keep the image"},
+    "pinned": {"type": "string", "enum": ["true", "false"], "description": "keep it until it is erased"},
+    "alias": {"type": "string", "minLength": 1, "maxLength": 64, "description": "a name to use in place of the id"},
+}
+_TRUTH = {"true": True, "false": False}
 
 
-@router.get(
+@router.post(
     "/v1/images",
-    openapi_extra=operation("listImages", "List images", answers(ImageList, examples.IMAGES), parameters=_PARAMETERS),
+    summary="Upload an image",
+    response_model=ImageObject,
+    responses={403: {"model": ErrorBody}},
+    openapi_extra=upload_body(FORM_FIELDS, model=ImageUpload),
 )
-async def listed(request: Request) -> Response:
+async def upload_image(request: Request) -> Response:
+    """Keep an image and encode it. The same file has the same id; uploading it again keeps it for longer."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        data, param, retention = await _from_form(request)
+    elif kind == "application/json":
+        data, param, retention = await _from_json(request)
+    else:
+        text = "send multipart/form-data with the field 'file', or application/json"
+        raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
+    adding = gateway_of(request).images.add(data, tenant_of(request), verify=True, retention=retention)
+    try:
+        record, resolved = await until_disconnect(request, adding)
+    except LookonceError as error:
+        if error.kind in (ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE):
+            raise LookonceError(error.kind, error.message, param=param) from error
+        raise
+    return json_response(image_object(record, resolved))
+
+
+@router.get("/v1/images", summary="List images", response_model=ImageList, response_model_exclude_unset=True)
+async def list_images(
+    request: Request,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="most images in the answer"), whole(MAX_PAGE)] = 20,
+    after: Annotated[str | SkipJsonSchema[None], Query(description="the id of the last image seen")] = None,
+) -> dict[str, Any]:
     """The images that are kept, newest first. The next page is `after` the `last_id` of this one."""
-    page = await gateway_of(request).images.page(
-        tenant_of(request), limit=_limit(request), after=request.query_params.get("after")
-    )
-    data = [image_object(record) for record in page.records]
-    ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
-    return json_response({"object": "list", "data": data, **ends, "has_more": page.has_more})
+    page = await gateway_of(request).images.page(tenant_of(request), limit=limit, after=after)
+    return list_object([image_object(record) for record in page.records], more=page.has_more)
 
 
 @router.get(
-    "/v1/images/{image_id}",
-    openapi_extra=operation("getImage", "Look at an image", answers(ImageObject, examples.IMAGE)),
+    "/v1/images/{image_id}", summary="Look at an image", response_model=ImageObject, response_model_exclude_unset=True
 )
-async def look(request: Request, image_id: str) -> Response:
+async def get_image(request: Request, image_id: str) -> dict[str, Any]:
     """What is known of an image. An alias may stand wherever an id does."""
-    return json_response(image_object(await gateway_of(request).images.get(image_id, tenant_of(request))))
+    return image_object(await gateway_of(request).images.get(image_id, tenant_of(request)))
 
 
 @router.patch(
     "/v1/images/{image_id}",
-    openapi_extra=operation(
-        "changeImage",
-        "Keep an image differently",
-        json_body(ImageChange, examples.CHANGES),
-        answers(ImageObject, examples.IMAGE),
-        errors=(403,),
-    ),
+    summary="Keep an image differently",
+    response_model=ImageObject,
+    response_model_exclude_unset=True,
+    responses={403: {"model": ErrorBody}},
 )
-async def change(request: Request, image_id: str) -> Response:
+async def change_image(request: Request, image_id: str, body: ImageChange) -> dict[str, Any]:
     """Set how long an image is kept (from now, and from each upload of it), pin it, give it one alias more.
 
     An alias that another image has goes over to this one."""
     gateway = gateway_of(request)
-    body = await read_json(request, ImageChange)
-    retention = retention_of(body, gateway.settings)
-    return json_response(image_object(await gateway.images.change(image_id, tenant_of(request), retention)))
+    retention = _retention(body, gateway.settings)
+    return image_object(await gateway.images.change(image_id, tenant_of(request), retention))
 
 
-@router.delete(
-    "/v1/images/{image_id}",
-    openapi_extra=operation("eraseImage", "Erase an image", answers(ErasedImage, examples.ERASED)),
-)
-async def erase(request: Request, image_id: str) -> Response:
+@router.delete("/v1/images/{image_id}", summary="Erase an image", response_model=ErasedImage)
+async def erase_image(request: Request, image_id: str) -> dict[str, Any]:
     """Erase an image, its aliases, its embeddings and all that was made from them, in every process.
 
     `complete` is false when a process could not confirm: erasure then goes on by itself."""
     erased = await gateway_of(request).images.delete(image_id, tenant_of(request))
-    return json_response({"id": erased.id, "object": "image", "deleted": True, "complete": erased.complete})
+    return {"id": erased.id, "object": "image", "deleted": True, "complete": erased.complete}
 
 
 @router.delete(
     "/v1/images/{image_id}/aliases/{alias}",
-    openapi_extra=operation("dropAlias", "Take an alias away", answers(ImageObject, examples.IMAGE | {"aliases": []})),
+    summary="Take an alias away",
+    response_model=ImageObject,
+    response_model_exclude_unset=True,
 )
-async def unname(request: Request, image_id: str, alias: str) -> Response:
+async def drop_alias(request: Request, image_id: str, alias: str) -> dict[str, Any]:
     """Take one alias away from an image; the image stays."""
-    return json_response(image_object(await gateway_of(request).images.unname(image_id, alias, tenant_of(request))))
+    return image_object(await gateway_of(request).images.unname(image_id, alias, tenant_of(request)))
 
 
 def image_object(record: ImageRecord, resolved: Resolved | None = None) -> dict[str, Any]:
@@ -117,8 +141,68 @@ def image_object(record: ImageRecord, resolved: Resolved | None = None) -> dict[
     return fields
 
 
-def _limit(request: Request) -> int:
-    text = request.query_params.get("limit", str(DEFAULT_PAGE))
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_PAGE):
-        raise invalid(f"'limit' must be a whole number from 1 to {MAX_PAGE}", param="limit")
-    return int(text)
+async def _from_json(request: Request) -> tuple[bytes, str, Retention]:
+    """The file, the name of the field it came in, and how it is to be kept."""
+    gateway = gateway_of(request)
+    limit = gateway.settings.max_image_bytes
+    body = await read_json(request, ImageUpload)
+    if (body.data is None) == (body.url is None):
+        raise invalid("give exactly one of 'data' and 'url'", param="data")
+    retention = _retention(body, gateway.settings)
+    if body.url is not None:
+        tenant = tenant_of(request)
+        fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit, owner=tenant.name)
+        return await until_disconnect(request, fetched), "url", retention
+    data = body.data or ""
+    payload = base64_of(data, "data") if data[:5].lower() == "data:" else data
+    check_size(decoded_size(payload), limit, "data")
+    return await decode(payload, "data"), "data", retention
+
+
+async def _from_form(request: Request) -> tuple[bytes, str, Retention]:
+    settings = gateway_of(request).settings
+    async with request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=1024) as form:
+        retention = _retention(validate(_form_values(form), ImageChange), settings)
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise invalid("'file' is required, as a file", param="file")
+        check_size(file.size or 0, settings.max_image_bytes, "file")
+        return await file.read(), "file", retention
+
+
+def _form_values(form: FormData) -> dict[str, Any]:
+    """The fields beside the file, as JSON would have them."""
+    values: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name == "file":
+            continue
+        if name not in FORM_FIELDS:
+            raise invalid(f"the form takes the fields 'file', {', '.join(map(repr, FORM_FIELDS))}", param=name[:100])
+        if isinstance(value, UploadFile) or name in values:
+            raise invalid(f"'{name}' must be one text field", param=name)
+        values[name] = value
+    if "ttl" in values:
+        text = values["ttl"]
+        if not (text.isascii() and text.isdigit() and len(text) <= 10):
+            raise invalid("'ttl' must be a whole number of seconds", param="ttl")
+        values["ttl"] = int(text)
+    if "pinned" in values:
+        if values["pinned"] not in _TRUTH:
+            raise invalid("'pinned' must be true or false", param="pinned")
+        values["pinned"] = _TRUTH[values["pinned"]]
+    return values
+
+
+def _retention(body: ImageChange, settings: GatewaySettings) -> Retention:
+    """How an image is to be kept, within the gateway's limits. Raises INVALID_ARGUMENT; PERMISSION_DENIED for pins
+    where there are none."""
+    if body.ttl is not None and body.ttl > settings.max_image_ttl:
+        text = f"'ttl' is {body.ttl} seconds, the limit is {settings.max_image_ttl:.0f}"
+        raise invalid(text, param="ttl")
+    if body.ttl is not None and body.pinned:
+        raise invalid("give one of 'ttl' and 'pinned'", param="ttl")
+    if body.pinned and not settings.pinning:
+        raise LookonceError(ErrorKind.PERMISSION_DENIED, "pinning images is switched off here", param="pinned")
+    alias = None if body.alias is None else check_alias(body.alias, "alias")
+    pinned = False if body.ttl is not None and body.pinned is None else body.pinned
+    return Retention(None if body.ttl is None else float(body.ttl), pinned, alias)

@@ -28,11 +28,11 @@ log = structlog.get_logger(__name__)
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are `serve`'s own: uvicorn would raise them again after draining, and the exit status with them."""
+        """Signals are `listen`'s own: uvicorn would raise them again after draining, and the exit status with them."""
         yield
 
 
-async def serve(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], None]) -> None:
+async def listen(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT; requests under way get the grace time. Raises CONFLICT when it can't listen,
     INVALID_ARGUMENT for a certificate that can't be used."""
     if settings.tls_certificate is not None:

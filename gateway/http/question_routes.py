@@ -15,10 +15,8 @@ from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.error_bodies import error_body
 from gateway.http.event_stream import EventStream, until_disconnect
-from gateway.http.field_errors import read_json
-from gateway.http.openapi import answers, json_body, operation
-from gateway.http.request_images import pixels_of
-from gateway.http.route import caller_of, gateway_of, json_response
+from gateway.http.openapi import or_events
+from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.question_bodies import Parameters, Question, QuestionsRequest
@@ -27,24 +25,19 @@ from gateway.schemas.sampling_fields import stop_list, to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
 
-router = APIRouter()
+router = APIRouter(tags=["images"], route_class=Route)
 
 
 @router.post(
     "/v1/images/{image_id}/questions",
-    openapi_extra=operation(
-        "askQuestions",
-        "Ask questions about an image",
-        json_body(QuestionsRequest, examples.QUESTIONS),
-        answers(Answers, examples.ANSWERS, event=Answer, events=examples.events(examples.ANSWER, examples.WEIGHED)),
-    ),
-    tags=["images"],
+    summary="Ask questions about an image",
+    response_model=Answers,
+    responses=or_events(Answer, examples.ANSWER, examples.CHOSEN),
 )
-async def ask(request: Request, image_id: str) -> Response:
+async def ask_questions(request: Request, image_id: str, body: QuestionsRequest) -> Response:
     """Ask all questions concurrently: one JSON in the order asked, or events in order of completion."""
     gateway, caller = gateway_of(request), caller_of(request)
     record = await gateway.images.get(image_id, caller.tenant)
-    body = await read_json(request, QuestionsRequest)
     if not body.stream:
         return json_response(await until_disconnect(request, answer_all(record, body, gateway, caller)))
     questions = await _questions(record, body, gateway)

@@ -1,66 +1,73 @@
-"""/v1/models, and what operators look at: health, readiness, metrics."""
+"""/v1/models, what operators look at (health, readiness, metrics), and what there is in place of others' routes."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from gateway.http import examples
-from gateway.http.openapi import answers, answers_text, operation
 from gateway.http.route import gateway_of, json_response
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
 from gateway.served_model import no_such_model
+from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
 
-router = APIRouter()
+models = APIRouter(tags=["models"])
+operation = APIRouter(tags=["operation"])
+unserved = APIRouter(include_in_schema=False)
+CHAT = "/v1/chat/completions"
+INSTEAD = {
+    "/v1/responses": CHAT,
+    "/v1/responses/{rest:path}": CHAT,
+    "/v1/completions": CHAT,
+    "/v1/messages": CHAT,
+    "/v1/messages/{rest:path}": CHAT,
+    "/v1/embeddings": "/v1/images, whose embeddings stay inside",
+    "/v1/images/generations": "/v1/images, which takes images and makes none",
+    "/v1/images/edits": "/v1/images, which takes images and makes none",
+    "/v1/score": "/v1/images/{id}/questions with choices",
+    "/v1/rerank": "/v1/images/{id}/questions with choices",
+    "/tokenize": "the usage in each answer of " + CHAT,
+    "/detokenize": CHAT,
+}
+"""Paths of OpenAI's and vLLM's routes that clients try and this server hasn't, and what serves the purpose here."""
 
 
-@router.get(
-    "/v1/models",
-    openapi_extra=operation("listModels", "List models", answers(ModelList, examples.MODELS)),
-    tags=["models"],
-)
-async def models(request: Request) -> Response:
+@models.get("/v1/models", summary="List models", response_model=ModelList)
+async def list_models(request: Request) -> dict[str, Any]:
     """The one model that is served, once for each of its names."""
     card = await gateway_of(request).model.card()
-    return json_response({"object": "list", "data": [card.to_openai(name) for name in card.names]})
+    return {"object": "list", "data": [card.to_openai(name) for name in card.names]}
 
 
-@router.get(
-    "/v1/models/{model:path}",
-    openapi_extra=operation("getModel", "Look at a model", answers(Model, examples.MODEL)),
-    tags=["models"],
-)
-async def model(request: Request, model: str) -> Response:
+@models.get("/v1/models/{model:path}", summary="Look at a model", response_model=Model)
+async def get_model(request: Request, model: str) -> dict[str, Any]:
     """The model, if that is one of its names; "lookonce" always is."""
     card = await gateway_of(request).model.card()
     if not card.is_named(model):
         raise no_such_model(card)
-    return json_response(card.to_openai(model))
+    return card.to_openai(model)
 
 
-@router.head("/healthz", include_in_schema=False)
-@router.get(
-    "/healthz",
-    openapi_extra=operation("health", "Whether the process runs", answers(Health, examples.HEALTH)),
-    tags=["operation"],
-)
-async def healthz() -> Response:
+@operation.head("/healthz", include_in_schema=False)
+@operation.get("/healthz", summary="Whether the process runs", response_model=Health)
+async def health() -> dict[str, Any]:
     """Whether the process runs."""
-    return json_response({"status": "ok"})
+    return {"status": "ok"}
 
 
-@router.head("/readyz", include_in_schema=False)
-@router.get(
+@operation.head("/readyz", include_in_schema=False)
+@operation.get(
     "/readyz",
-    openapi_extra=operation(
-        "readiness", "Whether requests can be answered", answers(Readiness, examples.READINESS, statuses=(200, 503))
-    ),
-    tags=["operation"],
+    summary="Whether requests can be answered",
+    response_model=Readiness,
+    responses={503: {"model": Readiness}},
 )
-async def readyz(request: Request) -> Response:
+async def readiness(request: Request) -> Response:
     """Ready while a language service answers: cached images can be asked about. Without a vision service or with a
     degraded store the gateway stays ready, and says so. Counts only, no addresses: anyone may ask."""
     gateway = gateway_of(request)
@@ -69,43 +76,52 @@ async def readyz(request: Request) -> Response:
     parts = {
         "language": {"serving": sum(language.values()), "configured": len(language)},
         "vision": {"serving": sum(vision.values()), "configured": len(vision)},
-        "image_store": "degraded" if gateway.shelf.degraded else "ok",
+        "image_store": "degraded" if gateway.records.degraded else "ok",
     }
-    whole = all(vision.values()) and all(language.values()) and not gateway.shelf.degraded
+    whole = all(vision.values()) and all(language.values()) and not gateway.records.degraded
     status = "unavailable" if not ready else "ready" if whole else "degraded"
     return json_response({"status": status, "parts": parts}, 200 if ready else 503)
 
 
-@router.head("/health", include_in_schema=False)
-@router.get(
+@operation.head("/health", include_in_schema=False)
+@operation.get(
     "/health",
-    openapi_extra=operation(
-        "healthOfAll", "The same, as vLLM names it", answers(Readiness, examples.READINESS, statuses=(200, 503))
-    ),
-    tags=["operation"],
+    summary="The same, as vLLM names it",
+    response_model=Readiness,
+    responses={503: {"model": Readiness}},
 )
-async def health(request: Request) -> Response:
+async def health_of_all(request: Request) -> Response:
     """`/readyz` under the name that clients of vLLM ask for."""
-    return await readyz(request)
+    return await readiness(request)
 
 
-@router.head("/version", include_in_schema=False)
-@router.get(
-    "/version",
-    openapi_extra=operation("version", "Which version runs", answers(Version, examples.VERSION)),
-    tags=["operation"],
-)
-async def version() -> Response:
+@operation.head("/version", include_in_schema=False)
+@operation.get("/version", summary="Which version runs", response_model=Version)
+async def version() -> dict[str, Any]:
     """The version of the gateway."""
-    return json_response({"version": __version__})
+    return {"version": __version__}
 
 
-@router.head("/metrics", include_in_schema=False)
-@router.get(
+@operation.head("/metrics", include_in_schema=False)
+@operation.get(
     "/metrics",
-    openapi_extra=operation("metrics", "Measurements", answers_text("text/plain", examples.METRICS)),
-    tags=["operation"],
+    summary="Measurements",
+    response_class=PlainTextResponse,
+    responses={200: {"content": {"text/plain": {"example": examples.METRICS}}}},
 )
 async def metrics() -> Response:
     """Prometheus's text format."""
     return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _refuse(path: str, instead: str) -> None:
+    async def refuse(request: Request) -> Response:
+        text = f"this server has no {request.url.path[:100]}: use {instead}"
+        raise LookonceError(ErrorKind.NOT_FOUND, text)
+
+    others = () if path.startswith("/v1/images/") else ("GET", "HEAD", "DELETE")  # there they could be an image's
+    unserved.add_api_route(path, refuse, methods=["POST", *others])
+
+
+for _path, _instead in INSTEAD.items():
+    _refuse(_path, _instead)

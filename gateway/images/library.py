@@ -1,5 +1,5 @@
 """Images as a resource: kept under an id made from their bytes, for a time or pinned, by names of the tenant's own,
-encoded once, encoded again when an embedding is lost, erased everywhere. Never decodes a picture, never sees a tensor;
+encoded once, encoded again when an embedding is lost, erased everywhere. Never decodes an image, never sees a tensor;
 knows nothing of HTTP."""
 
 from __future__ import annotations
@@ -16,24 +16,17 @@ from gateway.auth import Tenant
 from gateway.images.aliases import MAX_ALIASES, Aliases, is_alias
 from gateway.images.encoder import Encoder
 from gateway.images.erasure import Eraser, Erasure, Traces
-from gateway.images.image_records import (
-    PINNED_SECONDS,
-    Change,
-    ImageRecord,
-    ImageRecords,
-    StoreOutage,
-    file_key,
-    variant,
-)
+from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
+from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from gateway.images.listing import Listing, Page
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
 from lookonce.core.single_flight import Flights
-from lookonce.core.stores import Store
 
-_ID = re.compile(r"img_([a-z2-7]{52})")
+ID_PREFIX = "img_"
+_ID = re.compile(rf"{ID_PREFIX}([a-z2-7]{{52}})")
 INLINE_HASH_BYTES = 1 << 20
 """Files up to this size are hashed on the event loop (0.2 ms); larger ones in a thread."""
 log = structlog.get_logger(__name__)
@@ -75,9 +68,8 @@ class ImageLibrary:
 
     def __init__(
         self,
-        store: Store,
-        spare: Store,
-        shelf: ImageRecords,
+        kept: StoreWithSpare,
+        records: ImageRecords,
         variants: Variants,
         encoder: Encoder,
         eraser: Eraser,
@@ -85,12 +77,11 @@ class ImageLibrary:
         ttl: float,
     ) -> None:
         self._variants = variants
-        self._aliases = Aliases(store, spare)
-        self._listing = Listing(store, spare, shelf)
-        self._store = store
-        self._spare = spare  # in memory, for what the store could not keep
-        self._shelf = shelf
-        self._traces = Traces(store, spare, shelf, self._aliases, self._listing)
+        self._kept = kept
+        self._aliases = Aliases(kept)
+        self._listing = Listing(kept, records)
+        self._records = records
+        self._traces = Traces(kept, records, self._aliases, self._listing)
         self._encoder = encoder
         self._eraser = eraser
         self._ttl = ttl  # seconds
@@ -108,14 +99,14 @@ class ImageLibrary:
         """Keep a file and have its embedding. A known file is not sent anywhere, unless `verify` (uploads: the vision
         service is asked whether it still has the embedding).
 
-        Raises IMAGE_INVALID or IMAGE_TOO_LARGE for what is no usable picture, UNAVAILABLE without a vision service.
+        Raises IMAGE_INVALID or IMAGE_TOO_LARGE for what is no usable image, UNAVAILABLE without a vision service.
         """
         digest = await _digest(data, tenant.digest_key)
         record = await self._known(digest)
         known, (served, *others) = None, self._variants.in_order(digest)
         if record is not None and not record.deleted:
-            known = record.references.get(variant(max_pixels, served.name))
-            left = record.expires - self._shelf.now()
+            known = record.references.get(resize_key(max_pixels, served.name))
+            left = record.expires - self._records.now()
             if known is not None and not verify and left > self._lifetime(record) / 2:
                 return record, Resolved(known, "hit", 0.0, served.name)
         try:
@@ -131,13 +122,13 @@ class ImageLibrary:
                 )
             else:
                 raise
-        async with self._shelf.held(digest):
+        async with self._records.held(digest):
             old = await self._known(digest, held=True)
             if old is None or old.deleted:
                 changed = 0.0 if old is None else old.changed
-                old = ImageRecord(digest, tenant.name, len(data), self._shelf.now(), 0, changed=changed)
+                old = ImageRecord(digest, tenant.name, len(data), self._records.now(), 0, changed=changed)
             record = replace(self._kept_for(old, retention), upload=secrets.token_hex(8))
-            record = record.with_reference(variant(max_pixels, resolved.variant), resolved.reference)
+            record = record.with_reference(resize_key(max_pixels, resolved.variant), resolved.reference)
             await self._keep(record, data)
             await self._save(record)
             await self._listing.add(record)
@@ -148,14 +139,14 @@ class ImageLibrary:
     async def _known(self, digest: bytes, *, held: bool = False) -> ImageRecord | None:
         """The record, afresh if it is held; without a store that can tell, an upload is kept all the same."""
         try:
-            return await self._shelf.load(digest, fresh=held, held=held)
+            return await self._records.load(digest, fresh=held, held=held)
         except StoreOutage:
             return None
 
     async def get(self, identifier: str, tenant: Tenant, *, fresh: bool = False, held: bool = False) -> ImageRecord:
         """The image of that id or alias. Raises NOT_FOUND, also when it is another tenant's."""
         digest, created = await self._digest_of(identifier, tenant)
-        record = await self._shelf.load(digest, fresh=fresh, held=held)
+        record = await self._records.load(digest, fresh=fresh, held=held)
         if record is None or record.deleted or record.tenant != tenant.name:
             raise not_found()
         if created is not None and record.created != created and identifier not in record.aliases:
@@ -170,7 +161,7 @@ class ImageLibrary:
     async def change(self, identifier: str, tenant: Tenant, retention: Retention) -> ImageRecord:
         """Keep the image differently from now on. Raises NOT_FOUND."""
         record = await self.get(identifier, tenant, fresh=True)
-        async with self._shelf.held(record.digest):
+        async with self._records.held(record.digest):
             record = self._kept_for(await self.get(record.id, tenant, fresh=True, held=True), retention)
             await self._keep(record, await self._file(record, tenant))
             await self._save(record)
@@ -196,7 +187,7 @@ class ImageLibrary:
     ) -> Resolved:
         """A variant's embedding of the image within `max_pixels`; encoded when there is none yet, from `data` or the
         kept file."""
-        known = record.references.get(variant(max_pixels, served.name))
+        known = record.references.get(resize_key(max_pixels, served.name))
         if known is not None:
             return Resolved(known, "hit", 0.0, served.name)
         return await self.renew(record, tenant, max_pixels, served=served, data=data)
@@ -213,8 +204,8 @@ class ImageLibrary:
         """Encode again, from `data` or the kept file: the embedding was lost, or is another encoder's."""
         data = await self._file(record, tenant) if data is None else data
         resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
-        name, reference = variant(max_pixels, served.name), resolved.reference
-        if await self._shelf.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
+        name, reference = resize_key(max_pixels, served.name), resolved.reference
+        if await self._records.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
             # erased while it was encoded: leave nothing behind
             await self._eraser.forget([reference.key], [reference.image_digest])
             raise not_found()
@@ -225,14 +216,14 @@ class ImageLibrary:
 
         Asking again is right while an earlier erasure is incomplete."""
         digest, _ = await self._digest_of(identifier, tenant)
-        record = await self._shelf.load(digest, fresh=True)
+        record = await self._records.load(digest, fresh=True)
         if record is None or record.tenant != tenant.name or record.erased:
             raise not_found()
         return Erased(record.id, await Erasure(record, self._traces, self._eraser).begin())
 
     async def _digest_of(self, identifier: str, tenant: Tenant) -> tuple[bytes, float | None]:
         """The digest in an id; or that behind an alias, with when its image was made."""
-        if not is_alias(identifier):
+        if identifier.startswith(ID_PREFIX) or not is_alias(identifier):
             return parse_id(identifier), None
         found = await self._aliases.find(tenant.name, identifier)
         if found is None:
@@ -249,12 +240,12 @@ class ImageLibrary:
             found = None
         await self._aliases.point(alias, record)
         if found is not None and found[0] != record.digest:
-            await self._shelf.revise(found[0], lambda former: former.without_alias(alias))
+            await self._records.revise(found[0], lambda former: former.without_alias(alias))
         return await self._revise(record.digest, lambda one: one.with_alias(alias))
 
     async def _revise(self, digest: bytes, change: Change) -> ImageRecord:
         """The record, changed. Raises NOT_FOUND when the image was erased meanwhile."""
-        record = await self._shelf.revise(digest, change)
+        record = await self._records.revise(digest, change)
         if record is None:
             raise not_found()
         return record
@@ -268,13 +259,13 @@ class ImageLibrary:
     def _kept_for(self, record: ImageRecord, retention: Retention) -> ImageRecord:
         pinned = record.pinned if retention.pinned is None else retention.pinned
         record = replace(record, ttl=record.ttl if retention.ttl is None else retention.ttl, pinned=pinned)
-        return replace(record, expires=self._shelf.now() + self._lifetime(record))
+        return replace(record, expires=self._records.now() + self._lifetime(record))
 
     async def _encode(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
     ) -> Resolved:
         """One call for all who want the same embedding at once; it lives on when they go away."""
-        key = (digest, variant(max_pixels, served.name))
+        key = (digest, resize_key(max_pixels, served.name))
         resolved, joined = await self._flights.run(
             key, lambda: self._send(served, digest, data, tenant, max_pixels), keep=lambda: True
         )
@@ -291,26 +282,21 @@ class ImageLibrary:
         """Keep the file. Raises INVALID_ARGUMENT when there is no room for a pinned one, StoreOutage when one could not
         be kept for good: memory is no place for that."""
         key, ttl = file_key(record.digest), self._lifetime(record)
-        try:
-            if await self._store.put(key, data, ttl=ttl):
-                return
-        except StoreOutage:
-            if record.pinned:
-                raise
-        if record.pinned:
+        if not record.pinned:
+            await self._kept.put(key, data, ttl=ttl)
+        elif not await self._kept.store.put(key, data, ttl=ttl):
             text = "there is no room for more pinned images: unpin or erase some, or let this one expire"
             raise invalid(text, param="pinned")
-        await self._spare.put(key, data, ttl=ttl)
 
     async def _save(self, record: ImageRecord) -> None:
         """Keep the record. Raises StoreOutage when that of a pinned image could not be kept for good."""
-        if not await self._shelf.save(record) and record.pinned:
+        if not await self._records.save(record) and record.pinned:
             raise StoreOutage
 
     async def _file(self, record: ImageRecord, tenant: Tenant) -> bytes:
         """The kept file. Raises NOT_FOUND when it is gone, StoreOutage when the store could not be asked."""
         outage: StoreOutage | None = None
-        for store in (self._spare, self._store):
+        for store in (self._kept.spare, self._kept.store):
             try:
                 value = await store.get(file_key(record.digest))
             except StoreOutage as error:

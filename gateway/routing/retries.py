@@ -49,12 +49,7 @@ class Attempts(Generic[C]):
     variant may stand in."""
 
     def __init__(
-        self,
-        variants: Sequence[Variant],
-        half: Callable[[Variant], Replicas[C]],
-        key: bytes,
-        *,
-        reconnect_wait: float,
+        self, variants: Sequence[Variant], half: Callable[[Variant], Replicas[C]], key: bytes, *, reconnect_wait: float
     ) -> None:
         """`key` chooses the replica; `reconnect_wait`: seconds to wait for one of the last variant to come back."""
         self._half, self._key, self._reconnect_wait = half, key, reconnect_wait
@@ -158,8 +153,8 @@ class Attempts(Generic[C]):
     async def _another(self, error: LookonceError, endpoint: Endpoint[C]) -> bool:
         if error.kind is ErrorKind.UNAVAILABLE and not self._retried:
             self._retried, self._avoid = True, endpoint
-            patience = 0.0 if self._waiting else self._reconnect_wait
-            return self._replicas.any_live(endpoint) or await self._replicas.wait(patience)
+            seconds = 0.0 if self._waiting else self._reconnect_wait
+            return self._replicas.any_live(endpoint) or await self._replicas.wait(seconds)
         if error.kind is ErrorKind.OVERLOADED and not self._escaped and self._replicas.any_live(endpoint):
             self._escaped, self._avoid = True, endpoint
             return True

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.body import Body
+from gateway.schemas.body import Body, by_field, text_or_list, text_or_object
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 from gateway.schemas.question_bodies import Detail, Stop
 from gateway.schemas.sampling_fields import MaxTokens, Sampling
-from gateway.schemas.unions import by_field, text_or_list, text_or_object
 
 REFERENCE = "lookonce:"
 """Begins the URL of an image that is kept: its id or an alias follows."""
@@ -26,14 +25,14 @@ class TextPart(PartFields):
 
 
 class ImageUrl(Body):
-    """Where the picture is: an https:, http: or data: URL, or "lookonce:IMAGE_ID". `detail` bounds its pixels."""
+    """Where the image is: an https:, http: or data: URL, or "lookonce:IMAGE_ID". `detail` bounds its pixels."""
 
     url: Url
     detail: Detail | None = None
 
 
 class ImageUrlPart(PartFields):
-    """A picture. `uuid` is vLLM's: a name for the picture by which a later request means it, without an `image_url`."""
+    """An image. `uuid` is vLLM's: a name for the image by which a later request means it, without an `image_url`."""
 
     type: Literal["image_url"]
     image_url: (
@@ -45,7 +44,7 @@ class ImageUrlPart(PartFields):
     @model_validator(mode="after")
     def _named(self) -> ImageUrlPart:
         if self.image_url is None and not self.uuid:
-            raise ValueError("'image_url' is required, or the 'uuid' of an earlier picture")
+            raise ValueError("'image_url' is required, or the 'uuid' of an earlier image")
         return self
 
     @property
@@ -57,7 +56,7 @@ class ImageUrlPart(PartFields):
 
     @property
     def field(self) -> str:
-        """Where in the part the picture is named."""
+        """Where in the part the image is named."""
         if self.image_url is None:
             return "uuid"
         return "image_url" if isinstance(self.image_url, str) else "image_url.url"
@@ -90,7 +89,7 @@ class SystemMessage(MessageFields):
 
 
 class UserMessage(MessageFields):
-    """The user's turn: text and pictures."""
+    """The user's turn: text and images."""
 
     role: Literal["user"]
     content: UserContent

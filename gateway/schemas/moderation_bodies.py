@@ -6,10 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.schemas.body import Body
+from gateway.schemas.body import Body, by_field
 from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
 from gateway.schemas.responses import Answered
-from gateway.schemas.unions import by_field
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -29,7 +28,7 @@ Part = Annotated[
 
 class ModerationRequest(Body):
     """POST /v1/moderations. A string: one result; a list of strings: one result each; a list of parts (text and
-    pictures): one result for all of them together."""
+    images): one result for all of them together."""
 
     input: Annotated[
         Annotated[Text, Tag("(text)")]
