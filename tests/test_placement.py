@@ -64,7 +64,7 @@ def test_plan_doctor_and_both_services_agree_on_a_cpu(checkpoints, stored):
     path = checkpoints[stored]
     vision = load(VisionSettings(model=str(path), device="cpu"))
     language = load_language(LanguageSettings(model=str(path), device="cpu"))
-    served = {dtype_name(vision.encoder.dtype), dtype_name(language.dtype)}
+    served = {dtype_name(vision.encoder.dtype), language.engine.describe().model.dtype}
     assert served == planned(path, Device("cpu", 64 * GIB)) == diagnosed(path, None) == {"float32"}
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lm_service import device_map
+from lm_service.engine.packed import device_map
 from lm_service.engine.packed.device_map import place, wanted
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.layer_split import layers_of, parse, spread

@@ -79,7 +79,7 @@ class PackedEngine:
         self._stems_from = self.options.stems_from(model.shape.device.type)
         self._context = self.options.context_tokens or model.shape.context
         self._table, self._end_ids = table, end_ids
-        self._loader: EmbeddingLoader | None = None
+        self._loader: EmbeddingLoader  # from `start` on
         self._core = EngineCore(model, self.options, self._ask_for_embeddings)
         self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[packed.Request, _Stream] = {}
@@ -354,7 +354,7 @@ class PackedEngine:
         rows: list[torch.Tensor] = []
         source = EmbeddingSource.NONE
         try:
-            for span in prefill.node.images if self._loader is not None else ():
+            for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
                 check_embedding(tensor, span.reference, self._shape)
                 rows.append(tensor)
