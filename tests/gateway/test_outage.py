@@ -19,7 +19,7 @@ from tests.gateway.test_failures import eventually, lose_everything
 from tests.system.campaign.proxy import Proxy
 from tests.valkey import ValkeyServer
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 QUICK = "connect_timeout=500ms&socket_timeout=500ms&operation_timeout=1s"
 
 
@@ -64,8 +64,10 @@ def refused(reply: httpx2.Response) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["reset", pytest.param("half", marks=pytest.mark.slow)])
-def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(scene: Scene, picture: Picture, mode: str) -> None:
-    data = picture()
+def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(
+    scene: Scene, image_file: ImageFile, mode: str
+) -> None:
+    data = image_file()
     scene.proxy.set(mode)
     reply = upload(scene.first, data, pinned="true")
     assert refused(reply), reply.text
@@ -73,8 +75,8 @@ def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(scene: Scen
     assert eventually(lambda: upload(scene.first, data, pinned="true").status_code in (200, 201))
 
 
-def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, picture: Picture) -> None:
-    image = upload(scene.first, picture(), alias="cat").json()["id"]
+def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, image_file: ImageFile) -> None:
+    image = upload(scene.first, image_file(), alias="cat").json()["id"]
     scene.proxy.set("reset")
     for path in (f"/v1/images/{image}", "/v1/images/cat", "/v1/images"):
         reply = scene.second.get(path)
@@ -85,8 +87,10 @@ def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, picture: Picture
     assert scene.second.get("/v1/images").json()["data"][0]["id"] == image
 
 
-def test_a_kept_file_that_could_not_be_read_is_not_gone(scene: Scene, services: Services, picture: Picture) -> None:
-    image = upload(scene.first, picture()).json()["id"]
+def test_a_kept_file_that_could_not_be_read_is_not_gone(
+    scene: Scene, services: Services, image_file: ImageFile
+) -> None:
+    image = upload(scene.first, image_file()).json()["id"]
     lose_everything(services, image)
     scene.proxy.set("reset")
     reply = scene.first.post(f"/v1/images/{image}/questions", json={"questions": ["What?"], "max_tokens": 2})
@@ -95,9 +99,9 @@ def test_a_kept_file_that_could_not_be_read_is_not_gone(scene: Scene, services: 
 
 
 def test_an_image_that_came_with_the_request_needs_no_kept_file(
-    scene: Scene, services: Services, picture: Picture
+    scene: Scene, services: Services, image_file: ImageFile
 ) -> None:
-    data = picture()
+    data = image_file()
     first = chat(scene.first, data)
     assert first.status_code == 200, first.text
     lose_everything(services, upload(scene.second, data).json()["id"])
@@ -110,9 +114,9 @@ def test_an_image_that_came_with_the_request_needs_no_kept_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["half", "hang"])
 def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_before_it(
-    scene: Scene, picture: Picture, mode: str
+    scene: Scene, image_file: ImageFile, mode: str
 ) -> None:
-    data = picture()
+    data = image_file()
     image = upload(scene.first, data).json()["id"]
     assert scene.first.delete(f"/v1/images/{image}").json()["complete"] is True
     assert scene.first.get(f"/v1/images/{image}").status_code == 404
@@ -133,9 +137,9 @@ def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_befo
         assert client.exists(f"lookonce:images:{file_key(parse_id(image)).hex()}"), "the file, too, is in Redis again"
 
 
-def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, picture: Picture) -> None:
+def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, image_file: ImageFile) -> None:
     """A gateway that can't see that an image is pinned and named keeps it all the same, and joins both afterwards."""
-    data = picture()
+    data = image_file()
     image = upload(scene.first, data, pinned="true", alias="kept").json()["id"]
     scene.proxy.set("reset")
     assert upload(scene.second, data).status_code in (200, 201)
