@@ -24,7 +24,7 @@ from lookonce.core.process import heap_frozen, leave_after, serve_to_end
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.settings import command
 from lookonce.core.stores import Store, open_store
-from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.stores.wrappers import SealedStore
 from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 from lookonce.moderation.policy import read_policy
 

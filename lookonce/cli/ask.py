@@ -118,7 +118,7 @@ def _stream(api: Api, image_id: str, turns: list[str], max_tokens: int | None) -
     messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, {"type": "text", "text": turns[0]}]}]
     for number, text in enumerate(turns[1:], start=1):
         messages.append({"role": "assistant" if number % 2 else "user", "content": text})
-    for chunk in api.chat(api.models()[0], messages, max_tokens):
+    for chunk in api.stream(api.model(), messages, max_tokens):
         for choice in chunk["choices"]:
             yield choice["delta"].get("content") or ""
 

@@ -155,7 +155,7 @@ def _stop_on_signals(job: Any) -> None:
 
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
-    from lookonce.core.rpc.server import Tls
+    from lookonce.core.rpc.tls import Tls
     from lookonce.moderation.batch.connect import Addresses
     from lookonce.moderation.batch.service_pool import Patience
 

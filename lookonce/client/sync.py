@@ -129,25 +129,21 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    reply = self._http.send(self._http.build_request(**self._connection.request(call)))
-                return self._connection.result(call, reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return tenacity.Retrying(**self._connection.attempts(call))(
+            lambda: self._connection.result(call, self._reply(call))
+        )
 
-    def _open(self, call: Call[Any]) -> Events:
-        """The events of an answer, which has begun."""
-        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    request = self._http.build_request(**self._connection.request(call))
-                    reply = self._http.send(request, stream=True)
-                    if reply.status_code >= 300:
-                        reply.read()
-                self._connection.check(reply)
-                return Events(reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    def _open(self, call: Call[Any]) -> httpx2.Response:
+        """An answer that has begun, to be closed."""
+        return tenacity.Retrying(**self._connection.attempts(call))(self._reply, call, stream=True)
+
+    def _reply(self, call: Call[Any], *, stream: bool = False) -> httpx2.Response:
+        with self._connection.reaching():
+            reply = self._http.send(self._http.build_request(**self._connection.request(call)), stream=stream)
+            if reply.status_code >= 300:
+                reply.read()
+        self._connection.check(reply)
+        return reply
 
 
 class Image(ImageBase):
@@ -245,7 +241,7 @@ class Image(ImageBase):
     ) -> Generator[tuple[int, Answer], None, None]:
         for batch in calls.batches(self.id, questions, options):
             seen = 0
-            with closing(self._client._open(batch.call)) as events:
+            with closing(self._client._open(batch.call)) as reply, closing(events_of(reply)) as events:
                 for event in events:
                     yield batch.answer(event)
                     seen += 1
@@ -260,8 +256,8 @@ class TextStream:
     so far, when the connection breaks.
     """
 
-    def __init__(self, events: Events) -> None:
-        self._events = events
+    def __init__(self, reply: httpx2.Response) -> None:
+        self._reply = reply
         self._assembly = TextAssembly()
         self._pieces = self._read()
 
@@ -282,7 +278,7 @@ class TextStream:
     def close(self) -> None:
         """Stop."""
         self._pieces.close()
-        self._events.close()
+        self._reply.close()
 
     def __enter__(self) -> Self:
         return self
@@ -294,35 +290,21 @@ class TextStream:
 
     def _read(self) -> Generator[str, None, None]:
         try:
-            for event in self._events:
-                piece = self._assembly.take(event)
-                if piece:
-                    yield piece
+            with closing(events_of(self._reply)) as events:
+                for event in events:
+                    if piece := self._assembly.take(event):
+                        yield piece
         except StreamInterrupted as error:
             error.text = self.text
             raise
         finally:
-            self._events.close()
+            self._reply.close()
 
 
-class Events:
+def events_of(reply: httpx2.Response) -> Generator[dict[str, Any], None, None]:
     """The events of an answer that has begun."""
-
-    def __init__(self, reply: httpx2.Response) -> None:
-        self._reply = reply
-        self._events = self._read()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._events
-
-    def close(self) -> None:
-        """Stop."""
-        self._events.close()
-        self._reply.close()
-
-    def _read(self) -> Generator[dict[str, Any], None, None]:
-        reader = EventReader()
-        with streaming():
-            for piece in self._reply.iter_bytes():
-                yield from reader.feed(piece)
-        reader.end()
+    reader = EventReader()
+    with streaming():
+        for chunk in reply.iter_bytes():
+            yield from reader.feed(chunk)
+    reader.end()

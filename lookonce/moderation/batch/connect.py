@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lookonce.core.errors import invalid
 from lookonce.core.rpc.client import LanguageClient, VisionClient
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 from lookonce.moderation.batch.judge import Judge, other_model
 from lookonce.moderation.batch.poison_isolation import PoisonIsolation
 from lookonce.moderation.batch.run_identity import Models, language_fingerprint
