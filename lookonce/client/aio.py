@@ -23,7 +23,7 @@ from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Mo
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import Picture
+    from lookonce.client.image_bytes import ImageSource
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class AsyncClient:
 
     >>> async with lookonce.AsyncClient() as client:
     ...     image = await client.image("photo.jpg")
-    ...     answer = await image.ask("What is in the picture?")
+    ...     answer = await image.ask("What is in the image?")
     ...     async for piece in await image.ask("Describe it.", stream=True):
     ...         print(piece, end="", flush=True)
     """
@@ -50,9 +50,9 @@ class AsyncClient:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.AsyncClient(**self._connection.http_options())
 
-    async def image(self, picture: Picture) -> AsyncImage:
+    async def image(self, source: ImageSource) -> AsyncImage:
         """See Client.image. Files are read in a thread."""
-        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, picture)))
+        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, source)))
 
     async def models(self) -> list[Model]:
         """See Client.models."""
@@ -127,7 +127,7 @@ class AsyncClient:
 
 
 class AsyncImage(ImageBase):
-    """A picture that the gateway has; made by `AsyncClient.image`."""
+    """An image that the gateway has; made by `AsyncClient.image`."""
 
     def __init__(self, client: AsyncClient, info: ImageInfo) -> None:
         super().__init__(info)

@@ -16,7 +16,7 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer. `cached_tokens` of the prompt were in the KV cache already; `image_tokens` are those of
-    pictures."""
+    images."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -35,7 +35,7 @@ class Receipt:
     """What an answer reused and what it cost; times are milliseconds.
 
     `embedding`: "hit" (kept from before), "coalesced" (encoded together with another request), "miss" (encoded for
-    this one), None without a picture. `prefix`: whether the KV cache of the picture was there.
+    this one), None without an image. `prefix`: whether the KV cache of the image was there.
     """
 
     embedding: Literal["hit", "miss", "coalesced"] | None

@@ -22,7 +22,7 @@ from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Mo
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import Picture
+    from lookonce.client.image_bytes import ImageSource
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Client:
 
     >>> with lookonce.Client("http://127.0.0.1:8000") as client:
     ...     image = client.image("photo.jpg")
-    ...     print(image.ask("What is in the picture?"))
+    ...     print(image.ask("What is in the image?"))
 
     `base_url` and `api_key` default to LOOKONCE_URL and LOOKONCE_API_KEY. `timeout` is in seconds, between bytes (600
     by default; 5 to connect), or httpx2's Timeout. A call that could not connect, or was answered 429 or 503, is tried
@@ -53,22 +53,22 @@ class Client:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.Client(**self._connection.http_options())
 
-    def image(self, picture: Picture) -> Image:
-        """Upload a picture once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
+    def image(self, source: ImageSource) -> Image:
+        """Upload an image once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
 
         >>> client.image("photo.jpg").tokens
         391
 
-        Raises ImageError for what is no picture, NotFoundError for an unknown id.
+        Raises ImageError for what is no image, NotFoundError for an unknown id.
         """
-        return Image(self, self._send(calls.upload(picture)))
+        return Image(self, self._send(calls.upload(source)))
 
     def models(self) -> list[Model]:
         """The models served."""
         return self._send(calls.models())
 
     def moderate(self, *content: Any) -> Moderation:
-        """Judge texts and pictures together by the gateway's policy. Pictures are images of this client, or the API's
+        """Judge texts and images together by the gateway's policy. Images are those of this client, or the API's
         parts.
 
         >>> verdict = client.moderate(image, "Brand new, never worn")
@@ -147,7 +147,7 @@ class Client:
 
 
 class Image(ImageBase):
-    """A picture that the gateway has; made by `Client.image`."""
+    """An image that the gateway has; made by `Client.image`."""
 
     def __init__(self, client: Client, info: ImageInfo) -> None:
         super().__init__(info)
@@ -165,7 +165,7 @@ class Image(ImageBase):
         >>> answer = image.ask("What does the sign say?", max_tokens=20)
         >>> answer.text, answer.receipt.embedding
         ('No parking', 'hit')
-        >>> for piece in image.ask("Describe the picture.", stream=True):
+        >>> for piece in image.ask("Describe the image.", stream=True):
         ...     print(piece, end="", flush=True)
         """
         if stream:

@@ -81,7 +81,7 @@ class EmbeddingReference:
     image_digest: bytes  # 32 bytes
     grid_thw: tuple[int, int, int]  # patches before merging
     tokens: int  # == t*h*w / merge²
-    width: int  # pixels of the source picture, after EXIF orientation
+    width: int  # pixels of the source image, after EXIF orientation
     height: int
     record_bytes: int = 0
 

@@ -1,4 +1,4 @@
-"""Fetches what clients' URLs lead to, within an operator's rules. Knows nothing of pictures or of our own routes."""
+"""Fetches what clients' URLs lead to, within an operator's rules. Knows nothing of images or of our own routes."""
 
 from __future__ import annotations
 

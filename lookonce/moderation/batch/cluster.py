@@ -2,7 +2,7 @@
 
 The source is listed here and handed out with Ray Data in waves; each worker reads its inputs itself and reaches the
 services by their addresses. Rows come back in any order and go through the same ledger, so results and resuming are
-those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor. Pictures that
+those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor. Images that
 may be killing services are judged here, one by one, when no worker asks anything: at the end of a wave.
 """
 
@@ -70,7 +70,7 @@ def from_record(record: dict[str, Any]) -> Item:
 
 
 class Claims:
-    """An actor: who comes first with a picture judges it."""
+    """An actor: who comes first with an image judges it."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -131,7 +131,7 @@ async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], 
     ray = connect(made.settings.ray or "auto")
     tally = Tally.of(run.begun)
     claims = ray.remote(num_cpus=0)(Claims).remote()
-    waiting: dict[bytes, list[Row]] = {}  # rows whose picture another worker judges
+    waiting: dict[bytes, list[Row]] = {}  # rows whose image another worker judges
     inputs = items(made.source)
     size = min(WAVE, WAVE_PARTS * made.settings.part_rows)
     ended = False

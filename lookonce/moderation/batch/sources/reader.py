@@ -1,4 +1,4 @@
-"""Reads one picture's bytes, wherever it is, within limits; what passes by itself is tried again."""
+"""Reads one image's bytes, wherever it is, within limits; what passes by itself is tried again."""
 
 from __future__ import annotations
 
