@@ -18,8 +18,8 @@ class FileAt:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of a file, such as a member of a tar."""
+class FileRange:
+    """A range of bytes of a file, such as a member of a tar."""
 
     url: str
     offset: int
@@ -47,7 +47,7 @@ class Unusable:
     message: str
 
 
-Locator = FileAt | Span | WebUrl | Inline | Unusable
+Locator = FileAt | FileRange | WebUrl | Inline | Unusable
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from blake3 import blake3
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderation.batch.sources.filesystems import open_file, scheme_of, stat, translated
 from lookonce.moderation.batch.sources.folders import is_image
-from lookonce.moderation.batch.sources.items import Extent, Inline, Locator, Span
+from lookonce.moderation.batch.sources.items import Extent, FileRange, Inline, Locator
 
 
 class Tar:
@@ -36,7 +36,7 @@ class Tar:
         for archive, member in self._members():
             name = f"{self.description}#{member.name}"
             if self._plain:
-                yield name, Span(self.description, member.offset_data, member.size)
+                yield name, FileRange(self.description, member.offset_data, member.size)
                 continue
             with translated(self.description):
                 file = archive.extractfile(member)
