@@ -97,7 +97,7 @@ def plan_system(
         built.offer("dtype", f"{part}_dtype", "dtype")
         built.offer("quantization", f"{part}_quantization")
         built.offer("threads", f"{part}_threads", "threads")
-        built.offer("l1_bytes", f"{part}_l1_bytes")
+        built.offer("tensor_cache_bytes", f"{part}_tensor_cache_bytes")
         built.offer("store_bytes", "store_bytes")
         built.offer("grace", "grace")
         metrics = built.own("metrics_listen") or directory.socket_address(f"{name}-metrics")

@@ -12,7 +12,7 @@ import httpx2
 import pytest
 
 from gateway.images.image_records import file_key
-from gateway.images.images import parse_id
+from gateway.images.library import parse_id
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_failures import eventually, lose_everything

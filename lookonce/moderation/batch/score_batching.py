@@ -68,7 +68,8 @@ class ScoreCalls:
         wanted = [(items, future) for items, future in batch if not future.done()]  # others have gone meanwhile
         if not wanted:
             return
-        request = language_pb2.ScoreRequest(timeout=self._timeout, alone=self._isolated)
+        # `alone`: services of the last release know it by that name
+        request = language_pb2.ScoreRequest(timeout=self._timeout, isolated=self._isolated, alone=self._isolated)
         for items, _ in wanted:
             request.items.extend(items)
         try:
