@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from lm_service.engine.packed.execution.linear import gated_unit, linear
 from lookonce.models.devices import choose_device
+from lookonce.models.linear import gated_unit, linear
 from lookonce.models.quantization import Int8Matrix, check_usable
 
 TOWER = {"qkv": (1280, 3840), "proj": (1280, 1280), "fc1": (1280, 5120), "fc2": (5120, 1280)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.linear import (
+from lookonce.models.linear import (
     GatedUnit,
     LayerWeights,
     PlainGatedUnit,

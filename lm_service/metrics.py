@@ -55,7 +55,7 @@ class Metrics:
             "lookonce_lm_step_seconds", "One step of the engine, prefill and decode together.", buckets=_SHORT_SECONDS
         )
         self.refusals = Counter("lookonce_lm_refusals", "Requests refused at once because too many waited.")
-        self.l1_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
+        self.tensor_cache_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
         self._engine = _EngineCollector()
         REGISTRY.register(self._engine)
 
@@ -73,11 +73,10 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """See prometheus_client."""
         state = self.state_of()
-        now = {"running": state.running, "waiting": state.waiting, "prefix_bytes": state.prefix_bytes, **state.extra}
         for name, text in _ENGINE_GAUGES.items():
-            yield GaugeMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
+            yield GaugeMetricFamily(f"lookonce_lm_{name}", text, getattr(state, name))
         for name, text in _ENGINE_COUNTERS.items():
-            yield CounterMetricFamily(f"lookonce_lm_{name}", text, now.get(name, 0))
+            yield CounterMetricFamily(f"lookonce_lm_{name}", text, getattr(state, name))
 
 
 METRICS = Metrics()

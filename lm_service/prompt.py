@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from lm_service.engine.types import ImageSpan, Prompt
-from lm_service.positions import mrope_positions
 from lm_service.template import ChatTemplate, Turn
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.family import Family
 
 ROLES = ("system", "user", "assistant")
 SHORT = 4096
@@ -38,18 +40,21 @@ class PromptBuilder:
     def __init__(
         self,
         template: ChatTemplate,
+        family: Family,
+        config: dict[str, Any],
         *,
-        image_token_id: int,
-        merge_size: int,
         context_length: int,
         max_images: int,
         check_fingerprint: Callable[[EmbeddingReference], None],
     ) -> None:
-        """`check_fingerprint` raises FINGERPRINT_MISMATCH for an encoder that isn't this model's."""
+        """`config` is the checkpoint's config.json; `check_fingerprint` raises FINGERPRINT_MISMATCH for an encoder that
+        isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = image_token_id
-        self._merge_size = merge_size
+        self._image_token_id = family.special_tokens(config).image_id
+        self._tokens_of = partial(family.tokens_per_grid, config)
+        self._markers = partial(family.markers, config)
+        self._positions = partial(family.positions, config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
@@ -66,7 +71,8 @@ class PromptBuilder:
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
         token_ids, spans = self._expand(self.template.ids(turns, salt), images)
         self._check_size(len(token_ids), reserve)
-        positions, following = mrope_positions(len(token_ids), spans, self._merge_size)
+        layout = [(span.start, span.reference.grid_thw) for span in spans]
+        positions, following = self._positions(len(token_ids), layout)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
 
     def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
@@ -85,7 +91,7 @@ class PromptBuilder:
         if len(images) > self._max_images:
             raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
         for image in images:
-            image.check(self._merge_size)
+            image.check(self._tokens_of)
             self._check_fingerprint(image)
         return images
 
@@ -127,8 +133,11 @@ class PromptBuilder:
         for image in images:
             place = ids.index(self._image_token_id, begin)
             expanded += ids[begin:place]
-            spans.append(ImageSpan(len(expanded), image))
-            expanded += [self._image_token_id] * image.tokens
+            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            expanded += [self._image_token_id] * (span.end - span.start)
+            for at, token_id in span.markers:
+                expanded[span.start + at] = token_id
+            spans.append(span)
             begin = place + 1
         expanded += ids[begin:]
         return expanded, spans

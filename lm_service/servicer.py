@@ -37,15 +37,13 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         fingerprints: tuple[str, ...],
         max_tokens: int,
         max_timeout: float,
-        packs: bool = False,
     ) -> None:
-        """`packs`: see Scorer."""
         self._engine = engine
         self._builder = builder
         self._resolver = resolver
         self._replies = replies
         self._prompt_thread = PromptThread()
-        self._scorer = Scorer(engine, builder, replies, self._prompt_thread, packs=packs)
+        self._scorer = Scorer(engine, builder, replies, self._prompt_thread)
         self._model = model
         self._fingerprints = fingerprints
         self._max_tokens = min(max_tokens, builder.context_length)

@@ -19,9 +19,9 @@ def test_few_numbers_of_rows_are_left_and_few_rows_are_added():
 @pytest.mark.parametrize("native", [False, True])
 def test_the_processes_keep_few_products(tmp_path, native):
     """What oneDNN multiplies has a round number of rows, however many tokens a step has; our own products need none."""
-    from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
     from lookonce.models.checkpoint import Half, open_checkpoint
     from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+    from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
     from tests.modules import load_language_model
 
     checkpoint = open_checkpoint(str(make_random_checkpoint(tmp_path / "tiny", size="tiny")), needs=Half.LANGUAGE)
@@ -34,6 +34,7 @@ def test_the_processes_keep_few_products(tmp_path, native):
         assert q.shape[0] == k.shape[0] == v.shape[0] == tokens
         return q.reshape(tokens, -1)
 
+    attend.calls = None
     with torch.inference_mode():
         for tokens in range(40, 130):
             wanted = torch.arange(0, tokens, 2)

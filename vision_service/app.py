@@ -25,12 +25,10 @@ from lookonce.core.version import __version__
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_device, choose_dtype, dtype_name
+from lookonce.models.family import VisionEncoder
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
-from lookonce.models.qwen2_vl.preprocessing import Preprocessor
-from lookonce.models.qwen2_vl.resizing import smart_resize
-from lookonce.models.qwen2_vl.sizing import default_max_pixels
-from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.sizing import default_max_pixels
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service.core import CoreLimits, Model, VisionCore
 from vision_service.images import Decoder, ImageLimits
@@ -47,8 +45,7 @@ class Tower:
     """A loaded checkpoint and what it serves as."""
 
     checkpoint: Checkpoint
-    encoder: Encoder
-    preprocessor: Preprocessor
+    encoder: VisionEncoder
     model: Model
 
 
@@ -60,26 +57,26 @@ def load(settings: VisionSettings) -> Tower:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checked(settings.model, Half.VISION, settings.revision)
     dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
-    preprocessor = Preprocessor(checkpoint.preprocessor)
+    family = checkpoint.family
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
         hidden_size=checkpoint.hidden_size,
-        merge_size=checkpoint.merge_size,
+        least_pixels=family.least_pixels(checkpoint.config),
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint, device),
     )
     native = settings.kernels == "auto"
-    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization, native=native)
-    encoder.warm_up(preprocessor)
-    return Tower(checkpoint, encoder, preprocessor, model)
+    encoder = family.load_encoder(checkpoint, dtype, device, quantization=settings.quantization, native=native)
+    encoder.warm_up()
+    return Tower(checkpoint, encoder, model)
 
 
-def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Store) -> VisionCore:
+def build(settings: VisionSettings, tower: Tower) -> VisionCore:
     """Put the core together. Call on the event loop it will run on."""
+    store, shared = _open_stores(settings)
     return VisionCore(
         tower.model,
-        tower.encoder.encode,
-        tower.preprocessor,
+        tower.encoder,
         Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels)),
         store,
         shared=shared,
@@ -94,16 +91,16 @@ def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Sto
     )
 
 
-def open_stores(settings: VisionSettings) -> tuple[Store, Store]:
+def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     """What lookups go through (memory in front), and the tier that other processes see."""
     shared = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
-    if settings.l1_bytes == 0 or settings.store.strip().startswith("memory:"):
+    if settings.tensor_cache_bytes == 0 or settings.store.strip().startswith("memory:"):
         return shared, shared
-    nearest = MemoryStore(settings.l1_bytes, ttl=settings.store_ttl, namespace="embeddings")
+    nearest = MemoryStore(settings.tensor_cache_bytes, ttl=settings.store_ttl, namespace="embeddings")
     return TieredStore([nearest, shared]), shared
 
 
-def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
+def _description(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
     """Describe's answer, without the counters."""
     checkpoint, encoder = tower.checkpoint, tower.encoder
     return vision_pb2.VisionDescription(
@@ -136,13 +133,12 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
     started = time.monotonic()
     tower = await asyncio.to_thread(run_in_omp_thread, load, settings)
     keep_freed_memory()
-    store, shared = open_stores(settings)
-    core = build_core(settings, tower, store, shared)
+    core = build(settings, tower)
     core.start()
     try:
         server = Server(settings.server)
         shrunk = _shrunk(settings, tower)
-        servicer = VisionServicer(core, describe(settings, tower), shrunk=shrunk)
+        servicer = VisionServicer(core, _description(settings, tower), shrunk=shrunk)
         server.add(
             "lookonce.v1.VisionEncoder",
             partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
@@ -173,21 +169,15 @@ async def running(settings: VisionSettings) -> AsyncIterator[Server]:
             yield server
     finally:
         await core.close()
-        await store.close()
 
 
 def _shrunk(settings: VisionSettings, tower: Tower) -> Callable[[int, int], bool] | None:
-    """Whether a picture of a width and height is made smaller for the CPU's sake; None: none is."""
+    """Whether an image of a width and height is made smaller for the CPU's sake; None: none is."""
     most, own = tower.model.bounds[1], tower.model.own_bounds[1]
     if settings.max_pixels is not None or most >= own:
         return None
-    factor, least = tower.preprocessor.factor, tower.model.bounds[0]
-
-    def shrunk(width: int, height: int) -> bool:
-        rows, columns = smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=own)
-        return rows * columns > most
-
-    return shrunk
+    least, grid = tower.model.bounds[0], partial(tower.checkpoint.family.image_grid, tower.checkpoint.config)
+    return lambda width, height: grid(width, height, least, own) != grid(width, height, least, most)
 
 
 async def serve(settings: VisionSettings) -> None:
@@ -198,7 +188,7 @@ async def serve(settings: VisionSettings) -> None:
 
 
 def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
-    most = settings.max_pixels or default_max_pixels(checkpoint.max_pixels, device.type)
+    most = settings.max_pixels or default_max_pixels(checkpoint.family, checkpoint.max_pixels, device.type)
     least = settings.min_pixels or min(checkpoint.min_pixels, most)
     if least > most:
         raise LookonceError(

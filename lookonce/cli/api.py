@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from lookonce.client.sse import EventReader
+from lookonce.client.event_reader import EventReader
 from lookonce.core.errors import ErrorKind, LookonceError
 
 CONNECT_SECONDS = 5.0

@@ -123,11 +123,10 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
 
 
 def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
-    """Checkpoint and samples: the bundled ones, or a random-weight checkpoint and pictures drawn into `directory`."""
-    from lookonce.cli.model import BUNDLED
+    """Checkpoint and samples: the bundled ones, or the checkpoint named and images drawn into `directory`."""
+    from lookonce.cli.model import default_model
     from lookonce.core import sample_images
     from lookonce.models.checkpoint.check import check_checkpoint
-    from lookonce.models.checkpoint.digest import cache_dir
 
     if model is not None:
         path = next(iter(check_checkpoint(model).usable().values())).path
@@ -136,15 +135,7 @@ def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
                 ErrorKind.INVALID_ARGUMENT, "--model: the demo needs a whole checkpoint, not split halves"
             )
         return str(path), sample_images.drawn_samples(directory)
-    if (BUNDLED / "config.json").is_file() and sample_images.BUNDLED.is_file():
-        return str(BUNDLED), sample_images.bundled_samples()
-    path = cache_dir() / "demo" / "random-small-1"
-    if not (path / "config.json").is_file():
-        from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-
-        note(f"lookonce: making a checkpoint with random weights in {path}")
-        make_random_checkpoint(path, size="small")
-    return str(path), sample_images.drawn_samples(directory)
+    return default_model(), sample_images.bundled_samples()
 
 
 def unsplit(model: str, dtype: str, device: str, threads: int, items: list[tuple[Path, str]]) -> dict[str, Any]:

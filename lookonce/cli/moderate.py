@@ -19,8 +19,8 @@ from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
     from lookonce.moderation.batch.connect import Addresses
+    from lookonce.moderation.batch.run_plan import Plan
     from lookonce.moderation.batch.settings import ModerateSettings
-    from lookonce.moderation.batch.work import Plan
 
 INTERRUPTED = 130
 LATER = 75
@@ -74,10 +74,10 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
     import uvloop
 
     from lookonce.moderation.batch.estimate import estimate
+    from lookonce.moderation.batch.progress import print_summary
     from lookonce.moderation.batch.results import Results
     from lookonce.moderation.batch.run import Run, prepare
-    from lookonce.moderation.batch.summary import print_summary
-    from lookonce.moderation.batch.work import plan
+    from lookonce.moderation.batch.run_plan import plan
 
     made = plan(source, settings, addresses)
     if settings.dry_run:
@@ -104,7 +104,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
 
 async def _work(made: Plan, run: Any) -> int:
     from lookonce.moderation.batch.progress import line, reporting
-    from lookonce.moderation.batch.work import working
+    from lookonce.moderation.batch.run_plan import working
 
     total, every = made.manifest.identity.count, made.settings.progress_seconds
     with reporting(total, every, note, terminal=sys.stderr.isatty()) as report:

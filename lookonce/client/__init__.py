@@ -11,7 +11,7 @@ Knows only the public API. `calls` says what is sent and how answers are read; `
 """
 
 from lookonce.client.aio import AsyncClient, AsyncImage, AsyncTextStream
-from lookonce.client.errors import (
+from lookonce.client.exceptions import (
     ApiError,
     AuthenticationError,
     BadRequestError,
@@ -27,9 +27,9 @@ from lookonce.client.errors import (
     StreamInterrupted,
     UnavailableError,
 )
-from lookonce.client.options import Question, SamplingOptions
+from lookonce.client.request_options import Question, SamplingOptions
+from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 from lookonce.client.sync import Client, Image, TextStream
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 
 __all__ = [
     "Answer",

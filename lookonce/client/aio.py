@@ -14,12 +14,11 @@ import tenacity
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, streaming
-from lookonce.client.errors import StreamInterrupted
+from lookonce.client.event_reader import EventReader
+from lookonce.client.exceptions import StreamInterrupted
 from lookonce.client.image import ImageBase
-from lookonce.client.options import Question, QuestionOptions, SamplingOptions
-from lookonce.client.progress import Progress, reporting
-from lookonce.client.sse import EventReader
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation
+from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, reporting
+from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack

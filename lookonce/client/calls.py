@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
 
 from lookonce.client import image_bytes
-from lookonce.client.errors import StreamInterrupted, api_error
-from lookonce.client.options import Question, QuestionOptions, SamplingOptions, as_question, without_none
-from lookonce.client.types import Answer, Erasure, ImageInfo, Json, Model, Moderation, answer_of, completion_of
+from lookonce.client.exceptions import StreamInterrupted, api_error
+from lookonce.client.request_options import Question, QuestionOptions, SamplingOptions, as_question, without_none
+from lookonce.client.response_types import Answer, Erasure, ImageInfo, Json, Model, Moderation, answer_of, completion_of
 from lookonce.core.errors import invalid
 
 if TYPE_CHECKING:

@@ -13,12 +13,11 @@ import tenacity
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, streaming
-from lookonce.client.errors import StreamInterrupted
+from lookonce.client.event_reader import EventReader
+from lookonce.client.exceptions import StreamInterrupted
 from lookonce.client.image import ImageBase
-from lookonce.client.options import Question, QuestionOptions, SamplingOptions
-from lookonce.client.progress import Progress, reporting
-from lookonce.client.sse import EventReader
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation
+from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, reporting
+from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
@@ -39,7 +38,7 @@ class Client:
     by default; 5 to connect), or httpx2's Timeout. A call that could not connect, or was answered 429 or 503, is tried
     `retries` more times, after the pause the gateway asks for; never once an answer has begun. `http_client` replaces
     the client's own, for a proxy or a private certificate authority. May be shared by threads. Raises LookonceError
-    (see lookonce.client.errors for the kinds).
+    (see lookonce.client.exceptions for the kinds).
     """
 
     def __init__(

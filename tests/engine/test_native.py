@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.adapter import ModelShape, Stage
-from lm_service.engine.packed.execution.native.decode import NativeAttention, NativeSuffixes, Workspace, kernels_for
-from lm_service.engine.packed.execution.native.kernel_plan import PrefixSpan, Suffixes, native_plan
-from lm_service.engine.packed.execution.native.kernels import compiled
-from lm_service.engine.packed.execution.native.rows import rows_for
+from lm_service.engine.packed.execution.kernel_attention import NativeAttention, NativeSuffixes, Workspace, kernels_for
+from lm_service.engine.packed.execution.kernel_plan import PrefixSpan, Suffixes, native_plan
 from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.kernels.attention.kernels import compiled
+from lookonce.models.kernels.text_rows import rows_for
+from lookonce.models.text_adapter import ModelShape, Stage
 
 LAYERS = 2
 SIZES = [(8, 1, 1), (12, 5, 1), (20, 3, 2), (32, 2, 2), (40, 8, 1), (64, 7, 4), (80, 2, 3), (128, 6, 2), (256, 1, 2)]

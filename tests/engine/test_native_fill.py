@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lm_service.engine.packed.execution.attention import PrefillSpan
-from lm_service.engine.packed.execution.native.decode import kernels_for
-from lm_service.engine.packed.execution.native.kernel_plan import tensor_fields
-from lm_service.engine.packed.execution.native.prefill import NativePrefills
+from lm_service.engine.packed.execution.kernel_attention import kernels_for
+from lm_service.engine.packed.execution.kernel_plan import tensor_fields
+from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
 from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.kernels.program import run_program

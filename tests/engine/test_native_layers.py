@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from lm_service.engine.packed.execution.native import layers
-from lm_service.engine.packed.execution.native.kernel_plan import native_plan
+from lm_service.engine.packed.execution.kernel_plan import native_plan
 from lm_service.engine.types import ScoreItem, Scoring
+from lookonce.models.kernels import text_layers as layers
 from tests.engine.lab import ask, generation, picture, prompt, words
 
 CHOICES = ((5,), (6, 7), (6, 8, 9))

@@ -9,13 +9,13 @@ import asyncio
 import pytest
 import torch
 
-from lm_service.device_map import Home
-from lm_service.engine.packed.execution.qwen2_vl import Qwen2VLAdapter
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.layer_split import consecutive
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests import standin
 from tests.engine.lab import Lab, ask, generation, picture, prompt, words
 
@@ -94,7 +94,7 @@ async def test_a_step_moves_what_flows_once_a_border(spread):
     async with spread.engine() as engine:
         standin.COPIES.clear()
         await ask(engine, generation(prompt(words(20, 6)), 5, logprobs=None))
-        steps = engine.describe().extra["steps"]
+        steps = engine.describe().steps
     assert steps == 5
     for number in range(1, len(spread.home.devices)):
         flows = standin.COPIES[f"standin:{number - 1}", f"standin:{number}"]

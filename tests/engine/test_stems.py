@@ -39,9 +39,9 @@ def questions(image, count: int = 11) -> tuple[ScoreItem, ...]:
 )
 async def test_scores_are_exact(lab, options):
     items = questions(picture(1, 9, 11))
-    for alone in (False, True):
+    for isolated in (False, True):
         async with lab.engine(stem_tokens=8, **options) as engine:
-            lab.check_scores(items, await engine.score(Scoring("s", items, alone=alone)))
+            lab.check_scores(items, await engine.score(Scoring("s", items, isolated=isolated)))
 
 
 async def test_each_stem_is_computed_once(lab):
@@ -52,21 +52,21 @@ async def test_each_stem_is_computed_once(lab):
     for stem_tokens, computed in ((1, 108 + 20 + 6 * 4), (100, 108 + 20 + 6 * 4), (101, 108 + 6 * 24)):
         async with lab.engine(stem_tokens=stem_tokens) as engine:
             scores = await engine.score(Scoring("s", items))
-            assert engine.describe().extra["prefill_tokens"] == computed
+            assert engine.describe().prefill_tokens == computed
             assert sum(scores.cached_tokens) == 6 * whole - computed
             lab.check_scores(items, scores)
 
 
-@pytest.mark.parametrize("mixes", [False, True])
-async def test_the_bits_depend_on_the_request_alone(lab, mixes):
+@pytest.mark.parametrize("invariant", [False, True])
+async def test_the_bits_depend_on_the_request_alone(lab, invariant):
     """Not on what others left in the cache, not on how many places there are, not on what runs beside."""
     images = [picture(number, 9, 8 + number % 3) for number in range(4)]
-    requests = [Scoring(f"s{number}", questions(image), alone=True, mixes=mixes) for number, image in enumerate(images)]
-    async with lab.engine(stem_tokens=8) as engine:
+    requests = [Scoring(f"s{number}", questions(image), isolated=True) for number, image in enumerate(images)]
+    async with lab.engine(stem_tokens=8, batch_invariant=invariant) as engine:
         quiet = [(await engine.score(request)).logprobs for request in requests]
         assert [(await engine.score(request)).logprobs for request in requests] == quiet
     for places in (2, 128):
-        async with lab.engine(stem_tokens=8, max_running=places) as engine:
+        async with lab.engine(stem_tokens=8, batch_invariant=invariant, max_running=places) as engine:
             others = [Scoring("o", questions(image, 3) + questions(image, 1)) for image in images]
             talks = [prompt(SYSTEM, image, SHARED[1]) for image in images]
             beside = [asyncio.create_task(engine.score(other)) for other in others]
@@ -84,7 +84,7 @@ async def test_who_leaves_in_the_middle_leaves_nothing(lab):
         async with lab.engine(stem_tokens=8, step_tokens=30, burst_tokens=30) as engine:
             leaving = asyncio.create_task(engine.score(Scoring("l", items)))
             staying = asyncio.create_task(engine.score(Scoring("s", items)))
-            while engine.describe().extra["steps"] < steps:  # noqa: ASYNC110 - the engine tells nobody of its steps
+            while engine.describe().steps < steps:  # noqa: ASYNC110 - the engine tells nobody of its steps
                 await asyncio.sleep(0.0005)
             leaving.cancel()
             await asyncio.wait([leaving])

@@ -14,7 +14,7 @@ import httpx2
 import openai
 import pytest
 
-from gateway.schemas.batches import FileObject
+from gateway.schemas.batch_bodies import FileObject
 from tests.fetching.servers import Canary, PictureServer, answer
 from tests.gateway.batching import CHAT, ENDED, begin, chat_line, ended, image_part, jsonl, results, until
 from tests.gateway.conftest import Services

@@ -12,7 +12,7 @@ import grpc
 import httpx2
 import pytest
 
-from gateway.images.images import parse_id
+from gateway.images.library import parse_id
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc, vision_pb2_grpc
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess

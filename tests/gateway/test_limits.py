@@ -11,8 +11,7 @@ from unittest.mock import ANY
 import httpx2
 import pytest
 
-from gateway.auth import Keyring
-from gateway.limits import Meter, Quota
+from gateway.auth import Keyring, Meter, Quota
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.telemetry import tracing

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 
 from gateway.images.image_records import file_key
-from gateway.images.images import parse_id
+from gateway.images.library import parse_id
 from tests.faulty_proxy import FaultyProxy
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess

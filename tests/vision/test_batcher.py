@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.models.qwen2_vl.preprocessing import Patches
+from lookonce.models.family import Patches
 from vision_service import metrics
 from vision_service.batcher import Batcher
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lm_service.fingerprints import AcceptedEncoders
+from lm_service.peers import AcceptedEncoders
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.quantization import (

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.kernels.program import run_calls
+from lookonce.models.kernels.vision import kernels as module
+from lookonce.models.kernels.vision.kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
-from lookonce.models.qwen2_vl.vision_kernels import kernels as module
-from lookonce.models.qwen2_vl.vision_kernels.kernels import Kernels, Shape
 
 COUNTS = [4, 1, 200, 16, 63, 64, 65, 4, 130]
 CPU = torch.device("cpu")

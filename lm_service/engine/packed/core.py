@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelAdapter, ModelShape
 from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill
 from lm_service.engine.packed.execution.postprocess import extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.execution.runner import Runner
@@ -21,9 +20,9 @@ from lm_service.engine.packed.prefix_cache.tree import PrefixCache
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import Delta, EngineState, Finish
-from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.devices import free_memory
+from lookonce.models.text_adapter import ModelAdapter, ModelShape
 
 _log = structlog.get_logger(__name__)
 
@@ -60,8 +59,9 @@ class EngineCore:
         self.scheduler = Scheduler(
             model.shape, self.pool, self.cache, options, native=self.native, load=load, fail=self._failed
         )
+        self.batch_invariant = bool(options.batch_invariant) and self.native
         self.steps = 0
-        self.step_seconds = 0.0
+        self.step_seconds = self.last_step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
 
@@ -111,7 +111,7 @@ class EngineCore:
         self.scheduler.budget.note(batch.tokens - decoded, decoded, elapsed)
         self.steps += 1
         self.step_seconds += elapsed
-        METRICS.step_seconds.observe(elapsed)
+        self.last_step_seconds = elapsed
         return True
 
     def state(self) -> EngineState:
@@ -124,22 +124,20 @@ class EngineCore:
             max_running=self.options.max_running,
             max_waiting=self.options.max_waiting,
             generated_tokens=self._generated,
+            batch_invariant=self.batch_invariant,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
             prefix_bytes=self.cache.bytes,
-            extra={
-                "prefill_tokens": counters.prefill_tokens,
-                "decode_tokens": counters.decode_tokens,
-                "prefix_hits": counters.prefix_hits,
-                "prefix_misses": counters.prefix_misses,
-                "prefix_entries": len(self.cache),
-                "prefix_evictions": self.cache.evictions,
-                "preemptions": counters.preemptions,
-                "steps": self.steps,
-                "step_seconds": self.step_seconds,
-                "forward_seconds": self.forward_seconds,
-                "kv_slots": self.pool.used_slots,
-                "kv_budget_bytes": self.pool.bytes,
-                "prefix_budget_bytes": self.cache.budget,
-            },
+            prefix_budget_bytes=self.cache.budget,
+            prefix_entries=len(self.cache),
+            prefix_hits=counters.prefix_hits,
+            prefix_misses=counters.prefix_misses,
+            prefix_evictions=self.cache.evictions,
+            preemptions=counters.preemptions,
+            kv_slots=self.pool.used_slots,
+            kv_budget_bytes=self.pool.bytes,
+            steps=self.steps,
+            forward_seconds=self.forward_seconds,
         )
 
     def _compute(self, batch: Batch) -> None:

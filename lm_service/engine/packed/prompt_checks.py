@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Generation, Prompt, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.text_adapter import ModelShape
 
 
 def check_generation(request: Generation, context: int, shape: ModelShape, options: PackedOptions) -> None:
@@ -49,13 +49,16 @@ def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
         )
     if not length:
         raise invalid("the prompt is empty", param="prompt")
-    if tuple(prompt.positions.shape) != (3, length):
-        raise invalid(f"positions are {list(prompt.positions.shape)}, not [3, {length}]", param="prompt")
+    if prompt.positions.shape != (shape.position_rows, length):
+        raise invalid(
+            f"positions are {list(prompt.positions.shape)}, not [{shape.position_rows}, {length}]", param="prompt"
+        )
     end = 0
     for span in prompt.images:
         if span.start < end or span.end >= length or span.reference.tokens < 1:
             raise invalid("images must not overlap, nor end the prompt", param="prompt")
         _check_tokens(prompt.token_ids[end : span.start], shape)
+        _check_tokens([token_id for _, token_id in span.markers], shape)
         end = span.end
     _check_tokens(prompt.token_ids[end:], shape)
 

@@ -13,8 +13,8 @@ import httpcore2
 import structlog
 from prometheus_client import Counter
 
-from lookonce.core.http_fetch.connecting import get, tls_context
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
+from lookonce.core.http_fetch.pinned_connection import get, tls_context
 from lookonce.core.http_fetch.refusals import FetchBusy, FetchError, FetchTooLarge, Reason
 from lookonce.core.http_fetch.resolving import LookUp, Resolver, system_look_up
 from lookonce.core.http_fetch.target import Target, follow, parse_target

@@ -11,11 +11,11 @@ import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.messages import join, reference_from_proto
-from lookonce.core.rpc.pem import read_authorities, read_pair
 from lookonce.core.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
 from lookonce.core.rpc.status_codes import from_rpc_error
+from lookonce.core.rpc.tls import read_authorities, read_pair
 from lookonce.core.telemetry.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 

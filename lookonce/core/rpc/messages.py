@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from protos.lookonce.v1 import common_pb2
 
 CHUNK_BYTES = 1 << 20

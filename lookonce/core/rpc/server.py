@@ -17,8 +17,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.rpc.pem import read_authorities, read_pair
 from lookonce.core.rpc.status_codes import abort
+from lookonce.core.rpc.tls import read_authorities, read_pair
 from lookonce.core.telemetry.tracing import HEADER, Step, begin, failure_of
 
 log = structlog.get_logger(__name__)

@@ -7,7 +7,7 @@ import asyncio
 import structlog
 
 from lookonce.core.seal import Sealer
-from lookonce.core.stores.base import Store, Value
+from lookonce.core.stores.interface import Store, Value
 from lookonce.core.stores.metrics import StoreStats, corrupt_counter
 
 INLINE_BYTES = 256 * 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lookonce.core.stores.base import Store, Value
+from lookonce.core.stores.interface import Store, Value
 from lookonce.core.stores.metrics import StoreStats
 from lookonce.core.telemetry import tracing
 

@@ -21,14 +21,14 @@ import orjson
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import image_digest
 from lookonce.moderation.batch.connect import Addresses, Served, connected
-from lookonce.moderation.batch.job import Tally
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.poison_isolation import Suspected
 from lookonce.moderation.batch.run import Run
+from lookonce.moderation.batch.run_plan import Plan, open_reader
 from lookonce.moderation.batch.settings import ModerateSettings
 from lookonce.moderation.batch.sources.items import FileAt, Inline, Item, Locator, Span, Unusable, WebUrl, items
 from lookonce.moderation.batch.sources.reader import Reader
-from lookonce.moderation.batch.work import Plan, open_reader
+from lookonce.moderation.batch.work_loop import Tally
 from lookonce.moderation.policy import Policy
 
 WAVE = 20_000  # inputs handed out at once

@@ -19,8 +19,8 @@ import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.seal import Sealer
-from lookonce.moderation.batch.identity import Identity
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
+from lookonce.moderation.batch.run_identity import Identity
 
 _VERSION = 2
 _SCHEMA = """

@@ -9,8 +9,6 @@ import orjson
 
 from lookonce.core.errors import ErrorKind, LookonceError
 
-PLACES = 6
-"""Decimal places of a score: more would be the noise of how pictures happened to share a batch."""
 SERVICE_CRASHED = "service_crashed"
 """The kind of a picture that kills a service whenever it is asked about. No service can say so: no ErrorKind."""
 

@@ -12,11 +12,12 @@ from typing import TypeVar
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import digest_of_image_id
 from lookonce.moderation.batch.columns import Columns
-from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.ledger import Ledger
 from lookonce.moderation.batch.outcome import Outcome, Row
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.results import Results
+from lookonce.moderation.batch.run_identity import Manifest
+from lookonce.moderation.judging import judge
 
 T = TypeVar("T")
 
@@ -85,8 +86,7 @@ class Run:
 
     def fired(self, outcome: Outcome | None) -> bool:
         """Whether any rule fired."""
-        scores = outcome.scores if outcome is not None else {}
-        return any(rule.id in scores and rule.fires(scores[rule.id]) for rule in self.manifest.policy.rules)
+        return outcome is not None and judge(self.manifest.policy.rules, outcome.scores).flagged
 
     def listed(self, count: int) -> None:
         """So many inputs are known to be there."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from blake3 import blake3
@@ -90,7 +91,7 @@ class Rule(Body):
         choice has none."""
         if not set(self.positive) <= probabilities.keys():
             raise LookonceError(ErrorKind.INTERNAL, "the language service left a choice out")
-        return min(1.0, max(0.0, sum(probabilities[choice] for choice in set(self.positive))))
+        return min(1.0, max(0.0, math.fsum(probabilities[choice] for choice in set(self.positive))))
 
     def fires(self, score: float) -> bool:
         """The verdict."""
@@ -120,10 +121,6 @@ class Policy(Body):
     def of(self, kind: InputType, size: tuple[int, int] | None = None) -> list[Rule]:
         """The rules that apply to inputs of that kind; `size` is a picture's width and height, if known."""
         return [rule for rule in self.rules if kind in rule.applies_to and (size is None or self._admits(rule, size))]
-
-    def worst(self, fired: Iterable[Rule]) -> Severity | None:
-        """The highest severity among rules that fired."""
-        return max((rule.severity for rule in fired), key=SEVERITIES.index, default=None)
 
     @property
     def digest(self) -> str:

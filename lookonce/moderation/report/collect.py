@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from lookonce.moderation.batch.columns import FIRED, FOLLOW_UP, SCORE
-from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.results import Results
+from lookonce.moderation.batch.run_identity import Manifest
 from lookonce.moderation.policy import Rule
 
 BINS = 1000

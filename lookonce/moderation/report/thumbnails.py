@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from PIL import Image, ImageOps
 
 from lookonce.core.errors import LookonceError
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.identity import image_digest, image_id
-from lookonce.moderation.batch.identity import Manifest
+from lookonce.moderation.batch.run_identity import Manifest
 from lookonce.moderation.batch.sources.items import Item, items
 from lookonce.moderation.batch.sources.opening import SourceOptions, open_source
 from lookonce.moderation.batch.sources.reader import Reader

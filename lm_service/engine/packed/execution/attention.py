@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.adapter import Attend, ModelShape
-from lm_service.engine.packed.execution.native.kernel_plan import NativePlan, PrefixSpan
+from lm_service.engine.packed.execution.kernel_plan import NativePlan, PrefixSpan
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.text_adapter import Attend, ModelShape
 
 _FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
 
@@ -94,6 +94,8 @@ def attention_over(shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> 
 class StagedAttention:
     """An `Attend` over layers on several devices: each has the plan."""
 
+    calls = None
+
     def __init__(self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> None:
         self._by_layer: list[PackedAttention] = []
         for stage in shape.stages:
@@ -107,6 +109,8 @@ class StagedAttention:
 
 class PackedAttention:
     """An `Attend` over a plan, for layers on one device."""
+
+    calls = None
 
     def __init__(
         self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan, device: torch.device | None = None

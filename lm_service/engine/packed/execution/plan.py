@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
 from lm_service.engine.packed.execution.attention import AttentionPlan, PrefillSpan, SharedSpan, SuffixBatch
 from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, SuffixChunk
-from lm_service.engine.packed.execution.native.kernel_plan import Suffixes, native_plan
-from lm_service.engine.packed.execution.native.kernels import Kernels
+from lm_service.engine.packed.execution.kernel_plan import Suffixes, native_plan
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lookonce.models.kernels.attention.kernels import Kernels
+from lookonce.models.text_adapter import ModelShape
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
 _FAR = 16  # slots further apart than this are not read together

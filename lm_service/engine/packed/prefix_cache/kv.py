@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape
+from lookonce.models.text_adapter import ModelShape
 
 
 class KV:

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.execution.adapter import ModelShape, Stage
 from lm_service.engine.packed.prefix_cache.kv import KV
 from lookonce.core.errors import invalid
+from lookonce.models.text_adapter import ModelShape, Stage
 
 _LEAST_CAPACITY = 32
 _LEAST_SLAB = 64

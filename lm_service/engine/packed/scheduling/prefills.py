@@ -49,6 +49,12 @@ class Prefills:
             self._prefills.append(prefill)
         return budget
 
+    def first_shared(self, turn: Request) -> PrefixPrefill | None:
+        """What this request can fill now and other requests will find: a step of its own, so that its bits depend on
+        nothing else of the request."""
+        ready = (prefill for prefill in self._prefills if prefill.owner is turn and prefill.ready)
+        return next((prefill for prefill in ready if not prefill.node.private), None)
+
     def computed(self, chunk: PrefillChunk) -> None:
         """Count a chunk as done."""
         node = chunk.prefill.node

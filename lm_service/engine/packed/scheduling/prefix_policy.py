@@ -25,7 +25,7 @@ class PrefixPolicy:
         head = sequence.content.head.length
         if self._has_own_node(sequence, end - 1 - head, end):
             sequence.stems = ()
-        elif sequence.stems or (head and sequence.request.alone):
+        elif sequence.stems or (head and sequence.request.isolated):
             return head
         return end - 1
 
@@ -53,7 +53,7 @@ class PrefixPolicy:
         """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
         content, images = sequence.content_until(end), sequence.prompt.images
         prefix_policy: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
-        if images and images[0].start > found.end and (self._native or sequence.request.alone):
+        if images and images[0].start > found.end and (self._native or sequence.request.isolated):
             prefix_policy.append(
                 (images[0].start, True)
             )  # computed apart, whoever asks first: it is the same for all images

@@ -11,8 +11,7 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from lm_service.engine.packed.execution.adapter import ModelShape
-from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill, SuffixChunk
+from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, PrefixPrefill, SuffixChunk
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
@@ -25,6 +24,7 @@ from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Stat
 from lm_service.engine.packed.scheduling.stem_nodes import StemNodes
 from lm_service.engine.types import EmbeddingSource
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.models.text_adapter import ModelShape
 
 
 class Scheduler:
@@ -116,7 +116,11 @@ class Scheduler:
             sequence
             for sequence in self.queue
             if sequence.blocked_on is node
-            or (not node.private and np.array_equal(sequence.content.cut(0, node.end), prefix))
+            or (
+                not node.private
+                and (sequence.owner is None) == (prefill.owner is None)
+                and np.array_equal(sequence.content.cut(0, node.end), prefix)
+            )
         ]
         for sequence in [*self._users(node), *waiting]:
             self.fail(sequence, error)
@@ -134,6 +138,9 @@ class Scheduler:
             decodes, prefilling = self._ready()
         self.prefills.drop_unwanted()  # of those who stepped back
         turn = self._whose_turn([*decodes, *prefilling])
+        if turn is not None and (shared := self.prefills.first_shared(turn)) is not None:
+            left = shared.node.length - shared.node.filled
+            return Batch(prefills=[PrefillChunk(shared, min(left, self._options.burst_tokens))])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
         prefilling = [sequence for sequence in prefilling if sequence.owner is turn]
         budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens
@@ -238,7 +245,8 @@ class Scheduler:
         """Give a sequence its prefix and its slot; False, with nothing taken, when it must wait."""
         end = sequence.prompt_length if sequence.trie is not None else sequence.length
         content = sequence.content_until(end)
-        found, building = self._cache.match(content, self._prefix_policy.look_until(sequence, end), complete)
+        until, exclusive = self._prefix_policy.look_until(sequence, end), sequence.owner is not None
+        found, building = self._cache.match(content, until, complete, exclusive=exclusive)
         if building is None:
             found, building = self._stems.find(sequence, found, complete)
         if building is not None:

@@ -6,8 +6,8 @@ import os
 from dataclasses import dataclass
 
 from lookonce.core.errors import invalid
-from lookonce.moderation.batch.sources.files import folder, globbed, is_picture
 from lookonce.moderation.batch.sources.filesystems import has_magic, is_directory, scheme_of
+from lookonce.moderation.batch.sources.folders import folder, globbed, is_picture
 from lookonce.moderation.batch.sources.items import Source
 from lookonce.moderation.batch.sources.tables import Csv, JsonLines, Parquet, Table, TextList
 from lookonce.moderation.batch.sources.tars import Tar

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from blake3 import blake3
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.moderation.batch.sources.files import is_picture
 from lookonce.moderation.batch.sources.filesystems import open_file, scheme_of, stat, translated
+from lookonce.moderation.batch.sources.folders import is_picture
 from lookonce.moderation.batch.sources.items import Extent, Inline, Locator, Span
 
 

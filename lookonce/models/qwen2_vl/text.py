@@ -1,0 +1,203 @@
+"""Qwen2-VL's text model as a packed adapter: the modules' weights, without module overhead.
+
+Projections that read the same input are one product. The adapter takes the projections' weights out of the modules, so
+that each exists once, in the form it is computed with. Layers may lie on several devices, one after the other: what
+flows through them moves along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from lookonce.models.kernels.text_layers import layers_for
+from lookonce.models.kernels.text_rows import rows_for
+from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
+from lookonce.models.onednn import rounded_up
+from lookonce.models.text_adapter import Attend, ModelShape, Stage
+
+_SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
+
+
+class Qwen2VLAdapter:
+    """A `ModelAdapter` over transformers' Qwen2VLTextModel and an output head."""
+
+    def __init__(
+        self,
+        model: Any,
+        head: torch.nn.Linear,
+        *,
+        quantization: str = "none",
+        devices: Sequence[torch.device] | None = None,
+        native: bool = True,
+    ) -> None:
+        """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter. `quantization` ("none",
+        "int8") is that of the layers' matrices; embedding and head stay as they are. Layers are brought to their
+        `devices` one at a time, before they are quantised; None: they are there. `native`: use compiled kernels."""
+        config = model.config
+        self._embedding: torch.Tensor = model.embed_tokens.weight.data
+        vocabulary = head.weight.shape[0]
+        self._norm: torch.Tensor = model.norm.weight.data
+        self._head_device = head.weight.device
+        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native)
+        self._epsilon = float(config.rms_norm_eps)
+        if getattr(model, "has_sliding_layers", False):
+            raise ValueError("sliding-window attention is not supported")
+        devices = devices or [layer.input_layernorm.weight.device for layer in model.layers]
+        self._borders = {
+            index: devices[index] for index in range(1, len(devices)) if devices[index] != devices[index - 1]
+        }
+        self._layers = [_layer(*pair, quantization, native=native) for pair in zip(model.layers, devices, strict=True)]
+        rotary = model.rotary_emb
+        self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
+        self._rope_scale = float(rotary.attention_scaling)
+        sections = list(rotary.mrope_section)
+        rows = [row % 3 for row, width in enumerate(sections) for _ in range(width)]
+        device = self._embedding.device
+        self._section_row = torch.tensor(rows, device=device)  # [d / 2]: which position row each frequency follows
+        self._shape = ModelShape(
+            layers=len(self._layers),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            hidden=config.hidden_size,
+            vocabulary=vocabulary,
+            context=config.max_position_embeddings,
+            dtype=self._embedding.dtype,
+            stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
+            position_rows=3,
+        )
+        shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
+        self._rows = None
+        if native and len(shape.stages) == 1:
+            self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
+        self._compiled = layers_for(self._layers, self._norm, self._rows, shape)
+        self._rounds = self._embedding.device.type == "cpu" and self._compiled is None
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's dimensions."""
+        return self._shape
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, hidden]."""
+        return functional.embedding(token_ids, self._embedding)
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits [len(rows), vocabulary]; `hidden` may be overwritten. What follows the last layer's attention runs for
+        those rows only. Where products are compiled for a number of rows, there are rows of zeros behind them, up to a
+        round number."""
+        cos, sin = self._rotary(positions)
+        if self._compiled is not None and attend.calls is not None:
+            return self._head(self._compiled(hidden, cos, sin, attend.calls, rows))
+        tokens, wanted = hidden.shape[0], rows.shape[0]
+        hidden, rows = self._padded(hidden), self._repeated(rows)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            if index in self._borders:
+                hidden, cos, sin, rows = (x.to(self._borders[index]) for x in (hidden, cos, sin, rows))
+            mixed = self._attention(index, layer, hidden, tokens, cos, sin, attend)
+            if index == last:
+                hidden, mixed = hidden.index_select(0, rows), mixed.index_select(0, rows)
+            else:
+                mixed = self._padded(mixed)
+            hidden = layer.output.plus(mixed, hidden)
+            hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
+        return self._head(self._rms(hidden, self._norm).to(self._head_device))[:wanted]
+
+    def _padded(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, n] and rows of zeros."""
+        missing = rounded_up(x.shape[0]) - x.shape[0] if self._rounds else 0
+        return functional.pad(x, (0, 0, 0, missing)) if missing else x
+
+    def _repeated(self, rows: torch.Tensor) -> torch.Tensor:
+        """Numbers of rows [n], the last one repeated."""
+        missing = rounded_up(rows.shape[0]) - rows.shape[0] if self._rounds else 0
+        return torch.cat([rows, rows[-1:].expand(missing)]) if missing else rows
+
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        hidden: torch.Tensor,
+        tokens: int,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
+    ) -> torch.Tensor:
+        """Of the first `tokens` rows."""
+        shape = self._shape
+        projected = layer.qkv(self._rms(hidden, layer.input_norm))[:tokens]
+        heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        rotated, values = heads[:, : shape.heads + shape.kv_heads], heads[:, shape.heads + shape.kv_heads :]
+        if self._rows is not None:
+            self._rows.rotate(rotated, cos, sin)
+        else:
+            rotated = _rotate(rotated, cos, sin)
+        return attend(index, rotated[:, : shape.heads], rotated[:, shape.heads :], values)
+
+    def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self._rows is not None:
+            return self._rows.norm(x, weight)
+        if x.dtype == torch.float32:
+            return functional.rms_norm(x, (x.shape[-1],), weight, self._epsilon)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
+        return weight * wide.to(x.dtype)
+
+    def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [T, 1, d / 2] of M-RoPE: each frequency follows one of the three position rows."""
+        rows = positions.index_select(0, self._section_row).t().contiguous()
+        angles = rows.float() * self._frequencies
+        dtype = self._shape.dtype
+        cos, sin = angles.cos().mul_(self._rope_scale), angles.sin().mul_(self._rope_scale)
+        return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of [T, heads, d], the two halves of d being the two coordinates."""
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    left, right = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=left).sub_(second * sin)
+    torch.mul(second, cos, out=right).add_(first * sin)
+    return out
+
+
+def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool) -> LayerWeights:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+    biases = [] if attention.q_proj.bias is None else [module.bias.data.to(device) for module in qkv]
+    gate, up = (_taken(module).to(device) for module in (mlp.gate_proj, mlp.up_proj))
+    matrix = partial(linear, quantization=quantization, native=native)
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight.data.to(device),
+        qkv=matrix([_taken(module).to(device) for module in qkv], biases),
+        output=matrix([_taken(attention.o_proj).to(device)]),
+        mlp_norm=layer.post_attention_layernorm.weight.data.to(device),
+        gate_up=gated_unit(gate, up, quantization=quantization, native=native),
+        down=matrix([_taken(mlp.down_proj).to(device)]),
+    )
+
+
+def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool, native: bool) -> Linear:
+    biases = [] if head.bias is None else [head.bias.data]
+    if not tied:
+        return linear([_taken(head)], biases, native=native)
+    if embedding.nbytes <= _SMALL_HEAD:
+        return linear([embedding], biases, native=native)
+    return PlainLinear(embedding, *biases)  # the embedding needs its rows as they are
+
+
+def _taken(module: Any) -> torch.Tensor:
+    """A projection's weight, which the module has no longer."""
+    weight: torch.Tensor = module.weight.data
+    module.weight = None
+    return weight

@@ -1,0 +1,90 @@
+"""What the packed engine asks of a model: token rows in, keys and values handed to an attention function, logits out.
+
+Another family is another adapter. The engine never sees modules; an adapter never sees sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive layers on one device."""
+
+    device: torch.device
+    layers: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The dimensions that decide the size of KV."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    vocabulary: int
+    context: int  # longest sequence the model was made for
+    dtype: torch.dtype
+    stages: tuple[Stage, ...]  # where the layers are, in order
+    position_rows: int = 1  # r of the positions [r, T]: 3 for M-RoPE
+
+    @property
+    def device(self) -> torch.device:
+        """Where a step begins: that of the embedding and the first layer."""
+        return self.stages[0].device
+
+    @property
+    def group(self) -> int:
+        """Query heads per key-value head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+
+AttentionCalls = Callable[[list[int], int], npt.NDArray[np.int64]]
+"""From where queries, keys and values are (address and step of each) and where the output goes to calls of compiled
+kernels, int64 [layers, n, 2]: a function's address and its table's."""
+
+
+class Attend(Protocol):
+    """Attention of one layer over everything each token may see, new keys and values stored on the way."""
+
+    @property
+    def calls(self) -> AttentionCalls | None:
+        """What computes it within a program of compiled layers; None: it is called layer by layer only."""
+        ...
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [T, heads, d], k and v [T, kv_heads, d], rotated, each head contiguous -> [T, heads * d]."""
+        ...
+
+
+class ModelAdapter(Protocol):
+    """A decoder-only language model over packed tokens."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Its dimensions."""
+        ...
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, hidden]."""
+        ...
+
+    def forward(
+        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        ...
