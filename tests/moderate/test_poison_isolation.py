@@ -68,7 +68,7 @@ async def test_an_image_that_kills_is_tried_alone_and_blamed_and_others_are_answ
         return [await ask(image) for image in going]
 
     *answered, poison = await asyncio.gather(*(worker() for _ in range(4)), ask("poison"), return_exceptions=True)
-    assert sorted(sum(answered, [])) == sorted(others)
+    assert sorted(name for names in answered for name in names) == sorted(others)
     assert isinstance(poison, ServiceCrashed) and str(poison).startswith("the vision service died twice")
     trials = [under_way for under_way in service.asked if under_way[-1] == "poison"]
     assert service.deaths == 5 and [len(under_way) for under_way in trials[-2:]] == [1, 1]
