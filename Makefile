@@ -34,7 +34,7 @@ $(SLOW_STAMP): $(DEV_STAMP)
 	@EXTRAS=dev,slow $(SETUP)
 	@touch $@
 
-demo: install  ## Start everything, ask two pictures eight questions each, check every answer
+demo: install  ## Start everything, ask two images eight questions each, check every answer
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce demo $(ARGS)
 
 up: install  ## Start the three processes (ARGS="--model DIR --port 8000")
@@ -72,7 +72,7 @@ protos-check: setup  ## Fail unless the committed stubs are what protos/ generat
 	@$(BIN)/python scripts/protos.py --check
 
 settings-docs: setup  ## Write docs/settings.md from the settings classes
-	@$(BIN)/python -m lookonce.cli.reference > docs/settings.md
+	@$(BIN)/python -m lookonce.cli.settings_page > docs/settings.md
 
 bench: setup  ## All benchmarks (ratios within one run; results in benchmarks/results)
 	@OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks $(ARGS)

@@ -16,6 +16,7 @@ MODULES = {
     "engine": "many questions over one image against the floor of bare forwards",
     "moderate": "batch moderation through the services against two floors: transformers bare, own kernels bare",
     "gateway": "warm question through the whole system against the engine alone",
+    "files_passed": "files of ours that a warm question passes, by process",
     "hostile": "stalls of the gateway and its memory under hostile and large bodies",
     "pressure": "500 clients that hang up at once, and a language service that is full",
     "products": "our compiled matrix products against oneDNN's and torch's",

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
-from lm_service.positions import mrope_positions
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.qwen2_vl.positions import mrope_positions
 
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
 SYSTEM, QUESTION, TOKENS = 20, 20, 16
@@ -28,7 +28,7 @@ def question(number: int, picture: EmbeddingReference | None) -> Prompt:
     words = torch.randint(0, 400, (QUESTION,), generator=generator).tolist()
     spans = [] if picture is None else [ImageSpan(SYSTEM, picture)]
     ids = [7] * SYSTEM + [9] * (picture.tokens if picture else 0) + words if picture else words
-    positions, following = mrope_positions(len(ids), spans, 2)
+    positions, following = mrope_positions(len(ids), [(span.start, span.reference.grid_thw) for span in spans], 2)
     return Prompt(tuple(ids), tuple(spans), positions, following)
 
 
@@ -38,9 +38,9 @@ class Pictures:
     def __init__(self, hidden: int) -> None:
         self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         """The same rows for every picture."""
-        return self.rows, EmbeddingSource.L1
+        return self.rows, EmbeddingSource.TENSOR_CACHE
 
 
 class Bare:
@@ -56,7 +56,7 @@ class Bare:
         for at, prompt in enumerate(prompts):
             for span in prompt.images:
                 hidden[at, span.start : span.end] = self.rows
-        positions = torch.stack([prompt.positions for prompt in prompts], dim=1)
+        positions = torch.stack([torch.from_numpy(prompt.positions) for prompt in prompts], dim=1)
         cache = cache or DynamicCache()
         out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
         self.head(out.last_hidden_state[:, -1]).argmax(-1)

@@ -30,8 +30,8 @@ from benchmarks.moderate import PACK, Floor, Preparation
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.process import keep_freed_memory
 from lookonce.models.checkpoint import open_checkpoint
+from lookonce.models.family import Patches
 from lookonce.models.omp_thread import run_in_omp_thread
-from lookonce.models.qwen2_vl.preprocessing import Patches
 from lookonce.moderation.policy import parse_policy
 from tests.modules import load_language_model, load_vision_tower
 
@@ -80,9 +80,9 @@ def lay_out(items: Sequence[ScoreItem], *, tree: bool, dtype: torch.dtype) -> La
 
     reads: list[list[list[tuple[int, int]]]] = []
     for number, item in enumerate(items):
-        at = -1
+        at, laid_out = -1, torch.from_numpy(item.prompt.positions)
         for depth, token in enumerate(item.prompt.token_ids):
-            at = follow(at, token, item.prompt.positions[:, depth], -1 if tree or depth < shared else number)
+            at = follow(at, token, laid_out[:, depth], -1 if tree or depth < shared else number)
         reads.append([])
         for choice in item.choices:
             row, path = at, [(at, choice[0])]
@@ -265,7 +265,7 @@ def probabilities(logprobs: Sequence[float]) -> list[float]:
 async def own_answers(floor: Floor, cut: Sequence[Patches], asked: Sequence[tuple[ScoreItem, ...]]) -> Answers:
     """By our encoder and our engine."""
     floor.encode([items[0].prompt.images[0].reference.key for items in asked], cut)
-    await floor.engine.start()
+    await floor.engine.start(floor.rows)
     scores = [await floor.engine.score(Scoring(str(number), items)) for number, items in enumerate(asked)]
     await floor.engine.close()
     return [[probabilities(item) for item in one.logprobs] for one in scores]

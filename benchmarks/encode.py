@@ -23,7 +23,8 @@ from PIL import Image
 
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
+from lookonce.models.family import Patches
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.vision import Encoder
 from protos.lookonce.v1 import vision_pb2
@@ -74,7 +75,7 @@ async def measure(size: str, images: int, side: int, rounds: int, threads: int) 
         checkpoint = open_checkpoint(str(path), needs=Half.VISION)
         encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
         preprocessor = Preprocessor(checkpoint.preprocessor)
-        encoder.warm_up(preprocessor)
+        encoder.warm_up()
         args = ("--model", str(path), "--dtype", "float32", "--device", "cpu", "--threads", str(threads))
         floors, times = [], []
         with ServiceProcess("vision_service", *args, env={"OMP_NUM_THREADS": str(threads)}) as service:

@@ -38,11 +38,10 @@ from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import keep_freed_memory
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import Checkpoint, open_checkpoint
 from lookonce.models.omp_thread import run_in_omp_thread
-from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from lookonce.models.qwen2_vl.vision import Encoder
@@ -88,12 +87,9 @@ def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asy
 
 def own_encoding(checkpoint: Checkpoint) -> Callable[[], float]:
     """A function that encodes a picture as the vision service does, from its patches, and returns the seconds."""
-    encoder, preprocess = (
-        Encoder.load(checkpoint, torch.float32, torch.device("cpu")),
-        Preprocessor(checkpoint.preprocessor),
-    )
+    encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
     pixels = 28 * COLUMNS * 28 * ROWS
-    patches = preprocess(Image.new("RGB", (28 * COLUMNS, 28 * ROWS)), pixels, pixels)
+    patches = encoder.prepare(Image.new("RGB", (28 * COLUMNS, 28 * ROWS)), pixels, pixels)
 
     def encoding() -> float:
         began = time.perf_counter()
@@ -116,8 +112,8 @@ async def wall_times(
     """Ratio of the engine's wall time to the floor's, cold prefix, for each number of questions. `encoding` tells how
     many seconds our encoder takes for a picture."""
     results = {}
-    engine = PackedEngine(adapter, table, frozenset(), Pictures(adapter.shape.hidden), options)
-    await engine.start()
+    engine = PackedEngine(adapter, table, frozenset(), options)
+    await engine.start(Pictures(adapter.shape.hidden))
     await run_engine(engine, [question(0, image(0))])  # a running engine knows how long its steps take
     own = encode = whole = 0.0
     if encoding is not None:
@@ -176,7 +172,7 @@ class Decoding:
             state = SamplerState(sampling, prompt.token_ids)
             tokens = list(prompt.token_ids)
             request.sequences = [Sequence(request, 0, prompt, *prompt_contents([prompt]), tokens, answer, state)]
-            self.core.submit(request)
+            self.core.enqueue(request)
         while not all(sequence.decoding for sequence in self.core.scheduler.running) or self.core.scheduler.queue:
             self.core.step()
             for fill in prefills:
@@ -184,7 +180,7 @@ class Decoding:
                 if donor is not None:
                     fill.node.kv.copy_(donor)
                     fill.node.filled = fill.node.length - 1  # the last token is fed, to end the fill
-                self.core.scheduler.loaded(fill, EmbeddingSource.L1, 0.0)
+                self.core.scheduler.loaded(fill, EmbeddingSource.TENSOR_CACHE, 0.0)
             prefills.clear()
 
     def step(self) -> float:
@@ -251,8 +247,8 @@ async def score_ratio(
 ) -> dict[str, float]:
     """32 yes/no questions on a warm image against bare prefills of them: without it, and each with KV of it."""
     timed = Timed(adapter)
-    engine = PackedEngine(timed, table, frozenset(), Pictures(adapter.shape.hidden), options)
-    await engine.start()
+    engine = PackedEngine(timed, table, frozenset(), options)
+    await engine.start(Pictures(adapter.shape.hidden))
     asked = [question(number, image(0)) for number in range(32)]
     items = tuple(ScoreItem(prompt, ((1,), (2,))) for prompt in asked)
     await engine.score(Scoring("s", items))

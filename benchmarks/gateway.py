@@ -28,7 +28,7 @@ import httpx2
 import numpy as np
 from PIL import Image
 
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
@@ -171,14 +171,15 @@ async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[st
 
 async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, float]:
     """The same questions to the engine in this process, their prompts ready: no template, no gRPC, no HTTP."""
-    from lm_service.app import load_model
-    from lm_service.engine.packed.engine import PackedEngine  # torch: only now that the services are gone
+    import torch
+
+    from lm_service.app import load  # torch: only now that the services are gone
     from lm_service.engine.types import EmbeddingSource, Generation, Sampling
     from lm_service.prompt import Message, PromptBuilder
     from lm_service.settings import LanguageSettings
-    from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 
-    loaded = load_model(LanguageSettings(model=model))
+    loaded = load(LanguageSettings(model=model))
+    engine = loaded.engine
     checkpoint, template = loaded.checkpoint, loaded.template
     merged = 224 // 14 // checkpoint.merge_size
     digest = b"\0" * 32
@@ -186,22 +187,20 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
     reference = EmbeddingReference(digest, "0" * 64, digest, grid, merged * merged, 224, 224)
     builder = PromptBuilder(
         template,
-        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
-        merge_size=checkpoint.merge_size,
-        context_length=loaded.context_length,
+        checkpoint.family,
+        checkpoint.config,
+        context_length=engine.describe().model.context_length,
         max_images=1,
         check_fingerprint=lambda _: None,
     )
     prompt = builder.build([Message("user", (reference, QUESTION))])
 
     class Noise:
-        async def load(self, reference: EmbeddingReference) -> tuple[Any, EmbeddingSource]:
+        async def load(self, reference: EmbeddingReference, rows_of: Any) -> tuple[Any, EmbeddingSource]:
             rows = np.random.default_rng(0).standard_normal((reference.tokens, checkpoint.hidden_size))
-            return loaded.text_model.embed_tokens.weight.new_tensor(rows), EmbeddingSource.L1
+            return torch.tensor(rows, dtype=torch.float32), EmbeddingSource.TENSOR_CACHE
 
-    adapter = Qwen2VLAdapter(loaded.text_model, loaded.lm_head)
-    engine = PackedEngine(adapter, template.table, loaded.end_ids, Noise())
-    await engine.start()
+    await engine.start(Noise())
 
     async def ask(_: int) -> None:
         async for _ in engine.generate(Generation("", prompt, Sampling(1))):

@@ -38,18 +38,18 @@ import torch
 from PIL import Image
 
 from benchmarks.engine import Timed
-from lm_service.app import load_model
+from lm_service.engine.packed.build import PackedBuilder
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.settings import LanguageSettings
 from lm_service.template import load_template
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import keep_freed_memory
-from lookonce.core.reference import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
-from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
-from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+from lookonce.models.family import Patches
+from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.moderation.policy import Policy, parse_policy
 from tests.moderate.scenes import make_pictures, policy_text
@@ -65,9 +65,9 @@ class Rows:
     def __init__(self) -> None:
         self.rows: dict[bytes, torch.Tensor] = {}
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         """At once."""
-        return self.rows[reference.key], EmbeddingSource.L1
+        return self.rows[reference.key], EmbeddingSource.TENSOR_CACHE
 
 
 class Preparation:
@@ -79,9 +79,9 @@ class Preparation:
         self.merge = self.checkpoint.merge_size
         self.preprocess = Preprocessor(self.checkpoint.preprocessor)
         self.builder = PromptBuilder(
-            load_template(self.checkpoint.path),
-            image_token_id=self.checkpoint.family.special_tokens(self.checkpoint.config).image_id,
-            merge_size=self.merge,
+            load_template(self.checkpoint.path, self.checkpoint.family),
+            self.checkpoint.family,
+            self.checkpoint.config,
             context_length=1 << 15,
             max_images=1,
             check_fingerprint=lambda reference: None,
@@ -109,18 +109,20 @@ class Floor:
     def __init__(self, preparation: Preparation, dtype: torch.dtype) -> None:
         self.patches, self.items = preparation.patches, preparation.items
         self.encoder = Encoder.load(preparation.checkpoint, dtype, torch.device("cpu"))
-        self.encoder.warm_up(preparation.preprocess)
+        self.encoder.warm_up()
         name = "bfloat16" if dtype is torch.bfloat16 else "float32"
-        loaded = load_model(LanguageSettings(model=str(preparation.checkpoint.path), dtype=name, device="cpu"))
-        self.timed = Timed(Qwen2VLAdapter(loaded.text_model, loaded.lm_head))
+        checkpoint = preparation.checkpoint
+        settings = LanguageSettings(model=str(checkpoint.path), dtype=name, device="cpu")
+        adapter, _ = PackedBuilder(settings).load(checkpoint, 32768)
+        self.timed = Timed(adapter)
         self.rows = Rows()
-        self._vocabulary = (loaded.template.table, loaded.end_ids)
+        self._table = preparation.builder.template.table
         self.engine = self.new_engine()
 
     def new_engine(self) -> PackedEngine:
         """Not started."""
         options = PackedOptions(kv_bytes=256 << 20, prefix_bytes=256 << 20)
-        return PackedEngine(self.timed, *self._vocabulary, self.rows, options)
+        return PackedEngine(self.timed, self._table, frozenset(), options)
 
     async def run(self, policy: Policy, files: Sequence[bytes], number: int) -> dict[str, float]:
         """Seconds of each stage for all files."""
@@ -158,7 +160,7 @@ class Floor:
         with ThreadPoolExecutor(1) as thread:
             encodes = await asyncio.get_running_loop().run_in_executor(thread, encode)
         engine = self.new_engine()
-        await engine.start()
+        await engine.start(self.rows)
         await self.score(engine, keys[:PACK], asked[:PACK], keep=True)
         forwards = self.timed.seconds
         await self.score(engine, keys[PACK:], asked[PACK:])
@@ -258,7 +260,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     rules = parse_policy(policy.read_text())
     make_pictures(folder / "first", options.pictures, duplicates=0.0, broken=0.0)
     awake = await floor.run_awake(rules, [path.read_bytes() for path in sorted((folder / "first").rglob("*.png"))])
-    await floor.engine.start()
+    await floor.engine.start(floor.rows)
     args = ("--model", str(options.model), "--dtype", options.dtype, "--store", f"file://{folder}/store")
     args = (*args, "--threads", str(options.service_threads), "--log-level", "warning")
     rounds: list[dict[str, float]] = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.auth import Tenant
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Resolved
+from gateway.images.library import Resolved
 from lookonce.core.rpc.messages import reference_to_proto
 from protos.lookonce.v1 import language_pb2
 
@@ -43,7 +43,7 @@ class Caller:
 
 @dataclass(frozen=True)
 class ChoiceQuestion:
-    """A question whose choices are weighed instead of an answer written."""
+    """A question whose choices are scored; nothing is generated."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -64,8 +64,8 @@ def routing_key(turns: Sequence[Turn], salt: bytes) -> bytes:
     return hashlib.sha256(salt + first.encode("utf-8", "surrogatepass")).digest()
 
 
-def to_messages(turns: Sequence[Turn], resolved: Sequence[Resolved]) -> list[language_pb2.Message]:
-    """The wire form; `resolved` holds an embedding for each image, in order."""
+def to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[language_pb2.Message]:
+    """The wire form; `resolved` gives an embedding for each image, in order (an iterator, those of later turns too)."""
     references = iter(resolved)
     return [
         language_pb2.Message(

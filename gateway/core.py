@@ -5,26 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.answers import Answers
-from gateway.batches.service import Batches
+from gateway.batches.worker import Batches
 from gateway.images.erasure import Eraser
 from gateway.images.image_records import ImageRecords
-from gateway.images.images import ImageLibrary
+from gateway.images.image_store import StoreWithSpare
+from gateway.images.library import ImageLibrary
 from gateway.routing.variants import Variants
 from gateway.served_model import ServedModel
 from gateway.settings import GatewaySettings
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.stores import Store
 from lookonce.moderation.policy import Policy
 
 
 @dataclass(frozen=True)
 class Gateway:
-    """All collaborators, built in `__main__`."""
+    """All collaborators, built in `app`."""
 
     settings: GatewaySettings
-    store: Store
-    spare: Store
-    shelf: ImageRecords
+    kept: StoreWithSpare
+    records: ImageRecords
     variants: Variants
     eraser: Eraser
     images: ImageLibrary
@@ -41,5 +40,4 @@ class Gateway:
         self.fetcher.close()
         await self.eraser.close()
         await self.variants.close()
-        await self.store.close()
-        await self.spare.close()
+        await self.kept.close()

@@ -21,7 +21,7 @@ from lookonce.core.errors import LookonceError, invalid
 
 LONG = 1 << 16
 """Bytes from which a string is left where it lies."""
-PIECE = 1 << 20
+CHUNK = 1 << 20
 """Bytes that are looked at in one call."""
 IMAGE_FIELDS = frozenset({"url", "data", "image_url"})
 """Fields that may hold an image; strings in all others are texts."""
@@ -66,9 +66,9 @@ class LongString:
         """Its length as a string, of plain ones."""
         return self.end - self.start - (self.escapes or 0)
 
-    def pieces(self) -> Iterator[bytes]:
-        """Its bytes, at most PIECE at a time."""
-        return (piece.replace(b"\\/", b"/") for piece in _pieces(self.raw, self.start, self.end))
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, at most CHUNK at a time."""
+        return (chunk.replace(b"\\/", b"/") for chunk in _chunks(self.raw, self.start, self.end))
 
     def text(self) -> str:
         """The string itself. Raises orjson.JSONDecodeError."""
@@ -192,8 +192,8 @@ class _Scan:
             start = header.end()
         string = LongString(self._raw, start, end, escapes)
         digest = blake3()
-        for piece in string.pieces():
-            digest.update(piece)
+        for chunk in string.chunks():
+            digest.update(chunk)
         name = _NAME + digest.hexdigest()[: _NAME_CHARS - len(_NAME)]
         self.long[name] = string
         self._kept += (self._raw[self._copied : start], name.encode())
@@ -218,10 +218,10 @@ def _with_texts(value: Any, key: str, long: Mapping[str, LongString], limits: Js
     return value[:-_NAME_CHARS] + text
 
 
-def _pieces(raw: bytes | bytearray, start: int, end: int) -> Iterator[bytes]:
-    """Stretches that tear no escape apart."""
+def _chunks(raw: bytes | bytearray, start: int, end: int) -> Iterator[bytes]:
+    """Chunks that tear no escape apart."""
     while start < end:
-        stop = min(start + PIECE, end)
+        stop = min(start + CHUNK, end)
         if stop < end and raw[stop - 1 : stop] == b"\\":
             stop += 1
         yield bytes(raw[start:stop])
@@ -231,9 +231,9 @@ def _pieces(raw: bytes | bytearray, start: int, end: int) -> Iterator[bytes]:
 def _escapes(raw: bytes | bytearray, start: int, end: int) -> int | None:
     """How many slashes are escaped; None for a string with other escapes or beyond ASCII."""
     escapes = 0
-    for piece in _pieces(raw, start, end):
-        found = piece.count(b"\\")
-        if not piece.isascii() or found != piece.count(b"\\/"):
+    for chunk in _chunks(raw, start, end):
+        found = chunk.count(b"\\")
+        if not chunk.isascii() or found != chunk.count(b"\\/"):
             return None
         escapes += found
     return escapes

@@ -1,7 +1,7 @@
 """Scores inputs against the policy: one call to the language service for each picture or text, all rules in it, and one
 for each follow-up question of a rule that fires.
 
-A score is the probability of the rule's positive choices, normalised over its choices."""
+What the answers mean is `lookonce.moderation.judging`'s to say."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from gateway.receipts import receipt
 from gateway.served_model import ServedModel
 from lookonce.core.errors import LookonceError
 from lookonce.core.tasks import end_tasks, start_task
+from lookonce.moderation import judging
 from lookonce.moderation.policy import InputType, Policy, Rule
 from protos.lookonce.v1 import language_pb2
 
@@ -30,7 +31,7 @@ class Scores:
     """What one picture or text scored, by rule id."""
 
     kind: InputType
-    probabilities: dict[str, float]
+    scores: dict[str, float]
     follow_ups: dict[str, str]
     receipt: dict[str, Any] | None  # None when no rule applies to the input
 
@@ -68,19 +69,15 @@ class Moderations:
             return Scores(kind, {}, {}, None)
         questions = [ChoiceQuestion(rule.id, self._turns(item, rule.ask(kind)), rule.choices) for rule in rules]
         outcomes, cost, resolved = await self._answers.score(questions, caller)
-        probabilities: dict[str, float] = {}
-        for rule, outcome in zip(rules, outcomes, strict=True):
-            if isinstance(outcome, LookonceError):
-                raise outcome
-            probabilities[rule.id] = rule.score({choice.choice: choice.probability for choice in outcome.choices})
-        fired = [rule for rule in rules if rule.follow_up and rule.fires(probabilities[rule.id])]
-        follow_ups = {rule.id: await self._follow_up(rule, kind, item, caller) for rule in fired}
-        return Scores(kind, probabilities, follow_ups, receipt(resolved, cost, self._model.name))
+        scores = judging.scores(rules, map(_logprobs, outcomes))
+        further = judging.following_up(rules, scores)
+        follow_ups = {rule.id: await self._follow_up(rule, kind, item, caller) for rule in further}
+        return Scores(kind, scores, follow_ups, receipt(resolved, cost, self._model.name))
 
     async def _follow_up(self, rule: Rule, kind: InputType, shown: Item, caller: Caller) -> str:
         sampling = language_pb2.SamplingParameters(max_tokens=rule.follow_up_tokens)
         (completion,), _ = await self._answers.complete(self._turns(shown, rule.ask_further(kind)), sampling, caller)
-        return completion.text
+        return judging.follow_up_text(completion.text)
 
     def _turns(self, shown: Item, question: str) -> tuple[Turn, ...]:
         system = (Turn("system", (self._policy.system,)),) if self._policy.system else ()
@@ -91,24 +88,28 @@ class Moderations:
 
 def result_of(policy: Policy, scores: Sequence[Scores]) -> dict[str, Any]:
     """OpenAI's result object; beside it the highest severity flagged, follow-ups, and the receipt."""
-    best = {
-        rule.id: max((item.probabilities.get(rule.id, 0.0) for item in scores), default=0.0) for rule in policy.rules
-    }
-    flags = {rule.id: rule.fires(best[rule.id]) for rule in policy.rules}
-    types = {rule.id: sorted({item.kind for item in scores if rule.id in item.probabilities}) for rule in policy.rules}
+    best = {rule.id: max((item.scores.get(rule.id, 0.0) for item in scores), default=0.0) for rule in policy.rules}
+    verdict = judging.judge(policy.rules, best)
+    types = {rule.id: sorted({item.kind for item in scores if rule.id in item.scores}) for rule in policy.rules}
     follow_ups: dict[str, list[str]] = {}
     for item in scores:
         for rule_id, text in item.follow_ups.items():
             follow_ups.setdefault(rule_id, []).append(text)
     return {
-        "flagged": any(flags.values()),
-        "categories": flags,
+        "flagged": verdict.flagged,
+        "categories": verdict.labels,
         "category_scores": best,
         "category_applied_input_types": types,
-        "severity": policy.worst(rule for rule in policy.rules if flags[rule.id]),
+        "severity": verdict.severity,
         "follow_ups": follow_ups,
         "receipt": _merged([item.receipt for item in scores if item.receipt is not None]),
     }
+
+
+def _logprobs(outcome: language_pb2.ItemScores | LookonceError) -> dict[str, float]:
+    if isinstance(outcome, LookonceError):
+        raise outcome
+    return {choice.choice: choice.logprob for choice in outcome.choices}
 
 
 def _size(item: Item) -> tuple[int, int] | None:

@@ -1,30 +1,26 @@
-"""Many questions on one image: asked concurrently, weighed in one call, each with its own outcome. No HTTP here."""
+"""Many questions on one image: asked concurrently, those with choices in one call, each with its own outcome."""
 
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import structlog
 
-from gateway.answers import Answers, Completion
+from gateway.answers import Answers
 from gateway.conversation import Caller, ChoiceQuestion, Turn
-from gateway.images.images import Resolved
 from gateway.receipts import finish_reason, receipt, usage
+from gateway.routing.retries import LATER, Together
 from gateway.served_model import ServedModel
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
 
-BUSY_TRIES = 6
-BUSY_PAUSE = 0.05  # seconds before a question that found the service full asks again; doubles
 log = structlog.get_logger(__name__)
-_TRANSIENT = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
 
 
 @dataclass(frozen=True)
@@ -49,35 +45,6 @@ class Outcome:
     error: LookonceError | None = None
 
 
-class _Saturation:
-    """How the questions of one request fare together. When the service takes none of them, it is full of others' work:
-    then all of them fail at once."""
-
-    def __init__(self) -> None:
-        self._under_way = 0
-        self._answered = False
-        self._refused: LookonceError | None = None
-
-    @contextmanager
-    def asking(self) -> Iterator[None]:
-        """Count a call while it lasts. Raises OVERLOADED when there is no use in it."""
-        if self._refused is not None and not self._answered:
-            raise self._refused
-        self._under_way += 1
-        try:
-            yield
-            self._answered = True
-        finally:
-            self._under_way -= 1
-
-    def check(self, error: LookonceError) -> None:
-        """Raise the refusal of a call unless other questions of this request may be what filled the service."""
-        if not self._answered and not self._under_way:
-            self._refused = error
-        if self._refused is not None and not self._answered:
-            raise error
-
-
 class Questions:
     """Runs the questions of one request."""
 
@@ -88,20 +55,20 @@ class Questions:
 
     async def run(self, questions: Sequence[AnyQuestion], caller: Caller) -> AsyncGenerator[Outcome, None]:
         """Outcomes in order of completion. Closing the iterator stops all work."""
-        gate, saturation = asyncio.Semaphore(self._concurrency), _Saturation()
+        gate, together = asyncio.Semaphore(self._concurrency), Together()
 
         async def answer_open(position: int, question: OpenQuestion) -> list[Outcome]:
             async with gate:
-                return [Outcome(position, question.id, await self._write(question, caller, saturation))]
+                return [Outcome(position, question.id, await self._answer_open(question, caller, together))]
 
         tasks = [
-            start_task(_told([(position, question)], partial(answer_open, position, question)))
+            start_task(_outcomes([(position, question)], partial(answer_open, position, question)))
             for position, question in enumerate(questions)
             if isinstance(question, OpenQuestion)
         ]
         choices = [(position, item) for position, item in enumerate(questions) if isinstance(item, ChoiceQuestion)]
         if choices:
-            tasks.append(start_task(_told(choices, partial(self._weighed, choices, caller))))
+            tasks.append(start_task(_outcomes(choices, partial(self._answer_choices, choices, caller))))
         try:
             for done in asyncio.as_completed(tasks):
                 for outcome in await done:
@@ -117,12 +84,13 @@ class Questions:
                 outcomes.append(outcome)  # noqa: PERF401
         outcomes.sort(key=lambda outcome: outcome.position)
         errors = [outcome.error for outcome in outcomes if outcome.error is not None]
-        if len(errors) == len(outcomes) and all(error.kind in _TRANSIENT for error in errors):
+        if len(errors) == len(outcomes) and all(error.kind in LATER for error in errors):
             raise errors[0]
         return outcomes
 
-    async def _write(self, question: OpenQuestion, caller: Caller, saturation: _Saturation) -> dict[str, Any]:
-        completion, resolved = await self._patiently(question, caller, saturation)
+    async def _answer_open(self, question: OpenQuestion, caller: Caller, together: Together) -> dict[str, Any]:
+        call = partial(self._answers.complete, question.turns, question.sampling, caller)
+        (completion,), resolved = await together.run(call)
         finish = completion.finish
         if finish is None:
             raise LookonceError(ErrorKind.INTERNAL, "no answer")
@@ -133,35 +101,20 @@ class Questions:
             "receipt": receipt(resolved, finish.receipt, self._model.name),
         }
 
-    async def _patiently(
-        self, question: OpenQuestion, caller: Caller, saturation: _Saturation
-    ) -> tuple[Completion, list[Resolved]]:
-        """Ask again where the service was full of the other questions of this request; not where it was full anyway."""
-        for attempt in range(BUSY_TRIES):
-            try:
-                with saturation.asking():
-                    (completion,), resolved = await self._answers.complete(question.turns, question.sampling, caller)
-                return completion, resolved
-            except LookonceError as error:
-                if error.kind is not ErrorKind.OVERLOADED or attempt == BUSY_TRIES - 1:
-                    raise
-                saturation.check(error)
-                await asyncio.sleep(BUSY_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
-                saturation.check(error)
-        raise LookonceError(ErrorKind.INTERNAL, "no answer")
-
-    async def _weighed(self, items: list[tuple[int, ChoiceQuestion]], caller: Caller) -> list[Outcome]:
+    async def _answer_choices(self, items: list[tuple[int, ChoiceQuestion]], caller: Caller) -> list[Outcome]:
         scores, cost, resolved = await self._answers.score([item for _, item in items], caller)
         bill = receipt(resolved, cost, self._model.name)
         return [
             Outcome(position, item.id, error=found)
             if isinstance(found, LookonceError)
-            else Outcome(position, item.id, _weights(found) | {"receipt": bill})
+            else Outcome(position, item.id, _choice_fields(found) | {"receipt": bill})
             for (position, item), found in zip(items, scores, strict=True)
         ]
 
 
-async def _told(items: Sequence[tuple[int, AnyQuestion]], ask: Callable[[], Awaitable[list[Outcome]]]) -> list[Outcome]:
+async def _outcomes(
+    items: Sequence[tuple[int, AnyQuestion]], ask: Callable[[], Awaitable[list[Outcome]]]
+) -> list[Outcome]:
     """What comes of questions that are asked together: outcomes in any case, so that whoever reads them is told."""
     try:
         return await ask()
@@ -173,7 +126,7 @@ async def _told(items: Sequence[tuple[int, AnyQuestion]], ask: Callable[[], Awai
     return [Outcome(position, item.id, error=failure) for position, item in items]
 
 
-def _weights(scores: language_pb2.ItemScores) -> dict[str, Any]:
+def _choice_fields(scores: language_pb2.ItemScores) -> dict[str, Any]:
     best = max(scores.choices, key=lambda item: item.probability, default=None)
     return {
         "text": best.choice if best is not None else "",

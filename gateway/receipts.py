@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gateway.images.images import Resolved
+from gateway.images.library import Resolved
 from gateway.metrics import ANSWERS, FIRST_TOKEN_SECONDS, TOKENS
 from gateway.routing.variants import DEFAULT
 from lookonce.core.telemetry import tracing

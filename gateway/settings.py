@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
@@ -9,13 +10,13 @@ from typing import Literal
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from gateway.auth import Quota
 from gateway.json_text import JsonLimits
-from gateway.limits import Quota
 from gateway.routing.discovery import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
-from lookonce.core.http_fetch.policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
-from lookonce.core.rpc.server import Tls
+from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
+from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings
 from lookonce.core.telemetry.logs import LogFormat
 from lookonce.core.units import split_list
@@ -232,7 +233,7 @@ class GatewaySettings(Settings):
             return Quota(concurrency=self.tenant_concurrency)
         return Quota(concurrency=max(1, self.max_concurrency // 2) if tenants > 1 else 0)
 
-    @property
+    @cached_property
     def json_limits(self) -> JsonLimits:
         """What JSON bodies and lines of batches may hold."""
         return JsonLimits(

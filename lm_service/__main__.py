@@ -5,22 +5,22 @@ from __future__ import annotations
 from lm_service.settings import LanguageSettings
 from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
 from lookonce.core.settings import command
-from lookonce.core.telemetry.logs import configure_logging
-from lookonce.models.omp_thread import run_in_omp_thread
+from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 
 
 def run(settings: LanguageSettings) -> int:
     """Load the model and serve; the process's exit status."""
     configure_logging("language", settings.log_level, settings.log_format)
     wait_briefly()
-    # Here and not above: --help and a mistyped flag answer before torch is imported.
+    # Here and not above: --help and a mistyped flag answer before any of it is imported.
     import uvloop
 
-    from lm_service.app import load_model, serve, start_metrics
+    from lm_service.app import load, serve
 
     def load_and_serve() -> None:
-        start_metrics(settings)
-        model = run_in_omp_thread(load_model, settings)
+        if settings.metrics_listen:
+            serve_metrics(settings.metrics_listen)
+        model = load(settings)
         keep_freed_memory()
         uvloop.run(serve(settings, model))
 

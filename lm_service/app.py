@@ -1,4 +1,5 @@
-"""Builds the language service from its settings, and runs it until it is told to stop."""
+"""The composition root of the language service: `load` reads the model, `build` puts the parts together, `serve` runs
+them until the process is told to stop."""
 
 from __future__ import annotations
 
@@ -8,39 +9,28 @@ from dataclasses import dataclass
 from functools import partial
 
 import structlog
-import torch
 
-from lm_service.device_map import Home, place, wanted
-from lm_service.embeddings import EmbeddingResolver
-from lm_service.engine.packed.engine import PackedEngine, unusable
-from lm_service.engine.packed.options import PackedOptions
+from lm_service.embeddings import EmbeddingResolver, TensorCache
+from lm_service.engine.factory import builder_of
 from lm_service.engine.types import Engine
-from lm_service.fingerprints import AcceptedEncoders
 from lm_service.metrics import METRICS
-from lm_service.peers import VisionPeers
+from lm_service.peers import AcceptedEncoders, VisionPeers
 from lm_service.prompt import PromptBuilder
 from lm_service.replies import Replies
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
 from lm_service.template import ChatTemplate, load_template
-from lm_service.tensor_cache import TensorCache
-from lm_service.validation import RecordRules
 from lookonce.core.embedding_cache import EmbeddingCache
-from lookonce.core.errors import invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.server import Server
-from lookonce.core.stores import open_store
-from lookonce.core.telemetry.logs import serve_metrics
+from lookonce.core.stores import Store, open_store
 from lookonce.core.version import __version__
-from lookonce.models.chat.chat_format import end_token_ids, image_marker
+from lookonce.models.chat.chat_format import end_token_ids
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
-from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.omp_thread import run_in_omp_thread
-from lookonce.models.quantization import check_usable, scheme
-from lookonce.models.qwen2_vl.modules import TextModel, load_language_model
-from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -49,159 +39,121 @@ SERVICE_NAME = "lookonce.v1.LanguageModel"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The language half on its devices, and what its checkpoint says about it."""
+    """A checkpoint's language half: what its files say, and the engine that has read its weights."""
 
     checkpoint: Checkpoint
     template: ChatTemplate
-    text_model: TextModel
-    lm_head: torch.nn.Linear
-    home: Home
-    dtype: torch.dtype
-    context_length: int
-    end_ids: frozenset[int]
-    weight_bytes: int
+    engine: Engine
 
 
-def load_model(settings: LanguageSettings) -> LoadedModel:
+@dataclass(frozen=True)
+class LanguageService:
+    """The parts, not started."""
+
+    server: Server
+    servicer: LanguageServicer
+    engine: Engine
+    resolver: EmbeddingResolver
+    peers: VisionPeers
+    store: Store
+
+
+def load(settings: LanguageSettings) -> LoadedModel:
     """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    asked = wanted(settings.device, settings.device_map)
-    check_usable(settings.quantization, asked.devices)
+    builder = builder_of(settings)
     checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
-    dtype = choose_dtype(settings.dtype, asked.devices, checkpoint.dtype)
-    home = place(asked, checkpoint.half_entries(Half.LANGUAGE), dtype, settings.quantization)
-    template = load_template(checkpoint.path, image_marker(checkpoint.family.special_tokens(checkpoint.config)))
+    family, config = checkpoint.family, checkpoint.config
+    template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
+    end_ids = end_token_ids(checkpoint.path, family, config, template.chat)
     context_length = _context_length(checkpoint, settings.context_length)
-    where = home.of if settings.quantization == "none" else home.of_unquantized
-    text_model, lm_head = load_language_model(checkpoint, dtype, where)
-    parameters = {*text_model.parameters(), *lm_head.parameters()}  # a tied head counts once
-    return LoadedModel(
-        checkpoint=checkpoint,
-        template=template,
-        text_model=text_model,
-        lm_head=lm_head,
-        home=home,
-        dtype=dtype,
-        context_length=context_length,
-        end_ids=end_token_ids(checkpoint.path, checkpoint.family.text_config(checkpoint.config), template.chat),
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+    engine = run_in_omp_thread(builder.build, checkpoint, template.table, end_ids, context_length)
+    return LoadedModel(checkpoint, template, engine)
+
+
+def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
+    """Put the parts together. Call on the event loop they will run on."""
+    checkpoint, template, engine = model.checkpoint, model.template, model.engine
+    accepted = AcceptedEncoders.of(checkpoint, settings.encoder_dtype, settings.encoder_quantization)
+    store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl, strict=True)
+    clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
+    peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
+    resolver = EmbeddingResolver(
+        tensors=TensorCache(settings.tensor_cache_bytes),
+        cache=EmbeddingCache(store),
+        peers=peers,
+        hidden_size=checkpoint.hidden_size,
+        accepted=accepted,
     )
+    prompts = PromptBuilder(
+        template,
+        checkpoint.family,
+        checkpoint.config,
+        context_length=engine.describe().model.context_length,
+        max_images=settings.max_images,
+        check_fingerprint=resolver.check,
+    )
+    servicer = LanguageServicer(
+        engine=engine,
+        builder=prompts,
+        resolver=resolver,
+        replies=Replies(template.table, checkpoint.name),
+        model=_description(model),
+        fingerprints=accepted.fingerprints,
+        max_tokens=settings.max_tokens,
+        max_timeout=settings.max_timeout,
+    )
+    server = Server(settings.server)
+    server.add(SERVICE_NAME, partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer))
+    METRICS.watch(engine.describe)
+    return LanguageService(server, servicer, engine, resolver, peers, store)
 
 
 async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
     """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on, INTERNAL when a
     fault has left the engine unusable."""
-    accepted = AcceptedEncoders.of(model.checkpoint, settings.encoder_dtype, settings.encoder_quantization)
-    store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl, strict=True)
-    clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
-    peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
-    checkpoint = model.checkpoint
-    resolver = EmbeddingResolver(
-        l1=TensorCache(settings.l1_bytes),
-        cache=EmbeddingCache(store),
-        peers=peers,
-        rules=RecordRules(checkpoint.hidden_size, checkpoint.merge_size, model.dtype, model.home.devices[0]),
-        accepted=accepted,
-    )
-    engine = _engine(settings, model, resolver)
-    METRICS.watch(engine.describe)
-    server = Server(settings.server)
-    servicer = _servicer(settings, model, engine, resolver, accepted)
-    register = partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer)
-    server.add(SERVICE_NAME, register)
+    service = build(settings, model)
+    server, engine = service.server, service.engine
+    failures: list[str] = []
+
+    def on_failure() -> None:
+        failures.append("a fault has left the engine unusable; a new process is needed")  # the log says what happened
+        server.stop()
+
     try:
         address = await server.start()
-        await engine.start(on_failure=server.stop)
-        peers.start()
+        await engine.start(service.resolver, on_failure)
+        service.peers.start()
         with heap_frozen():
             await server.set_serving(True)
-            log.info("serving", address=address, model=checkpoint.name, device=str(model.home), store=_kind(settings))
+            device = engine.describe().model.device
+            log.info("serving", address=address, model=model.checkpoint.name, device=device, store=_kind(settings))
             await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
-        servicer.close()
-        await peers.close()
+        service.servicer.close()
+        await service.peers.close()
         await engine.close()
-        await store.close()
-    if engine.failed:
-        raise unusable()
+        await service.store.close()
+    for failure in failures:
+        raise LookonceError(ErrorKind.INTERNAL, failure)
     log.info("stopped")
 
 
-def start_metrics(settings: LanguageSettings) -> None:
-    """Listen for Prometheus, if asked to."""
-    if settings.metrics_listen:
-        serve_metrics(settings.metrics_listen)
-
-
-def _engine(settings: LanguageSettings, model: LoadedModel, resolver: EmbeddingResolver) -> PackedEngine:
-    native = settings.kernels == "auto"
-    options = PackedOptions(
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        kv_bytes=settings.kv_bytes,
-        prefix_bytes=settings.prefix_bytes,
-        context_tokens=model.context_length,
-        step_seconds=settings.step_seconds,
-        native=native,
-    )
-    devices = model.home.of_layers
-    adapter = run_in_omp_thread(
-        Qwen2VLAdapter,
-        model.text_model,
-        model.lm_head,
-        quantization=settings.quantization,
-        devices=devices,
-        native=native,
-    )
-    return PackedEngine(adapter, model.template.table, model.end_ids, resolver, options)
-
-
-def _servicer(
-    settings: LanguageSettings,
-    model: LoadedModel,
-    engine: Engine,
-    resolver: EmbeddingResolver,
-    accepted: AcceptedEncoders,
-) -> LanguageServicer:
-    checkpoint = model.checkpoint
-    builder = PromptBuilder(
-        model.template,
-        image_token_id=checkpoint.family.special_tokens(checkpoint.config).image_id,
-        merge_size=checkpoint.merge_size,
-        context_length=model.context_length,
-        max_images=settings.max_images,
-        check_fingerprint=resolver.check,
-    )
-    return LanguageServicer(
-        engine=engine,
-        builder=builder,
-        resolver=resolver,
-        replies=Replies(model.template.table, checkpoint.name),
-        model=_description(settings, model),
-        fingerprints=accepted.fingerprints,
-        max_tokens=settings.max_tokens,
-        max_timeout=settings.max_timeout,
-        packs=all(device.type == "cpu" for device in model.home.devices),
-    )
-
-
-def _description(settings: LanguageSettings, model: LoadedModel) -> common_pb2.ModelDescription:
-    checkpoint = model.checkpoint
+def _description(model: LoadedModel) -> common_pb2.ModelDescription:
+    checkpoint, facts = model.checkpoint, model.engine.describe().model
     return common_pb2.ModelDescription(
         name=checkpoint.name,
         checkpoint=checkpoint.identity,
         family=checkpoint.family.model_type,
-        dtype=dtype_name(model.dtype),
-        device=str(model.home),
+        dtype=facts.dtype,
+        device=facts.device,
         hidden_size=checkpoint.hidden_size,
         merge_size=checkpoint.merge_size,
-        weight_bytes=model.weight_bytes,
+        weight_bytes=facts.weight_bytes,
         version=__version__,
         instance=uuid.uuid4().hex,
         started_at=time.time(),
-        quantization=scheme(settings.quantization, model.home.devices[0]),
+        quantization=facts.quantization,
     )
 
 

@@ -1,45 +1,101 @@
-"""Where an engine gets embeddings from: this process's L1, the shared store, then the vision services.
+"""Where an engine gets embeddings from: this process's tensor cache, the shared store, then the vision services.
 
-Whatever the source, a record is validated before its rows go anywhere. Simultaneous loads of one key are one load.
+Whatever the source, a record is validated before its rows go anywhere. Simultaneous loads of one image are one load.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Container, Coroutine, Sequence
+from typing import Any, TypeVar, cast
 
 import structlog
-import torch
 
-from lm_service.engine.types import EmbeddingSource
-from lm_service.fingerprints import AcceptedEncoders
+from lm_service.engine.types import DamagedRecord, EmbeddingSource, Rows
 from lm_service.metrics import METRICS
-from lm_service.peers import VisionPeers
-from lm_service.tensor_cache import TensorCache
-from lm_service.validation import DamagedRecord, RecordRules
+from lm_service.peers import AcceptedEncoders, VisionPeers
 from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
-from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.record import EmbeddingRecord, parse_record
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.errors import ErrorKind, LookonceError, RecordError
+from lookonce.core.identity import EmbeddingReference
+from lookonce.core.record import EMBEDDING, EmbeddingRecord, TensorView, parse_record
+from lookonce.core.single_flight import Abandoned, Flights
 from lookonce.core.stores import StoreFailure
-from lookonce.core.tasks import end_tasks, start_task
+from lookonce.core.tasks import start_task
 from lookonce.models.omp_thread import run_in_omp_thread
 
 log = structlog.get_logger(__name__)
 RETRY_SECONDS = 1.0  # until a store that could not be asked is worth another try
-Loaded = tuple[torch.Tensor, EmbeddingSource]
+R = TypeVar("R", bound=Rows)
 
 
-@dataclass
-class _Flight:
-    """One load under way, shared by all who want this reference."""
+class TensorCache:
+    """The nearest tier: rows in the engine's form by embedding key, least recently used out first. Not thread-safe."""
 
-    reference: EmbeddingReference
-    task: asyncio.Task[Loaded]
-    waiters: int = field(default=0)
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._entries: OrderedDict[bytes, tuple[EmbeddingReference, Rows]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, reference: EmbeddingReference) -> Rows | None:
+        """The rows, if they are of this very reference (key, image, grid and encoder agree)."""
+        kept, rows = self._entries.get(reference.key, (None, None))
+        if kept is None or not _same(kept, reference):
+            return None
+        self._entries.move_to_end(reference.key)
+        return rows
+
+    def put(self, reference: EmbeddingReference, rows: Rows) -> None:
+        """Keep the rows, dropping others to stay within the budget; rows over the whole budget are not kept."""
+        self.pop(reference.key)
+        if rows.nbytes > self.max_bytes:
+            return
+        self._entries[reference.key] = reference, rows
+        self.bytes += rows.nbytes
+        while self.bytes > self.max_bytes:
+            self.pop(next(iter(self._entries)))
+
+    def pop(self, key: bytes) -> bool:
+        """Drop an entry; whether it was there."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.bytes -= entry[1].nbytes
+        return entry is not None
+
+    def keys_of(self, image_digests: Container[bytes]) -> list[bytes]:
+        """Keys of the entries made from these images."""
+        return [key for key, (kept, _) in self._entries.items() if kept.image_digest in image_digests]
+
+
+def _same(one: EmbeddingReference, other: EmbeddingReference) -> bool:
+    fields = ("fingerprint", "image_digest", "grid_thw", "tokens")
+    return all(getattr(one, field) == getattr(other, field) for field in fields)
+
+
+def rows_of_record(record: EmbeddingRecord, reference: EmbeddingReference, hidden_size: int) -> TensorView:
+    """The rows [tokens, hidden] as they are stored, once the record is the one referred to and fits the model.
+
+    Raises DamagedRecord, EMBEDDING_INVALID for another image's record, FINGERPRINT_MISMATCH.
+    """
+    if record.fingerprint != reference.fingerprint:
+        raise LookonceError(
+            ErrorKind.FINGERPRINT_MISMATCH,
+            f"the embedding was made by encoder {record.fingerprint[:64]}, the reference names {reference.fingerprint}",
+            param="image.fingerprint",
+        )
+    if record.image_digest != reference.image_digest:
+        raise RecordError("the embedding under this key is of another image")
+    if record.grid_thw != reference.grid_thw or record.tokens != reference.tokens:
+        raise RecordError("the embedding's grid or token count differs from the reference's")
+    view = record.tensors[EMBEDDING]
+    if view.shape[0] != reference.tokens:
+        raise DamagedRecord(f"embedding has {view.shape[0]} rows, its grid makes {reference.tokens} tokens")
+    if view.shape[1] != hidden_size:
+        raise DamagedRecord(f"embedding has width {view.shape[1]}, the model takes {hidden_size}")
+    return view
 
 
 class EmbeddingResolver:
@@ -48,78 +104,58 @@ class EmbeddingResolver:
     def __init__(
         self,
         *,
-        l1: TensorCache,
+        tensors: TensorCache,
         cache: EmbeddingCache,
         peers: VisionPeers,
-        rules: RecordRules,
+        hidden_size: int,
         accepted: AcceptedEncoders,
     ) -> None:
-        self.l1 = l1
+        """`hidden_size` is the width of the model's rows."""
+        self.tensors = tensors
         self._cache = cache
         self._peers = peers
-        self._rules = rules
+        self._hidden_size = hidden_size
         self._accepted = accepted
-        self._flights: dict[EmbeddingReference, _Flight] = {}
+        self._flights: Flights[tuple[Rows, EmbeddingSource]] = Flights()
 
     def check(self, reference: EmbeddingReference) -> None:
         """Raise FINGERPRINT_MISMATCH, naming both sides, for an encoder that isn't this model's."""
         self._accepted.check(reference.fingerprint)
 
-    async def load(self, reference: EmbeddingReference) -> Loaded:
+    async def load(
+        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
+    ) -> tuple[R, EmbeddingSource]:
         """See `EmbeddingLoader.load`; also raises FINGERPRINT_MISMATCH."""
         self.check(reference)
-        rows = self.l1.get(reference)
-        loaded = (rows, EmbeddingSource.L1) if rows is not None else await self._join(reference)
-        METRICS.loads.labels(loaded[1].value).inc()
-        return loaded
-
-    async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> tuple[int, bool]:
-        """Erase embeddings here and in the store, loads under way included: entries dropped from L1, and whether the
-        store is known to hold none of them any more."""
-        digests = frozenset(image_digests)
-        doomed = {*keys, *self.l1.keys_of(digests)}
-        flights = [
-            f for f in self._flights.values() if f.reference.key in doomed or f.reference.image_digest in digests
-        ]
-        doomed.update(flight.reference.key for flight in flights)
-        for flight in flights:
-            self._end(flight)
-        await end_tasks(*(flight.task for flight in flights))
-        dropped = sum(self.l1.pop(key) for key in doomed)
-        METRICS.l1_bytes.set(self.l1.bytes)
-        return dropped, await self._cache.forget(doomed)
-
-    async def _join(self, reference: EmbeddingReference) -> Loaded:
-        flight = self._flights.get(reference)
-        if flight is None:
-            flight = _Flight(reference, start_task(self._load(reference)))
-            self._flights[reference] = flight
-            flight.task.add_done_callback(partial(self._ended, flight))
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(flight.task)
-        except asyncio.CancelledError:
-            if flight.task.cancelled() and not _cancelling():
+        rows, source = self.tensors.get(reference), EmbeddingSource.TENSOR_CACHE
+        if rows is None:
+            try:
+                (rows, source), _ = await self._flights.run(
+                    reference, lambda: self._load(reference, rows_of), label=reference
+                )
+            except Abandoned:
                 text = "the image was erased while it was asked about"
                 raise LookonceError(ErrorKind.EMBEDDING_MISSING, text, param="image") from None
-            raise
-        finally:
-            flight.waiters -= 1
-            if flight.waiters == 0:
-                self._end(flight)  # nobody waits for it any more
+        METRICS.loads.labels(source.value).inc()
+        return cast(R, rows), source
 
-    def _ended(self, flight: _Flight, task: asyncio.Task[Loaded]) -> None:
-        self._end(flight)
+    async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> tuple[int, bool]:
+        """Erase embeddings here and in the store, loads under way included: entries dropped from the tensor cache, and
+        whether the store is known to hold none of them any more."""
+        digests = frozenset(image_digests)
+        doomed = {*keys, *self.tensors.keys_of(digests)}
+        flights = self._flights.matching(
+            lambda flight: flight.label.key in doomed or flight.label.image_digest in digests
+        )
+        doomed.update(flight.label.key for flight in flights)
+        await self._flights.end(flights)
+        dropped = sum(self.tensors.pop(key) for key in doomed)
+        METRICS.tensor_cache_bytes.set(self.tensors.bytes)
+        return dropped, await self._cache.forget(doomed)
 
-    def _end(self, flight: _Flight) -> None:
-        if self._flights.get(flight.reference) is flight:
-            del self._flights[flight.reference]
-        if not flight.task.done():
-            flight.task.cancel()
-        elif not flight.task.cancelled():
-            flight.task.exception()  # seen, even if every waiter has gone
-
-    async def _load(self, reference: EmbeddingReference) -> Loaded:
+    async def _load(
+        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], Rows]
+    ) -> tuple[Rows, EmbeddingSource]:
         refusal: LookonceError | None = None
         record, asked = None, True
         try:
@@ -128,7 +164,7 @@ class EmbeddingResolver:
             asked = False
         if record is not None:
             try:
-                return await self._admit(record, reference), EmbeddingSource.STORE
+                return await self._admit(record, reference, rows_of), EmbeddingSource.STORE
             except LookonceError as error:
                 refusal = error
                 log.warning("stored embedding refused", key=reference.key.hex(), reason=error.message)
@@ -138,28 +174,23 @@ class EmbeddingResolver:
         if fetched is None:
             raise refusal or _missing(asked=asked)
         record = await asyncio.to_thread(parse_record, fetched, reference.key)
-        rows = await self._admit(record, reference)
+        rows = await self._admit(record, reference, rows_of)
         await _to_its_end(self._cache.put(record))
         return rows, EmbeddingSource.FETCHED
 
-    async def _admit(self, record: EmbeddingRecord, reference: EmbeddingReference) -> torch.Tensor:
+    async def _admit(
+        self, record: EmbeddingRecord, reference: EmbeddingReference, rows_of: Callable[[TensorView], Rows]
+    ) -> Rows:
         try:
-            if sum(view.data.nbytes for view in record.tensors.values()) <= INLINE_BYTES:
-                rows = self._rules.rows(record, reference)
-            else:
-                rows = await asyncio.to_thread(run_in_omp_thread, self._rules.rows, record, reference)
+            view = rows_of_record(record, reference, self._hidden_size)
+            inline = view.data.nbytes <= INLINE_BYTES
+            rows = rows_of(view) if inline else await asyncio.to_thread(run_in_omp_thread, rows_of, view)
         except LookonceError:
             METRICS.invalid.inc()
             raise
-        self.l1.put(reference, rows)
-        METRICS.l1_bytes.set(self.l1.bytes)
+        self.tensors.put(reference, rows)
+        METRICS.tensor_cache_bytes.set(self.tensors.bytes)
         return rows
-
-
-def _cancelling() -> bool:
-    """Whether the waiting request itself is being cancelled (rather than the load it waits for)."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from lm_service.engine.types import ImageSpan, Prompt
-from lm_service.positions import mrope_positions
 from lm_service.template import ChatTemplate, Turn
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.family import Family
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
 SHORT = 4096
 """Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
@@ -32,24 +38,44 @@ def is_short(messages: Sequence[Message]) -> bool:
     return len(parts) <= 16 and sum(len(part) if isinstance(part, str) else part.tokens for part in parts) <= SHORT
 
 
+class PromptThread:
+    """The thread that long prompts are built in, one after the other: others' answers keep the event loop and all cores
+    but one, and no more than one prompt's memory is needed at a time. Whoever is cancelled while waiting costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What the call returns, or raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        """Begin nothing more; the call under way ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
 class PromptBuilder:
     """Builds the prompts of one model."""
 
     def __init__(
         self,
         template: ChatTemplate,
+        family: Family,
+        config: dict[str, Any],
         *,
-        image_token_id: int,
-        merge_size: int,
         context_length: int,
         max_images: int,
         check_fingerprint: Callable[[EmbeddingReference], None],
     ) -> None:
-        """`check_fingerprint` raises FINGERPRINT_MISMATCH for an encoder that isn't this model's."""
+        """`config` is the checkpoint's config.json; `check_fingerprint` raises FINGERPRINT_MISMATCH for an encoder that
+        isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = image_token_id
-        self._merge_size = merge_size
+        self._image_token_id = family.special_tokens(config).image_id
+        self._tokens_of = partial(family.tokens_per_grid, config)
+        self._markers = partial(family.markers, config)
+        self._positions = partial(family.positions, config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
@@ -66,7 +92,8 @@ class PromptBuilder:
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
         token_ids, spans = self._expand(self.template.ids(turns, salt), images)
         self._check_size(len(token_ids), reserve)
-        positions, following = mrope_positions(len(token_ids), spans, self._merge_size)
+        layout = [(span.start, span.reference.grid_thw) for span in spans]
+        positions, following = self._positions(len(token_ids), layout)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
 
     def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
@@ -85,7 +112,7 @@ class PromptBuilder:
         if len(images) > self._max_images:
             raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
         for image in images:
-            image.check(self._merge_size)
+            image.check(self._tokens_of)
             self._check_fingerprint(image)
         return images
 
@@ -127,8 +154,11 @@ class PromptBuilder:
         for image in images:
             place = ids.index(self._image_token_id, begin)
             expanded += ids[begin:place]
-            spans.append(ImageSpan(len(expanded), image))
-            expanded += [self._image_token_id] * image.tokens
+            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            expanded += [self._image_token_id] * (span.end - span.start)
+            for at, token_id in span.markers:
+                expanded[span.start + at] = token_id
+            spans.append(span)
             begin = place + 1
         expanded += ids[begin:]
         return expanded, spans

@@ -13,7 +13,7 @@ _REASONS = {FinishReason.STOP: language_pb2.STOP, FinishReason.LENGTH: language_
 _SOURCES = {
     EmbeddingSource.NONE: language_pb2.EMBEDDING_SOURCE_UNSPECIFIED,
     EmbeddingSource.NOT_NEEDED: language_pb2.NOT_NEEDED,
-    EmbeddingSource.L1: language_pb2.L1,
+    EmbeddingSource.TENSOR_CACHE: language_pb2.L1,
     EmbeddingSource.STORE: language_pb2.STORE,
     EmbeddingSource.FETCHED: language_pb2.FETCHED,
 }

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from lm_service.engine.types import Sampling
 from lm_service.prompt import Message
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import DIGEST_BYTES
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.core.rpc.messages import reference_from_proto
 from protos.lookonce.v1 import common_pb2, language_pb2
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import structlog
 
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
-from lm_service.metrics import METRICS
-from lm_service.prompt import SHORT, PromptBuilder
-from lm_service.prompt_thread import PromptThread
+from lm_service.metrics import METRICS, TracePhases
+from lm_service.prompt import SHORT, PromptBuilder, PromptThread
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
-from lm_service.trace_phases import TracePhases
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.status_codes import to_proto
-from lookonce.core.tasks import start_task
+from lookonce.core.tasks import gather_or_end
 from protos.lookonce.v1 import language_pb2
 
-T = TypeVar("T")
-log = structlog.get_logger(__name__)
 _OF_ONE_IMAGE = {ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID, ErrorKind.FINGERPRINT_MISMATCH}
 """Failures that say nothing of items about other images."""
 _INLINE_SECONDS = 0.001
@@ -54,17 +46,12 @@ class Scorer:
         builder: PromptBuilder,
         replies: Replies,
         prompt_thread: PromptThread,
-        *,
-        packs: bool = False,
     ) -> None:
-        """`prompt_thread` builds long prompts. `packs`: images of one request that is to be scored `alone` share steps,
-        if that turns out to change no bit: a product's rows don't depend on how many there are on CPUs, and do on GPUs.
-        """
+        """`prompt_thread` builds long prompts."""
         self._engine = engine
         self._builder = builder
         self._prompt_thread = prompt_thread
         self._replies = replies
-        self._packs = None if packs else False  # None: to be found out
 
     async def score(self, request: language_pb2.ScoreRequest, deadline: float) -> language_pb2.ScoreResponse:
         """Results in the order asked. Raises what concerns the whole request (OVERLOADED, DEADLINE_EXCEEDED)."""
@@ -74,9 +61,7 @@ class Scorer:
         name = request.request_id or uuid.uuid4().hex
         timings = Timings()
         try:
-            if asked and request.alone and not await self._may_pack(asked, name, request, deadline):
-                timings = await self._run_by_image(asked, results, name, request, deadline)
-            elif asked:
+            if asked:
                 timings = await self._run(asked, results, name, request, deadline)
         except LookonceError as error:
             if error.kind not in _OF_ONE_IMAGE:
@@ -131,7 +116,8 @@ class Scorer:
     ) -> Timings:
         items = tuple(entry.item for entry in asked)
         trace_phases = TracePhases()
-        scoring = _scoring(name, items, request, deadline, mixes=bool(self._packs))
+        isolated = request.isolated or request.alone  # `alone`: of callers of the last release
+        scoring = Scoring(name, items, request.client, deadline, isolated, request.cache_salt)
         scores = await self._engine.score(scoring)
         trace_phases.scored(scores.timings)
         for entry, logprobs, cached in zip(asked, scores.logprobs, scores.cached_tokens, strict=True):
@@ -140,32 +126,6 @@ class Scorer:
         METRICS.prompt_tokens.inc(sum(len(item.prompt.token_ids) for item in items))
         METRICS.cached_tokens.inc(sum(scores.cached_tokens))
         return scores.timings
-
-    async def _may_pack(
-        self, asked: Sequence[_Asked], name: str, request: language_pb2.ScoreRequest, deadline: float
-    ) -> bool:
-        """Whether the items of a request that shares no step with others may share steps among themselves. The first
-        request with several images is computed both ways to find out."""
-        groups = _by_image(asked)
-        if len(groups) == 1:
-            return True
-        if self._packs is None:
-            self._packs, found = False, None  # those who come meanwhile are scored apart
-
-            async def score(entries: Sequence[_Asked], *, mixes: bool) -> tuple[tuple[float, ...], ...]:
-                items = tuple(entry.item for entry in entries)
-                return (await self._engine.score(_scoring(name, items, request, deadline, mixes=mixes))).logprobs
-
-            try:
-                packed = dict(zip((entry.at for entry in asked), await score(asked, mixes=True), strict=True))
-                apart = [await score(group, mixes=False) for group in groups]
-                found = apart == [tuple(packed[entry.at] for entry in group) for group in groups]
-                log.info("images of one request are scored", together=found)
-            except LookonceError:
-                return False
-            finally:
-                self._packs = found
-        return bool(self._packs)
 
     async def _run_by_image(
         self,
@@ -187,17 +147,11 @@ class Scorer:
                     results[entry.at].error.CopyFrom(to_proto(error))
                 return Timings()
 
-        parts = await _all([run(group) for group in _by_image(asked)])
+        parts = await gather_or_end([run(group) for group in _by_image(asked)])
         total = parts[0] if len(parts) == 1 else Timings()
         for part in parts if len(parts) > 1 else ():
             _add(total, part)
         return total
-
-
-def _scoring(
-    name: str, items: tuple[ScoreItem, ...], request: language_pb2.ScoreRequest, deadline: float, *, mixes: bool
-) -> Scoring:
-    return Scoring(name, items, request.client, deadline, request.alone, mixes=mixes, salt=request.cache_salt)
 
 
 def _is_short(item: language_pb2.ScoreItem) -> bool:
@@ -211,16 +165,6 @@ def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:
     for entry in asked:
         groups.setdefault(entry.images, []).append(entry)
     return list(groups.values())
-
-
-async def _all(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all, or the first failure, which ends the others."""
-    tasks = [start_task(one) for one in work]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _add(total: Timings, part: Timings) -> None:

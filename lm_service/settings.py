@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.core.rpc.server import ServerOptions, Tls
-from lookonce.core.settings import Bytes, Seconds, Settings
+from lookonce.core.rpc.server import ServerOptions
+from lookonce.core.rpc.tls import Tls
+from lookonce.core.settings import Bytes, Seconds, Settings, formerly
 from lookonce.core.telemetry.logs import LogFormat
 from lookonce.core.units import split_list
 
@@ -29,6 +30,7 @@ class LanguageSettings(Settings):
     encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )
+    engine: str = Field("packed", description="packed, or the name of an installed engine.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     device_map: str | None = Field(
         None,
@@ -50,7 +52,9 @@ class LanguageSettings(Settings):
         description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the model; unset: torch's choice.")
-    l1_bytes: Bytes = Field(256 << 20, description="Embeddings kept on the device.")
+    tensor_cache_bytes: Bytes = Field(
+        256 << 20, description="Embeddings kept on the device.", json_schema_extra=formerly("l1_bytes")
+    )
     kv_bytes: Bytes | None = Field(
         None, description="KV of answers under way, beyond shared prefixes; unset: a quarter of the free memory."
     )

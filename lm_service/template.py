@@ -16,6 +16,7 @@ from pathlib import Path
 from lm_service.engine.detokenizer import TokenTable
 from lookonce.core.errors import invalid
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.family import Family
 
 __all__ = ["ChatTemplate", "Turn", "load_template"]
 
@@ -26,7 +27,7 @@ PIECE = 16_384
 _BRIEF = 1024
 """Characters of a text that is tokenised (in 1 ms) without letting go of Python's lock."""
 _REMEMBERED, _REMEMBERED_CHARACTERS = 1024, 4096
-"""Conversations whose ids are kept, and the longest such: the same questions are asked about many pictures."""
+"""Conversations whose ids are kept, and the longest such: the same questions are asked about many images."""
 
 
 class ChatTemplate:
@@ -110,8 +111,8 @@ class ChatTemplate:
         return [piece] if isinstance(piece, int) else self.text_ids(piece.replace(mark, ""))
 
 
-def load_template(path: Path, image: str = "") -> ChatTemplate:
+def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:
     """The template and tokenizer of a checkpoint directory; `image` stands for an image where a template takes strings.
 
     CheckpointError naming what is missing."""
-    return ChatTemplate(open_chat(path, image))
+    return ChatTemplate(open_chat(path, family, image))

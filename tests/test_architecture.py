@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "lm_service": {"protos", "lookonce", "lm_service"},
     "gateway": {"protos", "lookonce", "gateway"},
 }
-SETTINGS_REFERENCE = ROOT / "lookonce/cli/reference.py"  # lists every service's settings, so it reads their classes
+SETTINGS_REFERENCE = ROOT / "lookonce/cli/settings_page.py"  # lists every service's settings, so it reads their classes
 TO_THREADS = {"submit", "run_in_executor", "run_coroutine_threadsafe"}
 TASKS = ROOT / "lookonce/core/tasks.py"
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
@@ -92,15 +92,20 @@ def test_the_import_rule_sees_a_planted_fault():
 PLANTED = {
     "core leans on nothing of ours but protos": ("lookonce/core/units.py", "import lookonce.moderation.policy"),
     "models lean on core": ("lookonce/models/devices.py", "import lookonce.moderation.policy"),
+    "a family is found by the registry, imported by nobody": (
+        "lookonce/models/sizing.py",
+        "import lookonce.models.qwen2_vl.config",
+    ),
     "moderation leans on core": ("lookonce/moderation/policy/rules.py", "import lookonce.models.registry"),
-    "the client leans on errors and the version": ("lookonce/client/options.py", "import lookonce.core.stores"),
-    "the gateway leans on core and the policy": ("gateway/limits.py", "import lookonce.models.registry"),
+    "the client leans on errors and the version": ("lookonce/client/request_options.py", "import lookonce.core.stores"),
+    "the gateway leans on core, the policy and the judge": ("gateway/auth.py", "import lookonce.models.registry"),
     "services know nothing of each other": ("gateway/auth.py", "import vision_service.settings"),
     "nobody imports the command line": ("lm_service/replies.py", "import lookonce.cli.console"),
     "the command line loads settings of services, nothing else of them": ("lookonce/cli/ask.py", "import gateway.auth"),
     "torch is for models and the model services": ("lookonce/core/record.py", "import torch"),
     "kernels are behind one door": ("lookonce/models/linear.py", "import lookonce.models.kernels.panels"),
     "LLVM is for kernels": ("lookonce/models/compiled.py", "import llvmlite"),
+    "torch is for engines within the language service": ("lm_service/prompt.py", "import torch"),
 }
 """For each contract of import-linter a module and a line that breaks it."""
 
@@ -208,7 +213,7 @@ def test_no_assert_checks_a_request(package):
     [
         "gateway",
         "gateway.__main__",
-        "gateway.http.app",
+        "gateway.http.asgi",
         "lookonce",
         "lookonce.cli",
         "lookonce.core.rpc.client",

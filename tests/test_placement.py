@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_service.app import load_model
+from lm_service.app import load as load_language
 from lm_service.settings import LanguageSettings
 from lookonce.cli.capacity import GIB, Device, Workload, placements
 from lookonce.cli.checks import check_checkpoint, check_cpu, check_cuda
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.checkpoint.check import check_settings
 from lookonce.models.devices import choose_dtype, dtype_name
-from lookonce.models.qwen2_vl.sizing import size_of
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.sizing import size_of
 from vision_service.app import load
 from vision_service.settings import VisionSettings
 
@@ -63,8 +63,8 @@ def diagnosed(path, report):
 def test_plan_doctor_and_both_services_agree_on_a_cpu(checkpoints, stored):
     path = checkpoints[stored]
     vision = load(VisionSettings(model=str(path), device="cpu"))
-    language = load_model(LanguageSettings(model=str(path), device="cpu"))
-    served = {dtype_name(vision.encoder.dtype), dtype_name(language.dtype)}
+    language = load_language(LanguageSettings(model=str(path), device="cpu"))
+    served = {dtype_name(vision.encoder.dtype), language.engine.describe().model.dtype}
     assert served == planned(path, Device("cpu", 64 * GIB)) == diagnosed(path, None) == {"float32"}
 
 

@@ -1,8 +1,8 @@
-"""Build the parts, serve until SIGTERM."""
+"""The composition root of the vision service: `load` reads the model, `build` puts the parts together, `serve` runs
+them."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,23 +14,20 @@ import structlog
 import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.process import heap_frozen, keep_freed_memory
+from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.server import Server
 from lookonce.core.stores import Store, open_store
 from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.tiered import TieredStore
-from lookonce.core.telemetry.logs import serve_metrics
 from lookonce.core.units import format_size
 from lookonce.core.version import __version__
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.devices import choose_device, choose_dtype, dtype_name
+from lookonce.models.family import VisionEncoder
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
-from lookonce.models.qwen2_vl.preprocessing import Preprocessor
-from lookonce.models.qwen2_vl.resizing import smart_resize
-from lookonce.models.qwen2_vl.sizing import default_max_pixels
-from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.sizing import default_max_pixels
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service.core import CoreLimits, Model, VisionCore
 from vision_service.images import Decoder, ImageLimits
@@ -38,74 +35,134 @@ from vision_service.servicer import VisionServicer
 from vision_service.settings import VisionSettings
 
 log = structlog.get_logger(__name__)
+SERVICE_NAME = "lookonce.v1.VisionEncoder"
 BATCH_PATCHES = {True: 2048, False: 16384}
 """By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A loaded checkpoint and what it serves as."""
+class LoadedModel:
+    """A checkpoint's vision half, and what it serves as."""
 
     checkpoint: Checkpoint
-    encoder: Encoder
-    preprocessor: Preprocessor
+    encoder: VisionEncoder
     model: Model
 
 
-def load(settings: VisionSettings) -> Tower:
-    """Open the checkpoint and load its vision half. Raises LookonceError."""
+@dataclass(frozen=True)
+class VisionService:
+    """The parts, not started."""
+
+    server: Server
+    core: VisionCore
+    shrinks: bool  # whether images are made smaller for the CPU's sake
+
+
+def load(settings: VisionSettings) -> LoadedModel:
+    """Read the checkpoint's vision half (blocking). Raises LookonceError."""
     device = choose_device(settings.device)
     check_usable(settings.quantization, [device])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checked(settings.model, Half.VISION, settings.revision)
     dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
-    preprocessor = Preprocessor(checkpoint.preprocessor)
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
         hidden_size=checkpoint.hidden_size,
-        merge_size=checkpoint.merge_size,
+        least_pixels=checkpoint.family.least_pixels(checkpoint.config),
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint, device),
     )
+    return LoadedModel(checkpoint, run_in_omp_thread(_encoder, settings, checkpoint, dtype, device), model)
+
+
+def _encoder(
+    settings: VisionSettings, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> VisionEncoder:
     native = settings.kernels == "auto"
-    encoder = Encoder.load(checkpoint, dtype, device, quantization=settings.quantization, native=native)
-    encoder.warm_up(preprocessor)
-    return Tower(checkpoint, encoder, preprocessor, model)
+    encoder = checkpoint.family.load_encoder(
+        checkpoint, dtype, device, quantization=settings.quantization, native=native
+    )
+    encoder.warm_up()
+    return encoder
 
 
-def build_core(settings: VisionSettings, tower: Tower, store: Store, shared: Store) -> VisionCore:
-    """Put the core together. Call on the event loop it will run on."""
-    return VisionCore(
-        tower.model,
-        tower.encoder.encode,
-        tower.preprocessor,
+def build(settings: VisionSettings, loaded: LoadedModel) -> VisionService:
+    """Put the parts together. Call on the event loop they will run on."""
+    store, shared = _open_stores(settings)
+    core = VisionCore(
+        loaded.model,
+        loaded.encoder,
         Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels)),
         store,
         shared=shared,
         limits=CoreLimits(
             decode_workers=settings.decode_workers,
             max_waiting=settings.max_waiting,
-            batch_patches=settings.batch_patches or BATCH_PATCHES[tower.encoder.device.type == "cpu"],
+            batch_patches=settings.batch_patches or BATCH_PATCHES[loaded.encoder.device.type == "cpu"],
             queue_patches=settings.queue_patches,
             batch_wait=settings.batch_wait_ms / 1000,
             lease_seconds=settings.lease_seconds,
         ),
     )
+    shrunk = _shrunk(settings, loaded)
+    servicer = VisionServicer(core, _description(settings, loaded), shrunk=shrunk)
+    server = Server(settings.server)
+    server.add(SERVICE_NAME, partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer))
+    server.on_drain(servicer.drain)
+    return VisionService(server, core, shrunk is not None)
 
 
-def open_stores(settings: VisionSettings) -> tuple[Store, Store]:
+@asynccontextmanager
+async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterator[Server]:
+    """The service, serving at `server.address`; released on leaving. Raises CONFLICT when the address can't be listened
+    on."""
+    service = build(settings, loaded)
+    service.core.start()
+    try:
+        address = await service.server.start()
+        with heap_frozen():
+            await service.server.set_serving(True)
+            log.info(
+                "ready",
+                address=address,
+                model=loaded.checkpoint.name,
+                device=str(loaded.encoder.device),
+                dtype=dtype_name(loaded.encoder.dtype),
+                weights=format_size(loaded.checkpoint.weight_bytes(Half.VISION)),
+                fingerprint=loaded.model.fingerprint[:16],
+            )
+            if service.shrinks:
+                log.info(
+                    "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
+                    max_pixels=loaded.model.bounds[1],
+                    checkpoint_max_pixels=loaded.model.own_bounds[1],
+                    variable="LOOKONCE_VISION_MAX_PIXELS",
+                )
+            yield service.server
+    finally:
+        await service.core.close()
+
+
+async def serve(settings: VisionSettings, loaded: LoadedModel) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on."""
+    async with running(settings, loaded) as server:
+        await server.wait()
+    log.info("stopped")
+
+
+def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     """What lookups go through (memory in front), and the tier that other processes see."""
     shared = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl)
-    if settings.l1_bytes == 0 or settings.store.strip().startswith("memory:"):
+    if settings.tensor_cache_bytes == 0 or settings.store.strip().startswith("memory:"):
         return shared, shared
-    nearest = MemoryStore(settings.l1_bytes, ttl=settings.store_ttl, namespace="embeddings")
+    nearest = MemoryStore(settings.tensor_cache_bytes, ttl=settings.store_ttl, namespace="embeddings")
     return TieredStore([nearest, shared]), shared
 
 
-def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
+def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.VisionDescription:
     """Describe's answer, without the counters."""
-    checkpoint, encoder = tower.checkpoint, tower.encoder
+    checkpoint, encoder = loaded.checkpoint, loaded.encoder
     return vision_pb2.VisionDescription(
         model=common_pb2.ModelDescription(
             name=checkpoint.name,
@@ -121,84 +178,26 @@ def describe(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescrip
             started_at=time.time(),
             quantization=scheme(settings.quantization, encoder.device),
         ),
-        fingerprint=tower.model.fingerprint,
-        min_pixels=tower.model.bounds[0],
-        max_pixels=tower.model.bounds[1],
+        fingerprint=loaded.model.fingerprint,
+        min_pixels=loaded.model.bounds[0],
+        max_pixels=loaded.model.bounds[1],
         max_image_bytes=settings.max_image_bytes,
         max_source_pixels=settings.max_source_pixels,
         stream_window=settings.stream_window,
     )
 
 
-@asynccontextmanager
-async def running(settings: VisionSettings) -> AsyncIterator[Server]:
-    """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
-    started = time.monotonic()
-    tower = await asyncio.to_thread(run_in_omp_thread, load, settings)
-    keep_freed_memory()
-    store, shared = open_stores(settings)
-    core = build_core(settings, tower, store, shared)
-    core.start()
-    try:
-        server = Server(settings.server)
-        shrunk = _shrunk(settings, tower)
-        servicer = VisionServicer(core, describe(settings, tower), shrunk=shrunk)
-        server.add(
-            "lookonce.v1.VisionEncoder",
-            partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
-        )
-        server.on_drain(servicer.drain)
-        address = await server.start()
-        if settings.metrics_listen is not None:
-            serve_metrics(settings.metrics_listen)
-        with heap_frozen():
-            await server.set_serving(True)
-            log.info(
-                "ready",
-                address=address,
-                model=tower.checkpoint.name,
-                device=str(tower.encoder.device),
-                dtype=dtype_name(tower.encoder.dtype),
-                weights=format_size(tower.checkpoint.weight_bytes(Half.VISION)),
-                fingerprint=tower.model.fingerprint[:16],
-                seconds=round(time.monotonic() - started, 2),
-            )
-            if shrunk is not None:
-                log.info(
-                    "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
-                    max_pixels=tower.model.bounds[1],
-                    checkpoint_max_pixels=tower.model.own_bounds[1],
-                    variable="LOOKONCE_VISION_MAX_PIXELS",
-                )
-            yield server
-    finally:
-        await core.close()
-        await store.close()
-
-
-def _shrunk(settings: VisionSettings, tower: Tower) -> Callable[[int, int], bool] | None:
-    """Whether a picture of a width and height is made smaller for the CPU's sake; None: none is."""
-    most, own = tower.model.bounds[1], tower.model.own_bounds[1]
+def _shrunk(settings: VisionSettings, loaded: LoadedModel) -> Callable[[int, int], bool] | None:
+    """Whether an image of a width and height is made smaller for the CPU's sake; None: none is."""
+    most, own = loaded.model.bounds[1], loaded.model.own_bounds[1]
     if settings.max_pixels is not None or most >= own:
         return None
-    factor, least = tower.preprocessor.factor, tower.model.bounds[0]
-
-    def shrunk(width: int, height: int) -> bool:
-        rows, columns = smart_resize(height, width, factor=factor, min_pixels=least, max_pixels=own)
-        return rows * columns > most
-
-    return shrunk
-
-
-async def serve(settings: VisionSettings) -> None:
-    """Serve until SIGTERM, drain. Raises LookonceError when it can't start."""
-    async with running(settings) as server:
-        await server.wait()
-    log.info("stopped")
+    least, grid = loaded.model.bounds[0], partial(loaded.checkpoint.family.image_grid, loaded.checkpoint.config)
+    return lambda width, height: grid(width, height, least, own) != grid(width, height, least, most)
 
 
 def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
-    most = settings.max_pixels or default_max_pixels(checkpoint.max_pixels, device.type)
+    most = settings.max_pixels or default_max_pixels(checkpoint.family, checkpoint.max_pixels, device.type)
     least = settings.min_pixels or min(checkpoint.min_pixels, most)
     if least > most:
         raise LookonceError(

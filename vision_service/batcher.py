@@ -1,7 +1,7 @@
-"""Dynamic batching: pictures wait a few milliseconds for company, up to a budget of patches, and are encoded in order.
+"""Dynamic batching: images wait a few milliseconds for company, up to a budget of patches, and are encoded in order.
 
-A picture larger than the budget goes alone, one such picture after the other, beside the batches of the others: these
-have their turns while it is encoded (`encode_thread`), so that nobody waits for a large picture to end, and none
+An image larger than the budget goes alone, one such image after the other, beside the batches of the others: these
+have their turns while it is encoded (`encode_thread`), so that nobody waits for a large image to end, and none
 starves. Knows nothing of decoding, stores or gRPC.
 """
 
@@ -19,8 +19,8 @@ import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running
+from lookonce.models.family import Patches
 from lookonce.models.omp_thread import Pause
-from lookonce.models.qwen2_vl.preprocessing import Patches
 from vision_service import metrics
 from vision_service.encode_thread import EncodeThread, Stopped
 
@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Encoded:
-    """Rows of one picture, and how long it waited and its batch took (milliseconds)."""
+    """Rows of one image, and how long it waited and its batch took (milliseconds)."""
 
     rows: torch.Tensor  # [tokens, hidden], CPU, compute dtype
     queue_ms: float
@@ -47,7 +47,7 @@ class _Item:
 
 @dataclass(eq=False)
 class _Line:
-    """Pictures that wait, oldest first."""
+    """Images that wait, oldest first."""
 
     items: deque[_Item] = field(default_factory=deque)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -61,7 +61,7 @@ class _Line:
         return sum(item.patches.count for item in self.items)
 
     def take(self, budget: int) -> list[_Item]:
-        """The oldest picture and those behind it that still fit."""
+        """The oldest image and those behind it that still fit."""
         batch: list[_Item] = []
         left: deque[_Item] = deque()
         for item in self.items:
@@ -79,7 +79,7 @@ class _Line:
 class Batcher:
     """Runs on one event loop between `start` and `close`.
 
-    `expected` tells how many more pictures are being prepared: with none there is nobody to wait for.
+    `expected` tells how many more images are being prepared: with none there is nobody to wait for.
     """
 
     def __init__(
@@ -101,16 +101,16 @@ class Batcher:
         self._tasks = [keep_running(partial(self._run, line)) for line in (self._small, self._large)]
 
     async def close(self) -> None:
-        """Stop: pictures under way and those still waiting fail with UNAVAILABLE."""
+        """Stop: images under way and those still waiting fail with UNAVAILABLE."""
         await end_tasks(*self._tasks)
         await self._thread.close()
 
     async def room(self) -> None:
-        """Return once the queue is short enough that another picture is worth preparing."""
+        """Return once the queue is short enough that another image is worth preparing."""
         await self._room.wait()
 
     async def encode(self, patches: Patches, *, begun: Callable[[], None] = lambda: None) -> Encoded:
-        """Wait for a batch, then for its rows; `begun` is called in between. Cancelling takes a picture that still
+        """Wait for a batch, then for its rows; `begun` is called in between. Cancelling takes an image that still
         waits out of the queue. Raises UNAVAILABLE when nothing is encoded any more."""
         if any(task.done() for task in self._tasks):
             raise _stopping()
@@ -142,7 +142,7 @@ class Batcher:
             self._count()
 
     async def _linger(self, line: _Line) -> None:
-        """Wait for company until the oldest picture has waited long enough or the budget is reached."""
+        """Wait for company until the oldest image has waited long enough or the budget is reached."""
         while line.items and line.patches < self._max_patches and self._expected() > 0:
             left = line.items[0].since + self._wait - time.perf_counter()
             if left <= 0:
@@ -163,7 +163,7 @@ class Batcher:
             self._room.clear()
 
     async def _encode_batch(self, batch: list[_Item]) -> None:
-        """Encode; when a batch fails, each of its pictures is tried alone, so one can't take others down."""
+        """Encode; when a batch fails, each of its images is tried alone, so one can't take others down."""
         started = time.perf_counter()
         for item in batch:
             item.begun()
@@ -174,7 +174,7 @@ class Batcher:
                 _fail(item, _stopping())
             return
         except Exception:  # whatever it is, those who wait for it are told
-            log.exception("forward failed", pictures=len(batch), patches=sum(item.patches.count for item in batch))
+            log.exception("forward failed", images=len(batch), patches=sum(item.patches.count for item in batch))
             if len(batch) == 1:
                 _fail(batch[0], LookonceError(ErrorKind.INTERNAL, "the encoder failed on this image"))
                 return
@@ -195,7 +195,7 @@ class Batcher:
                 item.future.set_result(Encoded(rows, 1000 * (started - item.since), 1000 * took))
 
     def _forward(self, batch: list[Patches], pause: Pause) -> list[torch.Tensor | None]:
-        """In the encode thread. None for a picture whose rows are not finite."""
+        """In the encode thread. None for an image whose rows are not finite."""
         return [rows if bool(rows.isfinite().all()) else None for rows in self._encode(batch, pause)]
 
 

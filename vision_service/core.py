@@ -14,17 +14,16 @@ from dataclasses import dataclass, field
 
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import DIGEST_BYTES, SHARED_TENANT_KEY, embedding_key, image_digest
+from lookonce.core.identity import DIGEST_BYTES, SHARED_TENANT_KEY, EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.single_flight import Flight, How, SingleFlight
 from lookonce.core.stores import Store
-from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.stores.wrappers import SealedStore
 from lookonce.core.telemetry import tracing
-from lookonce.models.qwen2_vl.preprocessing import Patches, Preprocessor
+from lookonce.models.family import Patches, VisionEncoder
 from lookonce.models.tensors import view_of
 from vision_service import metrics
-from vision_service.batcher import Batcher, Encode, Encoded
+from vision_service.batcher import Batcher, Encoded
 from vision_service.image_index import ImageIndex
 from vision_service.images import Decoder
 
@@ -38,7 +37,7 @@ class Model:
 
     fingerprint: str
     hidden_size: int
-    merge_size: int
+    least_pixels: int  # of the smallest image that has a token
     own_bounds: tuple[int, int]  # the checkpoint's min and max pixels
     bounds: tuple[int, int]  # the service's, which requests may lower
 
@@ -115,8 +114,7 @@ class VisionCore:
     def __init__(
         self,
         model: Model,
-        encode: Encode,
-        preprocessor: Preprocessor,
+        encoder: VisionEncoder,
         decoder: Decoder,
         store: Store,
         *,
@@ -127,7 +125,7 @@ class VisionCore:
         self.model = model
         self.decoder = decoder
         self.counters = Counters()
-        self._preprocess = preprocessor
+        self._encoder = encoder
         self._store = store
         self._shared = shared or store
         self._cache = EmbeddingCache(store)
@@ -140,7 +138,7 @@ class VisionCore:
         self._batched = 0
         self._pace = 0.05  # seconds an image, running mean
         self._batcher = Batcher(
-            encode,
+            encoder.encode,
             max_patches=limits.batch_patches,
             wait=limits.batch_wait,
             queue_patches=limits.queue_patches,
@@ -152,9 +150,10 @@ class VisionCore:
         self._batcher.start()
 
     async def close(self) -> None:
-        """Stop the threads. The store stays open."""
+        """Stop the threads, then close the store."""
         await self._batcher.close()
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        await self._store.close()
 
     async def encode(
         self,
@@ -230,7 +229,7 @@ class VisionCore:
 
     def _bounds(self, min_pixels: int | None, max_pixels: int | None) -> tuple[int, int]:
         least, most = self.model.bounds
-        smallest = self._preprocess.factor**2
+        smallest = self.model.least_pixels
         if max_pixels is not None and not smallest <= max_pixels <= most:
             raise invalid(f"max_pixels must be from {smallest} to {most}, got {max_pixels}", param="max_pixels")
         if min_pixels is not None and not 1 <= min_pixels <= least:
@@ -310,13 +309,13 @@ class VisionCore:
             grid_thw=patches.grid_thw,
             width=patches.width,
             height=patches.height,
-            tokens=patches.count // self.model.merge_size**2,
+            tokens=len(encoded.rows),
             tensors={EMBEDDING: view_of(encoded.rows)},
         )
 
     def _prepare(self, job: _Job) -> Patches:
         """In a decode thread."""
-        return self.decoder.decoded(job.image, lambda picture: self._preprocess(picture, *job.bounds))
+        return self.decoder.decoded(job.image, lambda image: self._encoder.prepare(image, *job.bounds))
 
     async def _save(self, job: _Job, made: _Made) -> None:
         started = time.perf_counter()
@@ -335,7 +334,7 @@ class VisionCore:
 
 
 def _record(begun: int, entered: float, prepared: float, encoded: Encoded) -> None:
-    """What a picture went through, as steps of the trace of whoever asked for it first; milliseconds after `begun`."""
+    """What an image went through, as steps of the trace of whoever asked for it first; milliseconds after `begun`."""
     batched = prepared + encoded.queue_ms
     tracing.record("encode.wait", begun, 0.0, entered)
     tracing.record("encode.prepare", begun, entered, prepared)

@@ -1,7 +1,7 @@
 """The thread that encodes: one forward after the other, and a turn for another one wherever a long forward pauses.
 
 All forwards share one thread, because OpenMP keeps a team of threads for each that computes
-(lookonce/models/omp_thread.py). Knows nothing of pictures.
+(lookonce/models/omp_thread.py). Knows nothing of images.
 """
 
 from __future__ import annotations

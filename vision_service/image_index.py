@@ -9,7 +9,7 @@ from blake3 import blake3
 
 from lookonce.core.identity import DIGEST_BYTES
 from lookonce.core.stores import Store
-from lookonce.core.stores.leased import leased
+from lookonce.core.stores.interface import leased
 
 
 class ImageIndex:

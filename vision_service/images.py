@@ -1,6 +1,6 @@
-"""From an encoded file to the canonical picture: what a person sees, as 8-bit RGB.
+"""From an encoded file to the canonical image: what a person sees, as 8-bit RGB.
 
-EXIF orientation is applied, transparency lies on white; palettes, grey, 16-bit, CMYK and float pictures become RGB.
+EXIF orientation is applied, transparency lies on white; palettes, grey, 16-bit, CMYK and float images become RGB.
 Every refusal has a fixed text that names the reason and the limit. Knows nothing of models.
 """
 
@@ -31,7 +31,7 @@ MAX_RATIO = 200
 Image.MAX_IMAGE_PIXELS = None
 _STRIP_PIXELS = 1 << 19  # worked on at once, in up to 32 bytes a pixel
 BYTES_A_PIXEL = 12
-"""What decoding takes at most: Pillow's picture, the canonical one, and what its decoders hold beside them."""
+"""What decoding takes at most: Pillow's image, the canonical one, and what its decoders hold beside them."""
 _COSTLY = {"WEBP": 24}
 """Formats whose decoders take more: WebP's holds two canvases and the pixels once more, for lossless files the values
 of each pixel besides."""
@@ -68,7 +68,7 @@ class ImageLimits:
     """What is refused before any pixel is decoded."""
 
     max_bytes: int = 20 << 20  # of the encoded file
-    max_pixels: int = 100_000_000  # of the picture it holds
+    max_pixels: int = 100_000_000  # of the image in it
     min_side: int = MIN_SIDE
     max_ratio: float = MAX_RATIO
 
@@ -76,8 +76,8 @@ class ImageLimits:
 class Decoder:
     """Decodes within limits; may be called from several threads at once.
 
-    Pictures at hand, from their header to the end of `use`, never hold more than BYTES_A_PIXEL * `max_pixels` bytes
-    together, whatever the number of threads. Of a format that takes more a pixel, pictures may have fewer.
+    Images at hand, from their header to the end of `use`, never hold more than BYTES_A_PIXEL * `max_pixels` bytes
+    together, whatever the number of threads. Of a format that takes more a pixel, images may have fewer.
     """
 
     def __init__(self, limits: ImageLimits) -> None:
@@ -97,11 +97,11 @@ class Decoder:
             )
 
     def decode(self, data: bytes) -> Image.Image:
-        """The canonical picture (mode RGB). Raises IMAGE_INVALID, IMAGE_TOO_LARGE or PAYLOAD_TOO_LARGE."""
-        return self.decoded(data, lambda picture: picture)
+        """The canonical image (mode RGB). Raises IMAGE_INVALID, IMAGE_TOO_LARGE or PAYLOAD_TOO_LARGE."""
+        return self.decoded(data, lambda image: image)
 
     def decoded(self, data: bytes, use: Callable[[Image.Image], T]) -> T:
-        """What `use` makes of the canonical picture, which counts as held until then. Raises what `decode` raises."""
+        """What `use` makes of the canonical image, which counts as held until then. Raises what `decode` raises."""
         self.check_bytes(data)
         with self._sized(data) as image:
             cost = _COSTLY.get(image.format or "", BYTES_A_PIXEL)
@@ -178,7 +178,7 @@ def _damage_named() -> Iterator[None]:
 
 
 def canonical(image: Image.Image) -> Image.Image:
-    """The canonical picture of a loaded image, in mode RGB."""
+    """The canonical form of a loaded image, in mode RGB."""
     turn = _TRANSPOSE.get(_orientation(image))
     if turn is None:
         return _to_rgb(image)
@@ -187,7 +187,7 @@ def canonical(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; TIFF pictures come out of Pillow already turned. Unreadable EXIF data counts as none."""
+    """1 to 8; TIFF images come out of Pillow already turned. Unreadable EXIF data counts as none."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DAMAGE:
@@ -214,18 +214,18 @@ def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _on_white(image: Image.Image) -> Image.Image:
     """Composite on white."""
-    picture = Image.new("RGB", image.size)
+    canvas = Image.new("RGB", image.size)
     for top, part in _strips(image):
         strip = part.convert("RGBA")
         white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
-        picture.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
-    return picture
+        canvas.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return canvas
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     """Grey with more than 8 bits a pixel, scaled rather than clipped.
 
-    16-bit values are scaled by 255/65535. Float values within 0..1 are scaled by 255; other float and 32-bit pictures
+    16-bit values are scaled by 255/65535. Float values within 0..1 are scaled by 255; other float and 32-bit images
     say nothing about their range and are stretched from their least to their greatest value. A transparent grey becomes
     white.
     """
@@ -237,7 +237,7 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         if image.mode == "F" and low >= 0 and high <= 1:
             low, high = 0.0, 1.0
     transparent = image.info.get("transparency")
-    picture = Image.new("RGB", image.size)
+    canvas = Image.new("RGB", image.size)
     for top, part in _strips(image):
         values = np.asarray(part)
         if deep:
@@ -246,8 +246,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
                 grey[values == transparent] = 255
         else:
             grey = np.rint((_real(values) - low) * (255.0 / ((high - low) or 1.0))).astype(np.uint8)
-        picture.paste(Image.fromarray(grey).convert("RGB"), (0, top))
-    return picture
+        canvas.paste(Image.fromarray(grey).convert("RGB"), (0, top))
+    return canvas
 
 
 def _range(image: Image.Image) -> tuple[float, float]:

@@ -37,7 +37,7 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
         *,
         shrunk: Callable[[int, int], bool] | None = None,
     ) -> None:
-        """`shrunk`: whether a picture of a width and height is resized below the checkpoint's own bound, unasked."""
+        """`shrunk`: whether an image of a width and height is resized below the checkpoint's own bound, unasked."""
         self._shrunk = shrunk
         self._core = core
         self._description = description  # without the counters

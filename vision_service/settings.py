@@ -8,8 +8,9 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.core.rpc.server import ServerOptions, Tls
-from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings
+from lookonce.core.rpc.server import ServerOptions
+from lookonce.core.rpc.tls import Tls
+from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings, formerly
 from lookonce.core.telemetry.logs import LogFormat
 
 
@@ -24,7 +25,11 @@ class VisionSettings(Settings):
     store: str = Field("memory://", description="Store URL: memory://, file:///path, redis://host:port, ...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of a memory or file store (its own default)")
     store_ttl: Seconds | None = Field(None, description="How long embeddings are kept, such as 7d (until evicted)")
-    l1_bytes: BytesOrNone = Field(128 << 20, description="Bytes of memory before a store that is not memory; 0: none")
+    tensor_cache_bytes: BytesOrNone = Field(
+        128 << 20,
+        description="Bytes of memory before a store that is not memory; 0: none",
+        json_schema_extra=formerly("l1_bytes"),
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",

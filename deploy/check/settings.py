@@ -8,8 +8,7 @@ from unittest import mock
 
 import typer
 
-from gateway.auth import Keyring, read_keys
-from gateway.limits import Quota
+from gateway.auth import Keyring, Quota, read_keys
 from gateway.settings import GatewaySettings
 from lm_service.settings import LanguageSettings
 from lookonce.core.errors import LookonceError

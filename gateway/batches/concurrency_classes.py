@@ -1,4 +1,4 @@
-"""How many batch lines may be under way: fewer while people wait for answers."""
+"""How many batch lines may be under way: fewer while others wait for answers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
-LOOK = 0.1  # seconds after which a waiting line looks again whether the people have their answers
+LOOK = 0.1  # seconds after which a waiting line looks again whether others have their answers
 
 
 class ConcurrencyClasses:
@@ -21,7 +21,7 @@ class ConcurrencyClasses:
         self.closed = False
 
     async def enter(self) -> None:
-        """Take a lane, once there is one."""
+        """Take a place, once there is one."""
         async with self._turn:
             while self.closed or self.busy >= (1 if self._interactive() else self._limit):
                 self._freed.clear()
@@ -31,7 +31,7 @@ class ConcurrencyClasses:
             self.busy += 1
 
     def leave(self) -> None:
-        """Give the lane back."""
+        """Give the place back."""
         self.busy -= 1
         self._freed.set()
 

@@ -14,22 +14,21 @@ from typing import Any, Literal
 import orjson
 import structlog
 
-from gateway.batches import files
-from gateway.batches.database import CORRUPT, Database
-from gateway.batches.job import Counts, Job, Status, find, read, write
+from gateway.batches import stored_files
+from gateway.batches.database import CORRUPT, Database, Page, intact, page
+from gateway.batches.job_row import Counts, Job, Status, find, read, write
 from gateway.batches.lines import (
     BOM,
     DEFAULT_LIMITS,
     Line,
     Problem,
     Reply,
+    answered,
     more_usage,
     parse,
     refused,
     unanswered,
-    written,
 )
-from gateway.batches.paging import Page, intact, page
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.seal import Sealer
@@ -78,7 +77,7 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> Job:
             now = int(self._clock())
-            files.find(connection, tenant, input_file, now)
+            stored_files.find(connection, tenant, input_file, now)
             active = connection.execute(
                 "SELECT count(*) FROM batches WHERE tenant = ? AND status IN (?,?,?)", (tenant, *ACTIVE)
             ).fetchone()[0]
@@ -136,8 +135,8 @@ class Jobs:
             if current.status != "validating":
                 return current
             try:
-                stored = files.find(connection, job.tenant, job.document["input_file_id"], now)
-                raws = files.split_lines(connection, stored)
+                stored = stored_files.find(connection, job.tenant, job.document["input_file_id"], now)
+                raws = stored_files.split_lines(connection, stored)
                 problems, counts = _insert_lines(connection, job, raws, check, max_lines, self._limits)
             except LookonceError:
                 return _fail(connection, current, [Problem("file_not_found", "the input file is gone or damaged")], now)
@@ -171,7 +170,7 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> bool:
             place = {"number": line.number, "custom_id": line.custom_id}
-            sealed = _SEALER.seal(_line_key(job, place, "result"), written(line, reply))
+            sealed = _SEALER.seal(_line_key(job, place, "result"), answered(line, reply))
             return _close_line(connection, job, line.number, column, sealed, reply)
 
         return await self._database.run(work)
@@ -218,12 +217,7 @@ def _line_key(job: Job, row: Mapping[str, Any] | sqlite3.Row, part: str) -> byte
 
 
 def _new_document(
-    now: int,
-    endpoint: str,
-    input_file: str,
-    metadata: dict[str, str] | None,
-    lifetime: float,
-    output_lifetime: float,
+    now: int, endpoint: str, input_file: str, metadata: dict[str, str] | None, lifetime: float, output_lifetime: float
 ) -> dict[str, Any]:
     times = ("in_progress_at", "finalizing_at", "completed_at", "failed_at", "expired_at", "cancelling_at")
     return {
@@ -316,7 +310,8 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
 
     def output(name: str, failed: bool) -> str | None:
         filename = f"{job.id}_{name}.jsonl"
-        stored = files.insert(connection, job.tenant, filename, "batch_output", _pieces(results(failed)), now, expires)
+        chunks = _chunks(results(failed))
+        stored = stored_files.insert(connection, job.tenant, filename, "batch_output", chunks, now, expires)
         if stored.bytes:
             return stored.id
         connection.execute("DELETE FROM files WHERE seq = ?", (stored.seq,))
@@ -325,11 +320,11 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
     return {"output_file_id": output("output", False), "error_file_id": output("error", True)}
 
 
-def _pieces(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+def _chunks(texts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
     buffer = bytearray()
     for text in texts:
         buffer += text
-        if len(buffer) >= files.PIECE:
+        if len(buffer) >= stored_files.CHUNK:
             yield bytes(buffer)
             buffer.clear()
     if buffer:

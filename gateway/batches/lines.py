@@ -121,7 +121,7 @@ def more_usage(usage: dict[str, Any] | None, reply: Reply) -> dict[str, Any]:
     }
 
 
-def written(line: Line, reply: Reply) -> bytes:
+def answered(line: Line, reply: Reply) -> bytes:
     """The line of the output or error file."""
     response = {"status_code": reply.status, "request_id": "req_" + secrets.token_hex(12), "body": reply.body}
     return _dump(line.custom_id, response, None)

@@ -11,24 +11,24 @@ from gateway.auth import Keyring, Tenant
 from gateway.batches.lines import Line, Problem, Reply
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http import chat, moderations, questions
-from gateway.http.body import validate
+from gateway.http import chat_routes, moderations, question_routes
 from gateway.http.error_bodies import error_body, shape_of
-from gateway.http.off_loop import aside
+from gateway.http.field_errors import validate
+from gateway.http.route import aside
 from gateway.json_text import LONG_STRINGS
-from gateway.schemas.batches import QUESTIONS_ENDPOINT
-from gateway.schemas.chat import ChatRequest
-from gateway.schemas.moderations import ModerationRequest
-from gateway.schemas.questions import QuestionsRequest
+from gateway.routing.retries import LATER
+from gateway.schemas.batch_bodies import QUESTIONS_ENDPOINT
+from gateway.schemas.chat_bodies import ChatRequest
+from gateway.schemas.moderation_bodies import ModerationRequest
+from gateway.schemas.question_bodies import QuestionsRequest
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 _QUESTIONS_URL = re.compile(r"/v1/images/([A-Za-z0-9_.-]{1,128})/questions")
-_LATER = frozenset({ErrorKind.OVERLOADED, ErrorKind.RATE_LIMITED, ErrorKind.UNAVAILABLE})
 log = structlog.get_logger(__name__)
 
 
 class BatchEndpoints:
-    """Implements `gateway.batches.runner.Endpoints`."""
+    """Implements `gateway.batches.worker.Endpoints`."""
 
     def __init__(self, gateway: Gateway, keyring: Keyring) -> None:
         self._gateway = gateway
@@ -51,7 +51,7 @@ class BatchEndpoints:
         try:
             return Reply(200, await self._answer(line, known))
         except LookonceError as error:
-            if error.kind in _LATER and not last:
+            if error.kind in LATER and not last:
                 raise
             return _failure(error)
         except Exception:
@@ -65,7 +65,7 @@ class BatchEndpoints:
         if line.url == "/v1/chat/completions":
             chat_request = await aside(line.size, validate, line.body, ChatRequest)
             _no_stream(chat_request.stream)
-            return await chat.complete(chat_request, self._gateway, caller)
+            return await chat_routes.complete(chat_request, self._gateway, caller)
         if line.url == "/v1/moderations":
             return await moderations.moderate(
                 await aside(line.size, validate, line.body, ModerationRequest), self._gateway, caller
@@ -76,7 +76,7 @@ class BatchEndpoints:
         record = await self._gateway.images.get(found[1], tenant)
         questions_request = await aside(line.size, validate, line.body, QuestionsRequest)
         _no_stream(questions_request.stream)
-        return await questions.answer_all(record, questions_request, self._gateway, caller)
+        return await question_routes.answer_all(record, questions_request, self._gateway, caller)
 
 
 def _no_stream(stream: bool | None) -> None:

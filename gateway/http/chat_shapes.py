@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.answers import Answering, Completion
-from gateway.images.images import Resolved
+from gateway.images.library import Resolved
 from gateway.receipts import finish_reason, receipt, usage
 from lookonce.core.errors import ErrorKind, LookonceError
 from protos.lookonce.v1 import language_pb2

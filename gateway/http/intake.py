@@ -90,20 +90,6 @@ class Intake:
             self.active -= 1
             IN_FLIGHT.dec()
 
-    @contextmanager
-    def holding(self) -> Iterator[_Held]:
-        """Counts the bytes of one body while its request lasts."""
-        held = _Held()
-        try:
-            yield held
-        finally:
-            self.held -= held.bytes
-
-
-@dataclass
-class _Held:
-    bytes: int = 0
-
 
 class _Body:
     """`receive` of one request."""
@@ -112,7 +98,8 @@ class _Body:
         self._intake = intake
         self._receive = receive
         self._stack = stack
-        self._held = stack.enter_context(intake.holding())
+        self._bytes = 0  # received; they count while the request lasts
+        stack.callback(self._release)
         self._waited = 0.0
         self._complete = False
 
@@ -129,7 +116,7 @@ class _Body:
 
     async def _in_time(self) -> Message:
         limits = self._intake.limits
-        left = limits.silence + self._held.bytes / limits.rate - self._waited
+        left = limits.silence + self._bytes / limits.rate - self._waited
         began = time.monotonic()
         try:
             async with asyncio.timeout(min(left, limits.silence)):
@@ -143,13 +130,16 @@ class _Body:
         finally:
             self._waited += time.monotonic() - began
 
+    def _release(self) -> None:
+        self._intake.held -= self._bytes
+
     def _count(self, size: int) -> None:
         intake = self._intake
-        self._held.bytes += size
+        self._bytes += size
         intake.held += size
-        if self._held.bytes > intake.limits.max_bytes:
+        if self._bytes > intake.limits.max_bytes:
             raise too_large(intake.limits.max_bytes)
-        if intake.held > intake.limits.total_bytes and self._held.bytes > SMALL:
+        if intake.held > intake.limits.total_bytes and self._bytes > SMALL:
             raise full("the server has too many large requests: try again")
 
 

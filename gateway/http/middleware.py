@@ -20,7 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.auth import DEFAULT_TENANT, Keyring
 from gateway.http.error_bodies import CLIENT_GONE, error_response, internal_error
 from gateway.http.intake import closing_at_the_end
-from gateway.http.playground import is_playground
 from gateway.metrics import RATE_LIMITED, REQUEST_SECONDS, REQUESTS
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.telemetry import tracing
@@ -119,7 +118,7 @@ class Authentication:
 
 
 def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or is_playground(path)
+    return path in OPEN_PATHS or path == "/" or path.startswith("/playground/")
 
 
 def route_of(scope: dict[str, Any] | Any) -> str:

@@ -11,35 +11,22 @@ from starlette.responses import Response
 
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http import job_examples
-from gateway.http.body import read_json
-from gateway.http.context import caller_of, gateway_of, json_response
-from gateway.http.openapi import answers, json_body, operation
+from gateway.http.event_stream import until_disconnect
 from gateway.http.request_images import RemoteImages, check_images, keep_all
-from gateway.http.sse import until_disconnect
+from gateway.http.route import Route, caller_of, gateway_of, json_response
 from gateway.moderations import Item, Moderations
-from gateway.schemas.chat import ImageUrlPart, TextPart
-from gateway.schemas.moderations import ModerationObject, ModerationRequest
+from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
+from gateway.schemas.moderation_bodies import ModerationObject, ModerationRequest
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
-router = APIRouter()
+router = APIRouter(tags=["moderations"], route_class=Route)
 OPENAI_MODELS = ("omni-moderation-", "text-moderation-")
 """Names that OpenAI's users send; the policy decides here, whatever the name."""
 
 
-@router.post(
-    "/v1/moderations",
-    openapi_extra=operation(
-        "createModeration",
-        "Moderate pictures and texts",
-        json_body(ModerationRequest, job_examples.MODERATIONS),
-        answers(ModerationObject, job_examples.MODERATION),
-    ),
-    tags=["moderations"],
-)
-async def create(request: Request) -> Response:
-    """Score pictures and texts against the categories of the configured policy, as OpenAI's API does."""
-    body = await read_json(request, ModerationRequest)
+@router.post("/v1/moderations", summary="Moderate images and texts", response_model=ModerationObject)
+async def create_moderation(request: Request, body: ModerationRequest) -> Response:
+    """Score images and texts against the categories of the configured policy, as OpenAI's API does."""
     moderated = moderate(body, gateway_of(request), caller_of(request))
     return json_response(await until_disconnect(request, moderated))
 

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.http.error_bodies import HttpRefusal, error_response
-from gateway.settings import is_loopback
 from lookonce.core.errors import ErrorKind, LookonceError
 
 _READING = frozenset({"GET", "HEAD"})
@@ -58,7 +57,7 @@ class OriginCheck:
             raise LookonceError(ErrorKind.PERMISSION_DENIED, text, param="origin")
 
     def _known(self, name: str) -> bool:
-        if is_loopback(name) or name.endswith(".localhost") or name in self._hosts:
+        if name == "localhost" or name.endswith(".localhost") or name in self._hosts:
             return True
         return any(host.startswith(".") and name.endswith(host) for host in self._hosts)
 
@@ -87,15 +86,16 @@ class Cors(CORSMiddleware):
 
 
 def _name(host: str) -> str:
-    """The name or address in a Host header, without its port."""
+    """The name or address in a Host header, without its port; "localhost" for all addresses of this machine alone."""
     try:
         name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
     except ValueError:
         return ""
     try:
-        return str(ip_address(name))
+        address = ip_address(name)
     except ValueError:
         return name
+    return "localhost" if address.is_loopback else str(address)
 
 
 def _place(url: str) -> tuple[str, int | None] | None:

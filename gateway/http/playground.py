@@ -14,11 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-import gateway.playground
 from lookonce.core.errors import invalid
 from lookonce.core.sample_images import BUNDLED, Sample, bundled_samples
 
-PAGES = Path(gateway.playground.__file__).parent / "static"
+PAGES = Path(__file__).parent.parent / "playground"
 BUNDLED_SAMPLES = BUNDLED.parent
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -43,7 +42,7 @@ MEDIA_TYPES = {
     ".jpeg": "image/jpeg",
     ".webp": "image/webp",
 }
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,8 @@ class Asset:
         return cls(content, MEDIA_TYPES[suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
-def is_playground(path: str) -> bool:
-    """Whether this path of a URL is the playground's, which needs no API key."""
-    return path == "/" or path.startswith("/playground/")
-
-
 def make_router(samples: Path | None = None) -> APIRouter:
-    """The routes. `samples` is a directory of pictures, with questions in samples.json or without; unset, the bundled
+    """The routes. `samples` is a directory of images, with questions in samples.json or without; unset, the bundled
     ones. Raises INVALID_ARGUMENT if it can't be read."""
     assets = {f"/playground/{name}": asset for name, asset in (*_pages(), *_samples(samples))}
     assets["/"] = assets.pop("/playground/index.html")
@@ -94,7 +88,7 @@ def _pages() -> Iterator[tuple[str, Asset]]:
 
 
 def _samples(directory: Path | None) -> Iterator[tuple[str, Asset]]:
-    """The pictures, and a list of them for the page."""
+    """The images, and a list of them for the page."""
     listed = []
     for number, sample in enumerate(_listed(directory)):
         suffix = sample.path.suffix.lower()
@@ -115,4 +109,4 @@ def _listed(directory: Path | None) -> list[Sample]:
         raise invalid(f"the samples directory {directory} does not exist", param="samples")
     if (directory / "samples.json").is_file():
         return bundled_samples(directory / "samples.json")
-    return [Sample(path, ()) for path in sorted(directory.iterdir()) if path.suffix.lower() in PICTURES]
+    return [Sample(path, ()) for path in sorted(directory.iterdir()) if path.suffix.lower() in IMAGES]

@@ -1,10 +1,12 @@
-"""The pictures of a request, inline and at URLs: bounded together before any is fetched or decoded."""
+"""The images of a request, inline (data: URLs and base64, decoded strictly) and at URLs: bounded together before any is
+fetched or decoded."""
 
 from __future__ import annotations
 
 import asyncio
+import binascii
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -12,23 +14,25 @@ import structlog
 from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
-from gateway.http.data_urls import base64_of, check_size, decode, decoded_size, image_reference
+from gateway.http.route import aside, pixels_of
 from gateway.images.aliases import is_alias
 from gateway.images.image_records import ImageRecord
-from gateway.images.images import Retention
-from gateway.schemas.chat import ImageUrlPart
+from gateway.images.library import Retention
+from gateway.json_text import CHUNK, LONG_STRINGS
+from gateway.schemas.chat_bodies import REFERENCE, ImageUrlPart
 from gateway.settings import GatewaySettings
-from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
+from lookonce.core.units import format_size
 
 ENCODED_AT_ONCE = 8
-"""Pictures of one request that are sent to be encoded at the same time."""
+"""Images of one request that are sent to be encoded at the same time."""
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
 class RemoteImages:
-    """Pictures of one request that are at URLs, and what they may weigh."""
+    """Images of one request that are at URLs, and what they may weigh."""
 
     wanted: tuple[Wanted, ...]
     max_bytes: int  # each
@@ -45,7 +49,7 @@ class RemoteImages:
 
 
 def check_images(urls: Sequence[tuple[str, str]], settings: GatewaySettings, param: str) -> RemoteImages:
-    """Check how many pictures (field, URL) there are and how large the inline ones; the rest is left to the others.
+    """Check how many images (field, URL) there are and how large the inline ones; the rest is left to the others.
 
     Raises INVALID_ARGUMENT, or UNSUPPORTED for another kind of URL."""
     if len(urls) > settings.max_images:
@@ -68,7 +72,7 @@ def check_images(urls: Sequence[tuple[str, str]], settings: GatewaySettings, par
 
 
 def is_remote(url: str) -> bool:
-    """Whether the picture must be fetched."""
+    """Whether the image must be fetched."""
     return url[:8].lower().startswith(("http://", "https://"))
 
 
@@ -80,7 +84,7 @@ async def keep_all(
     *,
     max_pixels: int | None = None,
 ) -> dict[str, ImagePart]:
-    """The pictures, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
+    """The images, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
     now, several at a time. `files`: what was fetched for those at URLs; `max_pixels`: none is encoded larger. Raises
     the first one's error, naming its field."""
     at_once = asyncio.Semaphore(ENCODED_AT_ONCE)
@@ -89,7 +93,7 @@ async def keep_all(
         same[image.url].append(param)
 
     async def one_after_the_other(params: Sequence[str]) -> list[tuple[str, ImagePart | LookonceError]]:
-        """The variants of one picture: they change one record."""
+        """The variants of one image: they change one record."""
         async with at_once:
             return [
                 (name, await _kept(images[name], files.get(name), gateway, tenant, name, max_pixels)) for name in params
@@ -132,10 +136,74 @@ async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant
     try:
         return await gateway.images.change(record.id, tenant, Retention(alias=uuid))
     except LookonceError as error:
-        log.info("a picture's uuid is not kept as an alias", reason=error.message)
+        log.info("an image's uuid is not kept as an alias", reason=error.message)
         return record
 
 
-def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
-    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
-    return settings.low_detail_pixels if detail == "low" else None
+def image_reference(url: str) -> str | None:
+    """The image id in "lookonce:ID", or None for another kind of URL."""
+    return url.removeprefix(REFERENCE) if url.startswith(REFERENCE) else None
+
+
+def base64_of(url: str, param: str) -> str:
+    """The base64 of a data: URL. Raises INVALID_ARGUMENT for a malformed one, UNSUPPORTED for another scheme."""
+    if not url[:5].lower() == "data:":
+        raise LookonceError(
+            ErrorKind.UNSUPPORTED,
+            f"'{param}' must be an https:, http: or data: URL, or {REFERENCE}IMAGE_ID",
+            param=param,
+        )
+    header, comma, payload = url.partition(",")
+    if not comma or len(header) > 256 or not header.lower().endswith(";base64"):
+        raise invalid(f"'{param}' must be of the form data:image/...;base64,...", param=param)
+    return payload
+
+
+def decoded_size(payload: str) -> int:
+    """Bytes that base64 text decodes to, from its length alone."""
+    string = LONG_STRINGS.get().get(payload)
+    if string is not None:
+        return string.chars * 3 // 4 - string.raw[string.end - 2 : string.end].count(b"=")
+    return len(payload) * 3 // 4 - payload[-2:].count("=")
+
+
+def check_size(size: int, limit: int, param: str) -> None:
+    """Raise IMAGE_TOO_LARGE for a file over the limit, INVALID_ARGUMENT for an empty one."""
+    if size > limit:
+        raise LookonceError(
+            ErrorKind.IMAGE_TOO_LARGE,
+            f"'{param}' is an image of {format_size(size)}, the limit is {format_size(limit)}",
+            param=param,
+        )
+    if size <= 0:
+        raise invalid(f"'{param}' is empty", param=param)
+
+
+async def decode(payload: str, param: str) -> bytes:
+    """Strict base64 (RFC 4648 alphabet, padded, nothing else). Raises INVALID_ARGUMENT."""
+    string = LONG_STRINGS.get().get(payload)
+    try:
+        if string is not None:
+            return await aside(string.chars, _decode, string.chunks())
+        return await aside(len(payload), _decode, _encoded(payload))
+    except (binascii.Error, UnicodeEncodeError) as error:
+        raise invalid(f"'{param}' is not valid base64", param=param) from error
+
+
+def _encoded(text: str) -> Iterator[bytes]:
+    return (text[start : start + CHUNK].encode("ascii") for start in range(0, len(text), CHUNK))
+
+
+def _decode(chunks: Iterable[bytes]) -> bytes:
+    """Chunk by chunk, so that other threads have their turn. Only the last four characters may be padded."""
+    decoded: list[bytes] = []
+    left = b""
+    for chunk in chunks:
+        text = left + chunk
+        whole = max(0, len(text) - 1) // 4 * 4
+        if b"=" in text[:whole]:
+            raise binascii.Error("padding within")
+        decoded.append(binascii.a2b_base64(text[:whole], strict_mode=True))
+        left = text[whole:]
+    decoded.append(binascii.a2b_base64(left, strict_mode=True))
+    return b"".join(decoded)

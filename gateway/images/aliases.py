@@ -9,10 +9,10 @@ import orjson
 import structlog
 from blake3 import blake3
 
-from gateway.images.image_records import PINNED_SECONDS, ImageRecord, StoreOutage
+from gateway.images.image_records import ImageRecord
+from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.identity import canonical_json
-from lookonce.core.stores import Store, Value
 
 MAX_ALIASES = 16
 PATTERN = "^(?!img_)[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -22,21 +22,20 @@ log = structlog.get_logger(__name__)
 
 
 class Aliases:
-    """The names of all tenants. `spare` takes what the store could not keep."""
+    """The names of all tenants."""
 
-    def __init__(self, store: Store, spare: Store) -> None:
-        self._store = store
-        self._spare = spare
+    def __init__(self, kept: StoreWithSpare) -> None:
+        self._kept = kept
 
     async def find(self, tenant: str, name: str) -> tuple[bytes, float] | None:
         """The digest of the image of that name, and when that was made; None when there is none. Raises StoreOutage
         when the store could not be asked."""
         key = _key(tenant, name)
-        value = await self._spare.get(key)
+        value = await self._kept.spare.get(key)
         if value is None:
-            value = await self._store.get(key)
+            value = await self._kept.store.get(key)
         else:  # given while the store could not keep it
-            await self._write(key, value)
+            await self._kept.put(key, value, ttl=PINNED_SECONDS)
         if value is None:
             return None
         try:
@@ -48,19 +47,8 @@ class Aliases:
 
     async def point(self, name: str, record: ImageRecord) -> None:
         """Give the name to the image, whoever had it."""
-        key = _key(record.tenant, name)
         value = orjson.dumps({"digest": record.digest.hex(), "created": record.created})
-        await self._write(key, value)
-
-    async def _write(self, key: bytes, value: Value) -> None:
-        try:
-            kept = await self._store.put(key, value, ttl=PINNED_SECONDS)
-        except StoreOutage:
-            kept = False
-        if kept:
-            await self._spare.delete(key)
-        else:
-            await self._spare.put(key, value, ttl=PINNED_SECONDS)
+        await self._kept.put(_key(record.tenant, name), value, ttl=PINNED_SECONDS)
 
     async def drop(self, record: ImageRecord, name: str) -> bool:
         """Take the name away from this making of an image, unless another has it; whether that is confirmed."""
@@ -70,9 +58,7 @@ class Aliases:
             return False
         if found is not None and found != (record.digest, record.created):
             return True  # it has moved on
-        key = _key(record.tenant, name)
-        spare = await self._spare.delete(key)
-        return await self._store.delete(key) and spare
+        return await self._kept.delete(_key(record.tenant, name))
 
 
 def is_alias(name: str) -> bool:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import replace
+from itertools import count
 
 import structlog
 
 from gateway.images.aliases import Aliases
 from gateway.images.image_records import ImageRecord, ImageRecords, file_key
+from gateway.images.image_store import StoreWithSpare
 from gateway.images.listing import Listing
+from gateway.routing.retries import pause
 from gateway.routing.variants import Variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.rpc.client import LanguageClient, VisionClient
-from lookonce.core.stores import Store
 from lookonce.core.tasks import end_tasks, start_task
 
 FIRST_PAUSE = 1.0
@@ -53,11 +55,11 @@ class Eraser:
             return True
         # The encoders first: a language service could otherwise fetch what is about to go.
         served = self._variants.remembered
-        eyes = [endpoint.client for variant in served for endpoint in variant.vision.remembered]
-        mouths = [endpoint.client for variant in served for endpoint in variant.language.remembered]
-        seen = await asyncio.gather(*(_forget(client, keys, image_digests) for client in eyes))
-        said = await asyncio.gather(*(_forget(client, keys, image_digests) for client in mouths))
-        return all(seen) and all(said)
+        vision = [endpoint.client for variant in served for endpoint in variant.vision.remembered]
+        language = [endpoint.client for variant in served for endpoint in variant.language.remembered]
+        forgotten = await asyncio.gather(*(_forget(client, keys, image_digests) for client in vision))
+        forgotten += await asyncio.gather(*(_forget(client, keys, image_digests) for client in language))
+        return all(forgotten)
 
     async def close(self) -> None:
         """Stop the background work."""
@@ -65,31 +67,28 @@ class Eraser:
         await end_tasks(*tasks)
 
     async def _again(self, name: Hashable, attempt: Attempt) -> None:
-        pause = FIRST_PAUSE
-        while True:
-            await asyncio.sleep(pause)
+        for tries in count(1):
+            await asyncio.sleep(pause(tries, FIRST_PAUSE, LAST_PAUSE))
             if await _tried(attempt):
                 self._pending.pop(name, None)
                 return
-            log.warning("erasure is still incomplete", next_try_seconds=pause)
-            pause = min(2 * pause, LAST_PAUSE)
+            log.warning("erasure is still incomplete", tries=tries)
 
 
 class Traces:
     """What the gateway itself keeps of an image: file, record, names, a place in the list."""
 
-    def __init__(self, store: Store, spare: Store, shelf: ImageRecords, aliases: Aliases, listing: Listing) -> None:
-        self._store, self._spare = store, spare
-        self.shelf = shelf
+    def __init__(self, kept: StoreWithSpare, records: ImageRecords, aliases: Aliases, listing: Listing) -> None:
+        self._kept = kept
+        self.records = records
         self._aliases, self._listing = aliases, listing
 
     async def remove(self, record: ImageRecord) -> bool:
         """Leave a tombstone and nothing else; whether that is confirmed. Call with the record's lease held."""
-        buried = await self.shelf.bury(record)  # first, so that no new embedding is made
+        buried = await self.records.bury(record)  # first, so that no new embedding is made
         unnamed = [await self._aliases.drop(record, alias) for alias in record.aliases]
         await self._listing.remove(record.tenant, [record.digest.hex()])
-        key = file_key(record.digest)
-        return all([await self._store.delete(key), await self._spare.delete(key), buried, *unnamed])
+        return all([await self._kept.delete(file_key(record.digest)), buried, *unnamed])
 
 
 class Erasure:
@@ -106,10 +105,10 @@ class Erasure:
         return await self._eraser.erase((self._record.digest, self._record.upload), self._attempt)
 
     async def _attempt(self) -> bool:
-        shelf, record = self._traces.shelf, self._record
+        records, record = self._traces.records, self._record
         keys = _keys(record)
         digests = {item.image_digest for item in record.references.values()} | {record.digest}
-        async with shelf.held(record.digest):
+        async with records.held(record.digest):
             later = await self._later()
             removed = later is not None or await self._traces.remove(record)
         if later is not None:  # what both were made into is the later one's now
@@ -119,15 +118,15 @@ class Erasure:
     async def _later(self) -> ImageRecord | None:
         """The record of a later upload, if there was one. Raises StoreOutage when the store can't tell, but for the
         first time: then what was asked for is what there is."""
-        shelf = self._traces.shelf
+        records = self._traces.records
         again, self._asked = self._asked, True
-        current = await shelf.load(self._record.digest, fresh=True, sure=again, held=True)
+        current = await records.load(self._record.digest, fresh=True, sure=again, held=True)
         return current if current is not None and current.upload != self._record.upload else None
 
     async def _finish(self) -> bool:
-        shelf, record = self._traces.shelf, self._record
-        async with shelf.held(record.digest):
-            return await self._later() is not None or await shelf.bury(replace(record, erased=True))
+        records, record = self._traces.records, self._record
+        async with records.held(record.digest):
+            return await self._later() is not None or await records.bury(replace(record, erased=True))
 
 
 def _keys(record: ImageRecord) -> set[bytes]:

@@ -13,19 +13,17 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
 import orjson
 import structlog
 
+from gateway.images.image_store import FILE_KEY, StoreOutage, StoreWithSpare
 from gateway.routing.variants import DEFAULT
-from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.identity import image_id
-from lookonce.core.reference import EmbeddingReference
-from lookonce.core.stores import Store
-from lookonce.core.stores.leased import leased
+from lookonce.core.identity import EmbeddingReference, image_id
+from lookonce.core.stores.interface import leased
 
 CONFIRMED = 1.0
 """Seconds a cached record is good without a look at the store: how late other gateways notice a deletion."""
@@ -34,27 +32,14 @@ OUTLIVES_STORE = 600.0
 TOMBSTONE_TTL = 3600.0  # longer than any cache believes a lost record
 CACHED_RECORDS = 16384
 CLOCK_STEP = 1e-3  # seconds that a record's change is later than the one before, whatever the clocks say
-PINNED_SECONDS = 100 * 365 * 86400.0
-"""How long a pinned image is kept: longer than any store stands."""
-LASTING_SECONDS = 90 * 365 * 86400.0
-"""What is put into the store for so long is not to be evicted."""
-FILE_KEY = b"file:"
-"""How the keys of image files begin."""
 Change = Callable[["ImageRecord"], "ImageRecord"]
 _VERSION = 1
 log = structlog.get_logger(__name__)
 
 
-class StoreOutage(LookonceError):
-    """The image store could not do what was asked: what it was asked for may well be there."""
-
-    def __init__(self) -> None:
-        super().__init__(ErrorKind.UNAVAILABLE, "the image store cannot be reached", retry_after=1.0)
-
-
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of one tenant. `references` holds the embeddings made of it, by variant (see `variant`)."""
+    """One image of one tenant. `references` holds the embeddings made of it, by resize key (see `resize_key`)."""
 
     digest: bytes  # 32 bytes, keyed with the tenant's key: the id is made from it
     tenant: str
@@ -77,11 +62,11 @@ class ImageRecord:
 
     @property
     def reference(self) -> EmbeddingReference | None:
-        """The embedding of the full picture, or else of any variant."""
-        return self.references.get(variant(None)) or next(iter(self.references.values()), None)
+        """The embedding of the image in full, or else of any size."""
+        return self.references.get(resize_key(None)) or next(iter(self.references.values()), None)
 
     def with_reference(self, name: str, reference: EmbeddingReference) -> ImageRecord:
-        """The record with one variant's embedding set."""
+        """The record with the embedding of one resize key set."""
         return replace(self, references=self.references | {name: reference})
 
     def with_alias(self, alias: str) -> ImageRecord:
@@ -94,77 +79,51 @@ class ImageRecord:
 
     def to_json(self) -> bytes:
         """The stored form."""
-        return orjson.dumps(
-            {
-                "version": _VERSION,
-                "digest": self.digest.hex(),
-                "tenant": self.tenant,
-                "size": self.size,
-                "created": self.created,
-                "expires": self.expires,
-                "deleted": self.deleted,
-                "erased": self.erased,
-                "ttl": self.ttl,
-                "pinned": self.pinned,
-                "aliases": list(self.aliases),
-                "upload": self.upload,
-                "changed": self.changed,
-                "references": {name: _reference_fields(item) for name, item in self.references.items()},
-            }
-        )
+        return orjson.dumps({"version": _VERSION, **asdict(self)}, default=bytes.hex)
 
 
-def variant(max_pixels: int | None, model: str = DEFAULT) -> str:
-    """The name of an embedding variant: the bound it was resized within, or "full", after the variant of the model."""
+def resize_key(max_pixels: int | None, model: str = DEFAULT) -> str:
+    """What tells the embeddings of one image apart: the bound it was resized within, or "full", after the variant."""
     bound = "full" if max_pixels is None else str(max_pixels)
     return bound if model == DEFAULT else f"{model}/{bound}"
 
 
-def parse_record(value: bytes | memoryview) -> ImageRecord | None:
+def _parse(value: bytes | memoryview) -> ImageRecord | None:
     """The record in its stored form; None when it is not one (another version's, or damaged)."""
     try:
-        fields = orjson.loads(value)
-        if fields["version"] != _VERSION:
+        found = orjson.loads(value)
+        if found["version"] != _VERSION:
             return None
-        return ImageRecord(
-            digest=bytes.fromhex(fields["digest"]),
-            tenant=fields["tenant"],
-            size=fields["size"],
-            created=fields["created"],
-            expires=fields["expires"],
-            deleted=fields["deleted"],
-            erased=fields["erased"],
-            ttl=fields.get("ttl"),
-            pinned=fields.get("pinned", False),
-            aliases=tuple(fields.get("aliases", ())),
-            upload=str(fields["upload"]),
-            changed=float(fields.get("changed", 0.0)),
-            references={name: _reference(item) for name, item in fields["references"].items()},
-        )
+        own = {item.name: found[item.name] for item in fields(ImageRecord) if item.name in found}
+        own["digest"], own["upload"] = bytes.fromhex(found["digest"]), str(found["upload"])
+        own["aliases"] = tuple(found.get("aliases", ()))
+        own["references"] = {name: _reference(item) for name, item in found["references"].items()}
+        return ImageRecord(**own)
     except (ValueError, KeyError, TypeError, AttributeError):
         log.warning("image record unreadable, dropped")
         return None
 
 
+def _reference(found: dict[str, Any]) -> EmbeddingReference:
+    own = {item.name: found[item.name] for item in fields(EmbeddingReference)}
+    own["key"], own["image_digest"] = bytes.fromhex(found["key"]), bytes.fromhex(found["image_digest"])
+    t, h, w = found["grid_thw"]
+    return EmbeddingReference(**own | {"grid_thw": (t, h, w)})
+
+
 @dataclass(frozen=True)
 class _Cached:
     record: ImageRecord
-    confirmed: float  # seconds on the shelf's clock
+    confirmed: float  # seconds on the records' clock
 
 
 class ImageRecords:
-    """Loads, saves and buries records. `spare` takes what the store could not keep."""
+    """Loads, saves and buries records."""
 
     def __init__(
-        self,
-        store: Store,
-        spare: Store,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
+        self, kept: StoreWithSpare, *, clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time
     ) -> None:
-        self._store = store
-        self._spare = spare
+        self._kept, self._store, self._spare = kept, kept.store, kept.spare
         self._clock = clock
         self.now = now
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
@@ -231,17 +190,8 @@ class ImageRecords:
         return await self._write(self._changed(tombstone))
 
     async def _write(self, record: ImageRecord) -> bool:
-        key, seconds = _key(record.digest), max(record.expires - self.now(), 1.0)
         self._remember(record)
-        try:
-            kept = await self._store.put(key, record.to_json(), ttl=seconds)
-        except StoreOutage:
-            kept = False
-        if kept:
-            await self._spare.delete(key)
-        else:
-            await self._spare.put(key, record.to_json(), ttl=seconds)
-        return kept
+        return await self._kept.put(_key(record.digest), record.to_json(), ttl=self._left(record))
 
     async def _reconciled(self, spare: ImageRecord, stored: ImageRecord | None) -> ImageRecord:
         """The record after an outage, written back: that which the store could not keep, or the store's if it is later
@@ -260,14 +210,8 @@ class ImageRecords:
         """Put a file into the store that could not be kept there when it came."""
         key = file_key(record.digest)
         file = await self._spare.get(key) if await self._spare.contains(key) else None
-        if file is None or record.deleted:
-            return
-        try:
-            kept = await self._store.put(key, file, ttl=max(record.expires - self.now(), 1.0))
-        except StoreOutage:
-            return
-        if kept:
-            await self._spare.delete(key)
+        if file is not None and not record.deleted:
+            await self._kept.put(key, file, ttl=self._left(record))
 
     async def _lost(self, digest: bytes, cached: _Cached | None) -> ImageRecord | None:
         record = self._believed(cached)
@@ -283,6 +227,9 @@ class ImageRecords:
         """A record that was cached not long ago."""
         believed = cached is not None and self._clock() - cached.confirmed < OUTLIVES_STORE
         return cached.record if cached is not None and believed else None
+
+    def _left(self, record: ImageRecord) -> float:
+        return max(record.expires - self.now(), 1.0)
 
     def _changed(self, record: ImageRecord) -> ImageRecord:
         return replace(record, changed=max(self.now(), record.changed + CLOCK_STEP))
@@ -303,7 +250,7 @@ class ImageRecords:
 
 
 def _parsed(value: memoryview | None) -> ImageRecord | None:
-    return None if value is None else parse_record(value)
+    return None if value is None else _parse(value)
 
 
 def _joined(spare: ImageRecord, stored: ImageRecord) -> ImageRecord:
@@ -327,30 +274,3 @@ def _key(digest: bytes) -> bytes:
 def file_key(digest: bytes) -> bytes:
     """Where an image's file is kept."""
     return FILE_KEY + digest
-
-
-def _reference_fields(reference: EmbeddingReference) -> dict[str, Any]:
-    return {
-        "key": reference.key.hex(),
-        "fingerprint": reference.fingerprint,
-        "image_digest": reference.image_digest.hex(),
-        "grid_thw": list(reference.grid_thw),
-        "tokens": reference.tokens,
-        "width": reference.width,
-        "height": reference.height,
-        "record_bytes": reference.record_bytes,
-    }
-
-
-def _reference(fields: dict[str, Any]) -> EmbeddingReference:
-    t, h, w = fields["grid_thw"]
-    return EmbeddingReference(
-        key=bytes.fromhex(fields["key"]),
-        fingerprint=fields["fingerprint"],
-        image_digest=bytes.fromhex(fields["image_digest"]),
-        grid_thw=(t, h, w),
-        tokens=fields["tokens"],
-        width=fields["width"],
-        height=fields["height"],
-        record_bytes=fields["record_bytes"],
-    )

@@ -14,9 +14,9 @@ import orjson
 import structlog
 from blake3 import blake3
 
-from gateway.images.image_records import PINNED_SECONDS, ImageRecord, ImageRecords, StoreOutage
-from lookonce.core.stores import Store
-from lookonce.core.stores.leased import leased
+from gateway.images.image_records import ImageRecord, ImageRecords
+from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
+from lookonce.core.stores.interface import leased
 
 BUCKETS = 64
 LOADED_AT_ONCE = 32
@@ -35,10 +35,9 @@ class Page:
 class Listing:
     """The indexes of all tenants."""
 
-    def __init__(self, store: Store, spare: Store, shelf: ImageRecords) -> None:
-        self._store = store
-        self._spare = spare  # in memory, for what the store could not keep
-        self._shelf = shelf
+    def __init__(self, kept: StoreWithSpare, records: ImageRecords) -> None:
+        self._kept = kept
+        self._records = records
         self._locks = [asyncio.Lock() for _ in range(BUCKETS)]
 
     async def add(self, record: ImageRecord) -> None:
@@ -68,7 +67,7 @@ class Listing:
         gone: list[str] = []
         while places and len(records) <= limit:
             some, places = places[:LOADED_AT_ONCE], places[LOADED_AT_ONCE:]
-            loaded = await asyncio.gather(*(self._shelf.load(bytes.fromhex(digest)) for _, digest in some))
+            loaded = await asyncio.gather(*(self._records.load(bytes.fromhex(digest)) for _, digest in some))
             for (_, digest), record in zip(some, loaded, strict=True):
                 if record is None or record.deleted or record.tenant != tenant:
                     gone.append(digest)
@@ -80,20 +79,18 @@ class Listing:
 
     async def _read(self, tenant: str, bucket: int) -> Entries:
         key = _key(tenant, bucket)
-        return _parse(await self._store.get(key)) | _parse(await self._spare.get(key))
+        return _parse(await self._kept.store.get(key)) | _parse(await self._kept.spare.get(key))
 
     async def _change(self, tenant: str, bucket: int, change: Callable[[Entries], Entries]) -> None:
-        key = _key(tenant, bucket)
-        async with self._locks[bucket], leased(self._store, key):
+        key, spare = _key(tenant, bucket), self._kept.spare
+        async with self._locks[bucket], leased(self._kept.store, key):
             try:
                 entries = change(await self._read(tenant, bucket))
-                kept = await self._store.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
             except StoreOutage:  # the store's own entries are joined with these when it is back
-                entries, kept = change(_parse(await self._spare.get(key))), False
-            if kept:
-                await self._spare.delete(key)
+                entries = change(_parse(await spare.get(key)))
+                await spare.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
             else:
-                await self._spare.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
+                await self._kept.put(key, orjson.dumps(entries), ttl=PINNED_SECONDS)
 
 
 def _parse(value: memoryview | None) -> Entries:

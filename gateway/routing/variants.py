@@ -103,8 +103,8 @@ class Variants:
         weight 0 get nothing."""
         if len(self.all) == 1:
             return [self.all[0]]
-        weighed = [variant for variant in self.all if variant.spec.weight > 0]
-        return sorted(weighed, key=lambda variant: (not variant.is_live, -variant.score(key)))
+        weighted = [variant for variant in self.all if variant.spec.weight > 0]
+        return sorted(weighted, key=lambda variant: (not variant.is_live, -variant.score(key)))
 
     @property
     def main(self) -> Variant:

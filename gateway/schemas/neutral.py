@@ -9,7 +9,7 @@ import orjson
 from pydantic import Field, GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import PydanticCustomError, core_schema
 
-from gateway.schemas.base import Body
+from gateway.schemas.body import Body
 
 Hint = Annotated[str, Field(max_length=512)]
 Hints = Annotated[dict[str, Hint], Field(max_length=16)]

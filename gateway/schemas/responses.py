@@ -36,9 +36,9 @@ class ImageObject(Answered):
     )
     object: Literal["image"]
     bytes: int = Field(ge=0, description="size of the file")
-    width: int | None = Field(description="pixels, as the model sees the picture")
-    height: int | None = Field(description="pixels, as the model sees the picture")
-    tokens: int | None = Field(description="tokens of the picture in a prompt")
+    width: int | None = Field(description="pixels, as the model sees the image")
+    height: int | None = Field(description="pixels, as the model sees the image")
+    tokens: int | None = Field(description="tokens of the image in a prompt")
     status: Literal["ready"]
     created_at: int = Field(description="Unix seconds")
     expires_at: int | None = Field(description="Unix seconds; null when pinned")
@@ -47,7 +47,7 @@ class ImageObject(Answered):
     cached: bool | None = Field(None, description="only on upload: whether nothing had to be encoded")
     encode_ms: float | None = Field(None, description="only on upload: milliseconds of encoding")
     notice: str | None = Field(
-        None, description="only on upload: why the picture was made smaller, and the setting that changes that"
+        None, description="only on upload: why the image was made smaller, and the setting that changes that"
     )
 
 

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeVar
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.errors import RecordError
+from lookonce.core.identity import EmbeddingReference
+from lookonce.core.record import TensorView
+from lookonce.models.family import Marker
 
 
 @dataclass(frozen=True)
 class ImageSpan:
-    """Where an image's placeholder tokens stand in a prompt."""
+    """Where an image stands in a prompt: the rows of its embedding in order, and markers among them."""
 
     start: int
     reference: EmbeddingReference
+    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family and grid
 
     @property
     def end(self) -> int:
-        """One past the last placeholder token."""
-        return self.start + self.reference.tokens
+        """One past its last token."""
+        return self.start + self.reference.tokens + len(self.markers)
+
+    @property
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring rows: the place of the first in the prompt, its number in the embedding, and how many."""
+        place = row = 0
+        for at, _ in (*self.markers, (self.end - self.start, 0)):
+            if at > place:
+                yield self.start + place, row, at - place
+            row, place = row + at - place, at + 1
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised prompt with its placeholders expanded and its M-RoPE positions laid out."""
+    """A tokenised prompt with its placeholders expanded and its positions laid out."""
 
     token_ids: tuple[int, ...]
     images: tuple[ImageSpan, ...]  # in order, not overlapping
-    positions: torch.Tensor  # int64 [3, len(token_ids)] on the CPU: temporal, height, width
-    next_position: int  # of the first generated token, on all three rows
+    positions: NDArray[np.int64]  # [r, len(token_ids)], r as the model's family has it
+    next_position: int  # of the first generated token, on all rows
 
 
 @dataclass(frozen=True)
@@ -84,8 +98,7 @@ class Scoring:
     items: tuple[ScoreItem, ...]
     client: str = ""
     deadline: float | None = None
-    alone: bool = False  # what other requests are changes nothing, to the last bit: it shares no step with them
-    mixes: bool = False  # `alone` all the same: as found out, products of some rows don't depend on other rows
+    isolated: bool = False  # what other requests are, or other images of it, changes nothing, to the last bit
     salt: bytes = b""  # as in Generation
 
 
@@ -94,7 +107,7 @@ class EmbeddingSource(StrEnum):
 
     NONE = "none"
     NOT_NEEDED = "not_needed"
-    L1 = "l1"
+    TENSOR_CACHE = "l1"
     STORE = "store"
     FETCHED = "fetched"
 
@@ -166,23 +179,67 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class EngineState:
-    """A snapshot for Describe, metrics and admission."""
+class ModelFacts:
+    """What an engine says of the model it has loaded, for Describe."""
 
+    context_length: int = 0  # tokens of prompt and answer
+    dtype: str = ""
+    device: str = ""
+    weight_bytes: int = 0
+    quantization: str = "none"
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """A snapshot for Describe, metrics and admission. What an engine does not have stays zero."""
+
+    model: ModelFacts = ModelFacts()
     running: int = 0
     waiting: int = 0
     max_running: int = 0
     max_waiting: int = 0
     generated_tokens: int = 0
+    batch_invariant: bool = False  # a row of its products does not depend on how many rows there are
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
     prefix_bytes: int = 0
-    extra: dict[str, float] = field(default_factory=dict)
+    prefix_budget_bytes: int = 0
+    prefix_entries: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    prefix_evictions: int = 0
+    preemptions: int = 0
+    kv_slots: int = 0
+    kv_budget_bytes: int = 0
+    steps: int = 0
+    forward_seconds: float = 0.0
+
+
+class DamagedRecord(RecordError):
+    """A record no reference could make use of: not worth keeping."""
+
+
+class Rows(Protocol):
+    """An image's rows in the form an engine computes with."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        ...
+
+
+R = TypeVar("R", bound=Rows)
 
 
 class EmbeddingLoader(Protocol):
     """How an engine gets an image's embedding, once it needs it."""
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
-        """Validated rows [tokens, hidden] in the model's dtype on its device, not to be written to.
+    async def load(
+        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
+    ) -> tuple[R, EmbeddingSource]:
+        """The validated rows [tokens, hidden], not to be written to. `rows_of` makes them of a record's bytes: the
+        engine's own dtype and device. It is called in any thread, once, and raises DamagedRecord for numbers that are
+        not finite. All calls of one engine pass the same function.
 
         Raises EMBEDDING_MISSING when no tier has it, EMBEDDING_INVALID when it cannot be used.
         """
@@ -190,7 +247,12 @@ class EmbeddingLoader(Protocol):
 
 
 class Engine(Protocol):
-    """An engine: generate, score, forget, describe, close. All run on the service's event loop without blocking it."""
+    """Six verbs. All run on the service's event loop without blocking it."""
+
+    async def start(self, loader: EmbeddingLoader, on_failure: Callable[[], object] = ...) -> None:
+        """Be ready for requests. `on_failure` is called once, on the loop, when a fault has left the engine unusable:
+        the process should end."""
+        ...
 
     def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """Stream the answers. Closing the iterator cancels the work within one step.
@@ -208,9 +270,9 @@ class Engine(Protocol):
         ...
 
     def describe(self) -> EngineState:
-        """The state now."""
+        """The state now. The model's facts are there before `start`."""
         ...
 
     async def close(self) -> None:
-        """Finish nothing more; free everything."""
+        """End all requests as UNAVAILABLE; free everything."""
         ...

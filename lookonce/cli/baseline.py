@@ -22,15 +22,15 @@ def answer_all(job: dict[str, Any]) -> dict[str, Any]:
     habit, they would take the cores from one another wherever something else runs too."""
     wait_briefly()
     import torch
-    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
     device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_num_threads(job["threads"])
-    model: Any = Qwen2VLForConditionalGeneration.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
+    model: Any = AutoModelForImageTextToText.from_pretrained(job["model"], dtype=getattr(torch, job["dtype"]))
     model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    processor = Qwen2VLImageProcessorPil.from_pretrained(job["model"])
+    processors: Any = AutoImageProcessor
+    processor = processors.from_pretrained(job["model"], backend="pil")
     answers = []
     for number, item in enumerate([*job["items"][:1], *job["items"]]):  # the first is asked twice, and counted once
         begun = time.perf_counter()
@@ -45,19 +45,20 @@ def _answer(model: Any, tokenizer: Any, processor: Any, image: str, question: st
     from PIL import Image
 
     with Image.open(image) as file:
-        picture = processor(images=[file.convert("RGB")], return_tensors="pt")
+        cut = processor(images=[file.convert("RGB")], return_tensors="pt")
     content = [{"type": "image"}, {"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    pads = int(picture["image_grid_thw"].prod()) // processor.merge_size**2
-    prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * pads, 1)
+    pads = int(cut["image_grid_thw"].prod()) // processor.merge_size**2
+    pad = tokenizer.convert_ids_to_tokens(model.config.image_token_id)
+    prompt = prompt.replace(pad, pad * pads, 1)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "mm_token_type_ids": (ids == model.config.image_token_id).long(),
-        "pixel_values": picture["pixel_values"].to(model.dtype),
-        "image_grid_thw": picture["image_grid_thw"],
+        "pixel_values": cut["pixel_values"].to(model.dtype),
+        "image_grid_thw": cut["image_grid_thw"],
     }
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     with torch.inference_mode():

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from lookonce.core.dtypes import auto_dtype
 from lookonce.core.layer_split import Share, consecutive, spread
-from lookonce.models.qwen2_vl.sizing import DTYPE_BYTES, ModelSize
 from lookonce.models.registry import Half
+from lookonce.models.sizing import DTYPE_BYTES, ModelSize
 
 GIB = 1 << 30
 HEADROOM = 0.10
@@ -20,7 +20,7 @@ CPU_RUNTIME = 400 << 20
 QUANTIZED = (False, True)
 BATCH_PATCHES = {True: 2048, False: 16384}  # by whether on a CPU
 BURST_TOKENS = 4096
-L1_BYTES = 256 << 20
+TENSOR_CACHE_BYTES = 256 << 20
 MAX_RUNNING = 128
 """The services' defaults of the settings of these names; a test holds them equal."""
 
@@ -117,23 +117,22 @@ class Placement:
 
 
 def vision_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
-    """Weights, and the activations of the largest batch: two rows of the width and three of the MLP for each patch."""
-    dims = size.architecture
+    """Weights, and the activations of the largest batch."""
     patches = max(BATCH_PATCHES[choice.device.is_cpu], size.patches(work.image_tokens))
-    row = dims.vision_width * (2 + 3 * dims.mlp_ratio) * DTYPE_BYTES[choice.dtype]
+    working = patches * size.dimensions.patch_numbers * DTYPE_BYTES[choice.dtype]
     weights = size.halves[Half.VISION].weight_bytes(choice.dtype, int8=choice.int8)
-    return Need(weights, patches * row, _runtime(choice))
+    return Need(weights, working, _runtime(choice))
 
 
 def language_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
     """Weights; the activations of a prefill burst, logits of all sequences in float32 twice, embeddings at hand; KV."""
-    dims = size.architecture
+    dims = size.dimensions
     burst = BURST_TOKENS * (4 * dims.hidden + 3 * dims.ffn) * DTYPE_BYTES[choice.dtype]
-    logits = 2 * 4 * MAX_RUNNING * dims.vocab
+    logits = 2 * 4 * MAX_RUNNING * dims.vocabulary
     tokens = work.image_tokens + work.concurrency * work.question_tokens
     return Need(
         size.halves[Half.LANGUAGE].weight_bytes(choice.dtype, int8=choice.int8),
-        burst + logits + L1_BYTES,
+        burst + logits + TENSOR_CACHE_BYTES,
         _runtime(choice),
         size.kv_bytes(tokens, choice.dtype),
         len(choice.devices),
@@ -196,7 +195,7 @@ def _spread_placements(
     gpus = [device for device in devices if not device.is_cpu]
     sets = {vision: (gpus, [gpu for gpu in gpus if gpu is not vision]) for vision in _unlike(devices)}
     ways = [(vision, chosen) for vision, both in sets.items() for chosen in both]
-    ways = [way for at, way in enumerate(ways) if 1 < len(way[1]) <= size.architecture.layers and way not in ways[:at]]
+    ways = [way for at, way in enumerate(ways) if 1 < len(way[1]) <= size.dimensions.layers and way not in ways[:at]]
     found: list[Placement] = []
     for int8 in QUANTIZED:
         if not any(item.fits for item in found):
@@ -218,7 +217,7 @@ def _place_spread(
     size: ModelSize, vision: Choice, language: Choice, devices: Sequence[Device], work: Workload
 ) -> Placement:
     """As the service spreads its layers (`lookonce.core.layer_split`), knowing what else is on each device."""
-    layers = size.architecture.layers
+    layers = size.dimensions.layers
     language = replace(language, further=tuple(devices[1:]))
     seeing, saying = vision_need(size, vision, work), language_need(size, language, work)
     table = size.table_parameters * DTYPE_BYTES[language.dtype]

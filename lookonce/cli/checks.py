@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -22,11 +22,14 @@ from lookonce.cli.rundir import DataDirectory, find_running
 from lookonce.core.dtypes import auto_dtype
 from lookonce.core.errors import LookonceError
 from lookonce.core.units import format_size
-from lookonce.models.qwen2_vl.sizing import DTYPE_BYTES
+from lookonce.models.sizing import DTYPE_BYTES, default_max_pixels
+
+if TYPE_CHECKING:
+    from lookonce.models.checkpoint import Checkpoint
 
 PYTHON_NEEDED = (3, 11)
 PROCESS_OVERHEAD = 600 << 20
-"""Bytes that a model service takes besides its weights: interpreter, torch, activations of one picture."""
+"""Bytes that a model service takes besides its weights: interpreter, torch, activations of one image."""
 WEIGHTS_MARGIN = 1.15
 _TORCH_SECONDS = 120
 
@@ -188,7 +191,7 @@ def check_checkpoint(
         stored = format_size(checkpoint.weight_bytes(half))
         shown.append(f"{half.value} {stored} in {checkpoint.dtype}, computes in {dtype}")
     detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
-    return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())).max_pixels, report)], sizes
+    return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())), report)], sizes
 
 
 def _unusable(problem: str) -> Finding:
@@ -196,11 +199,10 @@ def _unusable(problem: str) -> Finding:
     return bad("checkpoint", what or remedy, remedy if what else "take it from the model's repository again")
 
 
-def _image_size(own: int, report: dict[str, Any] | None) -> Iterator[Finding]:
-    """How large images are encoded: smaller ones on a CPU than `own`, the checkpoint's max_pixels, allows for."""
-    from lookonce.models.qwen2_vl.sizing import default_max_pixels
-
-    most = default_max_pixels(own, "cuda" if (report or {}).get("available") else "cpu")
+def _image_size(checkpoint: Checkpoint, report: dict[str, Any] | None) -> Iterator[Finding]:
+    """How large images are encoded: smaller ones on a CPU than the checkpoint's own max_pixels allows for."""
+    own = checkpoint.max_pixels
+    most = default_max_pixels(checkpoint.family, own, "cuda" if (report or {}).get("available") else "cpu")
     if most < own:
         detail = f"resized to {most} pixels at most, because a CPU encodes them; the checkpoint allows for {own}"
         yield warn("images", detail, f"--max-pixels {own} keeps them large: minutes for a photograph on few cores")

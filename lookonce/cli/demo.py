@@ -1,4 +1,4 @@
-"""`lookonce demo`: the whole system on this machine, two pictures, eight questions each, every answer checked."""
+"""`lookonce demo`: the whole system on this machine, two images, eight questions each, every answer checked."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import typer
 from lookonce.cli.console import fail, note, printable, say
 from lookonce.core.errors import ErrorKind, LookonceError
 
-HELP = """Start everything on the embedded store, ask two pictures eight questions each, and check every answer.
+HELP = """Start everything on the embedded store, ask two images eight questions each, and check every answer.
 
 \b
   lookonce demo
-  lookonce demo --keep                          stays up, for your own pictures
+  lookonce demo --keep                          stays up, for your own images
   lookonce demo --model ./Qwen2-VL-2B-Instruct  the truth is then the unsplit model's answer
 
 Prints each question with its answer, the truth, whether embedding and prefix were found in a cache, and the time; then
 the time of the unsplit model for the same, with as many threads. Exit status 0 only if all answers are right.
 """
-PICTURES, QUESTIONS_EACH = 2, 8
+IMAGES, QUESTIONS_EACH = 2, 8
 MAX_TOKENS = 32
 MIN_TABLE_WIDTH = 160
 
@@ -37,7 +37,7 @@ MIN_TABLE_WIDTH = 160
 class Row:
     """One question of the demo."""
 
-    picture: Path
+    image: Path
     question: str
     truth: str | None
     answer: str
@@ -100,10 +100,10 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
     arguments += ["--threads", str(threads)]
     with started(directory / "data", arguments) as system, Api(system.url) as api:
         begun = time.perf_counter()
-        rows = [row for sample in samples[:PICTURES] for row in _ask(api, sample)]
+        rows = [row for sample in samples[:IMAGES] for row in _ask(api, sample)]
         split_seconds = time.perf_counter() - begun
         note("lookonce: asking the unsplit model the same, for comparison")
-        baseline = unsplit(source, dtype, device, threads, [(row.picture, row.question) for row in rows])
+        baseline = unsplit(source, dtype, device, threads, [(row.image, row.question) for row in rows])
         for row, unsplit_answer in zip(rows, baseline["answers"], strict=True):
             row.truth = unsplit_answer["text"] if row.truth is None else row.truth
         right = sum(same_answer(row.answer, row.truth or "") for row in rows)
@@ -123,11 +123,10 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
 
 
 def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
-    """Checkpoint and samples: the bundled ones, or a random-weight checkpoint and pictures drawn into `directory`."""
-    from lookonce.cli.model import BUNDLED
+    """Checkpoint and samples: the bundled ones, or the checkpoint named and images drawn into `directory`."""
+    from lookonce.cli.model import default_model
     from lookonce.core import sample_images
     from lookonce.models.checkpoint.check import check_checkpoint
-    from lookonce.models.checkpoint.digest import cache_dir
 
     if model is not None:
         path = next(iter(check_checkpoint(model).usable().values())).path
@@ -136,15 +135,7 @@ def choose(directory: Path, model: str | None) -> tuple[str, list[Any]]:
                 ErrorKind.INVALID_ARGUMENT, "--model: the demo needs a whole checkpoint, not split halves"
             )
         return str(path), sample_images.drawn_samples(directory)
-    if (BUNDLED / "config.json").is_file() and sample_images.BUNDLED.is_file():
-        return str(BUNDLED), sample_images.bundled_samples()
-    path = cache_dir() / "demo" / "random-small-1"
-    if not (path / "config.json").is_file():
-        from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-
-        note(f"lookonce: making a checkpoint with random weights in {path}")
-        make_random_checkpoint(path, size="small")
-    return str(path), sample_images.drawn_samples(directory)
+    return default_model(), sample_images.bundled_samples()
 
 
 def unsplit(model: str, dtype: str, device: str, threads: int, items: list[tuple[Path, str]]) -> dict[str, Any]:
@@ -170,12 +161,12 @@ def show(rows: list[Row]) -> None:
 
     from lookonce.core.sample_images import same_answer
 
-    table = Table("picture", "question", "answer", "truth", "embedding", "prefix", "ms")
+    table = Table("image", "question", "answer", "truth", "embedding", "prefix", "ms")
     for row in rows:
         colour = "green" if same_answer(row.answer, row.truth or "") else "red"
         answer = f"[{colour}]{escape(_short(row.answer))}[/]"
         hits = (str(row.receipt.get("embedding", "?")), str(row.receipt.get("prefix", "?")))
-        texts = (escape(row.picture.name), escape(row.question), answer, escape(_short(row.truth or "")))
+        texts = (escape(row.image.name), escape(row.question), answer, escape(_short(row.truth or "")))
         table.add_row(*texts, *hits, f"{row.ms:.0f}")
     console = Console()
     console.width = max(console.width, MIN_TABLE_WIDTH)

@@ -17,7 +17,7 @@ from lookonce.cli.health import GrpcProbe, HttpProbe
 from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
 from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
-from lookonce.cli.service import ServicePlan
+from lookonce.cli.service_process import ServicePlan
 from lookonce.cli.up import UpSettings
 from lookonce.core.errors import invalid
 
@@ -97,7 +97,7 @@ def plan_system(
         built.offer("dtype", f"{part}_dtype", "dtype")
         built.offer("quantization", f"{part}_quantization")
         built.offer("threads", f"{part}_threads", "threads")
-        built.offer("l1_bytes", f"{part}_l1_bytes")
+        built.offer("tensor_cache_bytes", f"{part}_tensor_cache_bytes")
         built.offer("store_bytes", "store_bytes")
         built.offer("grace", "grace")
         metrics = built.own("metrics_listen") or directory.socket_address(f"{name}-metrics")

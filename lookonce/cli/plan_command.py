@@ -54,7 +54,7 @@ def plan(
     from lookonce.cli import plan_report
     from lookonce.cli.capacity import Workload, placements
     from lookonce.models.checkpoint.check import check_settings
-    from lookonce.models.qwen2_vl.sizing import DTYPE_BYTES, size_of
+    from lookonce.models.sizing import DTYPE_BYTES, size_of
 
     try:
         devices = _devices(gpus, ram)

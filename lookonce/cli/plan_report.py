@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from lookonce.cli.capacity import Choice, Placement, Workload
 from lookonce.core.units import format_size
-from lookonce.models.qwen2_vl.sizing import Economics, ModelSize, question_flops
 from lookonce.models.registry import Half
+from lookonce.models.sizing import Economics, ModelSize, question_flops
 
 PREFIX_SHARE = 0.75
 """Of the room for KV, kept for prefixes; the rest is for answers under way."""

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lookonce.cli.service import Service, ServiceFailed
+from lookonce.cli.service_process import Service, ServiceFailed
 from lookonce.core.tasks import start_task
 
 FORCED_EXIT = 130

@@ -17,7 +17,7 @@ from pydantic_settings import SettingsConfigDict
 from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import DataDirectory, RunningSystem, default_data_dir
 from lookonce.core.errors import LookonceError
-from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings, load
+from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings, formerly, load
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -79,11 +79,15 @@ class UpSettings(Settings):
     lm_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the language service; unset: --threads."
     )
-    vision_l1_bytes: BytesOrNone | None = Field(
-        None, description="Embeddings the vision service keeps in its own memory, 0: none; unset: 128 MiB."
+    vision_tensor_cache_bytes: BytesOrNone | None = Field(
+        None,
+        description="Embeddings the vision service keeps in its own memory, 0: none; unset: 128 MiB.",
+        json_schema_extra=formerly("vision_l1_bytes"),
     )
-    lm_l1_bytes: Bytes | None = Field(
-        None, description="Embeddings the language service keeps on its device; unset: 256 MiB."
+    lm_tensor_cache_bytes: Bytes | None = Field(
+        None,
+        description="Embeddings the language service keeps on its device; unset: 256 MiB.",
+        json_schema_extra=formerly("lm_l1_bytes"),
     )
     lm_kv_bytes: Bytes | None = Field(
         None, description="KV of answers under way, beyond shared prefixes; unset: a quarter of the free memory."
@@ -136,7 +140,7 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
     from lookonce.cli.plan import plan_system
-    from lookonce.cli.service import RestartPolicy, Service
+    from lookonce.cli.service_process import RestartPolicy, Service
     from lookonce.cli.supervisor import Supervisor
 
     system = plan_system(settings, given, directory, model)

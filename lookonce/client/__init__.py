@@ -4,14 +4,14 @@
 
     with lookonce.Client("http://127.0.0.1:8000") as client:
         image = client.image("photo.jpg")  # encoded once
-        print(image.ask("What is in the picture?"))
+        print(image.ask("What is in the image?"))
         print(image.score("Is it outdoors?", ["yes", "no"]))
 
 Knows only the public API. `calls` says what is sent and how answers are read; `sync` and `aio` only send it.
 """
 
 from lookonce.client.aio import AsyncClient, AsyncImage, AsyncTextStream
-from lookonce.client.errors import (
+from lookonce.client.exceptions import (
     ApiError,
     AuthenticationError,
     BadRequestError,
@@ -27,9 +27,9 @@ from lookonce.client.errors import (
     StreamInterrupted,
     UnavailableError,
 )
-from lookonce.client.options import Question, SamplingOptions
+from lookonce.client.request_options import Question, SamplingOptions
+from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 from lookonce.client.sync import Client, Image, TextStream
-from lookonce.client.types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 
 __all__ = [
     "Answer",

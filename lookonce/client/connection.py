@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import httpx2
 import tenacity
 
 from lookonce.client.calls import Call
-from lookonce.client.errors import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
+from lookonce.client.exceptions import ApiError, ConnectionFailed, RequestTimeout, StreamInterrupted, refusal
 from lookonce.core.errors import invalid
 from lookonce.core.version import __version__
 
@@ -132,7 +131,7 @@ def _is_retried(call: Call[Any], error: BaseException) -> bool:
 def _pause(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     if isinstance(error, ApiError) and error.retry_after:
-        return error.retry_after * (1 + random.uniform(0, RETRY_JITTER))
+        return error.retry_after + tenacity.wait_random(0, RETRY_JITTER * error.retry_after)(state)
     return BACKOFF(state)
 
 

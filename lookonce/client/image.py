@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from lookonce.client.types import ImageInfo
+from lookonce.client.response_types import ImageInfo
 
 
 class ImageBase:

@@ -1,4 +1,5 @@
-"""What dtype `auto` comes to: one rule for both services, and for the commands that foretell what these will do.
+"""What dtype `auto` comes to: one rule for both services, and for the commands that foretell what these will do; and
+what int8 is called.
 
 Without torch. Why a CPU computes in float32, also one that multiplies bfloat16 itself: docs/LOG.md has the figures.
 """
@@ -7,6 +8,9 @@ from __future__ import annotations
 
 FAST_BFLOAT16 = (8, 0)
 """Least compute capability of a CUDA GPU that multiplies bfloat16 itself."""
+ON_CPU, ON_CUDA, ELSEWHERE = "int8-rows", "int8-bitsandbytes", "int8-weights"
+SCHEMES = (ON_CPU, ON_CUDA, ELSEWHERE)
+"""What fingerprints call the three ways to compute with int8 weights: their embeddings differ."""
 
 
 def auto_dtype(device: str, stored: str, capability: tuple[int, int] | None = None) -> str:

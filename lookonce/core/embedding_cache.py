@@ -10,7 +10,7 @@ import structlog
 
 from lookonce.core.errors import RecordError
 from lookonce.core.record import EmbeddingRecord, parse_record
-from lookonce.core.stores.base import Store, StoreFailure
+from lookonce.core.stores.interface import Store, StoreFailure
 from lookonce.core.stores.metrics import StoreMetrics
 
 INLINE_BYTES = 64 * 1024

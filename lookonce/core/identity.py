@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ class EncoderSpec:
     """All that decides the bytes of an embedding, apart from the image and its pixel bounds."""
 
     checkpoint: str  # checkpoint identity: "hub:repo@commit" or "blake3:hex"
-    family: str  # "qwen2_vl"
+    family: str  # its model_type
     vision_config: dict[str, Any]
     preprocessor: dict[str, Any]  # resample, mean, std, rescale factor, EXIF and alpha handling
     dtype: str  # compute dtype: "float32" | "bfloat16" | "float16"
@@ -70,6 +71,31 @@ def embedding_key(digest: bytes, fingerprint: str, min_pixels: int, max_pixels: 
     """Key (32 bytes) of the embedding of one image by one encoder within one pair of pixel bounds."""
     fields = {"image": digest.hex(), "encoder": fingerprint, "min_pixels": min_pixels, "max_pixels": max_pixels}
     return _digest("lookonce 2026 embedding key", fields)
+
+
+@dataclass(frozen=True)
+class EmbeddingReference:
+    """Enough to find an embedding, to check it, and to lay out its placeholder tokens."""
+
+    key: bytes  # embedding key, 32 bytes
+    fingerprint: str  # encoder fingerprint, 64 hex characters
+    image_digest: bytes  # 32 bytes
+    grid_thw: tuple[int, int, int]  # patches before merging
+    tokens: int  # rows of the embedding
+    width: int  # pixels of the source image, after EXIF orientation
+    height: int
+    record_bytes: int = 0
+
+    def check(self, tokens_of: Callable[[tuple[int, int, int]], int]) -> None:
+        """Raise INVALID_ARGUMENT unless the fields agree with each other. `tokens_of`: the family's tokens_per_grid."""
+        if len(self.key) != DIGEST_BYTES:
+            raise invalid(f"image.key must be {DIGEST_BYTES} bytes, got {len(self.key)}", param="image.key")
+        if len(self.image_digest) != DIGEST_BYTES:
+            raise invalid(f"image.image_digest must be {DIGEST_BYTES} bytes", param="image.image_digest")
+        tokens = tokens_of(self.grid_thw)
+        if tokens != self.tokens:
+            grid = "x".join(map(str, self.grid_thw))
+            raise invalid(f"image.tokens is {self.tokens}, grid {grid} makes {tokens}", param="image.tokens")
 
 
 def canonical_json(value: Any) -> bytes:

@@ -7,6 +7,7 @@ shows both and the default. A flag wins over the environment; a bad value of eit
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -47,15 +48,36 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", env_ignore_empty=True)
 
 
+def formerly(name: str) -> dict[str, Any]:
+    """As `json_schema_extra` of a field: what it was called before. Flag and variable of that name still work."""
+    return {"formerly": name}
+
+
+def former_name(field: FieldInfo) -> str | None:
+    """What a field was called before."""
+    extra = field.json_schema_extra
+    return str(extra["formerly"]) if isinstance(extra, dict) and "formerly" in extra else None
+
+
 def variable(settings: type[Settings], name: str) -> str:
     """The environment variable of a field."""
     return f"{settings.model_config.get('env_prefix', '')}{name}".upper()
 
 
+def _with_former_names(settings: type[Settings], flags: dict[str, Any]) -> dict[str, Any]:
+    """The same with what stands in variables of former names, where neither flag nor variable says otherwise."""
+    for name, field in settings.model_fields.items():
+        former = former_name(field)
+        if former and flags.get(name) is None and not os.environ.get(variable(settings, name)):
+            flags = {**flags, name: os.environ.get(variable(settings, former)) or None}
+    return flags
+
+
 def load(settings: type[S], flags: dict[str, Any]) -> S:
     """Build from flags (None: not given) over the environment. Raises typer.BadParameter naming all three."""
     try:
-        return settings(**{name: value for name, value in flags.items() if value is not None})
+        given = _with_former_names(settings, flags)
+        return settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         lines = [_explain(settings, flags, problem) for problem in error.errors()]
         raise typer.BadParameter("; ".join(lines)) from None
@@ -91,13 +113,14 @@ def with_options(
 
 
 def _option(settings: type[Settings], name: str, field: FieldInfo) -> Any:
-    flag = "--" + name.replace("_", "-")
+    flag, former = "--" + name.replace("_", "-"), former_name(field)
     default = "" if field.default in (None, PydanticUndefined, "") else f"default: {field.default}; "
     need = "required; " if field.is_required() else default
     text = f"{field.description or ''} [{need}env: {variable(settings, name)}]"
     if _is_bool(field.annotation):
         return Annotated[bool | None, typer.Option(f"{flag}/--no-{flag[2:]}", help=text, show_default=False)]
-    return Annotated[str | None, typer.Option(flag, help=text, show_default=False, metavar="VALUE")]
+    flags = [flag, "--" + former.replace("_", "-")] if former else [flag]
+    return Annotated[str | None, typer.Option(*flags, help=text, show_default=False, metavar="VALUE")]
 
 
 def _is_bool(annotation: Any) -> bool:

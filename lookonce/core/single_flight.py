@@ -11,14 +11,15 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Generic, Literal, TypeVar
+from functools import partial
+from typing import Any, Generic, Literal, TypeVar
 
 import structlog
 
-from lookonce.core.stores.base import Leases
+from lookonce.core.stores.interface import Leases
 from lookonce.core.tasks import end_tasks, start_task
 
 How = Literal["hit", "miss", "coalesced"]
@@ -34,7 +35,89 @@ V = TypeVar("V")
 log = structlog.get_logger(__name__)
 
 
+class Abandoned(Exception):
+    """The value is not made any more: the flight was ended, not its caller."""
+
+
 @dataclass(eq=False)  # hashed by identity
+class Shared(Generic[V]):
+    """What all who want one value wait for. `label` is the first caller's own."""
+
+    key: Hashable
+    label: Any
+    keep: Callable[[], bool]
+    task: asyncio.Task[V]
+    waiters: int = 0
+
+
+class Flights(Generic[V]):
+    """Single flight within a process. Runs on one event loop."""
+
+    def __init__(self) -> None:
+        self._joinable: dict[Hashable, Shared[V]] = {}
+        self._flights: set[Shared[V]] = set()
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    async def run(
+        self,
+        key: Hashable,
+        make: Callable[[], Coroutine[Any, Any, V]],
+        *,
+        keep: Callable[[], bool] = lambda: False,
+        label: Any = None,
+    ) -> tuple[V, bool]:
+        """The value of `key`, and whether another caller had begun to make it. Raises what `make` raises, to every
+        caller of the flight, and Abandoned."""
+        flight = self._joinable.get(key)
+        joined = flight is not None
+        if flight is None:
+            flight = Shared(key, label, keep, start_task(make()))
+            self._joinable[key] = flight
+            self._flights.add(flight)
+            flight.task.add_done_callback(partial(self._landed, flight))
+        return await self._wait(flight), joined
+
+    def matching(self, predicate: Callable[[Shared[V]], bool]) -> list[Shared[V]]:
+        """Flights that have not ended."""
+        return [flight for flight in self._flights if predicate(flight)]
+
+    def leave(self, flight: Shared[V]) -> None:
+        """Let nobody join it any more: later callers start afresh."""
+        if self._joinable.get(flight.key) is flight:
+            del self._joinable[flight.key]
+
+    async def end(self, flights: Sequence[Shared[V]]) -> None:
+        """Cancel them, and wait until they have ended. Their callers get Abandoned."""
+        for flight in flights:
+            self.leave(flight)
+        await end_tasks(*(flight.task for flight in flights))
+
+    async def _wait(self, flight: Shared[V]) -> V:
+        task = flight.task
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if task.cancelled() and caller is not None and not caller.cancelling():
+                raise Abandoned from None
+            raise
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not task.done() and not flight.keep():
+                self.leave(flight)
+                task.cancel()
+
+    def _landed(self, flight: Shared[V], task: asyncio.Task[V]) -> None:
+        self.leave(flight)
+        self._flights.discard(flight)
+        if not task.cancelled():
+            task.exception()  # retrieved, should every caller have gone away
+
+
+@dataclass(eq=False)
 class Flight(Generic[V]):
     """One value being looked up or made. `label` is the caller's own, for `forget_if`."""
 
@@ -44,17 +127,14 @@ class Flight(Generic[V]):
     make: Callable[[], Awaitable[V]]
     save: Callable[[V], Awaitable[object]]
     discard: Callable[[], Awaitable[object]]
-    keep: Callable[[], bool]
     owner: bytes = field(default_factory=lambda: os.urandom(16))
     forgotten: bool = False
     saving: bool = False
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # set once nothing more will be written
-    task: asyncio.Task[tuple[V, How]] | None = None
-    waiters: int = 0
 
 
 class SingleFlight(Generic[V]):
-    """Coordinates makers of values through `leases`. Runs on one event loop."""
+    """Single flight across processes: makers of values in a store, coordinated through `leases`."""
 
     def __init__(
         self,
@@ -68,8 +148,7 @@ class SingleFlight(Generic[V]):
         self._lease_seconds = lease_seconds
         self._first_poll = first_poll
         self._last_poll = last_poll
-        self._joinable: dict[bytes, Flight[V]] = {}
-        self._flights: set[Flight[V]] = set()
+        self._flights: Flights[tuple[V, How]] = Flights()
 
     async def run(
         self,
@@ -89,11 +168,8 @@ class SingleFlight(Generic[V]):
         Joining a flight under way uses none of them. An exception of any of them reaches every caller of this
         flight and is not kept.
         """
-        flight = self._joinable.get(key)
-        joined = flight is not None
-        if flight is None:
-            flight = self._start(Flight(key, label, load, make, save, discard, keep))
-        value, how = await self._wait(flight)
+        flight = Flight(key, label, load, make, save, discard)
+        (value, how), joined = await self._flights.run(key, lambda: self._fly(flight), keep=keep, label=flight)
         return value, ("coalesced" if joined and how == "miss" else how)
 
     async def forget(self, key: bytes) -> int:
@@ -106,51 +182,19 @@ class SingleFlight(Generic[V]):
         Later callers start afresh. Returns how many flights matched, once none of them will write or has left
         anything written.
         """
-        matching = [flight for flight in self._flights if predicate(flight)]
-        for flight in matching:
-            flight.forgotten = True
-            if self._joinable.get(flight.key) is flight:
-                del self._joinable[flight.key]
-        for flight in matching:
-            if flight.saving:
-                await flight.settled.wait()
+        matching = self._flights.matching(lambda shared: predicate(shared.label))
+        for shared in matching:
+            shared.label.forgotten = True
+            self._flights.leave(shared)
+        for shared in matching:
+            if shared.label.saving:
+                await shared.label.settled.wait()
         return len(matching)
 
     @property
     def under_way(self) -> int:
         """Flights that have not ended."""
         return len(self._flights)
-
-    def _start(self, flight: Flight[V]) -> Flight[V]:
-        self._joinable[flight.key] = flight
-        self._flights.add(flight)
-        flight.task = start_task(self._fly(flight))
-        flight.task.add_done_callback(lambda task: self._end(flight, task))
-        return flight
-
-    async def _wait(self, flight: Flight[V]) -> tuple[V, How]:
-        task = flight.task
-        if task is None:
-            raise RuntimeError("flight was not started")
-        flight.waiters += 1
-        try:
-            return await asyncio.shield(task)
-        finally:
-            flight.waiters -= 1
-            if flight.waiters == 0 and not task.done() and not flight.keep():
-                self._leave(flight)
-                task.cancel()
-
-    def _end(self, flight: Flight[V], task: asyncio.Task[tuple[V, How]]) -> None:
-        self._leave(flight)
-        self._flights.discard(flight)
-        flight.settled.set()
-        if not task.cancelled():
-            task.exception()  # retrieved, should every caller have gone away
-
-    def _leave(self, flight: Flight[V]) -> None:
-        if self._joinable.get(flight.key) is flight:
-            del self._joinable[flight.key]
 
     async def _fly(self, flight: Flight[V]) -> tuple[V, How]:
         value = await flight.load()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, Future
 from contextvars import Context
 from functools import partial
@@ -46,6 +46,18 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def gather_or_end(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all, or the first failure, which ends the others."""
+    if len(work) == 1:
+        return [await work[0]]
+    tasks = [start_task(one) for one in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _again_and_again(make: Callable[[], Coroutine[Any, Any, None]]) -> None:

@@ -18,11 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
+from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA
 from lookonce.core.errors import invalid
 
-ON_CPU, ON_CUDA, ELSEWHERE = "int8-rows", "int8-bitsandbytes", "int8-weights"
-SCHEMES = (ON_CPU, ON_CUDA, ELSEWHERE)
-"""What fingerprints call the three ways: their embeddings differ."""
 _LEAST = torch.finfo(torch.float32).tiny
 _RANGE = 127
 

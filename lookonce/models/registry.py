@@ -1,25 +1,40 @@
-"""Model families lookonce can serve, by the `model_type` of their config.json. Knows nothing of torch or of files."""
+"""The model families, by the `model_type` of a checkpoint's config.json. Each is imported when it is asked for.
+
+Ours stand here, one a line. Others come with an installed package whose entry point in the group `lookonce.families` is
+named after the `model_type` and leads to its `Family`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from lookonce.core import plugins
 from lookonce.core.errors import CheckpointError
 from lookonce.models.family import Family, Half
-from lookonce.models.qwen2_vl.config import Qwen2VL
 
-_FAMILIES: dict[str, Family] = {family.model_type: family for family in (Qwen2VL(),)}
+GROUP = "lookonce.families"
+BUILTIN = {
+    "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
+}
 
 
 def supported_model_types() -> list[str]:
     """Every `model_type` a checkpoint may have, sorted."""
-    return sorted(_FAMILIES)
+    return plugins.names(GROUP, BUILTIN)
 
 
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a checkpoint's config.json; CheckpointError (listing the supported ones) when there is none."""
     model_type = config.get("model_type")
-    family = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    family: Family | None = None
+    if isinstance(model_type, str):
+        try:
+            family = plugins.load(GROUP, model_type, BUILTIN)
+        except (ImportError, AttributeError) as error:
+            raise CheckpointError(
+                f"config.json: model_type {model_type!r}: its family is installed, but can't be imported; "
+                "install its package again"
+            ) from error
     if family is None:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}"

@@ -34,6 +34,7 @@ class ModelShape:
     context: int  # longest sequence the model was made for
     dtype: torch.dtype
     stages: tuple[Stage, ...]  # where the layers are, in order
+    position_rows: int = 1  # r of the positions [r, T]: 3 for M-RoPE
 
     @property
     def device(self) -> torch.device:
@@ -83,5 +84,5 @@ class ModelAdapter(Protocol):
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
     ) -> torch.Tensor:
-        """[T, hidden] at positions int64 [3, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
         ...

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from lm_service.app import load_model
+from lm_service.app import load as load_language
 from lm_service.settings import LanguageSettings
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import Half
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.split import split_checkpoint
+from lookonce.models.qwen2_vl.config import FAMILY
 from lookonce.models.qwen2_vl.synthetic_tokenizer import CHAT_TEMPLATE
 from tests.cli.commands import invoke, lookonce
 from tests.processes import ServiceProcess
@@ -207,7 +208,7 @@ GOOD = {
 def loads(half, path):
     if half is Half.VISION:
         return load(VisionSettings(model=str(path), kernels="torch"))
-    return load_model(LanguageSettings(model=str(path), kernels="torch"))
+    return load_language(LanguageSettings(model=str(path), kernels="torch"))
 
 
 @pytest.mark.parametrize("name", SPOILED)
@@ -274,7 +275,7 @@ def test_the_check_loads_no_torch(own):
 @pytest.mark.parametrize("spoil", [old_tokenizer, GOOD["a list of templates"]])
 def test_old_forms_give_the_ids_of_the_unsplit_tokenizer(tiny, own, spoil):
     spoil(own)
-    whole, ours = AutoTokenizer.from_pretrained(tiny), load_template(own)
+    whole, ours = AutoTokenizer.from_pretrained(tiny), load_template(own, FAMILY)
     turns = [Turn("user", (None, "It's 12 猫 — what?\n\n  Well ")), Turn("assistant", ("A cat.",))]
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": turns[0].parts[1]}]},
@@ -287,7 +288,7 @@ def test_old_forms_give_the_ids_of_the_unsplit_tokenizer(tiny, own, spoil):
 @pytest.mark.parametrize("text", [STRINGS_ONLY, CONCATENATES])
 def test_a_template_of_strings_is_given_strings(tiny, own, text):
     template(text, own)
-    whole, ours = AutoTokenizer.from_pretrained(tiny), load_template(own, MARKER)
+    whole, ours = AutoTokenizer.from_pretrained(tiny), load_template(own, FAMILY, MARKER)
     ids = ours.ids([Turn("system", ("Be ", "brief.")), Turn("user", (None, "What is <|im_end|>?"))])
     assert whole.decode(ids) == (
         f"<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{MARKER}What is <|im_end|>?<|im_end|>\n"
@@ -302,4 +303,4 @@ def test_each_role_is_given_the_form_that_the_template_takes(tiny, own):
     strings = "{%- if message['role'] != 'user' -%}{{- message['content'] -}}{%- elif message['content'] is string -%}"
     template(CHAT_TEMPLATE.replace("{%- if message['content'] is string -%}", strings), own)
     turns = [Turn("system", ("Be brief.",)), Turn("user", (None, "Hm?")), Turn("assistant", ("Yes.",))]
-    assert load_template(own).ids(turns) == load_template(tiny).ids(turns)
+    assert load_template(own, FAMILY).ids(turns) == load_template(tiny, FAMILY).ids(turns)

@@ -9,8 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lm_service.settings import LanguageSettings
 from lookonce import __version__
-from lookonce.cli.reference import reference, settings_classes
+from lookonce.cli.settings_page import reference, settings_classes
 from lookonce.cli.up import UpSettings
 from lookonce.core.settings import command as make_command
 from lookonce.core.settings import load, variable
@@ -41,7 +42,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_up_and_its_supervisor_load_no_torch():
     """Everything the supervising process runs, imported."""
-    names = ["app", "plan", "supervisor", "service", "health", "model", "system", "api", "checks", "demo"]
+    names = ["app", "plan", "supervisor", "service_process", "health", "model", "system", "api", "checks", "demo"]
     code = "import sys\n" + "".join(f"import lookonce.cli.{name}\n" for name in names)
     code += "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
@@ -77,11 +78,25 @@ def test_every_size_may_have_a_unit(command):
             load(settings, required | {name: "4 sheep"})
 
 
-@pytest.mark.parametrize(("settings", "name"), [(VisionSettings, "l1_bytes"), (UpSettings, "vision_l1_bytes")])
+@pytest.mark.parametrize(
+    ("settings", "name"), [(VisionSettings, "tensor_cache_bytes"), (UpSettings, "vision_tensor_cache_bytes")]
+)
 def test_a_cache_can_be_switched_off(settings, name):
     assert getattr(load(settings, {"model": "x", name: "0"}), name) == 0
     with pytest.raises(typer.BadParameter, match="must be"):
         load(settings, {"model": "x", name: "-1"})
+
+
+def test_a_setting_still_goes_by_its_former_name(monkeypatch):
+    """As flag and as variable, each behind the new name."""
+    seen = []
+    app = make_command(LanguageSettings, lambda settings: seen.append(settings.tensor_cache_bytes) or 0)
+    monkeypatch.setenv("LOOKONCE_LM_L1_BYTES", "3MiB")
+    for flags in ([], ["--l1-bytes", "4MiB"], ["--tensor-cache-bytes", "5MiB"]):
+        assert CliRunner().invoke(app, ["--model", "x", *flags]).exit_code == 0
+    monkeypatch.setenv("LOOKONCE_LM_TENSOR_CACHE_BYTES", "6MiB")
+    assert CliRunner().invoke(app, ["--model", "x"]).exit_code == 0
+    assert seen == [size << 20 for size in (3, 4, 5, 6)]
 
 
 def test_other_commands_name_their_variables():

@@ -105,14 +105,14 @@ def test_memory_and_threads_by_service(tmp_path, monkeypatch):
     flags = {
         "threads": "4",
         "lm_threads": "8",
-        "vision_l1_bytes": "1MiB",
+        "vision_tensor_cache_bytes": "1MiB",
         "lm_kv_bytes": "2GiB",
         "lm_prefix_bytes": "6GiB",
     }
-    plan = planned(tmp_path, flags, monkeypatch, LOOKONCE_LM_L1_BYTES="5MiB")
+    plan = planned(tmp_path, flags, monkeypatch, LOOKONCE_LM_TENSOR_CACHE_BYTES="5MiB")
     assert (plan["vision"]["--threads"], plan["language"]["--threads"]) == ("4", "8")
-    assert plan["vision"]["--l1-bytes"] == str(1 << 20)
-    assert "--l1-bytes" not in plan["language"], "the service's own variable decides"
+    assert plan["vision"]["--tensor-cache-bytes"] == str(1 << 20)
+    assert "--tensor-cache-bytes" not in plan["language"], "the service's own variable decides"
     assert (plan["language"]["--kv-bytes"], plan["language"]["--prefix-bytes"]) == (str(2 << 30), str(6 << 30))
     assert "--kv-bytes" not in plan["vision"]
 

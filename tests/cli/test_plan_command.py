@@ -19,8 +19,8 @@ from lookonce.cli.up import UpSettings
 from lookonce.core.layer_split import layers_of, parse
 from lookonce.models import devices
 from lookonce.models.qwen2_vl import modules
-from lookonce.models.qwen2_vl.sizing import Economics, question_flops, size_of
 from lookonce.models.registry import Half, family_of
+from lookonce.models.sizing import Economics, question_flops, size_of
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT
@@ -152,7 +152,7 @@ def test_the_commands_of_a_spread_placement(tmp_path):
 def test_what_plan_takes_for_granted_are_the_services_defaults():
     assert VisionSettings.model_fields["batch_patches"].default is None
     assert vision.BATCH_PATCHES == capacity.BATCH_PATCHES
-    assert LanguageSettings.model_fields["l1_bytes"].default == capacity.L1_BYTES
+    assert LanguageSettings.model_fields["tensor_cache_bytes"].default == capacity.TENSOR_CACHE_BYTES
     assert LanguageSettings.model_fields["max_running"].default == capacity.MAX_RUNNING
     assert PackedOptions().burst_tokens == capacity.BURST_TOKENS
 

@@ -9,7 +9,7 @@ import pytest
 
 import lookonce
 from lookonce import client as package
-from lookonce.client import errors
+from lookonce.client import exceptions as errors
 from tests.client.cutter import Cutter
 
 

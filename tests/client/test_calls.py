@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lookonce.client.calls import batches
-from lookonce.client.errors import StreamInterrupted
-from lookonce.client.sse import EventReader
+from lookonce.client.event_reader import EventReader
+from lookonce.client.exceptions import StreamInterrupted
 
 EVENTS = st.lists(st.dictionaries(st.text(max_size=3), st.text(st.characters(codec="utf-8")), max_size=2), max_size=5)
 

@@ -12,8 +12,8 @@ import pytest
 
 import lookonce
 from gateway.http.error_bodies import HTTP_ERRORS
-from lookonce.client import errors
-from lookonce.client.errors import KIND_OF_CODE, refusal
+from lookonce.client import exceptions as errors
+from lookonce.client.exceptions import KIND_OF_CODE, refusal
 from lookonce.core.errors import ErrorKind, LookonceError
 from tests.client.conftest import KEY
 from tests.client.cutter import Cutter

@@ -32,10 +32,10 @@ from lm_service.engine.types import (
     Scores,
     TokenLogprob,
 )
-from lm_service.positions import mrope_positions
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.positions import mrope_positions
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.modules import load_language_model
 
@@ -68,7 +68,7 @@ def prompt(*parts: list[int] | EmbeddingReference) -> Prompt:
             ids += [PAD] * part.tokens
         else:
             ids += part
-    positions, following = mrope_positions(len(ids), spans, 2)
+    positions, following = mrope_positions(len(ids), [(span.start, span.reference.grid_thw) for span in spans], 2)
     return Prompt(tuple(ids), tuple(spans), positions, following)
 
 
@@ -91,7 +91,7 @@ class Album:
         generator = torch.Generator().manual_seed(int.from_bytes(reference.key[:7], "little"))
         return torch.randn(reference.tokens, self._hidden, generator=generator)
 
-    async def load(self, reference: EmbeddingReference) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         self.loads[reference.key] += 1
         if self.gate is not None:
             await self.gate.wait()
@@ -115,8 +115,8 @@ class Lab:
         """A started engine; when it is closed, none of its memory may be in use."""
         options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, **options}
         self.album = Album(self.adapter.shape.hidden)
-        engine = PackedEngine(self.adapter, TOKENS, end_ids, self.album, PackedOptions(**options))
-        await engine.start()
+        engine = PackedEngine(self.adapter, TOKENS, end_ids, PackedOptions(**options))
+        await engine.start(self.album)
         try:
             yield engine
             await drained(engine)
@@ -135,7 +135,7 @@ class Lab:
         for span in wanted.images:
             hidden[0, span.start : span.end] = self.album.rows(span.reference).to(hidden.dtype)
         further = torch.arange(wanted.next_position, wanted.next_position + len(answer)).expand(3, -1)
-        positions = torch.cat([wanted.positions, further], dim=1)[:, None]
+        positions = torch.cat([torch.from_numpy(wanted.positions), further], dim=1)[:, None]
         out = self.text_model(inputs_embeds=hidden, position_ids=positions, use_cache=False).last_hidden_state
         return self.head(out)[0]
 
@@ -206,7 +206,7 @@ async def drained(engine: PackedEngine) -> None:
     end = time.monotonic() + 60
     while True:
         state = engine.describe()
-        if not state.running and not state.waiting and not state.extra["kv_slots"]:
+        if not state.running and not state.waiting and not state.kv_slots:
             return
         assert time.monotonic() < end, f"the engine never came to rest: {state}"
         await asyncio.sleep(0.005)

@@ -124,7 +124,7 @@ async def test_n_answers_share_the_prompt(lab):
         answers = await ask(engine, generation(wanted, 6, n=5))
         for answer in answers:
             lab.check(wanted, answer)
-        prefilled = engine.describe().extra["prefill_tokens"]
+        prefilled = engine.describe().prefill_tokens
         # the last token of the prompt is fed once for each answer, all others once
         assert prefilled == len(wanted.token_ids) - 1 + 5
 
@@ -149,7 +149,7 @@ async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):
             ScoreItem(prompt(SYSTEM, picture(number, 9, 8 + number % 3), words(3 + i, 50 + i)), ((5,), (6, 7)))
             for i in range(5)
         ]
-        return Scoring(f"s{number}", tuple(items), alone=True)
+        return Scoring(f"s{number}", tuple(items), isolated=True)
 
     async with lab.engine() as engine:
         quiet = [(await engine.score(scoring(number))).logprobs for number in range(8)]
@@ -224,4 +224,4 @@ async def test_nothing_is_shared_between_salts(lab, about):
         for salt, before in ((b"c" * 32, False), (b"a" * 32, True)):
             scores = await engine.score(Scoring("s", items, salt=salt))
             lab.check_scores(items, scores)
-            assert (scores.cached_tokens[0] >= 70) is (before and bool(about))  # stems of texts are their request's
+            assert (scores.cached_tokens[0] >= 70) is (before and bool(about))  # question prefixes are their request's

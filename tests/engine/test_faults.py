@@ -95,9 +95,9 @@ async def test_a_failing_step_fails_only_the_sequence_at_fault(lab, monkeypatch)
     # a logger of its own: another test of this process may have configured and used the module's
     monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     engine = PackedEngine(
-        Failing(lab.adapter, 511), TOKENS, frozenset(), lab.album, PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
+        Failing(lab.adapter, 511), TOKENS, frozenset(), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
     )
-    await engine.start()
+    await engine.start(lab.album)
     good = [prompt(SYSTEM, picture(1), words(5, i)) for i in range(4)]
     with structlog.testing.capture_logs() as logs:
         *answers, failure = await asyncio.gather(
@@ -116,10 +116,10 @@ async def test_a_failing_step_fails_only_the_sequence_at_fault(lab, monkeypatch)
 async def test_who_waits_with_the_same_words_about_another_image_is_not_failed(lab, monkeypatch):
     """What questions begin with alike cannot be computed for one request; another's, which waits, is about its own."""
     monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
-    options = PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20, max_running=2, stem_tokens=4)
-    model = Failing(lab.adapter, 511, times=2)  # the step, and the stem alone
-    engine = PackedEngine(model, TOKENS, frozenset(), lab.album, options)
-    await engine.start()
+    options = PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20, max_running=2, question_prefix_tokens=4)
+    model = Failing(lab.adapter, 511, times=2)  # the step, and the shared prefix by itself
+    engine = PackedEngine(model, TOKENS, frozenset(), options)
+    await engine.start(lab.album)
     first, second = (
         tuple(ScoreItem(prompt(SYSTEM, picture(number), [*words(8, 4), 511, *words(3, i)]), ((5,),)) for i in range(2))
         for number in (1, 2)
@@ -161,7 +161,7 @@ async def test_a_fault_beside_the_forward_ends_in_errors_and_the_engine_goes_on(
     monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(Scheduler, what, raising(1, place)(getattr(Scheduler, what)))
-    async with lab.engine() as engine:
+    async with lab.engine(batch_invariant=True) as engine:
         asked = [ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3)) for i in range(4)]
         outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
         failures = [outcome for outcome in outcomes if isinstance(outcome, LookonceError)]
@@ -179,11 +179,9 @@ async def test_a_fault_that_stays_ends_the_engine_and_everybody_is_told(lab, mon
     monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(Scheduler, "schedule", raising(math.inf)(Scheduler.schedule))
     monkeypatch.setattr(Scheduler, what, raising(math.inf)(getattr(Scheduler, what)))
-    engine = PackedEngine(
-        lab.adapter, TOKENS, frozenset(), Album(64), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
-    )
+    engine = PackedEngine(lab.adapter, TOKENS, frozenset(), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20))
     ended = asyncio.Event()
-    await engine.start(on_failure=ended.set)
+    await engine.start(Album(64), on_failure=ended.set)
     while not engine.failed:
         asked = [ask(engine, generation(prompt(words(5, i)), 5)) for i in range(3)]
         failures = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
@@ -219,10 +217,8 @@ async def test_forget(lab):
 
 
 async def test_close_ends_everything(lab):
-    engine = PackedEngine(
-        lab.adapter, TOKENS, frozenset(), Album(64), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
-    )
-    await engine.start()
+    engine = PackedEngine(lab.adapter, TOKENS, frozenset(), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20))
+    await engine.start(lab.album)
     asked = [asyncio.create_task(ask(engine, generation(prompt(words(5, i)), 5000, logprobs=None))) for i in range(5)]
     await asyncio.sleep(0.05)
     await engine.close()

@@ -62,7 +62,7 @@ async def test_leaving_frees_the_slot_within_a_step(lab):
         await stream.aclose()
         await drained(engine)
         state = engine.describe()
-        assert state.running == 0 and state.extra["kv_slots"] == 0
+        assert state.running == 0 and state.kv_slots == 0
         assert state.generated_tokens < 4000
 
 
@@ -107,7 +107,7 @@ async def test_preempted_sequences_go_on_where_they_stopped(lab):
     async with lab.engine(kv_bytes=6 * 64 * TOKEN_BYTES, prefix_bytes=64 * TOKEN_BYTES, slab_tokens=64) as engine:
         requests = [generation(wanted, 30, salt=salt) for wanted, salt in zip(asked, salts, strict=True)]
         answers = await asyncio.gather(*(ask(engine, request) for request in requests))
-        assert engine.describe().extra["preemptions"] > 0
+        assert engine.describe().preemptions > 0
         for wanted, (answer,) in zip(asked, answers, strict=True):
             lab.check(wanted, answer)
 
@@ -128,7 +128,7 @@ async def test_prefixes_beyond_the_budget_are_evicted(lab):
                 (answer,) = await ask(engine, generation(wanted, 3))
                 lab.check(wanted, answer)
                 assert engine.describe().prefix_bytes <= budget
-        assert engine.describe().extra["prefix_evictions"] > 0
+        assert engine.describe().prefix_evictions > 0
         assert lab.album.loads.total() == 12
 
 
@@ -141,10 +141,10 @@ async def test_an_images_kv_is_held_once(lab):
         ]
         await asyncio.gather(*(anext(stream) for stream in streams))
         state = engine.describe()
-        assert state.running == 32 and state.extra["kv_slots"] == 32
+        assert state.running == 32 and state.kv_slots == 32
         assert state.prefix_bytes == (9 + 99) * TOKEN_BYTES
-        assert state.extra["prefill_tokens"] == 9 + 99 + 32 * 5
-        assert (state.extra["prefix_misses"], state.extra["prefix_hits"]) == (1, 31)
+        assert state.prefill_tokens == 9 + 99 + 32 * 5
+        assert (state.prefix_misses, state.prefix_hits) == (1, 31)
         for stream in streams:
             await stream.aclose()
         await drained(engine)

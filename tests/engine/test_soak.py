@@ -71,9 +71,9 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     model, lab.album = Audited(lab.adapter), Album(lab.adapter.shape.hidden)
     token = lab.adapter.shape.token_bytes
     options = {"max_running": 9, "kv_bytes": 4 * 64 * token, "prefix_bytes": 450 * token, "slab_tokens": 64}
-    engine = PackedEngine(model, TOKENS, frozenset(), lab.album, PackedOptions(**options, long_suffix_tokens=40))
+    engine = PackedEngine(model, TOKENS, frozenset(), PackedOptions(**options, long_suffix_tokens=40))
     model.core = engine._core
-    await engine.start()
+    await engine.start(lab.album)
     chance, gate = random.Random(actions), asyncio.Semaphore(30)
 
     async def one(seed: int) -> None:
@@ -88,7 +88,7 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     await drained(engine)
     state = engine.describe()
     assert model.forwards > actions and model.most > 300 * token
-    assert state.extra["prefix_evictions"] > 0 and state.extra["preemptions"] > 0
+    assert state.prefix_evictions > 0 and state.preemptions > 0
     await engine.forget([], [picture(number).image_digest for number in range(IMAGES)])
     assert all(not node.images for node in engine._core.cache)
     await engine.close()

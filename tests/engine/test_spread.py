@@ -9,7 +9,7 @@ import asyncio
 import pytest
 import torch
 
-from lm_service.device_map import Home
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.layer_split import consecutive
 from lookonce.models.checkpoint import Half, open_checkpoint
@@ -94,7 +94,7 @@ async def test_a_step_moves_what_flows_once_a_border(spread):
     async with spread.engine() as engine:
         standin.COPIES.clear()
         await ask(engine, generation(prompt(words(20, 6)), 5, logprobs=None))
-        steps = engine.describe().extra["steps"]
+        steps = engine.describe().steps
     assert steps == 5
     for number in range(1, len(spread.home.devices)):
         flows = standin.COPIES[f"standin:{number - 1}", f"standin:{number}"]

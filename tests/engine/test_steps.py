@@ -44,14 +44,14 @@ class Watched:
 
 def engine_of(lab, model, **options):
     lab.album = laboratory.Album(model.shape.hidden)
-    options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, **options}
-    return PackedEngine(model, TOKENS, frozenset(), lab.album, PackedOptions(**options))
+    options = {"kv_bytes": 4 << 20, "prefix_bytes": 4 << 20, "slab_tokens": 256, "batch_invariant": True, **options}
+    return PackedEngine(model, TOKENS, frozenset(), PackedOptions(**options))
 
 
 async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
     model = Watched(lab.adapter, permits=3)
     engine = engine_of(lab, model)
-    await engine.start()
+    await engine.start(lab.album)
     stream = engine.generate(generation(prompt(words(5, 1)), 200, logprobs=None))
     seen = 0
     while seen < 3:  # tokens that are there at the same time come together
@@ -61,7 +61,7 @@ async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
     await stream.aclose()
     model.permit()
     await drained(engine)
-    assert len(model.sizes) == 4 and engine.describe().extra["kv_slots"] == 0
+    assert len(model.sizes) == 4 and engine.describe().kv_slots == 0
     model.permit()  # were there a fifth, it could run
     await engine.close()
     assert len(model.sizes) == 4
@@ -71,7 +71,7 @@ async def test_who_leaves_in_the_middle_of_a_step_is_in_no_other(lab):
 async def test_a_question_begins_in_the_step_that_completes_its_image(lab, native):
     model = Watched(lab.adapter)
     engine = engine_of(lab, model, native=native, inline_tokens=1)
-    await engine.start()
+    await engine.start(lab.album)
     await ask(engine, generation(prompt(SYSTEM, words(3, 1)), 1))
     wanted = prompt(SYSTEM, picture(1, 9, 11), words(7, 3))
     (answer,) = await ask(engine, generation(wanted, 1))
@@ -85,15 +85,15 @@ async def test_a_question_begins_in_the_step_that_completes_its_image(lab, nativ
         lab.check(follower, given)
     assert sum(model.sizes[begun:]) == 99 + 5 + 6 + 7 + 9 * (not native)  # tokens; one image for all three
     assert max(model.sizes[begun:]) >= 99 + 5 + 6 + 7  # in one step, but for what comes before the image
-    assert state.extra["prefix_misses"] >= 2
+    assert state.prefix_misses >= 2
 
 
-@pytest.mark.parametrize(("alone", "mixes", "steps"), [(False, False, 1), (True, True, 1), (True, False, 3)])
-async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, alone, mixes, steps):
+@pytest.mark.parametrize(("isolated", "invariant", "steps"), [(False, False, 1), (True, True, 1), (True, False, 3)])
+async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, isolated, invariant, steps):
     """The image, what the questions begin with alike, and the questions."""
     model = Watched(lab.adapter)
-    engine = engine_of(lab, model, stem_tokens=8)
-    await engine.start()
+    engine = engine_of(lab, model, question_prefix_tokens=8, batch_invariant=invariant)
+    await engine.start(lab.album)
     wanted = [
         tuple(
             ScoreItem(prompt(SYSTEM, picture(number, 9, 11), [*words(9, 40), *words(2 + i, 50 + i)]), ((5,), (6, 7)))
@@ -101,7 +101,7 @@ async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(l
         )
         for number in range(2)
     ]
-    first, second = [await engine.score(Scoring("s", items, alone=alone, mixes=mixes)) for items in wanted]
+    first, second = [await engine.score(Scoring("s", items, isolated=isolated)) for items in wanted]
     await engine.close()
     assert model.sizes[-steps:] == ([99 + 9 + 20 + 5] if steps == 1 else [99, 9, 20 + 5])
     for items, scores in zip(wanted, (first, second), strict=True):
@@ -112,7 +112,7 @@ async def test_who_is_let_in_last_may_cut_what_others_of_the_step_see(lab):
     """Behind one who waits for a prefix of this step comes one who shares half of what a third has."""
     model = Watched(lab.adapter, permits=2)
     engine = engine_of(lab, model)
-    await engine.start()
+    await engine.start(lab.album)
     shared = words(40, 1)
     wanted = [prompt(shared, words(20, 2)), prompt(words(50, 3)), prompt(shared, words(20, 4))]
     counts = [12, 3, 3]
@@ -135,7 +135,7 @@ async def test_a_slow_models_steps_are_cut_to_the_time_they_may_take(lab):
     """1 ms a token and 80 ms a step: no more than 80 tokens at once, however long the prompt."""
     model = Watched(lab.adapter, token_seconds=0.001)
     engine = engine_of(lab, model, step_seconds=0.08)
-    await engine.start()
+    await engine.start(lab.album)
     wanted = prompt(picture(1, 20, 30), words(9, 3))
     (answer,) = await ask(engine, generation(wanted, 3))
     await engine.close()
@@ -166,7 +166,7 @@ def test_each_requests_admission_is_told(lab):
     def submit(name: str, count: int, tokens: int) -> None:
         made = Request(name, name, kept=False)
         made.sequences = [laboratory.sequence(made, prompt(words(4 + i, i)), tokens) for i in range(count)]
-        core.submit(made)
+        core.enqueue(made)
 
     submit("long", 1, 8)
     submit("many", 3, 4)
@@ -188,15 +188,15 @@ def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     image = picture(1, 9, 11)
     writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
     looker.sequences = [laboratory.sequence(looker, prompt(image, words(5, 1)), 3)]
-    core.submit(writer)
+    core.enqueue(writer)
     core.step()
-    core.submit(looker)
+    core.enqueue(looker)
     suffix, slot = writer.sequences[0], writer.sequences[0].slot
     while suffix.suffix_length < slot.capacity:
         core.step()
     assert core.forget([image.key], []) and len(core.scheduler.running) == 2
     prefills[0].rows = [(span, torch.zeros(image.tokens, lab.adapter.shape.hidden)) for span in prefills[0].node.images]
-    core.scheduler.loaded(prefills[0], EmbeddingSource.L1, 0.0)
+    core.scheduler.loaded(prefills[0], EmbeddingSource.TENSOR_CACHE, 0.0)
     core.step()  # the writer needs a longer slot
     assert core.scheduler.counters.preemptions and looker.sequences[0].admissions == 2
     core.step()

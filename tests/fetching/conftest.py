@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from lookonce.core.http_fetch.connecting import tls_context
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.pinned_connection import tls_context
 from tests.fetching.servers import Canary, Certificates, LoopbackServer, Names, PictureServer, make_certificates
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))

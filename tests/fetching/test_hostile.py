@@ -6,8 +6,8 @@ from ipaddress import ip_network
 
 import pytest
 
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
-from lookonce.core.http_fetch.policy import FetchPolicy
 from lookonce.core.http_fetch.refusals import FetchError, Reason
 from tests.fetching.hostile import (
     LOCAL_NAMES,

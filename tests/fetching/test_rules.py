@@ -12,8 +12,8 @@ from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch import addresses
 from lookonce.core.http_fetch.addresses import is_public, may_connect, own_addresses
-from lookonce.core.http_fetch.connecting import tls_context
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
+from lookonce.core.http_fetch.pinned_connection import tls_context
 from lookonce.core.http_fetch.refusals import FetchError
 from lookonce.core.http_fetch.target import follow, parse_target
 

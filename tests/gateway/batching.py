@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 
-from gateway.schemas.batches import BatchObject
+from gateway.schemas.batch_bodies import BatchObject
 from tests.processes import START_SECONDS
 
 CHAT = "/v1/chat/completions"

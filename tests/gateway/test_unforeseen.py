@@ -10,9 +10,9 @@ import pytest
 from starlette.requests import ClientDisconnect
 from structlog.testing import capture_logs
 
-from gateway.__main__ import build
+from gateway.app import build
 from gateway.auth import Caller, Keyring
-from gateway.http.app import create_app
+from gateway.http.asgi import create_app
 from gateway.images.erasure import Eraser
 from gateway.routing.variants import Variants
 from gateway.settings import GatewaySettings

@@ -12,8 +12,8 @@ from pydantic import SecretStr, ValidationError
 from gateway.auth import Keyring, read_keys
 from gateway.http.error_bodies import HTTP_ERRORS, error_response
 from gateway.routing.replicas import LOAD_FLOOR, Replicas
-from gateway.schemas.questions import QuestionsRequest
-from gateway.schemas.sampling import to_sampling
+from gateway.schemas.question_bodies import QuestionsRequest
+from gateway.schemas.sampling_fields import to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
@@ -33,7 +33,7 @@ def test_429_and_503_say_when_to_come_back(kind: ErrorKind) -> None:
 
 
 def test_importing_the_gateway_loads_no_model_library() -> None:
-    code = "import gateway.__main__, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'PIL')))"
+    code = "import gateway.app, sys; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'PIL')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from lm_service.app import load_model, serve
+from lm_service.app import load, serve
 from lm_service.settings import LanguageSettings
-from lookonce.core.identity import embedding_key, image_digest
+from lookonce.core.identity import EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient
 from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.checkpoint import open_checkpoint
@@ -64,7 +63,7 @@ async def running(path, directory, **settings):
     """A client of a language service running in this loop, on a unix socket in `directory`."""
     address = f"unix:{directory}/lm.sock"
     chosen = LanguageSettings(**{"model": str(path), "listen": address, "device": "cpu", "dtype": "float32"} | settings)
-    service = asyncio.create_task(serve(chosen, load_model(chosen)))
+    service = asyncio.create_task(serve(chosen, load(chosen)))
     client = LanguageClient(address)
     try:
         while not await client.healthy():

@@ -10,6 +10,7 @@ from lm_service.engine.answer import Answer, StopMatcher
 from lm_service.engine.detokenizer import TokenTable
 from lm_service.engine.types import FinishReason, Sampling
 from lm_service.template import load_template
+from lookonce.models.qwen2_vl.config import FAMILY
 
 BYTES = TokenTable(((number, bytes([number])) for number in range(256)), special=[256])
 END = 257
@@ -17,7 +18,7 @@ END = 257
 
 @pytest.fixture(scope="module")
 def template(checkpoint_path):
-    return load_template(checkpoint_path)
+    return load_template(checkpoint_path, FAMILY)
 
 
 def answer(text, table=BYTES, tokens=None, max_tokens=1000, room=1000, **sampling):

@@ -5,28 +5,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
-from lm_service.embeddings import EmbeddingResolver
+from lm_service.embeddings import EmbeddingResolver, TensorCache
+from lm_service.engine.packed.request_checks import rows_of
 from lm_service.engine.types import EmbeddingSource
-from lm_service.fingerprints import AcceptedEncoders
-from lm_service.peers import VisionPeers
-from lm_service.tensor_cache import TensorCache
-from lm_service.validation import RecordRules
+from lm_service.peers import AcceptedEncoders, VisionPeers
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EMBEDDING
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.messages import chunks
 from lookonce.core.rpc.server import Server, ServerOptions
 from lookonce.core.stores import open_store
 from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import vision_pb2, vision_pb2_grpc
+from tests.faulty_proxy import FaultyProxy
 from tests.lm.split import record_of
-from tests.system.campaign.proxy import Proxy
 from tests.valkey import ValkeyServer
 
 HIDDEN = 8
@@ -83,20 +82,22 @@ async def serving(*peers):
 
 
 @contextlib.asynccontextmanager
-async def resolving(directory, *peers, dtype=torch.float32, l1_bytes=1 << 20, addresses=(), url=""):
+async def resolving(directory, *peers, dtype=torch.float32, cache_bytes=1 << 20, addresses=(), url=""):
     store = open_store(url or f"file://{directory}/store", strict=True)
     async with serving(*peers) as live:
         accepted = AcceptedEncoders([MINE, ALSO_MINE])
         clients = [VisionClient(address) for address in (*addresses, *live)]
         watch = VisionPeers(clients, accepted, fetch_timeout=10)
         resolver = EmbeddingResolver(
-            l1=TensorCache(l1_bytes),
+            tensors=TensorCache(cache_bytes),
             cache=EmbeddingCache(store),
             peers=watch,
-            rules=RecordRules(HIDDEN, 2, dtype, torch.device("cpu")),
+            hidden_size=HIDDEN,
             accepted=accepted,
         )
         resolver.store = store
+        load = resolver.load
+        resolver.load = lambda wanted: load(wanted, partial(rows_of, device=torch.device("cpu"), dtype=dtype))
         try:
             yield resolver
         finally:
@@ -107,7 +108,7 @@ async def resolving(directory, *peers, dtype=torch.float32, l1_bytes=1 << 20, ad
 async def refused(resolver, wanted):
     with pytest.raises(LookonceError) as caught:
         await resolver.load(wanted)
-    assert len(resolver.l1) == 0
+    assert len(resolver.tensors) == 0
     return caught.value
 
 
@@ -119,7 +120,7 @@ async def test_store_then_l1(tmp_path):
         assert (source, torch.equal(first, rows(wanted))) == (EmbeddingSource.STORE, True)
         await resolver.store.delete(wanted.key)
         again, source = await resolver.load(wanted)
-        assert source is EmbeddingSource.L1
+        assert source is EmbeddingSource.TENSOR_CACHE
         assert again is first
 
 
@@ -159,7 +160,7 @@ async def test_nowhere_is_embedding_missing_and_may_pass_where_somebody_was_not_
 
 async def test_what_could_not_be_looked_for_in_the_store_may_be_there(tmp_path):
     """The first failure tells it, long before a circuit breaker opens; what a peer has is answered all the same."""
-    with ValkeyServer() as valkey, Proxy(valkey.port) as proxy:
+    with ValkeyServer() as valkey, FaultyProxy(valkey.port) as proxy:
         async with resolving(tmp_path, Peer(), url=proxy.url) as resolver:
             error = await refused(resolver, reference())
             assert (error.kind, error.retry_after) == (ErrorKind.EMBEDDING_MISSING, None)
@@ -329,7 +330,7 @@ async def test_forget_erases_every_tier_and_what_is_under_way(tmp_path):
             await waiting
         assert caught.value.kind is ErrorKind.EMBEDDING_MISSING
         assert [await resolver.store.contains(one.key) for one in (kept, doomed, coming)] == [True, False, False]
-        assert (await resolver.load(kept))[1] is EmbeddingSource.L1
+        assert (await resolver.load(kept))[1] is EmbeddingSource.TENSOR_CACHE
         peer.gate.set()
         with pytest.raises(LookonceError):
             await resolver.load(doomed)
@@ -338,15 +339,15 @@ async def test_forget_erases_every_tier_and_what_is_under_way(tmp_path):
 async def test_l1_keeps_within_its_bytes_least_recently_used_out_first(tmp_path):
     one, two, three = (reference(number) for number in (1, 2, 3))
     size = rows(one).nbytes
-    async with resolving(tmp_path, l1_bytes=2 * size) as resolver:
+    async with resolving(tmp_path, cache_bytes=2 * size) as resolver:
         for wanted in (one, two, three):
             await resolver.store.put(wanted.key, good(wanted).serialize())
         await resolver.load(one)
         await resolver.load(two)
         await resolver.load(one)
         await resolver.load(three)
-        assert resolver.l1.bytes == 2 * size
-        assert [(await resolver.load(wanted))[1] for wanted in (one, three)] == [EmbeddingSource.L1] * 2
+        assert resolver.tensors.bytes == 2 * size
+        assert [(await resolver.load(wanted))[1] for wanted in (one, three)] == [EmbeddingSource.TENSOR_CACHE] * 2
         assert (await resolver.load(two))[1] is EmbeddingSource.STORE
 
 
@@ -359,5 +360,5 @@ async def test_l1_never_answers_for_a_reference_that_differs(tmp_path):
             with pytest.raises(LookonceError) as caught:
                 await resolver.load(lie)
             assert caught.value.kind is ErrorKind.EMBEDDING_INVALID
-        assert (await resolver.load(wanted))[1] is EmbeddingSource.L1
+        assert (await resolver.load(wanted))[1] is EmbeddingSource.TENSOR_CACHE
         assert await resolver.store.contains(wanted.key), "a wrong reference does not delete a sound record"

@@ -19,7 +19,7 @@ CAT = photograph("chelsea", (90, 60))
 class Stepwise(Qwen2VLAdapter):
     """A model that waits for permission before every forward."""
 
-    permits = threading.Semaphore(0)
+    permits = threading.Semaphore(100)  # of the engine's own check at start
     forwards = 0
 
     def forward(self, *args):
@@ -41,9 +41,10 @@ def cancelled():
 
 
 async def test_a_dropped_stream_is_in_no_later_step(checkpoint_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("lm_service.app.Qwen2VLAdapter", Stepwise)
+    monkeypatch.setattr("lookonce.models.qwen2_vl.text.Qwen2VLAdapter", Stepwise)
     before = cancelled()
     async with running(checkpoint_path, tmp_path) as client:
+        Stepwise.forwards, Stepwise.permits = 0, threading.Semaphore(0)
         stream = client.generate(asking(user("Go on"), max_tokens=500, ignore_eos=True), timeout=60)
         Stepwise.permits.release(3)
         seen = 0

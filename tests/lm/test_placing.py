@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 
-from lm_service import device_map
-from lm_service.device_map import place, wanted
+from lm_service.engine.packed import device_map
+from lm_service.engine.packed.device_map import place, wanted
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.layer_split import layers_of, parse, spread
 from lookonce.core.stores import open_store
 from lookonce.models.checkpoint.headers import TensorEntry
-from lookonce.models.qwen2_vl.architecture import architecture_of, tensor_shapes
 from lookonce.models.registry import Half, family_of
 from tests import standin
 from tests.cli import published
@@ -35,12 +34,8 @@ def tensors(name: str) -> dict[str, TensorEntry]:
     """What the language half of a published size consists of, and no file."""
     config = published.config(name)
     family = family_of(config)
-    found = {}
-    for stored, shape in tensor_shapes(architecture_of(family, config), tied=family.tied_head(config)).items():
-        half, tensor = family.locate(stored)
-        if half is Half.LANGUAGE:
-            found[tensor] = TensorEntry(None, stored, "BF16", shape, 0, 0)
-    return found
+    shapes = family.tensor_shapes(config, Half.LANGUAGE, head=not family.tied_head(config))
+    return {tensor: TensorEntry(None, tensor, "BF16", shape, 0, 0) for tensor, shape in shapes.items()}
 
 
 def homes(name: str, device_map: str, free: dict[str, float]):

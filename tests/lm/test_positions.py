@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLModel
 
-from lm_service.engine.types import ImageSpan
-from lm_service.positions import mrope_positions
-from lookonce.core.reference import EmbeddingReference
+from lookonce.models.qwen2_vl.positions import mrope_positions
 
 MERGE = 2
 grids = st.tuples(
@@ -24,28 +23,26 @@ def theirs(token_types, images):
     model = SimpleNamespace(config=SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=MERGE)))
     model.get_vision_position_ids = Qwen2VLModel.get_vision_position_ids.__get__(model)
     ids = torch.zeros(1, len(token_types), dtype=torch.long)
-    grid = torch.tensor([image.reference.grid_thw for image in images]) if images else None
+    grid = torch.tensor([grid for _, grid in images]) if images else None
     return Qwen2VLModel.get_rope_index(model, ids, torch.tensor([token_types]), image_grid_thw=grid)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 12), st.lists(st.tuples(grids, st.integers(1, 12)), max_size=4))
-def test_positions_equal_transformers(leading, pictures):
+def test_positions_equal_transformers(leading, grids_and_text):
     types, images = [0] * leading, []
-    for grid, trailing in pictures:
+    for grid, trailing in grids_and_text:
         t, h, w = grid
-        reference = EmbeddingReference(b"", "", b"", grid, t * h * w // MERGE**2, 1, 1)
-        images.append(ImageSpan(len(types), reference))
-        types += [1] * reference.tokens + [0] * trailing
+        images.append((len(types), grid))
+        types += [1] * (t * h * w // MERGE**2) + [0] * trailing
     positions, following = mrope_positions(len(types), images, MERGE)
     expected, delta = theirs(types, images)
-    assert positions.dtype == torch.int64
-    assert torch.equal(positions, expected[:, 0])
+    assert positions.dtype == np.int64
+    assert np.array_equal(positions, expected[:, 0].numpy())
     assert following == len(types) + int(delta)
 
 
 def test_an_image_may_begin_and_end_a_prompt():
-    reference = EmbeddingReference(b"", "", b"", (1, 4, 6), 6, 1, 1)
-    positions, following = mrope_positions(6, [ImageSpan(0, reference)], MERGE)
+    positions, following = mrope_positions(6, [(0, (1, 4, 6))], MERGE)
     assert positions.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
     assert following == 3

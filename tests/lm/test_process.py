@@ -8,11 +8,11 @@ import socket
 
 import pytest
 
-from lm_service.app import load_model, serve
+from lm_service.app import load, serve
 from lm_service.settings import LanguageSettings
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import PERMANENT_EXIT
-from lookonce.core.reference import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.stores import open_store
 from protos.lookonce.v1 import language_pb2, vision_pb2
@@ -132,7 +132,7 @@ def test_a_failed_start_says_why_in_one_line(arguments, status, words):
 async def test_settings_that_cannot_work_end_the_start(checkpoint_path, changes, words):
     settings = LanguageSettings(**{"model": str(checkpoint_path), "device": "cpu", "listen": "127.0.0.1:0"} | changes)
     with pytest.raises(LookonceError, match=words):
-        await serve(settings, load_model(settings))
+        await serve(settings, load(settings))
 
 
 async def test_an_address_in_use_ends_the_start(checkpoint_path):
@@ -140,7 +140,7 @@ async def test_an_address_in_use_ends_the_start(checkpoint_path):
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         settings = LanguageSettings(model=str(checkpoint_path), device="cpu", listen=address)
         with pytest.raises(LookonceError, match="cannot listen"):
-            await serve(settings, load_model(settings))
+            await serve(settings, load(settings))
 
 
 async def test_a_fault_that_leaves_the_engine_unusable_ends_the_process_and_a_new_one_answers(

@@ -5,18 +5,19 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lm_service.fingerprints import AcceptedEncoders
-from lm_service.positions import mrope_positions
+from lm_service.peers import AcceptedEncoders
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
-from lookonce.core.reference import EmbeddingReference
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.qwen2_vl.config import FAMILY
+from lookonce.models.qwen2_vl.positions import mrope_positions
 from lookonce.models.qwen2_vl.synthetic_tokenizer import SPECIAL_TOKENS
 
 FINGERPRINT = "f" * 64
@@ -39,8 +40,8 @@ def builder(checkpoint_path, tokenizer):
 
 def make_builder(checkpoint_path, tokenizer, **changes):
     options = {"context_length": 4096, "max_images": 5, "check_fingerprint": lambda reference: None} | changes
-    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    return PromptBuilder(load_template(checkpoint_path), image_token_id=image_id, merge_size=2, **options)
+    config = {"image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"), "vision_config": {}}
+    return PromptBuilder(load_template(checkpoint_path, FAMILY), FAMILY, config, **options)
 
 
 def unsplit_ids(tokenizer, messages):
@@ -95,8 +96,9 @@ def test_ids_equal_the_unsplit_processors(builder, tokenizer, messages):
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for span in prompt.images:
         assert set(prompt.token_ids[span.start : span.end]) == {pad}
-    positions, following = mrope_positions(len(prompt.token_ids), prompt.images, 2)
-    assert torch.equal(prompt.positions, positions)
+    layout = [(span.start, span.reference.grid_thw) for span in prompt.images]
+    positions, following = mrope_positions(len(prompt.token_ids), layout, 2)
+    assert np.array_equal(prompt.positions, positions)
     assert prompt.next_position == following
 
 
@@ -199,14 +201,14 @@ def test_another_encoders_image_is_refused_naming_both_sides(checkpoint_path, to
 
 def test_a_checkpoint_without_template_or_tokenizer_says_so(tmp_path, checkpoint_path, tokenizer):
     with pytest.raises(CheckpointError, match="tokenizer"):
-        load_template(tmp_path)
+        load_template(tmp_path, FAMILY)
     saved = AutoTokenizer.from_pretrained(checkpoint_path)
     saved.chat_template = None
     saved.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="chat template"):
-        load_template(tmp_path)
+        load_template(tmp_path, FAMILY)
     (tmp_path / "chat_template.json").write_text('{"chat_template": "{{ messages[0].content[0].text }}"}')
-    assert load_template(tmp_path)
+    assert load_template(tmp_path, FAMILY)
 
 
 def test_a_template_that_refuses_is_an_invalid_request(checkpoint_path, tokenizer, tmp_path):

@@ -186,17 +186,17 @@ async def test_pictures_scored_alone_are_the_same_bits_in_one_call_or_several(ch
     ]
     # in bfloat16, company shows
     async with running(checkpoint_path, tmp_path, store=url, dtype="bfloat16") as client:
-        whole = await client.score(language_pb2.ScoreRequest(items=items, alone=True), timeout=60)
+        whole = await client.score(language_pb2.ScoreRequest(items=items, isolated=True), timeout=60)
         assert [result.id for result in whole.results] == [item.id for item in items]
         for picture in range(3):
-            request = language_pb2.ScoreRequest(items=items[picture::3], alone=True)
+            request = language_pb2.ScoreRequest(items=items[picture::3], alone=True)  # its former name
             apart = await client.score(request, timeout=60)
             for one, other in zip(whole.results[picture::3], apart.results, strict=True):
                 assert [each.logprob for each in one.scores.choices] == [each.logprob for each in other.scores.choices]
 
 
-@pytest.mark.parametrize("alone", [False, True])
-async def test_one_items_error_is_its_own(client, tower, tmp_path, alone):
+@pytest.mark.parametrize("isolated", [False, True])
+async def test_one_items_error_is_its_own(client, tower, tmp_path, isolated):
     message = await with_picture(tower, tmp_path, "Cat?")
     reference, _ = tower.record(CUP)
     foreign = user("Cat?", reference)
@@ -211,7 +211,7 @@ async def test_one_items_error_is_its_own(client, tower, tmp_path, alone):
         "text": (user("hi"), ["yes", "no"]),
     }
     request = [language_pb2.ScoreItem(id=name, messages=[m], choices=choices) for name, (m, choices) in items.items()]
-    reply = await client.score(language_pb2.ScoreRequest(items=request, alone=alone), timeout=60)
+    reply = await client.score(language_pb2.ScoreRequest(items=request, isolated=isolated), timeout=60)
     kinds = {result.id: result.error.kind for result in reply.results}
     assert kinds == {
         "fine": 0,

@@ -10,11 +10,11 @@ from PIL import Image
 
 from lookonce.core.identity import image_digest
 from lookonce.moderation.batch.columns import Columns
-from lookonce.moderation.batch.identity import Identity, Manifest, Models
 from lookonce.moderation.batch.ledger import Full
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.run import Run
+from lookonce.moderation.batch.run_identity import Identity, Manifest, Models
 from lookonce.moderation.batch.sources.opening import open_source
 from lookonce.moderation.policy import parse_policy
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.moderation.batch.sources.items import Unusable, items
 from lookonce.moderation.batch.sources.opening import SourceOptions, open_source
 from lookonce.moderation.batch.sources.reader import Reader

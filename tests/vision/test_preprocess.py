@@ -11,8 +11,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.config import smart_resize
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
-from lookonce.models.qwen2_vl.resizing import smart_resize
 
 SIZES = [(29, 31), (56, 56), (1000, 57), (57, 1000), (8, 8), (1600, 8), (449, 337), (1280, 720)]
 BOUNDS = [(56 * 56, 28 * 28 * 1280), (4 * 784, 16 * 784), (784, 784), (256 * 784, 512 * 784)]

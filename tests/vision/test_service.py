@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import urllib.request
+from functools import partial
 
 import grpc
 import pytest
@@ -21,9 +22,10 @@ from lookonce.core.process import PERMANENT_EXIT
 from lookonce.core.record import EMBEDDING, parse_record
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.qwen2_vl.sizing import CPU_MAX_PIXELS, default_max_pixels
+from lookonce.models.qwen2_vl.config import FAMILY
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.sizing import default_max_pixels
 from lookonce.models.tensors import tensor_of
 from protos.lookonce.v1 import vision_pb2
 from tests.pictures import odd_files
@@ -32,7 +34,7 @@ from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
 from tests.vision.files import encoded, small
-from vision_service.app import serve
+from vision_service.app import load, serve
 from vision_service.images import Decoder, ImageLimits
 from vision_service.settings import VisionSettings
 
@@ -82,10 +84,10 @@ async def test_the_reference_is_what_anybody_can_derive(client, checkpoint_path)
     description = await client.describe()
     assert reference.fingerprint == checkpoint.encoder_spec(description.model.dtype).fingerprint()
     assert reference.image_digest == image_digest(image)
-    bounds = (checkpoint.min_pixels, default_max_pixels(checkpoint.max_pixels, "cpu"))
+    bounds = (checkpoint.min_pixels, default_max_pixels(FAMILY, checkpoint.max_pixels, "cpu"))
     assert reference.key == embedding_key(reference.image_digest, reference.fingerprint, *bounds)
     assert (reference.width, reference.height) == (32, 32)
-    reference.check(checkpoint.merge_size)
+    reference.check(partial(FAMILY.tokens_per_grid, checkpoint.config))
 
 
 async def test_tenants_share_nothing(client):
@@ -132,7 +134,7 @@ async def test_pixel_bounds_may_be_lowered(client, noise):
 @pytest.mark.parametrize(
     ("fields", "param", "limit"),
     [
-        ({"max_pixels": 1 << 40}, "max_pixels", str(CPU_MAX_PIXELS)),
+        ({"max_pixels": 1 << 40}, "max_pixels", str(FAMILY.cpu_max_pixels)),
         ({"max_pixels": 783}, "max_pixels", "784"),
         ({"min_pixels": 0}, "min_pixels", "1"),
         ({"min_pixels": 3137}, "min_pixels", "3136"),
@@ -314,7 +316,7 @@ async def test_metrics_over_http(checkpoint_path):
 async def test_what_keeps_it_from_starting_is_told(checkpoint_path, fields, text):
     settings = VisionSettings(**({"model": str(checkpoint_path), "listen": "127.0.0.1:0"} | fields))
     with pytest.raises(LookonceError) as caught:
-        await serve(settings)
+        await serve(settings, load(settings))
     assert text in caught.value.message
 
 
@@ -379,9 +381,9 @@ async def test_a_forward_that_has_begun_is_ended_and_joined_although_its_caller_
 async def test_a_cpu_makes_large_images_smaller_and_says_so(checkpoint_path):
     large = encoded(Image.new("RGB", (1400, 1000)), "JPEG")
     async with in_process(checkpoint_path, device="cpu") as client:
-        assert (await client.describe()).max_pixels == CPU_MAX_PIXELS
+        assert (await client.describe()).max_pixels == FAMILY.cpu_max_pixels
         shrunk = await client.encode(vision_pb2.EncodeRequest(image=large))
-        assert shrunk.reference.tokens <= CPU_MAX_PIXELS // 28**2
+        assert shrunk.reference.tokens <= FAMILY.cpu_max_pixels // 28**2
         assert "--max-pixels" in shrunk.notice
         assert (await client.encode(vision_pb2.EncodeRequest(image=large))).notice == shrunk.notice
         assert (await client.encode(vision_pb2.EncodeRequest(image=small()))).notice == ""

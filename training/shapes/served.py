@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 
 import lookonce
-from lookonce.client.options import Question
+from lookonce.client.request_options import Question
 
 from .answerers import LONGEST, Transformers
 from .evaluate import Answer

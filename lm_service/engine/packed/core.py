@@ -1,4 +1,4 @@
-"""The engine's own thread of control, without the thread: submit, cancel, step. Everything here runs in one thread.
+"""The engine's own thread of control, without the thread: enqueue, cancel, step. Everything here runs in one thread.
 
 `step` reads: schedule, run, postprocess. What comes out is collected as events, for the facade to deliver at once.
 """
@@ -20,7 +20,6 @@ from lm_service.engine.packed.prefix_cache.tree import PrefixCache
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import Delta, EngineState, Finish
-from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.devices import free_memory
 from lookonce.models.text_adapter import ModelAdapter, ModelShape
@@ -48,7 +47,7 @@ class EngineCore:
     """Pool, cache, scheduler and runner of one model."""
 
     def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[PrefixPrefill], None]) -> None:
-        """`load` is told of fills that want embeddings."""
+        """`load` is told of prefills that want embeddings."""
         free = _free_for_kv(model.shape)
         self.options = options
         self._stages = model.shape.stages
@@ -60,8 +59,9 @@ class EngineCore:
         self.scheduler = Scheduler(
             model.shape, self.pool, self.cache, options, native=self.native, load=load, fail=self._failed
         )
+        self.batch_invariant = bool(options.batch_invariant) and self.native
         self.steps = 0
-        self.step_seconds = 0.0
+        self.step_seconds = self.last_step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
 
@@ -70,10 +70,10 @@ class EngineCore:
         """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
         return self._runner.native
 
-    def submit(self, request: Request) -> None:
+    def enqueue(self, request: Request) -> None:
         """Let a request's sequences wait."""
         request.taken, request.unfinished = True, len(request.sequences)
-        # those that need not wait for another's stem go first
+        # those that need not wait for another's prefix go first
         for sequence in sorted(request.sequences, key=lambda one: one.follows):
             self.scheduler.add(sequence)
 
@@ -111,7 +111,7 @@ class EngineCore:
         self.scheduler.budget.note(batch.tokens - decoded, decoded, elapsed)
         self.steps += 1
         self.step_seconds += elapsed
-        METRICS.step_seconds.observe(elapsed)
+        self.last_step_seconds = elapsed
         return True
 
     def state(self) -> EngineState:
@@ -124,29 +124,27 @@ class EngineCore:
             max_running=self.options.max_running,
             max_waiting=self.options.max_waiting,
             generated_tokens=self._generated,
+            batch_invariant=self.batch_invariant,
+            prefill_tokens=counters.prefill_tokens,
+            decode_tokens=counters.decode_tokens,
             prefix_bytes=self.cache.bytes,
-            extra={
-                "prefill_tokens": counters.prefill_tokens,
-                "decode_tokens": counters.decode_tokens,
-                "prefix_hits": counters.prefix_hits,
-                "prefix_misses": counters.prefix_misses,
-                "prefix_entries": len(self.cache),
-                "prefix_evictions": self.cache.evictions,
-                "preemptions": counters.preemptions,
-                "steps": self.steps,
-                "step_seconds": self.step_seconds,
-                "forward_seconds": self.forward_seconds,
-                "kv_slots": self.pool.used_slots,
-                "kv_budget_bytes": self.pool.bytes,
-                "prefix_budget_bytes": self.cache.budget,
-            },
+            prefix_budget_bytes=self.cache.budget,
+            prefix_entries=len(self.cache),
+            prefix_hits=counters.prefix_hits,
+            prefix_misses=counters.prefix_misses,
+            prefix_evictions=self.cache.evictions,
+            preemptions=counters.preemptions,
+            kv_slots=self.pool.used_slots,
+            kv_budget_bytes=self.pool.bytes,
+            steps=self.steps,
+            forward_seconds=self.forward_seconds,
         )
 
     def _compute(self, batch: Batch) -> None:
         """Run a batch; if that fails, its parts one by one, so that only what cannot be computed fails."""
         try:
             logits = self._run(batch)
-        except Exception:  # noqa: BLE001 - logged; each part is tried again alone
+        except Exception:  # noqa: BLE001 - logged; each chunk is tried again on its own
             _log.exception("step_failed", tokens=batch.tokens)
             for prefill in batch.prefills:
                 if (

@@ -9,6 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence, Set
+from dataclasses import replace
+from functools import partial
 
 import structlog
 import torch
@@ -19,9 +21,10 @@ from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, i
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
-from lm_service.engine.packed.prompt_checks import check_embedding, check_generation, check_scoring
+from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
-from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
+from lm_service.engine.packed.scheduling.scored_questions import by_images, score_sequences, scores_of
+from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
     Delta,
@@ -30,12 +33,13 @@ from lm_service.engine.types import (
     EngineState,
     Finish,
     Generation,
+    ModelFacts,
     Scores,
     Scoring,
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.tasks import start_task
+from lookonce.core.tasks import gather_or_end, start_task
 from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
@@ -61,15 +65,18 @@ class PackedEngine:
         model: ModelAdapter,
         table: TokenTable,
         end_ids: Set[int],
-        loader: EmbeddingLoader,
         options: PackedOptions | None = None,
+        facts: ModelFacts | None = None,
     ) -> None:
         """`table` holds the vocabulary's text, `end_ids` the tokens that end an answer."""
         self.options = options or PackedOptions()
+        self._facts = facts or ModelFacts()
         self._shape = model.shape
-        self._stems_from = self.options.stems_from(model.shape.device.type)
+        self._rows_of = partial(rows_of, device=model.shape.device, dtype=model.shape.dtype)
+        self._question_prefixes_from = self.options.question_prefixes_from(model.shape.device.type)
         self._context = self.options.context_tokens or model.shape.context
-        self._table, self._end_ids, self._loader = table, end_ids, loader
+        self._table, self._end_ids = table, end_ids
+        self._loader: EmbeddingLoader  # from `start` on
         self._core = EngineCore(model, self.options, self._ask_for_embeddings)
         self._mailbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[packed.Request, _Stream] = {}
@@ -79,6 +86,7 @@ class PackedEngine:
         self._timed = False  # a delivery is on its way
         self._state = self._core.state()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._model = model
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -92,16 +100,17 @@ class PackedEngine:
         """Whether a fault has left the engine unusable."""
         return self._failed
 
-    async def start(self, on_failure: Callable[[], object] = lambda: None) -> None:
-        """Start the worker thread, on the running event loop. `on_failure` is called there once when a fault has left
-        the engine unusable: the process should end."""
-        self._on_failure = on_failure
+    async def start(self, loader: EmbeddingLoader, on_failure: Callable[[], object] = lambda: None) -> None:
+        """See `Engine.start`: the worker thread begins, and finds out what the products depend on."""
+        self._loader, self._on_failure = loader, on_failure
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="packed-engine", daemon=True)
+        ready = asyncio.Event()
+        self._thread = threading.Thread(target=self._work, args=(ready,), name="packed-engine", daemon=True)
         self._thread.start()
+        await ready.wait()
 
     async def close(self) -> None:
-        """End all requests as UNAVAILABLE, free everything, stop the thread."""
+        """See `Engine.close`."""
         if self._closing or self._thread is None:
             return
         self._closing = True
@@ -113,8 +122,8 @@ class PackedEngine:
         self._deliver()
 
     def describe(self) -> EngineState:
-        """The state after the latest step."""
-        return self._state
+        """See `Engine.describe`; as of the latest step."""
+        return replace(self._state, model=self._facts)
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         """See `Engine.generate`."""
@@ -151,20 +160,32 @@ class PackedEngine:
     async def score(self, request: Scoring) -> Scores:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
-        mixes = request.mixes and self._core.native
-        inner = packed.Request(
-            request.id, request.client, kept=False, alone=request.alone, mixes=mixes, salt=request.salt
-        )
-        inner.sequences = score_sequences(
-            inner, request, worth=self._stems_from, longest=self.options.long_suffix_tokens
-        )
-        sequences = tuple(inner.sequences)
-        if sequences:
-            async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
-                async for event in events:
-                    if isinstance(event, Scored):
-                        break
-        return scores_of(sequences)
+        exclusive = request.isolated and not self._core.batch_invariant
+        parts: list[packed.Request] = []
+        sequences: dict[int, packed.Sequence] = {}
+        for places in by_images(request.items) if exclusive else [range(len(request.items))]:
+            part = packed.Request(
+                request.id,
+                request.client,
+                kept=False,
+                isolated=request.isolated,
+                exclusive=exclusive,
+                salt=request.salt,
+            )
+            items = [request.items[place] for place in places]
+            part.sequences = score_sequences(
+                part, items, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
+            )
+            sequences.update(zip(places, part.sequences, strict=True))
+            parts.append(part)
+        await gather_or_end([self._scored(part, request.deadline) for part in parts if part.sequences])
+        return scores_of([sequences[place] for place in range(len(request.items))])
+
+    async def _scored(self, request: packed.Request, deadline: float | None) -> None:
+        async with contextlib.aclosing(self._events(request, deadline)) as events:
+            async for event in events:
+                if isinstance(event, Scored):
+                    return
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
         """See `Engine.forget`."""
@@ -204,7 +225,7 @@ class PackedEngine:
         stream = self._streams[request] = _Stream(request)
         self._waiting += 1
         request.unfinished = len(request.sequences)
-        self._tell(lambda: self._core.submit(request))
+        self._tell(lambda: self._core.enqueue(request))
         try:
             while True:
                 event = await _next(stream, deadline)
@@ -250,8 +271,12 @@ class PackedEngine:
 
     # The worker thread
 
-    def _work(self) -> None:
+    def _work(self, ready: asyncio.Event) -> None:
         busy = False
+        if self.options.batch_invariant is None and self._core.native:
+            self._core.batch_invariant = is_batch_invariant(self._model, self.options)
+            self._state = self._core.state()
+        self._call_loop(ready.set)
         try:
             while not self._closing:
                 busy = self._turn(busy)
@@ -269,6 +294,7 @@ class PackedEngine:
             busy = self._core.step()
             if busy:
                 self._faults = 0
+                METRICS.step_seconds.observe(self._core.last_step_seconds)
             self._post()
         except Exception:  # logged; nobody knows how far it came, so all requests are told
             _log.exception("engine_failed")
@@ -326,7 +352,7 @@ class PackedEngine:
         source = EmbeddingSource.NONE
         try:
             for span in prefill.node.images:
-                tensor, tier = await self._loader.load(span.reference)
+                tensor, tier = await self._loader.load(span.reference, self._rows_of)
                 check_embedding(tensor, span.reference, self._shape)
                 rows.append(tensor)
                 source = max(source, tier, key=list(EmbeddingSource).index)
@@ -376,8 +402,3 @@ async def _next(stream: _Stream, deadline: float | None) -> Event:
 
 def _unavailable() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
-
-
-def unusable() -> LookonceError:
-    """Why the process ends: what happened is in the log."""
-    return LookonceError(ErrorKind.INTERNAL, "a fault has left the engine unusable; a new process is needed")

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 
 from lookonce.core.http_fetch.addresses import Address, may_connect
-from lookonce.core.http_fetch.policy import FetchPolicy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.refusals import Reason, no_usable_address
 from lookonce.core.http_fetch.target import Target
 

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from lookonce.core.stores.base import Store, StoreFailure, Value
+from lookonce.core.stores.interface import Store, StoreFailure, Value
 from lookonce.core.stores.metrics import StoreMetrics, StoreStats
 from lookonce.core.tasks import end_tasks, start_task
 

@@ -22,8 +22,8 @@ from typing import Any, Generic, TypeVar
 
 import lmdb
 
-from lookonce.core.stores.base import StoreFailure, Value
 from lookonce.core.stores.group_commit import GroupCommit
+from lookonce.core.stores.interface import StoreFailure, Value
 from lookonce.core.stores.lmdb_file import close_lmdb, open_lmdb
 from lookonce.core.stores.lmdb_tables import Changes, Entry, cost_of, held_by_other, is_key
 from lookonce.core.stores.metrics import StoreMetrics, StoreStats

@@ -13,7 +13,7 @@ from typing import Any
 
 import lmdb
 
-from lookonce.core.stores.base import MAX_LEASE_SECONDS, Value
+from lookonce.core.stores.interface import MAX_LEASE_SECONDS, Value
 
 PAGE_BYTES = 4096
 MAX_KEY_BYTES = 255

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lookonce.core.stores.base import Value
+from lookonce.core.stores.interface import Value
 from lookonce.core.stores.metrics import StoreMetrics, StoreStats
 
 ENTRY_OVERHEAD = 256

@@ -23,7 +23,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from lookonce.core.stores.base import MAX_LEASE_SECONDS, StoreFailure, Value
+from lookonce.core.stores.interface import MAX_LEASE_SECONDS, StoreFailure, Value
 from lookonce.core.stores.metrics import StoreMetrics, StoreStats
 from lookonce.core.stores.redis_reader import ReaderOptions, ValueReader
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lookonce.core.stores.base import Store, Value
+from lookonce.core.stores.interface import Store, Value
 from lookonce.core.stores.metrics import StoreStats
 
 

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template, TemplateError
 from tokenizers import Tokenizer
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
 from lookonce.models.checkpoint.files import read_json
-from lookonce.models.family import SpecialTokens
+from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
 _ROLES = ("user", "system", "assistant")  # in the order in which they are probed: the others stand beside a user's
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _DEFAULT = "default"
 _PROBE = "lookonce"
+_ABSENT = {"tools": None, "documents": None, "add_generation_prompt": True}  # what templates may ask after
 
 
 class TemplateRefusal(Exception):
@@ -49,7 +52,8 @@ class ChatFormat:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
         image in a message that the template takes as one string."""
         self.tokenizer = tokenizer
-        self._template = template
+        self._source = template
+        self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
         self._image = image
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
@@ -82,16 +86,12 @@ class ChatFormat:
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
         try:
-            rendered: Any = render_jinja_template(
-                [messages], chat_template=self._template, add_generation_prompt=True, **self._names
-            )
+            if self._template is None:
+                self._template = compiled(self._source)
+            return self._template.render(messages=messages, **_ABSENT, **self._names)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal from error
-        return str(rendered[0][0])
 
     def _takes_only_strings(self, role: str) -> bool:
         """Whether the template prints, drops or refuses a list where it says the text of a string."""
@@ -108,12 +108,13 @@ class ChatFormat:
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
 
-def open_chat(path: Path, image: str = "") -> ChatFormat:
-    """The tokenizer and template of a checkpoint directory. CheckpointError naming all that is missing."""
+def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
+    """The tokenizer and template of a checkpoint directory; `image` is as in ChatFormat. CheckpointError naming all
+    that is missing."""
     problems: list[str] = []
     tokenizer: Tokenizer | None = None
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, family.words)
     except CheckpointError as error:
         problems += error.problems
     try:
@@ -125,19 +126,14 @@ def open_chat(path: Path, image: str = "") -> ChatFormat:
     return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
 
 
-def image_marker(tokens: SpecialTokens) -> str:
-    """What a family writes for an image: its placeholder between start and end."""
-    return tokens.vision_start + tokens.image + tokens.vision_end
-
-
-def end_token_ids(path: Path, text_config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
-    """Tokens that end a turn: generation_config.json's, else config.json's, else <|im_end|>. Raises CheckpointError."""
+def end_token_ids(path: Path, family: Family, config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
+    """Tokens that end a turn: generation_config.json's, config.json's, or the family's. Raises CheckpointError."""
     file = path / "generation_config.json"
     stated = read_json(file).get("eos_token_id") if file.is_file() else None
     if stated is None:
-        stated = text_config.get("eos_token_id")
+        stated = family.text_config(config).get("eos_token_id")
     if stated is None:
-        stated = chat.added.get("<|im_end|>")
+        stated = chat.added.get(family.special_tokens(config).turn_end)
     ids = stated if isinstance(stated, list) else [stated]
     if not ids or not all(isinstance(number, int) for number in ids):
         raise CheckpointError(
@@ -147,7 +143,9 @@ def end_token_ids(path: Path, text_config: dict[str, Any], chat: ChatFormat) -> 
     return frozenset(ids)
 
 
-def prompt_problems(chat: ChatFormat, path: Path, tokens: SpecialTokens | None, rows: int) -> Iterator[str]:
+def prompt_problems(
+    chat: ChatFormat, path: Path, family: Family, tokens: SpecialTokens | None, rows: int
+) -> Iterator[str]:
     """What keeps prompts from being made: tokens beyond the embedding's rows, no place for an image, a lost question.
 
     `tokens` are None where config.json's are wrong: then no image is looked for."""
@@ -160,16 +158,17 @@ def prompt_problems(chat: ChatFormat, path: Path, tokens: SpecialTokens | None, 
     if tokens is None:
         return
     if tokens.image_id not in chat.added.values():
+        name = family.token_id_fields[0]
         yield (
-            f"{path}: config.json's image_token_id {tokens.image_id} is no special token of the tokenizer; "
+            f"{path}: config.json's {name} {tokens.image_id} is no special token of the tokenizer; "
             "take both from the same repository"
         )
         return
-    yield from _rendering_problems(chat, path, tokens)
+    yield from _rendering_problems(chat, path, family, tokens)
 
 
-def _rendering_problems(chat: ChatFormat, path: Path, tokens: SpecialTokens) -> Iterator[str]:
-    remedy = "use the chat template of an instruction-tuned Qwen2-VL (its chat_template.json)"
+def _rendering_problems(chat: ChatFormat, path: Path, family: Family, tokens: SpecialTokens) -> Iterator[str]:
+    remedy = f"use the chat template of an instruction-tuned {family.label} (its chat_template.json)"
     try:
         text = chat.render([Turn("user", (None, _PROBE))])
     except TemplateRefusal as refusal:

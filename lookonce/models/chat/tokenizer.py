@@ -14,19 +14,15 @@ from lookonce.models.checkpoint.files import read_json
 
 TOKENIZER, VOCABULARY, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
 _ADDED = "added_tokens.json"
-# Qwen2's own word splitting: contractions, words, single digits, punctuation, line ends, spaces.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
-def byte_level(model: models.BPE) -> Tokenizer:
-    """A tokenizer of Qwen2's kind (byte-level BPE, NFC) without added tokens."""
+def byte_level(model: models.BPE, words: str) -> Tokenizer:
+    """A byte-level BPE tokenizer after NFC, without added tokens; `words`: how text is split first."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(words), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -34,9 +30,10 @@ def byte_level(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory, with every added token that its files state. Raises CheckpointError."""
-    tokenizer = _stored(path)
+def load_tokenizer(path: Path, words: str) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, with every added token that its files state. `words`: how text is split
+    where the files don't say so. Raises CheckpointError."""
+    tokenizer = _stored(path, words)
     with _readable(path / SETTINGS):
         _add_missing(tokenizer, tokenizer_settings(path).get("added_tokens_decoder") or {})
     if (path / _ADDED).is_file():
@@ -52,14 +49,14 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
     return read_json(file) if file.is_file() else {}
 
 
-def _stored(path: Path) -> Tokenizer:
+def _stored(path: Path, words: str) -> Tokenizer:
     file = path / TOKENIZER
     if file.is_file():
         with _readable(file):
             return Tokenizer.from_file(str(file))
     if (path / VOCABULARY).is_file() and (path / MERGES).is_file():
         with _readable(path / VOCABULARY, path / MERGES):
-            return byte_level(models.BPE.from_file(str(path / VOCABULARY), str(path / MERGES)))
+            return byte_level(models.BPE.from_file(str(path / VOCABULARY), str(path / MERGES)), words)
     raise CheckpointError(
         f"{path}: the tokenizer is missing; copy {TOKENIZER} (or {VOCABULARY} and {MERGES}) from the model's repository"
     )

@@ -1,6 +1,6 @@
-"""A Qwen2-VL checkpoint opened for one half or both: its files, identity and settings, without reading a weight.
+"""A checkpoint opened for one half or both: its files, identity and settings, without reading a weight.
 
-Importing this package loads no torch; `weights` and `lean`, which build real modules, do.
+Importing this package loads no torch; `weights`, which fills real modules, does.
 """
 
 from __future__ import annotations

@@ -14,14 +14,12 @@ from typing import Any, TypeVar
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import directory, files
 from lookonce.models.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
-from lookonce.models.checkpoint.headers import TensorEntry
-from lookonce.models.checkpoint.inventory import HEAD, expected_shapes, quantisation_problem, tensor_problems
-from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of
+from lookonce.models.checkpoint.inventory import quantisation_problem, tensor_problems
+from lookonce.models.family import HEAD
 from lookonce.models.registry import Family, Half, family_of
 
 _Value = TypeVar("_Value")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
-_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 @dataclass(frozen=True)
@@ -138,64 +136,56 @@ def _weight_problems(
     if quantised and quantisation_problem(weight_map, path) is not None:
         return []  # config.json says so itself
     placed, strays = files.places_and_strays(family, weight_map)
-    problems.found += [f"{path}: {files.describe_strays(strays)}"] if strays else []
+    problems.found += [f"{path}: {files.describe_strays(family, strays)}"] if strays else []
     known = {name: weight_map[name] for name in placed}
     named = directory.halves_named(family, known)
-    architecture = _architecture(family, config)
     for half in sorted(halves):
         if half not in named:
             problems.found += directory.absent(path, half, named).problems
             continue
         entries = problems.of(directory.entries_of, path, family, known, {half})
-        if entries is not None and architecture is not None:
-            problems.found += _half_problems(path, family, config, architecture, half, entries[half])
+        if entries is None:
+            continue
+        expected = _shapes(family, config, half, head=HEAD in entries[half] or not family.tied_head(config))
+        problems.found += tensor_problems(expected, entries[half], path) if expected is not None else []
     return problems.found
 
 
 def _name_problems(path: Path, family: Family, names: Iterable[str]) -> list[str]:
     quantised = quantisation_problem(names, path)
     _, strays = files.places_and_strays(family, names)
-    return [*([quantised] if quantised else []), *([f"{path}: {files.describe_strays(strays)}"] if strays else [])]
+    return [
+        *([quantised] if quantised else []),
+        *([f"{path}: {files.describe_strays(family, strays)}"] if strays else []),
+    ]
 
 
-def _architecture(family: Family, config: dict[str, Any]) -> Architecture | None:
+def _shapes(family: Family, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]] | None:
     """None where config.json's dimensions are wrong, of which the settings' problems tell."""
     try:
-        return architecture_of(family, config)
+        return family.tensor_shapes(config, half, head=head)
     except CheckpointError:
         return None
 
 
-def _half_problems(
-    path: Path,
-    family: Family,
-    config: dict[str, Any],
-    architecture: Architecture,
-    half: Half,
-    entries: dict[str, TensorEntry],
-) -> list[str]:
-    head = HEAD in entries or not family.tied_head(config)
-    return tensor_problems(expected_shapes(family, architecture, half, head=head), entries, path)
-
-
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
-    from lookonce.models.chat.chat_format import end_token_ids, image_marker, open_chat, prompt_problems
+    from lookonce.models.chat.chat_format import end_token_ids, open_chat, prompt_problems
 
     problems = _Problems()
     rows = family.text_config(config).get("vocab_size")
     if not isinstance(rows, int):
         return []  # the settings' problems say so
-    problems.found += _token_id_problems(path, config, rows)
+    problems.found += _token_id_problems(path, family, config, rows)
     tokens = problems.of(family.special_tokens, config) if not problems.found else None
-    chat = problems.of(open_chat, path, image_marker(tokens) if tokens is not None else "")
+    chat = problems.of(open_chat, path, family, tokens.marker if tokens is not None else "")
     if chat is not None:
-        problems.of(end_token_ids, path, family.text_config(config), chat)
-        problems.found += prompt_problems(chat, path, tokens, rows)
+        problems.of(end_token_ids, path, family, config, chat)
+        problems.found += prompt_problems(chat, path, family, tokens, rows)
     return problems.found
 
 
-def _token_id_problems(path: Path, config: dict[str, Any], rows: int) -> Iterator[str]:
-    for name in _TOKEN_IDS:
+def _token_id_problems(path: Path, family: Family, config: dict[str, Any], rows: int) -> Iterator[str]:
+    for name in family.token_id_fields:
         number = config.get(name, 0)
         if not isinstance(number, int) or not 0 <= number < rows:
             yield (

@@ -58,11 +58,7 @@ class Checkpoint:
         return content_identity(self.identity_files)
 
     def tensors(self, half: Half) -> dict[str, Path]:
-        """File of every tensor of a half, by its name in the module.
-
-        Vision names are relative to Qwen2VisionTransformerPretrainedModel, language names to
-        {"model.": Qwen2VLTextModel, "lm_head.": Linear}.
-        """
+        """File of every tensor of a half, by its name in the module."""
         return {name: entry.file for name, entry in self.half_entries(half).items()}
 
     def half_entries(self, half: Half) -> dict[str, TensorEntry]:

@@ -69,7 +69,7 @@ def located(family: Family, names: Iterable[str]) -> dict[str, tuple[Half, str]]
     """
     places, strays = places_and_strays(family, names)
     if strays:
-        raise CheckpointError(describe_strays(strays))
+        raise CheckpointError(describe_strays(family, strays))
     return places
 
 
@@ -94,17 +94,22 @@ def shards_of(family: Family, weight_map: dict[str, str], halves: Iterable[Half]
     return sorted({weight_map[name] for name, (half, _) in located(family, weight_map).items() if half in wanted})
 
 
-def describe_strays(names: Iterable[str]) -> str:
+def describe_strays(family: Family, names: Iterable[str]) -> str:
     """What tensors are that have no place in the model, and what to do about them."""
     names = sorted(names)
     if any(name.startswith("base_model.") or "lora_" in name for name in names):
-        return (
-            f"tensors of a LoRA adapter: {some(names)}; merge it into its base model (PEFT's merge_and_unload) "
-            "and give the result"
-        )
+        return adapter_problem(names)
     return (
         f"tensors that belong to no layout of the model: {some(names)}: a head of another kind of model (reward, "
-        "classification, embedding)? Use a checkpoint whose weights are visual.*, model.* and lm_head.* alone"
+        f"classification, embedding)? Use a checkpoint whose weights are {family.layouts} alone"
+    )
+
+
+def adapter_problem(names: Sequence[str]) -> str:
+    """What to do about tensors of a LoRA adapter."""
+    return (
+        f"tensors of a LoRA adapter: {some(names)}; merge it into its base model (PEFT's merge_and_unload) "
+        "and give the result"
     )
 
 

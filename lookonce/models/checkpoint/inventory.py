@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lookonce.models.checkpoint.files import describe_strays, some
+from lookonce.models.checkpoint.files import adapter_problem, some
 from lookonce.models.checkpoint.headers import TensorEntry
-from lookonce.models.qwen2_vl.architecture import Architecture, tensor_shapes
-from lookonce.models.registry import Family, Half
+from lookonce.models.family import HEAD
 
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 """Codes of the dtypes that weights may be stored in."""
-HEAD = "lm_head.weight"
 _QUANTISED = (  # method, and what its tensors' names end with; the first that is found
     ("GPTQ", (".g_idx",)),
     ("AWQ", (".qweight", ".qzeros")),
@@ -21,14 +19,6 @@ _QUANTISED = (  # method, and what its tensors' names end with; the first that i
     ("bitsandbytes", (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")),
     ("FP8", (".weight_scale_inv", ".weight_scale", ".input_scale")),
 )
-
-
-def expected_shapes(
-    family: Family, architecture: Architecture, half: Half, *, head: bool
-) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a half, by its name in the module; `head`: the output head has a weight of its own."""
-    places = ((family.locate(name), shape) for name, shape in tensor_shapes(architecture, tied=not head).items())
-    return {place[1]: shape for place, shape in places if place is not None and place[0] is half}
 
 
 def tensor_problems(
@@ -73,7 +63,7 @@ def _unexpected(
 ) -> Iterator[str]:
     unexpected = sorted(entries[name].stored_name for name in entries.keys() - expected.keys())
     if any("lora_" in name for name in unexpected):
-        yield f"{path}: {describe_strays(unexpected)}"
+        yield f"{path}: {adapter_problem(unexpected)}"
     elif unexpected:
         yield f"{path}: tensors that config.json has no place for: {some(unexpected)}; is it the right config?"
 

@@ -20,12 +20,11 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.files import some
 from lookonce.models.checkpoint.headers import TensorEntry
-from lookonce.models.checkpoint.inventory import HEAD, STORED_DTYPES, tensor_problems
-from lookonce.models.registry import Half
+from lookonce.models.checkpoint.inventory import STORED_DTYPES, tensor_problems
+from lookonce.models.family import EMBEDDING, HEAD, Half
 
 STAGING_BYTES = 16 << 20
 _TORCH_DTYPES = dict(zip(STORED_DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
-_EMBEDDING = "model.embed_tokens.weight"
 Where = Callable[[str], torch.device]
 """Says on which device a tensor belongs, by its name in the module."""
 
@@ -67,7 +66,7 @@ def load_weights(
         raise CheckpointError(*problems)
     state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, where)}
     if tied:
-        state[HEAD] = state[_EMBEDDING]
+        state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight

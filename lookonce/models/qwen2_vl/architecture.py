@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.qwen2_vl.limits import MOST_LAYERS
-from lookonce.models.registry import Family
 
 Layout = Literal["published", "nested"]
 
@@ -47,6 +46,14 @@ class Architecture:
         side = 3 * half // 8
         return [half - 2 * side, side, side]
 
+    def encode_flops(self, tokens: int) -> float:
+        """Work of the vision tower on one image of so many tokens."""
+        width, count = self.vision_width, tokens * self.merge**2
+        patch = 3 * self.temporal_patch * self.patch**2
+        merged = width * self.merge**2
+        block = 2 * count * (4 + 2 * self.mlp_ratio) * width**2 + 4 * count**2 * width
+        return 2 * count * patch * width + self.vision_depth * block + 2 * tokens * merged * (merged + self.hidden)
+
 
 SIZES: dict[str, Architecture] = {
     "tiny": Architecture(2, 64, 2, layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=512),
@@ -58,15 +65,14 @@ SIZES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(family: Family, config: dict[str, Any]) -> Architecture:
-    """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
-    vision, text = family.vision_config(config), family.text_config(config)
+def architecture_of(vision: dict[str, Any], text: dict[str, Any], hidden: int) -> Architecture:
+    """The dimensions that the two parts of a config.json state. Raises CheckpointError naming what they lack."""
     sizes = {
         "vision_depth": vision["depth"],
         "vision_width": vision["embed_dim"],
         "vision_heads": vision["num_heads"],
         "layers": text.get("num_hidden_layers"),
-        "hidden": family.hidden_size(config),
+        "hidden": hidden,
         "heads": text.get("num_attention_heads"),
         "kv_heads": text.get("num_key_value_heads") or text.get("num_attention_heads"),
         "ffn": text.get("intermediate_size"),

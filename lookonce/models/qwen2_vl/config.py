@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from lookonce.core.errors import CheckpointError
-from lookonce.models.family import Half, SpecialTokens
+import numpy as np
+from numpy.typing import NDArray
+
+from lookonce.core.errors import CheckpointError, invalid
+from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
+from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
+from lookonce.models.qwen2_vl.positions import mrope_positions
+
+if TYPE_CHECKING:
+    import torch
+
+    from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.text_adapter import ModelAdapter
 
 # Longest first: the newer layout's names start with the older one's `model.`.
 _PREFIXES: tuple[tuple[str, Half, str], ...] = (
@@ -30,16 +42,8 @@ _VISION_DEFAULTS: dict[str, Any] = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
-_OUTER_KEYS = (
-    "vision_config",
-    "architectures",
-    "model_type",
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "transformers_version",
-)
+_TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+_OUTER_KEYS = ("vision_config", "architectures", "model_type", *_TOKEN_IDS, "transformers_version")
 # Those of transformers' Qwen2VLImageProcessor (mean and std are CLIP's).
 _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
     "do_resize": True,
@@ -56,12 +60,22 @@ _PREPROCESSOR_DEFAULTS: dict[str, Any] = {
 }
 _DEFAULT_MIN_PIXELS = 56 * 56
 _DEFAULT_MAX_PIXELS = 28 * 28 * 1280
+# Contractions, words, single digits, punctuation, line ends, spaces.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Qwen2VL:
     """The family of Qwen2-VL 2B, 7B and 72B and their fine-tunes."""
 
     model_type = "qwen2_vl"
+    label = "Qwen2-VL"
+    layouts = "visual.*, model.* and lm_head.*"
+    token_id_fields = _TOKEN_IDS
+    words = WORDS
+    cpu_max_pixels = 1280 * 28 * 28
+    """1,280 tokens. The work grows with the square of an image's size, and published checkpoints allow for 16,384."""
 
     def locate(self, name: str) -> tuple[Half, str] | None:
         """See `Family.locate`. Language names are relative to {"model.": text model, "lm_head.": output head}."""
@@ -73,6 +87,31 @@ class Qwen2VL:
         raise CheckpointError(
             f"tensor {name!r} belongs to no layout of {self.model_type} (visual.*, model.*, lm_head.* or "
             "model.visual.*, model.language_model.*); is it an adapter or quantised? Merge it to plain weights first"
+        )
+
+    def tensor_shapes(self, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]]:
+        """See `Family.tensor_shapes`."""
+        shapes = tensor_shapes(self.architecture(config), tied=not head)
+        places = ((self.locate(name), shape) for name, shape in shapes.items())
+        return {place[1]: shape for place, shape in places if place is not None and place[0] is half}
+
+    def architecture(self, config: dict[str, Any]) -> Architecture:
+        """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
+        return architecture_of(self.vision_config(config), self.text_config(config), self.hidden_size(config))
+
+    def dimensions(self, config: dict[str, Any]) -> Dimensions:
+        """See `Family.dimensions`. At hand are two rows of the tower's width for each patch, and three of its MLP's."""
+        arch = self.architecture(config)
+        return Dimensions(
+            layers=arch.layers,
+            hidden=arch.hidden,
+            heads=arch.heads,
+            kv_heads=arch.kv_heads,
+            head_dim=arch.hidden // arch.heads,
+            ffn=arch.ffn,
+            vocabulary=arch.vocab,
+            patches_per_token=arch.merge**2,
+            patch_numbers=arch.vision_width * (2 + 3 * arch.mlp_ratio),
         )
 
     def vision_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -143,13 +182,9 @@ class Qwen2VL:
         """See `Family.special_tokens`."""
         return SpecialTokens(
             image_id=int(config.get("image_token_id", 151655)),
-            video_id=int(config.get("video_token_id", 151656)),
-            vision_start_id=int(config.get("vision_start_token_id", 151652)),
-            vision_end_id=int(config.get("vision_end_token_id", 151653)),
             image="<|image_pad|>",
-            video="<|video_pad|>",
-            vision_start="<|vision_start|>",
-            vision_end="<|vision_end|>",
+            marker="<|vision_start|><|image_pad|><|vision_end|>",
+            turn_end="<|im_end|>",
         )
 
     def hidden_size(self, config: dict[str, Any]) -> int:
@@ -165,18 +200,93 @@ class Qwen2VL:
 
     def merge_size(self, config: dict[str, Any]) -> int:
         """See `Family.merge_size`."""
-        return int(self.vision_config(config)["spatial_merge_size"])
+        return int((_section(config, "vision_config") or {}).get("spatial_merge_size", 2))
 
     def pixel_factor(self, config: dict[str, Any]) -> int:
-        """See `Family.pixel_factor`: 28 in every published model."""
+        """Pixels per side of one token, 28 in every published model: images are resized to multiples of it."""
         return int(self.vision_config(config)["patch_size"]) * self.merge_size(config)
 
-    def tokens_per_grid(self, config: dict[str, Any], grid_thw: tuple[int, int, int]) -> int:
+    def least_pixels(self, config: dict[str, Any]) -> int:
+        """See `Family.least_pixels`."""
+        return self.pixel_factor(config) ** 2
+
+    def image_grid(self, config: dict[str, Any], width: int, height: int, min_pixels: int, max_pixels: int) -> Grid:
+        """See `Family.image_grid`."""
+        factor, merge = self.pixel_factor(config), self.merge_size(config)
+        rows, columns = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        return 1, rows // factor * merge, columns // factor * merge
+
+    def tokens_per_grid(self, config: dict[str, Any], grid_thw: Grid) -> int:
         """See `Family.tokens_per_grid`."""
-        t, h, w = grid_thw
-        return t * h * w // self.merge_size(config) ** 2
+        (t, h, w), merge = grid_thw, self.merge_size(config)
+        if min(t, h, w) < 1 or h % merge or w % merge:
+            raise invalid(f"image.grid {t}x{h}x{w} is not a whole number of {merge}x{merge} cells", param="image.grid")
+        return t * h * w // merge**2
+
+    def encode_flops(self, config: dict[str, Any], tokens: int) -> float:
+        """See `Family.encode_flops`."""
+        return self.architecture(config).encode_flops(tokens)
+
+    def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
+        """See `Family.markers`: none."""
+        return ()
+
+    def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
+        """See `Family.positions`: three rows."""
+        return mrope_positions(length, images, self.merge_size(config))
+
+    def load_encoder(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> VisionEncoder:
+        """See `Family.load_encoder`."""
+        from lookonce.models.qwen2_vl.vision import Encoder
+
+        return Encoder.load(checkpoint, dtype, device, quantization=quantization, native=native)
+
+    def load_text(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """See `Family.load_text`."""
+        from lookonce.models.qwen2_vl.modules import load_language_model
+        from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+
+        model, head = load_language_model(checkpoint, dtype, where)
+        return Qwen2VLAdapter(model, head, quantization=quantization, devices=devices, native=native)
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width to resize to: multiples of `factor`, the product within the bounds where the ratio allows.
+
+    Same arithmetic as transformers' function of this name, float rounding included.
+    """
+    rows, columns = round(height / factor) * factor, round(width / factor) * factor
+    if rows * columns > max_pixels:
+        beta = math.sqrt((height * width) / max_pixels)
+        rows = max(factor, math.floor(height / beta / factor) * factor)
+        columns = max(factor, math.floor(width / beta / factor) * factor)
+    elif rows * columns < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        rows = math.ceil(height * beta / factor) * factor
+        columns = math.ceil(width * beta / factor) * factor
+    return rows, columns
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any] | None:
     value = config.get(key)
     return value if isinstance(value, dict) else None
+
+
+FAMILY: Family = Qwen2VL()

@@ -1,13 +1,12 @@
-"""From the canonical picture to patches, bit for bit what transformers' Qwen2VLImageProcessorPil makes.
+"""From the canonical image to patches, bit for bit what transformers' Qwen2VLImageProcessorPil makes.
 
 The processor's normalisation is a function of one byte and its channel, so it is a table of 3 x 256 values. Patches
-travel as bytes (an 8th of the floats, since both temporal frames of a still picture are equal) and are looked up where
+travel as bytes (an 8th of the floats, since both temporal frames of a still image are equal) and are looked up where
 they are encoded.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,28 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lookonce.core.errors import CheckpointError
-from lookonce.models.qwen2_vl.resizing import smart_resize
+from lookonce.models.family import Patches
+from lookonce.models.qwen2_vl.config import smart_resize
 
 CHANNELS = 3
 
 
-@dataclass(frozen=True)
-class Patches:
-    """A picture cut to patches, in the tower's order (merge cells of merge x merge patches stay together)."""
-
-    pixels: NDArray[np.uint8]  # [t*h*w, 3, patch*patch]
-    grid_thw: tuple[int, int, int]  # patches, t == 1
-    width: int  # of the canonical picture
-    height: int
-
-    @property
-    def count(self) -> int:
-        """Number of patches."""
-        return len(self.pixels)
-
-
 class Preprocessor:
-    """Resizes and cuts pictures as `settings` (preprocessor_config.json with defaults filled in) says."""
+    """Resizes and cuts images as `settings` (preprocessor_config.json with defaults filled in) says."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         if not settings["do_resize"]:
@@ -48,11 +33,12 @@ class Preprocessor:
         self.resample = Image.Resampling(int(settings["resample"]))
         self.table = _table(settings)  # [3, 256] float32: value of a byte in a channel
 
-    def __call__(self, picture: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
-        """Patches of a canonical picture, resized to between the two bounds. Releases the GIL where it works long."""
-        width, height = picture.size
+    def __call__(self, image: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
+        """Patches [t*h*w, 3, patch*patch] of a canonical image, resized to between the two bounds; the merge x merge
+        patches of a cell stay together. Releases the GIL where it works long."""
+        width, height = image.size
         rows, columns = smart_resize(height, width, factor=self.factor, min_pixels=min_pixels, max_pixels=max_pixels)
-        resized = np.asarray(picture.resize((columns, rows), resample=self.resample))
+        resized = np.asarray(image.resize((columns, rows), resample=self.resample))
         p, m = self.patch, self.merge
         h, w = rows // p, columns // p
         cells = resized.reshape(h // m, m, p, w // m, m, p, CHANNELS).transpose(0, 3, 1, 4, 6, 2, 5)

@@ -1,7 +1,7 @@
 """Complete random-weight checkpoints of Qwen2-VL's true architecture, for tests, benchmarks and the demo. No torch.
 
 A tensor's values depend only on the seed and on its place in the architecture: layouts, shard counts and dtypes of one
-seed are the same model. Scales keep activations near 1, attention soft and answers dependent on the picture.
+seed are the same model. Scales keep activations near 1, attention soft and answers dependent on the image.
 `python -m lookonce.models.qwen2_vl.synthetic OUT --size tiny` writes one.
 """
 
@@ -134,7 +134,7 @@ def _scale(arch: Architecture, half: Half, name: str, shape: tuple[int, ...]) ->
 
     Matrices have gain/sqrt(fan-in), residual branches shared out over the depth, norms lie around 1. The language
     model's branches outweigh its embedding (or a tied head would repeat the last token for ever), and its attention
-    branch most, with scores of standard deviation about 3, so that what is said depends on the picture.
+    branch most, with scores of standard deviation about 3, so that what is said depends on the image.
     """
     if name.endswith(".bias"):
         return 0.0, _BIAS_SPREAD

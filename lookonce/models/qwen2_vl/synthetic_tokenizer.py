@@ -13,6 +13,7 @@ from typing import Any
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.writing import write_json
+from lookonce.models.qwen2_vl.config import WORDS
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -80,7 +81,7 @@ def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: boo
     merges = list(itertools.islice(_merges(), room))
     for left, right in merges:
         vocab[left + right] = len(vocab)
-    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges))
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges), WORDS)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     tokenizer.save(str(directory / "tokenizer.json"))
     ids = {token: len(vocab) + place for place, token in enumerate(SPECIAL_TOKENS)}

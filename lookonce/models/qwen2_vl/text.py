@@ -68,6 +68,7 @@ class Qwen2VLAdapter:
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
+            position_rows=3,
         )
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
         self._rows = None

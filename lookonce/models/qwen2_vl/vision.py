@@ -1,7 +1,7 @@
-"""The vision tower over a packed batch: pictures of any sizes end to end in one sequence, no padding, no mask.
+"""The vision tower over a packed batch: images of any sizes end to end in one sequence, no padding, no mask.
 
-Attention runs per picture; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
-(`native`); elsewhere torch's operations do, pictures with equally many patches attending together.
+Attention runs per image; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
+(`native`); elsewhere torch's operations do, images with equally many patches attending together.
 The patch embedding, a convolution whose kernel equals its stride, is computed as the matrix product it is.
 """
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.compiled import panel_linear, vision_blocks
+from lookonce.models.family import Patches
 from lookonce.models.linear import (
     Int8Linear,
     Linear,
@@ -32,9 +33,9 @@ from lookonce.models.linear import (
 )
 from lookonce.models.omp_thread import Pause
 from lookonce.models.qwen2_vl.modules import VisionAttention, VisionBlock, VisionTower, load_vision_tower
-from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Patches, Preprocessor
+from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
 
-Run = tuple[int, int]  # pictures in a row with equally many patches: how many pictures, how many patches each
+Run = tuple[int, int]  # images in a row with equally many patches: how many images, how many patches each
 
 
 class Encoder:
@@ -54,6 +55,7 @@ class Encoder:
         self.dtype = dtype
         self.device = device
         self.merge_area = preprocessor.merge**2
+        self._preprocessor = preprocessor
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
@@ -90,7 +92,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
-        """Embeddings of each picture, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
+        """Embeddings of each image, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
         between the blocks of the tower, and within them where they take long; it may encode another batch."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
@@ -102,14 +104,18 @@ class Encoder:
             results[index] = part
         return results
 
-    def warm_up(self, preprocessor: Preprocessor) -> None:
-        """Encode one small picture, so that lazy initialisation isn't paid for by the first request."""
-        side = preprocessor.factor
-        self.encode([preprocessor(Image.new("RGB", (side, side)), side**2, side**2)])
+    def prepare(self, image: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
+        """See `Preprocessor`."""
+        return self._preprocessor(image, min_pixels, max_pixels)
+
+    def warm_up(self) -> None:
+        """Encode one small image, so that lazy initialisation isn't paid for by the first request."""
+        side = self._preprocessor.factor
+        self.encode([self.prepare(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
         """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
-        more picture, of as many patches as make their number a round one."""
+        more image, of as many patches as make their number a round one."""
         tower, counts = self.tower, [patches.count for patches in batch]
         missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
         missing += -missing % self.merge_area
@@ -197,11 +203,11 @@ def _attend(
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     outputs = []
     start = 0
-    for pictures, patches in runs:
-        end = start + pictures * patches
-        q, k, v = (x[start:end].view(pictures, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
+    for images, patches in runs:
+        end = start + images * patches
+        q, k, v = (x[start:end].view(images, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
         mixed = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
-        outputs.append(mixed.transpose(1, 2).reshape(pictures * patches, -1))
+        outputs.append(mixed.transpose(1, 2).reshape(images * patches, -1))
         start = end
     projected: torch.Tensor = attention.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
     return projected

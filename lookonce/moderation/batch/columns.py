@@ -9,9 +9,10 @@ import orjson
 import pyarrow as pa
 
 from lookonce.core.identity import image_id
-from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.ledger import Full
 from lookonce.moderation.batch.outcome import Outcome
+from lookonce.moderation.batch.run_identity import Manifest
+from lookonce.moderation.judging import judge
 
 METADATA_KEY = b"lookonce"
 SCORE, FIRED, FOLLOW_UP = "score_", "fired_", "follow_up_"
@@ -24,7 +25,6 @@ class Columns:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._policy = manifest.policy
         self._rules = [rule for rule in manifest.policy.rules if "image" in rule.applies_to]
         fields: list[tuple[str, pa.DataType]] = [
             ("index", pa.int64()),
@@ -55,20 +55,19 @@ class Columns:
         row, outcome, first, first_source = full
         known = outcome or Outcome()
         failure = row.failure or known.failure
-        fired = [rule for rule in self._rules if rule.id in known.scores and rule.fires(known.scores[rule.id])]
+        verdict = judge(self._rules, known.scores)
         values: dict[str, Any] = {
             "index": row.index,
             "source": row.source,
             "image_digest": image_id(row.digest) if row.digest is not None else None,
             "width": known.width,
             "height": known.height,
-            "flagged": bool(fired) if failure is None else None,
-            "severity": self._policy.worst(fired),
+            "flagged": verdict.flagged if failure is None else None,
+            "severity": verdict.severity,
         }
         for rule in self._rules:
-            score = known.scores.get(rule.id)
-            values[SCORE + rule.id] = score
-            values[FIRED + rule.id] = None if score is None else rule.fires(score)
+            values[SCORE + rule.id] = known.scores.get(rule.id)
+            values[FIRED + rule.id] = verdict.labels.get(rule.id)
             if rule.follow_up:
                 values[FOLLOW_UP + rule.id] = known.follow_ups.get(rule.id)
         identity = self._manifest.identity

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-import structlog
-
-from lookonce.core.errors import LookonceError, invalid
+from lookonce.core.errors import invalid
 from lookonce.core.rpc.client import LanguageClient, VisionClient
-from lookonce.core.rpc.server import Tls
-from lookonce.moderation.batch.identity import Models, language_fingerprint
-from lookonce.moderation.batch.judging import Judge, other_model
-from lookonce.moderation.batch.poison_isolation import Asking
+from lookonce.core.rpc.tls import Tls
+from lookonce.moderation.batch.judge import Judge, other_model
+from lookonce.moderation.batch.poison_isolation import PoisonIsolation
+from lookonce.moderation.batch.run_identity import Models, language_fingerprint
 from lookonce.moderation.batch.service_pool import (
-    AWAY,
     LanguageConnection,
     Patience,
     ServicePool,
     VisionConnection,
-    pause,
+    when_back,
 )
 from lookonce.moderation.policy import Policy
-
-log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Addresses:
     language: tuple[str, ...]
     tls: Tls | None = None
     connections: int = 2  # to each vision service
-    scores: int = 16  # pictures a language service scores at once
+    scores: int = 16  # images a language service scores at once
     reproducible: bool = True
     patience: Patience = field(default_factory=Patience)
 
@@ -48,8 +42,8 @@ class Served:
 
     models: Models
     max_image_bytes: int
-    window: int  # pictures of one stream under way
-    under_way: int  # pictures worth having under way in all
+    window: int  # images of one stream under way
+    under_way: int  # images worth having under way in all
 
 
 async def describe(addresses: Addresses, policy: Policy) -> Served:
@@ -58,8 +52,9 @@ async def describe(addresses: Addresses, policy: Policy) -> Served:
     visions = [VisionClient(address, tls=addresses.tls) for address in addresses.vision]
     languages = [LanguageClient(address, tls=addresses.tls) for address in addresses.language]
     try:
-        seen = [await _described(client, addresses.patience) for client in visions]
-        heard = [await _described(client, addresses.patience) for client in languages]
+        now, patience = time.monotonic(), addresses.patience
+        seen = [await when_back(client, client.describe, patience, now) for client in visions]
+        heard = [await when_back(client, client.describe, patience, now) for client in languages]
     finally:
         for client in (*visions, *languages):
             await client.close()
@@ -69,21 +64,6 @@ async def describe(addresses: Addresses, policy: Policy) -> Served:
     window = min(vision.stream_window for vision in seen)
     under_way = addresses.connections * len(visions) * window + addresses.scores * len(languages)
     return Served(models.pop(), min(vision.max_image_bytes for vision in seen), window, under_way)
-
-
-async def _described(client: VisionClient | LanguageClient, patience: Patience):  # type: ignore[no-untyped-def]
-    began, attempt, said = time.monotonic(), 0, False
-    while True:
-        try:
-            return await client.describe()
-        except LookonceError as error:
-            if error.kind not in AWAY or time.monotonic() - began > patience.away:
-                raise
-            if not said and time.monotonic() - began > 1:
-                said = True
-                log.warning("waiting for a service", service=client.label, gives_up_after=patience.away)
-            await asyncio.sleep(pause(attempt))
-            attempt += 1
 
 
 @asynccontextmanager
@@ -112,12 +92,12 @@ async def connected(
 
     def open_language(address: str) -> LanguageConnection:
         client = LanguageClient(address, tls=addresses.tls)
-        return LanguageConnection(client, addresses.scores, patience, check_language, alone=addresses.reproducible)
+        return LanguageConnection(client, addresses.scores, patience, check_language, isolated=addresses.reproducible)
 
     visions = ServicePool([open_vision(address) for address in addresses.vision])
     languages = ServicePool([open_language(address) for address in addresses.language])
     try:
-        yield Judge(policy, models, visions, languages, patience, Asking(trials=trials))
+        yield Judge(policy, models, visions, languages, patience, PoisonIsolation(trials=trials))
     finally:
         await visions.close()
         await languages.close()

@@ -10,24 +10,25 @@ from lookonce.core.errors import LookonceError, invalid
 from lookonce.moderation.batch.connect import connected
 from lookonce.moderation.batch.outcome import Failure, Outcome
 from lookonce.moderation.batch.progress import duration
+from lookonce.moderation.batch.run_plan import Plan
 from lookonce.moderation.batch.sources.items import Item, items
-from lookonce.moderation.batch.work import Plan
+from lookonce.moderation.judging import judge
 
 _WARM_UP = 0.25  # share of the sample that is not timed
 
 
 async def estimate(made: Plan) -> str:
-    """Lines for people. Raises INVALID_ARGUMENT when there are no pictures."""
+    """Lines for people. Raises INVALID_ARGUMENT when there are no images."""
     chosen = await asyncio.to_thread(_sample, made)
     if not chosen:
-        raise invalid(f"{made.source.description} holds no pictures", param="source")
+        raise invalid(f"{made.source.description} holds no images", param="source")
     reader = made.reader()
     outcomes: list[Outcome] = []
     waiting = iter(chosen)
     ends: list[float] = []
     bytes_read = 0
     try:
-        async with connected(made.addresses, made.policy, made.served) as judge:
+        async with connected(made.addresses, made.policy, made.served) as scorer:
 
             async def worker() -> None:
                 nonlocal bytes_read
@@ -38,7 +39,7 @@ async def estimate(made: Plan) -> str:
                         outcomes.append(Outcome(failure=Failure.of(error)))
                     else:
                         bytes_read += len(data)
-                        outcomes.append((await judge.judge(data))[0])
+                        outcomes.append((await scorer.judge(data))[0])
                     ends.append(time.perf_counter())
 
             began = time.perf_counter()
@@ -64,7 +65,7 @@ def _sample(made: Plan) -> list[Item]:
 
 
 def _rate(began: float, ends: list[float]) -> float:
-    """Pictures a second, without the beginning."""
+    """Images a second, without the beginning."""
     skipped = int(len(ends) * _WARM_UP)
     start = ends[skipped - 1] if skipped else began
     return (len(ends) - skipped) / max(ends[-1] - start, 1e-6)
@@ -74,17 +75,15 @@ def _text(made: Plan, outcomes: list[Outcome], rate: float, size: int) -> str:
     count = made.manifest.identity.count
     good = [outcome for outcome in outcomes if outcome.failure is None]
     rules = [rule for rule in made.policy.rules if "image" in rule.applies_to]
-    verdicts = [
-        [rule.id for rule in rules if rule.id in one.scores and rule.fires(one.scores[rule.id])] for one in good
-    ]
-    fired = Counter(rule for verdict in verdicts for rule in verdict)
-    flagged = sum(map(bool, verdicts))
+    verdicts = [judge(rules, one.scores) for one in good]
+    fired = Counter(rule for verdict in verdicts for rule, label in verdict.labels.items() if label)
+    flagged = sum(verdict.flagged for verdict in verdicts)
     entries = "an unknown number of" if count is None else f"{count:,}"
     lines = [
         f"source     {made.source.description}: {entries} entries",
         f"policy     {len(rules)} rules, digest {made.manifest.identity.policy_digest[:12]}",
         f"models     {made.served.models.name}",
-        f"sample     {len(outcomes)} pictures, {size / max(1, len(good)) / 1024:.0f} KiB each, {rate:.1f} a second",
+        f"sample     {len(outcomes)} images, {size / max(1, len(good)) / 1024:.0f} KiB each, {rate:.1f} a second",
     ]
     if count is not None:
         lines.append(f"estimate   {duration(count / rate)} for all; less where files are equal")

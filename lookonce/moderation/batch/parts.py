@@ -22,9 +22,9 @@ from blake3 import blake3
 from lookonce.core.atomic_files import sync, write_durably
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderation.batch.columns import METADATA_KEY, Columns
-from lookonce.moderation.batch.identity import Manifest
 from lookonce.moderation.batch.ledger import Full
 from lookonce.moderation.batch.output_formats import FORMS, SUFFIXES
+from lookonce.moderation.batch.run_identity import Manifest
 
 _OF_A_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
 """A suffix that says what is in a file. (In "run-2026.11" it says nothing.)"""
@@ -134,8 +134,8 @@ class Output:
         """Of a part's file. Raises OSError."""
         return blake3().update_mmap(self.part(number)).digest()
 
-    def pictures(self, number: int, columns: Columns) -> Iterator[str]:
-        """The ids of the pictures in a part."""
+    def images(self, number: int, columns: Columns) -> Iterator[str]:
+        """The ids of the images in a part."""
         for batch in FORMS[self.form].read(self.part(number), columns.schema):
             yield from batch.column("image_digest").drop_null().to_pylist()
 

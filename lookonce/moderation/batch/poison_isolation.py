@@ -1,10 +1,10 @@
-"""One question to one of several services, asked until it is answered, however often services go away meanwhile.
+"""One call to one of several services, repeated until it is answered, however often services go away meanwhile.
 
-A picture that kills a service whenever it is asked about would be asked about for ever, and take others' work with it.
-So a picture that was under way when a connection was lost, several times, is tried alone: nothing else of this run is
-under way at any service. A service that was there, under the number of its process, and that another process has
-replaced afterwards, has died of it. After two such deaths the same is asked about a plain picture of our own: if that
-is answered, the service is well, and the picture is to blame. Whatever doesn't end a process, such as a pause or a
+An image that kills a service whenever it is asked about would be asked about for ever, and take others' work with it.
+So an image that was under way when a connection was lost, several times, is tried in isolation: nothing else of this
+run is under way at any service. A service that was there, under the number of its process, and that another process has
+replaced afterwards, has died of it. After two such deaths the same is asked about a plain image of our own: if that
+is answered, the service is well, and the image is to blame. Whatever doesn't end a process, such as a pause or a
 network that is gone, proves nothing and takes patience as ever.
 """
 
@@ -20,27 +20,25 @@ from typing import Any, TypeVar
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.moderation.batch.service_pool import AWAY, FULL, ServiceConnection, ServicePool
+from lookonce.moderation.batch.service_pool import AWAY, FULL, LOST, Attempts, ServiceConnection, ServicePool
 
 L = TypeVar("L", bound=ServiceConnection[Any])
 S = TypeVar("S")
 T = TypeVar("T")
-LOST = frozenset({ErrorKind.EMBEDDING_MISSING, ErrorKind.EMBEDDING_INVALID})
 _LOSSES = 3
-"""Connections lost while a picture was under way, before it is tried alone."""
+"""Connections lost while an image was under way, before it is tried in isolation."""
 _DEATHS = 2
-"""Of services that were asked about one picture alone, before it is to blame."""
-_INTERNAL_TRIES = 4
+"""Of services that were asked about one image in isolation, before it is to blame."""
 _PLAIN_SIDE = 64  # pixels
 log = structlog.get_logger(__name__)
 
 
 class ServiceCrashed(Exception):
-    """The picture that was asked about is to blame; the text says of what service."""
+    """The image that was asked about is to blame; the text says of what service."""
 
 
 class Suspected(Exception):
-    """The picture must be tried alone, which is for another process to do."""
+    """The image must be tried in isolation, which is for another process to do."""
 
 
 class SharedLock:
@@ -48,7 +46,7 @@ class SharedLock:
 
     def __init__(self) -> None:
         self._sharing = 0
-        self._one_alone = asyncio.Lock()
+        self._exclusive = asyncio.Lock()
         self._open = asyncio.Event()  # nobody holds it alone, or waits to
         self._open.set()
         self._empty = asyncio.Event()
@@ -69,9 +67,9 @@ class SharedLock:
                 self._empty.set()
 
     @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
+    async def exclusive(self) -> AsyncIterator[None]:
         """Once the others are done."""
-        async with self._one_alone:
+        async with self._exclusive:
             self._open.clear()
             try:
                 await self._empty.wait()
@@ -80,39 +78,43 @@ class SharedLock:
                 self._open.set()
 
 
-class Asking:
-    """Of one run: what is tried alone is alone among all that goes through here."""
+class PoisonIsolation:
+    """Of one run: what is tried in isolation is alone among all that goes through here."""
 
     def __init__(self, *, trials: bool = True) -> None:
         """Without `trials`, because other processes of the run ask the same services, `Suspected` is raised instead."""
         self._trials = trials
         self._lock = SharedLock()
 
-    async def ask(
+    async def run(
         self,
-        service_pool: ServicePool[L],
+        pool: ServicePool[L],
         call: Callable[[L, S], Awaitable[T]],
         subject: S,
         plain: Callable[[], Awaitable[S]],
+        attempts: Attempts,
     ) -> T:
         """What `call` answers about `subject`; `plain` makes one that no service can stumble over.
 
-        Raises what trying again can't help, UNAVAILABLE when patience is at its end, and ServiceCrashed."""
-        attempt = losses = deaths = 0
+        Raises what waiting for the service can't help, UNAVAILABLE when patience is at its end, and ServiceCrashed."""
+        losses = deaths = 0
         while True:
-            with service_pool.use() as link:
+            with pool.use() as connection:
                 process = ""
                 try:
                     if losses < _LOSSES:
                         async with self._lock.shared():
-                            result = await call(link, subject)
+                            result = await call(connection, subject)
                     else:
-                        async with self._lock.alone():
-                            process = await link.look()
-                            result = await call(link, subject)
+                        async with self._lock.exclusive():
+                            process = await connection.look()
+                            result = await call(connection, subject)
                 except LookonceError as error:
-                    back = await self._recover(link, error, attempt)
-                    attempt += 1
+                    if error.kind in LOST:
+                        connection.shun()
+                    if error.kind not in AWAY | FULL:
+                        raise
+                    back = await connection.recover(error, attempts)
                     if error.kind is not ErrorKind.UNAVAILABLE:
                         continue
                     losses += 1
@@ -120,39 +122,29 @@ class Asking:
                         raise Suspected from error
                     if process not in ("", back):
                         deaths += 1
-                        log.warning("a service died of one picture", service=link.client.label, times=deaths)
-                        if deaths >= _DEATHS and await self._is_well(link, call, plain):
-                            raise ServiceCrashed(_crashed(link.client.label, deaths)) from error
+                        log.warning("a service died of one image", service=connection.client.label, times=deaths)
+                        if deaths >= _DEATHS and await self._is_well(connection, call, plain):
+                            raise ServiceCrashed(_crashed(connection.client.label, deaths)) from error
                 else:
-                    link.heard()
+                    connection.heard()
                     return result
 
-    async def _recover(self, link: ServiceConnection[Any], error: LookonceError, attempt: int) -> str:
-        """Until it is worth trying again; the process that is there then. Raises the error if it never is."""
-        if error.kind in LOST:
-            link.shun()
-        if error.kind not in AWAY and error.kind not in FULL and error.kind is not ErrorKind.INTERNAL:
-            raise error
-        if error.kind is ErrorKind.INTERNAL and attempt >= _INTERNAL_TRIES:
-            raise error
-        return await link.recover(error, attempt)
-
     async def _is_well(
-        self, link: L, call: Callable[[L, S], Awaitable[object]], plain: Callable[[], Awaitable[S]]
+        self, connection: L, call: Callable[[L, S], Awaitable[object]], plain: Callable[[], Awaitable[S]]
     ) -> bool:
-        """Whether it answers about a plain picture."""
-        async with self._lock.alone():
+        """Whether it answers about a plain image."""
+        async with self._lock.exclusive():
             try:
-                await call(link, await plain())
+                await call(connection, await plain())
             except LookonceError as error:
-                if error.kind in AWAY or error.kind in FULL or error.kind in LOST:
+                if error.kind in AWAY | FULL | LOST:
                     return False
                 raise
-        link.heard()
+        connection.heard()
         return True
 
 
-def plain_picture() -> bytes:
+def plain_image() -> bytes:
     """A PNG of one colour, most likely one that no store has seen."""
     from PIL import Image
 
@@ -164,4 +156,4 @@ def plain_picture() -> bytes:
 
 def _crashed(service: str, deaths: int) -> str:
     times = "twice" if deaths == _DEATHS else f"{deaths} times"
-    return f"the {service} died {times} when it was asked about this picture alone, and was well with another"
+    return f"the {service} died {times} when it was asked about this image alone, and was well with another"

@@ -7,7 +7,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from lookonce.moderation.batch.job import Tally
+from lookonce.moderation.batch.results import Counts
+from lookonce.moderation.batch.work_loop import Tally
+from lookonce.moderation.policy import Policy
 
 _WINDOW_SECONDS = 30.0
 
@@ -56,7 +58,7 @@ def line(tally: Tally, meter: Meter) -> str:
     of = f" of {meter.total:,}" if meter.total is not None else ""
     share = tally.flagged / max(1, tally.done - tally.failed)
     parts = [
-        f"{tally.done:,}{of} pictures",
+        f"{tally.done:,}{of} images",
         f"{meter.rate:.1f}/s",
         f"{share:.1%} flagged",
         f"{tally.failed:,} errors",
@@ -105,3 +107,26 @@ def reporting(total: int | None, every: float, say: Callable[[str], None], *, te
                 bar.update(task, completed=tally.done, description=line(tally, meter))
 
         yield Bar(total, 0.2, say)
+
+
+def print_summary(policy: Policy, counts: Counts) -> None:
+    """The end of a run in a table, to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name, align in (("rule", "left"), ("severity", "left"), ("threshold", "right"), ("fired", "right"),
+                        ("of", "right"), ("share", "right")):  # fmt: skip
+        table.add_column(name, justify=align)  # type: ignore[arg-type]
+    for rule in policy.rules:
+        if "image" not in rule.applies_to:
+            continue
+        fired, asked = counts.fired[rule.id], counts.asked[rule.id]
+        share = f"{fired / asked:.1%}" if asked else "-"
+        table.add_row(rule.id, rule.severity, f"{rule.threshold:g}", f"{fired:,}", f"{asked:,}", share)
+    console = Console(highlight=False)
+    console.print(table)
+    errors = ", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.errors.items())) or "none"
+    console.print(
+        f"{counts.rows:,} images, {counts.flagged:,} flagged, {counts.duplicates:,} duplicates; errors: {errors}"
+    )

@@ -1,4 +1,4 @@
-"""Pictures to a language service: those that wait at the same time go in one call, which costs less than one each."""
+"""Images to a language service: those that wait at the same time go in one call, which costs less than one each."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from protos.lookonce.v1 import language_pb2
 _CALLS = 2
 """Under way at once: the service has the next when it is done with one."""
 _MOST_ITEMS = 512
-"""Of one call with more than one picture; the service takes 1,024."""
+"""Of one call with more than one image; the service takes 1,024."""
 Items = Sequence[language_pb2.ScoreItem]
 Results = list[language_pb2.ScoreResult]
 
 
 class ScoreCalls:
-    """`score` is called once for each picture, from any number of tasks."""
+    """`score` is called once for each image, from any number of tasks."""
 
-    def __init__(self, client: LanguageClient, pictures: int, *, alone: bool, timeout: float) -> None:
-        """At most about `pictures` are with the service; `timeout` is that of a call, in seconds. `alone`: nothing
-        scored beside a picture may change its scores, whatever call it comes in."""
+    def __init__(self, client: LanguageClient, images: int, *, isolated: bool, timeout: float) -> None:
+        """At most about `images` are with the service; `timeout` is that of a call, in seconds. `isolated`: nothing
+        scored beside an image may change its scores, whatever call it comes in."""
         self._client = client
-        self._pictures = -(-pictures // _CALLS)
-        self._calls = min(_CALLS, pictures)
-        self._alone = alone
+        self._images = -(-images // _CALLS)
+        self._calls = min(_CALLS, images)
+        self._isolated = isolated
         self._timeout = timeout
         self._waiting: deque[tuple[Items, asyncio.Future[Results]]] = deque()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -59,7 +59,7 @@ class ScoreCalls:
     def _take(self) -> list[tuple[Items, asyncio.Future[Results]]]:
         taken = [self._waiting.popleft()]
         count = len(taken[0][0])
-        while self._waiting and len(taken) < self._pictures and count + len(self._waiting[0][0]) <= _MOST_ITEMS:
+        while self._waiting and len(taken) < self._images and count + len(self._waiting[0][0]) <= _MOST_ITEMS:
             taken.append(self._waiting.popleft())
             count += len(taken[-1][0])
         return taken
@@ -68,7 +68,8 @@ class ScoreCalls:
         wanted = [(items, future) for items, future in batch if not future.done()]  # others have gone meanwhile
         if not wanted:
             return
-        request = language_pb2.ScoreRequest(timeout=self._timeout, alone=self._alone)
+        # `alone`: services of the last release know it by that name
+        request = language_pb2.ScoreRequest(timeout=self._timeout, isolated=self._isolated, alone=self._isolated)
         for items, _ in wanted:
             request.items.extend(items)
         try:

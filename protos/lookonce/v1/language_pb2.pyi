@@ -193,20 +193,22 @@ class ScoreItem(_message.Message):
     def __init__(self, id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "items", "timeout", "client", "alone", "cache_salt")
+    __slots__ = ("request_id", "items", "timeout", "client", "alone", "cache_salt", "isolated")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ITEMS_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     CLIENT_FIELD_NUMBER: _ClassVar[int]
     ALONE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    ISOLATED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     items: _containers.RepeatedCompositeFieldContainer[ScoreItem]
     timeout: float
     client: str
     alone: bool
     cache_salt: bytes
-    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., alone: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+    isolated: bool
+    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[ScoreItem, _Mapping]]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., alone: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ..., isolated: _Optional[bool] = ...) -> None: ...
 
 class ChoiceScore(_message.Message):
     __slots__ = ("choice", "probability", "logprob", "tokens")

@@ -12,6 +12,7 @@ from lm_service.engine.packed.execution.attention import attention_over
 from lm_service.engine.packed.execution.batch import Batch, PrefillChunk
 from lm_service.engine.packed.execution.kernel_attention import KernelAttention
 from lm_service.engine.packed.execution.plan import make_plan, suffix_order
+from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lookonce.models.compiled import attention_kernels
 from lookonce.models.text_adapter import Attend, ModelAdapter
@@ -40,7 +41,7 @@ class Runner:
         """
         batch.suffixes.sort(key=suffix_order)
         device = self._model.shape.device
-        ids, positions, rows = _inputs(batch)
+        ids, positions, rows = _inputs(batch, self._model.shape.position_rows)
         token_ids = torch.from_numpy(ids).to(device)
         hidden = self._model.embed(token_ids.clamp_(min=0))
         begin = 0
@@ -53,17 +54,18 @@ class Runner:
         return logits if rows else None
 
 
-def _inputs(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
-    """Token ids [T] (negative: an image's rows), positions [3, T], and the rows whose logits are wanted."""
+def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
+    """Token ids [T] (negative: an image's rows), positions [r, T], and the rows whose logits are wanted."""
     total = batch.tokens
-    ids, positions = np.empty(total, dtype=np.int64), np.empty((3, total), dtype=np.int64)
+    ids, positions = np.empty(total, dtype=np.int64), np.empty((position_rows, total), dtype=np.int64)
     rows: list[int] = []
     single: list[tuple[int, int, int]] = []  # tokens that decode: row, id, position
     begin = 0
     for prefill in batch.prefills:
         node, end = prefill.prefill.node, begin + prefill.count
-        content = node.content[:4, node.filled : node.filled + prefill.count]
-        ids[begin:end], positions[:, begin:end] = content[0], content[1:]
+        span = node.content[:, node.filled : node.filled + prefill.count]
+        ids[begin:end], positions[:, begin:end] = span[0], span[POSITIONS:]
+        _place_markers(ids[begin:end], prefill)
         begin = end
     for suffix in batch.suffixes:
         sequence, end = suffix.sequence, begin + suffix.count
@@ -90,6 +92,16 @@ def _place_images(hidden: torch.Tensor, chunk: PrefillChunk) -> None:
     start = chunk.prefill.node.filled
     end = start + chunk.count
     for span, rows in chunk.prefill.rows:
-        first, last = max(span.start, start), min(span.end, end)
-        if first < last:
-            hidden[first - start : last - start] = rows[first - span.start : last - span.start]
+        for place, row, count in span.runs:
+            first, last = max(place, start), min(place + count, end)
+            if first < last:
+                hidden[first - start : last - start] = rows[row + first - place : row + last - place]
+
+
+def _place_markers(ids: npt.NDArray[np.int64], chunk: PrefillChunk) -> None:
+    """Write the ids of the tokens among an image's rows that are none of them."""
+    start = chunk.prefill.node.filled
+    for span in chunk.prefill.node.images:
+        for at, token_id in span.markers:
+            if 0 <= span.start + at - start < chunk.count:
+                ids[span.start + at - start] = token_id

@@ -1,8 +1,8 @@
 """What tells one KV prefix from another: tokens, their positions, for image tokens the embedding's whole key, and for
 text the salt of its request: prompts of different salts never meet, however alike their text is.
 
-Content is int64 [8, T]: row 0 the token id (minus one less the row number within its image for image tokens), rows 1
-to 3 the positions, rows 4 to 7 the 256 bits of the embedding key, or of the salt. Nothing is hashed or cut short.
+Content is int64 [5 + r, T]: row 0 the token id (for an image's tokens minus one less the place within it), rows 1 to 4
+the 256 bits of the embedding key, or of the salt, then r rows of positions. Nothing is hashed or cut short.
 
 A prompt's is made of two parts: what many prompts of one request begin with alike, up to the end of the last image, is
 made, and found in the cache, once for all of them.
@@ -11,7 +11,7 @@ made, and found in the cache, once for all of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,8 @@ import numpy.typing as npt
 from lm_service.engine.types import ImageSpan, Prompt
 
 Content = npt.NDArray[np.int64]
+POSITIONS = 5
+"""The first row of positions."""
 
 
 @dataclass(eq=False)
@@ -78,7 +80,7 @@ def _begin_alike(one: Prompt, other: Prompt, end: int) -> bool:
     if one.images != other.images:
         return False
     if one.positions is not other.positions:
-        differs = one.positions.numpy()[:, :end] != other.positions.numpy()[:, :end]
+        differs = one.positions[:, :end] != other.positions[:, :end]
         if differs.any():
             return False
     starts = (0, *(span.end for span in one.images))
@@ -90,25 +92,25 @@ def _begin_alike(one: Prompt, other: Prompt, end: int) -> bool:
 
 def _columns(prompt: Prompt, start: int, end: int, salt: bytes) -> Content:
     """Those of [start, end), which cuts no image in two."""
-    content = _salted(end - start, salt)
-    content[1:4] = prompt.positions.numpy()[:, start:end]
+    content = _salted(end - start, len(prompt.positions), salt)
+    content[POSITIONS:] = prompt.positions[:, start:end]
     text = start
     for span in prompt.images:
         if not start <= span.start < end:
             continue
         first, last = span.start - start, span.end - start
         content[0, text - start : first] = prompt.token_ids[text : span.start]
-        content[0, first:last] = -1 - np.arange(span.reference.tokens)
-        content[4:8, first:last] = _words(span.reference.key)
+        content[0, first:last] = -1 - np.arange(last - first)
+        content[1:POSITIONS, first:last] = _words(span.reference.key)
         text = span.end
     content[0, text - start :] = prompt.token_ids[text:end]
     return content
 
 
-def _salted(length: int, salt: bytes) -> Content:
-    content = np.zeros((8, length), dtype=np.int64)
+def _salted(length: int, position_rows: int, salt: bytes) -> Content:
+    content = np.zeros((POSITIONS + position_rows, length), dtype=np.int64)
     if salt:
-        content[4:8] = _words(salt)
+        content[1:POSITIONS] = _words(salt)
     return content
 
 
@@ -117,11 +119,11 @@ def _words(value: bytes) -> npt.NDArray[np.int64]:
     return np.frombuffer(value, dtype="<i8")[:, None]
 
 
-def text_content(token_ids: Sequence[int], first_position: int, salt: bytes = b"") -> Content:
-    """The content of text whose positions count up from `first_position` on all three rows."""
-    content = _salted(len(token_ids), salt)
+def text_content(token_ids: Sequence[int], first_position: int, position_rows: int, salt: bytes = b"") -> Content:
+    """The content of text whose positions count up from `first_position` on all rows."""
+    content = _salted(len(token_ids), position_rows, salt)
     content[0] = token_ids
-    content[1:4] = np.arange(first_position, first_position + len(token_ids))
+    content[POSITIONS:] = np.arange(first_position, first_position + len(token_ids))
     return content
 
 
@@ -135,4 +137,4 @@ def common_length(one: Content, other: Content) -> int:
 def spans_within(images: Sequence[ImageSpan], start: int, end: int) -> tuple[ImageSpan, ...]:
     """The image spans that lie in [start, end), counted from `start`."""
     inside = (span for span in images if span.start >= start and span.end <= end)
-    return tuple(ImageSpan(span.start - start, span.reference) for span in inside)
+    return tuple(replace(span, start=span.start - start) for span in inside)

@@ -1,8 +1,8 @@
-"""KV of shared prefixes: a radix tree (SGLang's RadixAttention, arXiv:2312.07104) of contiguous pieces, LRU by bytes.
+"""KV of shared prefixes: a radix tree (SGLang's RadixAttention, arXiv:2312.07104) of contiguous KV, LRU by bytes.
 
-A node holds the KV of a stretch of tokens that follows its parent's. Nodes in use are never evicted; a parent outlives
-its children. A stretch is found by its first `GRAIN` tokens (or all of a shorter one), so that pieces stay worth
-sharing, and cut where two prompts part.
+A node holds the KV of the tokens that follow its parent's. Nodes in use are never evicted; a parent outlives its
+children. A node is found by its first `GRAIN` tokens (or all of a shorter one), so that nodes stay worth sharing, and
+split where two prompts part.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from lm_service.engine.packed.prefix_cache.content import Content, Head, PromptContent, common_length, text_content
@@ -22,7 +23,7 @@ GRAIN = 32
 
 
 class Node:
-    """KV of a stretch of tokens, filled up to `filled` of them."""
+    """KV of neighbouring tokens, filled up to `filled` of them."""
 
     def __init__(self, number: int, parent: Node | None, content: Content, images: tuple[ImageSpan, ...]) -> None:
         self.id = number
@@ -62,7 +63,7 @@ class Node:
         return self.content[:, :GRAIN].tobytes()
 
     def path(self) -> list[Node]:
-        """From the first stretch to this one."""
+        """From the first node to this one."""
         nodes, node = [], self
         while node.parent is not None:
             nodes.append(node)
@@ -80,18 +81,21 @@ class PrefixCache:
         self.evictions = 0
         self._numbers = itertools.count()
         self._clock = itertools.count(1)
-        self.root = Node(next(self._numbers), None, text_content((), 0), ())
+        self.root, self.exclusive = (Node(next(self._numbers), None, text_content((), 0, 0), ()) for _ in range(2))
         self._idle: list[tuple[int, int]] = []  # heap of (last use, id) of nodes that were evictable when pushed
         self._nodes: dict[int, Node] = {}
         self._heads: WeakKeyDictionary[Head, Node] = WeakKeyDictionary()  # nodes that end where a head does
         self.on_split: Callable[[Node, Node], None] = lambda upper, lower: None
 
-    def match(self, content: PromptContent, length: int, complete: Collection[int] = ()) -> tuple[Node, Node | None]:
+    def match(
+        self, content: PromptContent, length: int, complete: Collection[int] = (), *, exclusive: bool = False
+    ) -> tuple[Node, Node | None]:
         """The deepest filled node that is a prefix of the first `length` tokens, and the node being filled that leads
-        on, if any. Nodes of the numbers in `complete` count as filled, but are not cut.
+        on, if any. Nodes of the numbers in `complete` count as filled, but are not cut. `exclusive`: only of nodes that
+        were computed in steps of their own.
 
         Where the head ends is looked up once for all prompts that share it."""
-        node = self._found(content.head, complete)
+        node = self._found(content.head, complete) or (self.exclusive if exclusive else self.root)
         while True:
             rest = content.cut(node.end, length)
             child, common = self._child(node, rest)
@@ -109,12 +113,11 @@ class PrefixCache:
             used.last_used = next(self._clock)
         return node, None
 
-    def _found(self, head: Head, complete: Collection[int]) -> Node:
-        """The node a head ends with, if it was found and is still there, and filled; else the root."""
+    def _found(self, head: Head, complete: Collection[int]) -> Node | None:
+        """The node a head ends with, if it was found and is still there, and filled."""
         node = self._heads.get(head)
-        if node is None or node.detached or (node.building and node.id not in complete):
-            return self.root
-        return node
+        gone = node is None or node.detached or (node.building and node.id not in complete)
+        return None if gone else node
 
     def add(
         self, parent: Node, content: Content, images: tuple[ImageSpan, ...], *, private: bool = False
@@ -189,7 +192,8 @@ class PrefixCache:
 
     def clear(self) -> int:
         """Drop everything that is not in use now, and the rest with its last user."""
-        return sum(self.detach(node) for node in list(self.root.children.values()))
+        first = [*self.root.children.values(), *self.exclusive.children.values()]
+        return sum(self.detach(node) for node in first)
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -208,7 +212,8 @@ class PrefixCache:
         return None, 0
 
     def _split(self, node: Node, at: int) -> Node | None:
-        """Cut a node in two, its KV copied so that each part can go alone; the upper part, or None without room."""
+        """Cut a node in two, its KV copied so that each half can be evicted by itself; the upper one, or None without
+        room."""
         if node.parent is None or not self._room_beside(node):
             return None
         upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))
@@ -288,7 +293,7 @@ def _outside_images(content: Content, at: int) -> int:
     """Where to cut so that no image is cut in two: `at`, or the start of the image that goes on there."""
     if at >= content.shape[1]:
         return at
-    row = -1 - int(content[0, at])  # which of its image's rows, for an image token
+    row = -1 - int(content[0, at])  # its place within its image, for an image's token
     return max(0, at - row) if row > 0 else at
 
 
@@ -297,4 +302,4 @@ def _before(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
 
 
 def _after(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
-    return tuple(ImageSpan(span.start - at, span.reference) for span in images if span.start >= at)
+    return tuple(replace(span, start=span.start - at) for span in images if span.start >= at)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from lm_service.engine.answer import Answer
 from lm_service.engine.packed.execution.choices import ChoiceTrie
-from lm_service.engine.packed.prefix_cache.content import Content, PromptContent, text_content
+from lm_service.engine.packed.prefix_cache.content import POSITIONS, Content, PromptContent, text_content
 from lm_service.engine.packed.prefix_cache.pool import Slot
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.sampling import SamplerState
@@ -35,8 +35,8 @@ class Request:
     id: str
     client: str
     kept: bool  # whether the KV of its answers is worth keeping
-    alone: bool = False  # other requests change nothing of it, to the last bit
-    mixes: bool = False  # though `alone`, it shares steps with others: no row depends on the others of a step
+    isolated: bool = False  # other requests change nothing of it, to the last bit
+    exclusive: bool = False  # isolated by sharing no step with others: rows may depend on the others of a step
     whole: bool = False  # its answers are handed over when they have ended, not before
     salt: bytes = b""  # of the content of its text
     context: Context = field(default_factory=copy_context, repr=False)  # of the task that made it
@@ -46,13 +46,15 @@ class Request:
     admitted: bool = False
     unfinished: int = 0
     present: int = 0  # sequences that wait or run
-    stems: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by the node before them and their content
-    held: list[Node] = field(default_factory=list)  # stems kept until the last sequence has ended
+    question_prefixes: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by parent and content
+    held: list[Node] = field(
+        default_factory=list
+    )  # of them, those detached included: until the last sequence has ended
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens [0, computed) have their KV in the prefix that ends with `leaf` and in the tail behind it."""
+    """Tokens [0, computed) have their KV in the prefix that ends with `leaf` and in the suffix behind it."""
 
     request: Request
     index: int
@@ -63,13 +65,13 @@ class Sequence:
     sampler: SamplerState | None = None
     trie: ChoiceTrie | None = None  # of a scoring
     sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
-    stems: tuple[int, ...] = ()  # where stretches end that other questions of the request go on with alike
+    shared_ends: tuple[int, ...] = ()  # where prefixes end that other questions of the request share
     follows: bool = False  # an earlier question has the first of them, too
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None
     leaf_end: int = 0  # tokens of the prefix that ends with `leaf`; 0 without one
-    inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the tail
+    inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the suffix
     inlined_tokens: int = 0
     pending: list[Node] = field(default_factory=list)  # nodes of its prefix still to be filled
     slot: Slot | None = None
@@ -87,8 +89,7 @@ class Sequence:
     @property
     def owner(self) -> Request | None:
         """Its request, if that one shares no step with others."""
-        request = self.request
-        return request if request.alone and not request.mixes else None
+        return self.request if self.request.exclusive else None
 
     @property
     def length(self) -> int:
@@ -132,10 +133,10 @@ class Sequence:
 
     def _answer_content(self, start: int, end: int) -> Content:
         first = self.prompt.next_position + start - self.prompt_length
-        return text_content(self.tokens[start:end], first, self.request.salt)
+        return text_content(self.tokens[start:end], first, len(self.prompt.positions), self.request.salt)
 
     def positions(self, start: int, end: int) -> npt.NDArray[np.int64]:
-        """M-RoPE positions int64 [3, end - start] of the tokens [start, end)."""
+        """Positions int64 [r, end - start] of the tokens [start, end)."""
         prompt = self.prompt_length
         if start >= prompt:
             first = self.prompt.next_position - prompt
@@ -143,9 +144,9 @@ class Sequence:
                 row = self.prompt.next_position + self.trie.depths[start - prompt : end - prompt]
             else:
                 row = np.arange(first + start, first + end)
-            return np.broadcast_to(row, (3, end - start))
+            return np.broadcast_to(row, (len(self.prompt.positions), end - start))
         if end <= prompt:
-            return self.content.cut(start, end)[1:4]
+            return self.content.cut(start, end)[POSITIONS:]
         return np.concatenate([self.positions(start, prompt), self.positions(prompt, end)], axis=1)
 
     def note_admission(self) -> None:

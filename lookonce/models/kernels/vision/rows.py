@@ -9,7 +9,7 @@ from lookonce.models.kernels.compiling import lanes_for
 from lookonce.models.kernels.structs import BYTE as BYTES
 from lookonce.models.kernels.structs import FLOAT32, Struct, integer, pointer
 
-CHANNELS = 3
+CHANNELS = 3  # of an image
 _CHUNK = 8  # rows that a thread takes at once
 
 

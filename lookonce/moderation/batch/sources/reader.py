@@ -1,22 +1,22 @@
-"""Reads one picture's bytes, wherever it is, within limits; what passes by itself is tried again."""
+"""Reads one image's bytes, wherever it is, within limits; what passes by itself is tried again."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.http_fetch.policy import FetchPolicy
 from lookonce.core.http_fetch.refusals import FetchError, FetchTooLarge, Reason
 from lookonce.core.units import format_size
 from lookonce.moderation.batch.sources.filesystems import read_span
-from lookonce.moderation.batch.sources.items import FileAt, Inline, Item, Span, Unusable, WebUrl
+from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Unusable, WebUrl
 
 TRIES = 4
-FIRST_PAUSE = 0.5  # seconds; doubles
+FIRST_PAUSE = 0.7  # seconds at most; doubles
 _PASSING = {Reason.UNREACHABLE, Reason.BROKEN, Reason.TIMEOUT, Reason.BUSY, Reason.UNRESOLVED}
 
 
@@ -46,6 +46,7 @@ class Reader:
             self._fetcher.close()
 
     async def _persistently(self, item: Item) -> bytes:
+        backoff = Backoff(FIRST_PAUSE, 2**TRIES * FIRST_PAUSE)
         for attempt in range(TRIES):
             try:
                 return await self._once(item)
@@ -53,7 +54,7 @@ class Reader:
                 error = _for_row(error)
                 if error.kind is not ErrorKind.UNAVAILABLE or attempt == TRIES - 1:
                     raise error from None
-            await asyncio.sleep(FIRST_PAUSE * 2**attempt * random.uniform(0.5, 1.5))
+            await backoff.sleep()
         raise LookonceError(ErrorKind.INTERNAL, "no bytes")
 
     async def _once(self, item: Item) -> bytes:
@@ -68,7 +69,7 @@ class Reader:
             return await self._fetcher.fetch(locator.url, param="url", max_bytes=self._max_bytes)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, locator)
 
-    def _read(self, locator: FileAt | Span) -> bytes:
+    def _read(self, locator: FileAt | FileRange) -> bytes:
         if isinstance(locator, FileAt):
             return read_span(locator.url, 0, self._max_bytes + 1)
         return read_span(locator.url, locator.offset, min(locator.size, self._max_bytes + 1))

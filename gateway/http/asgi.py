@@ -1,0 +1,88 @@
+"""The ASGI application: routes, and what happens around them."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from gateway.auth import Keyring
+from gateway.core import Gateway
+from gateway.http import (
+    batch_routes,
+    chat_routes,
+    image_routes,
+    moderations,
+    openapi,
+    playground,
+    question_routes,
+    status_routes,
+)
+from gateway.http.error_bodies import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
+from gateway.http.event_stream import ClientGone
+from gateway.http.field_errors import on_query_error
+from gateway.http.intake import BodyLimits, Intake
+from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
+from gateway.http.origins import Cors, OriginCheck
+from gateway.settings import distinct
+from lookonce.core.errors import LookonceError
+
+ROUTERS = (
+    image_routes.router,
+    question_routes.router,
+    chat_routes.router,
+    moderations.router,
+    batch_routes.files,
+    batch_routes.batches,
+    status_routes.models,
+    status_routes.operation,
+    status_routes.unserved,
+)
+
+
+def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
+    """The application to serve, and the routes within it."""
+    settings = gateway.settings
+    app = FastAPI(
+        **openapi.ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=openapi.operation_id,
+    )
+    app.state.gateway = gateway
+    app.state.draining = False
+    for router in ROUTERS:
+        app.include_router(router)
+    if settings.playground:
+        app.include_router(playground.make_router(settings.samples))
+    openapi.complete(app, with_keys=not keyring.open)
+    app.add_exception_handler(LookonceError, on_lookonce_error)
+    app.add_exception_handler(RequestValidationError, on_query_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(ClientDisconnect, _on_client_gone)
+    app.add_exception_handler(Exception, on_unforeseen)
+    stack: ASGIApp = Authentication(app, keyring)
+    free = OPEN_PATHS | {"/metrics"}
+    stack = Intake(stack, BodyLimits.of(settings), max_concurrency=settings.max_concurrency, free=free)
+    origins = distinct(settings.cors_origins)
+    if origins:
+        stack = Cors(
+            stack,
+            origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "traceparent", "retry-after"],
+        )
+    if keyring.open and settings.uds is None:
+        hosts = (settings.host, *distinct(settings.allowed_hosts))
+        stack = OriginCheck(stack, hosts=hosts, origins=origins, free=OPEN_PATHS)
+    return RequestScope(stack, access_log=settings.access_log), app
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)  # nobody reads it; the access log does

@@ -1,0 +1,115 @@
+"""Server-sent events, and work that stops when its client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine, Mapping
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import orjson
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.http.error_bodies import error_body
+from gateway.metrics import DISCONNECTS
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.tasks import end_tasks, start_task
+
+DONE = b"data: [DONE]\n\n"
+HEARTBEAT = b": still here\n\n"
+"""A comment: keeps proxies from closing a quiet stream, is no event to any reader."""
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads the answer."""
+
+
+def event(data: Mapping[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away (ClientGone)."""
+    task = start_task(work)
+    gone = start_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        DISCONNECTS.inc()
+        raise ClientGone
+    finally:
+        await end_tasks(task, gone)
+
+
+class EventStream(Response):
+    """Sends events as they come, a comment when there was none for `heartbeat` seconds; a failure becomes an error
+    event; ends with [DONE]. Closes `events` in any case."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[Mapping[str, Any], None], *, heartbeat: float = 15.0) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+        self._heartbeat = heartbeat
+        self._sent = 0.0  # when the last event went out, on the monotonic clock
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        pump = start_task(self._pump(send))
+        gone = start_task(_disconnected(receive))
+        try:
+            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if pump.done():
+                pump.result()
+            else:
+                DISCONNECTS.inc()
+        finally:
+            await end_tasks(pump, gone)
+
+    async def _pump(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        beating = start_task(self._beat(send))
+        try:
+            await self._send_events(send)
+        finally:
+            await end_tasks(beating)
+        await _write(send, DONE, more=False)
+
+    async def _send_events(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            try:
+                async for data in events:
+                    self._sent = time.monotonic()
+                    await _write(send, event(data))
+            except LookonceError as error:
+                await _write(send, event(error_body(error)))
+            except Exception:
+                log.exception("stream failed")
+                await _write(send, event(error_body(LookonceError(ErrorKind.INTERNAL, "internal error"))))
+
+    async def _beat(self, send: Send) -> None:
+        self._sent = time.monotonic()
+        while True:
+            quiet = time.monotonic() - self._sent
+            if quiet >= self._heartbeat:
+                self._sent = time.monotonic()
+                await _write(send, HEARTBEAT)
+            else:
+                await asyncio.sleep(self._heartbeat - quiet)
+
+
+async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,137 @@
+"""What routes share: a body that is read our way before FastAPI hands it on as its model, pages of lists, and whose
+request it is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, ParamSpec, TypeVar
+
+import orjson
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, BeforeValidator
+from pydantic_core import PydanticCustomError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.auth import Tenant
+from gateway.conversation import Caller
+from gateway.core import Gateway
+from gateway.http.error_bodies import HttpRefusal
+from gateway.http.field_errors import validate
+from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
+from gateway.schemas.body import MEMBER
+from gateway.settings import GatewaySettings
+
+SMALL = 1 << 15
+"""Bytes that are worked on in the event loop."""
+P = ParamSpec("P")
+T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
+_THREAD = ThreadPoolExecutor(1, thread_name_prefix="bodies")  # one, so that it takes turns with the loop alone
+
+
+class Route(APIRoute):
+    """FastAPI's, but for the reading of a JSON body: within the gateway's limits, large ones off the event loop."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See APIRoute."""
+        handle = super().get_route_handler()
+        if self.body_field is None:
+            return handle
+        model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
+
+        async def read_first(request: Request) -> Response:
+            return await handle(_Read(request, await read_json(request, model)))
+
+        return read_first
+
+
+class _Read(Request):
+    """A request whose body has been read."""
+
+    def __init__(self, request: Request, value: BaseModel) -> None:
+        super().__init__(request.scope, request.receive)
+        self._value = value
+
+    async def body(self) -> bytes:
+        """FastAPI asks whether there is one."""
+        return b"{}"
+
+    async def json(self) -> BaseModel:
+        """The body as its model, which FastAPI takes as it is."""
+        return self._value
+
+
+async def read_json(request: Request, model: type[M]) -> M:
+    """The body as `model`, long strings in it in LONG_STRINGS. Raises INVALID_ARGUMENT naming the first field at fault,
+    and 415 for what doesn't say that it is JSON: a page of any site could send that."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        text = "send JSON with the header 'content-type: application/json'"
+        raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+    limits = gateway_of(request).settings.json_limits
+    value, long = await aside(len(raw), _read, raw, model, limits)
+    LONG_STRINGS.set(long)
+    return value
+
+
+def _read(raw: bytearray, model: type[M], limits: JsonLimits) -> tuple[M, Mapping[str, LongString]]:
+    parsed = parse_json(raw, limits)
+    return validate(parsed.value, model), parsed.long
+
+
+async def aside(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `function` returns for something of `size` bytes: worked on off the event loop unless it is small."""
+    if size <= SMALL:
+        return function(*args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, lambda: function(*args, **kwargs))
+
+
+def whole(most: int) -> BeforeValidator:
+    """For a query's whole number from 1 to `most`."""
+
+    def check(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most:
+            return int(text)
+        raise PydanticCustomError(MEMBER, MEMBER, {"text": f"must be a whole number from 1 to {most}"})
+
+    return BeforeValidator(check)
+
+
+def list_object(items: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
+    """OpenAI's list object."""
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return {"object": "list", "data": list(items), "first_id": first, "last_id": last, "has_more": more}
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """A JSON answer that is ours already: FastAPI's validation of large ones would take time."""
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that serves the request."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who the presented key belongs to."""
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+def caller_of(request: Request, user: str | None = None) -> Caller:
+    """For the core: tenant, a client for fairness (the tenant and OpenAI's `user`), and the time allowed."""
+    tenant = tenant_of(request)
+    return Caller(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
+
+
+def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
+    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
+    return settings.low_detail_pixels if detail == "low" else None

@@ -1,0 +1,64 @@
+"""Sends image files to the vision service that is theirs."""
+
+from __future__ import annotations
+
+import time
+
+from gateway.metrics import ENCODES, VARIANT_ENCODES
+from gateway.routing.retries import Attempts
+from gateway.routing.variants import Variant
+from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.rpc.client import Encoded, VisionClient
+from protos.lookonce.v1 import vision_pb2
+
+DESCRIPTION_FRESH = 30.0  # seconds that a service's own pixel bounds are believed
+
+
+class Encoder:
+    """Encode over a variant's vision replicas; the same file goes to the same one."""
+
+    def __init__(self, *, timeout: float, reconnect_wait: float) -> None:
+        self._timeout = timeout  # seconds
+        self._reconnect_wait = reconnect_wait  # seconds
+        self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
+
+    async def encode(
+        self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None
+    ) -> Encoded:
+        """Have the file's embedding in the store. Raises what the vision service says of the image, UNAVAILABLE
+        without one."""
+
+        async def call(client: VisionClient) -> Encoded:
+            bound = None if max_pixels is None else await self._within(client, max_pixels)
+            request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
+            return await client.encode(request, timeout=self._timeout)
+
+        attempts = Attempts([served], lambda variant: variant.vision, digest, reconnect_wait=self._reconnect_wait)
+        try:
+            encoded = await attempts.run(call)
+        except LookonceError as error:
+            if error.kind is ErrorKind.DEADLINE_EXCEEDED:
+                raise self._too_slow() from error
+            raise
+        ENCODES.labels(encoded.outcome).inc()
+        VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
+        return encoded
+
+    def _too_slow(self) -> LookonceError:
+        return LookonceError(
+            ErrorKind.DEADLINE_EXCEEDED,
+            f"the image was not encoded within {self._timeout:g} s. What was begun is ended and kept: ask again later. "
+            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
+            "--max-pixels of the vision service makes large images smaller",
+        )
+
+    async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
+        """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""
+        now = time.monotonic()
+        asked, description = self._bounds.get(client.address, (0.0, None))
+        if description is None or now - asked >= DESCRIPTION_FRESH:
+            description = await client.describe()
+            self._bounds[client.address] = (now, description)
+        if max_pixels >= description.max_pixels:
+            return None
+        return max(max_pixels, description.min_pixels)

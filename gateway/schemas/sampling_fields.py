@@ -1,0 +1,79 @@
+"""Sampling parameters as the API takes them, and their wire form."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from gateway.schemas.body import Body
+from protos.lookonce.v1 import language_pb2
+
+MaxTokens = Annotated[int, Field(ge=1, lt=2**32)]
+MinTokens = Annotated[int, Field(ge=0, lt=2**32)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, le=1_000_000, description="0 or -1: all")]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+SMALLEST = 2.0**-126
+"""The least number above 0 on the wire (float32): a smaller one would arrive as 0, which is refused."""
+Stops = Annotated[list[StopString], Field(max_length=16)]
+
+
+class Sampling(Body):
+    """What all doors share. Unset: the service's default (greedy)."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
+    min_tokens: MinTokens | None = None
+
+
+def to_sampling(
+    params: Sampling,
+    *,
+    max_tokens: int | None,
+    stop: list[str],
+    defaults: Sampling | None = None,
+    logprobs: int | None = None,
+    n: int = 1,
+) -> language_pb2.SamplingParameters:
+    """The wire form; a parameter that `params` leaves out comes from `defaults`."""
+    fields: dict[str, float | int] = {}
+    for name in Sampling.model_fields:
+        value = getattr(params, name)
+        if value is None and defaults is not None:
+            value = getattr(defaults, name)
+        if value is not None:
+            fields[name] = value
+    for name in ("top_p", "repetition_penalty"):
+        if name in fields:
+            fields[name] = max(fields[name], SMALLEST)
+    if "top_k" in fields:
+        fields["top_k"] = max(fields["top_k"], 0)
+    if "seed" in fields:
+        fields["seed"] = int(fields["seed"]) % 2**64
+    return language_pb2.SamplingParameters(
+        **fields,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        stop=stop,
+        logprobs=logprobs,
+        n=n,
+    )
+
+
+def stop_list(stop: str | list[str] | None) -> list[str]:
+    """OpenAI's `stop` as a list."""
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop

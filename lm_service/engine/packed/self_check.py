@@ -1,0 +1,95 @@
+"""The check at start: whether a row of the engine's products depends on how many rows there are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import structlog
+import torch
+
+from lm_service.engine.packed.core import EngineCore
+from lm_service.engine.packed.execution.batch import PrefixPrefill
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.scheduling.scored_questions import score_sequences
+from lm_service.engine.packed.scheduling.sequence import Request
+from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem
+from lookonce.core.errors import LookonceError
+from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
+from lookonce.models.text_adapter import ModelAdapter
+
+_IMAGES = (4, 25)  # tokens of each
+_QUESTIONS = (17, 6, 1)  # tokens of those about each; the last is a step of one row
+_POOL_TOKENS, _SLAB_TOKENS = 1024, 128
+_log = structlog.get_logger(__name__)
+
+
+def is_batch_invariant(model: ModelAdapter, options: PackedOptions) -> bool:
+    """Whether questions about random embedding rows have the same log-probabilities, to the last bit, in one step and
+    in steps of their own. Blocking: a few short forwards."""
+    began = time.perf_counter()
+    token = model.shape.token_bytes
+    small = replace(
+        options,
+        kv_bytes=_POOL_TOKENS * token,
+        prefix_bytes=_POOL_TOKENS * token,
+        slab_tokens=_SLAB_TOKENS,
+        batch_invariant=True,
+    )
+    items = _items(model)
+    try:
+        together = _scored(model, small, [items])
+        invariant = together == _scored(model, small, [[item] for item in items])
+    except Exception:  # noqa: BLE001 - a model that can't compute this says so again when it is asked
+        _log.exception("the check of the engine's products failed")
+        invariant = False
+    _log.info("products checked", batch_invariant=invariant, ms=round((time.perf_counter() - began) * 1000, 1))
+    return invariant
+
+
+def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequence[ScoreItem]]) -> list[float]:
+    """The sums of all choices, each call a request that begins when the one before it has ended."""
+    wanted: list[PrefixPrefill] = []
+    core = EngineCore(model, options, wanted.append)
+    sums: list[float] = []
+    for items in calls:
+        request = Request("self-check", "", kept=False, isolated=True)
+        request.sequences = score_sequences(request, items, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        core.enqueue(request)
+        while core.step() or wanted:
+            for prefill in wanted:
+                prefill.rows = [(span, _rows(model, span.reference)) for span in prefill.node.images]
+                core.scheduler.loaded(prefill, EmbeddingSource.NONE, 0.0)
+            wanted.clear()
+        if request.unfinished or any(isinstance(event, LookonceError) for _, event in core.events):
+            raise RuntimeError("a question of the check was not answered")
+        sums += [each for sequence in request.sequences for each in sequence.sums]
+    return sums
+
+
+def _items(model: ModelAdapter) -> list[ScoreItem]:
+    return [
+        ScoreItem(_prompt(model, number, tokens, length), ((0,), (1, 2) if length > 1 else (1,)))
+        for number, tokens in enumerate(_IMAGES)
+        for length in _QUESTIONS
+    ]
+
+
+def _prompt(model: ModelAdapter, number: int, tokens: int, length: int) -> Prompt:
+    reference = EmbeddingReference(
+        bytes([number]) * DIGEST_BYTES, "", bytes([number]) * DIGEST_BYTES, (1, 2, 2 * tokens), tokens, 0, 0
+    )
+    total = 1 + tokens + length
+    generator = torch.Generator().manual_seed(total)
+    ids = torch.randint(model.shape.vocabulary, (total,), generator=generator).tolist()
+    ids[0] = 0  # all begin alike
+    positions = np.tile(np.arange(total), (model.shape.position_rows, 1))
+    return Prompt(tuple(ids), (ImageSpan(1, reference),), positions, total)
+
+
+def _rows(model: ModelAdapter, reference: EmbeddingReference) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(reference.tokens)
+    rows = torch.randn(reference.tokens, model.shape.hidden, generator=generator)
+    return rows.to(device=model.shape.device, dtype=model.shape.dtype)

@@ -1,0 +1,182 @@
+"""What the client returns. Fields that a newer gateway adds are ignored, those that an older one lacks are None."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar, cast
+
+from lookonce.client.exceptions import ApiError, api_error
+
+Json = Mapping[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer. `cached_tokens` of the prompt were in the KV cache already; `image_tokens` are those of
+    images."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int = 0
+    image_tokens: int = 0
+
+    @classmethod
+    def of(cls, json: Json) -> Usage:
+        """From the API's `usage` object."""
+        return _made(cls, {**json, **(json.get("prompt_tokens_details") or {})})
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an answer reused and what it cost; times are milliseconds.
+
+    `embedding`: "hit" (kept from before), "coalesced" (encoded together with another request), "miss" (encoded for
+    this one), None without an image. `prefix`: whether the KV cache of the image was there.
+    """
+
+    embedding: Literal["hit", "miss", "coalesced"] | None
+    prefix: Literal["hit", "miss"]
+    encode_ms: float = 0.0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    queue_ms: float = 0.0
+    ttft_ms: float = 0.0
+    model: str = ""
+    fingerprint: str = ""
+
+    @classmethod
+    def of(cls, json: Json) -> Receipt:
+        """From the API's `receipt` object."""
+        return _made(cls, {"embedding": None, **json})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer; `str(answer)` is its text.
+
+    With choices, `choices` are their probabilities (they sum to 1), `logprobs` the logarithms of what each has under
+    the model, and `text` is the likeliest. Of `ask_many`, one that failed has `error`, an empty text and nothing else.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    receipt: Receipt | None = None
+    choices: dict[str, float] | None = None
+    logprobs: dict[str, float] | None = None
+    id: str | None = None
+    error: ApiError | None = field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def ok(self) -> bool:
+        """Whether the question was answered."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What the gateway knows of an image. `tokens` is how many embeddings it has; `cached` and `encode_ms` tell, right
+    after an upload, whether its embedding was known and what encoding took."""
+
+    id: str
+    bytes: int = 0
+    width: int | None = None
+    height: int | None = None
+    tokens: int | None = None
+    status: str = ""
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
+    cached: bool | None = None
+    encode_ms: float | None = None
+
+    @classmethod
+    def of(cls, json: Json) -> ImageInfo:
+        """From the API's image object."""
+        times = {name: _time(json.get(name)) for name in ("created_at", "expires_at")}
+        return _made(cls, {**json, **times})
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """An image that was erased. `complete` is false while a process has yet to confirm; erasure then goes on."""
+
+    id: str
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that is served."""
+
+    id: str
+    created_at: datetime | None
+    owned_by: str
+
+    @classmethod
+    def of(cls, json: Json) -> Model:
+        """From the API's model object."""
+        return cls(json["id"], _time(json.get("created")), json.get("owned_by", ""))
+
+
+@dataclass(frozen=True, slots=True)
+class Moderation:
+    """A verdict by the categories of the gateway's policy. `scores` are probabilities, `applied` says which kinds of
+    input ("image", "text") a category was held against, `severity` is the highest of what is flagged."""
+
+    flagged: bool
+    categories: dict[str, bool]
+    scores: dict[str, float]
+    applied: dict[str, list[str]]
+    severity: str | None = None
+    follow_ups: dict[str, list[str]] = field(default_factory=dict)
+    receipt: Receipt | None = None
+
+    @classmethod
+    def of(cls, json: Json) -> Moderation:
+        """From one of the results of the API's moderation object."""
+        return cls(
+            json["flagged"],
+            json["categories"],
+            json["category_scores"],
+            json.get("category_applied_input_types", {}),
+            json.get("severity"),
+            json.get("follow_ups", {}),
+            Receipt.of(json["receipt"]) if json.get("receipt") else None,
+        )
+
+
+def answer_of(json: Json) -> Answer:
+    """From one of the answers of the questions route."""
+    if json.get("error"):
+        return Answer("", id=json.get("id"), error=api_error(json["error"]))
+    return _made(Answer, {**json, **_accounts(json), "error": None})
+
+
+def completion_of(json: Json) -> Answer:
+    """From the API's chat completion: its first choice."""
+    choice = json["choices"][0]
+    text = choice["message"]["content"] or ""
+    return Answer(text, choice.get("finish_reason"), **_accounts(json), id=json.get("id"))
+
+
+def _accounts(json: Json) -> dict[str, Any]:
+    return {
+        "usage": Usage.of(json["usage"]) if json.get("usage") else None,
+        "receipt": Receipt.of(json["receipt"]) if json.get("receipt") else None,
+    }
+
+
+def _made(kind: type[T], json: Json) -> T:
+    """A dataclass of the fields that are there."""
+    return kind(**{field.name: json[field.name] for field in fields(cast(Any, kind)) if field.name in json})
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

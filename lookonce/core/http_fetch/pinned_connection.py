@@ -1,0 +1,111 @@
+"""One connection to one of the addresses that were checked, for one request and its answer.
+
+The name is never looked up again: what was checked is what is connected to (no DNS rebinding). TLS still asks for,
+and verifies, the name in the URL.
+"""
+
+from __future__ import annotations
+
+import ssl
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+import httpcore2
+
+from lookonce.core.errors import invalid
+from lookonce.core.http_fetch.addresses import Address
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy
+from lookonce.core.http_fetch.target import Target
+from lookonce.core.version import __version__
+
+USER_AGENT = f"lookonce/{__version__}"
+_MAX_ADDRESSES = 4
+
+
+class PinnedBackend(httpcore2.AsyncNetworkBackend):
+    """Connects to the given addresses, in order, whatever host it is asked for."""
+
+    def __init__(self, addresses: Sequence[Address]) -> None:
+        self._addresses = addresses[:_MAX_ADDRESSES]
+        self._inner = httpcore2.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
+    ) -> httpcore2.AsyncNetworkStream:
+        """A stream to the first address that answers, `timeout` seconds for all of them. Raises ConnectError."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        failure: Exception = httpcore2.ConnectError("no address")
+        for address in self._addresses:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            try:
+                return await self._inner.connect_tcp(str(address), port, timeout=left)
+            except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+    async def connect_unix_socket(
+        self, path: str, timeout: float | None = None, socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        """Never: raises ConnectError."""
+        raise httpcore2.ConnectError("unix sockets are no place to fetch from")
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await self._inner.sleep(seconds)
+
+
+def tls_context(policy: FetchPolicy) -> ssl.SSLContext:
+    """Verifies certificates against the system's roots, and the operator's. Raises INVALID_ARGUMENT for a bad file."""
+    context = httpcore2.default_ssl_context()
+    if policy.ca is not None:
+        try:
+            context.load_verify_locations(cafile=policy.ca)
+        except OSError as error:  # ssl.SSLError is one
+            raise invalid(f"--fetch-ca {policy.ca}: no readable PEM certificates") from error
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+@asynccontextmanager
+async def get(
+    target: Target, addresses: Sequence[Address], policy: FetchPolicy, context: ssl.SSLContext
+) -> AsyncIterator[httpcore2.Response]:
+    """One GET, its answer streaming. No proxy, no cookies, no credentials, no redirect, nothing from the environment.
+
+    Raises httpcore2's errors."""
+    url = httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path)
+    connection = httpcore2.AsyncHTTPConnection(
+        url.origin, ssl_context=context, network_backend=PinnedBackend(addresses)
+    )
+    request = httpcore2.Request(
+        "GET",
+        url,
+        headers={
+            "Host": target.authority,
+            "User-Agent": USER_AGENT,
+            "Accept": "image/*",
+            "Accept-Encoding": "identity",
+            "Connection": "close",
+        },
+        extensions={
+            "timeout": {
+                "connect": policy.connect_timeout,
+                "read": policy.read_timeout,
+                "write": policy.read_timeout,
+            }
+        },
+    )
+    try:
+        response = await connection.handle_async_request(request)
+        try:
+            yield response
+        finally:
+            await response.aclose()
+    finally:
+        await connection.aclose()
