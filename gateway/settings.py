@@ -16,7 +16,7 @@ from gateway.routing.discovery import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings
 from lookonce.core.telemetry.logs import LogFormat
 from lookonce.core.units import split_list
@@ -119,7 +119,7 @@ class GatewaySettings(Settings):
     )
     heartbeat: Seconds = Field(15.0, gt=0, description="silence of an event stream after which a comment is sent")
     playground: bool = Field(True, description="serve the playground, a page for trying things out, at /")
-    samples: Path | None = Field(None, description="folder of images the playground offers; unset: bundled ones")
+    samples: Path | None = Field(None, description="folder of pictures the playground offers; unset: bundled ones")
     allowed_hosts: str = Field(
         "",
         description="names, beside localhost and --host, that requests without API keys may be addressed to, separated "
