@@ -34,7 +34,7 @@ $(SLOW_STAMP): $(DEV_STAMP)
 	@EXTRAS=dev,slow $(SETUP)
 	@touch $@
 
-demo: install  ## Start everything, ask two pictures eight questions each, check every answer
+demo: install  ## Start everything, ask two images eight questions each, check every answer
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce demo $(ARGS)
 
 up: install  ## Start the three processes (ARGS="--model DIR --port 8000")

@@ -22,7 +22,7 @@ from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.stores import Store, open_store
-from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.stores.wrappers import SealedStore
 from lookonce.core.telemetry.logs import serve_metrics
 from lookonce.moderation.policy import read_policy
 

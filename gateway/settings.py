@@ -16,7 +16,7 @@ from gateway.routing.discovery import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings
 from lookonce.core.telemetry.logs import LogFormat
 from lookonce.core.units import split_list

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
@@ -65,3 +67,12 @@ def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
                 file.write(worker)
         except FileExistsError:
             assert mark.read_text() == worker, f"{group} runs in two workers"
+
+
+@pytest.fixture(autouse=True)
+def logs_of_its_own() -> Iterator[None]:
+    """A command that runs in this process sends its logs to stderr; those of the next test go to stdout again."""
+    yield
+    if structlog.is_configured():
+        structlog.reset_defaults()
+        structlog.contextvars.clear_contextvars()

@@ -9,8 +9,10 @@ import sys
 import weakref
 
 import pytest
+import structlog
 
 from lookonce.core.process import heap_frozen
+from lookonce.core.telemetry.logs import configure_logging
 
 SCRIPT = """
 import logging, sys, threading, time
@@ -110,3 +112,11 @@ def test_a_heap_is_as_before_when_the_block_fails():
     with pytest.raises(ZeroDivisionError), heap_frozen():
         raise ZeroDivisionError
     assert any(it is kept for it in gc.get_objects())
+
+
+@pytest.mark.parametrize("stream", ["err", "out"])  # the first configures logging, which the second must not notice
+def test_logs_of_a_process_go_to_stderr_and_of_the_next_test_to_stdout(capsys, stream):
+    if stream == "err":
+        configure_logging("test", log_format="json")
+    structlog.get_logger("test").warning("heard")
+    assert "heard" in getattr(capsys.readouterr(), stream)

@@ -18,7 +18,7 @@ from lookonce.core.identity import DIGEST_BYTES, SHARED_TENANT_KEY, EmbeddingRef
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
 from lookonce.core.single_flight import Flight, How, SingleFlight
 from lookonce.core.stores import Store
-from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.stores.wrappers import SealedStore
 from lookonce.core.telemetry import tracing
 from lookonce.models.family import Patches, VisionEncoder
 from lookonce.models.tensors import view_of

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from lookonce.core.rpc.server import ServerOptions, Tls
+from lookonce.core.rpc.server import ServerOptions
+from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, BytesOrNone, Seconds, Settings, formerly
 from lookonce.core.telemetry.logs import LogFormat
 

@@ -13,7 +13,15 @@ from lookonce.core.errors import LookonceError
 
 Object = dict[str, Any]
 _EMPTY_OK = (".args", ".emptyDir")
-_DECLARED = ("lookonce-keys", "hub-token", "lookonce-store", "cache", "lookonce-ca", "lookonce-eyes", "lookonce-words")
+_DECLARED = (
+    "lookonce-keys",
+    "hub-token",
+    "lookonce-store",
+    "cache",
+    "lookonce-ca",
+    "lookonce-vision-tls",
+    "lookonce-language-tls",
+)
 """Secrets that the profiles say exist."""
 
 

@@ -18,7 +18,7 @@ HELP = """Split serving for vision-language models: encode an image once, ask it
   lookonce demo                         see it work, with nothing to download
   lookonce up --model DIR_OR_HUB_ID     start serving
   lookonce ask photo.jpg -q "What is this?"
-  lookonce moderate pictures/ --policy policy.yaml --out results.parquet
+  lookonce moderate images/ --policy policy.yaml --out results.parquet
   lookonce report results.parquet       a page to look at
   lookonce doctor --model DIR_OR_HUB_ID what this machine can run, and what to do about the rest
 

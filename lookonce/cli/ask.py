@@ -1,4 +1,4 @@
-"""`lookonce ask`: questions about one picture, answered in the terminal."""
+"""`lookonce ask`: questions about one image, answered in the terminal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lookonce.core.units import split_list
 if TYPE_CHECKING:
     from lookonce.cli.api import Api
 
-HELP = """Ask questions about a picture.
+HELP = """Ask questions about an image.
 
 \b
-  lookonce ask photo.jpg -q "What is in this picture?"
+  lookonce ask photo.jpg -q "What is in this image?"
   lookonce ask form.png -q "Who signed?" -q "What is the date?" --json
   lookonce ask photo.jpg -q "Is there a person?" --choices yes,no      probabilities
   lookonce ask photo.jpg                                               a prompt; it remembers the conversation
@@ -32,7 +32,7 @@ IMAGE may be - for standard input.
 
 
 def ask(
-    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Picture file, or - for standard input.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="Image file, or - for standard input.")],
     question: Annotated[
         list[str] | None, typer.Option("-q", "--question", metavar="TEXT", help="A question; may be given many times.")
     ] = None,
@@ -53,7 +53,7 @@ def ask(
         typer.Option(envvar="LOOKONCE_DATA_DIR", metavar="DIR", help="Where `lookonce up` runs, or will be started."),
     ] = None,
 ) -> None:
-    """Ask questions about a picture."""
+    """Ask questions about an image."""
     from lookonce.cli.api import Api
     from lookonce.cli.system import some_system
 
@@ -78,7 +78,7 @@ def ask(
 
 
 def read_image(image: str) -> bytes:
-    """The file's bytes, known to be a picture. Raises INVALID_ARGUMENT otherwise."""
+    """The file's bytes, known to be an image. Raises INVALID_ARGUMENT otherwise."""
     from io import BytesIO
 
     from PIL import Image, UnidentifiedImageError
@@ -90,14 +90,14 @@ def read_image(image: str) -> bytes:
     try:
         Image.open(BytesIO(data)).close()  # the header only
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError):
-        kind = "is empty" if not data else "is not a picture (JPEG, PNG, WEBP, GIF, BMP or TIFF)"
+        kind = "is empty" if not data else "is not an image (JPEG, PNG, WEBP, GIF, BMP or TIFF)"
         raise invalid(f"{image}: {kind}", param="image") from None
     return data
 
 
 def converse(api: Api, image_id: str, max_tokens: int | None) -> None:
     """Questions from the terminal until an empty line or the end of input; earlier turns are remembered."""
-    note("Ask about the picture. An empty line or Ctrl-D ends.")
+    note("Ask about the image. An empty line or Ctrl-D ends.")
     turns: list[str] = []
     while True:
         try:
@@ -114,11 +114,11 @@ def converse(api: Api, image_id: str, max_tokens: int | None) -> None:
 
 def _stream(api: Api, image_id: str, turns: list[str], max_tokens: int | None) -> Iterator[str]:
     """Pieces of the answer to the last of `turns` (question, answer, question ...)."""
-    picture = {"type": "image_url", "image_url": {"url": f"lookonce:{image_id}"}}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, {"type": "text", "text": turns[0]}]}]
+    shown = {"type": "image_url", "image_url": {"url": f"lookonce:{image_id}"}}
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [shown, {"type": "text", "text": turns[0]}]}]
     for number, text in enumerate(turns[1:], start=1):
         messages.append({"role": "assistant" if number % 2 else "user", "content": text})
-    for chunk in api.chat(api.models()[0], messages, max_tokens):
+    for chunk in api.stream(api.model(), messages, max_tokens):
         for choice in chunk["choices"]:
             yield choice["delta"].get("content") or ""
 

@@ -1,4 +1,4 @@
-"""`lookonce demo`: the whole system on this machine, two pictures, eight questions each, every answer checked."""
+"""`lookonce demo`: the whole system on this machine, two images, eight questions each, every answer checked."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import typer
 from lookonce.cli.console import fail, note, printable, say
 from lookonce.core.errors import ErrorKind, LookonceError
 
-HELP = """Start everything on the embedded store, ask two pictures eight questions each, and check every answer.
+HELP = """Start everything on the embedded store, ask two images eight questions each, and check every answer.
 
 \b
   lookonce demo
-  lookonce demo --keep                          stays up, for your own pictures
+  lookonce demo --keep                          stays up, for your own images
   lookonce demo --model ./Qwen2-VL-2B-Instruct  the truth is then the unsplit model's answer
 
 Prints each question with its answer, the truth, whether embedding and prefix were found in a cache, and the time; then
 the time of the unsplit model for the same, with as many threads. Exit status 0 only if all answers are right.
 """
-PICTURES, QUESTIONS_EACH = 2, 8
+IMAGES, QUESTIONS_EACH = 2, 8
 MAX_TOKENS = 32
 MIN_TABLE_WIDTH = 160
 
@@ -37,7 +37,7 @@ MIN_TABLE_WIDTH = 160
 class Row:
     """One question of the demo."""
 
-    picture: Path
+    image: Path
     question: str
     truth: str | None
     answer: str
@@ -100,10 +100,10 @@ def _run(directory: Path, model: str | None, keep: bool, port: int, dtype: str, 
     arguments += ["--threads", str(threads)]
     with started(directory / "data", arguments) as system, Api(system.url) as api:
         begun = time.perf_counter()
-        rows = [row for sample in samples[:PICTURES] for row in _ask(api, sample)]
+        rows = [row for sample in samples[:IMAGES] for row in _ask(api, sample)]
         split_seconds = time.perf_counter() - begun
         note("lookonce: asking the unsplit model the same, for comparison")
-        baseline = unsplit(source, dtype, device, threads, [(row.picture, row.question) for row in rows])
+        baseline = unsplit(source, dtype, device, threads, [(row.image, row.question) for row in rows])
         for row, unsplit_answer in zip(rows, baseline["answers"], strict=True):
             row.truth = unsplit_answer["text"] if row.truth is None else row.truth
         right = sum(same_answer(row.answer, row.truth or "") for row in rows)
@@ -161,12 +161,12 @@ def show(rows: list[Row]) -> None:
 
     from lookonce.core.sample_images import same_answer
 
-    table = Table("picture", "question", "answer", "truth", "embedding", "prefix", "ms")
+    table = Table("image", "question", "answer", "truth", "embedding", "prefix", "ms")
     for row in rows:
         colour = "green" if same_answer(row.answer, row.truth or "") else "red"
         answer = f"[{colour}]{escape(_short(row.answer))}[/]"
         hits = (str(row.receipt.get("embedding", "?")), str(row.receipt.get("prefix", "?")))
-        texts = (escape(row.picture.name), escape(row.question), answer, escape(_short(row.truth or "")))
+        texts = (escape(row.image.name), escape(row.question), answer, escape(_short(row.truth or "")))
         table.add_row(*texts, *hits, f"{row.ms:.0f}")
     console = Console()
     console.width = max(console.width, MIN_TABLE_WIDTH)

@@ -17,7 +17,7 @@ import httpx2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.rpc.client import open_channel
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 
 PROBE_TIMEOUT = 2.0
 

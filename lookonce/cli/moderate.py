@@ -1,4 +1,4 @@
-"""`lookonce moderate`: a folder, bucket or table of pictures through a policy."""
+"""`lookonce moderate`: a folder, bucket or table of images through a policy."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ INTERRUPTED = 130
 LATER = 75
 """EX_TEMPFAIL: a service stayed away; the same command goes on later."""
 
-HELP = """Judge many pictures by a policy: a probability for each rule and picture.
+HELP = """Judge many images by a policy: a probability for each rule and image.
 
 \b
-  lookonce moderate pictures/ --policy policy.yaml --out results.parquet
+  lookonce moderate images/ --policy policy.yaml --out results.parquet
   lookonce moderate 'shoes/**/*.jpg' --policy policy.yaml --out results.jsonl
   lookonce moderate urls.txt --policy policy.yaml --out results.parquet        a path or URL a line
   lookonce moderate items.parquet --column image --policy policy.yaml --out results.csv
   lookonce moderate 'shards/*.tar' --policy policy.yaml --out results/         webdataset
   lookonce moderate s3://bucket/uploads/ --policy policy.yaml --out results.parquet
-  lookonce moderate pictures/ --policy policy.yaml --out r.parquet --dry-run   how long will it take?
+  lookonce moderate images/ --policy policy.yaml --out r.parquet --dry-run   how long will it take?
 
 SOURCE is a directory, a glob, a .txt list, a .jsonl, .csv or .parquet table, a .tar, or s3:// or gs:// of any of these.
 It uses the services at --vision and --lm, else those that `lookonce up` runs on the data directory.
 
-It may be killed at any time: the same command goes on where it stopped, and each picture is in the results once. Equal
-files are judged once. A picture that can't be read is a row that says why. When a service is away, it waits. Results
+It may be killed at any time: the same command goes on where it stopped, and each image is in the results once. Equal
+files are judged once. An image that can't be read is a row that says why. When a service is away, it waits. Results
 of different policies, models or sources are never mixed.
 
 `lookonce report results.parquet` makes a page to look at. Everything about policies: docs/moderation.md.
@@ -92,7 +92,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
         if run.dropped:
             note(f"{run.dropped:,} damaged entries of an earlier process were dropped, and are made again")
         if run.begun.rows:
-            note(f"going on after {run.begun.rows:,} pictures")
+            note(f"going on after {run.begun.rows:,} images")
         status = uvloop.run(_work(made, run))
     finally:
         run.close()
@@ -155,7 +155,7 @@ def _stop_on_signals(job: Any) -> None:
 
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
-    from lookonce.core.rpc.server import Tls
+    from lookonce.core.rpc.tls import Tls
     from lookonce.moderation.batch.connect import Addresses
     from lookonce.moderation.batch.service_pool import Patience
 

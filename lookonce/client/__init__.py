@@ -4,7 +4,7 @@
 
     with lookonce.Client("http://127.0.0.1:8000") as client:
         image = client.image("photo.jpg")  # encoded once
-        print(image.ask("What is in the picture?"))
+        print(image.ask("What is in the image?"))
         print(image.score("Is it outdoors?", ["yes", "no"]))
 
 Knows only the public API. `calls` says what is sent and how answers are read; `sync` and `aio` only send it.

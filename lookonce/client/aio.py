@@ -23,7 +23,7 @@ from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Mo
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import Picture
+    from lookonce.client.image_bytes import ImageSource
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class AsyncClient:
 
     >>> async with lookonce.AsyncClient() as client:
     ...     image = await client.image("photo.jpg")
-    ...     answer = await image.ask("What is in the picture?")
+    ...     answer = await image.ask("What is in the image?")
     ...     async for piece in await image.ask("Describe it.", stream=True):
     ...         print(piece, end="", flush=True)
     """
@@ -50,9 +50,9 @@ class AsyncClient:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.AsyncClient(**self._connection.http_options())
 
-    async def image(self, picture: Picture) -> AsyncImage:
+    async def image(self, source: ImageSource) -> AsyncImage:
         """See Client.image. Files are read in a thread."""
-        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, picture)))
+        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, source)))
 
     async def models(self) -> list[Model]:
         """See Client.models."""
@@ -108,29 +108,26 @@ class AsyncClient:
         await self.close()
 
     async def _send(self, call: Call[T]) -> T:
-        async for attempt in tenacity.AsyncRetrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    reply = await self._http.send(self._http.build_request(**self._connection.request(call)))
-                return self._connection.result(call, reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        async def once() -> T:
+            return self._connection.result(call, await self._reply(call))
 
-    async def _open(self, call: Call[Any]) -> AsyncEvents:
-        """The events of an answer, which has begun."""
-        async for attempt in tenacity.AsyncRetrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    request = self._http.build_request(**self._connection.request(call))
-                    reply = await self._http.send(request, stream=True)
-                    if reply.status_code >= 300:
-                        await reply.aread()
-                self._connection.check(reply)
-                return AsyncEvents(reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return await tenacity.AsyncRetrying(**self._connection.attempts(call))(once)
+
+    async def _open(self, call: Call[Any]) -> httpx2.Response:
+        """An answer that has begun, to be closed."""
+        return await tenacity.AsyncRetrying(**self._connection.attempts(call))(self._reply, call, stream=True)
+
+    async def _reply(self, call: Call[Any], *, stream: bool = False) -> httpx2.Response:
+        with self._connection.reaching():
+            reply = await self._http.send(self._http.build_request(**self._connection.request(call)), stream=stream)
+            if reply.status_code >= 300:
+                await reply.aread()
+        self._connection.check(reply)
+        return reply
 
 
 class AsyncImage(ImageBase):
-    """A picture that the gateway has; made by `AsyncClient.image`."""
+    """An image that the gateway has; made by `AsyncClient.image`."""
 
     def __init__(self, client: AsyncClient, info: ImageInfo) -> None:
         super().__init__(info)
@@ -211,7 +208,7 @@ class AsyncImage(ImageBase):
     ) -> AsyncGenerator[tuple[int, Answer], None]:
         for batch in calls.batches(self.id, questions, options):
             seen = 0
-            async with aclosing(await self._client._open(batch.call)) as events:
+            async with aclosing(await self._client._open(batch.call)) as reply, aclosing(events_of(reply)) as events:
                 async for event in events:
                     yield batch.answer(event)
                     seen += 1
@@ -221,8 +218,8 @@ class AsyncImage(ImageBase):
 class AsyncTextStream:
     """See TextStream: `async for piece in stream`, then `await stream.answer()`."""
 
-    def __init__(self, events: AsyncEvents) -> None:
-        self._events = events
+    def __init__(self, reply: httpx2.Response) -> None:
+        self._reply = reply
         self._assembly = TextAssembly()
         self._pieces = self._read()
 
@@ -243,7 +240,7 @@ class AsyncTextStream:
     async def close(self) -> None:
         """Stop."""
         await self._pieces.aclose()
-        await self._events.aclose()
+        await self._reply.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -255,36 +252,22 @@ class AsyncTextStream:
 
     async def _read(self) -> AsyncGenerator[str, None]:
         try:
-            async for event in self._events:
-                piece = self._assembly.take(event)
-                if piece:
-                    yield piece
+            async with aclosing(events_of(self._reply)) as events:
+                async for event in events:
+                    if piece := self._assembly.take(event):
+                        yield piece
         except StreamInterrupted as error:
             error.text = self.text
             raise
         finally:
-            await self._events.aclose()
+            await self._reply.aclose()
 
 
-class AsyncEvents:
+async def events_of(reply: httpx2.Response) -> AsyncGenerator[dict[str, Any], None]:
     """The events of an answer that has begun."""
-
-    def __init__(self, reply: httpx2.Response) -> None:
-        self._reply = reply
-        self._events = self._read()
-
-    def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
-        return self._events
-
-    async def aclose(self) -> None:
-        """Stop."""
-        await self._events.aclose()
-        await self._reply.aclose()
-
-    async def _read(self) -> AsyncGenerator[dict[str, Any], None]:
-        reader = EventReader()
-        with streaming():
-            async for piece in self._reply.aiter_bytes():
-                for event in reader.feed(piece):
-                    yield event
-        reader.end()
+    reader = EventReader()
+    with streaming():
+        async for chunk in reply.aiter_bytes():
+            for event in reader.feed(chunk):
+                yield event
+    reader.end()

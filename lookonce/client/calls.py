@@ -15,7 +15,7 @@ from lookonce.client.response_types import Answer, Erasure, ImageInfo, Json, Mod
 from lookonce.core.errors import invalid
 
 if TYPE_CHECKING:
-    from lookonce.client.image_bytes import Picture
+    from lookonce.client.image_bytes import ImageSource
 
 T = TypeVar("T")
 MAX_QUESTIONS = 1000  # the gateway's limits for one request
@@ -34,12 +34,12 @@ class Call(Generic[T]):
     repeatable: bool = True
 
 
-def upload(picture: Picture) -> Call[ImageInfo]:
-    """The image of a picture: uploaded, or looked up when it is an id. May block."""
-    identifier = image_bytes.image_id(picture)
+def upload(source: ImageSource) -> Call[ImageInfo]:
+    """An image: uploaded, or looked up when it is an id. May block."""
+    identifier = image_bytes.image_id(source)
     if identifier is not None:
         return look(identifier)
-    return Call("POST", "/v1/images", ImageInfo.of, image_bytes.upload_body(picture))
+    return Call("POST", "/v1/images", ImageInfo.of, image_bytes.upload_body(source))
 
 
 def look(image: str) -> Call[ImageInfo]:
@@ -99,15 +99,15 @@ def chat_stream(
 def ask_stream(image: str, question: str, options: QuestionOptions) -> Call[Answer]:
     """One question, answered in events that TextAssembly takes."""
     sampling: Any = {name: value for name, value in options.items() if name not in ("system", "detail")}
-    picture = picture_part(image, options.get("detail"))
+    shown = image_part(image, options.get("detail"))
     text = {"type": "text", "text": as_question(question).text}
-    messages: list[dict[str, Any]] = [{"role": "user", "content": [picture, text]}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": [shown, text]}]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
     return chat_stream(messages, sampling, None)
 
 
-def picture_part(image: str, detail: str | None = None) -> dict[str, Any]:
+def image_part(image: str, detail: str | None = None) -> dict[str, Any]:
     """The message part that stands for an image of the gateway."""
     return {"type": "image_url", "image_url": without_none({"url": f"lookonce:{image}", "detail": detail})}
 
@@ -209,7 +209,7 @@ def _part(item: Any) -> Any:
     if not isinstance(identifier, str):
         kinds = "a string, an image of this client, or one of the API's parts"
         raise invalid(f"a part of a message must be {kinds}, not {type(item).__name__}", param="messages")
-    return picture_part(identifier)
+    return image_part(identifier)
 
 
 def _groups(questions: Sequence[Question], common_chars: int) -> Iterator[list[Question]]:

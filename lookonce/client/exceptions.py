@@ -3,7 +3,7 @@
 LookonceError
 ├── ApiError                      the gateway refused: status, code, param, request_id
 │   ├── BadRequestError           400, 413 and other 4xx
-│   │   ├── ImageError            no usable picture, or too large
+│   │   ├── ImageError            no usable image, or too large
 │   │   └── ContextLengthError    prompt and answer don't fit into the model's context
 │   ├── AuthenticationError       401
 │   ├── PermissionDeniedError     403
@@ -93,7 +93,7 @@ class BadRequestError(ApiError):
 
 
 class ImageError(BadRequestError):
-    """The file is no usable picture, or has too many pixels."""
+    """The file is no usable image, or has too many pixels."""
 
 
 class ContextLengthError(BadRequestError):

@@ -1,4 +1,4 @@
-"""What a caller may call a picture, and the request that uploads it."""
+"""What a caller may give as an image, and the request that uploads it."""
 
 from __future__ import annotations
 
@@ -14,40 +14,40 @@ from lookonce.core.errors import invalid
 if TYPE_CHECKING:
     from PIL import Image
 
-    Picture = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
+    ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image
 
 _ID = re.compile(r"(?:lookonce:)?(img_[a-z2-7]{52})")
 _PNG_MODES = frozenset({"1", "L", "LA", "P", "RGB", "RGBA", "I;16"})
 
 
-def image_id(picture: Picture) -> str | None:
+def image_id(source: ImageSource) -> str | None:
     """The id, if that is what it is."""
-    found = _ID.fullmatch(picture) if isinstance(picture, str) else None
+    found = _ID.fullmatch(source) if isinstance(source, str) else None
     return found[1] if found else None
 
 
-def upload_body(picture: Picture) -> dict[str, Any]:
+def upload_body(source: ImageSource) -> dict[str, Any]:
     """The body of the upload: the file, or where it is. Reads the file, so it may block.
 
     Raises INVALID_ARGUMENT when a file can't be read or the type is none of those above.
     """
-    if isinstance(picture, str) and picture[:5].lower() == "data:":
-        return {"json": {"data": picture}}
-    if isinstance(picture, str) and re.match(r"https?://", picture, re.IGNORECASE):
-        return {"json": {"url": picture}}
-    return {"files": {"file": ("image", _file(picture), "application/octet-stream")}}
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return {"json": {"data": source}}
+    if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
+        return {"json": {"url": source}}
+    return {"files": {"file": ("image", _file(source), "application/octet-stream")}}
 
 
-def _file(picture: Picture) -> bytes:
-    if isinstance(picture, bytes | bytearray | memoryview):
-        return bytes(picture)
-    if isinstance(picture, str | os.PathLike):
-        return _read(Path(picture))
-    pillow = sys.modules.get("PIL.Image")  # who has a picture of Pillow's has imported it
-    if pillow is not None and isinstance(picture, pillow.Image):
-        return _encode(picture)
+def _file(source: ImageSource) -> bytes:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return bytes(source)
+    if isinstance(source, str | os.PathLike):
+        return _read(Path(source))
+    pillow = sys.modules.get("PIL.Image")  # who has an image of Pillow's has imported it
+    if pillow is not None and isinstance(source, pillow.Image):
+        return _encode(source)
     kinds = "a path, bytes, a PIL image, a URL or an image id"
-    raise invalid(f"a picture must be {kinds}, not {type(picture).__name__}", param="image")
+    raise invalid(f"an image must be {kinds}, not {type(source).__name__}", param="image")
 
 
 def _read(path: Path) -> bytes:
@@ -58,11 +58,11 @@ def _read(path: Path) -> bytes:
         raise invalid(f"{str(path)[:200]}: cannot be read ({reason})", param="image") from error
 
 
-def _encode(picture: Image.Image) -> bytes:
+def _encode(source: Image.Image) -> bytes:
     """As PNG, which loses nothing; modes that PNG lacks as RGB."""
     buffer = io.BytesIO()
     try:
-        (picture if picture.mode in _PNG_MODES else picture.convert("RGB")).save(buffer, "PNG")
+        (source if source.mode in _PNG_MODES else source.convert("RGB")).save(buffer, "PNG")
     except (OSError, ValueError) as error:
-        raise invalid(f"the PIL image cannot be written (mode {picture.mode})", param="image") from error
+        raise invalid(f"the PIL image cannot be written (mode {source.mode})", param="image") from error
     return buffer.getvalue()

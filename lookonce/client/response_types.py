@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 from lookonce.client.exceptions import ApiError, api_error
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer. `cached_tokens` of the prompt were in the KV cache already; `image_tokens` are those of
-    pictures."""
+    images."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -26,14 +27,7 @@ class Usage:
     @classmethod
     def of(cls, json: Json) -> Usage:
         """From the API's `usage` object."""
-        details = json.get("prompt_tokens_details") or {}
-        return cls(
-            json["prompt_tokens"],
-            json["completion_tokens"],
-            json["total_tokens"],
-            details.get("cached_tokens", 0),
-            details.get("image_tokens", 0),
-        )
+        return _made(cls, {**json, **(json.get("prompt_tokens_details") or {})})
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +35,23 @@ class Receipt:
     """What an answer reused and what it cost; times are milliseconds.
 
     `embedding`: "hit" (kept from before), "coalesced" (encoded together with another request), "miss" (encoded for
-    this one), None without a picture. `prefix`: whether the KV cache of the picture was there.
+    this one), None without an image. `prefix`: whether the KV cache of the image was there.
     """
 
     embedding: Literal["hit", "miss", "coalesced"] | None
     prefix: Literal["hit", "miss"]
-    encode_ms: float
-    prefill_tokens: int
-    cached_tokens: int
-    queue_ms: float
-    ttft_ms: float
-    model: str
-    fingerprint: str
+    encode_ms: float = 0.0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    queue_ms: float = 0.0
+    ttft_ms: float = 0.0
+    model: str = ""
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, json: Json) -> Receipt:
         """From the API's `receipt` object."""
-        return cls(
-            json.get("embedding"),
-            json["prefix"],
-            json.get("encode_ms", 0.0),
-            json.get("prefill_tokens", 0),
-            json.get("cached_tokens", 0),
-            json.get("queue_ms", 0.0),
-            json.get("ttft_ms", 0.0),
-            json.get("model", ""),
-            json.get("fingerprint", ""),
-        )
+        return _made(cls, {"embedding": None, **json})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,31 +86,21 @@ class ImageInfo:
     after an upload, whether its embedding was known and what encoding took."""
 
     id: str
-    bytes: int
-    width: int | None
-    height: int | None
-    tokens: int | None
-    status: str
-    created_at: datetime | None
-    expires_at: datetime | None
+    bytes: int = 0
+    width: int | None = None
+    height: int | None = None
+    tokens: int | None = None
+    status: str = ""
+    created_at: datetime | None = None
+    expires_at: datetime | None = None
     cached: bool | None = None
     encode_ms: float | None = None
 
     @classmethod
     def of(cls, json: Json) -> ImageInfo:
         """From the API's image object."""
-        return cls(
-            json["id"],
-            json.get("bytes", 0),
-            json.get("width"),
-            json.get("height"),
-            json.get("tokens"),
-            json.get("status", ""),
-            _time(json.get("created_at")),
-            _time(json.get("expires_at")),
-            json.get("cached"),
-            json.get("encode_ms"),
-        )
+        times = {name: _time(json.get(name)) for name in ("created_at", "expires_at")}
+        return _made(cls, {**json, **times})
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,27 +156,26 @@ def answer_of(json: Json) -> Answer:
     """From one of the answers of the questions route."""
     if json.get("error"):
         return Answer("", id=json.get("id"), error=api_error(json["error"]))
-    return Answer(
-        json["text"],
-        json.get("finish_reason"),
-        Usage.of(json["usage"]) if json.get("usage") else None,
-        Receipt.of(json["receipt"]) if json.get("receipt") else None,
-        json.get("choices"),
-        json.get("logprobs"),
-        json.get("id"),
-    )
+    return _made(Answer, {**json, **_accounts(json), "error": None})
 
 
 def completion_of(json: Json) -> Answer:
     """From the API's chat completion: its first choice."""
     choice = json["choices"][0]
-    return Answer(
-        choice["message"]["content"] or "",
-        choice.get("finish_reason"),
-        Usage.of(json["usage"]) if json.get("usage") else None,
-        Receipt.of(json["receipt"]) if json.get("receipt") else None,
-        id=json.get("id"),
-    )
+    text = choice["message"]["content"] or ""
+    return Answer(text, choice.get("finish_reason"), **_accounts(json), id=json.get("id"))
+
+
+def _accounts(json: Json) -> dict[str, Any]:
+    return {
+        "usage": Usage.of(json["usage"]) if json.get("usage") else None,
+        "receipt": Receipt.of(json["receipt"]) if json.get("receipt") else None,
+    }
+
+
+def _made(kind: type[T], json: Json) -> T:
+    """A dataclass of the fields that are there."""
+    return kind(**{field.name: json[field.name] for field in fields(cast(Any, kind)) if field.name in json})
 
 
 def _time(seconds: float | None) -> datetime | None:

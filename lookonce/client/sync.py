@@ -22,7 +22,7 @@ from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Mo
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import Picture
+    from lookonce.client.image_bytes import ImageSource
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class Client:
 
     >>> with lookonce.Client("http://127.0.0.1:8000") as client:
     ...     image = client.image("photo.jpg")
-    ...     print(image.ask("What is in the picture?"))
+    ...     print(image.ask("What is in the image?"))
 
     `base_url` and `api_key` default to LOOKONCE_URL and LOOKONCE_API_KEY. `timeout` is in seconds, between bytes (600
     by default; 5 to connect), or httpx2's Timeout. A call that could not connect, or was answered 429 or 503, is tried
@@ -53,22 +53,22 @@ class Client:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.Client(**self._connection.http_options())
 
-    def image(self, picture: Picture) -> Image:
-        """Upload a picture once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
+    def image(self, source: ImageSource) -> Image:
+        """Upload an image once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
 
         >>> client.image("photo.jpg").tokens
         391
 
-        Raises ImageError for what is no picture, NotFoundError for an unknown id.
+        Raises ImageError for what is no image, NotFoundError for an unknown id.
         """
-        return Image(self, self._send(calls.upload(picture)))
+        return Image(self, self._send(calls.upload(source)))
 
     def models(self) -> list[Model]:
         """The models served."""
         return self._send(calls.models())
 
     def moderate(self, *content: Any) -> Moderation:
-        """Judge texts and pictures together by the gateway's policy. Pictures are images of this client, or the API's
+        """Judge texts and images together by the gateway's policy. Images are those of this client, or the API's
         parts.
 
         >>> verdict = client.moderate(image, "Brand new, never worn")
@@ -129,29 +129,25 @@ class Client:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
-        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    reply = self._http.send(self._http.build_request(**self._connection.request(call)))
-                return self._connection.result(call, reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        return tenacity.Retrying(**self._connection.attempts(call))(
+            lambda: self._connection.result(call, self._reply(call))
+        )
 
-    def _open(self, call: Call[Any]) -> Events:
-        """The events of an answer, which has begun."""
-        for attempt in tenacity.Retrying(**self._connection.attempts(call)):
-            with attempt:
-                with self._connection.reaching():
-                    request = self._http.build_request(**self._connection.request(call))
-                    reply = self._http.send(request, stream=True)
-                    if reply.status_code >= 300:
-                        reply.read()
-                self._connection.check(reply)
-                return Events(reply)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+    def _open(self, call: Call[Any]) -> httpx2.Response:
+        """An answer that has begun, to be closed."""
+        return tenacity.Retrying(**self._connection.attempts(call))(self._reply, call, stream=True)
+
+    def _reply(self, call: Call[Any], *, stream: bool = False) -> httpx2.Response:
+        with self._connection.reaching():
+            reply = self._http.send(self._http.build_request(**self._connection.request(call)), stream=stream)
+            if reply.status_code >= 300:
+                reply.read()
+        self._connection.check(reply)
+        return reply
 
 
 class Image(ImageBase):
-    """A picture that the gateway has; made by `Client.image`."""
+    """An image that the gateway has; made by `Client.image`."""
 
     def __init__(self, client: Client, info: ImageInfo) -> None:
         super().__init__(info)
@@ -169,7 +165,7 @@ class Image(ImageBase):
         >>> answer = image.ask("What does the sign say?", max_tokens=20)
         >>> answer.text, answer.receipt.embedding
         ('No parking', 'hit')
-        >>> for piece in image.ask("Describe the picture.", stream=True):
+        >>> for piece in image.ask("Describe the image.", stream=True):
         ...     print(piece, end="", flush=True)
         """
         if stream:
@@ -245,7 +241,7 @@ class Image(ImageBase):
     ) -> Generator[tuple[int, Answer], None, None]:
         for batch in calls.batches(self.id, questions, options):
             seen = 0
-            with closing(self._client._open(batch.call)) as events:
+            with closing(self._client._open(batch.call)) as reply, closing(events_of(reply)) as events:
                 for event in events:
                     yield batch.answer(event)
                     seen += 1
@@ -260,8 +256,8 @@ class TextStream:
     so far, when the connection breaks.
     """
 
-    def __init__(self, events: Events) -> None:
-        self._events = events
+    def __init__(self, reply: httpx2.Response) -> None:
+        self._reply = reply
         self._assembly = TextAssembly()
         self._pieces = self._read()
 
@@ -282,7 +278,7 @@ class TextStream:
     def close(self) -> None:
         """Stop."""
         self._pieces.close()
-        self._events.close()
+        self._reply.close()
 
     def __enter__(self) -> Self:
         return self
@@ -294,35 +290,21 @@ class TextStream:
 
     def _read(self) -> Generator[str, None, None]:
         try:
-            for event in self._events:
-                piece = self._assembly.take(event)
-                if piece:
-                    yield piece
+            with closing(events_of(self._reply)) as events:
+                for event in events:
+                    if piece := self._assembly.take(event):
+                        yield piece
         except StreamInterrupted as error:
             error.text = self.text
             raise
         finally:
-            self._events.close()
+            self._reply.close()
 
 
-class Events:
+def events_of(reply: httpx2.Response) -> Generator[dict[str, Any], None, None]:
     """The events of an answer that has begun."""
-
-    def __init__(self, reply: httpx2.Response) -> None:
-        self._reply = reply
-        self._events = self._read()
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self._events
-
-    def close(self) -> None:
-        """Stop."""
-        self._events.close()
-        self._reply.close()
-
-    def _read(self) -> Generator[dict[str, Any], None, None]:
-        reader = EventReader()
-        with streaming():
-            for piece in self._reply.iter_bytes():
-                yield from reader.feed(piece)
-        reader.end()
+    reader = EventReader()
+    with streaming():
+        for chunk in reply.iter_bytes():
+            yield from reader.feed(chunk)
+    reader.end()

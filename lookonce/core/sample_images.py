@@ -1,4 +1,4 @@
-"""Pictures and questions for the demo: the bundled samples with their truth, or two drawn here whose truth is what the
+"""Images and questions for the demo: the bundled samples with their truth, or two drawn here whose truth is what the
 unsplit model answers."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture file and its questions, each with the true answer where it is known."""
+    """An image file and its questions, each with the true answer where it is known."""
 
     path: Path
     questions: tuple[tuple[str, str | None], ...]
@@ -60,7 +60,7 @@ def _pairs(asked: Any) -> Iterator[tuple[str, str | None]]:
 
 
 def drawn_samples(directory: Path) -> list[Sample]:
-    """Two pictures of shapes, drawn into `directory`."""
+    """Two images of shapes, drawn into `directory`."""
     from PIL import Image, ImageDraw
 
     first = Image.new("RGB", (280, 224), "white")
@@ -73,8 +73,8 @@ def drawn_samples(directory: Path) -> list[Sample]:
     draw.ellipse((70, 170, 140, 240), fill="gold")
     draw.rectangle((160, 180, 210, 230), fill="purple")
     samples = []
-    for name, picture in (("circle-square.png", first), ("triangle-circle-square.png", second)):
-        picture.save(directory / name)
+    for name, image in (("circle-square.png", first), ("triangle-circle-square.png", second)):
+        image.save(directory / name)
         samples.append(Sample(directory / name, tuple((question, None) for question in QUESTIONS)))
     return samples
 

@@ -132,7 +132,7 @@ def test_doctor_compares_memory_with_the_need_of_each_service():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(None, "No such file"), (b"", "is empty"), (b"no picture at all", "is not a picture")]
+    ("content", "said"), [(None, "No such file"), (b"", "is empty"), (b"no image at all", "is not an image")]
 )
 def test_ask_refuses_what_is_no_picture(tmp_path, content, said):
     image = tmp_path / "image.jpg"
@@ -207,10 +207,11 @@ def test_up_refuses_variables_that_would_move_its_private_doors(checkpoint, tmp_
             {},
             "the vision service can't start: device 'warp' is not one of auto, cpu, cuda, cuda:N, mps",
         ),
-        (
+        pytest.param(
             [],
             {"LOOKONCE_GATEWAY_TLS_CERTIFICATE": "/nowhere/c.pem", "LOOKONCE_GATEWAY_TLS_KEY": "/nowhere/k.pem"},
             "the gateway service can't start: TLS: /nowhere/k.pem cannot be read (No such file or directory)",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -14,7 +14,7 @@ PICTURES = {"star", "red-circle", "crowded", "cross"}
 
 @pytest.fixture(scope="module")
 def moderating(another_gateway):
-    return another_gateway("--policy", str(POLICY)).url
+    return another_gateway("--policy", str(POLICY)).wait_ready().url
 
 
 async def test_pictures_and_texts_are_judged_together_by_both_clients(moderating, picture):

@@ -72,7 +72,7 @@ def results(pair, pictures, policy, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("results") / "results.parquet"
     done = pair.moderate(pictures.folder, policy, out, "--part-rows", "25")
     assert done.returncode == 0, done.stderr
-    assert f"{COUNT} pictures" in done.stdout and "crowded" in done.stdout
+    assert f"{COUNT} images" in done.stdout and "crowded" in done.stdout
     assert list(out.parent.iterdir()) == [out]  # nothing is left behind
     return out
 

@@ -36,7 +36,7 @@ def test_a_language_service_that_cannot_reach_the_vision_service_for_a_while(pic
     language = ServiceProcess("lm_service", *ARGUMENTS, "--vision", f"unix:{link}")
     options = ("--under-way", "8", "--progress-seconds", "0.2")
     with vision, language, Pair(vision, language).moderating(pictures.folder, policy, out, *options) as run:
-        run.wait_for(r"[1-9]\d* of 100 pictures")
+        run.wait_for(r"[1-9]\d* of 100 images")
         link.unlink()
         vision.kill()  # and with it all embeddings that wait to be scored
         vision.restart()
@@ -65,7 +65,7 @@ def test_services_that_stand_still_for_longer_than_a_call_may_take(pictures, pol
     services, out = start_pair("memory://"), tmp_path / "out.parquet"
     options = ("--call-timeout", "3s", "--under-way", "8", "--progress-seconds", "0.2")
     with services.vision, services.language, services.moderating(pictures.folder, policy, out, *options) as run:
-        run.wait_for(r"[1-9]\d* of 100 pictures")
+        run.wait_for(r"[1-9]\d* of 100 images")
         for service in (services.vision, services.language):
             service.process.send_signal(signal.SIGSTOP)
         time.sleep(10)

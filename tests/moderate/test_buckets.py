@@ -170,7 +170,7 @@ def test_credentials_that_expire_end_the_run_and_no_picture(pair, moderate, s3, 
     options = ["--under-way", "2", "--progress-seconds", "0.1"]
     command = ["moderate", s3.at("a/"), "--policy", policy, "--out", tmp_path / "out.parquet", *pair.arguments()]
     with Background(sys.executable, "-m", "lookonce", *map(str, command), *options, **s3.env) as run:
-        run.wait_for(r"[1-9]\d* of 60 pictures")
+        run.wait_for(r"[1-9]\d* of 60 images")
         s3.accept_anybody(False)
         assert run.wait_exit() == 1, run.output
         assert "no credentials that the bucket's server accepts" in run.output

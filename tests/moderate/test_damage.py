@@ -81,7 +81,7 @@ def test_a_report_leaves_out_what_is_damaged(tmp_path, spoil):
     rows = [row for batch in spoilt.batches() for row in batch.to_pylist()]
     assert all(row == known[row["index"]] for row in rows) and len({row["index"] for row in rows}) == len(rows)
     done = invoke("report", out)
-    assert done.returncode == 0 and f"{len(rows)} pictures so far" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"{len(rows)} images so far" in done.stdout, done.stderr
     assert len(rows) < 25 and f"{spoilt.left_out} damaged" in done.stderr
 
 
@@ -116,22 +116,15 @@ def killed(pair, pictures, policy, tmp_path_factory) -> Path:
     return ledger.parent
 
 
-RESUMED: dict[str, tuple[Spoil, ...]] = {
-    "in the ledger": (swap("pictures"), swap("firsts", 2), swap("rows")),
-    "of parts": (swap_files,),
-}
-
-
-@pytest.mark.parametrize("which", RESUMED)
-def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path, which):
+def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path):
     out = tmp_path / "out.parquet"
     run = shutil.copytree(killed, tmp_path / "out.parquet.run")
-    for spoil in RESUMED[which]:
+    for spoil in (swap("pictures"), swap("firsts", 2), swap("rows"), swap_files):
         spoil(run)
     done = pair.moderate(pictures.folder, policy, out, "--part-rows", "10")
     assert done.returncode == 0, done.stderr
     assert "damaged entries of an earlier process were dropped" in done.stderr
-    assert f"{COUNT} of {COUNT} pictures" in done.stderr and list(tmp_path.glob("out.*")) == [out]
+    assert f"{COUNT} of {COUNT} images" in done.stderr and list(tmp_path.glob("out.*")) == [out]
     assert settled(out).equals(settled(results))
 
 

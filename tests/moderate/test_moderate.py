@@ -112,20 +112,20 @@ def test_interrupted_it_finishes_what_is_under_way_and_goes_on_counting(pair, pi
     out = tmp_path / "out.csv"
     options = ("--under-way", "4", "--progress-seconds", "0.2")
     with pair.moderating(pictures.folder, policy, out, *options) as run:
-        run.wait_for(r"[1-9]\d of 100 pictures")
+        run.wait_for(r"[1-9]\d of 100 images")
         run.signal(signal.SIGINT)
         assert run.wait_exit() == 130, run.output
         assert "Run the same command again" in run.output
         (known,) = re.findall(r"stopped: (\d+) of 100", run.output)
-    assert f"{known} pictures so far" in invoke("report", out, "--gallery", "0").stdout
+    assert f"{known} images so far" in invoke("report", out, "--gallery", "0").stdout
     done = pair.moderate(pictures.folder, policy, out)
-    assert done.returncode == 0 and f"going on after {known} pictures" in done.stderr
-    told = re.findall(r"100 of 100 pictures, .* ([\d.]+)% flagged, (\d+) errors, (\d+) duplicates", done.stderr)[-1]
+    assert done.returncode == 0 and f"going on after {known} images" in done.stderr
+    told = re.findall(r"100 of 100 images, .* ([\d.]+)% flagged, (\d+) errors, (\d+) duplicates", done.stderr)[-1]
     rows = settled(out).to_pylist()
     errors, flagged = (sum(bool(row[name]) for row in rows) for name in ("error", "flagged"))
     duplicates = sum(row["duplicate_of"] is not None for row in rows)
     assert told == (f"{100 * flagged / (COUNT - errors):.1f}", str(errors), str(duplicates))
-    assert f"{COUNT} pictures, {flagged} flagged, {duplicates} duplicates" in done.stdout
+    assert f"{COUNT} images, {flagged} flagged, {duplicates} duplicates" in done.stdout
     assert settled(out).equals(settled(results))
 
 
@@ -191,7 +191,7 @@ def test_what_cannot_be_written_is_refused_with_what_can(pair, pictures, policy,
 def test_a_dry_run_estimates_and_writes_nothing(pair, pictures, policy, tmp_path):
     done = pair.moderate(pictures.folder, policy, tmp_path / "out.parquet", "--dry-run", "--sample", "12")
     assert done.returncode == 0, done.stderr
-    assert "100 entries" in done.stdout and "estimate" in done.stdout and "12 pictures" in done.stdout
+    assert "100 entries" in done.stdout and "estimate" in done.stdout and "12 images" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -202,7 +202,7 @@ def test_services_that_restart_lose_nothing(pictures, policy, results, tmp_path)
         out = tmp_path / "out.parquet"
         options = ("--part-rows", "25", "--under-way", "8", "--progress-seconds", "0.2")
         with services.moderating(pictures.folder, policy, out, *options) as run:
-            run.wait_for(r"[1-9]\d* of 100 pictures")
+            run.wait_for(r"[1-9]\d* of 100 images")
             services.vision.kill()
             services.language.kill()
             services.language.restart()
@@ -218,7 +218,7 @@ def test_a_service_that_stays_away_ends_the_run_for_now(pictures, policy, tmp_pa
         out = tmp_path / "out.parquet"
         options = ("--under-way", "4", "--progress-seconds", "0.2", "--patience", "3s")
         with services.moderating(pictures.folder, policy, out, *options) as run:
-            run.wait_for(r"[1-9]\d* of 100 pictures")
+            run.wait_for(r"[1-9]\d* of 100 images")
             services.language.kill()
             assert run.wait_exit() == 75, run.output
             assert "Run the same command again" in run.output

@@ -81,7 +81,7 @@ def test_a_picture_that_kills_the_language_service_in_a_run_that_is_killed_too(s
     with vision, language:
         services = Pair(vision, language)
         with services.moderating(source, policy, out, *OPTIONS) as run:
-            run.wait_for("a service died of one picture", seconds=SECONDS)
+            run.wait_for("a service died of one image", seconds=SECONDS)
             run.process.kill()
         done = services.moderate(source, policy, out, *OPTIONS, seconds=SECONDS)
         assert done.returncode == 0 and "going on after" in done.stderr, done.stderr
@@ -96,7 +96,7 @@ def test_a_service_that_dies_of_everything_is_no_pictures_fault(source, policy, 
         more = ("--patience", "45s")
         done = Pair(vision, language).moderate(source, policy, out, *OPTIONS, *more, seconds=SECONDS)
         assert done.returncode == 75 and "Run the same command again" in done.stderr, done.stderr
-        assert "a service died of one picture" in done.stderr
+        assert "a service died of one image" in done.stderr
     assert not list(tmp_path.glob("out.parquet.run/parts/part-*"))
 
 
@@ -106,7 +106,7 @@ def test_services_that_are_killed_again_and_again_are_no_pictures_fault(pictures
     language = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)
     rng, services = random.Random(3), Pair(vision, language)
     with vision, language, services.moderating(source, policy, out, *OPTIONS) as run:
-        run.wait_for(r"[1-9]\d* of 40 pictures")
+        run.wait_for(r"[1-9]\d* of 40 images")
         for number in range(6):
             victim = (vision, language)[number % 2]
             victim.kill()

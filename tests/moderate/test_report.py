@@ -21,7 +21,7 @@ def content(page: str) -> dict:
 def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     results = write_results(tmp_path)
     done = invoke("report", results)
-    assert done.returncode == 0 and "41 pictures" in done.stdout, done.stderr
+    assert done.returncode == 0 and "41 images" in done.stdout, done.stderr
     page = (tmp_path / "results.html").read_text()
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:|//|/)""", page) and "@import" not in page
     assert "default-src 'none'" in page and "unsafe-inline" not in page
@@ -33,7 +33,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     assert spoon["fired"] == sum(spoon["bins"][500:]) == 20
     assert fork["fired"] == sum(fork["bins"][800:])
     flagged = [card for card in shown["gallery"] if card["scores"][0] >= 0.5]
-    assert all(card["picture"].startswith("data:image/jpeg;base64,") for card in flagged)
+    assert all(card["image"].startswith("data:image/jpeg;base64,") for card in flagged)
     assert flagged[0]["follow_ups"] == {"spoon": "a <i>silver</i> spoon"}
     assert shown["repeated"] == [[str(tmp_path / "pictures/000.png"), 1]]
 
@@ -43,12 +43,12 @@ def test_what_a_killed_run_knows_is_reported(tmp_path, rows):
     results = begin_results(tmp_path, rows, part_rows=10)
     assert len(list(tmp_path.glob("results.parquet.run/parts/*"))) == rows // 10
     done = invoke("report", results)
-    assert done.returncode == 0 and f"{rows} pictures so far" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{rows} images so far" in done.stdout, done.stdout + done.stderr
     shown = content((tmp_path / "results.html").read_text())
     assert (shown["rows"], shown["complete"]) == (rows, False)
     assert sum(rule["asked"] for rule in shown["rules"]) == 2 * (rows - 1)  # one of them is broken
     flagged = [card for card in shown["gallery"] if card["scores"][0] >= 0.5]
-    assert len(flagged) > rows // 10 and all(card["picture"] for card in flagged)
+    assert len(flagged) > rows // 10 and all(card["image"] for card in flagged)
 
 
 @pytest.mark.parametrize("name", ["results.jsonl", "results.csv"])
@@ -70,8 +70,8 @@ def test_pictures_that_are_not_fetched_are_left_out_and_leave_stdout_alone(tmp_p
     manifest.write_text(json.dumps(json.loads(manifest.read_bytes()) | {"source": str(tmp_path / "urls.txt")}))
     done = lookonce("report", results)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r".*results\.html: 41 pictures, 2\d flagged, \d+ of them in the page\n", done.stdout)
-    assert not any(card["picture"] for card in content((tmp_path / "results.html").read_text())["gallery"])
+    assert re.fullmatch(r".*results\.html: 41 images, 2\d flagged, \d+ of them in the page\n", done.stdout)
+    assert not any(card["image"] for card in content((tmp_path / "results.html").read_text())["gallery"])
 
 
 def test_names_and_answers_are_never_markup(tmp_path):
@@ -98,7 +98,7 @@ def test_pictures_that_changed_or_went_are_left_out(tmp_path):
     cards = {
         card["source"].rpartition("/")[2]: card for card in content((tmp_path / "page.html").read_text())["gallery"]
     }
-    assert cards["009.png"]["picture"] is None and cards["008.png"]["picture"]
+    assert cards["009.png"]["image"] is None and cards["008.png"]["image"]
 
 
 def test_without_results_it_says_so(tmp_path):

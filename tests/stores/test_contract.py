@@ -11,7 +11,7 @@ import pytest
 
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.stores import EmbeddingStore, Leases, Store, open_store
-from lookonce.core.stores.sealed import SealedStore
+from lookonce.core.stores.wrappers import SealedStore
 from tests.stores.records import make_record
 
 

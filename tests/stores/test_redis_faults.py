@@ -137,7 +137,7 @@ async def test_a_probe_that_fails_unforeseen_is_told_and_another_follows(capsys)
     driver.error = RuntimeError("the handler is closed")
     await asyncio.sleep(0.02)
     deadline = time.monotonic() + 60
-    while "probe of a store failed unforeseen" not in "".join(capsys.readouterr()):
+    while "probe of a store failed unforeseen" not in capsys.readouterr().out:
         assert await breaker.get(KEY) is None
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)

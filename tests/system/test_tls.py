@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from lookonce.cli import health
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.fetching.servers import make_certificates
 from tests.pictures import photograph, save

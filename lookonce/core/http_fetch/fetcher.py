@@ -1,4 +1,4 @@
-"""Fetches what clients' URLs lead to, within an operator's rules. Knows nothing of pictures or of our own routes."""
+"""Fetches what clients' URLs lead to, within an operator's rules. Knows nothing of images or of our own routes."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ class Fetcher:
         fetched once. No connection is made unless all URLs are well-formed and allowed. The first failure ends the
         other fetches; raises FetchError.
 
-        `owner` is on whose behalf: one of a known few, none of whom gets more than a share of the places."""
+        `owner` is on whose behalf: one of a known few, none of whom gets more than a share of the slots."""
         targets = [self._read(item) for item in wanted]
         share = self._shares[owner]
         first = {target: item.param for target, item in zip(reversed(targets), reversed(wanted), strict=True)}
-        allowance, lane = Allowance(total_bytes), asyncio.Semaphore(self._policy.per_request)
+        allowance, slots = Allowance(total_bytes), asyncio.Semaphore(self._policy.per_request)
 
         async def one(target: Target, param: str) -> bytes:
-            async with lane:
+            async with slots:
                 return await self._counted(target, param, max_bytes, allowance, share)
 
         try:
@@ -122,7 +122,7 @@ class Fetcher:
         return data
 
     async def _admit(self, held: AsyncExitStack, share: asyncio.Semaphore, param: str) -> None:
-        """Wait for a place of the owner's and then for one of all: who has used up a share keeps nobody waiting."""
+        """Wait for a slot of the owner's and then for one of all: who has used up a share keeps nobody waiting."""
         try:
             async with asyncio.timeout(self._policy.timeout):
                 await held.enter_async_context(share)

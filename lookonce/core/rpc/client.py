@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import join, reference_from_proto
-from lookonce.core.rpc.server import DEFAULT_MAX_MESSAGE_BYTES, Tls
+from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, join, reference_from_proto
 from lookonce.core.rpc.status_codes import from_rpc_error
-from lookonce.core.rpc.tls import read_authorities, read_pair
+from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 
@@ -111,26 +111,28 @@ class _Client:
         return step
 
     async def _unary(self, call: Any, step: Step) -> Any:
-        try:
+        with self._calling(step):
             return await call
-        except grpc.aio.AioRpcError as error:
-            failure = from_rpc_error(error, self.label)
-            step.end(failure_of(failure))
-            raise failure from error
-        finally:
-            step.end()
 
     async def _stream(self, call: Any, step: Step) -> AsyncIterator[Any]:
         try:
-            async for message in call:
-                yield message
+            with self._calling(step):
+                async for message in call:
+                    yield message
+        finally:
+            call.cancel()  # no effect once the call has ended; stops the far end when the reader went away
+
+    @contextmanager
+    def _calling(self, step: Step) -> Iterator[None]:
+        """Ends the step with the block; the call's failure as a LookonceError."""
+        try:
+            yield
         except grpc.aio.AioRpcError as error:
             failure = from_rpc_error(error, self.label)
             step.end(failure_of(failure))
             raise failure from error
         finally:
             step.end()
-            call.cancel()  # no effect once the call has ended; stops the far end when the reader went away
 
 
 class VisionClient(_Client):

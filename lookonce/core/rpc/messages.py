@@ -8,6 +8,7 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from protos.lookonce.v1 import common_pb2
 
+DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 INLINE_BYTES = 4 << 20
 """A record up to this size rides in the first message of Encode; a larger one follows in chunks."""

@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES
 from lookonce.core.rpc.status_codes import abort
-from lookonce.core.rpc.tls import read_authorities, read_pair
+from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import HEADER, Step, begin, failure_of
 
 log = structlog.get_logger(__name__)
 _NO_DEADLINE = ("/grpc.health.v1.", "/grpc.reflection.")
-DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Tls:
-    """PEM files. A server needs certificate and key; `ca` makes it ask for client certificates (mTLS)."""
-
-    certificate: Path | None = None
-    key: Path | None = None
-    ca: Path | None = None
-
-    @property
-    def enabled(self) -> bool:
-        """Whether anything is set."""
-        return bool(self.certificate or self.key or self.ca)
 
 
 @dataclass(frozen=True)
@@ -45,7 +32,7 @@ class ServerOptions:
     """`listen` is "host:port" (port 0: any free one) or "unix:/path"."""
 
     listen: str
-    tls: Tls = Tls()
+    tls: Tls = field(default_factory=Tls)
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
     reflection: bool = False
     grace: float = 20.0  # seconds that calls under way get after SIGTERM
@@ -74,45 +61,38 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio ships 
 
 def _guard_unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:
     async def call(request: Any, context: Any) -> Any:
-        step = _step(context, method)
-        try:
-            _enter(context, method)
+        async with _guarded(context, method):
             return await inner(request, context)
-        except LookonceError as error:
-            step.end(failure_of(error))
-            await abort(context, error)
-        except (asyncio.CancelledError, grpc.aio.AbortError):
-            raise
-        except Exception:  # the edge: nothing foreign may leak
-            log.exception("call failed", method=method)
-            step.end("internal")
-            await abort(context, LookonceError(ErrorKind.INTERNAL, "internal error"))
-        finally:
-            step.end()
 
     return call
 
 
 def _guard_stream(inner: Callable[[Any, Any], AsyncIterator[Any]], method: str) -> Callable[[Any, Any], Any]:
     async def call(request: Any, context: Any) -> AsyncIterator[Any]:
-        step = _step(context, method)
-        try:
-            _enter(context, method)
+        async with _guarded(context, method):
             async for message in inner(request, context):
                 yield message
-        except LookonceError as error:
-            step.end(failure_of(error))
-            await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit, grpc.aio.AbortError):
-            raise
-        except Exception:  # the edge: nothing foreign may leak
-            log.exception("call failed", method=method)
-            step.end("internal")
-            await abort(context, LookonceError(ErrorKind.INTERNAL, "internal error"))
-        finally:
-            step.end()
 
     return call
+
+
+@asynccontextmanager
+async def _guarded(context: Any, method: str) -> AsyncIterator[None]:
+    step = _step(context, method)
+    try:
+        _enter(context, method)
+        yield
+    except LookonceError as error:
+        step.end(failure_of(error))
+        await abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception:  # the edge: nothing foreign may leak
+        log.exception("call failed", method=method)
+        step.end("internal")
+        await abort(context, LookonceError(ErrorKind.INTERNAL, "internal error"))
+    finally:
+        step.end()
 
 
 def _step(context: Any, method: str) -> Step:

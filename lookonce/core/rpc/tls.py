@@ -4,9 +4,24 @@ is at fault."""
 from __future__ import annotations
 
 import ssl
+from dataclasses import dataclass
 from pathlib import Path
 
 from lookonce.core.errors import invalid
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files. A server needs certificate and key; `ca` makes it ask for client certificates (mTLS)."""
+
+    certificate: Path | None = None
+    key: Path | None = None
+    ca: Path | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is set."""
+        return bool(self.certificate or self.key or self.ca)
 
 
 def read_pem(path: Path) -> bytes:

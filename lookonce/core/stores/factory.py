@@ -27,7 +27,7 @@ from lookonce.core.stores.interface import Store
 from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.redis import RedisSettings, RedisStore, cluster, sentinel, standalone
 from lookonce.core.stores.tiered import TieredStore
-from lookonce.core.stores.traced import TracedStore
+from lookonce.core.stores.wrappers import TracedStore
 from lookonce.core.telemetry import tracing
 from lookonce.core.units import parse_duration, parse_size
 

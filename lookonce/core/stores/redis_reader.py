@@ -56,8 +56,8 @@ class ValueReader:
         self._locate: Callable[[], Awaitable[tuple[str, int]]] = self._fixed_address
         if isinstance(pool, SentinelConnectionPool):
             self._locate = pool.get_master_address
-        self._links: set[_Link] = set()
-        self._idle: list[_Link] = []
+        self._connections: set[_Connection] = set()
+        self._idle: list[_Connection] = []
         self._closed = False
 
     async def get(self, name: str) -> memoryview | None:
@@ -66,10 +66,10 @@ class ValueReader:
         A connection that was dropped while idle is replaced once. Raises RedisError or OSError.
         """
         command = (b"GET", name.encode())
-        link = self._take_idle()
-        if link is not None:
+        connection = self._take_idle()
+        if connection is not None:
             try:
-                return await self._ask(link, command)
+                return await self._ask(connection, command)
             except RedisConnectionError:
                 for other in self._idle:  # the server that dropped one has most likely dropped all
                     other.abort()
@@ -79,37 +79,37 @@ class ValueReader:
     async def close(self) -> None:
         """Drop every connection; gets under way fail."""
         self._closed = True
-        links = list(self._links)
-        for link in links:
-            link.abort()
-        for link in links:
-            await link.lost.wait()
+        connections = list(self._connections)
+        for connection in connections:
+            connection.abort()
+        for connection in connections:
+            await connection.lost.wait()
 
-    async def _ask(self, link: _Link, command: tuple[bytes, ...]) -> memoryview | None:
-        value = await link.ask(command, self._options.socket_timeout)
-        if link.usable:
-            self._idle.append(link)
+    async def _ask(self, connection: _Connection, command: tuple[bytes, ...]) -> memoryview | None:
+        value = await connection.ask(command, self._options.socket_timeout)
+        if connection.usable:
+            self._idle.append(connection)
         return value
 
-    def _take_idle(self) -> _Link | None:
+    def _take_idle(self) -> _Connection | None:
         while self._idle:
-            link = self._idle.pop()
-            if link.usable:
-                return link
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
         return None
 
-    async def _connect(self) -> _Link:
+    async def _connect(self) -> _Connection:
         async with asyncio.timeout(self._options.connect_timeout):
             host, port = await self._locate()
-            _, link = await asyncio.get_running_loop().create_connection(
-                lambda: _Link(self._links, self._options.max_value_bytes), host, port, ssl=self._tls()
+            _, connection = await asyncio.get_running_loop().create_connection(
+                lambda: _Connection(self._connections, self._options.max_value_bytes), host, port, ssl=self._tls()
             )
             for command in self._login:
-                await link.ask(command, self._options.connect_timeout)
+                await connection.ask(command, self._options.connect_timeout)
         if self._closed:
-            link.abort()
+            connection.abort()
             raise RedisConnectionError("closed meanwhile")
-        return link
+        return connection
 
     async def _fixed_address(self) -> tuple[str, int]:
         arguments = self._pool.connection_kwargs
@@ -122,12 +122,12 @@ class ValueReader:
         return context
 
 
-class _Link(asyncio.BufferedProtocol):
-    """One connection, one question at a time. In `links` while it is up."""
+class _Connection(asyncio.BufferedProtocol):
+    """One connection, one question at a time. In `connections` while it is up."""
 
-    def __init__(self, links: set[_Link], max_value_bytes: int) -> None:
+    def __init__(self, connections: set[_Connection], max_value_bytes: int) -> None:
         self.lost = asyncio.Event()
-        self._links = links
+        self._connections = connections
         self._max_value_bytes = max_value_bytes
         self._transport: Any = None
         self._answer: asyncio.Future[memoryview | None] | None = None
@@ -174,13 +174,13 @@ class _Link(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio.BaseProtocol."""
         self._transport = transport
-        self._links.add(self)
+        self._connections.add(self)
         with contextlib.suppress(OSError):  # the peer has gone already: it will be told
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
-        self._links.discard(self)
+        self._connections.discard(self)
         self.lost.set()
         self._fail(RedisConnectionError("the connection was lost"))
 

@@ -43,7 +43,7 @@ class Trace:
 
 
 class Step:
-    """A stretch of work within a trace: `end` it once. Without an exporter nothing is recorded."""
+    """A piece of work within a trace: `end` it once. Without an exporter nothing is recorded."""
 
     __slots__ = ("_span", "trace")
 

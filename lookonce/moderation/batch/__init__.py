@@ -1,5 +1,5 @@
-"""Batch moderation: many pictures through a policy, resumable at any instant. Never imports torch.
+"""Batch moderation: many images through a policy, resumable at any instant. Never imports torch.
 
-`sources` list the pictures and read them; `judge` asks the services about one; `ledger` remembers what is known, on
+`sources` list the images and read them; `judge` asks the services about one; `ledger` remembers what is known, on
 disk; `parts` writes what is finished; `job` is the loop that joins them. `lookonce moderate` builds them.
 """

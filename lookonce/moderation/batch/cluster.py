@@ -1,9 +1,9 @@
 """The same job on a Ray cluster (extra `lookonce[ray]`): workers read and judge, this process keeps ledger and parts.
 
-The source is listed here and handed out with Ray Data in waves; each worker reads its inputs itself and reaches the
+The source is listed here and handed out with Ray Data in rounds; each worker reads its inputs itself and reaches the
 services by their addresses. Rows come back in any order and go through the same ledger, so results and resuming are
-those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor. Pictures that
-may be killing services are judged here, one by one, when no worker asks anything: at the end of a wave.
+those of a run on one machine. Who judges bytes that several workers hold is decided by one small actor. Images that
+may be killing services are judged here, one by one, when no worker asks anything: at the end of a round.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lookonce.moderation.batch.poison_isolation import Suspected
 from lookonce.moderation.batch.run import Run
 from lookonce.moderation.batch.run_plan import Plan, open_reader
 from lookonce.moderation.batch.settings import ModerateSettings
-from lookonce.moderation.batch.sources.items import FileAt, Inline, Item, Locator, Span, Unusable, WebUrl, items
+from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Locator, Unusable, WebUrl, items
 from lookonce.moderation.batch.sources.reader import Reader
 from lookonce.moderation.batch.work_loop import Tally
 from lookonce.moderation.policy import Policy
 
-WAVE = 20_000  # inputs handed out at once
-WAVE_PARTS = 16  # and at most so many parts
+ROUND = 20_000  # inputs handed out at once
+ROUND_PARTS = 16  # and at most so many parts
 BATCH = 32  # inputs in one task
-_LOCATORS: dict[str, type[Any]] = {kind.__name__: kind for kind in (FileAt, Span, WebUrl, Inline, Unusable)}
+_LOCATORS: dict[str, type[Any]] = {kind.__name__: kind for kind in (FileAt, FileRange, WebUrl, Inline, Unusable)}
 
 
 def connect(address: str) -> Any:
@@ -70,7 +70,7 @@ def from_record(record: dict[str, Any]) -> Item:
 
 
 class Claims:
-    """An actor: who comes first with a picture judges it."""
+    """An actor: who comes first with an image judges it."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
@@ -131,13 +131,13 @@ async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], 
     ray = connect(made.settings.ray or "auto")
     tally = Tally.of(run.begun)
     claims = ray.remote(num_cpus=0)(Claims).remote()
-    waiting: dict[bytes, list[Row]] = {}  # rows whose picture another worker judges
+    waiting: dict[bytes, list[Row]] = {}  # rows whose image another worker judges
     inputs = items(made.source)
-    size = min(WAVE, WAVE_PARTS * made.settings.part_rows)
+    size = min(ROUND, ROUND_PARTS * made.settings.part_rows)
     ended = False
     while not ended and not stopped():
-        wave, ended = await asyncio.to_thread(_wave, inputs, run, size)
-        rows = _judged(ray, made, claims, wave)
+        handed_out, ended = await asyncio.to_thread(_next_round, inputs, run, size)
+        rows = _judged(ray, made, claims, handed_out)
         suspects: set[int] = set()
         while (batch := await asyncio.to_thread(next, rows, None)) is not None:
             suspects.update(each for each in batch if isinstance(each, int))
@@ -145,22 +145,22 @@ async def run_on_cluster(made: Plan, run: Run, report: Callable[[Tally], None], 
             report(tally)
             if stopped():
                 return tally
-        await _try([item for item in wave if item.index in suspects], made, run, waiting, tally)
+        await _try([item for item in handed_out if item.index in suspects], made, run, waiting, tally)
         if ended:
             await run.listing_ended()
     return tally
 
 
-def _wave(inputs: Iterator[Item], run: Run, size: int) -> tuple[list[Item], bool]:
+def _next_round(inputs: Iterator[Item], run: Run, size: int) -> tuple[list[Item], bool]:
     """Inputs without a row, and whether there are no more. Blocking."""
-    wave: list[Item] = []
+    handed_out: list[Item] = []
     for item in inputs:
         run.listed(item.index + 1)
         if not run.has(item.index):
-            wave.append(item)
-        if len(wave) == size:
-            return wave, False
-    return wave, True
+            handed_out.append(item)
+        if len(handed_out) == size:
+            return handed_out, False
+    return handed_out, True
 
 
 async def _try(suspects: Sequence[Item], made: Plan, run: Run, waiting: dict[bytes, list[Row]], tally: Tally) -> None:
@@ -185,16 +185,16 @@ async def _try(suspects: Sequence[Item], made: Plan, run: Run, waiting: dict[byt
 
 
 def _judged(
-    ray: Any, made: Plan, claims: Any, wave: Sequence[Item]
+    ray: Any, made: Plan, claims: Any, handed_out: Sequence[Item]
 ) -> Iterator[list[tuple[Row, Outcome | None] | int]]:
     """Rows, and indices of suspects. Blocking."""
-    if not wave:
+    if not handed_out:
         return
     settings = made.settings.model_dump(mode="json", exclude_none=True)
     arguments = (made.policy.model_dump(mode="json"), made.addresses, made.served, settings, claims)
-    judged = ray.data.from_items([to_record(item) for item in wave]).map_batches(
+    judged = ray.data.from_items([to_record(item) for item in handed_out]).map_batches(
         Worker,
-        batch_size=min(BATCH, max(1, len(wave) // made.settings.ray_actors)),
+        batch_size=min(BATCH, max(1, len(handed_out) // made.settings.ray_actors)),
         compute=ray.data.ActorPoolStrategy(size=made.settings.ray_actors),
         fn_constructor_args=arguments,
         num_cpus=0.1,

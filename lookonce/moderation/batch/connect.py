@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lookonce.core.errors import invalid
 from lookonce.core.rpc.client import LanguageClient, VisionClient
-from lookonce.core.rpc.server import Tls
+from lookonce.core.rpc.tls import Tls
 from lookonce.moderation.batch.judge import Judge, other_model
 from lookonce.moderation.batch.poison_isolation import PoisonIsolation
 from lookonce.moderation.batch.run_identity import Models, language_fingerprint
@@ -31,7 +31,7 @@ class Addresses:
     language: tuple[str, ...]
     tls: Tls | None = None
     connections: int = 2  # to each vision service
-    scores: int = 16  # pictures a language service scores at once
+    scores: int = 16  # images a language service scores at once
     reproducible: bool = True
     patience: Patience = field(default_factory=Patience)
 
@@ -42,8 +42,8 @@ class Served:
 
     models: Models
     max_image_bytes: int
-    window: int  # pictures of one stream under way
-    under_way: int  # pictures worth having under way in all
+    window: int  # images of one stream under way
+    under_way: int  # images worth having under way in all
 
 
 async def describe(addresses: Addresses, policy: Policy) -> Served:

@@ -1,4 +1,4 @@
-"""Pictures to the vision service over EncodeStream: several connections, each with a bounded window of pictures."""
+"""Images to the vision service over EncodeStream: several connections, each with a bounded window of images."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class EncodeStream:
 
     @property
     def active(self) -> int:
-        """Pictures under way."""
+        """Images under way."""
         return len(self._waiting)
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float) -> Encoded:
-        """Waits for a place in the window. Raises what the service says of the picture, UNAVAILABLE when the
+        """Waits for a place in the window. Raises what the service says of the image, UNAVAILABLE when the
         connection breaks, DEADLINE_EXCEEDED after `timeout` seconds."""
         async with self._slots:
             if self._reader is None or self._reader.done():
@@ -47,7 +47,7 @@ class EncodeStream:
                 async with asyncio.timeout(timeout):
                     return await future
             except TimeoutError as error:
-                text = "the vision service took too long over a picture"
+                text = "the vision service took too long over an image"
                 raise LookonceError(ErrorKind.DEADLINE_EXCEEDED, text) from error
             finally:
                 self._waiting.pop(number, None)
@@ -85,13 +85,13 @@ async def _requests(
 
 
 class EncodeStreams:
-    """Several connections to one address; a picture goes over the one with fewest under way."""
+    """Several connections to one address; an image goes over the one with fewest under way."""
 
     def __init__(self, clients: Sequence[VisionClient], window: int) -> None:
         self._streams = [EncodeStream(client, window) for client in clients]
 
     async def encode(self, image: bytes, *, max_pixels: int | None, timeout: float) -> tuple[EmbeddingReference, str]:
-        """The picture's reference, and "hit", "miss" or "coalesced"."""
+        """The image's reference, and "hit", "miss" or "coalesced"."""
         request = vision_pb2.EncodeRequest(image=image)
         if max_pixels is not None:
             request.max_pixels = max_pixels

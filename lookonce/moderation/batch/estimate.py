@@ -18,10 +18,10 @@ _WARM_UP = 0.25  # share of the sample that is not timed
 
 
 async def estimate(made: Plan) -> str:
-    """Lines for people. Raises INVALID_ARGUMENT when there are no pictures."""
+    """Lines for people. Raises INVALID_ARGUMENT when there are no images."""
     chosen = await asyncio.to_thread(_sample, made)
     if not chosen:
-        raise invalid(f"{made.source.description} holds no pictures", param="source")
+        raise invalid(f"{made.source.description} holds no images", param="source")
     reader = made.reader()
     outcomes: list[Outcome] = []
     waiting = iter(chosen)
@@ -65,7 +65,7 @@ def _sample(made: Plan) -> list[Item]:
 
 
 def _rate(began: float, ends: list[float]) -> float:
-    """Pictures a second, without the beginning."""
+    """Images a second, without the beginning."""
     skipped = int(len(ends) * _WARM_UP)
     start = ends[skipped - 1] if skipped else began
     return (len(ends) - skipped) / max(ends[-1] - start, 1e-6)
@@ -83,7 +83,7 @@ def _text(made: Plan, outcomes: list[Outcome], rate: float, size: int) -> str:
         f"source     {made.source.description}: {entries} entries",
         f"policy     {len(rules)} rules, digest {made.manifest.identity.policy_digest[:12]}",
         f"models     {made.served.models.name}",
-        f"sample     {len(outcomes)} pictures, {size / max(1, len(good)) / 1024:.0f} KiB each, {rate:.1f} a second",
+        f"sample     {len(outcomes)} images, {size / max(1, len(good)) / 1024:.0f} KiB each, {rate:.1f} a second",
     ]
     if count is not None:
         lines.append(f"estimate   {duration(count / rate)} for all; less where files are equal")

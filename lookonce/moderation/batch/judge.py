@@ -1,4 +1,4 @@
-"""Judges one picture: one encode, all rules scored in one call, a follow-up question for each that fires."""
+"""Judges one image: one encode, all rules scored in one call, a follow-up question for each that fires."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Judge:
         self._languages = languages
         self._patience = patience
         self._isolation = isolation
-        self._judged_at = 0.0  # the last picture, on the monotonic clock
+        self._judged_at = 0.0  # the last image, on the monotonic clock
         nothing = common_pb2.ImageReference()
-        self._items = {  # by rule, without the picture: copying one costs a quarter of making it
+        self._items = {  # by rule, without the image: copying one costs a quarter of making it
             rule.id: language_pb2.ScoreItem(
                 id=rule.id, messages=self._messages(nothing, rule.ask("image")), choices=rule.choices
             )
@@ -63,7 +63,7 @@ class Judge:
         }
 
     async def judge(self, image: bytes) -> tuple[Outcome, Timings]:
-        """What comes of the picture, and what it took. A picture that can't be judged is an outcome, too.
+        """What comes of the image, and what it took. An image that can't be judged is an outcome, too.
 
         Raises what ends the run: UNAVAILABLE when a service stays away, FINGERPRINT_MISMATCH when the model has
         changed, and whatever says that the request itself is wrong; and Suspected, where no trials are made."""
@@ -90,7 +90,7 @@ class Judge:
         """Raise UNAVAILABLE when embeddings don't reach the language service: none ever, or none since then."""
         if error.kind in LOST and (self._judged_at == 0.0 or self._judged_at < since < math.inf):
             remedy = "give the language services --vision, or one store to both"
-            text = f"no picture can be judged, for {error.message}: {remedy}"
+            text = f"no image can be judged, for {error.message}: {remedy}"
             raise LookonceError(ErrorKind.UNAVAILABLE, text) from error
 
     async def _judge(self, image: bytes, attempts: Attempts) -> tuple[Outcome, Timings]:
@@ -160,7 +160,7 @@ class Judge:
         return judging.follow_up_text(text)
 
     def _messages(self, shown: common_pb2.ImageReference, question: str) -> list[language_pb2.Message]:
-        """The picture first: all rules share its computation."""
+        """The image first: all rules share its computation."""
         asked = language_pb2.Message(
             role="user", parts=[language_pb2.Part(image=shown), language_pb2.Part(text=question)]
         )

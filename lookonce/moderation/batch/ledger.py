@@ -1,8 +1,8 @@
-"""What a run knows so far, in SQLite: outcomes by picture, rows of parts that are not complete yet, digests of parts.
+"""What a run knows so far, in SQLite: outcomes by image, rows of parts that are not complete yet, digests of parts.
 
-A picture's outcome stands once, by digest; rows lead to it. So a picture is judged once whatever the order, and killing
-the process at any instant loses only what was not committed. Every value is sealed: an outcome for its picture and the
-judgement (policy and models), the rest for its number or picture and the run. Blocking: `run.Run` keeps it to one
+An image's outcome stands once, by digest; rows lead to it. So an image is judged once whatever the order, and killing
+the process at any instant loses only what was not committed. Every value is sealed: an outcome for its image and the
+judgement (policy and models), the rest for its number or image and the run. Blocking: `run.Run` keeps it to one
 thread.
 """
 
@@ -33,7 +33,7 @@ _PRAGMAS = ("trusted_schema=OFF", "journal_mode=WAL", "synchronous=NORMAL")
 _ALL = 1 << 62
 log = structlog.get_logger(__name__)
 Full = tuple[Row, Outcome | None, int | None, str | None]
-"""A row, the outcome of its picture, and index and name of the first input with the same bytes."""
+"""A row, the outcome of its image, and index and name of the first input with the same bytes."""
 Table = Literal["pictures", "firsts", "rows", "parts"]
 _KEYS: dict[Table, str] = {"pictures": "digest", "firsts": "digest", "rows": "number", "parts": "number"}
 _VALUES: dict[Table, str] = {"pictures": "outcome", "firsts": "input", "rows": "row", "parts": "digest"}
@@ -72,9 +72,9 @@ class Ledger:
         """Let go of the file."""
         self._db.close()
 
-    def mend(self, intact: Callable[[int, bytes], bool], pictures_of: Callable[[int], Iterable[bytes]]) -> int:
+    def mend(self, intact: Callable[[int, bytes], bool], images_of: Callable[[int], Iterable[bytes]]) -> int:
         """Drop what fails its seal, and all that hangs on it, so that it is made again; how much failed. `intact`:
-        whether a part is there with that digest; `pictures_of`: the digests of its pictures."""
+        whether a part is there with that digest; `images_of`: the digests of its images."""
         try:
             with self._db:
                 self._db.execute("BEGIN")
@@ -82,7 +82,7 @@ class Ledger:
                 whole = self._whole_parts(intact)
                 dropped += len(self._keys("parts")) - whole
                 if dropped:
-                    known = (all(map(self._known, pictures_of(number))) for number in range(whole))
+                    known = (all(map(self._known, images_of(number))) for number in range(whole))
                     whole = next((number for number, good in enumerate(known) if not good), whole)
                     rows = zip(self._keys("rows"), self.rows(0), strict=True)
                     self._delete("rows", [number for number, full in rows if full is None])
@@ -147,7 +147,7 @@ class Ledger:
         return self._keys("rows")
 
     def outcome(self, digest: bytes, index: int) -> tuple[Outcome, bool] | None:
-        """What is known of a picture, and whether there is a row of it besides the one at `index`."""
+        """What is known of an image, and whether there is a row of it besides the one at `index`."""
         found = self._get("pictures", digest)
         if found is None:
             return None
@@ -172,8 +172,8 @@ class Ledger:
             self._put("firsts", digest, orjson.dumps([row.index, _text(row.source)]))
 
     def rows(self, start: int, end: int = _ALL) -> Iterator[Full | None]:
-        """The rows from `start` to before `end`, in order; None for one that is damaged, or whose picture is. Which is
-        the first of its picture is certain once all of them and all before them have been recorded."""
+        """The rows from `start` to before `end`, in order; None for one that is damaged, or whose image is. Which is
+        the first of its image is certain once all of them and all before them have been recorded."""
         query = "SELECT number, row FROM rows WHERE number >= ? AND number < ? ORDER BY number"
         found = self._db.execute(query, (start, end))
         for number, sealed in found:
@@ -197,12 +197,12 @@ class Ledger:
             self._db.execute("DELETE FROM rows WHERE number < ?", (end,))
             self._put("parts", number, digest)
 
-    def start_again(self, *, keep_pictures: bool) -> None:
-        """Forget rows and parts; and what is known of pictures, unless the same policy and models judge again."""
+    def start_again(self, *, keep_images: bool) -> None:
+        """Forget rows and parts; and what is known of images, unless the same policy and models judge again."""
         with self._db:
             self._db.execute("BEGIN")
             for table in _KEYS:
-                if table != "pictures" or not keep_pictures:
+                if table != "pictures" or not keep_images:
                     self._db.execute(f"DELETE FROM {table}")
 
 

@@ -1,4 +1,4 @@
-"""What came of one picture: everything that depends on its bytes, the policy and the models, and on nothing else."""
+"""What came of one image: everything that depends on its bytes, the policy and the models, and on nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import orjson
 from lookonce.core.errors import ErrorKind, LookonceError
 
 SERVICE_CRASHED = "service_crashed"
-"""The kind of a picture that kills a service whenever it is asked about. No service can say so: no ErrorKind."""
+"""The kind of an image that kills a service whenever it is asked about. No service can say so: no ErrorKind."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Failure:
 
     @classmethod
     def of(cls, error: LookonceError) -> Failure:
-        """The failure that an error means. Raises the error itself where it is no picture's doing: a bucket that does
+        """The failure that an error means. Raises the error itself where it is no image's doing: a bucket that does
         not accept the credentials (any more) ends the run, which goes on with better ones."""
         if error.kind is ErrorKind.UNAUTHENTICATED:
             raise error

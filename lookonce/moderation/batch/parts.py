@@ -134,8 +134,8 @@ class Output:
         """Of a part's file. Raises OSError."""
         return blake3().update_mmap(self.part(number)).digest()
 
-    def pictures(self, number: int, columns: Columns) -> Iterator[str]:
-        """The ids of the pictures in a part."""
+    def images(self, number: int, columns: Columns) -> Iterator[str]:
+        """The ids of the images in a part."""
         for batch in FORMS[self.form].read(self.part(number), columns.schema):
             yield from batch.column("image_digest").drop_null().to_pylist()
 

@@ -58,7 +58,7 @@ def line(tally: Tally, meter: Meter) -> str:
     of = f" of {meter.total:,}" if meter.total is not None else ""
     share = tally.flagged / max(1, tally.done - tally.failed)
     parts = [
-        f"{tally.done:,}{of} pictures",
+        f"{tally.done:,}{of} images",
         f"{meter.rate:.1f}/s",
         f"{share:.1%} flagged",
         f"{tally.failed:,} errors",
@@ -128,5 +128,5 @@ def print_summary(policy: Policy, counts: Counts) -> None:
     console.print(table)
     errors = ", ".join(f"{kind} {count:,}" for kind, count in sorted(counts.errors.items())) or "none"
     console.print(
-        f"{counts.rows:,} pictures, {counts.flagged:,} flagged, {counts.duplicates:,} duplicates; errors: {errors}"
+        f"{counts.rows:,} images, {counts.flagged:,} flagged, {counts.duplicates:,} duplicates; errors: {errors}"
     )

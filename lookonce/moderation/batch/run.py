@@ -51,7 +51,7 @@ def _start_again(path: Path, begun: Manifest | None, manifest: Manifest) -> None
     try:
         with closing(Ledger(path, manifest.identity)) as ledger:
             same = begun is not None and begun.identity.same_judgement(manifest.identity)
-            ledger.start_again(keep_pictures=same)
+            ledger.start_again(keep_images=same)
     except LookonceError:  # damaged, or of another version: nothing of it is kept
         for file in path.parent.glob(f"{path.name}*"):
             file.unlink()
@@ -68,7 +68,7 @@ class Run:
         self._size = manifest.identity.part_rows
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ledger")
         self._ledger = Ledger(output.ledger, manifest.identity)
-        self.dropped = self._ledger.mend(self._intact, self._pictures)
+        self.dropped = self._ledger.mend(self._intact, self._images)
         """Entries that earlier processes left and that were damaged or another's."""
         self._parts = len(self._ledger.parts())
         self._total: int | None = None  # inputs, once the source has been read to its end
@@ -104,7 +104,7 @@ class Run:
             await self._advanced.wait()
 
     async def outcome(self, digest: bytes, index: int) -> tuple[Outcome, bool] | None:
-        """What is known of a picture, and whether there is a row of it besides the one at `index`."""
+        """What is known of an image, and whether there is a row of it besides the one at `index`."""
         return await self._in_thread(lambda: self._ledger.outcome(digest, index))
 
     async def record(self, rows: Sequence[Row], outcomes: dict[bytes, Outcome]) -> None:
@@ -140,8 +140,8 @@ class Run:
         except OSError:
             return False
 
-    def _pictures(self, number: int) -> Iterator[bytes]:
-        return map(digest_of_image_id, self.output.pictures(number, self.columns))
+    def _images(self, number: int) -> Iterator[bytes]:
+        return map(digest_of_image_id, self.output.images(number, self.columns))
 
     def _damaged(self) -> LookonceError:
         text = f"{self.output.run} was damaged meanwhile: run the same command again, which makes again what is missing"

@@ -21,7 +21,7 @@ class Models:
 
     vision: str  # encoder fingerprint
     language: str  # fingerprint of the language half
-    max_pixels: int  # pictures are scaled down to this
+    max_pixels: int  # images are scaled down to this
     name: str = field(compare=False)  # for people
 
     @classmethod
@@ -74,7 +74,7 @@ class Identity:
         return cls(**{**fields, "models": Models(**fields["models"])})
 
     def judgement_key(self) -> str:
-        """What the scores of a picture are bound to."""
+        """What the scores of an image are bound to."""
         models = self.models
         return _canonical([self.policy_digest, models.vision, models.language, models.max_pixels])
 
@@ -84,7 +84,7 @@ class Identity:
         return _canonical([*parts, self.judgement_key()])
 
     def same_judgement(self, other: Identity) -> bool:
-        """Whether a picture has the same scores in both."""
+        """Whether an image has the same scores in both."""
         return self.judgement_key() == other.judgement_key()
 
     def differences(self, now: Identity) -> list[str]:
@@ -103,7 +103,7 @@ class Identity:
             found.append(f"the language model was {then}, now it is {now.models.language[:12]} ({now.models.name})")
         if self.models.max_pixels != now.models.max_pixels:
             then, wanted = f"{self.models.max_pixels:,}", f"{now.models.max_pixels:,}"
-            found.append(f"pictures were scaled to at most {then} pixels, now {wanted}")
+            found.append(f"images were scaled to at most {then} pixels, now {wanted}")
         if (self.form, self.part_rows) != (now.form, now.part_rows):
             then, wanted = f"{self.form} of {self.part_rows} rows", f"{now.form} of {now.part_rows} rows"
             found.append(f"parts were {then}, now they would be {wanted}")

@@ -1,4 +1,4 @@
-"""Pictures to a language service: those that wait at the same time go in one call, which costs less than one each."""
+"""Images to a language service: those that wait at the same time go in one call, which costs less than one each."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from protos.lookonce.v1 import language_pb2
 _CALLS = 2
 """Under way at once: the service has the next when it is done with one."""
 _MOST_ITEMS = 512
-"""Of one call with more than one picture; the service takes 1,024."""
+"""Of one call with more than one image; the service takes 1,024."""
 Items = Sequence[language_pb2.ScoreItem]
 Results = list[language_pb2.ScoreResult]
 
 
 class ScoreCalls:
-    """`score` is called once for each picture, from any number of tasks."""
+    """`score` is called once for each image, from any number of tasks."""
 
     def __init__(self, client: LanguageClient, images: int, *, isolated: bool, timeout: float) -> None:
         """At most about `images` are with the service; `timeout` is that of a call, in seconds. `isolated`: nothing
-        scored beside a picture may change its scores, whatever call it comes in."""
+        scored beside an image may change its scores, whatever call it comes in."""
         self._client = client
         self._images = -(-images // _CALLS)
         self._calls = min(_CALLS, images)

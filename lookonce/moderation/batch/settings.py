@@ -12,7 +12,7 @@ from lookonce.core.settings import Bytes, Seconds, Settings
 
 
 class ModerateSettings(Settings):
-    """`lookonce moderate`: many pictures through a policy."""
+    """`lookonce moderate`: many images through a policy."""
 
     model_config = SettingsConfigDict(env_prefix="LOOKONCE_MODERATE_")
 
@@ -30,23 +30,23 @@ class ModerateSettings(Settings):
     root: str = Field("", description="What relative paths in a list are relative to; unset: the list's own folder.")
     part_rows: int = Field(1000, ge=1, le=1_000_000, description="Inputs in one durable part.")
     connections: int = Field(2, ge=1, le=64, description="Connections to each vision service.")
-    scores: int = Field(16, ge=1, le=1024, description="Pictures that each language service scores at once.")
+    scores: int = Field(16, ge=1, le=1024, description="Images that each language service scores at once.")
     reproducible: bool = Field(
-        True, description="Score each picture so that others change nothing of it: the same scores to the last bit in "
+        True, description="Score each image so that others change nothing of it: the same scores to the last bit in "
         "every run. Off: packed with others, which can be faster on accelerators.",
     )  # fmt: skip
     under_way: int | None = Field(
-        None, ge=1, le=65536, description="Pictures under way; unset: as many as keep the services busy."
+        None, ge=1, le=65536, description="Images under way; unset: as many as keep the services busy."
     )
     read_threads: int = Field(8, ge=1, le=1024, description="Files read at once.")
-    memory_bytes: Bytes = Field(256 << 20, description="Bytes of pictures held at once.")
+    memory_bytes: Bytes = Field(256 << 20, description="Bytes of images held at once.")
     patience: Seconds = Field(1800.0, description="How long a service may be away before the run ends, resumably.")
-    call_timeout: Seconds = Field(300.0, description="Longest that one picture may take in a service.")
+    call_timeout: Seconds = Field(300.0, description="Longest that one image may take in a service.")
     fetch_networks: str = Field("", description="Networks that URLs may lead to although not public: 10.1.0.0/16,...")
     fetch_ports: str = Field("80,443", description="Ports that URLs may have, comma separated.")
     restart: bool = Field(False, description="Begin again, whatever lies at --out.")
     dry_run: bool = Field(False, description="Judge a sample, estimate the time, write nothing.")
-    sample: int = Field(48, ge=1, le=10_000, description="Pictures in the sample of --dry-run.")
+    sample: int = Field(48, ge=1, le=10_000, description="Images in the sample of --dry-run.")
     ray: str | None = Field(None, description="Run on this Ray cluster: auto, local, host:port, ray://host:10001.")
     ray_actors: int = Field(4, ge=1, le=4096, description="Workers on the cluster.")
     progress_seconds: Seconds = Field(10.0, description="Between two lines of progress outside a terminal.")

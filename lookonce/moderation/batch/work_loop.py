@@ -1,4 +1,4 @@
-"""The loop: read, judge, record, write parts. Any number of pictures under way, memory for a bounded number of them.
+"""The loop: read, judge, record, write parts. Any number of images under way, memory for a bounded number of them.
 
 Workers take inputs in order; each reads one, finds out whether its bytes are known already, judges it if not, and hands
 the row to the recorder. The recorder commits rows to the ledger a few times a second and writes each part as soon as
@@ -46,7 +46,7 @@ class Tally:
         return cls(begun.rows, begun.errors.total(), begun.flagged, begun.duplicates)
 
     def count(self, row: Row, outcome: Outcome | None, *, fired: bool, first: bool) -> None:
-        """One more row; whether any rule fired, and whether it is the first row of its picture."""
+        """One more row; whether any rule fired, and whether it is the first row of its image."""
         self.done += 1
         self.failed += (row.failure or (outcome.failure if outcome else None)) is not None
         self.duplicates += not first and row.digest is not None
@@ -54,7 +54,7 @@ class Tally:
 
 
 class ByteBudget:
-    """Bytes of pictures in memory. Who comes when it is spent waits; what a read brings may go beyond it."""
+    """Bytes of images in memory. Who comes when it is spent waits; what a read brings may go beyond it."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

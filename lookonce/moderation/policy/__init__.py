@@ -1,4 +1,4 @@
-"""The moderation policy: what an operator's file asks of a picture or a text, for the gateway and the batch job alike.
+"""The moderation policy: what an operator's file asks of an image or a text, for the gateway and the batch job alike.
 
 Knows nothing of models and requests.
 """

@@ -36,7 +36,7 @@ class Body(BaseModel):
 
 
 class ImageSize(Body):
-    """Limits of the picture as it came, in pixels after EXIF orientation; one that is outside is not asked about."""
+    """Limits of the image as it came, in pixels after EXIF orientation; one that is outside is not asked about."""
 
     min_width: Pixels | None = None
     min_height: Pixels | None = None
@@ -44,7 +44,7 @@ class ImageSize(Body):
     max_height: Pixels | None = None
 
     def admits(self, width: int, height: int) -> bool:
-        """Whether a picture of this size is within the limits."""
+        """Whether an image of this size is within the limits."""
         return (
             (self.min_width or 0) <= width <= (self.max_width or width)
             and (self.min_height or 0) <= height <= (self.max_height or height)
@@ -104,7 +104,7 @@ class Policy(Body):
     name: Annotated[str, Field(max_length=200)] = ""
     description: Annotated[str, Field(max_length=2000)] = ""
     system: Annotated[str, Field(max_length=8000)] = ""  # said before every question
-    max_pixels: Annotated[int, Field(ge=784)] | None = None  # a larger picture is scaled down to this
+    max_pixels: Annotated[int, Field(ge=784)] | None = None  # a larger image is scaled down to this
     image_size: ImageSize | None = None  # of rules that have none of their own
     rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=MAX_RULES)]
 
@@ -119,7 +119,7 @@ class Policy(Body):
         return rules
 
     def of(self, kind: InputType, size: tuple[int, int] | None = None) -> list[Rule]:
-        """The rules that apply to inputs of that kind; `size` is a picture's width and height, if known."""
+        """The rules that apply to inputs of that kind; `size` is an image's width and height, if known."""
         return [rule for rule in self.rules if kind in rule.applies_to and (size is None or self._admits(rule, size))]
 
     @property

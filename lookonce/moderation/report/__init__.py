@@ -1,1 +1,1 @@
-"""One page to look at the results of a moderation run: counts, histograms, thresholds to move, pictures. No network."""
+"""One page to look at the results of a moderation run: counts, histograms, thresholds to move, images. No network."""

@@ -20,8 +20,8 @@ from lookonce.moderation.policy import Rule
 BINS = 1000
 """Of a score's histogram: thresholds of the page move in steps of a thousandth, with exact counts."""
 _EXAMPLES = 20  # of each kind of error
-_REPEATED = 50  # most repeated pictures listed
-_MOST_TRACKED = 100_000  # repeated pictures counted
+_REPEATED = 50  # most repeated images listed
+_MOST_TRACKED = 100_000  # repeated images counted
 
 
 @dataclass
@@ -38,7 +38,7 @@ class RuleCounts:
 
 @dataclass
 class Collected:
-    """All the page needs but the pictures. `cards` are rows by index."""
+    """All the page needs but the images. `cards` are rows by index."""
 
     manifest: Manifest
     finished: bool = True
@@ -54,7 +54,7 @@ class Collected:
 
 
 def collect(out: Path, gallery: int) -> Collected:
-    """Read a result twice: once to count and to choose at most `gallery` pictures, once for their rows. Blocking.
+    """Read a result twice: once to count and to choose at most `gallery` images, once for their rows. Blocking.
 
     Raises NOT_FOUND when there is none."""
     results = Results.at(out)
@@ -133,14 +133,14 @@ def _rows(batches: Iterator[pa.RecordBatch], wanted: set[int]) -> Iterator[dict[
             yield batch.slice(place, 1).to_pylist()[0]
 
 
-def card(row: dict[str, Any], rules: list[RuleCounts], picture: str | None, copies: int) -> dict[str, Any]:
-    """A picture of the gallery; scores in the order of the rules."""
+def card(row: dict[str, Any], rules: list[RuleCounts], image: str | None, copies: int) -> dict[str, Any]:
+    """An image of the gallery; scores in the order of the rules."""
     follow_ups = {counts.rule.id: row.get(FOLLOW_UP + counts.rule.id) for counts in rules if counts.rule.follow_up}
     return {
         "source": row["source"],
         "width": row["width"],
         "height": row["height"],
-        "picture": picture,
+        "image": image,
         "copies": copies,
         "scores": [row[SCORE + counts.rule.id] for counts in rules],
         "follow_ups": {rule: text for rule, text in follow_ups.items() if text},
@@ -148,5 +148,5 @@ def card(row: dict[str, Any], rules: list[RuleCounts], picture: str | None, copi
 
 
 def repeated(collected: Collected) -> list[tuple[str, int]]:
-    """The pictures with most copies, and how many."""
+    """The images with most copies, and how many."""
     return collected.repeated.most_common(_REPEATED)

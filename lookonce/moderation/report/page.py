@@ -1,4 +1,4 @@
-"""The page: one file, its style, script and pictures inside. What it shows is data to the script, never markup."""
+"""The page: one file, its style, script and images inside. What it shows is data to the script, never markup."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def write_report(results: Path, out: Path, *, gallery: int) -> Collected:
     """Write the page; what it was made of. Raises NOT_FOUND without results. Blocking."""
     collected = collect(results, gallery)
     wanted = {index: row["image_digest"] for index, row in collected.cards.items()}
-    pictures = thumbnails(collected.manifest, wanted) if wanted else {}
-    text = page(_content(collected, pictures))
+    images = thumbnails(collected.manifest, wanted) if wanted else {}
+    text = page(_content(collected, images))
     write_durably(out.expanduser().absolute(), lambda path: _keep(path, text))
     return collected
 
@@ -46,7 +46,7 @@ def page(content: dict[str, Any]) -> str:
     return body
 
 
-def _content(collected: Collected, pictures: dict[int, str]) -> dict[str, Any]:
+def _content(collected: Collected, images: dict[int, str]) -> dict[str, Any]:
     identity, policy = collected.manifest.identity, collected.manifest.policy
     return {
         "name": policy.name or "policy",
@@ -81,7 +81,7 @@ def _content(collected: Collected, pictures: dict[int, str]) -> dict[str, Any]:
         ],
         "repeated": repeated(collected),
         "gallery": [
-            card(row, collected.rules, pictures.get(index), collected.repeated[row["source"]])
+            card(row, collected.rules, images.get(index), collected.repeated[row["source"]])
             for index, row in sorted(collected.cards.items())
         ],
     }

@@ -1,4 +1,4 @@
-"""Small pictures for the page, read again from the source; one that has changed or gone since is left out."""
+"""Small images for the page, read again from the source; one that has changed or gone since is left out."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ async def _all(chosen: list[Item], wanted: dict[int, str], max_bytes: int) -> di
     reader = Reader(threads=_AT_ONCE, max_bytes=max_bytes, policy=FetchPolicy())
     found: dict[int, str] = {}
     waiting = iter(chosen)
-    decoding = asyncio.Lock()  # one at a time: a single large picture takes more than a gigabyte
+    decoding = asyncio.Lock()  # one at a time: a single large image takes more than a gigabyte
 
     async def worker() -> None:
         for item in waiting:
@@ -70,7 +70,7 @@ async def _all(chosen: list[Item], wanted: dict[int, str], max_bytes: int) -> di
 
 
 def data_url(data: bytes) -> str | None:
-    """The picture made small, or None when it can't be drawn. Blocking."""
+    """The image made small, or None when it can't be drawn. Blocking."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -1,1 +1,1 @@
-"""Where pictures come from: folders, globs, lists, tables and tar files, on this machine or in a bucket."""
+"""Where images come from: folders, globs, lists, tables and tar files, on this machine or in a bucket."""

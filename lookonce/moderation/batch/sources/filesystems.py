@@ -62,7 +62,7 @@ def _split(name: str) -> tuple[Any, str]:
 
 
 def is_directory(name: str) -> bool:
-    """Whether pictures may lie below it. Raises NOT_FOUND when there is nothing of that name."""
+    """Whether images may lie below it. Raises NOT_FOUND when there is nothing of that name."""
     if not scheme_of(name):
         path = Path(name)
         if not path.exists():

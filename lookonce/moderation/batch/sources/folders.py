@@ -1,4 +1,4 @@
-"""Folders and globs: each file is a picture; tar and Parquet files that a glob names are opened."""
+"""Folders and globs: each file is an image; tar and Parquet files that a glob names are opened."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.moderation.batch.sources.filesystems import Entry, match, walk
 from lookonce.moderation.batch.sources.items import Extent, FileAt, Locator, Source
 
-PICTURES = (
+IMAGES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
 )  # fmt: skip
-"""File names taken for pictures in folders and tar files; those that can't be decoded become rows that say so."""
+"""File names taken for images in folders and tar files; those that can't be decoded become rows that say so."""
 SHARDS = (".tar", ".tar.gz", ".tgz", ".parquet")
 
 
-def is_picture(name: str) -> bool:
+def is_image(name: str) -> bool:
     """By its suffix."""
-    return PurePosixPath(name).suffix.lower() in PICTURES
+    return PurePosixPath(name).suffix.lower() in IMAGES
 
 
 def is_shard(name: str) -> bool:
-    """A file of many pictures, by its suffix."""
+    """A file of many images, by its suffix."""
     return name.lower().endswith(SHARDS)
 
 
 class Files:
-    """The pictures of a folder or glob."""
+    """The images of a folder or glob."""
 
     def __init__(self, description: str, listing: Callable[[], Iterator[Entry]]) -> None:
         self.description = description
@@ -70,13 +70,13 @@ class Several:
 
 
 def folder(name: str, open_shard: Callable[[str], Source]) -> Source:
-    """The pictures below a directory or prefix; where there are none, its tar and Parquet files."""
-    if any(is_picture(entry.name) for entry in walk(name)):
-        return Files(name, lambda: (entry for entry in walk(name) if is_picture(entry.name)))
+    """The images below a directory or prefix; where there are none, its tar and Parquet files."""
+    if any(is_image(entry.name) for entry in walk(name)):
+        return Files(name, lambda: (entry for entry in walk(name) if is_image(entry.name)))
     shards = [entry.name for entry in walk(name) if is_shard(entry.name)]
     if not shards:
-        wanted = ", ".join(PICTURES[:8])
-        raise LookonceError(ErrorKind.NOT_FOUND, f"{name} holds no pictures ({wanted} ...) and no tar or Parquet files")
+        wanted = ", ".join(IMAGES[:8])
+        raise LookonceError(ErrorKind.NOT_FOUND, f"{name} holds no images ({wanted} ...) and no tar or Parquet files")
     return Several(name, [open_shard(shard) for shard in shards])
 
 

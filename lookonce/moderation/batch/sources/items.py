@@ -1,4 +1,4 @@
-"""One picture to be judged: its place in the source, its name, and how its bytes are found.
+"""One image to be judged: its place in the source, its name, and how its bytes are found.
 
 Locators are plain data, so that another machine can read what this one listed.
 """
@@ -18,8 +18,8 @@ class FileAt:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of a file, such as a member of a tar."""
+class FileRange:
+    """A range of bytes of a file, such as a member of a tar."""
 
     url: str
     offset: int
@@ -42,12 +42,12 @@ class Inline:
 
 @dataclass(frozen=True)
 class Unusable:
-    """An entry of a list or table that names no picture; `message` says why."""
+    """An entry of a list or table that names no image; `message` says why."""
 
     message: str
 
 
-Locator = FileAt | Span | WebUrl | Inline | Unusable
+Locator = FileAt | FileRange | WebUrl | Inline | Unusable
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Extent:
 
 
 class Source(Protocol):
-    """A stable, ordered list of pictures. Both methods block."""
+    """A stable, ordered list of images. Both methods block."""
 
     @property
     def description(self) -> str:
@@ -77,11 +77,11 @@ class Source(Protocol):
         ...
 
     def extent(self) -> Extent:
-        """Look at all entries, without reading a picture. Raises INVALID_ARGUMENT or NOT_FOUND."""
+        """Look at all entries, without reading an image. Raises INVALID_ARGUMENT or NOT_FOUND."""
         ...
 
     def entries(self) -> Iterator[tuple[str, Locator]]:
-        """Name and place of each picture, in order."""
+        """Name and place of each image, in order."""
         ...
 
 

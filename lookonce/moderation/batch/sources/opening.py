@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lookonce.core.errors import invalid
 from lookonce.moderation.batch.sources.filesystems import has_magic, is_directory, scheme_of
-from lookonce.moderation.batch.sources.folders import folder, globbed, is_picture
+from lookonce.moderation.batch.sources.folders import folder, globbed, is_image
 from lookonce.moderation.batch.sources.items import Source
 from lookonce.moderation.batch.sources.tables import Csv, JsonLines, Parquet, Table, TextList
 from lookonce.moderation.batch.sources.tars import Tar
@@ -27,10 +27,10 @@ _TABLES: dict[str, type[Table]] = {
 class SourceOptions:
     """How a source is read."""
 
-    column: str | None = None  # of the pictures, in a table
+    column: str | None = None  # of the images, in a table
     id_column: str | None = None  # what rows are called in the results
     root: str = ""  # what relative paths of a list or table are relative to
-    max_bytes: int = 20 << 20  # of one picture
+    max_bytes: int = 20 << 20  # of one image
 
 
 def open_source(name: str, options: SourceOptions | None = None) -> Source:
@@ -48,7 +48,7 @@ def open_source(name: str, options: SourceOptions | None = None) -> Source:
         return globbed(name, shard)
     if is_directory(name):
         return folder(name, shard)
-    if is_picture(name):
+    if is_image(name):
         return globbed(name, shard)
     return shard(name)
 

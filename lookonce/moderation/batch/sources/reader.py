@@ -1,4 +1,4 @@
-"""Reads one picture's bytes, wherever it is, within limits; what passes by itself is tried again."""
+"""Reads one image's bytes, wherever it is, within limits; what passes by itself is tried again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.http_fetch.refusals import FetchError, FetchTooLarge, Reason
 from lookonce.core.units import format_size
 from lookonce.moderation.batch.sources.filesystems import read_span
-from lookonce.moderation.batch.sources.items import FileAt, Inline, Item, Span, Unusable, WebUrl
+from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Unusable, WebUrl
 
 TRIES = 4
 FIRST_PAUSE = 0.7  # seconds at most; doubles
@@ -69,7 +69,7 @@ class Reader:
             return await self._fetcher.fetch(locator.url, param="url", max_bytes=self._max_bytes)
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, locator)
 
-    def _read(self, locator: FileAt | Span) -> bytes:
+    def _read(self, locator: FileAt | FileRange) -> bytes:
         if isinstance(locator, FileAt):
             return read_span(locator.url, 0, self._max_bytes + 1)
         return read_span(locator.url, locator.offset, min(locator.size, self._max_bytes + 1))

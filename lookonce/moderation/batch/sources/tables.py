@@ -1,4 +1,4 @@
-"""Lists and tables: text files with a path or URL a line, and JSON lines, CSV and Parquet with a column of pictures."""
+"""Lists and tables: text files with a path or URL a line, and JSON lines, CSV and Parquet with a column of images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COLUMNS = (
     "image", "path", "file", "file_name", "filename", "image_path", "filepath", "url", "image_url", "uri",
     "bytes", "image_bytes", "data", "content", "b64", "base64",
 )  # fmt: skip
-"""Names of the column with the pictures, the first that is there."""
+"""Names of the column with the images, the first that is there."""
 _ENCODED = ("b64", "base64", "data", "bytes", "image_bytes", "content")
 _CHUNK = 1 << 20
 _BATCH_ROWS = 64
@@ -88,14 +88,14 @@ class Table(ABC):
         return FileAt(os.path.normpath(os.path.join(self._root, value)))
 
     def _choose(self, names: list[str]) -> str:
-        """The column with the pictures. Raises INVALID_ARGUMENT naming those that are there."""
+        """The column with the images. Raises INVALID_ARGUMENT naming those that are there."""
         known = ", ".join(names[:20]) or "none"
         for wanted in (self._column, self._id):
             if wanted is not None and wanted not in names:
                 raise invalid(f"{self.description} has no column {wanted!r}; it has {known}", param="column")
         column = self._column or next((name for name in COLUMNS if name in names), None)
         if column is None:
-            raise invalid(f"{self.description}: name the column of the pictures with --column; it has {known}")
+            raise invalid(f"{self.description}: name the column of the images with --column; it has {known}")
         return column
 
 

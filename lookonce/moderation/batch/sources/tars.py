@@ -1,4 +1,4 @@
-"""Tar files in the manner of webdataset: the pictures among the members; .json, .txt and the like are passed over.
+"""Tar files in the manner of webdataset: the images among the members; .json, .txt and the like are passed over.
 
 Members of a plain tar are read where they lie, in any order; a compressed one is read from front to end.
 """
@@ -12,12 +12,12 @@ from blake3 import blake3
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderation.batch.sources.filesystems import open_file, scheme_of, stat, translated
-from lookonce.moderation.batch.sources.folders import is_picture
-from lookonce.moderation.batch.sources.items import Extent, Inline, Locator, Span
+from lookonce.moderation.batch.sources.folders import is_image
+from lookonce.moderation.batch.sources.items import Extent, FileRange, Inline, Locator
 
 
 class Tar:
-    """The pictures of one tar file; a name is TAR#MEMBER."""
+    """The images of one tar file; a name is TAR#MEMBER."""
 
     def __init__(self, name: str, *, max_bytes: int) -> None:
         self.description = name
@@ -32,11 +32,11 @@ class Tar:
         return Extent(digest, sum(1 for _ in self._members()) if cheap else None)
 
     def entries(self) -> Iterator[tuple[str, Locator]]:
-        """One for each picture among the members."""
+        """One for each image among the members."""
         for archive, member in self._members():
             name = f"{self.description}#{member.name}"
             if self._plain:
-                yield name, Span(self.description, member.offset_data, member.size)
+                yield name, FileRange(self.description, member.offset_data, member.size)
                 continue
             with translated(self.description):
                 file = archive.extractfile(member)
@@ -49,7 +49,7 @@ class Tar:
                 tarfile.open(fileobj=file, mode="r:" if self._plain else "r|*") as archive,
             ):
                 for member in archive:
-                    if member.isfile() and not member.issparse() and is_picture(member.name):
+                    if member.isfile() and not member.issparse() and is_image(member.name):
                         yield archive, member
                     archive.members = []  # type: ignore[attr-defined]  # it would remember all of them
         except tarfile.TarError as error:

@@ -30,7 +30,7 @@ function facts() {
   document.title = `${data.name}: moderation report`;
   const errors = data.errors.reduce((sum, one) => sum + one.count, 0);
   const entries = [
-    ["pictures", number.format(data.rows) + (data.complete ? "" : " so far")],
+    ["images", number.format(data.rows) + (data.complete ? "" : " so far")],
     ["flagged", `${number.format(data.flagged)} (${share(data.flagged, data.rows - errors)})`],
     ["errors", number.format(errors)], ["duplicates", number.format(data.duplicates)],
     ["source", data.source, true], ["model", data.model, true],
@@ -110,11 +110,11 @@ function fired(card) {
 
 function figure(card, places) {
   const box = make("figure");
-  if (card.picture) {
-    const picture = make("img");
-    Object.assign(picture, { src: card.picture, alt: card.source, loading: "lazy" });
-    box.append(picture);
-  } else box.append(make("div", "picture not at hand", "none"));
+  if (card.image) {
+    const image = make("img");
+    Object.assign(image, { src: card.image, alt: card.source, loading: "lazy" });
+    box.append(image);
+  } else box.append(make("div", "image not at hand", "none"));
   const caption = make("figcaption", card.source.split("/").slice(-2).join("/"));
   caption.title = card.source;
   const list = make("ul");
@@ -141,7 +141,7 @@ function gallery() {
   const rank = ([card, places]) => only < 0 ? Math.max(...places.map((place) => card.scores[place])) : card.scores[only];
   found.sort((one, other) => rank(other) - rank(one));
   byId("gallery").replaceChildren(...found.map(([card, places]) => figure(card, places)));
-  byId("shown").textContent = `${number.format(found.length)} of the ${number.format(data.gallery.length)} pictures kept in this page`;
+  byId("shown").textContent = `${number.format(found.length)} of the ${number.format(data.gallery.length)} images kept in this page`;
 }
 
 function table(target, head, rows, none) {
@@ -167,7 +167,7 @@ byId("reset").addEventListener("click", () => {
   repaint.forEach((show) => show());
   gallery();
 });
-table("errors", ["kind", "pictures", "for example", "because"], data.errors.flatMap((error) =>
+table("errors", ["kind", "images", "for example", "because"], data.errors.flatMap((error) =>
   error.examples.map(([source, message], at) => [at ? "" : error.kind, at ? "" : error.count, source, message])), "None.");
-table("repeated", ["first picture", "further copies"], data.repeated, "None.");
+table("repeated", ["first image", "further copies"], data.repeated, "None.");
 gallery();
