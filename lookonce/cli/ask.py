@@ -172,8 +172,3 @@ def _choices(text: str | None) -> list[str] | None:
     if len(options) < 2 or len(set(options)) != len(options):
         raise invalid(f"--choices={text!r}: give two or more different ones, separated by commas", param="choices")
     return options
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("ask", help=HELP)(ask)

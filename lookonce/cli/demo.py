@@ -203,8 +203,3 @@ def _wait_for_signal() -> None:
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     signal.sigwait(ending)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("demo", help=HELP)(demo)

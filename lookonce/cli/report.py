@@ -43,8 +43,3 @@ def report(
     say(f"{page}: {collected.rows:,} images{so_far}, {collected.flagged:,} flagged, {shown}")
     if collected.left_out:
         note(f"{collected.left_out:,} damaged rows or parts were left out: run `lookonce moderate` again to mend them")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("report", help=HELP)(report)

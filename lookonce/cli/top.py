@@ -187,8 +187,3 @@ def _running(data_dir: Path) -> tuple[str, list[str]]:
             ErrorKind.UNAVAILABLE, f"no `lookonce up` runs on {data_dir}; name a gateway with --url, or a --data-dir"
         )
     return system.url, [service["metrics"] for service in system.services.values() if service.get("metrics")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("top", help=HELP)(top)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -179,10 +178,3 @@ class Reporter:
 
     def __call__(self, name: str, text: str) -> None:
         note(f"{time.monotonic() - self._start:7.1f}s  {name:<{self._width}}  {text}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    from lookonce.core.settings import with_options
-
-    app.command("up", help=HELP)(with_options(UpSettings, up))

@@ -65,11 +65,6 @@ class Timings:
         """For the ledger."""
         return orjson.dumps({name: value for name, value in vars(self).items() if value is not None})
 
-    @classmethod
-    def from_json(cls, data: bytes) -> Timings:
-        """What `to_json` made."""
-        return cls(**orjson.loads(data))
-
 
 @dataclass(frozen=True)
 class Row:
