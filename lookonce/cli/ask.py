@@ -53,7 +53,6 @@ def ask(
         typer.Option(envvar="LOOKONCE_DATA_DIR", metavar="DIR", help="Where `lookonce up` runs, or will be started."),
     ] = None,
 ) -> None:
-    """Ask questions about an image."""
     from lookonce.cli.api import Api
     from lookonce.cli.system import some_system
 

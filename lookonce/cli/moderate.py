@@ -135,7 +135,6 @@ class Stop:
         self.stopped = False
 
     def stop(self) -> None:
-        """It has."""
         self.stopped = True
 
 

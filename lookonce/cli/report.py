@@ -26,7 +26,6 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; unset: RESULTS with .html.")] = None,
     gallery: Annotated[int, typer.Option(min=0, max=5000, metavar="N", help="Most images held in the page.")] = 200,
 ) -> None:
-    """Write the page."""
     from lookonce.core.telemetry.logs import configure_logging
     from lookonce.moderation.report.page import write_report
 

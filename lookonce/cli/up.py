@@ -110,7 +110,6 @@ class UpSettings(Settings):
 
     @property
     def directory(self) -> Path:
-        """The data directory."""
         return self.data_dir or default_data_dir()
 
 

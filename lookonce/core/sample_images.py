@@ -34,9 +34,12 @@ class Sample:
 def bundled_samples(file: Path = BUNDLED) -> list[Sample]:
     """What samples.json lists: [{"file": name, "questions": [{"question": text, "answer": text}]}]."""
     try:
+        items = json.loads(file.read_bytes())
+        if not isinstance(items, list):
+            raise TypeError("no list")
         return [
             Sample(file.parent / item["file"], tuple((one["question"], one.get("answer")) for one in item["questions"]))
-            for item in json.loads(file.read_bytes())
+            for item in items
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file} is not a list of samples; install lookonce again") from None

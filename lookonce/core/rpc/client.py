@@ -66,7 +66,6 @@ class Encoded:
 
 
 def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
-    """The typed form of a result."""
     outcome = _OUTCOMES.get(result.outcome, "miss")
     return Encoded(
         reference_from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
@@ -99,7 +98,6 @@ class _Client:
         return reply
 
     async def close(self) -> None:
-        """Close the channel."""
         await self.channel.close()
 
     def _step(self, method: str) -> Step:

@@ -102,7 +102,6 @@ class CircuitBreaker:
         return [replace(stats, degraded=self.is_open) for stats in self._driver.stats()]
 
     async def close(self) -> None:
-        """Close the driver."""
         if self._probe is not None:
             await end_tasks(self._probe)
             self._probe = None

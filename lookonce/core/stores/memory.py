@@ -114,7 +114,6 @@ class MemoryStore:
         return [replace(self.metrics.stats)]
 
     async def close(self) -> None:
-        """Forget everything."""
         self._entries.clear()
         self._expiry.clear()
         self._leases.clear()

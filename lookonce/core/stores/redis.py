@@ -153,7 +153,6 @@ class RedisStore:
         return [replace(self.metrics.stats)]
 
     async def close(self) -> None:
-        """Close every connection."""
         if self._closed:
             return
         self._closed = True

@@ -87,7 +87,6 @@ class TieredStore:
         return [stats for tier in self._tiers for stats in tier.stats()]
 
     async def close(self) -> None:
-        """Close every tier."""
         for tier in self._tiers:
             await tier.close()
 
