@@ -172,7 +172,7 @@ class Decoding:
             state = SamplerState(sampling, prompt.token_ids)
             tokens = list(prompt.token_ids)
             request.sequences = [Sequence(request, 0, prompt, *prompt_contents([prompt]), tokens, answer, state)]
-            self.core.submit(request)
+            self.core.enqueue(request)
         while not all(sequence.decoding for sequence in self.core.scheduler.running) or self.core.scheduler.queue:
             self.core.step()
             for fill in prefills:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from lm_service.engine.types import ImageSpan, Prompt
 from lm_service.template import ChatTemplate, Turn
@@ -13,6 +15,8 @@ from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Family
 
+P = ParamSpec("P")
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
 SHORT = 4096
 """Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
@@ -32,6 +36,23 @@ def is_short(messages: Sequence[Message]) -> bool:
     """Whether building the prompt may hold up an event loop."""
     parts = [part for message in messages for part in message.parts]
     return len(parts) <= 16 and sum(len(part) if isinstance(part, str) else part.tokens for part in parts) <= SHORT
+
+
+class PromptThread:
+    """The thread that long prompts are built in, one after the other: others' answers keep the event loop and all cores
+    but one, and no more than one prompt's memory is needed at a time. Whoever is cancelled while waiting costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    async def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What the call returns, or raises."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: call(*args, **kwargs))
+
+    def close(self) -> None:
+        """Begin nothing more; the call under way ends by itself."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class PromptBuilder:

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
-from lm_service.metrics import METRICS
-from lm_service.prompt import SHORT, PromptBuilder
-from lm_service.prompt_thread import PromptThread
+from lm_service.metrics import METRICS, TracePhases
+from lm_service.prompt import SHORT, PromptBuilder, PromptThread
 from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
-from lm_service.trace_phases import TracePhases
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.status_codes import to_proto

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
 
 from lm_service.embeddings import EmbeddingResolver
-from lm_service.engine.types import Delta, Engine, Finish, Generation, Timings
-from lm_service.metrics import METRICS
-from lm_service.prompt import PromptBuilder, is_short
-from lm_service.prompt_thread import PromptThread
+from lm_service.engine.types import Delta, Engine, Finish, Generation
+from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
+from lm_service.prompt import PromptBuilder, PromptThread, is_short
 from lm_service.replies import Replies
 from lm_service.requests import check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lm_service.scoring import Scorer
-from lm_service.trace_phases import TracePhases
-from lookonce.core.errors import LookonceError
-from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
 
@@ -57,7 +53,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self, request: language_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[language_pb2.GenerateEvent]:
         """See language.proto."""
-        with _counted("Generate"):
+        with counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
             trace_phases = TracePhases()
@@ -67,19 +63,19 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
                     if isinstance(event, Delta):
                         yield self._replies.delta(event, generation.prompt)
                     else:
-                        _observe(event.timings, event.completion_tokens, first=event.index == 0)
+                        observe_answer(event.timings, event.completion_tokens, first=event.index == 0)
                         trace_phases.answered(event)
                         yield self._replies.finish(event, generation.prompt)
 
     async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:
         """See language.proto."""
-        with _counted("Score"):
+        with counted("Score"):
             deadline = self._deadline(request, context)
             return await self._scorer.score(request, deadline)
 
     async def Forget(self, request: common_pb2.ForgetRequest, context: Any) -> common_pb2.ForgetResponse:
         """See language.proto. The embeddings first, so that no KV is made of them again while it is dropped."""
-        with _counted("Forget"):
+        with counted("Forget"):
             check_forget(request)
             keys, digests = list(request.keys), list(request.image_digests)
             dropped, complete = await self._resolver.forget(keys, digests)
@@ -117,33 +113,3 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
         check_ids(request)
         return time.monotonic() + timeout_of(request, context.time_remaining(), self._max_timeout)
-
-
-@contextmanager
-def _counted(method: str) -> Iterator[None]:
-    """Count the call by how it ends."""
-    outcome = "cancelled"  # also when the generator is closed from outside
-    try:
-        yield
-        outcome = "ok"
-    except LookonceError as error:
-        outcome = error.kind.value
-        raise
-    except Exception:
-        outcome = "internal"
-        raise
-    finally:
-        METRICS.requests.labels(method, outcome).inc()
-
-
-def _observe(timings: Timings, completion_tokens: int, *, first: bool) -> None:
-    METRICS.completion_tokens.inc(completion_tokens)
-    between = completion_tokens - 1
-    for _ in range(between):
-        METRICS.inter_token.observe((timings.total_ms - timings.ttft_ms) / 1000 / between)
-    if first:
-        tracing.annotate(queue_ms=timings.queue_ms, load_ms=timings.load_ms, ttft_ms=timings.ttft_ms)
-        tracing.annotate(prefill_tokens=timings.prefill_tokens, cached_tokens=timings.cached_tokens)
-        METRICS.cached_tokens.inc(timings.cached_tokens)
-        METRICS.ttft.observe(timings.ttft_ms / 1000)
-        METRICS.duration.observe(timings.total_ms / 1000)

@@ -1,4 +1,4 @@
-"""A TCP proxy that spoils what a server answers: resets, refusals, halves, garbage, errors, silence."""
+"""A TCP proxy that spoils what a server answers: resets, refusals, halves, garbage, errors, silence; or is away."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from tests.ports import free_port
+
+SECONDS = 60.0  # until all of its threads have ended
 ERRORS = (
     b"-LOADING the dataset is being loaded into memory\r\n",
     b"-READONLY You can't write against a read only replica.\r\n",
@@ -29,7 +32,7 @@ GARBAGE = (
     b":\xff\r\n",
     b"*1\r\n+x",
 )
-FAULTS = (
+FAULTS = (  # of each connection and answer
     "none",
     "refuse",
     "reset_at_once",
@@ -46,32 +49,72 @@ FAULTS = (
 
 class FaultyProxy:
     """In front of the server on `port`. `fault` names what happens to each answer; "mixed" draws one each time, with
-    every second answer let through."""
+    every second answer let through. Two more are for `set`: "hang" lets nothing through and closes nothing, and with
+    "away" nobody listens."""
 
     def __init__(self, port: int, *, seed: int = 0, slow: float = 0.05) -> None:
         self.fault = "none"
         self.connections = 0
+        self.port = free_port()
         self._backend = port
         self._slow = slow
         self._random = random.Random(seed)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port: int = self._listener.getsockname()[1]
+        self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
-        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._threads: set[threading.Thread] = set()
+        self._flowing = threading.Event()
+        self._flowing.set()
+
+    @property
+    def url(self) -> str:
+        """redis:// URL of the proxy."""
+        return f"redis://127.0.0.1:{self.port}"
 
     def __enter__(self) -> FaultyProxy:
-        self._thread.start()
+        self._listen()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for connection in list(self._open):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join(60)
+        self.set("away")
+        for thread in list(self._threads):
+            thread.join(SECONDS)
+
+    def set(self, fault: str) -> None:
+        """Change the fault, for open connections too. Those that hung have lost their place, and are reset."""
+        before, self.fault = self.fault, fault
+        if fault == "away":
+            self._hang_up()
+        if fault == "hang":
+            self._flowing.clear()
+        if "away" in (fault, before) or before == "hang":
+            self.drop_all()
+        if fault != "hang":
+            self._flowing.set()
+        if fault != "away" and self._listener is None:
+            self._listen()
+
+    def _listen(self) -> None:
+        self._listener = socket.create_server(("127.0.0.1", self.port), backlog=128)
+        self._begin(self._accept, self._listener)
+
+    def _hang_up(self) -> None:
+        if self._listener is not None:
+            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+            self._listener = None
+
+    def _begin(self, work: Callable[[socket.socket], None], connection: socket.socket) -> None:
+        def run() -> None:
+            try:
+                work(connection)
+            finally:
+                self._threads.discard(thread)
+
+        thread = threading.Thread(target=run, daemon=True)
+        self._threads.add(thread)
+        thread.start()
 
     def drop_all(self) -> None:
         """Reset every connection, as a server does that is killed."""
@@ -83,10 +126,10 @@ class FaultyProxy:
             return self.fault if self.fault in among else "none"
         return self._random.choice(among) if self._random.random() < 0.5 else "none"
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while True:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
             self.connections += 1
@@ -96,19 +139,30 @@ class FaultyProxy:
             elif fault == "reset_at_once":
                 _reset(client)
             else:
-                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+                self._open.add(client)
+                self._begin(self._relay, client)
 
     def _relay(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._backend)) as server:
-            self._open.add(client)
-            back = threading.Thread(target=_copy, args=(client, server.sendall, server), daemon=True)
+            back = threading.Thread(target=self._copy, args=(client, server.sendall, server), daemon=True)
             back.start()
             with contextlib.suppress(OSError):
-                _copy(server, lambda data: self._spoil(client, data), server)
+                self._copy(server, lambda data: self._spoil(client, data), server)
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
             back.join()
         self._open.discard(client)
+
+    def _copy(self, source: socket.socket, to: Callable[[bytes], None], server: socket.socket) -> None:
+        try:
+            while data := source.recv(1 << 16):
+                self._flowing.wait()
+                to(data)
+        except OSError:
+            pass
+        finally:
+            with contextlib.suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)
 
     def _spoil(self, client: socket.socket, data: bytes) -> None:
         fault = self._draw(FAULTS[3:])
@@ -128,17 +182,6 @@ class FaultyProxy:
             time.sleep(self._slow)
         if fault != "silent":
             client.sendall(data)
-
-
-def _copy(source: socket.socket, to: Callable[[bytes], None], server: socket.socket) -> None:
-    try:
-        while data := source.recv(1 << 16):
-            to(data)
-    except OSError:
-        pass
-    finally:
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
 
 
 def _reset(connection: socket.socket) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from lookonce.core.process import leave_after, serve_to_end, wait_briefly
+from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
 from lookonce.core.settings import command
-from lookonce.core.telemetry.logs import configure_logging
+from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 from vision_service.settings import VisionSettings
 
 
@@ -17,9 +17,16 @@ def run(settings: VisionSettings) -> int:
     # Here and not above: --help and a mistyped flag answer before torch is imported.
     import uvloop
 
-    from vision_service.app import serve
+    from vision_service.app import load, serve
 
-    return serve_to_end("vision", settings, lambda: uvloop.run(serve(settings)))
+    def load_and_serve() -> None:
+        if settings.metrics_listen:
+            serve_metrics(settings.metrics_listen)
+        loaded = load(settings)
+        keep_freed_memory()
+        uvloop.run(serve(settings, loaded))
+
+    return serve_to_end("vision", settings, load_and_serve)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Build the parts, serve until SIGTERM."""
+"""The composition root of the vision service: `load` reads the model, `build` puts the parts together, `serve` runs
+them."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,12 +14,11 @@ import structlog
 import torch
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.process import heap_frozen, keep_freed_memory
+from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.server import Server
 from lookonce.core.stores import Store, open_store
 from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.tiered import TieredStore
-from lookonce.core.telemetry.logs import serve_metrics
 from lookonce.core.units import format_size
 from lookonce.core.version import __version__
 from lookonce.models.checkpoint import Checkpoint, Half
@@ -36,59 +35,120 @@ from vision_service.servicer import VisionServicer
 from vision_service.settings import VisionSettings
 
 log = structlog.get_logger(__name__)
+SERVICE_NAME = "lookonce.v1.VisionEncoder"
 BATCH_PATCHES = {True: 2048, False: 16384}
 """By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A loaded checkpoint and what it serves as."""
+class LoadedModel:
+    """A checkpoint's vision half, and what it serves as."""
 
     checkpoint: Checkpoint
     encoder: VisionEncoder
     model: Model
 
 
-def load(settings: VisionSettings) -> Tower:
-    """Open the checkpoint and load its vision half. Raises LookonceError."""
+@dataclass(frozen=True)
+class VisionService:
+    """The parts, not started."""
+
+    server: Server
+    core: VisionCore
+    shrinks: bool  # whether images are made smaller for the CPU's sake
+
+
+def load(settings: VisionSettings) -> LoadedModel:
+    """Read the checkpoint's vision half (blocking). Raises LookonceError."""
     device = choose_device(settings.device)
     check_usable(settings.quantization, [device])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     checkpoint = open_checked(settings.model, Half.VISION, settings.revision)
     dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
-    family = checkpoint.family
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
         hidden_size=checkpoint.hidden_size,
-        least_pixels=family.least_pixels(checkpoint.config),
+        least_pixels=checkpoint.family.least_pixels(checkpoint.config),
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint, device),
     )
+    return LoadedModel(checkpoint, run_in_omp_thread(_encoder, settings, checkpoint, dtype, device), model)
+
+
+def _encoder(
+    settings: VisionSettings, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
+) -> VisionEncoder:
     native = settings.kernels == "auto"
-    encoder = family.load_encoder(checkpoint, dtype, device, quantization=settings.quantization, native=native)
+    encoder = checkpoint.family.load_encoder(
+        checkpoint, dtype, device, quantization=settings.quantization, native=native
+    )
     encoder.warm_up()
-    return Tower(checkpoint, encoder, model)
+    return encoder
 
 
-def build(settings: VisionSettings, tower: Tower) -> VisionCore:
-    """Put the core together. Call on the event loop it will run on."""
+def build(settings: VisionSettings, loaded: LoadedModel) -> VisionService:
+    """Put the parts together. Call on the event loop they will run on."""
     store, shared = _open_stores(settings)
-    return VisionCore(
-        tower.model,
-        tower.encoder,
+    core = VisionCore(
+        loaded.model,
+        loaded.encoder,
         Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels)),
         store,
         shared=shared,
         limits=CoreLimits(
             decode_workers=settings.decode_workers,
             max_waiting=settings.max_waiting,
-            batch_patches=settings.batch_patches or BATCH_PATCHES[tower.encoder.device.type == "cpu"],
+            batch_patches=settings.batch_patches or BATCH_PATCHES[loaded.encoder.device.type == "cpu"],
             queue_patches=settings.queue_patches,
             batch_wait=settings.batch_wait_ms / 1000,
             lease_seconds=settings.lease_seconds,
         ),
     )
+    shrunk = _shrunk(settings, loaded)
+    servicer = VisionServicer(core, _description(settings, loaded), shrunk=shrunk)
+    server = Server(settings.server)
+    server.add(SERVICE_NAME, partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer))
+    server.on_drain(servicer.drain)
+    return VisionService(server, core, shrunk is not None)
+
+
+@asynccontextmanager
+async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterator[Server]:
+    """The service, serving at `server.address`; released on leaving. Raises CONFLICT when the address can't be listened
+    on."""
+    service = build(settings, loaded)
+    service.core.start()
+    try:
+        address = await service.server.start()
+        with heap_frozen():
+            await service.server.set_serving(True)
+            log.info(
+                "ready",
+                address=address,
+                model=loaded.checkpoint.name,
+                device=str(loaded.encoder.device),
+                dtype=dtype_name(loaded.encoder.dtype),
+                weights=format_size(loaded.checkpoint.weight_bytes(Half.VISION)),
+                fingerprint=loaded.model.fingerprint[:16],
+            )
+            if service.shrinks:
+                log.info(
+                    "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
+                    max_pixels=loaded.model.bounds[1],
+                    checkpoint_max_pixels=loaded.model.own_bounds[1],
+                    variable="LOOKONCE_VISION_MAX_PIXELS",
+                )
+            yield service.server
+    finally:
+        await service.core.close()
+
+
+async def serve(settings: VisionSettings, loaded: LoadedModel) -> None:
+    """Serve until SIGTERM or SIGINT, then drain. Raises CONFLICT when the address can't be listened on."""
+    async with running(settings, loaded) as server:
+        await server.wait()
+    log.info("stopped")
 
 
 def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
@@ -100,9 +160,9 @@ def _open_stores(settings: VisionSettings) -> tuple[Store, Store]:
     return TieredStore([nearest, shared]), shared
 
 
-def _description(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDescription:
+def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.VisionDescription:
     """Describe's answer, without the counters."""
-    checkpoint, encoder = tower.checkpoint, tower.encoder
+    checkpoint, encoder = loaded.checkpoint, loaded.encoder
     return vision_pb2.VisionDescription(
         model=common_pb2.ModelDescription(
             name=checkpoint.name,
@@ -118,73 +178,22 @@ def _description(settings: VisionSettings, tower: Tower) -> vision_pb2.VisionDes
             started_at=time.time(),
             quantization=scheme(settings.quantization, encoder.device),
         ),
-        fingerprint=tower.model.fingerprint,
-        min_pixels=tower.model.bounds[0],
-        max_pixels=tower.model.bounds[1],
+        fingerprint=loaded.model.fingerprint,
+        min_pixels=loaded.model.bounds[0],
+        max_pixels=loaded.model.bounds[1],
         max_image_bytes=settings.max_image_bytes,
         max_source_pixels=settings.max_source_pixels,
         stream_window=settings.stream_window,
     )
 
 
-@asynccontextmanager
-async def running(settings: VisionSettings) -> AsyncIterator[Server]:
-    """The service, loaded and serving at `server.address`; released on leaving. Raises LookonceError."""
-    started = time.monotonic()
-    tower = await asyncio.to_thread(run_in_omp_thread, load, settings)
-    keep_freed_memory()
-    core = build(settings, tower)
-    core.start()
-    try:
-        server = Server(settings.server)
-        shrunk = _shrunk(settings, tower)
-        servicer = VisionServicer(core, _description(settings, tower), shrunk=shrunk)
-        server.add(
-            "lookonce.v1.VisionEncoder",
-            partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer),
-        )
-        server.on_drain(servicer.drain)
-        address = await server.start()
-        if settings.metrics_listen is not None:
-            serve_metrics(settings.metrics_listen)
-        with heap_frozen():
-            await server.set_serving(True)
-            log.info(
-                "ready",
-                address=address,
-                model=tower.checkpoint.name,
-                device=str(tower.encoder.device),
-                dtype=dtype_name(tower.encoder.dtype),
-                weights=format_size(tower.checkpoint.weight_bytes(Half.VISION)),
-                fingerprint=tower.model.fingerprint[:16],
-                seconds=round(time.monotonic() - started, 2),
-            )
-            if shrunk is not None:
-                log.info(
-                    "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
-                    max_pixels=tower.model.bounds[1],
-                    checkpoint_max_pixels=tower.model.own_bounds[1],
-                    variable="LOOKONCE_VISION_MAX_PIXELS",
-                )
-            yield server
-    finally:
-        await core.close()
-
-
-def _shrunk(settings: VisionSettings, tower: Tower) -> Callable[[int, int], bool] | None:
+def _shrunk(settings: VisionSettings, loaded: LoadedModel) -> Callable[[int, int], bool] | None:
     """Whether an image of a width and height is made smaller for the CPU's sake; None: none is."""
-    most, own = tower.model.bounds[1], tower.model.own_bounds[1]
+    most, own = loaded.model.bounds[1], loaded.model.own_bounds[1]
     if settings.max_pixels is not None or most >= own:
         return None
-    least, grid = tower.model.bounds[0], partial(tower.checkpoint.family.image_grid, tower.checkpoint.config)
+    least, grid = loaded.model.bounds[0], partial(loaded.checkpoint.family.image_grid, loaded.checkpoint.config)
     return lambda width, height: grid(width, height, least, own) != grid(width, height, least, most)
-
-
-async def serve(settings: VisionSettings) -> None:
-    """Serve until SIGTERM, drain. Raises LookonceError when it can't start."""
-    async with running(settings) as server:
-        await server.wait()
-    log.info("stopped")
 
 
 def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from and written to."""
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query
@@ -31,8 +32,6 @@ from gateway.schemas.responses import ErrorBody
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.units import format_size
 
-files = APIRouter(tags=["files"], route_class=Route)
-batches = APIRouter(tags=["batches"], route_class=Route)
 MOST_FILES, MOST_BATCHES = 10_000, 100
 MAX_FILENAME = 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
@@ -58,6 +57,21 @@ async def _owner(request: Request) -> str:
     return tenant_of(request).name
 
 
+class _StoredRoute(Route):
+    """A route that is refused before its body is read where no files are kept."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def check_first(request: Request) -> Response:
+            await _stored(request)
+            return await handle(request)
+
+        return check_first
+
+
+files = APIRouter(tags=["files"], route_class=_StoredRoute)
+batches = APIRouter(tags=["batches"], route_class=_StoredRoute)
 Stored = Annotated[Batches, Depends(_stored)]
 Owner = Annotated[str, Depends(_owner)]
 

@@ -207,10 +207,11 @@ def test_up_refuses_variables_that_would_move_its_private_doors(checkpoint, tmp_
             {},
             "the vision service can't start: device 'warp' is not one of auto, cpu, cuda, cuda:N, mps",
         ),
-        (
+        pytest.param(
             [],
             {"LOOKONCE_GATEWAY_TLS_CERTIFICATE": "/nowhere/c.pem", "LOOKONCE_GATEWAY_TLS_KEY": "/nowhere/k.pem"},
             "the gateway service can't start: TLS: /nowhere/k.pem cannot be read (No such file or directory)",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -224,4 +224,4 @@ async def test_nothing_is_shared_between_salts(lab, about):
         for salt, before in ((b"c" * 32, False), (b"a" * 32, True)):
             scores = await engine.score(Scoring("s", items, salt=salt))
             lab.check_scores(items, scores)
-            assert (scores.cached_tokens[0] >= 70) is (before and bool(about))  # stems of texts are their request's
+            assert (scores.cached_tokens[0] >= 70) is (before and bool(about))  # question prefixes are their request's

@@ -116,8 +116,8 @@ async def test_a_failing_step_fails_only_the_sequence_at_fault(lab, monkeypatch)
 async def test_who_waits_with_the_same_words_about_another_image_is_not_failed(lab, monkeypatch):
     """What questions begin with alike cannot be computed for one request; another's, which waits, is about its own."""
     monkeypatch.setattr(core, "_log", structlog.wrap_logger(structlog.PrintLogger()))
-    options = PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20, max_running=2, stem_tokens=4)
-    model = Failing(lab.adapter, 511, times=2)  # the step, and the stem alone
+    options = PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20, max_running=2, question_prefix_tokens=4)
+    model = Failing(lab.adapter, 511, times=2)  # the step, and the shared prefix by itself
     engine = PackedEngine(model, TOKENS, frozenset(), options)
     await engine.start(lab.album)
     first, second = (

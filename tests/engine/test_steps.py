@@ -92,7 +92,7 @@ async def test_a_question_begins_in_the_step_that_completes_its_image(lab, nativ
 async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(lab, isolated, invariant, steps):
     """The image, what the questions begin with alike, and the questions."""
     model = Watched(lab.adapter)
-    engine = engine_of(lab, model, stem_tokens=8, batch_invariant=invariant)
+    engine = engine_of(lab, model, question_prefix_tokens=8, batch_invariant=invariant)
     await engine.start(lab.album)
     wanted = [
         tuple(
@@ -166,7 +166,7 @@ def test_each_requests_admission_is_told(lab):
     def submit(name: str, count: int, tokens: int) -> None:
         made = Request(name, name, kept=False)
         made.sequences = [laboratory.sequence(made, prompt(words(4 + i, i)), tokens) for i in range(count)]
-        core.submit(made)
+        core.enqueue(made)
 
     submit("long", 1, 8)
     submit("many", 3, 4)
@@ -188,9 +188,9 @@ def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     image = picture(1, 9, 11)
     writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
     looker.sequences = [laboratory.sequence(looker, prompt(image, words(5, 1)), 3)]
-    core.submit(writer)
+    core.enqueue(writer)
     core.step()
-    core.submit(looker)
+    core.enqueue(looker)
     suffix, slot = writer.sequences[0], writer.sequences[0].slot
     while suffix.suffix_length < slot.capacity:
         core.step()

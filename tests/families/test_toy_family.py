@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.types import EmbeddingSource
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import load_template
 from lookonce.core.errors import CheckpointError
@@ -28,7 +27,7 @@ from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.registry import Half, family_of, supported_model_types
 from tests import toy_family
 from tests.cli.commands import invoke
-from tests.engine.lab import ask, generation
+from tests.engine.lab import Album, ask, generation
 from tests.pictures import photograph
 from tests.processes import ROOT
 from tests.system.cluster import System
@@ -229,14 +228,12 @@ def test_images_between_texts(system, unsplit):
     assert reply["choices"][0]["message"]["content"] == unsplit.answer(*parts)
 
 
-class Rows:
+class Rows(Album):
     """An EmbeddingLoader of one image."""
 
     def __init__(self, rows):
-        self.rows = rows
-
-    async def load(self, reference):
-        return self.rows, EmbeddingSource.STORE
+        super().__init__(rows.shape[1])
+        self.rows = lambda reference: rows
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -253,8 +250,8 @@ async def test_prefills_of_a_few_tokens_end_anywhere_among_rows_and_markers(chec
     ids, _ = unsplit.prompt(IMAGE, QUESTION)
     assert list(prompts[0].token_ids) == ids and prompts[0].positions.tolist() == [list(range(len(ids)))]
     options = PackedOptions(kv_bytes=4 << 20, prefix_bytes=4 << 20, step_tokens=7, burst_tokens=7, native=native)
-    engine = PackedEngine(model, template.table, frozenset({unsplit.ids["<end>"]}), Rows(rows.flatten(0, 1)), options)
-    await engine.start()
+    engine = PackedEngine(model, template.table, frozenset({unsplit.ids["<end>"]}), options)
+    await engine.start(Rows(rows.flatten(0, 1)))
     try:
         for text, prompt in zip((QUESTION, "Why?"), prompts, strict=True):
             (answer,) = await ask(engine, generation(prompt, 12, logprobs=None))

@@ -81,7 +81,7 @@ _serial = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[..., bytes]:
+def image_file() -> Callable[..., bytes]:
     """Makes a PNG that no other test has."""
 
     def make(width: int = 84, height: int = 56) -> bytes:

@@ -40,10 +40,10 @@ class Sweep:
     """Cases against one gateway. What is sent follows from the document alone, what is known is made anew when a case
     has removed it: a case fails or passes whatever came before it."""
 
-    def __init__(self, url: str, document: dict[str, Any], picture: Callable[..., bytes]) -> None:
+    def __init__(self, url: str, document: dict[str, Any], image_file: Callable[..., bytes]) -> None:
         self.url = url
         self._operations = {item.ok().label: item.ok() for item in _schema(document).get_all_operations()}
-        self._picture = picture
+        self._image_file = image_file
         self._session = requests.Session()
         self._session.trust_env = False
         self._known: dict[str, str] = {}
@@ -89,19 +89,19 @@ class Sweep:
         return sent
 
     def _make_known(self, case: Any, mode: GenerationMode) -> None:
-        """Put in the place of made-up names and pictures ones that exist."""
+        """Put in the place of made-up names and images ones that exist."""
         makers = {"image_id": self._image, "file_id": self._file, "batch_id": self._batch, "alias": self._alias}
         for name in makers.keys() & (case.path_parameters or {}).keys():
             case.path_parameters[name] = makers[name]()
         if mode is not GenerationMode.POSITIVE or not isinstance(case.body, dict):
             return
         if "data" in case.body:
-            case.body = {**case.body, "data": base64.b64encode(self._picture(28, 28)).decode(), "url": None}
+            case.body = {**case.body, "data": base64.b64encode(self._image_file(28, 28)).decode(), "url": None}
         if "input_file_id" in case.body:
             case.body = {**case.body, "input_file_id": self._file()}
 
     def _image(self) -> str:
-        return self._keep("image", "/v1/images", files={"file": self._picture(28, 28)}, data={"alias": "known"})
+        return self._keep("image", "/v1/images", files={"file": self._image_file(28, 28)}, data={"alias": "known"})
 
     def _alias(self) -> str:
         self._image()

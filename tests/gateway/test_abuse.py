@@ -19,7 +19,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 PLACES, CONNECTIONS, PIPELINED = 4, 60, 4
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}
@@ -156,8 +156,8 @@ def test_hostile_bodies_at_once_stay_within_the_memory_for_bodies(narrow: Gatewa
     assert memory(narrow) < 1024
 
 
-def test_large_images_come_in_any_form(narrow: GatewayProcess, http: httpx2.Client, picture: Picture) -> None:
-    data = picture() + bytes(4_000_000)  # what follows a PNG is the file's, too
+def test_large_images_come_in_any_form(narrow: GatewayProcess, http: httpx2.Client, image_file: ImageFile) -> None:
+    data = image_file() + bytes(4_000_000)  # what follows a PNG is the file's, too
     encoded = base64.b64encode(data).decode()
     with healthy_meanwhile(narrow):
         form = http.post("/v1/images", files={"file": data})
@@ -326,8 +326,8 @@ def test_who_leaves_in_mid_body_is_no_error_of_the_server(narrow: GatewayProcess
     assert "Traceback" not in narrow.log and 'status="500"' not in http.get("/metrics").text
 
 
-def test_bodies_must_say_that_they_are_json(http: httpx2.Client, picture: Picture) -> None:
-    image = http.post("/v1/images", files={"file": picture()}).json()["id"]
+def test_bodies_must_say_that_they_are_json(http: httpx2.Client, image_file: ImageFile) -> None:
+    image = http.post("/v1/images", files={"file": image_file()}).json()["id"]
     routes = (("POST", CHAT), ("POST", "/v1/images"), ("POST", f"/v1/images/{image}/questions"))
     others = (("PATCH", f"/v1/images/{image}"), ("POST", "/v1/moderations"), ("POST", "/v1/batches"))
     for method, path in (*routes, *others):

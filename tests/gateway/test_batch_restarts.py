@@ -90,25 +90,25 @@ def test_without_a_data_directory_it_says_how_to_get_one(http: httpx2.Client) ->
 
 async def test_lines_make_way_for_people() -> None:
     waiting = 1
-    lanes = ConcurrencyClasses(3, lambda: waiting)
-    await lanes.enter()
-    others = [asyncio.create_task(lanes.enter()) for _ in range(3)]
+    classes = ConcurrencyClasses(3, lambda: waiting)
+    await classes.enter()
+    others = [asyncio.create_task(classes.enter()) for _ in range(3)]
     await asyncio.sleep(0.3)
-    assert lanes.busy == 1
+    assert classes.busy == 1
     waiting = 0
     async with asyncio.timeout(60):
-        while lanes.busy < 3:  # noqa: ASYNC110  # they look at intervals of their own
+        while classes.busy < 3:  # noqa: ASYNC110  # they look at intervals of their own
             await asyncio.sleep(0.01)
-    lanes.closed = True
-    lanes.leave()
+    classes.closed = True
+    classes.leave()
     await asyncio.sleep(0.3)
-    assert lanes.busy == 2
+    assert classes.busy == 2
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    lanes.leave()
-    lanes.leave()
-    await lanes.empty()
+    classes.leave()
+    classes.leave()
+    await classes.empty()
 
 
 def test_rows_that_lie_in_the_wrong_place_fail_and_answer_for_no_other(services: Services, tmp_path: Path) -> None:

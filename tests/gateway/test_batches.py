@@ -21,7 +21,7 @@ from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.processes import START_SECONDS
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 KEYS = {"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"}
 
@@ -31,7 +31,7 @@ class World:
     """A gateway with a data directory that may fetch from 127.0.0.2 alone, a server there, a canary on 127.0.0.1."""
 
     gateway: GatewayProcess
-    pictures: PictureServer
+    images: PictureServer
     canary: Canary
     data_dir: Path
 
@@ -41,12 +41,12 @@ def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
     data_dir = tmp_path_factory.mktemp("batches")
     policy = data_dir / "policy.yaml"
     policy.write_text("categories: [{id: star, question: 'Is there a star?'}]")
-    with Canary() as canary, PictureServer(host="127.0.0.2") as pictures:
-        rules = ("--fetch-ports", f"{canary.port},{pictures.port}", "--fetch-allow-networks", "127.0.0.2/32")
+    with Canary() as canary, PictureServer(host="127.0.0.2") as images:
+        rules = ("--fetch-ports", f"{canary.port},{images.port}", "--fetch-allow-networks", "127.0.0.2/32")
         limits = ("--max-file-bytes", "64KiB", "--max-stored-bytes", "160KiB", "--max-batch-lines", "40")
         own = ("--data-dir", str(data_dir / "deep" / "data"), "--policy", str(policy), "--max-batches", "3")
         with GatewayProcess(*services.arguments(), *rules, *limits, *own, env=KEYS) as gateway:
-            yield World(gateway, pictures, canary, data_dir / "deep" / "data")
+            yield World(gateway, images, canary, data_dir / "deep" / "data")
 
 
 @pytest.fixture
@@ -68,22 +68,22 @@ def blue(world: World) -> Iterator[httpx2.Client]:
 
 
 def test_openais_client_works_unchanged(
-    client: openai.OpenAI, red: httpx2.Client, world: World, picture: Picture, tmp_path: Path
+    client: openai.OpenAI, red: httpx2.Client, world: World, image_file: ImageFile, tmp_path: Path
 ) -> None:
-    image = red.post("/v1/images", files={"file": picture()}).json()["id"]
-    world.pictures.routes["/a.png"] = answer(picture())
-    inline = "data:image/png;base64," + base64.b64encode(picture()).decode()
+    image = red.post("/v1/images", files={"file": image_file()}).json()["id"]
+    world.images.routes["/a.png"] = answer(image_file())
+    inline = "data:image/png;base64," + base64.b64encode(image_file()).decode()
     path = tmp_path / "requests.jsonl"
     path.write_bytes(
         jsonl(
             chat_line("text"),
             chat_line("inline", image_part(inline)),
             chat_line("kept", image_part(f"lookonce:{image}")),
-            chat_line("fetched", image_part(f"{world.pictures.url}/a.png")),
+            chat_line("fetched", image_part(f"{world.images.url}/a.png")),
             b"",
             chat_line("private", image_part(f"http://127.0.0.1:{world.canary.port}/secret.png")),
             chat_line("metadata-server", image_part("http://169.254.169.254/latest/meta-data/")),
-            chat_line("too-many", *[image_part(f"{world.pictures.url}/{n}.png") for n in range(17)]),
+            chat_line("too-many", *[image_part(f"{world.images.url}/{n}.png") for n in range(17)]),
             chat_line("unknown-field", colour="red"),
             chat_line("streaming", stream=True),
             chat_line("not-mine", image_part("lookonce:img_" + "a" * 52)),
@@ -128,12 +128,12 @@ def test_openais_client_works_unchanged(
         client.files.content(file.id)
 
 
-def test_lines_for_the_other_endpoints(red: httpx2.Client, picture: Picture) -> None:
-    image = red.post("/v1/images", files={"file": picture()}).json()["id"]
-    part = image_part(f"data:image/png;base64,{base64.b64encode(picture()).decode()}")
+def test_lines_for_the_other_endpoints(red: httpx2.Client, image_file: ImageFile) -> None:
+    image = red.post("/v1/images", files={"file": image_file()}).json()["id"]
+    part = image_part(f"data:image/png;base64,{base64.b64encode(image_file()).decode()}")
     verdicts = [
         {"custom_id": name, "method": "POST", "url": "/v1/moderations", "body": {"input": what}}
-        for name, what in (("text", "a star"), ("picture", [part]))
+        for name, what in (("text", "a star"), ("image", [part]))
     ]
     asked = {"questions": ["What?", {"text": "Star?", "choices": ["yes", "no"]}], "max_tokens": 2}
     url = f"/v1/images/{image}/questions"
@@ -145,7 +145,7 @@ def test_lines_for_the_other_endpoints(red: httpx2.Client, picture: Picture) -> 
     judged = {name: line["response"]["body"]["results"][0] for name, line in lines.items()}
     assert {name: result["category_applied_input_types"]["star"] for name, result in judged.items()} == {
         "text": ["text"],
-        "picture": ["image"],
+        "image": ["image"],
     }
     assert all(0 < result["category_scores"]["star"] < 1 for result in judged.values())
     first, second = results(red, ended(red, answered), "output")["q"]["response"]["body"]["answers"]

@@ -13,7 +13,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 ZERO = {"max_tokens": 6, "temperature": 0, "extra_body": {}}
 
 
@@ -30,8 +30,8 @@ def image(url: str, **fields: str) -> dict:
     return {"type": "image_url", "image_url": {"url": url, **fields}}
 
 
-def test_answer_carries_usage_and_receipt(client: openai.OpenAI, services: Services, picture: Picture) -> None:
-    url, before = data_url(picture()), services.encodes()
+def test_answer_carries_usage_and_receipt(client: openai.OpenAI, services: Services, image_file: ImageFile) -> None:
+    url, before = data_url(image_file()), services.encodes()
     first = client.chat.completions.create(model=MODEL, messages=message(image(url), "what?"), max_tokens=4)
     again = client.chat.completions.create(model=MODEL, messages=message(image(url), "what else?"), max_tokens=4)
     assert services.encodes() == before + 1
@@ -44,8 +44,8 @@ def test_answer_carries_usage_and_receipt(client: openai.OpenAI, services: Servi
     assert first.receipt["model"] == MODEL and first.receipt["prefill_tokens"] > 0
 
 
-def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, picture: Picture) -> None:
-    request = {"model": MODEL, "messages": message(image(data_url(picture())), "tell"), "max_tokens": 8}
+def test_stream_says_what_the_whole_answer_says(client: openai.OpenAI, image_file: ImageFile) -> None:
+    request = {"model": MODEL, "messages": message(image(data_url(image_file())), "tell"), "max_tokens": 8}
     whole = client.chat.completions.create(**request)
     chunks = list(client.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
@@ -91,12 +91,14 @@ def test_n_answers_with_a_seed_repeat(client: openai.OpenAI) -> None:
     assert streamed == texts
 
 
-def test_several_images_by_reference_and_inline(client: openai.OpenAI, http: httpx2.Client, picture: Picture) -> None:
-    data = picture()
+def test_several_images_by_reference_and_inline(
+    client: openai.OpenAI, http: httpx2.Client, image_file: ImageFile
+) -> None:
+    data = image_file()
     kept = http.post("/v1/images", files={"file": data}).json()["id"]
     turns = [
         {"role": "system", "content": "Be brief."},
-        *message(image(f"lookonce:{kept}"), "first", image(data_url(picture(112, 56))), "second"),
+        *message(image(f"lookonce:{kept}"), "first", image(data_url(image_file(112, 56))), "second"),
         {"role": "assistant", "content": "Well.", "refusal": None},
         *message(image(data_url(data)), "the first again"),
     ]
@@ -105,8 +107,8 @@ def test_several_images_by_reference_and_inline(client: openai.OpenAI, http: htt
     assert answer.usage.prompt_tokens_details.image_tokens == 6 + 8 + 6
 
 
-def test_low_detail_makes_fewer_tokens(client: openai.OpenAI, picture: Picture) -> None:
-    url = data_url(picture(840, 560))
+def test_low_detail_makes_fewer_tokens(client: openai.OpenAI, image_file: ImageFile) -> None:
+    url = data_url(image_file(840, 560))
     low = client.chat.completions.create(model=MODEL, messages=message(image(url, detail="low"), "?"), max_tokens=1)
     high = client.chat.completions.create(model=MODEL, messages=message(image(url, detail="high"), "?"), max_tokens=1)
     assert low.usage.prompt_tokens_details.image_tokens <= 256 < high.usage.prompt_tokens_details.image_tokens == 600
@@ -217,7 +219,7 @@ def test_more_tokens_than_the_context_holds_are_as_many_as_it_holds(client: open
         assert (choice.finish_reason, choice.message.content) == ("stop", whole.message.content.partition(stop)[0])
 
 
-def test_least_tokens(client: openai.OpenAI, http: httpx2.Client, picture: Picture) -> None:
+def test_least_tokens(client: openai.OpenAI, http: httpx2.Client, image_file: ImageFile) -> None:
     def ask(**fields: Any) -> Any:
         return client.chat.completions.create(
             model=MODEL, messages=message("How long?"), max_tokens=16, extra_body=fields
@@ -231,7 +233,7 @@ def test_least_tokens(client: openai.OpenAI, http: httpx2.Client, picture: Pictu
     with pytest.raises(openai.BadRequestError, match="at most max_tokens, 16, got 17") as caught:
         ask(min_tokens=17)
     assert caught.value.param == "min_tokens"
-    image_id = http.post("/v1/images", files={"file": picture()}).json()["id"]
+    image_id = http.post("/v1/images", files={"file": image_file()}).json()["id"]
     asked = {"questions": ["What?", {"text": "What?", "min_tokens": 0}], "max_tokens": 12}
     ends = http.post(f"/v1/images/{image_id}/questions", json=asked).json()["answers"][0]["text"][1]
     answers = http.post(f"/v1/images/{image_id}/questions", json=asked | {"stop": ends, "min_tokens": 12}).json()

@@ -15,7 +15,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 CHAT = "/v1/chat/completions"
 OUTSIDE = ({"surely": "not"}, [{"neither": 1}], "nothing of the kind", 7)  # values that no field here takes
 
@@ -51,9 +51,9 @@ def tables(gateway: GatewayProcess) -> dict[str, dict[str, list[Any]]]:
 
 
 def test_neutral_values_are_taken_and_others_refused_by_name(
-    http: httpx2.Client, tables: dict[str, dict[str, list[Any]]], picture: Picture
+    http: httpx2.Client, tables: dict[str, dict[str, list[Any]]], image_file: ImageFile
 ) -> None:
-    kept = http.post("/v1/images", files={"file": picture()}).json()["id"]
+    kept = http.post("/v1/images", files={"file": image_file()}).json()["id"]
     asked = {"ChatRequest": (CHAT, {"messages": [user()]})}
     asked["QuestionsRequest"] = (f"/v1/images/{kept}/questions", {"questions": ["What?"]})
     for schema, (path, body) in asked.items():
@@ -117,8 +117,10 @@ def test_messages_as_clients_keep_them(http: httpx2.Client) -> None:
     assert refused.json()["error"]["param"] == "messages.0.tool_calls" and "tools are not" in refused.text
 
 
-def test_pictures_in_every_form_that_clients_write(http: httpx2.Client, services: Services, picture: Picture) -> None:
-    url, before = data_url(picture()), services.encodes()
+def test_images_in_every_form_that_clients_write(
+    http: httpx2.Client, services: Services, image_file: ImageFile
+) -> None:
+    url, before = data_url(image_file()), services.encodes()
     forms = [image(url), image({"url": url}), image({"url": url, "detail": None})]
     forms += [image({"url": url, "detail": "original"}), image({"url": url, "detail": "auto"}, cache_control=None)]
     said = set()
@@ -129,11 +131,11 @@ def test_pictures_in_every_form_that_clients_write(http: httpx2.Client, services
     assert len(said) == 1 and services.encodes() == before + 1
 
 
-def test_a_pictures_uuid_names_it_from_then_on(http: httpx2.Client, services: Services, picture: Picture) -> None:
+def test_a_images_uuid_names_it_from_then_on(http: httpx2.Client, services: Services, image_file: ImageFile) -> None:
     def ask(*parts: dict[str, Any]) -> httpx2.Response:
         return http.post(CHAT, json={"messages": [user(*parts, text())], "max_tokens": 4})
 
-    file, before = picture(), services.encodes()
+    file, before = image_file(), services.encodes()
     first = ask(image(data_url(file), uuid="sku-1234-a")).json()
     again = ask({"type": "image_url", "image_url": None, "uuid": "sku-1234-a"}).json()
     by_url = ask(image("lookonce:sku-1234-a")).json()
@@ -142,7 +144,7 @@ def test_a_pictures_uuid_names_it_from_then_on(http: httpx2.Client, services: Se
     assert http.get("/v1/images/sku-1234-a").json()["aliases"] == ["sku-1234-a"]
     assert ask(image(data_url(file), uuid="no name/at all")).status_code == 200
     assert http.get("/v1/images/sku-1234-a").json()["aliases"] == ["sku-1234-a"]
-    other = http.post("/v1/images", files={"file": picture()}).json()["id"]
+    other = http.post("/v1/images", files={"file": image_file()}).json()["id"]
     assert ask(image(f"lookonce:{other}", uuid="sku-1234-a")).status_code == 200  # names nothing anew
     assert http.get("/v1/images/sku-1234-a").json()["id"] != other
     unknown = ask({"type": "image_url", "uuid": "sku-none"})
@@ -151,8 +153,12 @@ def test_a_pictures_uuid_names_it_from_then_on(http: httpx2.Client, services: Se
         assert ask(image(data_url(file), uuid=f"name-{number}")).status_code == 200
 
 
-def test_every_chunk_tells_the_usage_so_far(client: openai.OpenAI, picture: Picture) -> None:
-    request: dict[str, Any] = {"model": MODEL, "max_tokens": 12, "messages": [user(image(data_url(picture())), text())]}
+def test_every_chunk_tells_the_usage_so_far(client: openai.OpenAI, image_file: ImageFile) -> None:
+    request: dict[str, Any] = {
+        "model": MODEL,
+        "max_tokens": 12,
+        "messages": [user(image(data_url(image_file())), text())],
+    }
     whole = client.chat.completions.create(**request, extra_body={"ignore_eos": True}).usage
     for n, options in ((1, {}), (1, {"include_usage": True}), (2, {"include_usage": True})):
         extra = {"ignore_eos": True, "stream_options": {"continuous_usage_stats": True, **options}}
@@ -198,7 +204,7 @@ def test_routes_of_others_are_not_found_and_say_what_there_is(http: httpx2.Clien
     assert ("/v1/chat/completions" in error["message"]) is (path != "/v1/embeddings")
 
 
-def test_images_may_still_be_named_as_others_name_routes(http: httpx2.Client, picture: Picture) -> None:
+def test_images_may_still_be_named_as_others_name_routes(http: httpx2.Client, image_file: ImageFile) -> None:
     assert http.post("/v1/images/edits", json={}).status_code == 404
-    http.post("/v1/images", files={"file": picture()}, data={"alias": "edits"})
+    http.post("/v1/images", files={"file": image_file()}, data={"alias": "edits"})
     assert http.get("/v1/images/edits").json()["aliases"] == ["edits"]

@@ -127,11 +127,13 @@ def test_a_malformed_name_is_refused_with_its_option(bad: str) -> None:
         GatewaySettings(lm=bad)
 
 
-def test_a_gateway_that_finds_its_services_by_name_answers(services: Services, picture: Callable[..., bytes]) -> None:
+def test_a_gateway_that_finds_its_services_by_name_answers(
+    services: Services, image_file: Callable[..., bytes]
+) -> None:
     with Cutter(services.vision.address, None) as vision, Cutter(services.language.address, None) as language:
         names = ("--vision", f"dns://localhost:{vision.port}", "--lm", f"dns://localhost:{language.port}")
         with GatewayProcess(*names) as gateway, gateway.client() as http:
-            image = http.post("/v1/images", files={"file": picture()}).raise_for_status().json()["id"]
+            image = http.post("/v1/images", files={"file": image_file()}).raise_for_status().json()["id"]
             asked = {"questions": ["What?"], "max_tokens": 1}
             answers = http.post(f"/v1/images/{image}/questions", json=asked).raise_for_status().json()["answers"]
             assert "text" in answers[0]

@@ -14,7 +14,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 LIMIT = 200_000
 JSON = {"content-type": "application/json"}
@@ -82,8 +82,10 @@ def test_several_names_mean_the_one_model(red: httpx2.Client) -> None:
         assert response.status_code == 404 and "'first' or 'second'" in response.json()["error"]["message"]
 
 
-def test_tenants_share_nothing(red: httpx2.Client, blue: httpx2.Client, services: Services, picture: Picture) -> None:
-    data, before = picture(), services.encodes()
+def test_tenants_share_nothing(
+    red: httpx2.Client, blue: httpx2.Client, services: Services, image_file: ImageFile
+) -> None:
+    data, before = image_file(), services.encodes()
     mine = red.post("/v1/images", files={"file": data}).json()
     theirs = blue.post("/v1/images", files={"file": data}).json()
     assert mine["id"] != theirs["id"]
@@ -117,8 +119,8 @@ def test_request_ids_are_echoed_when_sane(red: httpx2.Client) -> None:
     assert made.headers["x-request-id"].startswith("req_") and made.status_code == 404
 
 
-def test_a_full_gateway_says_so_at_once(red: httpx2.Client, services: Services, picture: Picture) -> None:
-    image = red.post("/v1/images", files={"file": picture()}).json()["id"]
+def test_a_full_gateway_says_so_at_once(red: httpx2.Client, services: Services, image_file: ImageFile) -> None:
+    image = red.post("/v1/images", files={"file": image_file()}).json()["id"]
     path, body = f"/v1/images/{image}/questions", ASK | {"stream": True}
     with ExitStack() as stack:
         with services.language.frozen():
@@ -154,8 +156,10 @@ def test_wrong_methods_and_bodies_have_the_one_shape(red: httpx2.Client) -> None
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-def test_metrics_and_log_name_routes_never_paths(red: httpx2.Client, door: GatewayProcess, picture: Picture) -> None:
-    identifier = red.post("/v1/images", files={"file": picture()}).json()["id"]
+def test_metrics_and_log_name_routes_never_paths(
+    red: httpx2.Client, door: GatewayProcess, image_file: ImageFile
+) -> None:
+    identifier = red.post("/v1/images", files={"file": image_file()}).json()["id"]
     secret = {"questions": ["a secret question"], "max_tokens": 1}
     red.post(f"/v1/images/{identifier}/questions", json=secret, headers={"x-request-id": "secret-1"})
     text = red.get("/metrics").text

@@ -18,7 +18,7 @@ from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.processes import START_SECONDS
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 LONG = {
     "messages": [{"role": "user", "content": "Go on and on."}],
     "max_tokens": 8000,  # seconds of work, however late the test looks
@@ -67,8 +67,10 @@ def lose_everything(services: Services, identifier: str) -> None:
             assert stub(channel).Forget(request, timeout=60).complete
 
 
-def test_a_lost_embedding_is_made_again_in_silence(http: httpx2.Client, services: Services, picture: Picture) -> None:
-    identifier = upload(http, picture())
+def test_a_lost_embedding_is_made_again_in_silence(
+    http: httpx2.Client, services: Services, image_file: ImageFile
+) -> None:
+    identifier = upload(http, image_file())
     first = ask(http, identifier).json()["answers"][0]
     before = services.encodes()
     lose_everything(services, identifier)
@@ -77,14 +79,14 @@ def test_a_lost_embedding_is_made_again_in_silence(http: httpx2.Client, services
     assert again["receipt"]["embedding"] == "miss" and services.encodes() == before + 1
     lose_everything(services, identifier)
     body = {"questions": [{"text": "Day?", "choices": ["yes", "no"]}]}
-    weighed = http.post(f"/v1/images/{identifier}/questions", json=body).json()["answers"][0]
-    assert weighed["receipt"]["embedding"] == "miss" and services.encodes() == before + 2
+    chosen = http.post(f"/v1/images/{identifier}/questions", json=body).json()["answers"][0]
+    assert chosen["receipt"]["embedding"] == "miss" and services.encodes() == before + 2
 
 
 def test_a_hundred_first_requests_of_one_image_encode_once(
-    http: httpx2.Client, services: Services, picture: Picture
+    http: httpx2.Client, services: Services, image_file: ImageFile
 ) -> None:
-    url, before = "data:image/png;base64," + base64.b64encode(picture()).decode(), services.encodes()
+    url, before = "data:image/png;base64," + base64.b64encode(image_file()).decode(), services.encodes()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "?"}]
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
     with ThreadPoolExecutor(100) as threads:
@@ -110,12 +112,12 @@ def test_a_client_that_goes_away_frees_its_slot(gateway: GatewayProcess, service
 
 
 def test_without_a_vision_service_known_images_answer_and_new_ones_wait(
-    http: httpx2.Client, services: Services, picture: Picture
+    http: httpx2.Client, services: Services, image_file: ImageFile
 ) -> None:
-    identifier = upload(http, picture())
+    identifier = upload(http, image_file())
     services.vision.kill()
     assert ask(http, identifier).status_code == 200
-    new = http.post("/v1/images", files={"file": picture()})
+    new = http.post("/v1/images", files={"file": image_file()})
     assert new.status_code == 503 and int(new.headers["retry-after"]) >= 1
     ready = http.get("/readyz")
     assert ready.status_code == 200 and ready.json()["status"] == "degraded"
@@ -126,7 +128,7 @@ def test_without_a_vision_service_known_images_answer_and_new_ones_wait(
     assert eventually(lambda: http.delete(f"/v1/images/{identifier}").json().get("complete", True))
     assert http.delete(f"/v1/images/{identifier}").status_code == 404
     assert eventually(lambda: http.get("/readyz").json()["status"] == "ready")
-    assert upload(http, picture())
+    assert upload(http, image_file())
 
 
 def test_a_language_service_that_dies_ends_the_stream_with_an_error_event(

@@ -19,7 +19,7 @@ LONG = {"questions": ["Go on."], "max_tokens": 8000, "ignore_eos": True, "stream
 
 @pytest.mark.slow
 def test_a_full_language_service_is_a_429_and_room_is_an_answer(
-    services: Services, checkpoint: Path, picture: Callable[..., bytes]
+    services: Services, checkpoint: Path, image_file: Callable[..., bytes]
 ) -> None:
     bounds = ("--max-running", "1", "--max-waiting", "1")
     common = ("--model", str(checkpoint), "--store", services.store, "--vision", services.vision.address)
@@ -29,7 +29,7 @@ def test_a_full_language_service_is_a_429_and_room_is_an_answer(
         gateway = stack.enter_context(GatewayProcess(*addresses))
         http = stack.enter_context(gateway.client())
         full = Services(services.vision, language, services.store)
-        image = http.post("/v1/images", files={"file": picture()}).json()["id"]
+        image = http.post("/v1/images", files={"file": image_file()}).json()["id"]
         path = f"/v1/images/{image}/questions"
         with ExitStack() as others:
             for running, waiting in ((1, 0), (1, 1)):

@@ -13,7 +13,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 
 
 def upload(http: httpx2.Client, data: bytes) -> dict:
@@ -23,9 +23,9 @@ def upload(http: httpx2.Client, data: bytes) -> dict:
 
 
 def test_upload_encodes_at_once_and_the_same_bytes_have_the_same_id(
-    http: httpx2.Client, services: Services, picture: Picture
+    http: httpx2.Client, services: Services, image_file: ImageFile
 ) -> None:
-    data, before = picture(), services.encodes()
+    data, before = image_file(), services.encodes()
     first = upload(http, data)
     assert first["object"] == "image" and first["status"] == "ready"
     assert (first["width"], first["height"], first["bytes"]) == (84, 56, len(data))
@@ -49,7 +49,7 @@ def test_upload_encodes_at_once_and_the_same_bytes_have_the_same_id(
         ({"data": "not base64!"}, "data", "invalid_value"),
         ({"data": "QUJD\nRA=="}, "data", "invalid_value"),
         ({"data": "data:image/png,plain"}, "data", "invalid_value"),
-        ({"data": base64.b64encode(b"no picture at all").decode()}, "data", "invalid_image"),
+        ({"data": base64.b64encode(b"no image at all").decode()}, "data", "invalid_image"),
         ({"data": "AAAA", "embedding": [1.0]}, "embedding", "unknown_parameter"),
     ],
 )
@@ -60,15 +60,15 @@ def test_bad_uploads_name_the_field(http: httpx2.Client, body: dict, param: str,
     assert (error["param"], error["code"]) == (param, code), error
 
 
-def test_form_takes_one_field_called_file(http: httpx2.Client, picture: Picture) -> None:
-    assert http.post("/v1/images", files={"image": picture()}).json()["error"]["param"] == "image"
+def test_form_takes_one_field_called_file(http: httpx2.Client, image_file: ImageFile) -> None:
+    assert http.post("/v1/images", files={"image": image_file()}).json()["error"]["param"] == "image"
     assert http.post("/v1/images", files={"file": b""}).json()["error"]["param"] == "file"
     wrong = http.post("/v1/images", content=b"x", headers={"content-type": "text/plain"})
     assert wrong.status_code == 415
 
 
-def test_delete_erases_and_others_are_not_found(http: httpx2.Client, services: Services, picture: Picture) -> None:
-    data = picture()
+def test_delete_erases_and_others_are_not_found(http: httpx2.Client, services: Services, image_file: ImageFile) -> None:
+    data = image_file()
     image = upload(http, data)
     http.post(f"/v1/images/{image['id']}/questions", json={"questions": ["what?"], "max_tokens": 2})
     erased = http.delete(f"/v1/images/{image['id']}")
@@ -86,7 +86,7 @@ def test_delete_erases_and_others_are_not_found(http: httpx2.Client, services: S
     assert services.encodes() == before + 1
 
 
-def test_a_deletion_is_seen_by_another_gateway(services: Services, picture: Picture, tmp_path: Path) -> None:
+def test_a_deletion_is_seen_by_another_gateway(services: Services, image_file: ImageFile, tmp_path: Path) -> None:
     arguments = [*services.arguments(), "--store", f"file://{tmp_path}"]
     with (
         GatewayProcess(*arguments) as one,
@@ -94,7 +94,7 @@ def test_a_deletion_is_seen_by_another_gateway(services: Services, picture: Pict
         one.client() as first,
         two.client() as second,
     ):
-        identifier = upload(first, picture())["id"]
+        identifier = upload(first, image_file())["id"]
         ask = {"questions": ["what is it?"], "max_tokens": 2}
         assert second.post(f"/v1/images/{identifier}/questions", json=ask).status_code == 200
         assert first.delete(f"/v1/images/{identifier}").json()["complete"] is True

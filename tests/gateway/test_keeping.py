@@ -12,7 +12,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 KEYS = {"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"}
 ASK = {"questions": ["What?"], "max_tokens": 2}
@@ -58,7 +58,7 @@ def ids(http: httpx2.Client, query: str = "") -> list[str]:
     return [image["id"] for image in http.get(f"/v1/images{query}").json()["data"]]
 
 
-def test_pages_go_from_newest_to_oldest_and_name_every_image_once(red: httpx2.Client, picture: Picture) -> None:
+def test_pages_go_from_newest_to_oldest_and_name_every_image_once(red: httpx2.Client, image_file: ImageFile) -> None:
     assert red.get("/v1/images").json() == {
         "object": "list",
         "data": [],
@@ -66,7 +66,7 @@ def test_pages_go_from_newest_to_oldest_and_name_every_image_once(red: httpx2.Cl
         "last_id": None,
         "has_more": False,
     }
-    made = [upload(red, picture())["id"] for _ in range(5)][::-1]
+    made = [upload(red, image_file())["id"] for _ in range(5)][::-1]
     assert ids(red) == made
     first = red.get("/v1/images?limit=2").json()
     assert [image["id"] for image in first["data"]] == made[:2] == [first["first_id"], first["last_id"]]
@@ -84,8 +84,8 @@ def test_bad_limits_are_named(red: httpx2.Client, query: str) -> None:
     assert response.status_code == 400 and response.json()["error"]["param"] == "limit"
 
 
-def test_lifetimes_and_pins_are_set_on_upload_and_afterwards(red: httpx2.Client, picture: Picture) -> None:
-    data = picture()
+def test_lifetimes_and_pins_are_set_on_upload_and_afterwards(red: httpx2.Client, image_file: ImageFile) -> None:
+    data = image_file()
     image = upload(red, data, ttl="3600")
     path = f"/v1/images/{image['id']}"
     assert 3500 <= image["expires_at"] - image["created_at"] <= 3700 and image["pinned"] is False
@@ -102,8 +102,8 @@ def test_lifetimes_and_pins_are_set_on_upload_and_afterwards(red: httpx2.Client,
     )
 
 
-def test_an_image_is_gone_when_its_time_is_up(red: httpx2.Client, picture: Picture) -> None:
-    short, long = upload(red, picture(), ttl="1"), upload(red, picture())
+def test_an_image_is_gone_when_its_time_is_up(red: httpx2.Client, image_file: ImageFile) -> None:
+    short, long = upload(red, image_file(), ttl="1"), upload(red, image_file())
     deadline = time.monotonic() + 60
     while red.get(f"/v1/images/{short['id']}").status_code == 200:
         assert time.monotonic() < deadline
@@ -113,8 +113,8 @@ def test_an_image_is_gone_when_its_time_is_up(red: httpx2.Client, picture: Pictu
     assert ask.status_code == 404 and ask.json()["error"]["code"] == "not_found"
 
 
-def test_an_alias_stands_wherever_an_id_does(red: httpx2.Client, picture: Picture) -> None:
-    image = upload(red, picture(), alias="front-door")
+def test_an_alias_stands_wherever_an_id_does(red: httpx2.Client, image_file: ImageFile) -> None:
+    image = upload(red, image_file(), alias="front-door")
     assert image["aliases"] == ["front-door"]
     assert red.get("/v1/images/front-door").json()["id"] == image["id"]
     assert red.post("/v1/images/front-door/questions", json=ASK).json()["image"] == image["id"]
@@ -130,9 +130,11 @@ def test_an_alias_stands_wherever_an_id_does(red: httpx2.Client, picture: Pictur
     assert red.get("/v1/images/door").status_code == red.get(f"/v1/images/{image['id']}").status_code == 404
 
 
-def test_an_alias_moves_and_an_erased_images_alias_does_not_come_back(red: httpx2.Client, picture: Picture) -> None:
-    data = picture()
-    old, new = upload(red, data, alias="now"), upload(red, picture(), alias="now")
+def test_an_alias_moves_and_an_erased_images_alias_does_not_come_back(
+    red: httpx2.Client, image_file: ImageFile
+) -> None:
+    data = image_file()
+    old, new = upload(red, data, alias="now"), upload(red, image_file(), alias="now")
     assert red.get("/v1/images/now").json()["id"] == new["id"]
     assert red.get(f"/v1/images/{old['id']}").json()["aliases"] == []
     red.delete(f"/v1/images/{old['id']}")
@@ -144,15 +146,15 @@ def test_an_alias_moves_and_an_erased_images_alias_does_not_come_back(red: httpx
 
 
 @pytest.mark.parametrize("alias", ["img_x", "-a", "a/b", "..", "ä", "a b", "a\n", "a" * 64 + "b"])
-def test_names_that_cannot_be_are_refused(red: httpx2.Client, picture: Picture, alias: str) -> None:
-    image = upload(red, picture(28, 28))
+def test_names_that_cannot_be_are_refused(red: httpx2.Client, image_file: ImageFile, alias: str) -> None:
+    image = upload(red, image_file(28, 28))
     response = red.patch(f"/v1/images/{image['id']}", json={"alias": alias})
     assert response.status_code == 400 and response.json()["error"]["param"] == "alias"
     assert red.get(f"/v1/images/{image['id']}").json()["aliases"] == []
 
 
-def test_an_image_has_at_most_sixteen_aliases(red: httpx2.Client, picture: Picture) -> None:
-    path = f"/v1/images/{upload(red, picture())['id']}"
+def test_an_image_has_at_most_sixteen_aliases(red: httpx2.Client, image_file: ImageFile) -> None:
+    path = f"/v1/images/{upload(red, image_file())['id']}"
     for number in range(16):
         assert red.patch(path, json={"alias": f"name-{number}"}).status_code == 200
     assert red.patch(path, json={"alias": "one-more"}).json()["error"]["param"] == "alias"
@@ -163,13 +165,15 @@ def test_an_image_has_at_most_sixteen_aliases(red: httpx2.Client, picture: Pictu
     ("fields", "param"),
     [({"ttl": "x"}, "ttl"), ({"ttl": "0"}, "ttl"), ({"pinned": "yes"}, "pinned"), ({"name": "x"}, "name")],
 )
-def test_bad_form_fields_are_named(red: httpx2.Client, picture: Picture, fields: dict, param: str) -> None:
-    response = red.post("/v1/images", files={"file": picture()}, data=fields)
+def test_bad_form_fields_are_named(red: httpx2.Client, image_file: ImageFile, fields: dict, param: str) -> None:
+    response = red.post("/v1/images", files={"file": image_file()}, data=fields)
     assert response.status_code == 400 and response.json()["error"]["param"] == param
 
 
-def test_no_route_shows_one_tenant_what_is_anothers(red: httpx2.Client, blue: httpx2.Client, picture: Picture) -> None:
-    data = picture()
+def test_no_route_shows_one_tenant_what_is_anothers(
+    red: httpx2.Client, blue: httpx2.Client, image_file: ImageFile
+) -> None:
+    data = image_file()
     mine = upload(red, data, alias="ours", pinned="true")
     content = [{"type": "text", "text": "?"}]
     for name in (mine["id"], "ours"):
@@ -196,13 +200,13 @@ def test_no_route_shows_one_tenant_what_is_anothers(red: httpx2.Client, blue: ht
 
 
 def test_lists_pins_and_names_outlive_a_restart_and_are_shared(
-    kept: GatewayProcess, arguments: list[str], red: httpx2.Client, picture: Picture
+    kept: GatewayProcess, arguments: list[str], red: httpx2.Client, image_file: ImageFile
 ) -> None:
-    images = [upload(red, picture(), alias="named", pinned="true"), upload(red, picture())]
+    images = [upload(red, image_file(), alias="named", pinned="true"), upload(red, image_file())]
     with GatewayProcess(*arguments, "--no-pinning", env=KEYS) as other, other.client(RED) as http:
         assert ids(http) == [images[1]["id"], images[0]["id"]]
         assert http.get("/v1/images/named").json()["pinned"] is True
-        added = upload(http, picture())
+        added = upload(http, image_file())
         assert ids(red)[0] == added["id"]
         refused = http.patch("/v1/images/named", json={"pinned": True})
         assert refused.status_code == 403 and refused.json()["error"]["param"] == "pinned"

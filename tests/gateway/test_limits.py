@@ -56,7 +56,7 @@ def test_a_key_over_its_rate_is_told_when_to_come_again(metered: GatewayProcess,
 def test_a_key_has_so_many_requests_at_once(metered: GatewayProcess, services: Services, free: httpx2.Client) -> None:
     body = {"questions": ["Go on."], "stream": True, "max_tokens": 2}
     with metered.client(NARROW) as narrow:
-        image = narrow.post("/v1/images", files={"file": _picture()}).json()["id"]
+        image = narrow.post("/v1/images", files={"file": _image_file()}).json()["id"]
         with ExitStack() as stack:
             with services.language.frozen():
                 one = stack.enter_context(narrow.stream("POST", f"/v1/images/{image}/questions", json=body))
@@ -183,5 +183,5 @@ def _refused(meter: Meter) -> LookonceError:
     return caught.value
 
 
-def _picture() -> bytes:
+def _image_file() -> bytes:
     return save(photograph("coffee", (84, 56)), "PNG")

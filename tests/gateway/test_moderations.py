@@ -17,9 +17,9 @@ from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, ROOT, GatewayProcess
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 POLICY = """
-system: You check pictures and texts.
+system: You check images and texts.
 rules:
   - id: star
     question: "Does this {input} contain a star? Answer yes or no."
@@ -63,14 +63,14 @@ def data_url(data: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
-def test_openais_client_works_unchanged(judge: GatewayProcess, picture: Picture) -> None:
+def test_openais_client_works_unchanged(judge: GatewayProcess, image_file: ImageFile) -> None:
     with openai.OpenAI(base_url=f"{judge.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         text = client.moderations.create(input="A star.")
         parts = client.moderations.create(
             model="omni-moderation-latest",
             input=[
                 {"type": "text", "text": "A star."},
-                {"type": "image_url", "image_url": {"url": data_url(picture())}},
+                {"type": "image_url", "image_url": {"url": data_url(image_file())}},
             ],
         )
         several = client.moderations.create(input=["A star.", "No star."])
@@ -83,8 +83,8 @@ def test_openais_client_works_unchanged(judge: GatewayProcess, picture: Picture)
     assert types == {"star": ["image", "text"], "how-many": ["image"], "rude": ["text"], "poster": []}
 
 
-def test_scores_are_the_probabilities_that_questions_get(judged: httpx2.Client, picture: Picture) -> None:
-    image = judged.post("/v1/images", files={"file": picture()}).json()["id"]
+def test_scores_are_the_probabilities_that_questions_get(judged: httpx2.Client, image_file: ImageFile) -> None:
+    image = judged.post("/v1/images", files={"file": image_file()}).json()["id"]
     part = {"type": "image_url", "image_url": {"url": f"lookonce:{image}"}}
     answer = judged.post("/v1/moderations", json={"input": [part]}).json()
     ModerationObject.model_validate(answer)
@@ -93,7 +93,7 @@ def test_scores_are_the_probabilities_that_questions_get(judged: httpx2.Client, 
         {"text": "Does this image contain a star? Answer yes or no.", "choices": ["yes", "no"]},
         {"text": "How many people are there?", "choices": ["none", "one", "many"]},
     ]
-    body = {"questions": questions, "system": "You check pictures and texts."}
+    body = {"questions": questions, "system": "You check images and texts."}
     star, many = judged.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
     assert result["category_scores"]["star"] == pytest.approx(star["choices"]["yes"], rel=1e-3)
     assert result["category_scores"]["how-many"] == pytest.approx(1 - many["choices"]["none"], rel=1e-3)
@@ -115,13 +115,13 @@ def test_the_highest_score_of_the_parts_counts(judged: httpx2.Client) -> None:
     assert together["results"][0]["category_scores"]["star"] == pytest.approx(max(single), rel=1e-3)
 
 
-def test_a_new_picture_is_encoded_once_at_the_size_of_the_policy(
-    services: Services, picture: Picture, tmp_path: Path
+def test_a_new_image_is_encoded_once_at_the_size_of_the_policy(
+    services: Services, image_file: ImageFile, tmp_path: Path
 ) -> None:
     path = tmp_path / "policy.yaml"
     path.write_text(f"max_pixels: 12544\n{POLICY}")
     with GatewayProcess(*services.arguments(), "--policy", str(path)) as process, process.client() as http:
-        files = [picture(336, 224), picture(56, 56)]
+        files = [image_file(336, 224), image_file(56, 56)]
         body = {"input": [{"type": "image_url", "image_url": {"url": data_url(file)}} for file in files]}
         before = services.encodes()
         first, again = (http.post("/v1/moderations", json=body).json()["results"][0] for _ in range(2))

@@ -14,7 +14,7 @@ from tests.gateway.conftest import Services
 from tests.gateway.processes import ROOT, GatewayProcess
 from tests.gateway.sweep import Sweep
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 POLICY = ROOT / "examples" / "policies" / "shapes.yaml"
 WITH_BODIES = (
     "POST /v1/chat/completions",
@@ -57,8 +57,8 @@ def strict(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture(scope="module")
-def sweep(strict: GatewayProcess, document: dict[str, Any], picture: Picture) -> Sweep:
-    return Sweep(strict.url, document, picture)
+def sweep(strict: GatewayProcess, document: dict[str, Any], image_file: ImageFile) -> Sweep:
+    return Sweep(strict.url, document, image_file)
 
 
 @pytest.fixture(scope="module")
@@ -125,12 +125,12 @@ def test_examples_are_what_the_schemas_say(document: dict[str, Any]) -> None:
 
 
 def test_streamed_events_are_what_the_schemas_say(
-    document: dict[str, Any], strict: GatewayProcess, picture: Picture
+    document: dict[str, Any], strict: GatewayProcess, image_file: ImageFile
 ) -> None:
     chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "stream": True, "logprobs": True}
     ask = {"questions": ["What?", {"text": "Is it?", "choices": ["yes", "no"]}], "max_tokens": 2, "stream": True}
     with strict.client() as http:
-        image = http.post("/v1/images", files={"file": picture()}).json()["id"]
+        image = http.post("/v1/images", files={"file": image_file()}).json()["id"]
         for path, template, body in (
             ("/v1/chat/completions", "/v1/chat/completions", chat | {"stream_options": {"include_usage": True}}),
             ("/v1/chat/completions", "/v1/chat/completions", chat),

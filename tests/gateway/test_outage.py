@@ -4,6 +4,7 @@ and what was acknowledged meanwhile holds afterwards."""
 from __future__ import annotations
 
 import base64
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,13 +14,13 @@ import pytest
 
 from gateway.images.image_records import file_key
 from gateway.images.library import parse_id
+from tests.faulty_proxy import FaultyProxy
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_failures import eventually, lose_everything
-from tests.system.campaign.proxy import Proxy
 from tests.valkey import ValkeyServer
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 QUICK = "connect_timeout=500ms&socket_timeout=500ms&operation_timeout=1s"
 
 
@@ -28,15 +29,14 @@ class Scene:
     """Two gateways over one Redis behind a proxy."""
 
     valkey: ValkeyServer
-    proxy: Proxy
+    proxy: FaultyProxy
     first: httpx2.Client
     second: httpx2.Client
 
 
-@pytest.fixture
-def scene(services: Services) -> Iterator[Scene]:
-    """Anew for each test: circuit breakers remember."""
-    with ValkeyServer() as valkey, Proxy(valkey.port) as proxy:
+@pytest.fixture(scope="module")
+def shared(services: Services) -> Iterator[Scene]:
+    with ValkeyServer() as valkey, FaultyProxy(valkey.port) as proxy:
         arguments = (*services.arguments(), "--store", f"{proxy.url}?{QUICK}")
         with (
             GatewayProcess(*arguments) as one,
@@ -45,6 +45,23 @@ def scene(services: Services) -> Iterator[Scene]:
             two.client() as second,
         ):
             yield Scene(valkey, proxy, first, second)
+
+
+@pytest.fixture
+def scene(shared: Scene) -> Scene:
+    """With every circuit breaker closed, whatever the test before has done."""
+    shared.proxy.set("none")
+    for http in (shared.first, shared.second):
+        assert eventually(lambda http=http: store_in_use(http))
+    return shared
+
+
+def store_in_use(http: httpx2.Client) -> bool:
+    """Asks for something first: a breaker that is open tries again when it is used."""
+    http.get("/v1/images/nothing")
+    states = re.findall(r"^lookonce_store_degraded\{.*\} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    assert states
+    return set(states) == {"0.0"}
 
 
 def upload(http: httpx2.Client, data: bytes, **fields: str) -> httpx2.Response:
@@ -64,29 +81,33 @@ def refused(reply: httpx2.Response) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["reset", pytest.param("half", marks=pytest.mark.slow)])
-def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(scene: Scene, picture: Picture, mode: str) -> None:
-    data = picture()
+def test_a_pinned_file_that_could_not_be_written_is_not_a_full_store(
+    scene: Scene, image_file: ImageFile, mode: str
+) -> None:
+    data = image_file()
     scene.proxy.set(mode)
     reply = upload(scene.first, data, pinned="true")
     assert refused(reply), reply.text
-    scene.proxy.set("pass")
+    scene.proxy.set("none")
     assert eventually(lambda: upload(scene.first, data, pinned="true").status_code in (200, 201))
 
 
-def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, picture: Picture) -> None:
-    image = upload(scene.first, picture(), alias="cat").json()["id"]
+def test_what_could_not_be_looked_for_is_not_gone(scene: Scene, image_file: ImageFile) -> None:
+    image = upload(scene.first, image_file(), alias="cat").json()["id"]
     scene.proxy.set("reset")
     for path in (f"/v1/images/{image}", "/v1/images/cat", "/v1/images"):
         reply = scene.second.get(path)
         assert refused(reply), (path, reply.text)
-    scene.proxy.set("pass")
+    scene.proxy.set("none")
     for path in (f"/v1/images/{image}", "/v1/images/cat"):
         assert eventually(lambda path=path: scene.second.get(path).status_code == 200)
     assert scene.second.get("/v1/images").json()["data"][0]["id"] == image
 
 
-def test_a_kept_file_that_could_not_be_read_is_not_gone(scene: Scene, services: Services, picture: Picture) -> None:
-    image = upload(scene.first, picture()).json()["id"]
+def test_a_kept_file_that_could_not_be_read_is_not_gone(
+    scene: Scene, services: Services, image_file: ImageFile
+) -> None:
+    image = upload(scene.first, image_file()).json()["id"]
     lose_everything(services, image)
     scene.proxy.set("reset")
     reply = scene.first.post(f"/v1/images/{image}/questions", json={"questions": ["What?"], "max_tokens": 2})
@@ -95,9 +116,9 @@ def test_a_kept_file_that_could_not_be_read_is_not_gone(scene: Scene, services: 
 
 
 def test_an_image_that_came_with_the_request_needs_no_kept_file(
-    scene: Scene, services: Services, picture: Picture
+    scene: Scene, services: Services, image_file: ImageFile
 ) -> None:
-    data = picture()
+    data = image_file()
     first = chat(scene.first, data)
     assert first.status_code == 200, first.text
     lose_everything(services, upload(scene.second, data).json()["id"])
@@ -110,9 +131,9 @@ def test_an_image_that_came_with_the_request_needs_no_kept_file(
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["half", "hang"])
 def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_before_it(
-    scene: Scene, picture: Picture, mode: str
+    scene: Scene, image_file: ImageFile, mode: str
 ) -> None:
-    data = picture()
+    data = image_file()
     image = upload(scene.first, data).json()["id"]
     assert scene.first.delete(f"/v1/images/{image}").json()["complete"] is True
     assert scene.first.get(f"/v1/images/{image}").status_code == 404
@@ -120,7 +141,7 @@ def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_befo
     reply = upload(scene.first, data, alias="again")
     assert reply.status_code in (200, 201), reply.text
     assert scene.first.get(f"/v1/images/{image}").status_code == 200
-    scene.proxy.set("pass")
+    scene.proxy.set("none")
     end = time.monotonic() + 4  # the breaker closes within
     while time.monotonic() < end:
         assert scene.first.get(f"/v1/images/{image}").status_code == 200
@@ -133,13 +154,13 @@ def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_befo
         assert client.exists(f"lookonce:images:{file_key(parse_id(image)).hex()}"), "the file, too, is in Redis again"
 
 
-def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, picture: Picture) -> None:
+def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, image_file: ImageFile) -> None:
     """A gateway that can't see that an image is pinned and named keeps it all the same, and joins both afterwards."""
-    data = picture()
+    data = image_file()
     image = upload(scene.first, data, pinned="true", alias="kept").json()["id"]
     scene.proxy.set("reset")
     assert upload(scene.second, data).status_code in (200, 201)
-    scene.proxy.set("pass")
+    scene.proxy.set("none")
 
     def whole(http: httpx2.Client) -> bool:
         found = http.get("/v1/images/kept")

@@ -18,16 +18,16 @@ def upload(http: httpx2.Client, data: bytes, **fields: str) -> httpx2.Response:
 
 
 def test_pinned_images_are_not_evicted_and_their_room_is_bounded(
-    services: Services, tmp_path: Path, picture: Callable[..., bytes]
+    services: Services, tmp_path: Path, image_file: Callable[..., bytes]
 ) -> None:
     budgets = ("--store-bytes", "64KiB", "--pinned-bytes", "20KiB")  # a dozen entries of at least a page, and four
     arguments = (*services.arguments(), "--store", f"file://{tmp_path}", *budgets, "--low-detail-pixels", "3136")
     with GatewayProcess(*arguments) as gateway, gateway.client() as http:
-        kept = [upload(http, picture(), pinned="true", alias=f"kept-{number}").json()["id"] for number in range(3)]
-        later = upload(http, picture()).json()["id"]
+        kept = [upload(http, image_file(), pinned="true", alias=f"kept-{number}").json()["id"] for number in range(3)]
+        later = upload(http, image_file()).json()["id"]
         assert http.patch(f"/v1/images/{later}", json={"pinned": True}).json()["pinned"] is True
-        passing = [upload(http, picture()).json()["id"] for _ in range(20)]
-        refused = upload(http, picture(), pinned="true")
+        passing = [upload(http, image_file()).json()["id"] for _ in range(20)]
+        refused = upload(http, image_file(), pinned="true")
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "pinned"
         refused = http.patch(f"/v1/images/{passing[-1]}", json={"pinned": True})
         assert refused.status_code == 400 and "no room for more pinned" in refused.json()["error"]["message"]
@@ -42,5 +42,5 @@ def test_pinned_images_are_not_evicted_and_their_room_is_bounded(
         assert http.delete("/v1/images/kept-0").json()["deleted"]
         assert http.patch(f"/v1/images/{later}", json={"pinned": False}).json()["pinned"] is False
         for _ in range(2):
-            assert upload(http, picture(), pinned="true").status_code == 200
+            assert upload(http, image_file(), pinned="true").status_code == 200
         assert http.get("/v1/images/kept-0").status_code == 404

@@ -10,12 +10,12 @@ import pytest
 
 from tests.gateway.conftest import Services
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 
 
 @pytest.fixture
-def image(http: httpx2.Client, picture: Picture) -> str:
-    return http.post("/v1/images", files={"file": picture()}).json()["id"]
+def image(http: httpx2.Client, image_file: ImageFile) -> str:
+    return http.post("/v1/images", files={"file": image_file()}).json()["id"]
 
 
 def test_ten_questions_one_encode_order_kept(http: httpx2.Client, services: Services, image: str) -> None:
@@ -30,16 +30,16 @@ def test_ten_questions_one_encode_order_kept(http: httpx2.Client, services: Serv
     assert services.encodes() == before
 
 
-def test_choices_get_probabilities_beside_written_answers(http: httpx2.Client, image: str) -> None:
+def test_choices_get_probabilities_beside_open_answers(http: httpx2.Client, image: str) -> None:
     body = {
         "questions": ["Describe.", {"id": "w", "text": "Is it day?", "choices": ["yes", "no"]}],
         "max_tokens": 2,
         "system": "Be brief.",
     }
-    written, weighed = http.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
-    assert written["id"] == "0" and "choices" not in written
-    assert set(weighed["choices"]) == {"yes", "no"} and sum(weighed["choices"].values()) == pytest.approx(1)
-    assert weighed["text"] == max(weighed["choices"], key=weighed["choices"].get)
+    open_one, chosen = http.post(f"/v1/images/{image}/questions", json=body).json()["answers"]
+    assert open_one["id"] == "0" and "choices" not in open_one
+    assert set(chosen["choices"]) == {"yes", "no"} and sum(chosen["choices"].values()) == pytest.approx(1)
+    assert chosen["text"] == max(chosen["choices"], key=chosen["choices"].get)
 
 
 def test_a_question_that_fails_fails_alone(http: httpx2.Client, image: str) -> None:

@@ -19,11 +19,11 @@ FREED_WITHIN = 120.0  # seconds; the machine may be busy, this is no measurement
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_five_hundred_streams_run_at_once_and_disconnects_free_their_places(
-    gateway: GatewayProcess, services: Services, picture: Callable[..., bytes]
+    gateway: GatewayProcess, services: Services, image_file: Callable[..., bytes]
 ) -> None:
     limits = httpx2.Limits(max_connections=STREAMS + 8)
     async with httpx2.AsyncClient(base_url=gateway.url, timeout=240, limits=limits, trust_env=False) as http:
-        image = (await http.post("/v1/images", files={"file": picture()})).json()["id"]
+        image = (await http.post("/v1/images", files={"file": image_file()})).json()["id"]
         path = f"/v1/images/{image}/questions"
         await asyncio.gather(*(_whole(http, path) for _ in range(STREAMS)))
         assert await _in_flight(http) == 0

@@ -60,14 +60,14 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(
-    services: Services, tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]
+    services: Services, tmp_path_factory: pytest.TempPathFactory, image_file: Callable[..., bytes]
 ) -> Iterator[World]:
     policy = ROOT / "examples" / "policies" / "shapes.yaml"
     everything = ("--data-dir", str(tmp_path_factory.mktemp("data")), "--policy", str(policy))
     with ExitStack() as stack:
         gateway = stack.enter_context(GatewayProcess(*services.arguments(), *everything, env=KEYS))
         red, blue = (stack.enter_context(gateway.client(key)) for key in (RED, BLUE))
-        image = red.post("/v1/images", files={"file": picture()}, data={"alias": "ours", "pinned": "true"}).json()
+        image = red.post("/v1/images", files={"file": image_file()}, data={"alias": "ours", "pinned": "true"}).json()
         good, bad = chat_line("good", image_part("lookonce:ours")), chat_line("bad", colour="red")
         batch = ended(red, begin(red, jsonl(good, bad)))
         files = [batch[f"{kind}_file_id"] for kind in ("input", "output", "error")]
@@ -119,7 +119,7 @@ def upload(client: httpx2.Client, data: bytes) -> dict[str, Any]:
     return reply.json()
 
 
-def test_no_count_tells_what_another_asked(world: World, picture: Callable[..., bytes]) -> None:
+def test_no_count_tells_what_another_asked(world: World, image_file: Callable[..., bytes]) -> None:
     cold = [chat(world.blue, text) for text in OTHERS][-1]
     first = chat(world.red, SECRET)
     assert chat(world.red, SECRET) > first, "the same tenant finds its own"
@@ -129,7 +129,7 @@ def test_no_count_tells_what_another_asked(world: World, picture: Callable[..., 
     cold = [chat(world.blue, text, "What is it?") for text in (OTHERS[1], OTHERS[0])][-1]
     assert chat(world.blue, "A system prompt: " + SECRET, "What is it?") == cold
 
-    data = picture()
+    data = image_file()
     ours, theirs = upload(world.red, data), upload(world.blue, data)
     assert (ours["cached"], theirs["cached"]) == (False, False) and ours["id"] != theirs["id"]
     before = question(world.red, ours["id"], SECRET)
@@ -137,7 +137,7 @@ def test_no_count_tells_what_another_asked(world: World, picture: Callable[..., 
     assert question(world.blue, theirs["id"], SECRET) == before
 
 
-def test_what_tenants_share_is_told_apart(services: Services, picture: Callable[..., bytes]) -> None:
+def test_what_tenants_share_is_told_apart(services: Services, image_file: Callable[..., bytes]) -> None:
     """Embeddings are one thing, what was asked about them is another."""
     for prefixes in (False, True):
         env = KEYS | {"LOOKONCE_GATEWAY_SHARE_EMBEDDINGS": "true", "LOOKONCE_GATEWAY_SHARE_PREFIXES": str(prefixes)}
@@ -146,7 +146,7 @@ def test_what_tenants_share_is_told_apart(services: Services, picture: Callable[
             gateway.client(RED) as red,
             gateway.client(BLUE) as blue,
         ):
-            data, text = picture(), f"{prefixes}: {SECRET}"
+            data, text = image_file(), f"{prefixes}: {SECRET}"
             ours, theirs = upload(red, data), upload(blue, data)
             assert (ours["cached"], theirs["cached"]) == (False, True)
             cold = [chat(blue, other) for other in OTHERS][-1]

@@ -15,9 +15,9 @@ from tests.gateway.processes import GatewayProcess
 
 
 def test_one_frame_of_a_running_system(
-    gateway: GatewayProcess, http: httpx2.Client, picture: Callable[..., bytes]
+    gateway: GatewayProcess, http: httpx2.Client, image_file: Callable[..., bytes]
 ) -> None:
-    image = http.post("/v1/images", files={"file": picture()}).json()["id"]
+    image = http.post("/v1/images", files={"file": image_file()}).json()["id"]
     body = {"questions": ["What?", "Where?"], "max_tokens": 2}
     assert http.post(f"/v1/images/{image}/questions", json=body).status_code == 200
     shown = invoke("top", "--once", "--url", gateway.url)

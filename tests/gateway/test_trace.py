@@ -32,11 +32,11 @@ def methods(service: ServiceProcess, trace: str, wanted: set[str]) -> set[str]:
 
 @pytest.mark.parametrize("own", [True, False], ids=["the client's", "the gateway's"])
 def test_every_process_names_the_trace(
-    gateway: GatewayProcess, http: httpx2.Client, services: Services, picture: Callable[..., bytes], own: bool
+    gateway: GatewayProcess, http: httpx2.Client, services: Services, image_file: Callable[..., bytes], own: bool
 ) -> None:
     trace, span = secrets.token_hex(16), secrets.token_hex(8)
     headers = {"traceparent": f"00-{trace}-{span}-01"} if own else {}
-    uploaded = http.post("/v1/images", files={"file": picture()}, headers=headers)
+    uploaded = http.post("/v1/images", files={"file": image_file()}, headers=headers)
     answered = uploaded.headers["traceparent"].split("-")
     assert (answered[1] == trace) is own and answered[2] != span
     assert methods(services.vision, answered[1], {"Encode"}) == {"Encode"}

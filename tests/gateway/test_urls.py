@@ -1,4 +1,4 @@
-"""Pictures at URLs, through the real gateway process: fetched from servers on loopback that stand for the internet."""
+"""Images at URLs, through the real gateway process: fetched from servers on loopback that stand for the internet."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
             yield World(gateway, plain, secure, canary)
 
 
-def test_an_upload_by_url_is_the_same_image(world: World, picture: Callable[..., bytes]) -> None:
-    file = picture()
+def test_an_upload_by_url_is_the_same_image(world: World, image_file: Callable[..., bytes]) -> None:
+    file = image_file()
     world.secure.routes["/a.png"] = answer(file)
     response = world.upload(f"https://pictures.example:{world.secure.port}/a.png")
     assert response.status_code == 200, response.text
@@ -90,9 +90,9 @@ def test_an_upload_by_url_is_the_same_image(world: World, picture: Callable[...,
     assert world.secure.requests[-1].headers["host"] == f"pictures.example:{world.secure.port}"
 
 
-def test_chat_with_pictures_at_urls(world: World, picture: Callable[..., bytes]) -> None:
-    world.plain.routes |= {"/go": redirect("/b.png"), "/b.png": answer(picture())}
-    world.secure.routes["/c.png"] = answer(picture())
+def test_chat_with_images_at_urls(world: World, image_file: Callable[..., bytes]) -> None:
+    world.plain.routes |= {"/go": redirect("/b.png"), "/b.png": answer(image_file())}
+    world.secure.routes["/c.png"] = answer(image_file())
     urls = f"{world.plain.url}/go", f"https://pictures.example:{world.secure.port}/c.png", f"{world.plain.url}/b.png"
     response = world.chat(*urls)
     assert response.status_code == 200, response.text
@@ -131,8 +131,8 @@ def test_other_schemes_reach_nothing(world: World, url: str) -> None:
     assert world.canary.connections == 0
 
 
-def test_a_name_that_moves_inside_is_followed_nowhere(world: World, picture: Callable[..., bytes]) -> None:
-    world.plain.routes["/d.png"] = answer(picture())
+def test_a_name_that_moves_inside_is_followed_nowhere(world: World, image_file: Callable[..., bytes]) -> None:
+    world.plain.routes["/d.png"] = answer(image_file())
     assert world.upload(f"http://rebind.example:{world.plain.port}/d.png").status_code == 200
     response = world.upload(f"http://rebind.example:{world.canary.port}/d.png")
     assert response.json()["error"]["message"] == "the host of 'url' has no public address"
@@ -162,7 +162,7 @@ def test_bytes_are_bounded_for_each_and_together(world: World) -> None:
     assert together["code"] == "image_too_large" and "96.0 KiB" in together["message"]
 
 
-@pytest.mark.parametrize(("file", "code"), [(b"no picture", "invalid_image"), (b"", "invalid_image_url")])
+@pytest.mark.parametrize(("file", "code"), [(b"no image", "invalid_image"), (b"", "invalid_image_url")])
 def test_what_is_fetched_is_decoded_as_strictly_as_a_file(world: World, file: bytes, code: str) -> None:
     world.plain.routes["/e.png"] = answer(file)
     for response in (world.upload(f"{world.plain.url}/e.png"), world.chat(f"{world.plain.url}/e.png")):

@@ -21,7 +21,7 @@ from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_units import StandIn
 from tests.ports import free_port
 
-Picture = Callable[..., bytes]
+ImageFile = Callable[..., bytes]
 KEYS = [number.to_bytes(4, "little") * 8 for number in range(2000)]
 
 
@@ -113,7 +113,7 @@ def counted(url: str) -> dict[tuple[str, str], float]:
     return {(variant, outcome): float(value) for outcome, variant, value in found}
 
 
-def test_receipts_metrics_and_a_file_that_changes(services: Services, picture: Picture, tmp_path: Path) -> None:
+def test_receipts_metrics_and_a_file_that_changes(services: Services, image_file: ImageFile, tmp_path: Path) -> None:
     """Two variants over the same services: which one answers shows in the receipt, and each image keeps its own."""
     vision, language = services.vision.address, services.language.address
     file, metrics = tmp_path / "variants", f"127.0.0.1:{free_port()}"
@@ -128,7 +128,7 @@ def test_receipts_metrics_and_a_file_that_changes(services: Services, picture: P
     write(1, 1)
     with GatewayProcess("--variants-file", str(file), "--metrics-listen", metrics) as gateway, gateway.client() as http:
         assert http.get("/readyz").json()["parts"]["language"]["configured"] == 1, "the same address twice"
-        images = [http.post("/v1/images", files={"file": picture()}).json()["id"] for _ in range(12)]
+        images = [http.post("/v1/images", files={"file": image_file()}).json()["id"] for _ in range(12)]
         homes = {image: ask(http, image)["variant"] for image in images}
         assert set(homes.values()) == {"left", "right"}
         assert {image: ask(http, image)["variant"] for image in images} == homes
@@ -147,13 +147,15 @@ def test_receipts_metrics_and_a_file_that_changes(services: Services, picture: P
         assert http.get(f"/v1/images/{images[0]}").status_code == 404
 
 
-def test_a_variant_that_nobody_serves_fails_no_request(services: Services, picture: Picture, tmp_path: Path) -> None:
+def test_a_variant_that_nobody_serves_fails_no_request(
+    services: Services, image_file: ImageFile, tmp_path: Path
+) -> None:
     there = f"there weight=1 vision={services.vision.address} lm={services.language.address}"
     gone = f"gone weight=50 vision=unix:{tmp_path}/v.sock lm=unix:{tmp_path}/l.sock"
     with GatewayProcess("--variants", f"{there}; {gone}") as gateway, gateway.client() as http:
         assert http.get("/readyz").json()["status"] == "degraded"
         for _ in range(3):
-            uploaded = http.post("/v1/images", files={"file": picture()})
+            uploaded = http.post("/v1/images", files={"file": image_file()})
             assert uploaded.status_code == 200, uploaded.text
             assert ask(http, uploaded.json()["id"])["variant"] == "there"
 

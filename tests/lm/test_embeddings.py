@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lm_service.embeddings import EmbeddingResolver, TensorCache
-from lm_service.engine.packed.engine import rows_of
+from lm_service.engine.packed.request_checks import rows_of
 from lm_service.engine.types import EmbeddingSource
 from lm_service.peers import AcceptedEncoders, VisionPeers
 from lookonce.core.embedding_cache import EmbeddingCache
@@ -24,8 +24,8 @@ from lookonce.core.rpc.server import Server, ServerOptions
 from lookonce.core.stores import open_store
 from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import vision_pb2, vision_pb2_grpc
+from tests.faulty_proxy import FaultyProxy
 from tests.lm.split import record_of
-from tests.system.campaign.proxy import Proxy
 from tests.valkey import ValkeyServer
 
 HIDDEN = 8
@@ -160,7 +160,7 @@ async def test_nowhere_is_embedding_missing_and_may_pass_where_somebody_was_not_
 
 async def test_what_could_not_be_looked_for_in_the_store_may_be_there(tmp_path):
     """The first failure tells it, long before a circuit breaker opens; what a peer has is answered all the same."""
-    with ValkeyServer() as valkey, Proxy(valkey.port) as proxy:
+    with ValkeyServer() as valkey, FaultyProxy(valkey.port) as proxy:
         async with resolving(tmp_path, Peer(), url=proxy.url) as resolver:
             error = await refused(resolver, reference())
             assert (error.kind, error.retry_after) == (ErrorKind.EMBEDDING_MISSING, None)

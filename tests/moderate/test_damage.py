@@ -116,17 +116,10 @@ def killed(pair, pictures, policy, tmp_path_factory) -> Path:
     return ledger.parent
 
 
-RESUMED: dict[str, tuple[Spoil, ...]] = {
-    "in the ledger": (swap("pictures"), swap("firsts", 2), swap("rows")),
-    "of parts": (swap_files,),
-}
-
-
-@pytest.mark.parametrize("which", RESUMED)
-def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path, which):
+def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path):
     out = tmp_path / "out.parquet"
     run = shutil.copytree(killed, tmp_path / "out.parquet.run")
-    for spoil in RESUMED[which]:
+    for spoil in (swap("pictures"), swap("firsts", 2), swap("rows"), swap_files):
         spoil(run)
     done = pair.moderate(pictures.folder, policy, out, "--part-rows", "10")
     assert done.returncode == 0, done.stderr

@@ -15,11 +15,11 @@ from collections import Counter
 import psutil
 import pytest
 
+from tests.faulty_proxy import FaultyProxy
 from tests.processes import ROOT
 from tests.system.campaign.faults import Faults
 from tests.system.campaign.load import Client
 from tests.system.campaign.pictures import OPEN, prepare
-from tests.system.campaign.proxy import Proxy
 from tests.system.campaign.verdicts import Verdicts
 from tests.system.cluster import System
 from tests.unsplit import Unsplit
@@ -111,7 +111,7 @@ def test_no_fault_makes_an_answer_wrong_or_loses_what_is_kept(tmp_path):
     verdicts = Verdicts()
     with (
         ValkeyServer() as valkey,
-        Proxy(valkey.port) as proxy,
+        FaultyProxy(valkey.port) as proxy,
         System(
             MODEL, tmp_path, visions=2, languages=2, gateways=2, store=proxy.url,
             vision_args=VISION, language_args=LANGUAGE, gateway_args=GATEWAY,

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
+import redis
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
@@ -34,6 +35,16 @@ def double(model, tmp_path_factory):
     """One with two services of each kind; likewise."""
     with System(model, tmp_path_factory.mktemp("double"), visions=2, languages=2) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def over_redis(model, tmp_path_factory):
+    """One on a Redis, which is of any size until a test bounds it; likewise."""
+    with (
+        ValkeyServer(maxmemory_policy="noeviction") as valkey,
+        System(model, tmp_path_factory.mktemp("redis"), store=valkey.url) as running,
+    ):
+        yield running, valkey
 
 
 class Load:
@@ -75,41 +86,37 @@ class Load:
         self._pool.shutdown()
 
 
-def test_redis_killed_and_restarted_in_the_middle_of_a_run(model, tmp_path):
-    with ValkeyServer() as valkey, System(model, tmp_path, store=valkey.url) as system:
-        image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
-        with Load(system, image) as load:
-            load.wait_for_more()
-            valkey.kill()
-            load.wait_for_more()
-            assert system.http.get("/readyz").status_code == 200
-            during = system.upload(save(photograph("chelsea", (150, 100)), "PNG"))["id"]
-            assert "text" in system.ask(during, ["What?"], max_tokens=2)[0]
-            valkey.start(valkey.port)
-            system.wait_whole()
-            load.wait_for_more()
-        assert set(load.statuses) == {(200, None)}
-        assert len(load.texts) == 1
+def test_redis_killed_and_restarted_in_the_middle_of_a_run(over_redis):
+    system, valkey = over_redis
+    image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
+    with Load(system, image) as load:
+        load.wait_for_more()
+        valkey.kill()
+        load.wait_for_more()
+        assert system.http.get("/readyz").status_code == 200
+        during = system.upload(save(photograph("chelsea", (150, 100)), "PNG"))["id"]
+        assert "text" in system.ask(during, ["What?"], max_tokens=2)[0]
+        valkey.start(valkey.port)
+        system.wait_whole()
+        load.wait_for_more()
+    assert set(load.statuses) == {(200, None)}
+    assert len(load.texts) == 1
 
 
-def test_redis_that_hangs_or_is_full_fails_no_request(model, tmp_path):
-    with (
-        ValkeyServer(maxmemory="3mb", maxmemory_policy="noeviction") as valkey,
-        System(model, tmp_path, store=valkey.url) as system,
-    ):
-        with valkey.client() as client:
-            for n in range(60):
-                try:
-                    client.set(f"filler{n}", bytes(50_000))
-                except Exception:
-                    break
-        image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
-        assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
-        valkey.stop()
-        with Load(system, image) as load:
-            load.wait_for_more(10)
-        valkey.resume()
-        assert set(load.statuses) == {(200, None)}
+def test_redis_that_is_full_and_then_hangs_fails_no_request(over_redis):
+    system, valkey = over_redis
+    with valkey.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 50_000)
+        client.set("filler", bytes(100_000))
+        with pytest.raises(redis.exceptions.OutOfMemoryError):
+            client.set("more", bytes(1))
+    image = system.upload(save(photograph("rocket", (150, 100)), "PNG"))["id"]
+    assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
+    valkey.stop()
+    with Load(system, image) as load:
+        load.wait_for_more(10)
+    valkey.resume()
+    assert set(load.statuses) == {(200, None)}
 
 
 def test_vision_down_cached_images_answer_and_new_ones_are_503(single):
@@ -128,14 +135,14 @@ def test_vision_down_cached_images_answer_and_new_ones_are_503(single):
 def test_killed_services_leave_the_embedded_store_intact(single):
     files = list(odd_files().values())
     before = {}
-    for round_number in range(3):
-        for data in files[round_number * 3 : round_number * 3 + 3]:
+    for round_number, services in enumerate((single.languages, single.visions)):
+        for data in files[round_number * 4 : round_number * 4 + 4]:
             image = single.upload(data)["id"]
             before[image] = single.ask(image, ["What is it?"], max_tokens=4)[0]["text"]
         with Load(single, next(iter(before)), 2) as load:
             load.wait_for_more()
-            (single.visions if round_number % 2 else single.languages)[0].kill()
-        (single.visions if round_number % 2 else single.languages)[0].restart()
+            services[0].kill()
+        services[0].restart()
         single.wait_whole()
     made = single.encodes()
     for image, text in before.items():

@@ -14,7 +14,7 @@ from skimage import data
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.processes import ServiceProcess
-from vision_service.app import running
+from vision_service.app import load, running
 from vision_service.images import Decoder
 from vision_service.settings import VisionSettings
 
@@ -72,7 +72,7 @@ def decoding(monkeypatch) -> Iterator[threading.Event]:
 async def in_process(path, **fields):
     """A client of the service run in this process, over a real socket: a start without the seconds of imports."""
     settings = VisionSettings(model=str(path), listen="127.0.0.1:0", dtype="float32", **fields)
-    async with running(settings) as server:
+    async with running(settings, load(settings)) as server:
         client = VisionClient(server.address)
         try:
             yield client

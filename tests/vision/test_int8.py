@@ -9,19 +9,10 @@ import torch
 from PIL import Image
 
 from lm_service.peers import AcceptedEncoders
+from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA, SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.quantization import (
-    ELSEWHERE,
-    ON_CPU,
-    ON_CUDA,
-    SCHEMES,
-    CudaRows,
-    Int8Matrix,
-    WidenedWeights,
-    check_usable,
-    scheme,
-)
+from lookonce.models.quantization import CudaRows, Int8Matrix, WidenedWeights, check_usable, scheme
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
 from tests.pictures import photograph

@@ -34,7 +34,7 @@ from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit
 from tests.vision.conftest import in_process
 from tests.vision.files import encoded, small
-from vision_service.app import serve
+from vision_service.app import load, serve
 from vision_service.images import Decoder, ImageLimits
 from vision_service.settings import VisionSettings
 
@@ -316,7 +316,7 @@ async def test_metrics_over_http(checkpoint_path):
 async def test_what_keeps_it_from_starting_is_told(checkpoint_path, fields, text):
     settings = VisionSettings(**({"model": str(checkpoint_path), "listen": "127.0.0.1:0"} | fields))
     with pytest.raises(LookonceError) as caught:
-        await serve(settings)
+        await serve(settings, load(settings))
     assert text in caught.value.message
 
 

@@ -1,4 +1,4 @@
-"""The engine's own thread of control, without the thread: submit, cancel, step. Everything here runs in one thread.
+"""The engine's own thread of control, without the thread: enqueue, cancel, step. Everything here runs in one thread.
 
 `step` reads: schedule, run, postprocess. What comes out is collected as events, for the facade to deliver at once.
 """
@@ -47,7 +47,7 @@ class EngineCore:
     """Pool, cache, scheduler and runner of one model."""
 
     def __init__(self, model: ModelAdapter, options: PackedOptions, load: Callable[[PrefixPrefill], None]) -> None:
-        """`load` is told of fills that want embeddings."""
+        """`load` is told of prefills that want embeddings."""
         free = _free_for_kv(model.shape)
         self.options = options
         self._stages = model.shape.stages
@@ -70,10 +70,10 @@ class EngineCore:
         """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
         return self._runner.native
 
-    def submit(self, request: Request) -> None:
+    def enqueue(self, request: Request) -> None:
         """Let a request's sequences wait."""
         request.taken, request.unfinished = True, len(request.sequences)
-        # those that need not wait for another's stem go first
+        # those that need not wait for another's prefix go first
         for sequence in sorted(request.sequences, key=lambda one: one.follows):
             self.scheduler.add(sequence)
 
@@ -144,7 +144,7 @@ class EngineCore:
         """Run a batch; if that fails, its parts one by one, so that only what cannot be computed fails."""
         try:
             logits = self._run(batch)
-        except Exception:  # noqa: BLE001 - logged; each part is tried again alone
+        except Exception:  # noqa: BLE001 - logged; each chunk is tried again on its own
             _log.exception("step_failed", tokens=batch.tokens)
             for prefill in batch.prefills:
                 if (

@@ -21,13 +21,12 @@ from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, i
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
-from lm_service.engine.packed.prompt_checks import check_embedding, check_generation, check_scoring
+from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
 from lm_service.engine.packed.scheduling.scored_questions import by_images, score_sequences, scores_of
 from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
-    DamagedRecord,
     Delta,
     EmbeddingLoader,
     EmbeddingSource,
@@ -40,9 +39,7 @@ from lm_service.engine.types import (
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.record import TensorView
 from lookonce.core.tasks import gather_or_end, start_task
-from lookonce.models.tensors import tensor_of
 from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
@@ -76,7 +73,7 @@ class PackedEngine:
         self._facts = facts or ModelFacts()
         self._shape = model.shape
         self._rows_of = partial(rows_of, device=model.shape.device, dtype=model.shape.dtype)
-        self._stems_from = self.options.stems_from(model.shape.device.type)
+        self._question_prefixes_from = self.options.question_prefixes_from(model.shape.device.type)
         self._context = self.options.context_tokens or model.shape.context
         self._table, self._end_ids = table, end_ids
         self._loader: EmbeddingLoader  # from `start` on
@@ -177,7 +174,7 @@ class PackedEngine:
             )
             items = [request.items[place] for place in places]
             part.sequences = score_sequences(
-                part, items, worth=self._stems_from, longest=self.options.long_suffix_tokens
+                part, items, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
             )
             sequences.update(zip(places, part.sequences, strict=True))
             parts.append(part)
@@ -228,7 +225,7 @@ class PackedEngine:
         stream = self._streams[request] = _Stream(request)
         self._waiting += 1
         request.unfinished = len(request.sequences)
-        self._tell(lambda: self._core.submit(request))
+        self._tell(lambda: self._core.enqueue(request))
         try:
             while True:
                 event = await _next(stream, deadline)
@@ -370,14 +367,6 @@ class PackedEngine:
             self._tell(lambda: self._core.scheduler.loaded(prefill, source, load_ms))
             return
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
-
-
-def rows_of(view: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A record's rows in memory of their own. Raises DamagedRecord when they are not finite in this dtype."""
-    rows = tensor_of(view).to(device=device, dtype=dtype, copy=True)
-    if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
-        raise DamagedRecord("embedding holds numbers that are not finite")
-    return rows
 
 
 def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:

@@ -21,10 +21,10 @@ class PackedOptions:
     step_tokens: int = 512  # most prefill tokens of a step in which someone decodes
     burst_tokens: int = 4096  # most prefill tokens of a step in which nobody does
     step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `budget.py`
-    slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest unshared tail of a sequence
+    slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest suffix of a sequence
     inline_tokens: int | None = None  # prefixes shorter than this are copied into each sequence, not shared; see below
     long_suffix_tokens: int = 256  # unshared text from this length on becomes a prefix of its own
-    stem_tokens: int | None = None  # what questions begin with alike is computed once if that spares so many; see below
+    question_prefix_tokens: int | None = None  # what questions begin with alike is shared if that spares so many
     keep_answers: bool = True  # keep the KV of finished answers, for the next turn of a chat
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
     native: bool = True  # attend by kernels compiled for this CPU, where the model's heads and dtype have some
@@ -38,11 +38,11 @@ class PackedOptions:
             return self.inline_tokens
         return 1 if native else 64
 
-    def stems_from(self, device_type: str) -> int:
-        """`stem_tokens`, or about what a stretch of its own costs: with compiled kernels little, else operations of its
-        own in every layer."""
-        if self.stem_tokens is not None:
-            return self.stem_tokens
+    def question_prefixes_from(self, device_type: str) -> int:
+        """`question_prefix_tokens`, or about what a node of its own costs: little with compiled kernels, else
+        operations in every layer."""
+        if self.question_prefix_tokens is not None:
+            return self.question_prefix_tokens
         return 16 if device_type == "cpu" else 1024
 
     def __post_init__(self) -> None:

@@ -57,7 +57,7 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
     for items in calls:
         request = Request("self-check", "", kept=False, isolated=True)
         request.sequences = score_sequences(request, items, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
-        core.submit(request)
+        core.enqueue(request)
         while core.step() or wanted:
             for prefill in wanted:
                 prefill.rows = [(span, _rows(model, span.reference)) for span in prefill.node.images]

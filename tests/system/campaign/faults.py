@@ -10,9 +10,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from tests.faulty_proxy import FaultyProxy
 from tests.processes import ServiceProcess
 from tests.system.campaign.pictures import Picture
-from tests.system.campaign.proxy import Proxy
 from tests.system.campaign.verdicts import Verdicts
 from tests.system.cluster import GatewayProcess, System
 from tests.valkey import ValkeyServer
@@ -32,7 +32,7 @@ class Faults:
         seed: str,
         system: System,
         valkey: ValkeyServer,
-        proxy: Proxy,
+        proxy: FaultyProxy,
         pictures: list[Picture],
         verdicts: Verdicts,
     ) -> None:
@@ -79,7 +79,7 @@ class Faults:
         ]
 
     def _of_the_store(self) -> list[Callable[[random.Random], None]]:
-        proxied = [lambda rng, mode=mode: self._proxied(mode, rng) for mode in ("refuse", "reset", "hang", "half")]
+        proxied = [lambda rng, mode=mode: self._proxied(mode, rng) for mode in ("away", "reset", "hang", "half")]
         swaps = [lambda rng, part=part: self._swap(part, rng) for part in ("embeddings", "images")]
         return [*proxied, *swaps, lambda rng: self._flush()]  # type: ignore[list-item]
 
@@ -118,7 +118,7 @@ class Faults:
         with self._verdicts.fault(f"store: {mode}", statuses=frozenset({503}), store=True, slack=STORE_SLACK):
             self._proxy.set(mode)
             time.sleep(rng.uniform(1.0, 4.0))
-            self._proxy.set("pass")
+            self._proxy.set("none")
 
     def _flush(self) -> None:
         with self._verdicts.fault("store: FLUSHALL"), self._losing_everything(), self._valkey.client() as client:

@@ -1,4 +1,4 @@
-"""Keys and values of a stretch of tokens in all layers, those of each device in one tensor."""
+"""Keys and values of neighbouring tokens in all layers, those of each device in one tensor."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""KV of shared prefixes: a radix tree (SGLang's RadixAttention, arXiv:2312.07104) of contiguous pieces, LRU by bytes.
+"""KV of shared prefixes: a radix tree (SGLang's RadixAttention, arXiv:2312.07104) of contiguous KV, LRU by bytes.
 
-A node holds the KV of a stretch of tokens that follows its parent's. Nodes in use are never evicted; a parent outlives
-its children. A stretch is found by its first `GRAIN` tokens (or all of a shorter one), so that pieces stay worth
-sharing, and cut where two prompts part.
+A node holds the KV of the tokens that follow its parent's. Nodes in use are never evicted; a parent outlives its
+children. A node is found by its first `GRAIN` tokens (or all of a shorter one), so that nodes stay worth sharing, and
+split where two prompts part.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRAIN = 32
 
 
 class Node:
-    """KV of a stretch of tokens, filled up to `filled` of them."""
+    """KV of neighbouring tokens, filled up to `filled` of them."""
 
     def __init__(self, number: int, parent: Node | None, content: Content, images: tuple[ImageSpan, ...]) -> None:
         self.id = number
@@ -63,7 +63,7 @@ class Node:
         return self.content[:, :GRAIN].tobytes()
 
     def path(self) -> list[Node]:
-        """From the first stretch to this one."""
+        """From the first node to this one."""
         nodes, node = [], self
         while node.parent is not None:
             nodes.append(node)
@@ -212,7 +212,8 @@ class PrefixCache:
         return None, 0
 
     def _split(self, node: Node, at: int) -> Node | None:
-        """Cut a node in two, its KV copied so that each part can go alone; the upper part, or None without room."""
+        """Cut a node in two, its KV copied so that each half can be evicted by itself; the upper one, or None without
+        room."""
         if node.parent is None or not self._room_beside(node):
             return None
         upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))

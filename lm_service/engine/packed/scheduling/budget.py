@@ -1,12 +1,26 @@
-"""How many prompt tokens a step may take, so that it ends in time: nobody's cancellation or next token waits longer."""
+"""What steps came to: counts for metrics, and how many prompt tokens the next one may take, so that it ends in time:
+nobody's cancellation or next token waits longer."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from lm_service.engine.packed.options import PackedOptions
 
 _FIRST_TOKENS = 128  # before anything was measured
 _LEAST_TOKENS = 64  # a step of fewer would spend most of its time on reading weights
 _SMOOTHING = 0.5
+
+
+@dataclass
+class Counters:
+    """What the scheduler has seen since the start."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    prefix_hits: int = 0
+    prefix_misses: int = 0
+    preemptions: int = 0
 
 
 class StepBudget:

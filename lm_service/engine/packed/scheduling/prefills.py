@@ -31,8 +31,8 @@ class Prefills:
     def take(self, batch: Batch, budget: int, turn: Request | None) -> int:
         """Add to a step what it has tokens for and has not yet; how many are left.
 
-        A stretch goes on in the step that completes the one before it: what is before it in a step is stored first. Not
-        in a step of one request: what is in that must not depend on what is filled already."""
+        A node is begun in the step that completes its parent: what is before it in a step is stored first. Not in a
+        step of one request: what is in that must not depend on what is filled already."""
         taken, complete = {chunk.prefill for chunk in batch.prefills}, batch.completes
         for prefill in list(self._prefills):
             if budget <= 0:
@@ -50,7 +50,7 @@ class Prefills:
         return budget
 
     def first_shared(self, turn: Request) -> PrefixPrefill | None:
-        """What this request can fill now and other requests will find: a step of its own, so that its bits depend on
+        """What this request can prefill now and other requests will find: a step of its own, so that its bits depend on
         nothing else of the request."""
         ready = (prefill for prefill in self._prefills if prefill.owner is turn and prefill.ready)
         return next((prefill for prefill in ready if not prefill.node.private), None)

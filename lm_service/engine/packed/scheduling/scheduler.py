@@ -1,8 +1,8 @@
 """Who computes what in the next step, and whose KV lies where: admission, prefixes, growth, preemption.
 
-A sequence is admitted when its prefix has been found or given room, and its tail a slot. Sequences whose prefix another
-one is filling wait for it. When the pool is full the youngest sequence steps back: its KV is kept as a prefix if there
-is room, else computed again.
+A sequence is admitted when its prefix has been found or given room, and its suffix a slot. Sequences whose prefix
+another one is filling wait for it. When the pool is full the youngest sequence steps back: its KV is kept as a prefix
+if there is room, else computed again.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, Prefix
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
-from lm_service.engine.packed.scheduling.budget import StepBudget
-from lm_service.engine.packed.scheduling.counters import Counters
+from lm_service.engine.packed.scheduling.budget import Counters, StepBudget
 from lm_service.engine.packed.scheduling.prefills import Prefills
 from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, PrefixPolicy
+from lm_service.engine.packed.scheduling.question_prefixes import QuestionPrefixes
 from lm_service.engine.packed.scheduling.queue import FairQueue
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
-from lm_service.engine.packed.scheduling.stem_nodes import StemNodes
 from lm_service.engine.types import EmbeddingSource
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.text_adapter import ModelShape
@@ -41,8 +40,8 @@ class Scheduler:
         load: Callable[[PrefixPrefill], None],
         fail: Callable[[Sequence, LookonceError], None],
     ) -> None:
-        """`load` is asked for a fill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
-        `native`: compiled kernels attend, to which a short stretch more or less is nothing."""
+        """`load` is asked for a prefill's embeddings (`loaded` answers); `fail` is told of sequences that cannot go on.
+        `native`: compiled kernels attend, to which a short prefix more or less is nothing."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
         self.prefills = Prefills(cache)
@@ -51,9 +50,9 @@ class Scheduler:
         self.budget = StepBudget(options)
         self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
         self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native)
-        self._stems = StemNodes(cache)
+        self._question_prefixes = QuestionPrefixes(cache)
         self._load, self._fail = load, fail
-        self._was_alone = False  # the last step was one request's
+        self._was_exclusive = False  # the last step was one request's
         self._version = 0  # of the tree's shape, for sequences' paths
         cache.on_split = self._on_split
 
@@ -75,7 +74,7 @@ class Scheduler:
         sequence.status = Status.DONE
         sequence.request.present -= 1
         if not sequence.request.present:
-            self._stems.release(sequence.request)
+            self._question_prefixes.release(sequence.request)
 
     def finish(self, sequence: Sequence) -> None:
         """`remove`, keeping its KV for a next turn if that is wanted."""
@@ -100,7 +99,7 @@ class Scheduler:
             self._cache.detach(suspect)
 
     def loaded(self, prefill: PrefixPrefill, source: EmbeddingSource, load_ms: float) -> None:
-        """A fill's embeddings are here."""
+        """A prefill's embeddings are here."""
         prefill.loading = False
         for sequence in self._users(prefill.node):
             if sequence.pending and sequence.admissions == 1:
@@ -108,8 +107,8 @@ class Scheduler:
                 sequence.timings.load_ms = max(sequence.timings.load_ms, load_ms)
 
     def fail_prefill(self, prefill: PrefixPrefill, error: LookonceError) -> None:
-        """A fill cannot be finished; neither can those who need it. Those next in line who would come to it are told at
-        once; to a private node nobody else comes."""
+        """A prefill cannot be finished; neither can those who need it. Those next in line who would come to it are told
+        at once; to a private node nobody else comes."""
         node = prefill.node
         prefix = np.concatenate([part.content for part in node.path()], axis=1)
         waiting = [
@@ -178,8 +177,8 @@ class Scheduler:
             budget = left
 
     def _ready_after(self, sequence: Sequence, complete: Collection[int]) -> bool:
-        """Whether it can begin its tail in a step that completes the nodes of these numbers. What is to be copied must
-        be there before."""
+        """Whether it can begin its suffix in a step that completes the nodes of these numbers. What is to be copied
+        must be there before."""
         return (
             bool(sequence.pending)
             and sequence.owner is None
@@ -204,9 +203,9 @@ class Scheduler:
         two take turns."""
         owners = [sequence.owner for sequence in ready]
         owners += [prefill.owner for prefill in self.prefills if prefill.ready]
-        alone = [owner for owner in owners if owner is not None]
-        self._was_alone = bool(alone) and not (self._was_alone and None in owners)
-        return min(alone, key=lambda request: request.arrived) if self._was_alone else None
+        exclusive = [owner for owner in owners if owner is not None]
+        self._was_exclusive = bool(exclusive) and not (self._was_exclusive and None in owners)
+        return min(exclusive, key=lambda request: request.arrived) if self._was_exclusive else None
 
     def _ready(self) -> tuple[list[Sequence], list[Sequence]]:
         """Running sequences that can compute: those that decode, with room for a token, and those that prefill."""
@@ -248,7 +247,7 @@ class Scheduler:
         until, exclusive = self._prefix_policy.look_until(sequence, end), sequence.owner is not None
         found, building = self._cache.match(content, until, complete, exclusive=exclusive)
         if building is None:
-            found, building = self._stems.find(sequence, found, complete)
+            found, building = self._question_prefixes.find(sequence, found, complete)
         if building is not None:
             building.waiters += 1
             sequence.blocked_on = building
@@ -259,7 +258,7 @@ class Scheduler:
             self._cache.release(found)
             return False
         leaf = created[-1] if created else found
-        # stems change nothing of what is enough: they are either copied, too, or not part of the tail
+        # question prefixes change nothing of what is enough: they are copied, too, or not part of the suffix
         copied = sum(node.length for node in self._prefix_policy.worth_copying(leaf))
         answer = sequence.answer
         slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
@@ -268,7 +267,7 @@ class Scheduler:
                 self._cache.detach(node)
             self._cache.release(found)
             return False
-        created += self._stems.create(sequence, leaf)
+        created += self._question_prefixes.create(sequence, leaf)
         leaf = created[-1] if created else found
         self._cache.acquire(leaf)
         self._cache.release(found)
@@ -291,7 +290,7 @@ class Scheduler:
         return True
 
     def _started(self, sequence: Sequence) -> bool:
-        """Whether its prefix is filled; if it just came to be, its tail is begun."""
+        """Whether its prefix is filled; if it just came to be, its suffix is begun."""
         if sequence.pending:
             sequence.pending = [node for node in sequence.pending if node.building]
             if not sequence.pending:
@@ -299,7 +298,7 @@ class Scheduler:
         return not sequence.pending
 
     def _start(self, sequence: Sequence) -> None:
-        """Copy short stretches of its prefix into its tail: cheaper than a product of their own in every layer."""
+        """Copy short nodes of its prefix into its suffix: cheaper than a product of their own in every layer."""
         leaf, slot = sequence.leaf, sequence.slot
         if leaf is None or slot is None or sequence.inlined_tokens:
             return

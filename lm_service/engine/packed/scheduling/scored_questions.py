@@ -7,8 +7,8 @@ from itertools import groupby
 
 from lm_service.engine.packed.execution.choices import trie_of
 from lm_service.engine.packed.prefix_cache.content import Head, prompt_contents
+from lm_service.engine.packed.scheduling.question_prefixes import find_shared_ends
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
-from lm_service.engine.packed.scheduling.shared_stems import stems
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Timings
 
 
@@ -21,8 +21,8 @@ def by_images(items: Sequences[ScoreItem]) -> list[list[int]]:
 
 
 def score_sequences(request: Request, items: Sequences[ScoreItem], *, worth: int, longest: int) -> list[Sequence]:
-    """A sequence for each item, in order. Where at least `worth` tokens are spared, those that go on alike behind the
-    same images share a stem; questions of `longest` tokens or more don't take part."""
+    """A sequence for each item, in order. Where at least `worth` tokens are spared, those that begin alike behind the
+    same images share a prefix; questions of `longest` tokens or more don't take part."""
     contents = prompt_contents((item.prompt for item in items), request.salt)
     sequences = []
     for index, (item, content) in enumerate(zip(items, contents, strict=True)):
@@ -39,18 +39,18 @@ def score_sequences(request: Request, items: Sequences[ScoreItem], *, worth: int
             )
         )
     for head, alike in groupby(sequences, lambda sequence: sequence.content.head):
-        _find_stems(head, [one for one in alike if one.content.length - head.length < longest], worth)
+        _share_prefixes(head, [one for one in alike if one.content.length - head.length < longest], worth)
     return sequences
 
 
-def _find_stems(head: Head, sequences: Sequences[Sequence], worth: int) -> None:
+def _share_prefixes(head: Head, sequences: Sequences[Sequence], worth: int) -> None:
     if len(sequences) < 2:
         return
     begun: set[tuple[int, ...]] = set()
     rests = [sequence.prompt.token_ids[head.length :] for sequence in sequences]
-    for sequence, rest, ends in zip(sequences, rests, stems(rests, worth), strict=True):
+    for sequence, rest, ends in zip(sequences, rests, find_shared_ends(rests, worth), strict=True):
         if ends:
-            sequence.stems = tuple(head.length + end for end in ends)
+            sequence.shared_ends = tuple(head.length + end for end in ends)
             sequence.follows = rest[: ends[0]] in begun
             begun.update(rest[:end] for end in ends)
 

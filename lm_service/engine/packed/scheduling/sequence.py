@@ -46,13 +46,15 @@ class Request:
     admitted: bool = False
     unfinished: int = 0
     present: int = 0  # sequences that wait or run
-    stems: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by the node before them and their content
-    held: list[Node] = field(default_factory=list)  # stems kept until the last sequence has ended
+    question_prefixes: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by parent and content
+    held: list[Node] = field(
+        default_factory=list
+    )  # of them, those detached included: until the last sequence has ended
 
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens [0, computed) have their KV in the prefix that ends with `leaf` and in the tail behind it."""
+    """Tokens [0, computed) have their KV in the prefix that ends with `leaf` and in the suffix behind it."""
 
     request: Request
     index: int
@@ -63,13 +65,13 @@ class Sequence:
     sampler: SamplerState | None = None
     trie: ChoiceTrie | None = None  # of a scoring
     sums: list[float] = field(default_factory=list)  # log-probability of each of its choices, so far
-    stems: tuple[int, ...] = ()  # where stretches end that other questions of the request go on with alike
+    shared_ends: tuple[int, ...] = ()  # where prefixes end that other questions of the request share
     follows: bool = False  # an earlier question has the first of them, too
     status: Status = Status.WAITING
     blocked_on: Node | None = None
     leaf: Node | None = None
     leaf_end: int = 0  # tokens of the prefix that ends with `leaf`; 0 without one
-    inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the tail
+    inlined: set[int] = field(default_factory=set)  # ids of nodes whose KV was copied into the suffix
     inlined_tokens: int = 0
     pending: list[Node] = field(default_factory=list)  # nodes of its prefix still to be filled
     slot: Slot | None = None

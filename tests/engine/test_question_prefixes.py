@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_service.engine.packed.scheduling.shared_stems import stems
+from lm_service.engine.packed.scheduling.question_prefixes import find_shared_ends
 from lm_service.engine.types import ScoreItem, Scoring
 from tests.engine.lab import ask, generation, picture, prompt, words
 
@@ -40,7 +40,7 @@ def questions(image, count: int = 11) -> tuple[ScoreItem, ...]:
 async def test_scores_are_exact(lab, options):
     items = questions(picture(1, 9, 11))
     for isolated in (False, True):
-        async with lab.engine(stem_tokens=8, **options) as engine:
+        async with lab.engine(question_prefix_tokens=8, **options) as engine:
             lab.check_scores(items, await engine.score(Scoring("s", items, isolated=isolated)))
 
 
@@ -49,8 +49,8 @@ async def test_each_stem_is_computed_once(lab):
         ScoreItem(prompt(SYSTEM, picture(1, 9, 11), [*words(20, 40), *words(4, 50 + i)]), ((5,),)) for i in range(6)
     )
     whole = len(items[0].prompt.token_ids)
-    for stem_tokens, computed in ((1, 108 + 20 + 6 * 4), (100, 108 + 20 + 6 * 4), (101, 108 + 6 * 24)):
-        async with lab.engine(stem_tokens=stem_tokens) as engine:
+    for question_prefix_tokens, computed in ((1, 108 + 20 + 6 * 4), (100, 108 + 20 + 6 * 4), (101, 108 + 6 * 24)):
+        async with lab.engine(question_prefix_tokens=question_prefix_tokens) as engine:
             scores = await engine.score(Scoring("s", items))
             assert engine.describe().prefill_tokens == computed
             assert sum(scores.cached_tokens) == 6 * whole - computed
@@ -62,11 +62,11 @@ async def test_the_bits_depend_on_the_request_alone(lab, invariant):
     """Not on what others left in the cache, not on how many places there are, not on what runs beside."""
     images = [picture(number, 9, 8 + number % 3) for number in range(4)]
     requests = [Scoring(f"s{number}", questions(image), isolated=True) for number, image in enumerate(images)]
-    async with lab.engine(stem_tokens=8, batch_invariant=invariant) as engine:
+    async with lab.engine(question_prefix_tokens=8, batch_invariant=invariant) as engine:
         quiet = [(await engine.score(request)).logprobs for request in requests]
         assert [(await engine.score(request)).logprobs for request in requests] == quiet
     for places in (2, 128):
-        async with lab.engine(stem_tokens=8, batch_invariant=invariant, max_running=places) as engine:
+        async with lab.engine(question_prefix_tokens=8, batch_invariant=invariant, max_running=places) as engine:
             others = [Scoring("o", questions(image, 3) + questions(image, 1)) for image in images]
             talks = [prompt(SYSTEM, image, SHARED[1]) for image in images]
             beside = [asyncio.create_task(engine.score(other)) for other in others]
@@ -81,7 +81,7 @@ async def test_the_bits_depend_on_the_request_alone(lab, invariant):
 async def test_who_leaves_in_the_middle_leaves_nothing(lab):
     items = questions(picture(1, 9, 11))
     for steps in range(6):
-        async with lab.engine(stem_tokens=8, step_tokens=30, burst_tokens=30) as engine:
+        async with lab.engine(question_prefix_tokens=8, step_tokens=30, burst_tokens=30) as engine:
             leaving = asyncio.create_task(engine.score(Scoring("l", items)))
             staying = asyncio.create_task(engine.score(Scoring("s", items)))
             while engine.describe().steps < steps:  # noqa: ASYNC110 - the engine tells nobody of its steps
@@ -98,7 +98,7 @@ RESTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple),
 @given(rests=RESTS, worth=st.integers(1, 12))
 def test_stems_are_common_beginnings(rests, worth):
     """Each is shared, ends before the last token, and all together spare what was asked for; in any order the same."""
-    ends = stems(rests, worth)
+    ends = find_shared_ends(rests, worth)
     levels = {rest[:end] for rest, own in zip(rests, ends, strict=True) for end in own}
     for stem in levels:
         assert sum(len(stem) in own and rest[: len(stem)] == stem for rest, own in zip(rests, ends, strict=True)) > 1
@@ -111,9 +111,9 @@ def test_stems_are_common_beginnings(rests, worth):
     }
     spared = sum(max(own, default=0) for own in ends) - sum(computed.values())
     assert spared >= worth * len(levels)
-    assert stems(rests[::-1], worth) == ends[::-1]
+    assert find_shared_ends(rests[::-1], worth) == ends[::-1]
 
 
 def test_more_nested_questions_than_python_nests_calls():
     rests = [tuple([1] * length) for length in range(2, 3000)]
-    assert len(stems(rests, 8)) == len(rests)
+    assert len(find_shared_ends(rests, 8)) == len(rests)

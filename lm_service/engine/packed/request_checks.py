@@ -1,4 +1,4 @@
-"""What the packed engine refuses before it takes a request in: what can never fit, what does not agree with itself."""
+"""What the packed engine refuses: requests that can never fit or contradict themselves, embeddings it can't use."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.types import Generation, Prompt, Scoring
+from lm_service.engine.types import DamagedRecord, Generation, Prompt, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import EmbeddingReference
+from lookonce.core.record import TensorView
+from lookonce.models.tensors import tensor_of
 from lookonce.models.text_adapter import ModelShape
 
 
@@ -75,3 +77,11 @@ def check_embedding(rows: torch.Tensor, reference: EmbeddingReference, shape: Mo
             ErrorKind.EMBEDDING_INVALID,
             f"the embedding is {list(rows.shape)}, expected [{reference.tokens}, {shape.hidden}]",
         )
+
+
+def rows_of(view: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A record's rows in memory of their own. Raises DamagedRecord when they are not finite in this dtype."""
+    rows = tensor_of(view).to(device=device, dtype=dtype, copy=True)
+    if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
+        raise DamagedRecord("embedding holds numbers that are not finite")
+    return rows
