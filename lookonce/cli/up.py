@@ -137,9 +137,9 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
-    from lookonce.cli.plan import plan_system
     from lookonce.cli.service_process import RestartPolicy, Service
     from lookonce.cli.supervisor import Supervisor
+    from lookonce.cli.system_plan import plan_system
 
     system = plan_system(settings, given, directory, model)
     report = Reporter([plan.name for plan in system.services])
