@@ -62,6 +62,9 @@ sys.addaudithook(at)
 
 class Settings:
     log_level, log_format = "info", "json"
+    metrics_listen = trace_endpoint = None
+    trace_share = 1.0
+    engine = "packed"
 run(Settings())
 """
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
