@@ -25,7 +25,7 @@ def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
-def test_one_team_after_pictures_questions_and_a_restart(system):
+def test_one_team_after_images_questions_and_a_restart(system):
     def ask() -> None:
         image = system.upload(save(photograph("coffee", (800, 600)), "PNG"))["id"]
         assert len(system.ask(image, [f"Question {n}?" for n in range(4)], max_tokens=3)) == 4
