@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from lookonce.models.devices import choose_device
-from lookonce.models.linear import gated_unit, linear
-from lookonce.models.quantization import Int8Matrix, check_usable
+from lookonce.models.linear import Int8Linear, gated_unit, linear
+from lookonce.models.quantization import check_usable
 
 TOWER = {"qkv": (1280, 3840), "proj": (1280, 1280), "fc1": (1280, 5120), "fc2": (5120, 1280)}
 HIDDEN, KEYS, INNER = 1536, 256, 8960
@@ -50,7 +50,7 @@ def tower_block(patches: int) -> dict[str, float]:
     for width, height in TOWER.values():
         weight = torch.randn(height, width) / width**0.5
         plain.append(lambda x, w=weight: torch.nn.functional.linear(x, w))
-        small.append(Int8Matrix(weight))
+        small.append(Int8Linear(weight))
         inputs.append(torch.randn(patches, width))
     return compare(plain, small, inputs)
 

@@ -18,13 +18,13 @@ from torch.nn import functional
 
 from lookonce.models.linear import (
     GatedUnit,
+    JoinedGatedUnit,
     LayerWeights,
-    PlainGatedUnit,
     PlainLinear,
     gated_unit,
     linear,
+    rounded_up,
 )
-from lookonce.models.onednn import rounded_up
 
 SIZES = {"bundled": (128, 128, 384), "50m": (512, 256, 2048), "2b": (1536, 512, 8960)}  # hidden, keys and values, inner
 ROWS = (1, 6, 50, 199, 400, 800)
@@ -43,7 +43,7 @@ def layers(size: str) -> dict[str, LayerWeights]:
 
     def layer(native: bool | None) -> LayerWeights:
         if native is None:
-            unit: GatedUnit = PlainGatedUnit(gate, up)
+            unit: GatedUnit = JoinedGatedUnit(PlainLinear(torch.cat([gate, up])))
             return LayerWeights(norm, PlainLinear(qkv, bias), PlainLinear(output), norm, unit, PlainLinear(down))
         first, second, last = (
             linear(matrices, biases, native=native)

@@ -103,6 +103,8 @@ PLANTED = {
     "nobody imports the command line": ("lm_service/replies.py", "import lookonce.cli.console"),
     "the command line loads settings of services, nothing else of them": ("lookonce/cli/ask.py", "import gateway.auth"),
     "torch is for models and the model services": ("lookonce/core/record.py", "import torch"),
+    "kernels are behind one door": ("lookonce/models/linear.py", "import lookonce.models.kernels.panels"),
+    "LLVM is for kernels": ("lookonce/models/compiled.py", "import llvmlite"),
     "torch is for engines within the language service": ("lm_service/prompt.py", "import torch"),
 }
 """For each contract of import-linter a module and a line that breaks it."""

@@ -52,7 +52,7 @@ def test_a_row_is_the_same_among_any_others_and_by_any_number_of_threads(depth, 
     for begin, end in ((0, 1), (3, 4), (7, 100), (250, 500), (499, 500)):
         assert torch.equal(linear(x[begin:end]), whole[begin:end])
         assert torch.equal(unit(x[begin:end]), gated[begin:end])
-    monkeypatch.setattr("lookonce.models.kernels.panels._ALONE", 0)
+    monkeypatch.setattr("lookonce.models.kernels.panels._SINGLE_THREADED", 0)
     for threads in (1, 2, 3):
         monkeypatch.setattr(omp_team, "threads", lambda threads=threads: threads)
         assert torch.equal(linear(x), whole) and torch.equal(unit(x), gated)

@@ -19,5 +19,5 @@ Pause = Callable[[], None]
 
 def run_in_omp_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in a thread that is gone when this returns; its result or exception. Blocks."""
-    with ThreadPoolExecutor(1, thread_name_prefix="apart") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="omp") as thread:
         return thread.submit(function, *args, **kwargs).result()

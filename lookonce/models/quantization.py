@@ -16,7 +16,6 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA
@@ -111,40 +110,9 @@ _PRODUCTS: dict[str, type[CpuRows] | type[CudaRows] | type[WidenedWeights]] = {
 }
 
 
-class Int8Matrix:
-    """x [..., in] -> x W^T + b [..., out], W held as int8."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        """`weight` [out, in] is read once, `bias` [out] kept."""
-        self._outputs, self._inputs = weight.shape
-        self._bias = bias
-        self._product: Product = _PRODUCTS[scheme("int8", weight.device)](weight)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product, in the dtype of x."""
-        product = self._product(x.reshape(-1, self._inputs)).view(*x.shape[:-1], self._outputs)
-        return product if self._bias is None else product + self._bias
-
-
-class Int8Linear(nn.Module):
-    """Stands in for a Linear."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self._matrix = Int8Matrix(linear.weight, linear.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out]."""
-        return self._matrix(x)
-
-
-def quantize(module: nn.Module) -> None:
-    """Replace every Linear below a module, one at a time, so that no more than one exists in both forms."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, Int8Linear(child))
-        else:
-            quantize(child)
+def int8_product(weight: torch.Tensor) -> Product:
+    """That of a weight [out, in], where it lies."""
+    return _PRODUCTS[scheme("int8", weight.device)](weight)
 
 
 def _scaled(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -53,9 +52,8 @@ class ModelShape:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
 
-AttentionCalls = Callable[[list[int], int], npt.NDArray[np.int64]]
-"""From where queries, keys and values are (address and step of each) and where the output goes to calls of compiled
-kernels, int64 [layers, n, 2]: a function's address and its table's."""
+AttentionCalls = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], npt.NDArray[Any]]
+"""(q, k, v as for `Attend`, output [T, heads * d]), the same in every layer -> calls of kernels [layers, n]."""
 
 
 class Attend(Protocol):

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.kernel_attention import NativeAttention, NativeSuffixes, Workspace, kernels_for
-from lm_service.engine.packed.execution.kernel_plan import PrefixSpan, Suffixes, native_plan
+from lm_service.engine.packed.execution import kernel_plan
+from lm_service.engine.packed.execution.attention import SharedSpan
+from lm_service.engine.packed.execution.kernel_attention import AttendByKernels, KernelAttention
+from lm_service.engine.packed.execution.kernel_plan import Suffixes, plan_suffixes
 from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
-from lookonce.models.kernels.attention.kernels import compiled
-from lookonce.models.kernels.text_rows import rows_for
+from lookonce.models.compiled import attention_kernels, text_rows
+from lookonce.models.kernels.attention import kernels as attention
 from lookonce.models.text_adapter import ModelShape, Stage
 
 LAYERS = 2
@@ -29,7 +31,7 @@ def shape_of(size: int, group: int, kv_heads: int, dtype: torch.dtype = torch.fl
 
 @dataclass
 class Suffix:
-    """A sequence: keys it holds already, new tokens, the stretches it sees, which of its keys each new token sees."""
+    """A sequence: keys it holds already, new tokens, the spans it sees, which of its keys each new token sees."""
 
     held: int
     new: int
@@ -38,7 +40,7 @@ class Suffix:
 
 
 class Scene:
-    """A step made by hand: stretches of prefixes with random KV, and tails in a pool."""
+    """A step made by hand: spans of prefixes with random KV, and suffixes in a pool."""
 
     def __init__(self, shape: ModelShape, lengths: list[int], suffixes: list[Suffix], seed: int = 0) -> None:
         self.shape, self.suffixes = shape, suffixes
@@ -59,15 +61,15 @@ class Scene:
         self.q, self.k = heads[:, :, : shape.heads], heads[:, :, shape.heads : -shape.kv_heads]
         self.v = heads[:, :, -shape.kv_heads :]
 
-    def stretches(self) -> list[PrefixSpan]:
+    def spans(self) -> list[SharedSpan]:
         found = []
         for number, node in enumerate(self.nodes):
             tokens, begin = [], 0
             for suffix in self.suffixes:
                 tokens += list(range(begin, begin + suffix.new)) if number in suffix.sees else []
                 begin += suffix.new
-            assert tokens == list(range(tokens[0], tokens[-1] + 1)), "who sees a stretch are neighbours"
-            found.append(PrefixSpan(node, tokens[0], tokens[-1] + 1))
+            assert tokens == list(range(tokens[0], tokens[-1] + 1)), "who sees a span are neighbours"
+            found.append(SharedSpan(node, tokens[0], tokens[-1] + 1, first=not number))
         return found
 
     def told(self) -> Suffixes:
@@ -84,14 +86,13 @@ class Scene:
         table = np.array(masks, dtype=bool).reshape(len(masks), width)
         return Suffixes(np.array(rows), np.array(visible), np.array(mask_rows), table)
 
-    def attend(self, room: int = 1 << 24) -> list[torch.Tensor]:
+    def attend(self) -> list[torch.Tensor]:
         """Each layer's output [T, heads * d] by the kernels."""
-        kernels = kernels_for(self.shape)
-        plan = native_plan(self.stretches(), self.told(), kernels.heads, room)
-        self.waves = len(plan.waves)
-        suffixes = NativeSuffixes(kernels, self.shape, self.pool, plan, Workspace())
-        attention = NativeAttention(self.shape, 0, None, suffixes)
-        return [attention(layer, self.q[layer], self.k[layer], self.v[layer]) for layer in range(LAYERS)]
+        kernels = attention_kernels(self.shape)
+        plan = plan_suffixes(self.spans(), self.told(), kernels.heads)
+        self.splits = len(plan.splits)
+        attend = AttendByKernels(KernelAttention(kernels, self.shape, self.pool), None, plan)
+        return [attend(layer, self.q[layer], self.k[layer], self.v[layer]) for layer in range(LAYERS)]
 
     def expected(self, layer: int) -> torch.Tensor:
         """The same, one row at a time; the pool holds the new keys and values by now."""
@@ -118,8 +119,8 @@ class Scene:
                 token += 1
         return torch.stack(out)
 
-    def check(self, room: int = 1 << 24, tolerance: float = 5e-6) -> list[torch.Tensor]:
-        found = self.attend(room)
+    def check(self, tolerance: float = 5e-6) -> list[torch.Tensor]:
+        found = self.attend()
         for layer in range(LAYERS):
             at = 0
             for suffix, slot in zip(self.suffixes, self.slots, strict=True):
@@ -132,8 +133,8 @@ class Scene:
 
 
 @pytest.mark.parametrize(("size", "group", "kv_heads"), SIZES)
-def test_decoding_and_prefill_over_shared_stretches(size, group, kv_heads):
-    """Stretches of one key and of several chunks, seen by some, by all and one after another; tails of all lengths."""
+def test_decoding_and_prefill_over_shared_spans(size, group, kv_heads):
+    """Spans of one key and of several chunks, seen by some, by all and one after another; suffixes of all lengths."""
     suffixes = [
         Suffix(0, 1, [0]),
         Suffix(31, 1, [0]),
@@ -146,7 +147,7 @@ def test_decoding_and_prefill_over_shared_stretches(size, group, kv_heads):
 
 
 @pytest.mark.parametrize(("size", "group", "kv_heads"), [(32, 2, 2), (64, 7, 4)])
-def test_in_waves_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads):
+def test_in_splits_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads, monkeypatch):
     suffixes = [Suffix(3 * i % 40, 1 + i % 5, [0, 1 + (i >= 20)]) for i in range(41)]
     made = shape_of(size, group, kv_heads)
     whole = Scene(made, [700, 20, 513], suffixes)
@@ -154,11 +155,12 @@ def test_in_waves_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads)
     cut = Scene(made, [700, 20, 513], suffixes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
+    monkeypatch.setattr(kernel_plan, "_ROOM", 20_000)
     try:
-        again = cut.check(room=20_000)
+        again = cut.check()
     finally:
         torch.set_num_threads(threads)
-    assert whole.waves == 1 and cut.waves > 2
+    assert whole.splits == 1 and cut.splits > 2
     assert all(map(torch.equal, found, again))
 
 
@@ -205,7 +207,7 @@ def test_scores_as_large_as_float32_allows():
 @pytest.mark.parametrize("count", [1, 9, 300])
 def test_rows_are_normed_and_rotated(hidden, size, rotated, count):
     torch.manual_seed(count)
-    kernels = rows_for(hidden, size, rotated, 1e-6, torch.zeros(1))
+    kernels = text_rows(hidden, size, rotated, 1e-6, torch.zeros(1))
     x, weight = torch.randn(count, 2 * hidden)[:, hidden:] * 3, torch.randn(hidden)
     expected = functional.rms_norm(x.double(), (hidden,), weight.double(), 1e-6)
     torch.testing.assert_close(kernels.norm(x, weight).double(), expected, atol=2e-6, rtol=2e-6)
@@ -236,12 +238,12 @@ def test_torch_serves_where_nothing_can_be_compiled(monkeypatch):
     def refuse(*_):
         raise RuntimeError("no executable memory")
 
-    compiled.cache_clear()
+    attention._compiled.cache_clear()
     monkeypatch.setattr("lookonce.models.kernels.compiling.binding.create_mcjit_compiler", refuse)
-    assert kernels_for(shape_of(32, 2, 2)) is None
-    assert rows_for(40, 8, 3, 1e-5, torch.zeros(1)) is None
+    assert attention_kernels(shape_of(32, 2, 2)) is None
+    assert text_rows(40, 8, 3, 1e-5, torch.zeros(1)) is None
 
 
 @pytest.mark.parametrize("shape", [shape_of(6, 1, 1), shape_of(512, 1, 1), shape_of(64, 2, 2, torch.bfloat16)])
 def test_what_has_no_kernels(shape):
-    assert kernels_for(shape) is None
+    assert attention_kernels(shape) is None

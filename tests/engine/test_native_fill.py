@@ -1,4 +1,4 @@
-"""The compiled kernel that fills prefixes, against causal attention in float64, for many sizes of heads."""
+"""The compiled kernel of prefills, against causal attention in float64, for many sizes of heads."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from lm_service.engine.packed.execution.attention import PrefillSpan
-from lm_service.engine.packed.execution.kernel_attention import kernels_for
-from lm_service.engine.packed.execution.kernel_plan import tensor_fields
-from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
+from lm_service.engine.packed.execution.kernel_attention import AttendByKernels, KernelAttention
+from lm_service.engine.packed.execution.kernel_plan import plan_prefills
 from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
-from lookonce.models.kernels.program import run_program
+from lookonce.models.compiled import attention_kernels
 from tests.engine.test_native import LAYERS, SIZES, shape_of
 
-LENGTHS = [(1,), (15, 119), (700, 3, 65), (64, 1), (33,)]  # paths of stretches: the last is to be filled
+LENGTHS = [(1,), (15, 119), (700, 3, 65), (64, 1), (33,)]  # paths of spans: the last is to be computed
 
 
 class Prefixes:
-    """Paths of stretches: the last is to be filled from random queries, keys and values, the others hold random KV."""
+    """Paths of spans: the last is to be computed from random queries, keys and values, the others hold random KV."""
 
     def __init__(self, shape, paths) -> None:
         torch.manual_seed(0)
@@ -40,25 +40,28 @@ class Prefixes:
         self.v = heads[:, :, -shape.kv_heads :]
 
     def prefill(self, *steps: float) -> torch.Tensor:
-        """[LAYERS, T, heads * d]: what the layers but the last put out, the stretches filled up to these parts of them,
+        """[LAYERS, T, heads * d]: what the layers but the last put out, the spans computed up to these shares of them,
         step by step."""
         outs = torch.zeros(LAYERS, sum(self.counts), self.shape.heads * self.shape.head_dim)
         begins = np.cumsum([0, *self.counts[:-1]])
         done = [0] * len(self.counts)
         for step in steps:
-            parts, rows, at = [], [], 0
+            spans, rows, at = [], [], 0
             for number, (path, count) in enumerate(zip(self.paths, self.counts, strict=True)):
                 stop = max(done[number], round(step * count))
                 if stop > done[number]:
                     taken = stop - done[number]
-                    parts.append(PrefillSpan(path[-1], at, at + taken, done[number], path[:-1]))
+                    spans.append(PrefillSpan(path[-1], at, at + taken, done[number], path[:-1]))
                     rows += range(begins[number] + done[number], begins[number] + stop)
                     at, done[number] = at + taken, stop
-            prefills = NativePrefills(kernels_for(self.shape), self.shape, parts)
+            kernels = attention_kernels(self.shape)
+            pool = SuffixPool(self.shape, 4096 * self.shape.token_bytes, 512)
+            own = KernelAttention(kernels, self.shape, pool)
+            attend = AttendByKernels(own, plan_prefills(spans, kernels.heads), None)
             for layer in range(LAYERS):
                 out = torch.full((at, outs.shape[2]), 7.0)
                 tensors = [x[layer, rows] for x in (self.q, self.k, self.v)]
-                run_program(prefills.calls(tensor_fields(*tensors), out.data_ptr())[layer], alone=False)
+                kernels.run(attend.calls(*tensors, out)[layer])
                 outs[layer, rows] = out
         return outs
 
@@ -80,7 +83,7 @@ class Prefixes:
 
 
 @pytest.mark.parametrize(("size", "group", "kv_heads"), SIZES)
-def test_prefixes_are_filled_causally(size, group, kv_heads):
+def test_prefixes_attend_causally(size, group, kv_heads):
     prefixes = Prefixes(shape_of(size, group, kv_heads), LENGTHS)
     outs = prefixes.prefill(1.0)
     token = 0
@@ -114,7 +117,7 @@ def test_the_bits_are_the_same_in_any_steps_and_on_any_threads(size, group, kv_h
         token += lengths[-1]
 
 
-def test_what_is_no_number_stays_so_and_harms_no_other_stretch():
+def test_what_is_no_number_stays_so_and_harms_no_other_span():
     prefixes = Prefixes(shape_of(32, 2, 2), LENGTHS)
     clean = Prefixes(shape_of(32, 2, 2), LENGTHS).prefill(1.0)[0]
     prefixes.v[0, 100] = torch.nan  # in the second
@@ -124,4 +127,4 @@ def test_what_is_no_number_stays_so_and_harms_no_other_stretch():
 
 
 def test_heads_too_many_for_a_block_have_no_kernel():
-    assert kernels_for(shape_of(8, 65, 1)) is None
+    assert attention_kernels(shape_of(8, 65, 1)) is None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from lm_service.engine.packed.execution.kernel_plan import native_plan
+from lm_service.engine.packed.execution import kernel_plan
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.models.kernels import text_layers as layers
 from tests.engine.lab import ask, generation, picture, prompt, words
@@ -27,10 +25,10 @@ async def results(lab, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"step_tokens": 5, "burst_tokens": 7}], ids=["whole steps", "small steps"])
-@pytest.mark.parametrize("waves", [False, True])
-async def test_the_same_bits_as_one_by_one(lab, options, waves, monkeypatch):
-    if waves:
-        monkeypatch.setattr("lm_service.engine.packed.execution.plan.native_plan", partial(native_plan, room=1))
+@pytest.mark.parametrize("splits", [False, True])
+async def test_the_same_bits_as_one_by_one(lab, options, splits, monkeypatch):
+    if splits:
+        monkeypatch.setattr(kernel_plan, "_ROOM", 1)
     program = await results(lab, **options)
     compiled, lab.adapter._compiled = lab.adapter._compiled, None
     try:
@@ -41,7 +39,7 @@ async def test_the_same_bits_as_one_by_one(lab, options, waves, monkeypatch):
 
 
 async def test_the_same_bits_on_any_number_of_threads(lab, monkeypatch):
-    monkeypatch.setattr(layers, "_ALONE", 0)
+    monkeypatch.setattr(layers, "_SINGLE_THREADED", 0)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

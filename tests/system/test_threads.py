@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,30 @@ def threads(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/task").iterdir()))
 
 
+BARE = """
+import os, sys, threading, torch
+torch.set_num_threads(int(sys.argv[1]))
+computing = [threading.Event() for _ in range(int(sys.argv[2]))]
+
+def compute(done):
+    torch.zeros(1 << 22).add_(1)
+    done.set()
+    threading.Event().wait()
+
+for done in computing:
+    threading.Thread(target=compute, args=(done,), daemon=True).start()
+    done.wait()
+print(len(os.listdir("/proc/self/task")), flush=True)
+os._exit(0)
+"""
+
+
+def bare(teams: int) -> int:
+    """Threads of a process in which so many of them compute with torch."""
+    command = [sys.executable, "-c", BARE, str(TEAM + 1), str(teams)]
+    return int(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
 def test_one_team_after_images_questions_and_a_restart(system):
     def ask() -> None:
         image = system.upload(save(photograph("coffee", (800, 600)), "PNG"))["id"]
@@ -33,6 +59,7 @@ def test_one_team_after_images_questions_and_a_restart(system):
     ask()
     system.languages[0].restart()  # takes the embedding from the store, and checks it
     ask()
+    one, two = bare(1), bare(2)
+    assert two - one >= TEAM, "each thread that computes has a team of its own"
     for service in (*system.visions, *system.languages):
-        # a team, and the pool of as many that torch makes when it is told a number of threads, and never uses
-        assert 2 * TEAM <= threads(service.pid) < 3 * TEAM, service.module
+        assert one <= threads(service.pid) < one + TEAM, service.module

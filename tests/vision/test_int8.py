@@ -12,7 +12,8 @@ from lm_service.peers import AcceptedEncoders
 from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA, SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.quantization import CudaRows, Int8Matrix, WidenedWeights, check_usable, scheme
+from lookonce.models.linear import Int8Linear
+from lookonce.models.quantization import CudaRows, WidenedWeights, check_usable, scheme
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
 from tests.pictures import photograph
@@ -25,7 +26,7 @@ def test_products_are_close_and_rows_keep_to_themselves(dtype):
     torch.manual_seed(0)
     weight, bias = torch.randn(96, 64) / 8, torch.randn(96)
     x = torch.randn(3, 5, 64, dtype=dtype) * torch.logspace(-3, 3, 15).view(3, 5, 1).to(dtype)
-    matrix = Int8Matrix(weight.to(dtype), bias.to(dtype))
+    matrix = Int8Linear(weight.to(dtype), bias.to(dtype))
     got = matrix(x)
     exact = torch.nn.functional.linear(x.float(), weight, bias)
     assert got.shape == (3, 5, 96) and got.dtype == dtype

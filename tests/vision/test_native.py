@@ -1,4 +1,4 @@
-"""The tower's compiled kernels against float64, for many sizes of heads and pictures."""
+"""The tower's compiled kernels against float64, for many sizes of heads and images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.kernels.program import run_calls
+from lookonce.models.kernels.program import run_kernels
 from lookonce.models.kernels.vision import kernels as module
 from lookonce.models.kernels.vision.kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
@@ -46,17 +46,17 @@ def test_attention_in_several_calls_has_the_same_bits():
     kernels = kernels_for(16, 3)
     qkv, angles = torch.randn(sum(COUNTS), 3 * 48), torch.randn(sum(COUNTS), 8)
     packed, out = kernels.pack(COUNTS, angles.cos(), angles.sin()), torch.empty(sum(COUNTS), 48)
-    calls = [call for call, _ in kernels.attend_calls(qkv, packed, out, at_once=1e6)]
+    calls = [call for call, _ in kernels.attend_kernels(qkv, packed, out, at_once=1e6)]
     assert len(calls) > 3
     for call in calls:
-        run_calls([call], alone=False)
+        run_kernels([call], single_threaded=False)
     assert torch.equal(out, kernels.attend(qkv, packed))
 
 
 @pytest.mark.parametrize(
     ("size", "heads"), [(8, 1), (16, 3), (24, 2), (32, 4), (40, 1), (64, 2), (80, 3), (128, 2), (256, 1)]
 )
-def test_pictures_attend_to_themselves(size, heads):
+def test_images_attend_to_themselves(size, heads):
     """And to the same bits alone, in other company, and on any number of threads."""
     torch.manual_seed(size)
     kernels = kernels_for(size, heads)
@@ -86,8 +86,8 @@ def test_scores_as_large_as_float32_allows():
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
-def test_what_is_no_number_stays_so_and_harms_no_other_picture(wrong):
-    """The batcher fails pictures whose rows are not finite; nothing on the way there may make them numbers again."""
+def test_what_is_no_number_stays_so_and_harms_no_other_image(wrong):
+    """The batcher fails images whose rows are not finite; nothing on the way there may make them numbers again."""
     torch.manual_seed(0)
     counts, kernels = [70, 70, 10], kernels_for(32, 2)
     qkv, angles = torch.randn(150, 3 * 64), torch.randn(150, 16)
@@ -134,29 +134,29 @@ def test_torch_serves_where_nothing_can_be_compiled(checkpoint_path, noise, monk
         raise RuntimeError("no executable memory")
 
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
-    picture = Preprocessor(checkpoint.preprocessor)(noise(90, 120), 3136, 100_000)
-    (wanted,) = Encoder.load(checkpoint, torch.float32, CPU).encode([picture])
+    image = Preprocessor(checkpoint.preprocessor)(noise(90, 120), 3136, 100_000)
+    (wanted,) = Encoder.load(checkpoint, torch.float32, CPU).encode([image])
     module._compiled.cache_clear()
     monkeypatch.setattr("lookonce.models.kernels.compiling.binding.create_mcjit_compiler", refuse)
     with capture_logs() as logs:
         encoder = Encoder.load(checkpoint, torch.float32, CPU)
     assert [line["log_level"] for line in logs] == ["warning"] and not encoder.native
-    torch.testing.assert_close(encoder.encode([picture])[0], wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode([image])[0], wanted, atol=1e-5, rtol=0)
 
 
 def test_a_program_of_kernels_gives_what_they_give_between_other_products(checkpoint_path, noise, monkeypatch):
     """To the bit: epilogues of products compute what passes of their own do."""
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
     preprocess = Preprocessor(checkpoint.preprocessor)
-    pictures = [preprocess(noise(60 + 30 * number, 120), 3136, 100_000) for number in range(3)]
+    images = [preprocess(noise(60 + 30 * number, 120), 3136, 100_000) for number in range(3)]
     encoder = Encoder.load(checkpoint, torch.float32, CPU)
-    program = encoder.encode(pictures)
+    program = encoder.encode(images)
     for rows in (1 << 20, 7):  # of an MLP at once
         monkeypatch.setattr(encoder._blocks, "_rows", rows)
-        assert all(map(torch.equal, encoder.encode(pictures), program))
+        assert all(map(torch.equal, encoder.encode(images), program))
     assert encoder._blocks._compiled
     monkeypatch.setattr(encoder._blocks, "_compiled", False)
-    assert all(map(torch.equal, encoder.encode(pictures), program))
+    assert all(map(torch.equal, encoder.encode(images), program))
 
 
 def test_what_has_kernels(checkpoint_path):

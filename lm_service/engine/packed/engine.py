@@ -23,7 +23,7 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
-from lm_service.engine.packed.scheduling.scored_questions import by_images, score_sequences, scores_of
+from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
 from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
@@ -36,6 +36,7 @@ from lm_service.engine.types import (
     ModelFacts,
     Scores,
     Scoring,
+    by_images,
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError

@@ -20,8 +20,8 @@ from lookonce.core.errors import LookonceError
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.models.text_adapter import ModelAdapter
 
-_IMAGES = (4, 25)  # tokens of each
-_QUESTIONS = (17, 6, 1)  # tokens of those about each; the last is a step of one row
+_ASKED = ((4, 17), (33, 6), (4, 1))
+"""Tokens of an image and of a question about it. Asked one by one, the last is a step of one row."""
 _POOL_TOKENS, _SLAB_TOKENS = 1024, 128
 _log = structlog.get_logger(__name__)
 
@@ -71,15 +71,13 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
 
 def _items(model: ModelAdapter) -> list[ScoreItem]:
     return [
-        ScoreItem(_prompt(model, number, tokens, length), ((0,), (1, 2) if length > 1 else (1,)))
-        for number, tokens in enumerate(_IMAGES)
-        for length in _QUESTIONS
+        ScoreItem(_prompt(model, tokens, length), ((0,), (1, 2) if length > 1 else (1,))) for tokens, length in _ASKED
     ]
 
 
-def _prompt(model: ModelAdapter, number: int, tokens: int, length: int) -> Prompt:
+def _prompt(model: ModelAdapter, tokens: int, length: int) -> Prompt:
     reference = EmbeddingReference(
-        bytes([number]) * DIGEST_BYTES, "", bytes([number]) * DIGEST_BYTES, (1, 2, 2 * tokens), tokens, 0, 0
+        bytes([tokens]) * DIGEST_BYTES, "", bytes([tokens]) * DIGEST_BYTES, (1, 2, 2 * tokens), tokens, 0, 0
     )
     total = 1 + tokens + length
     generator = torch.Generator().manual_seed(total)

@@ -9,6 +9,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from lookonce.models.kernels.structs import Field, Struct
+
 BYTE, INT, FLOAT, POINTER = ir.IntType(8), ir.IntType(64), ir.FloatType(), ir.PointerType()
 Value = Any  # llvmlite has no types of its own
 
@@ -67,9 +69,14 @@ class Code:
         """base[index] of integers."""
         return self.build.load(self.place(base, index), typ=INT)
 
-    def address(self, base: Value, index: Value | int) -> Value:
-        """The pointer that base[index] holds."""
-        return self.build.inttoptr(self.integer(base, index), POINTER)
+    def field(self, struct: Value, field: Field) -> Value:
+        """What a field of the struct at a pointer holds: an integer, or a pointer."""
+        held = self.integer(struct, field.place)
+        return held if field.element is None else self.build.inttoptr(held, POINTER)
+
+    def element(self, structs: Value, kind: type[Struct], index: Value) -> Value:
+        """Pointer to structs[index]."""
+        return self.place(structs, self.times(index, len(kind.fields)))
 
     def at(self, base: Value, index: Value | int) -> Value:
         """Pointer to base[index] of float32."""
@@ -105,13 +112,13 @@ class Code:
         self.build.position_at_end(behind)
 
     @contextmanager
-    def work(self, counter: Value, stop: Value) -> Iterator[Value]:
-        """What is written in its body happens for each number below `stop` that the integer at `counter` hands out,
-        in one of the threads that run this."""
+    def work(self, struct: Value, counter: Field, stop: Value) -> Iterator[Value]:
+        """What is written in its body happens for each number below `stop` that this field of a struct hands out, in
+        one of the threads that run this."""
         take, body, behind = (self.function.append_basic_block(name) for name in ("take", "work", "done"))
         self.build.branch(take)
         self.build.position_at_end(take)
-        number = self.build.atomic_rmw("add", counter, self.whole(1), "monotonic")
+        number = self.build.atomic_rmw("add", self.place(struct, counter.place), self.whole(1), "monotonic")
         self.build.cbranch(self.build.icmp_signed("<", number, stop), body, behind)
         self.build.position_at_end(body)
         yield number
@@ -119,23 +126,23 @@ class Code:
         self.build.position_at_end(behind)
 
     @contextmanager
-    def shared_rows(self, table: Value, counter: int, count: Value, piece: int) -> Iterator[Value]:
-        """What is written in its body happens for each number below `count`, `piece` of them at a time; the counter is
-        that place of the table."""
-        pieces = self.over(self.plus(count, piece - 1), piece)
-        with self.work(self.place(table, counter), pieces) as number:
-            first = self.times(number, piece)
-            with self.loop(self.least(self.plus(first, piece), count), first) as row:
+    def shared_rows(self, struct: Value, counter: Field, count: Value, chunk: int) -> Iterator[Value]:
+        """What is written in its body happens for each number below `count`, `chunk` of them at a time; the counter is
+        that field of a struct."""
+        chunks = self.over(self.plus(count, chunk - 1), chunk)
+        with self.work(struct, counter, chunks) as number:
+            first = self.times(number, chunk)
+            with self.loop(self.least(self.plus(first, chunk), count), first) as row:
                 yield row
 
-    def call_in_turn(self, functions: Sequence[ir.Function], table: Value, barrier: int) -> None:
-        """Call functions of a table, each when all threads have ended the one before; that place of the table holds the
-        address of a function that waits for them, or 0."""
-        wait = self.integer(table, barrier)
+    def call_in_turn(self, functions: Sequence[ir.Function], struct: Value, barrier: Field) -> None:
+        """Call functions of a struct, each when all threads have ended the one before; that field holds the address of
+        a function that waits for them, or 0."""
+        wait = self.field(struct, barrier)
         for number, function in enumerate(functions):
             if number:
                 self.wait(wait)
-            self.build.call(function, [table])
+            self.build.call(function, [struct])
 
     def wait(self, barrier: Value) -> None:
         """Call the function at an address, which waits for all threads; 0: there is none."""
@@ -224,8 +231,8 @@ class Code:
         return rows
 
     def _mixed(self, upper: Value, lower: Value, begin: int, distance: int) -> Value:
-        """Of each pair of neighbouring stretches of so many lanes one: of `upper`, then of `lower`; the first or the
-        second of its own pair."""
+        """Of each pair of neighbouring runs of so many lanes one: of `upper`, then of `lower`; the first or the second
+        of its own pair."""
         taken = [
             lane + begin if not lane & distance else self.lanes + lane - distance + begin for lane in range(self.lanes)
         ]

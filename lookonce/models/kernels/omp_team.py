@@ -30,11 +30,11 @@ def barrier() -> int:
     return _BARRIER if threads() > 1 else 0
 
 
-def run(task: Any, argument: int, *, alone: bool = False) -> None:
-    """Call a compiled function with a pointer in each of the threads (`alone`: in this one); back when all are. Python
-    runs meanwhile."""
-    count = 1 if alone else threads()
+def run(task: Any, struct: int, *, single_threaded: bool = False) -> None:
+    """Call a compiled function with a struct's address in each of the threads, or in this one only; back when all are.
+    Python runs meanwhile."""
+    count = 1 if single_threaded else threads()
     if count > 1 and _PARALLEL is not None:
-        _PARALLEL(task, argument, count, 0)
+        _PARALLEL(task, struct, count, 0)
     else:
-        task(argument)
+        task(struct)

@@ -1,6 +1,6 @@
 """Matrices laid out for the compiled products (lookonce/models/kernels/products.py), and their products with rows.
 
-Imports torch: for the two model services only. Float32 on the CPU.
+Float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
 from lookonce.models.kernels.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
 from lookonce.models.kernels.omp_team import run, threads
-from lookonce.models.kernels.products import WIDTH, Field, write_products
-from lookonce.models.kernels.program import Call, Ints
+from lookonce.models.kernels.products import WIDTH, Product, write_products
+from lookonce.models.kernels.program import Kernel
 
-_ALONE = 1 << 19  # multiplications up to which other threads don't pay
+_SINGLE_THREADED = 1 << 19  # multiplications up to which other threads don't pay
 
 
 def panels_serve(weight: torch.Tensor) -> bool:
@@ -27,88 +25,71 @@ def panels_serve(weight: torch.Tensor) -> bool:
     return FUSED and threads() == torch.get_num_threads() and _compiled() is not None
 
 
-class PanelLinear:
-    """x [T, in] -> x W^T + b [T, out]."""
+class Panels:
+    """Matrices [out, in] side by side, copied: what a product is told of them."""
+
+    def __init__(self, *weights: torch.Tensor) -> None:
+        (self.columns, self.depth), width = weights[0].shape, WIDTH // len(weights)
+        self._laid_out = weights[0].new_zeros((-(-self.columns // width), self.depth, WIDTH))  # zeros: missing columns
+        whole = self.columns // width
+        for place, weight in zip(self._laid_out.chunk(len(weights), dim=2), weights, strict=True):
+            place[:whole] = weight[: whole * width].view(whole, width, self.depth).transpose(1, 2)
+            place[whole:, :, : self.columns - whole * width] = weight[whole * width :].t()
+        self.struct = Product.fill(
+            Product.zeros(1),
+            depth=self.depth,
+            columns=self.columns,
+            panels=len(self._laid_out),
+            weight=self._laid_out,
+        )
+        """The fields that are the same for all rows."""
+
+    def kernel(self, name: str, x: torch.Tensor, out: torch.Tensor, other: torch.Tensor | None = None) -> Kernel:
+        """One of the products of x [T, in] to `out` [T, out], for once."""
+        sizes = {"depth": self.depth, "columns": self.columns}
+        values = {"source": x, "out": out} if other is None else {"source": x, "out": out, "other": other}
+        return product_address(name), Product.fill(self.struct.copy(), sizes, rows=x.shape[0], **values)
+
+    def product(self, name: str, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        """One of the products, computed."""
+        x = x.contiguous()
+        out = x.new_empty((x.shape[0], self.columns))
+        _, struct = self.kernel(name, x, out, other)
+        small = x.shape[0] * self.columns * self.depth <= _SINGLE_THREADED
+        run(_task(name), struct.ctypes.data, single_threaded=small)
+        return out
+
+
+class PanelLinear(Panels):
+    """A `Linear` by compiled products."""
+
+    per_row_count = False
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """`weight` [out, in] is copied, `bias` [out] is not."""
-        columns, depth = weight.shape
-        self._panels = _panels(weight)
-        self._bias = weight.new_zeros(columns) if bias is None else bias.contiguous()
-        self._product, self._plus = _task("product"), _task("product_plus")
-        self.table = _table(self._panels, columns, depth)
-        """The fields that are the same for all rows, int64 [len(Field)]."""
-        self.table[Field.BIAS] = self._bias.data_ptr()
+        super().__init__(weight)
+        self._bias = weight.new_zeros(self.columns) if bias is None else bias.contiguous()
+        Product.fill(self.struct, bias=self._bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product."""
-        return _run(self._product, self.table, x, 0)
+        """See `Linear`."""
+        return self.product("product", x)
 
     def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """The product and a residual [T, out]."""
-        residual = residual.contiguous()
-        return _run(self._plus, self.table, x, residual.data_ptr())
-
-    def call(self, name: str, x: int, rows: int, out: int) -> Call:
-        """Function and table of one of the products for so many rows at an address; `product_plus` adds to `out`."""
-        table = self.table.copy()
-        table[Field.ROWS], table[Field.SOURCE], table[Field.OTHER], table[Field.OUT] = rows, x, out, out
-        return product_address(name), table
+        """See `Linear`."""
+        return self.product("product_plus", x, residual.contiguous())
 
 
-class PanelGatedUnit:
-    """x [T, in] -> SiLU(x G^T) * (x U^T) [T, out]: the first half of SwiGLU (arXiv:2002.05202)."""
+class PanelGatedUnit(Panels):
+    """A `GatedUnit` by compiled products."""
 
     def __init__(self, gate: torch.Tensor, up: torch.Tensor) -> None:
         """Two matrices [out, in], copied."""
-        self._panels = _panels(gate, up)
-        self._product = _task("product_gated")
-        self.table = _table(self._panels, *gate.shape)
-        """The fields that are the same for all rows, int64 [len(Field)]."""
+        super().__init__(gate, up)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The product."""
-        return _run(self._product, self.table, x, 0)
-
-
-class PanelModule(nn.Module):
-    """Stands in for a Linear."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = PanelLinear(linear.weight, linear.bias)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, in] -> [T, out]."""
-        return self.linear(x)
-
-
-def _panels(*weights: torch.Tensor) -> torch.Tensor:
-    """Matrices [out, in] side by side -> [panels, in, WIDTH], zeros in columns that there aren't."""
-    (columns, depth), width = weights[0].shape, WIDTH // len(weights)
-    laid = weights[0].new_zeros((-(-columns // width), depth, WIDTH))
-    whole = columns // width
-    for place, weight in zip(laid.chunk(len(weights), dim=2), weights, strict=True):
-        place[:whole] = weight[: whole * width].view(whole, width, depth).transpose(1, 2)
-        place[whole:, :, : columns - whole * width] = weight[whole * width :].t()
-    return laid
-
-
-def _table(panels: torch.Tensor, columns: int, depth: int) -> Ints:
-    table = np.zeros(len(Field), dtype=np.int64)
-    table[Field.DEPTH], table[Field.COLUMNS], table[Field.PANELS] = depth, columns, len(panels)
-    table[Field.WEIGHT] = panels.data_ptr()
-    return table
-
-
-def _run(task: Any, fields: Ints, x: torch.Tensor, other: int) -> torch.Tensor:
-    x, table = x.contiguous(), fields.copy()
-    rows, columns, depth = x.shape[0], int(fields[Field.COLUMNS]), int(fields[Field.DEPTH])
-    out = x.new_empty((rows, columns))
-    table[Field.ROWS], table[Field.SOURCE] = rows, x.data_ptr()
-    table[Field.OTHER], table[Field.OUT] = other, out.data_ptr()
-    run(task, table.ctypes.data, alone=rows * columns * depth <= _ALONE)
-    return out
+        """See `GatedUnit`."""
+        return self.product("product_gated", x)
 
 
 @lru_cache

@@ -10,43 +10,43 @@ number of rows.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 from itertools import chain
 
 from llvmlite import ir
 
 from lookonce.models.kernels.code import FLOAT, INT, POINTER, Code, Value
 from lookonce.models.kernels.compiling import LANES, VECTORS
+from lookonce.models.kernels.structs import FLOAT32, Struct, integer, pointer
 
 HEIGHT = 6  # rows of a tile
 WIDTH = LANES * VECTORS  # columns of a panel
 _BLOCK = 16 * HEIGHT  # rows that a thread takes at once
-_STRETCH = 256  # places of a row that are summed by themselves
+_DEPTH = 256  # places of a row that are summed by themselves
 
 
-class Field(IntEnum):
-    """What the table holds at each place. Sizes count elements, pointers are addresses."""
+class Product(Struct):
+    """A product of rows with a matrix in panels."""
 
-    COUNTER = 0  # starts at zero
-    ROWS = 1
-    DEPTH = 2  # places of a row of SOURCE
-    COLUMNS = 3  # of OUT, a multiple of LANES
-    PANELS = 4
-    SOURCE = 5  # float32 [ROWS, DEPTH]
-    WEIGHT = 6  # float32 [PANELS, DEPTH, WIDTH]
-    BIAS = 7  # float32 [COLUMNS], not for `product_gated`
-    OTHER = 8  # float32 [ROWS, COLUMNS], for `product_plus`; may be OUT
-    OUT = 9  # float32 [ROWS, COLUMNS]
+    counter = integer()  # starts at zero
+    rows = integer()
+    depth = integer()  # places of a row of `source`
+    columns = integer()  # of `out`, a multiple of LANES
+    panels = integer()
+    source = pointer(FLOAT32, "rows", "depth")
+    weight = pointer(FLOAT32, "panels", "depth", WIDTH)
+    bias = pointer(FLOAT32, "columns")  # not for `product_gated`
+    other = pointer(FLOAT32, "rows", "columns")  # for `product_plus`; may be `out`
+    out = pointer(FLOAT32, "rows", "columns")
 
 
-Finish = Callable[[Code, list[Value], Value, Value], Value]
-"""(code, sums that make a vector of OUT, its first column, its place in OUT) -> the vector"""
+Epilogue = Callable[[Code, list[Value], Value, Value], Value]
+"""(code, sums that make a vector of `out`, its first column, its place in `out`) -> the vector"""
 
 
 def write_products(module: ir.Module) -> None:
-    """Functions of a pointer to a table: `product`, x W^T + BIAS; `product_plus`, the same and OTHER; `product_gelu`,
-    the same through QuickGELU, y * sigmoid(1.702 y); `product_gated`, SiLU(x G^T) * (x U^T), where a panel's first half
-    belongs to G and its second half to U."""
+    """Functions of a pointer to a `Product`: `product`, x W^T + bias; `product_plus`, the same and `other`;
+    `product_gelu`, the same through QuickGELU, y * sigmoid(1.702 y); `product_gated`, SiLU(x G^T) * (x U^T), where a
+    panel's first half belongs to G and its second half to U."""
     tiles = [_write_tile(module, height) for height in range(1, HEIGHT + 1)]
     _write(module, "product", tiles, _with_bias, VECTORS)
     _write(module, "product_plus", tiles, _with_rows, VECTORS)
@@ -54,17 +54,17 @@ def write_products(module: ir.Module) -> None:
     _write(module, "product_gated", tiles, _gated, VECTORS // 2)
 
 
-def _write(module: ir.Module, name: str, tiles: list[ir.Function], finish: Finish, vectors: int) -> None:
-    """`vectors` of OUT come from a panel."""
+def _write(module: ir.Module, name: str, tiles: list[ir.Function], epilogue: Epilogue, vectors: int) -> None:
+    """`vectors` of `out` come from a panel."""
     code = Code(module, name, 1, LANES)
-    fields, build = code.function.args[0], code.build
+    struct, build = code.function.args[0], code.build
     rows, depth, columns, panels = (
-        code.integer(fields, field) for field in (Field.ROWS, Field.DEPTH, Field.COLUMNS, Field.PANELS)
+        code.field(struct, field) for field in (Product.rows, Product.depth, Product.columns, Product.panels)
     )
-    source, weight, out = (code.address(fields, field) for field in (Field.SOURCE, Field.WEIGHT, Field.OUT))
+    source, weight, out = (code.field(struct, field) for field in (Product.source, Product.weight, Product.out))
     sums = code.variable(FLOAT, count=HEIGHT * WIDTH)
     blocks = code.over(code.plus(rows, _BLOCK - 1), _BLOCK)
-    with code.work(code.place(fields, Field.COUNTER), code.times(blocks, panels)) as number:
+    with code.work(struct, Product.counter, code.times(blocks, panels)) as number:
         panel, begin = code.rest(number, panels), code.times(code.over(number, panels), _BLOCK)
         first = code.times(panel, vectors * LANES)
         with code.loop(code.least(code.plus(begin, _BLOCK), rows), begin, HEIGHT) as row:
@@ -84,7 +84,7 @@ def _write(module: ir.Module, name: str, tiles: list[ir.Function], finish: Finis
                         places = range(vector * LANES, WIDTH, vectors * LANES)
                         taken = [code.row(sums, code.plus(at, place)) for place in places]
                         place = code.plus(target, column)
-                        code.put(finish(code, taken, column, place), out, place)
+                        code.put(epilogue(code, taken, column, place), out, place)
     code.end()
 
 
@@ -98,10 +98,10 @@ def _write_tile(module: ir.Module, height: int) -> ir.Function:
     for place in range(0, height * WIDTH, LANES):
         code.put(zero, found, place)
     sums = [[code.variable(code.vector) for _ in range(VECTORS)] for _ in lines]
-    with code.loop(depth, step=_STRETCH) as begin:
+    with code.loop(depth, step=_DEPTH) as begin:
         for total in chain.from_iterable(sums):
             code.set(total, zero)
-        with code.loop(code.least(code.plus(begin, _STRETCH), depth), begin) as place:
+        with code.loop(code.least(code.plus(begin, _DEPTH), depth), begin) as place:
             at = code.times(place, WIDTH)
             right = [code.row(panel, code.plus(at, vector * LANES)) for vector in range(VECTORS)]
             for line, totals in zip(lines, sums, strict=True):
@@ -116,11 +116,12 @@ def _write_tile(module: ir.Module, height: int) -> ir.Function:
 
 
 def _with_bias(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
-    return code.build.fadd(sums[0], code.row(_pointer(code, Field.BIAS), column))
+    return code.build.fadd(sums[0], code.row(code.field(code.function.args[0], Product.bias), column))
 
 
 def _with_rows(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
-    return code.build.fadd(_with_bias(code, sums, column, place), code.row(_pointer(code, Field.OTHER), place))
+    other = code.row(code.field(code.function.args[0], Product.other), place)
+    return code.build.fadd(_with_bias(code, sums, column, place), other)
 
 
 def _quick_gelu(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
@@ -130,7 +131,3 @@ def _quick_gelu(code: Code, sums: list[Value], column: Value, place: Value) -> V
 def _gated(code: Code, sums: list[Value], column: Value, place: Value) -> Value:
     build, (gate, up) = code.build, sums
     return build.fmul(build.fmul(gate, code.sigmoid(gate)), up)
-
-
-def _pointer(code: Code, field: Field) -> Value:
-    return code.address(code.function.args[0], field)

@@ -24,7 +24,7 @@ RowNumber = Callable[[Value], Value]
 
 
 class Queries:
-    """`vectors` vectors of rows, in a function while it is written: lay them, let them look, then take the results."""
+    """`vectors` vectors of rows, in a function while it is written: load, attend, store."""
 
     def __init__(self, code: Code, size: int, vectors: int) -> None:
         """`size` is a head's, a multiple of the vectors' lanes."""
@@ -36,7 +36,7 @@ class Queries:
         self.maxima = [code.variable(code.vector) for _ in self._columns]
         self.sums = [code.variable(code.vector) for _ in self._columns]
 
-    def lay(self, row: RowPointer, scale: float = 1.0) -> None:
+    def load(self, row: RowPointer, scale: float = 1.0) -> None:
         """Read the queries and scale them: a score weighs 2 to its power. Nothing has been seen yet."""
         code = self._code
         zero = code.constant(0.0, code.vector)
@@ -45,12 +45,14 @@ class Queries:
             code.set(total, zero)
         with code.loop(self._size * self._rows, step=code.lanes) as place:
             code.put(zero, self._out, place)
-        lay = _lay_tile(code)
+        load = _load_tile(code)
         with self._tiles(row) as (lines, place, column):
             target = code.at(self._queries, self._at(place, column))
-            code.build.call(lay, [lines, place, target, code.whole(self._rows), code.constant(scale)])
+            code.build.call(load, [lines, place, target, code.whole(self._rows), code.constant(scale)])
 
-    def look(self, keys: Value, values: Value, begin: Value | int, stop: Value, last: RowNumber | None = None) -> None:
+    def attend(
+        self, keys: Value, values: Value, begin: Value | int, stop: Value, last: RowNumber | None = None
+    ) -> None:
         """See keys [begin, stop) of `keys` and `values` [T, d]; with `last`, which says the last one that a row may
         see, no later ones."""
         code = self._code
@@ -60,7 +62,7 @@ class Queries:
             before = self._score(code.at(keys, offset), count, first, bounds)
             self._mix(code.at(values, offset), self._weigh(before, count), count)
 
-    def take(self, row: RowPointer, *, divided: bool) -> None:
+    def store(self, row: RowPointer, *, divided: bool) -> None:
         """Write what was found, `divided` by the sums or not yet. Rows of all lanes are written."""
         code = self._code
         shares = code.variable(FLOAT, count=self._rows)
@@ -68,10 +70,10 @@ class Queries:
             one = code.constant(1.0, code.vector)
             share = code.build.fdiv(one, code.get(total, code.vector)) if divided else one
             code.put(share, shares, column * code.lanes)
-        take = _take_tile(code)
+        store = _store_tile(code)
         with self._tiles(row) as (lines, place, column):
             source = code.at(self._out, self._at(place, column))
-            code.build.call(take, [lines, place, source, code.whole(self._rows), code.at(shares, column)])
+            code.build.call(store, [lines, place, source, code.whole(self._rows), code.at(shares, column)])
 
     @contextmanager
     def _tiles(self, row: RowPointer) -> Iterator[tuple[Value, Value, Value]]:
@@ -164,7 +166,7 @@ class Queries:
         return [[code.get(total, code.vector) for total in row] for row in sums]
 
 
-def _lay_tile(code: Code) -> ir.Function:
+def _load_tile(code: Code) -> ir.Function:
     """A function that moves a square of places of `lanes` rows, scaled, to a matrix [places, width]. Written once for
     all numbers of vectors: to compile its shuffles takes as long as to compile the products."""
 
@@ -174,10 +176,10 @@ def _lay_tile(code: Code) -> ir.Function:
         for number, vector in enumerate(own.transposed(read)):
             own.put(own.build.fmul(vector, own.spread(scale)), matrix, own.times(number, width))
 
-    return _tile(code, "lay_tile", FLOAT, write)
+    return _tile(code, "load_tile", FLOAT, write)
 
 
-def _take_tile(code: Code) -> ir.Function:
+def _store_tile(code: Code) -> ir.Function:
     """A function that moves such a square from a matrix to rows; each row times its own of `shares`."""
 
     def write(own: Code) -> None:
@@ -187,7 +189,7 @@ def _take_tile(code: Code) -> ir.Function:
         for number, vector in enumerate(own.transposed(found)):
             own.put(vector, _line(own, lines, number), place)
 
-    return _tile(code, "take_tile", POINTER, write)
+    return _tile(code, "store_tile", POINTER, write)
 
 
 def _line(code: Code, lines: Value, number: int) -> Value:

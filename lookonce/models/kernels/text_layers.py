@@ -4,109 +4,133 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
 
-from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, product_address
-from lookonce.models.kernels.products import Field as Product
-from lookonce.models.kernels.program import Ints, row_addresses, run_program
-from lookonce.models.kernels.text_rows import Field as Row
-from lookonce.models.kernels.text_rows import RowKernels
-from lookonce.models.linear import GatedUnit, LayerWeights, Linear
+from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, Panels, product_address
+from lookonce.models.kernels.products import Product
+from lookonce.models.kernels.program import run_program
+from lookonce.models.kernels.structs import FLOAT32, INT64, Call, Field, Ints, Struct, Structs, integer, pointer
+from lookonce.models.kernels.text_rows import Gather, Norm, Rotation, TextRows
+from lookonce.models.linear import LayerWeights
 from lookonce.models.text_adapter import AttentionCalls, ModelShape
 
-_ALONE = 1 << 22  # multiplications of a step up to which other threads don't pay
-_FIELDS = max(len(Row), len(Product))
+_SINGLE_THREADED = 1 << 22  # multiplications of a step up to which other threads don't pay
 
 
-class _Of(IntEnum):
-    """What differs from step to step: numbers of rows, and addresses."""
+class Step(Struct):
+    """What differs from step to step in the kernels' structs: `wanted` of the step's tokens are asked for."""
 
-    NOTHING = 0
-    TOKENS = 1
-    WANTED = 2  # rows asked for
-    ROWS = 3  # int64 [WANTED]: which
-    COS = 4  # float32 [TOKENS, d / 2]
-    SIN = 5
-    HIDDEN = 6  # [TOKENS, hidden]
-    NORMED = 7
-    PROJECTED = 8  # [TOKENS, (heads + 2 kv_heads) * d]
-    MIXED = 9  # [TOKENS, heads * d]
-    INNER = 10  # [TOKENS, intermediate]
-    LAST = 11  # [WANTED, hidden]
-    LAST_MIXED = 12  # [WANTED, heads * d]
-    OUT = 13  # [WANTED, hidden]
+    nothing = integer()
+    tokens = integer()
+    wanted = integer()
+    rows = pointer(INT64, "wanted")  # which
+    cos = pointer(FLOAT32, "tokens", "half")
+    sin = pointer(FLOAT32, "tokens", "half")
+    hidden = pointer(FLOAT32, "tokens", "hidden")
+    normed = pointer(FLOAT32, "tokens", "hidden")
+    projected = pointer(FLOAT32, "tokens", "projected")
+    mixed = pointer(FLOAT32, "tokens", "hidden")
+    inner = pointer(FLOAT32, "tokens", "inner")
+    last = pointer(FLOAT32, "wanted", "hidden")
+    last_mixed = pointer(FLOAT32, "wanted", "hidden")
+    out = pointer(FLOAT32, "wanted", "hidden")
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A kernel, and its table: what a step says, what is always the same."""
+class _Kernel:
+    """A kernel, its struct with what is always the same, and what a step says."""
 
     function: int
-    step: Mapping[int, _Of]
-    always: Mapping[int, int]
+    kind: type[Struct]
+    struct: Structs
+    step: Mapping[str, Field]  # of a field of the struct: the field of `Step`
+
+    def check(self, sizes: Mapping[str, int]) -> None:
+        """Raise ValueError where the struct would point to less than it declares."""
+        known: dict[str | int, str | int] = {"tokens": "tokens", "wanted": "wanted"}
+        known |= {name: int(self.struct[name][0]) for name in self.kind.fields}
+        known |= dict(sizes.items())
+        known |= {name: field.name for name, field in self.step.items() if field.element is None}
+        for name, held in self.step.items():
+            field = self.kind.fields[name]
+            if field.element is None:
+                continue
+            wanted, found = ([known.get(size, size) for size in one.shape] for one in (field, held))
+            if field.step is not None:
+                wanted[1:] = [known[field.step]]
+            rows_fit = wanted[0] == found[0] or (wanted[0], found[0]) == ("wanted", "tokens")
+            if field.element is not held.element or not rows_fit or wanted[1:] != found[1:]:
+                raise ValueError(f"{self.kind.__name__}.{name} is {wanted}, Step.{held.name} {found}")
 
 
-class NativeLayers:
+class TextLayers:
     """The layers of a model, and the norm behind them. Called from one thread at a time."""
 
-    def __init__(self, layers: Sequence[LayerWeights], norm: torch.Tensor, rows: RowKernels, shape: ModelShape) -> None:
+    def __init__(self, layers: Sequence[LayerWeights], norm: torch.Tensor, rows: TextRows, shape: ModelShape) -> None:
         """`norm` [hidden] is the one behind the last layer. All matrices are laid out in panels."""
         self._held, self._rows, self._norm, self._shape = list(layers), rows, norm, shape
-        self._inner = int(_table(layers[0].gate_up)[Product.COLUMNS])
-        self._width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-        self._work = sum(
-            int(np.prod(_table(matrix)[[Product.DEPTH, Product.COLUMNS]]))
-            for layer in layers
-            for matrix in layer.matrices
-        )
-        calls: list[_Call] = []
-        self._attentions: list[int] = []  # calls before each layer's attention
+        self._heads = [shape.heads, shape.kv_heads, shape.kv_heads]
+        self._sizes = {
+            **rows.sizes,
+            "projected": sum(self._heads) * shape.head_dim,
+            "inner": _panels(layers[0].gate_up).columns,
+        }
+        matrices = [_panels(matrix) for layer in layers for matrix in layer.matrices]
+        self._work = sum(matrix.depth * matrix.columns for matrix in matrices)
+        kernels: list[_Kernel] = []
+        self._attentions: list[int] = []  # kernels before each layer's attention
         for number, layer in enumerate(layers):
-            calls += self._before(layer)
-            self._attentions.append(len(calls))
-            calls += self._behind(layer, last=number == len(layers) - 1)
-        calls.append(self._normed(norm, _Of.WANTED, _Of.LAST, _Of.OUT))
-        self._functions = np.array([call.function for call in calls])
-        self._always, self._step = np.zeros((2, len(calls), _FIELDS), dtype=np.int64)
-        for number, call in enumerate(calls):
-            for table, fields in ((self._always, call.always), (self._step, call.step)):
-                table[number, list(fields)] = list(fields.values())
+            kernels += self._before(layer)
+            self._attentions.append(len(kernels))
+            kernels += self._behind(layer, last=number == len(layers) - 1)
+        kernels.append(self._normed(norm, Step.wanted, Step.last, Step.out))
+        for kernel in kernels:
+            kernel.check(self._sizes)
+        self._functions = np.array([kernel.function for kernel in kernels])
+        self._always: Ints = np.concatenate([kernel.struct.view(np.int64) for kernel in kernels])
+        self._step: Ints = np.concatenate([_places(kernel) for kernel in kernels])
+        sizes = np.array([kernel.struct.nbytes for kernel in kernels])
+        self._offsets: Ints = sizes.cumsum() - sizes
         self._orders: dict[int, Ints] = {}
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: AttentionCalls, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Normed [len(rows), hidden] of the rows asked for; `hidden` [T, hidden], in one piece, is overwritten. Cosines
-        and sines are [T, 1, d / 2], in one piece."""
-        shape, tokens, wanted = self._shape, hidden.shape[0], rows.shape[0]
-        mixed = hidden.new_empty((tokens, shape.heads * shape.head_dim))
-        projected = hidden.new_empty((tokens, self._width))
-        last, out = (hidden.new_empty((wanted, shape.hidden)) for _ in range(2))
-        buffers = {
-            _Of.ROWS: rows,
-            _Of.COS: cos,
-            _Of.SIN: sin,
-            _Of.HIDDEN: hidden,
-            _Of.NORMED: torch.empty_like(hidden),
-            _Of.PROJECTED: projected,
-            _Of.MIXED: mixed,
-            _Of.INNER: hidden.new_empty((tokens, self._inner)),
-            _Of.LAST: last,
-            _Of.LAST_MIXED: mixed.new_empty((wanted, mixed.shape[1])),
-            _Of.OUT: out,
-        }
-        values = np.array([buffers[of].data_ptr() if of in buffers else 0 for of in _Of])
-        values[[_Of.TOKENS, _Of.WANTED]] = tokens, wanted
-        tables = self._always + values[self._step]
-        own = np.stack([self._functions, row_addresses(tables)], axis=1)
-        heads = np.array([0, shape.heads, shape.heads + shape.kv_heads]) * (shape.head_dim * hidden.element_size())
-        fields = [number for start in heads.tolist() for number in (projected.data_ptr() + start, self._width)]
-        attended = attention(fields, mixed.data_ptr())
-        program = np.concatenate([own, attended.reshape(-1, 2)])[self._order(attended.shape[1])]
-        run_program(program, alone=tokens * self._work <= _ALONE)
+        """Normed [len(rows), hidden] of the rows asked for; `hidden` [T, hidden], contiguous, is overwritten. Cosines
+        and sines are [T, 1, d / 2], contiguous."""
+        tokens, wanted = hidden.shape[0], rows.shape[0]
+        if wanted > tokens:
+            raise ValueError(f"{wanted} rows of {tokens} tokens")
+        normed, mixed = torch.empty_like(hidden), torch.empty_like(hidden)
+        projected, inner = (hidden.new_empty((tokens, self._sizes[name])) for name in ("projected", "inner"))
+        last, last_mixed, out = (hidden.new_empty((wanted, hidden.shape[1])) for _ in range(3))
+        step = Step.fill(
+            Step.zeros(1),
+            self._sizes,
+            tokens=tokens,
+            wanted=wanted,
+            rows=rows,
+            cos=cos,
+            sin=sin,
+            hidden=hidden,
+            normed=normed,
+            projected=projected,
+            mixed=mixed,
+            inner=inner,
+            last=last,
+            last_mixed=last_mixed,
+            out=out,
+        )
+        structs = self._always + step.view(np.int64)[self._step]
+        own = Call.zeros(len(self._functions))
+        own["function"], own["struct"] = self._functions, structs.ctypes.data + self._offsets
+        q, k, v = torch.split(projected.view(tokens, -1, self._shape.head_dim), self._heads, dim=1)
+        attended = attention(q, k, v, mixed)
+        program = np.concatenate([own, attended.reshape(-1)])[self._order(attended.shape[1])]
+        run_program(program, single_threaded=tokens * self._work <= _SINGLE_THREADED)
         return out
 
     def _order(self, count: int) -> Ints:
@@ -116,49 +140,55 @@ class NativeLayers:
             self._orders[count] = np.insert(own, np.repeat(self._attentions, count), len(own) + attended)
         return self._orders[count]
 
-    def _before(self, layer: LayerWeights) -> Iterator[_Call]:
-        yield self._normed(layer.input_norm, _Of.TOKENS, _Of.HIDDEN, _Of.NORMED)
-        yield _product("product", layer.qkv, _Of.TOKENS, _Of.NORMED, _Of.PROJECTED)
-        step: dict[int, _Of] = {Row.ROWS: _Of.TOKENS, Row.ROW: _Of.PROJECTED, Row.COS: _Of.COS, Row.SIN: _Of.SIN}
-        yield _Call(self._rows.code.address("rotate"), step, {Row.STEP: self._width})
+    def _before(self, layer: LayerWeights) -> Iterator[_Kernel]:
+        yield self._normed(layer.input_norm, Step.tokens, Step.hidden, Step.normed)
+        yield _product("product", layer.qkv, Step.tokens, Step.normed, Step.projected)
+        struct = Rotation.fill(Rotation.zeros(1), step=self._sizes["projected"])
+        step = {"rows": Step.tokens, "heads": Step.projected, "cos": Step.cos, "sin": Step.sin}
+        yield _Kernel(self._rows.code.address("rotate"), Rotation, struct, step)
 
-    def _behind(self, layer: LayerWeights, *, last: bool) -> Iterator[_Call]:
+    def _behind(self, layer: LayerWeights, *, last: bool) -> Iterator[_Kernel]:
         """What follows the last layer's attention runs for the rows asked for only."""
-        rows, hidden, mixed = (_Of.WANTED, _Of.LAST, _Of.LAST_MIXED) if last else (_Of.TOKENS, _Of.HIDDEN, _Of.MIXED)
+        rows, hidden, mixed = Step.tokens, Step.hidden, Step.mixed
         if last:
-            for source, target in ((_Of.HIDDEN, hidden), (_Of.MIXED, mixed)):
-                step: dict[int, _Of] = {Row.ROWS: rows, Row.ROW: source, Row.OUT: target, Row.WEIGHT: _Of.ROWS}
-                yield _Call(self._rows.code.address("gather"), step, {})
+            for source, out in ((Step.hidden, Step.last), (Step.mixed, Step.last_mixed)):
+                step = {"rows": Step.wanted, "source": source, "which": Step.rows, "out": out}
+                yield _Kernel(self._rows.code.address("gather"), Gather, Gather.zeros(1), step)
+            rows, hidden, mixed = Step.wanted, Step.last, Step.last_mixed
         yield _product("product_plus", layer.output, rows, mixed, hidden)
-        yield self._normed(layer.mlp_norm, rows, hidden, _Of.NORMED)
-        yield _product("product_gated", layer.gate_up, rows, _Of.NORMED, _Of.INNER)
-        yield _product("product_plus", layer.down, rows, _Of.INNER, hidden)
+        yield self._normed(layer.mlp_norm, rows, hidden, Step.normed)
+        yield _product("product_gated", layer.gate_up, rows, Step.normed, Step.inner)
+        yield _product("product_plus", layer.down, rows, Step.inner, hidden)
 
-    def _normed(self, weight: torch.Tensor, rows: _Of, source: _Of, target: _Of) -> _Call:
-        step: dict[int, _Of] = {Row.ROWS: rows, Row.ROW: source, Row.OUT: target}
-        return _Call(self._rows.code.address("norm"), step, {Row.WEIGHT: weight.data_ptr()})
+    def _normed(self, weight: torch.Tensor, rows: Field, source: Field, out: Field) -> _Kernel:
+        struct = Norm.fill(Norm.zeros(1), self._sizes, weight=weight)
+        return _Kernel(self._rows.code.address("norm"), Norm, struct, {"rows": rows, "source": source, "out": out})
 
 
-def _product(name: str, matrix: Linear | GatedUnit, rows: _Of, source: _Of, target: _Of) -> _Call:
-    """`product_plus` adds to its target."""
-    step: dict[int, _Of] = {Product.ROWS: rows, Product.SOURCE: source, Product.OUT: target}
+def _product(name: str, matrix: object, rows: Field, source: Field, out: Field) -> _Kernel:
+    """`product_plus` adds to its output."""
+    step = {"rows": rows, "source": source, "out": out}
     if name == "product_plus":
-        step[Product.OTHER] = target
-    return _Call(product_address(name), step, dict(enumerate(_table(matrix).tolist())))
+        step["other"] = out
+    return _Kernel(product_address(name), Product, _panels(matrix).struct, step)
 
 
-def _table(matrix: Linear | GatedUnit) -> Ints:
-    if not isinstance(matrix, PanelLinear | PanelGatedUnit):
+def _places(kernel: _Kernel) -> Ints:
+    """For each field of the struct the place of `Step` that is added to it."""
+    return np.array([kernel.step.get(name, Step.nothing).place for name in kernel.kind.fields])
+
+
+def _panels(matrix: Any) -> Panels:
+    if not isinstance(matrix, Panels):
         raise TypeError("not laid out in panels")
-    return matrix.table
+    return matrix
 
 
 def layers_for(
-    layers: Sequence[LayerWeights], norm: torch.Tensor, rows: RowKernels | None, shape: ModelShape
-) -> NativeLayers | None:
+    layers: Sequence[LayerWeights], norm: torch.Tensor, rows: TextRows, shape: ModelShape
+) -> TextLayers | None:
     """The layers by kernels, where there are some for all that they do."""
-    matrices = [matrix for layer in layers for matrix in layer.matrices]
-    laid_out = all(isinstance(matrix, PanelLinear | PanelGatedUnit) for matrix in matrices)
-    if rows is None or not laid_out or shape.heads * shape.head_dim != shape.hidden:
+    laid_out = all(isinstance(matrix, PanelLinear | PanelGatedUnit) for layer in layers for matrix in layer.matrices)
+    if not laid_out or shape.heads * shape.head_dim != shape.hidden:
         return None
-    return NativeLayers(layers, norm, rows, shape)
+    return TextLayers(layers, norm, rows, shape)

@@ -3,59 +3,74 @@ queries and keys, and the choice of some rows. As torch's own operations they ar
 
 from __future__ import annotations
 
-from enum import IntEnum
 from functools import lru_cache
 
-import numpy as np
 import torch
 from llvmlite import ir
 
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import Compiled, compiled_or_none, lanes_for
 from lookonce.models.kernels.omp_team import run
+from lookonce.models.kernels.structs import FLOAT32, INT64, Struct, integer, pointer
 
-_PIECE = 8  # rows that a thread takes at once
-_ALONE = 1 << 14  # float32 up to which other threads don't pay
-
-
-class Field(IntEnum):
-    """What the kernels' table holds at each place. Pointers are addresses."""
-
-    COUNTER = 0
-    ROWS = 1
-    STEP = 2  # float32 from one row to the next
-    ROW = 3  # pointer to the first
-    OUT = 4
-    WEIGHT = 5  # of `gather`: int64 [ROWS], which rows
-    COS = 6
-    SIN = 7
+_CHUNK = 8  # rows that a thread takes at once
+_SINGLE_THREADED = 1 << 14  # float32 up to which other threads don't pay
 
 
-class RowKernels:
+class Norm(Struct):
+    """out = source / sqrt(mean(source^2) + epsilon) * weight, row by row."""
+
+    counter = integer()  # starts at zero
+    rows = integer()
+    source = pointer(FLOAT32, "rows", "hidden")
+    weight = pointer(FLOAT32, "hidden")
+    out = pointer(FLOAT32, "rows", "hidden")
+
+
+class Rotation(Struct):
+    """Rotary embedding of each row's heads, in place; the two halves of a head are the two coordinates."""
+
+    counter = integer()
+    rows = integer()
+    heads = pointer(FLOAT32, "rows", "rotated", "head_dim", step="step")
+    step = integer()
+    cos = pointer(FLOAT32, "rows", "half")
+    sin = pointer(FLOAT32, "rows", "half")
+
+
+class Gather(Struct):
+    """out = source[which]."""
+
+    counter = integer()
+    rows = integer()
+    source = pointer(FLOAT32, "tokens", "hidden")  # of the step
+    which = pointer(INT64, "rows")
+    out = pointer(FLOAT32, "rows", "hidden")
+
+
+class TextRows:
     """For rows of float32 on the CPU."""
 
     def __init__(self, hidden: int, head_dim: int, rotated: int, epsilon: float) -> None:
         """Rows of `hidden` places are normed; of each token the first `rotated` heads of `head_dim` are rotated."""
-        code = _compiled(hidden, head_dim, rotated, epsilon)
-        self._norm, self._rotate = code.task("norm"), code.task("rotate")
-        self.code = code
-        self._turned = head_dim * rotated
-        self._table = np.zeros(len(Field), dtype=np.int64)
+        self.code = _compiled(hidden, head_dim, rotated, epsilon)
+        self._norm, self._rotate = self.code.task("norm"), self.code.task("rotate")
+        self.sizes = {"hidden": hidden, "rotated": rotated, "head_dim": head_dim, "half": head_dim // 2}
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] / sqrt(mean(x^2) + epsilon) * weight [hidden]."""
         x = x.contiguous()
-        out, table = torch.empty_like(x), self._table
-        table[: Field.COS] = 0, *x.shape, x.data_ptr(), out.data_ptr(), weight.data_ptr()
-        run(self._norm, table.ctypes.data, alone=x.numel() <= _ALONE)
+        out = torch.empty_like(x)
+        struct = Norm.fill(Norm.zeros(1), self.sizes, rows=x.shape[0], source=x, weight=weight, out=out)
+        run(self._norm, struct.ctypes.data, single_threaded=x.numel() <= _SINGLE_THREADED)
         return out
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        """Rotary embedding of the first heads of `heads` [T, n, d], in place; each token's lie in one piece. The two
-        halves of a head are the two coordinates; cosines and sines are [T, 1, d / 2]."""
-        table, count, cos, sin = self._table, heads.shape[0], cos.contiguous(), sin.contiguous()
-        table[:] = 0, count, heads.stride(0), heads.data_ptr(), 0, 0, cos.data_ptr(), sin.data_ptr()
-        run(self._rotate, table.ctypes.data, alone=count * self._turned <= _ALONE)
+        """Rotary embedding of `heads` [T, rotated, d], in place; each token's lie one behind the other. Cosines and
+        sines are [T, 1, d / 2]."""
+        cos, sin = cos.contiguous(), sin.contiguous()
+        struct = Rotation.fill(Rotation.zeros(1), self.sizes, rows=heads.shape[0], heads=heads, cos=cos, sin=sin)
+        run(self._rotate, struct.ctypes.data, single_threaded=heads.numel() <= _SINGLE_THREADED)
 
 
 @lru_cache
@@ -70,11 +85,11 @@ def _compiled(hidden: int, head_dim: int, rotated: int, epsilon: float) -> Compi
 
 def _write_norm(module: ir.Module, hidden: int, epsilon: float) -> None:
     code = Code(module, "norm", 1, lanes_for(hidden))
-    fields, build = code.function.args[0], code.build
-    source, out, weight = (code.address(fields, field) for field in (Field.ROW, Field.OUT, Field.WEIGHT))
+    struct, build = code.function.args[0], code.build
+    source, out, weight = (code.field(struct, field) for field in (Norm.source, Norm.out, Norm.weight))
     sums = [code.variable(code.vector) for _ in range(4)]
     together = 4 if hidden % (4 * code.lanes) == 0 else 1  # sums that needn't wait for each other
-    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
+    with code.shared_rows(struct, Norm.counter, code.field(struct, Norm.rows), _CHUNK) as row:
         begin = code.times(row, hidden)
         line, target = code.at(source, begin), code.at(out, begin)
         for total in sums[:together]:
@@ -95,10 +110,11 @@ def _write_norm(module: ir.Module, hidden: int, epsilon: float) -> None:
 
 def _write_rotation(module: ir.Module, half: int, rotated: int) -> None:
     code = Code(module, "rotate", 1, lanes_for(half))
-    fields, build = code.function.args[0], code.build
-    rows, step = code.address(fields, Field.ROW), code.integer(fields, Field.STEP)
-    cosines, sines = code.address(fields, Field.COS), code.address(fields, Field.SIN)
-    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as token:
+    struct, build = code.function.args[0], code.build
+    rows, step, cosines, sines = (
+        code.field(struct, field) for field in (Rotation.heads, Rotation.step, Rotation.cos, Rotation.sin)
+    )
+    with code.shared_rows(struct, Rotation.counter, code.field(struct, Rotation.rows), _CHUNK) as token:
         angle, begin = code.times(token, half), code.times(token, step)
         for place in range(0, half, code.lanes):
             cos, sin = (code.row(table, code.plus(angle, place)) for table in (cosines, sines))
@@ -113,9 +129,9 @@ def _write_rotation(module: ir.Module, half: int, rotated: int) -> None:
 
 def _write_gather(module: ir.Module, hidden: int) -> None:
     code = Code(module, "gather", 1, lanes_for(hidden))
-    fields = code.function.args[0]
-    source, out, which = (code.address(fields, field) for field in (Field.ROW, Field.OUT, Field.WEIGHT))
-    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
+    struct = code.function.args[0]
+    source, out, which = (code.field(struct, field) for field in (Gather.source, Gather.out, Gather.which))
+    with code.shared_rows(struct, Gather.counter, code.field(struct, Gather.rows), _CHUNK) as row:
         line = code.at(source, code.times(code.integer(which, row), hidden))
         target = code.at(out, code.times(row, hidden))
         with code.loop(hidden, step=code.lanes) as place:
@@ -123,8 +139,8 @@ def _write_gather(module: ir.Module, hidden: int) -> None:
     code.end()
 
 
-def rows_for(hidden: int, head_dim: int, rotated: int, epsilon: float, like: torch.Tensor) -> RowKernels | None:
-    """Kernels for rows such as `like`; None where there are none."""
-    if like.device.type != "cpu" or like.dtype != torch.float32 or hidden % 4 or head_dim % 8:
+def rows_for(hidden: int, head_dim: int, rotated: int, epsilon: float) -> TextRows | None:
+    """Kernels for such rows; None where there are none."""
+    if hidden % 4 or head_dim % 8:
         return None
-    return compiled_or_none(lambda: RowKernels(hidden, head_dim, rotated, epsilon))
+    return compiled_or_none(lambda: TextRows(hidden, head_dim, rotated, epsilon))

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from lookonce.models.kernels.text_layers import layers_for
-from lookonce.models.kernels.text_rows import rows_for
-from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear
-from lookonce.models.onednn import rounded_up
+from lookonce.models.compiled import text_layers, text_rows
+from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear, rounded_up
 from lookonce.models.text_adapter import Attend, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
@@ -75,8 +73,8 @@ class Qwen2VLAdapter:
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
         self._rows = None
         if native and len(shape.stages) == 1:
-            self._rows = rows_for(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
-        self._compiled = layers_for(self._layers, self._norm, self._rows, shape)
+            self._rows = text_rows(shape.hidden, shape.head_dim, rotated, self._epsilon, self._embedding)
+        self._compiled = text_layers(self._layers, self._norm, self._rows, shape)
         self._rounds = self._embedding.device.type == "cpu" and self._compiled is None
 
     @property

@@ -7,8 +7,8 @@ The patch embedding, a convolution whose kernel equals its stride, is computed a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import groupby
 
 import numpy as np
@@ -17,14 +17,23 @@ from PIL import Image
 from torch.nn import functional
 
 from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.compiled import panel_linear, vision_blocks
 from lookonce.models.family import Patches
-from lookonce.models.kernels.panels import PanelLinear, panels_serve
+from lookonce.models.linear import (
+    Int8Linear,
+    Linear,
+    LinearModule,
+    OneDnnLinear,
+    PlainLinear,
+    VisionBlockWeights,
+    linear_of,
+    onednn_pays,
+    replace_linears,
+    rounded_up,
+)
 from lookonce.models.omp_thread import Pause
-from lookonce.models.onednn import OneDnnLinear, lay_out, needs_round_rows, onednn_pays, rounded_up
-from lookonce.models.quantization import quantize
-from lookonce.models.qwen2_vl.modules import VisionAttention, VisionTower, load_vision_tower
+from lookonce.models.qwen2_vl.modules import VisionAttention, VisionBlock, VisionTower, load_vision_tower
 from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
-from lookonce.models.qwen2_vl.vision_blocks import blocks_for
 
 Run = tuple[int, int]  # images in a row with equally many patches: how many images, how many patches each
 
@@ -51,10 +60,13 @@ class Encoder:
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
         self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
-        if dtype == torch.float32:
-            lay_out(tower, native=native)
-        self._rounds = device.type == "cpu" and (isinstance(self._project, OneDnnLinear) or needs_round_rows(tower))
-        self._blocks = blocks_for(tower, dtype, device) if native else None
+        replace_linears(tower, lambda child: _linear(child.weight, child.bias, native=native))
+        matrices = [self._project, *(child.linear for child in tower.modules() if isinstance(child, LinearModule))]
+        self._rounds = device.type == "cpu" and any(matrix.per_row_count for matrix in matrices)
+        self._blocks = None
+        if native:
+            heads = tower.blocks[0].attn.num_heads
+            self._blocks = vision_blocks([_weights(block) for block in tower.blocks], tower.merger.ln_q, heads)
 
     @classmethod
     def load(
@@ -70,7 +82,7 @@ class Encoder:
         CheckpointError."""
         tower = load_vision_tower(checkpoint, dtype, device)
         if quantization == "int8":
-            quantize(tower.blocks)
+            replace_linears(tower.blocks, lambda child: Int8Linear(child.weight, child.bias))
         return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device, native=native)
 
     @property
@@ -111,7 +123,9 @@ class Encoder:
         cos, sin = self._rotary(batch, missing)
         hidden = self._embed(batch, missing)
         if self._blocks is not None:
-            return self._blocks(hidden, counts, cos, sin, pause)
+            normed = self._blocks(hidden, counts, cos, sin, pause).view(-1, tower.merger.inner)
+            tokens: torch.Tensor = tower.merger.mlp(normed)
+            return tokens
         runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
         for block in tower.blocks:
             hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
@@ -143,18 +157,27 @@ class Encoder:
         return self._project(values.expand(-1, -1, self._frames, -1).reshape(len(pixels), -1))
 
 
-def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Callable[[torch.Tensor], torch.Tensor]]:
+def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Linear]:
     """The product with a kernel [width, 3, frames, patch, patch], and how many frames of a picture it takes. They are
     all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
     frames = kernel.shape[2]
     if kernel.dtype == torch.float32:
         frames, kernel = 1, kernel.sum(2)
-    weight = kernel.flatten(1)
-    if native and panels_serve(weight):
-        return frames, PanelLinear(weight)
-    if kernel.dtype == torch.float32 and onednn_pays(weight):
-        return frames, OneDnnLinear(weight)
-    return frames, partial(functional.linear, weight=weight)
+    return frames, _linear(kernel.flatten(1), None, native=native)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, native: bool) -> Linear:
+    """The fastest for a matrix [out, in] in which a row's numbers do not depend on how many there are."""
+    if native and (compiled := panel_linear(weight, bias)):
+        return compiled
+    if weight.dtype == torch.float32 and onednn_pays(weight):
+        return OneDnnLinear(weight, bias, pairs=True)
+    return PlainLinear(weight, bias)
+
+
+def _weights(block: VisionBlock) -> VisionBlockWeights:
+    qkv, proj, fc1, fc2 = map(linear_of, (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2))
+    return VisionBlockWeights(block.norm1, qkv, proj, block.norm2, fc1, fc2, block.mlp.inner)
 
 
 @lru_cache(maxsize=64)

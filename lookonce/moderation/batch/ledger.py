@@ -69,7 +69,6 @@ class Ledger:
             raise _damaged(path)
 
     def close(self) -> None:
-        """Let go of the file."""
         self._db.close()
 
     def mend(self, intact: Callable[[int, bytes], bool], images_of: Callable[[int], Iterable[bytes]]) -> int:

@@ -1,4 +1,4 @@
-"""Attention of one packed step: shared prefixes once for all their sequences, each sequence's own tail in one batch.
+"""Attention of one packed step: shared prefixes once for all their sequences, each sequence's own suffix in one batch.
 
 Partial results over disjoint keys are merged by their log-sum-exp (FlashAttention's split softmax; "cascade" attention
 as in FlashInfer and Hydragen, arXiv:2402.05099), which is exact. Shapes: T tokens, H query heads, K key-value heads,
@@ -8,22 +8,21 @@ G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution.kernel_plan import NativePlan, PrefixSpan
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.text_adapter import Attend, ModelShape
 
-_FEW_BEFORE = 0.125  # of a stretch: so many keys before it are better seen together with it
+_FEW_BEFORE = 0.125  # of a span: so many keys before it are better seen together with it
 
 
 @dataclass(frozen=True)
 class PrefillSpan:
-    """A stretch of a prefix being filled: the step's tokens [begin, end) are those of `node` from `start` on."""
+    """Tokens of a prefix in its prefill: the step's tokens [begin, end) are those of `node` from `start` on."""
 
     node: Node
     begin: int
@@ -33,22 +32,25 @@ class PrefillSpan:
 
 
 @dataclass(frozen=True)
-class SharedSpan(PrefixSpan):
-    """A filled prefix stretch and who sees it; tail tokens count from the first one."""
+class SharedSpan:
+    """A complete node of the prefix cache, seen by suffix tokens [begin, end), which count from the first one."""
 
+    node: Node
+    begin: int
+    end: int
     first: bool  # nothing shared comes before it
 
 
 @dataclass(frozen=True)
 class SuffixBatch:
-    """Tails in slots of one capacity with about as many new tokens each, as one padded batch of b rows of n tokens."""
+    """Suffixes in slots of one capacity with about as many new tokens each: a padded batch of b rows of n tokens."""
 
     capacity: int
-    length: int  # keys looked at: the longest tail of the batch
+    length: int  # keys looked at: the longest suffix of the batch
     slots: slice | torch.Tensor  # b places of the pool's `class_view`
-    gather: torch.Tensor | None  # int64 [b * n]: tail token of each place; None: as they come
+    gather: torch.Tensor | None  # int64 [b * n]: suffix token of each place; None: as they come
     scatter: torch.Tensor | None  # int64 [tokens]: place of each token of `tokens`; None: all, as they come
-    tokens: torch.Tensor | slice  # which tail tokens the batch answers for
+    tokens: torch.Tensor | slice  # which suffix tokens the batch answers for
     batch: int
     mask: torch.Tensor  # [b or 1, 1, n * G or 1, length], 0 where a key may be seen, else -inf
 
@@ -68,20 +70,16 @@ class SuffixBatch:
 class AttentionPlan:
     """Who sees what in one step; the same for every layer."""
 
-    prefill_tokens: int  # tokens [0, fill_tokens) belong to `prefills`, the others to tails
+    prefill_tokens: int  # tokens [0, prefill_tokens) belong to `prefills`, the others to suffixes
     prefills: list[PrefillSpan]
     shared: list[SharedSpan]
-    # the tails, either for torch's own operations or for the compiled kernels
-    suffixes: list[SuffixBatch] = field(default_factory=list)
-    suffix_rows: torch.Tensor | None = (
-        None  # int64 [tail tokens * K]: where a tail token's heads are stored in the pool
-    )
-    native: NativePlan | None = None
+    suffixes: list[SuffixBatch]
+    suffix_rows: torch.Tensor  # int64 [suffix tokens * K]: where a suffix token's heads are stored in the pool
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same with its tensors on another device."""
-        rows = None if self.suffix_rows is None else self.suffix_rows.to(device)
-        return replace(self, suffixes=[part.to(device) for part in self.suffixes], suffix_rows=rows)
+        suffixes = [batch.to(device) for batch in self.suffixes]
+        return replace(self, suffixes=suffixes, suffix_rows=self.suffix_rows.to(device))
 
 
 def attention_over(shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> Attend:
@@ -134,37 +132,37 @@ class PackedAttention:
         return out
 
     def _prefill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        final = layer == self._shape.layers - 1  # no row of a fill is read after the last layer's keys and values
-        for part in self._plan.prefills:
-            rows = slice(part.begin, part.end)
-            self._prefill(part, layer, q[rows], k[rows], v[rows], None if final else out[rows])
+        final = layer == self._shape.layers - 1  # no row of a prefill is read after the last layer's keys and values
+        for span in self._plan.prefills:
+            rows = slice(span.begin, span.end)
+            self._prefill(span, layer, q[rows], k[rows], v[rows], None if final else out[rows])
 
     def _prefill(
         self,
-        part: PrefillSpan,
+        span: PrefillSpan,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor | None,
     ) -> None:
-        """Store a stretch's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
+        """Store a span's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
         shape, count = self._shape, q.shape[0]
-        keys, values = part.node.kv.layers[layer]
+        keys, values = span.node.kv.layers[layer]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        keys[:, part.start : part.start + count] = k
-        values[:, part.start : part.start + count] = v
+        keys[:, span.start : span.start + count] = k
+        values[:, span.start : span.start + count] = v
         if out is None:
             return
         grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
-        seen = [node.kv.layers[layer] for node in part.ancestors]
-        before = part.start + sum(node.length for node in part.ancestors)
+        seen = [node.kv.layers[layer] for node in span.ancestors]
+        before = span.start + sum(node.length for node in span.ancestors)
         if before <= count * _FEW_BEFORE:
-            seen.append((keys[:, : part.start + count], values[:, : part.start + count]))
+            seen.append((keys[:, : span.start + count], values[:, : span.start + count]))
             mixed = self._causal(grouped, seen, before)
         else:
-            if part.start:
-                seen.append((keys[:, : part.start], values[:, : part.start]))
+            if span.start:
+                seen.append((keys[:, : span.start], values[:, : span.start]))
             mixed = self._merged(grouped, k, v, seen)
         out.view(count, shape.kv_heads, shape.group, shape.head_dim).copy_(mixed.permute(2, 0, 1, 3))
 
@@ -181,7 +179,7 @@ class PackedAttention:
     def _merged(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
-        """Output [K, G, n, d] over the stretch itself, causally, and over what comes before."""
+        """Output [K, G, n, d] over the span itself, causally, and over what comes before."""
         group = self._shape.group
         merged = self._partial(q, _spread(k, group), _spread(v, group), True)
         for keys, values in seen:
@@ -191,8 +189,6 @@ class PackedAttention:
     def _attend_suffixes(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         shape, plan = self._shape, self._plan
         keys, values = self._pool.flat(layer)
-        if plan.suffix_rows is None:
-            raise ValueError("the plan is for the compiled kernels")
         keys.index_copy_(0, plan.suffix_rows, k.reshape(-1, shape.head_dim))
         values.index_copy_(0, plan.suffix_rows, v.reshape(-1, shape.head_dim))
         q = q.reshape(q.shape[0], shape.kv_heads, shape.group, shape.head_dim)
@@ -200,61 +196,61 @@ class PackedAttention:
         if len(plan.suffixes) == 1 and isinstance(plan.suffixes[0].tokens, slice):
             return self._suffix(plan.suffixes[0], layer, q, shared).reshape(q.shape[0], -1)
         out = torch.empty_like(q)
-        for part in plan.suffixes:
-            out[part.tokens] = self._suffix(part, layer, q, shared)
+        for batch in plan.suffixes:
+            out[batch.tokens] = self._suffix(batch, layer, q, shared)
         return out.view(q.shape[0], -1)
 
     def _shared(self, layer: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [T, K, G, d] and log-sum-exp [T, K, G, 1] over the shared stretches: for each, one product for all
-        tokens that see it. Tokens that see none have -inf."""
-        shape, parts = self._shape, self._plan.shared
+        """Output [T, K, G, d] and log-sum-exp [T, K, G, 1] over the shared spans: for each, one product for all tokens
+        that see it. Tokens that see none have -inf."""
+        shape, spans = self._shape, self._plan.shared
         count, heads, group, size = q.shape
-        # head-major: the tokens that see a stretch are rows of one matrix per key-value head
+        # head-major: the tokens that see a span are rows of one matrix per key-value head
         rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
-        alone = len(parts) == 1 and parts[0].end - parts[0].begin == count
-        if alone:
-            keys, values = parts[0].node.kv.layers[layer]
+        seen_by_all = len(spans) == 1 and spans[0].end - spans[0].begin == count
+        if seen_by_all:
+            keys, values = spans[0].node.kv.layers[layer]
             out, lse = self._partial(rows, keys.unsqueeze(0), values.unsqueeze(0), False)
         else:
             out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -torch.inf, dtype=torch.float32)
-        for part in () if alone else parts:
-            at = slice(part.begin * shape.group, part.end * shape.group)
-            keys, values = part.node.kv.layers[layer]
+        for span in () if seen_by_all else spans:
+            at = slice(span.begin * shape.group, span.end * shape.group)
+            keys, values = span.node.kv.layers[layer]
             done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
-            out[:, :, at], lse[:, :, at] = done if part.first else merge((out[:, :, at], lse[:, :, at]), done)
+            out[:, :, at], lse[:, :, at] = done if span.first else merge((out[:, :, at], lse[:, :, at]), done)
         out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)
         return out.transpose(0, 1), lse.transpose(0, 1)
 
     def _suffix(
-        self, part: SuffixBatch, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
+        self, batch: SuffixBatch, layer: int, q: torch.Tensor, shared: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        """Output [tokens, K, G, d] over the tails and what is shared, which enters the softmax as one more key whose
+        """Output [tokens, K, G, d] over the suffixes and what is shared, which enters the softmax as one more key whose
         score is its log-sum-exp and whose value is its output."""
-        keys, values = self._pool.class_view(layer, part.capacity)
-        keys, values = keys[part.slots, :, : part.length], values[part.slots, :, : part.length]
-        scores = torch.matmul(_padded(q, part), keys.transpose(-1, -2)).float()
-        scores = scores.mul_(q.shape[-1] ** -0.5).add_(part.mask)  # [b, K, n * G, length]
+        keys, values = self._pool.class_view(layer, batch.capacity)
+        keys, values = keys[batch.slots, :, : batch.length], values[batch.slots, :, : batch.length]
+        scores = torch.matmul(_padded(q, batch), keys.transpose(-1, -2)).float()
+        scores = scores.mul_(q.shape[-1] ** -0.5).add_(batch.mask)  # [b, K, n * G, length]
         if shared is None:
-            return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), part, q)
-        weights = torch.cat([scores, _padded(shared[1], part)], dim=-1).softmax(-1).to(q.dtype)
-        out = torch.matmul(weights[..., : part.length], values)
-        return _unpadded(out.addcmul_(weights[..., part.length :], _padded(shared[0], part)), part, q)
+            return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), batch, q)
+        weights = torch.cat([scores, _padded(shared[1], batch)], dim=-1).softmax(-1).to(q.dtype)
+        out = torch.matmul(weights[..., : batch.length], values)
+        return _unpadded(out.addcmul_(weights[..., batch.length :], _padded(shared[0], batch)), batch, q)
 
 
-def _padded(x: torch.Tensor, part: SuffixBatch) -> torch.Tensor:
-    """[T, K, G, d] of all tail tokens -> [b, K, n * G, d] of a part's places."""
-    if part.gather is not None:
-        x = x.index_select(0, part.gather)
-    if x.shape[0] == part.batch:
+def _padded(x: torch.Tensor, batch: SuffixBatch) -> torch.Tensor:
+    """[T, K, G, d] of all suffix tokens -> [b, K, n * G, d] of a batch's places."""
+    if batch.gather is not None:
+        x = x.index_select(0, batch.gather)
+    if x.shape[0] == batch.batch:
         return x
-    return x.view(part.batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
+    return x.view(batch.batch, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
 
-def _unpadded(x: torch.Tensor, part: SuffixBatch, q: torch.Tensor) -> torch.Tensor:
-    """[b, K, n * G, d] of a part's places -> [tokens, K, G, d] of the tokens it answers for."""
+def _unpadded(x: torch.Tensor, batch: SuffixBatch, q: torch.Tensor) -> torch.Tensor:
+    """[b, K, n * G, d] of a batch's places -> [tokens, K, G, d] of the tokens it answers for."""
     if x.shape[2] != q.shape[2]:
         x = x.view(*x.shape[:2], -1, *q.shape[2:]).transpose(1, 2).flatten(0, 1)
-    return x if part.scatter is None else x.index_select(0, part.scatter)
+    return x if batch.scatter is None else x.index_select(0, batch.scatter)
 
 
 def merge(

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 
-from lm_service.engine.packed.execution.kernel_plan import NativePlan, Split, node_table, tensor_fields
-from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
+from lm_service.engine.packed.execution.batch import Batch
+from lm_service.engine.packed.execution.kernel_plan import PrefillPlan, Split, SuffixPlan, plan_batch
+from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
-from lookonce.models.kernels.attention.kernels import Kernels, compiled, supported
-from lookonce.models.kernels.attention.table import Field
-from lookonce.models.kernels.compiling import compiled_or_none
-from lookonce.models.kernels.omp_team import barrier
-from lookonce.models.kernels.program import Ints, row_addresses, run_program
+from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.models.kernels.attention.structs import KVSpan, PrefillAttention, SuffixAttention
+from lookonce.models.kernels.structs import Along, Call, Structs, addresses
 from lookonce.models.text_adapter import ModelShape
 
-_BYTES = 4  # of a float32
+if TYPE_CHECKING:
+    from lookonce.models.kernels.attention.kernels import AttentionKernels
+
+_EVERY = slice(None)
 
 
-def kernels_for(shape: ModelShape) -> Kernels | None:
-    """The kernels for a model's heads, where they serve it: float32 on the CPU."""
-    if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
-        return None
-    if not supported(shape.head_dim, shape.group):
-        return None
-    return compiled_or_none(lambda: compiled(shape.head_dim, shape.group, shape.kv_heads))
+class KernelAttention:
+    """Makes each step's `Attend`. Memory for partial results is kept from step to step."""
 
-
-class Workspace:
-    """Memory for partial results, kept from step to step and grown when a step needs more."""
-
-    def __init__(self) -> None:
+    def __init__(self, kernels: AttentionKernels, shape: ModelShape, pool: SuffixPool) -> None:
+        """`shape` has one stage, on the CPU."""
+        self.kernels, self.shape, self.pool = kernels, shape, pool
+        (buffer,) = pool.buffers
+        self.pool_keys, self.pool_values, self.pool_size = Along(buffer[:, 0]), Along(buffer[:, 1]), buffer.shape[2]
         self._partial = torch.empty(0)
+        self._spans: WeakKeyDictionary[KV, Structs] = WeakKeyDictionary()
+
+    def __call__(self, batch: Batch) -> AttendByKernels:
+        """That of a batch whose suffixes are in `suffix_order`."""
+        return AttendByKernels(self, *plan_batch(self.shape, self.pool, batch, self.kernels.heads))
 
     def partial(self, count: int) -> torch.Tensor:
         """Room for so many float32, not written yet."""
@@ -39,72 +45,143 @@ class Workspace:
             self._partial = torch.empty(count)
         return self._partial
 
+    def spans(self, nodes: Sequence[Node]) -> Structs:
+        """KVSpan [layers, nodes]."""
+        if not nodes:
+            return KVSpan.zeros(self.shape.layers, 0)
+        return np.stack([self._span(node) for node in nodes], axis=1)
 
-class NativeSuffixes:
-    """Stores a step's new keys and values and attends from its tail tokens, layer by layer."""
-
-    def __init__(
-        self, kernels: Kernels, shape: ModelShape, pool: SuffixPool, plan: NativePlan, workspace: Workspace
-    ) -> None:
-        self._kernel = kernels.attend
-        partial, suffixes = workspace.partial(max(wave.partial for wave in plan.waves)), plan.suffixes
-        table = np.zeros((shape.layers, len(Field)), dtype=np.int64)
-        self._held = (plan, partial)  # what the tables point to
-        table[:, Field.POOL_KEYS : Field.OUT] = pool.addresses
-        table[:, Field.POOL_ROWS] = suffixes.rows.ctypes.data
-        table[:, Field.VISIBLE] = suffixes.visible.ctypes.data
-        table[:, Field.MASK_ROWS] = suffixes.mask_rows.ctypes.data
-        table[:, Field.MASKS], table[:, Field.MASK_WIDTH] = suffixes.masks.ctypes.data, suffixes.masks.shape[1]
-        table[:, Field.SEEN], table[:, Field.SEEN_PARTS] = plan.seen.ctypes.data, plan.seen_parts.ctypes.data
-        table[:, Field.PARTIAL] = partial.data_ptr()
-        table[:, Field.BARRIER] = barrier()
-        self._splits = [_SplitTables(table.copy(), wave, shape) for wave in plan.waves]
-        self._splits[0].table[:, Field.STORED] = len(suffixes.visible)
-
-    def calls(self, tensors: list[int], out: int) -> Ints:
-        """What to call, int64 [layers, waves, 2], when in every layer queries, keys and values are where `tensors`
-        says (see `tensor_fields`) and the output goes to `out`. Each call is for once."""
-        calls = np.empty((len(self._splits[0].table), len(self._splits), 2), dtype=np.int64)
-        calls[:, :, 0] = self._kernel
-        for number, wave in enumerate(self._splits):
-            wave.table[:, Field.LOOK_COUNTER : Field.LOOKS] = 0
-            wave.table[:, Field.QUERY : Field.POOL_KEYS], wave.table[:, Field.OUT] = tensors, out
-            calls[:, number, 1] = row_addresses(wave.table)
-        return calls
+    def _span(self, node: Node) -> Structs:
+        """KVSpan [layers]. A KV stays where it is."""
+        known = self._spans.get(node.kv)
+        if known is None:
+            (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
+            tensors = {"keys": Along(kv[:, 0]), "values": Along(kv[:, 1])}
+            known = KVSpan.fill(
+                KVSpan.zeros(self.shape.layers), self.kernels.heads.sizes, tokens=node.length, **tensors
+            )
+            self._spans[node.kv] = known
+        return known
 
 
-class _SplitTables:
-    """A table for each layer."""
-
-    def __init__(self, table: Ints, wave: Split, shape: ModelShape) -> None:
-        self._nodes = node_table([stretch.node for stretch in wave.stretches], shape)
-        table[:, Field.NODES] = row_addresses(self._nodes)
-        table[:, Field.LOOKS], table[:, Field.ITEMS] = len(wave.items), wave.items.ctypes.data
-        table[:, Field.PARTS] = wave.parts.ctypes.data
-        table[:, Field.BEGIN], table[:, Field.END] = wave.begin, wave.end
-        self.table = table
-
-
-class NativeAttention:
+class AttendByKernels:
     """An `Attend` of which kernels do all."""
 
-    def __init__(
-        self, shape: ModelShape, prefill_tokens: int, prefills: NativePrefills | None, suffixes: NativeSuffixes | None
-    ):
-        """The first `prefill_tokens` tokens of the step belong to `prefills`, the others to `suffixes`."""
-        self._shape, self._count, self._prefills, self._suffixes = shape, prefill_tokens, prefills, suffixes
+    def __init__(self, own: KernelAttention, prefills: PrefillPlan | None, suffixes: SuffixPlan | None) -> None:
+        self._kernels, self._first = own.kernels, 0 if prefills is None else len(prefills.places)
+        self._prefills = None if prefills is None else _Prefills(own, prefills)
+        self._suffixes = None if suffixes is None else _Suffixes(own, suffixes)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """See `Attend`."""
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
-        run_program(self.calls(tensor_fields(q, k, v), out.data_ptr())[layer], alone=False)
+        self._kernels.run(self.calls(q, k, v, out, slice(layer, layer + 1))[0])
         return out
 
-    def calls(self, tensors: list[int], out: int) -> Ints:
-        """See `NativeTails.calls`; int64 [layers, n, 2]."""
-        found = [] if self._prefills is None else [self._prefills.calls(tensors, out)]
+    def calls(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
+    ) -> Structs:
+        """See `Attend`."""
+        found = []
+        if self._prefills is not None:
+            found.append(self._prefills.calls(q, k, v, out, layers))
         if self._suffixes is not None:
-            (q, q_step, k, k_step, v, v_step), first = tensors, self._count * _BYTES
-            behind = [q + first * q_step, q_step, k + first * k_step, k_step, v + first * v_step, v_step]
-            found.append(self._suffixes.calls(behind, out + first * self._shape.heads * self._shape.head_dim))
-        return np.concatenate(found, axis=1)
+            if self._first:
+                q, k, v, out = (x[self._first :] for x in (q, k, v, out))
+            found.append(self._suffixes.calls(q, k, v, out, layers))
+        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+
+
+class _Prefills:
+    """Stores new keys and values of prefixes and attends from their tokens."""
+
+    def __init__(self, own: KernelAttention, plan: PrefillPlan) -> None:
+        self._kernel, self._heads, self._plan = own.kernels.prefill, own.kernels.heads, plan
+        self._spans = own.spans([node for span in plan.spans for node in (*span.ancestors, span.node)])
+        self._structs = PrefillAttention.fill(
+            PrefillAttention.zeros(own.shape.layers),
+            {"span_count": self._spans.shape[1]},
+            tokens=len(plan.places),
+            spans=Along(self._spans),
+            item_count=len(plan.items),
+            items=plan.items,
+            places=plan.places,
+            barrier=own.kernels.barrier(),
+        )
+        self._structs["item_count"][-1] = 0  # nothing of a prefill is read behind the last layer's keys and values
+
+    def calls(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
+    ) -> Structs:
+        """See `Attend`: [layers, 1]. In the last layer `out` is not written."""
+        structs = self._structs[layers]
+        structs["store_counter"] = structs["attend_counter"] = 0
+        PrefillAttention.fill(structs, self._heads.sizes, query=q, key=k, value=v, out=out)
+        return _calls(self._kernel, [structs])
+
+
+class _Suffixes:
+    """Stores new keys and values of suffixes and attends from their tokens."""
+
+    def __init__(self, own: KernelAttention, plan: SuffixPlan) -> None:
+        self._kernel, suffixes, heads = own.kernels.attend, plan.suffixes, own.kernels.heads
+        partial = own.partial(max(split.partial for split in plan.splits))
+        self._sizes = {**heads.sizes, "total": len(suffixes.visible), "partial_count": partial.numel()}
+        sizes = {
+            **self._sizes,
+            "pool_size": own.pool_size,
+            "mask_count": len(suffixes.masks),
+            "seen_places": len(suffixes.visible) + 1,
+            "seen_count": int(plan.seen[-1]),
+        }
+        structs = SuffixAttention.fill(
+            SuffixAttention.zeros(own.shape.layers),
+            sizes,
+            pool_keys=own.pool_keys,
+            pool_values=own.pool_values,
+            pool_rows=suffixes.rows,
+            visible=suffixes.visible,
+            mask_rows=suffixes.mask_rows,
+            masks=suffixes.masks,
+            mask_width=suffixes.masks.shape[1],
+            seen=plan.seen,
+            seen_spans=plan.seen_spans,
+            partial=partial,
+            barrier=own.kernels.barrier(),
+        )
+        self._held = [plan, partial]  # what the structs point to
+        self._splits = [self._split(own, structs.copy(), split) for split in plan.splits]
+        self._splits[0]["stored"] = len(suffixes.visible)
+
+    def _split(self, own: KernelAttention, structs: Structs, split: Split) -> Structs:
+        spans = own.spans([span.node for span in split.spans])
+        self._held.append(spans)
+        return SuffixAttention.fill(
+            structs,
+            {"span_count": len(split.spans)},
+            item_count=len(split.items),
+            begin=split.begin,
+            end=split.end,
+            spans=Along(spans),
+            items=split.items,
+            splits=split.splits,
+        )
+
+    def calls(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
+    ) -> Structs:
+        """See `Attend`: [layers, splits]."""
+        for split in self._splits:
+            structs = split[layers]
+            structs["shared_counter"] = structs["own_counter"] = 0
+            SuffixAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
+        return _calls(self._kernel, [split[layers] for split in self._splits])
+
+
+def _calls(kernel: int, structs: list[Structs]) -> Structs:
+    """Of a kernel with arrays of structs [layers]: Call [layers, arrays]. Each is for once."""
+    calls = Call.zeros(len(structs[0]), len(structs))
+    calls["function"] = kernel
+    for number, each in enumerate(structs):
+        calls["struct"][:, number] = addresses(each)
+    return calls

@@ -1,13 +1,14 @@
 """From a batch to tensors: the order of its tokens, and who sees which keys.
 
-Fills come first, then tails sorted by the path of their shared prefixes: all tokens that see a prefix are neighbours.
+Prefills come first, then suffixes sorted by the path of their shared prefixes: all tokens that see a prefix are
+neighbours.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,7 @@ import torch
 
 from lm_service.engine.packed.execution.attention import AttentionPlan, PrefillSpan, SharedSpan, SuffixBatch
 from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, SuffixChunk
-from lm_service.engine.packed.execution.kernel_plan import Suffixes, native_plan
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
-from lookonce.models.kernels.attention.kernels import Kernels
 from lookonce.models.text_adapter import ModelShape
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain
@@ -26,50 +25,59 @@ _WIDTHS = 64  # more than there are width classes
 
 
 @dataclass(frozen=True)
-class _Members:
-    """Some of a step's tails, one a place of each array: int64 [n]."""
+class Members:
+    """Some of a step's suffixes, one a place of each array: int64 [n]."""
 
-    number: npt.NDArray[np.int64]  # which of the batch's tails
+    number: npt.NDArray[np.int64]  # which of the batch's suffixes
     capacity: npt.NDArray[np.int64]  # of its slot
     place: npt.NDArray[np.int64]  # of its slot in the pool's `class_view`
     start: npt.NDArray[np.int64]  # tokens in its slot already
     count: npt.NDArray[np.int64]  # new tokens
-    begin: npt.NDArray[np.int64]  # its first token among the step's tail tokens
+    begin: npt.NDArray[np.int64]  # its first token among the step's suffix tokens
 
-    def __getitem__(self, which: slice | npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> _Members:
+    def __getitem__(self, which: slice | npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Members:
         held = (self.number, self.capacity, self.place, self.start, self.count, self.begin)
-        return _Members(*(array[which] for array in held))
+        return Members(*(array[which] for array in held))
+
+    def within(self) -> npt.NDArray[np.int64]:
+        """Each suffix token's place among those of its chunk, int64 [suffix tokens]."""
+        places: npt.NDArray[np.int64] = np.arange(self.count.sum()) - np.repeat(self.begin, self.count)
+        return places
 
 
 def suffix_order(chunk: SuffixChunk) -> tuple[tuple[int, ...], int, int]:
-    """Sort key: shared prefixes first, then where the tail lies."""
+    """Sort key: shared prefixes first, then where the suffix lies."""
     slot = chunk.sequence.slot
     if chunk.sequence.owner is not None:
-        return (chunk.sequence.order, 0, chunk.sequence.index)  # the same order wherever the tails lie
+        return (chunk.sequence.order, 0, chunk.sequence.index)  # the same order wherever the suffixes lie
     return (chunk.sequence.order, 0, 0) if slot is None else (chunk.sequence.order, slot.slab, slot.index)
 
 
-def make_plan(shape: ModelShape, pool: SuffixPool, batch: Batch, kernels: Kernels | None = None) -> AttentionPlan:
-    """The plan of a batch whose tails are in `suffix_order`; with `kernels`, one for them."""
-    prefills = _prefill_spans(batch.prefills)
-    shared, members, rows = _shared_parts(batch.suffixes), *_members(shape, pool, batch.suffixes)
-    plan = AttentionPlan(prefills[-1].end if prefills else 0, prefills, shared)
-    if kernels is not None and batch.suffixes:
-        return replace(plan, native=native_plan(shared, _native_suffixes(batch.suffixes, members, rows), kernels.heads))
-    suffix_rows = torch.from_numpy(rows.reshape(-1)).to(shape.device)
-    return replace(plan, suffixes=_suffix_batches(shape, batch.suffixes, members, len(rows)), suffix_rows=suffix_rows)
+def make_plan(shape: ModelShape, pool: SuffixPool, batch: Batch) -> AttentionPlan:
+    """The plan of a batch whose suffixes are in `suffix_order`, for torch's operations."""
+    prefills = prefill_spans(batch.prefills)
+    members, rows = members_of(shape, pool, batch.suffixes)
+    return AttentionPlan(
+        prefill_tokens=prefills[-1].end if prefills else 0,
+        prefills=prefills,
+        shared=shared_spans(batch.suffixes),
+        suffixes=_suffix_batches(shape, batch.suffixes, members, len(rows)),
+        suffix_rows=torch.from_numpy(rows.reshape(-1)).to(shape.device),
+    )
 
 
-def _prefill_spans(chunks: list[PrefillChunk]) -> list[PrefillSpan]:
-    parts, begin = [], 0
+def prefill_spans(chunks: list[PrefillChunk]) -> list[PrefillSpan]:
+    """What a step computes of prefixes."""
+    spans, begin = [], 0
     for chunk in chunks:
         node = chunk.prefill.node
-        parts.append(PrefillSpan(node, begin, begin + chunk.count, node.filled, node.path()[:-1]))
+        spans.append(PrefillSpan(node, begin, begin + chunk.count, node.filled, node.path()[:-1]))
         begin += chunk.count
-    return parts
+    return spans
 
 
-def _shared_parts(chunks: list[SuffixChunk]) -> list[SharedSpan]:
+def shared_spans(chunks: list[SuffixChunk]) -> list[SharedSpan]:
+    """What suffixes in `suffix_order` see of prefixes."""
     found: dict[int, SharedSpan] = {}
     begin = 0
     for _, alike in itertools.groupby(chunks, lambda chunk: chunk.sequence.order):
@@ -82,8 +90,8 @@ def _shared_parts(chunks: list[SuffixChunk]) -> list[SharedSpan]:
     return list(found.values())
 
 
-def _members(shape: ModelShape, pool: SuffixPool, chunks: list[SuffixChunk]) -> tuple[_Members, npt.NDArray[np.int64]]:
-    """The tails, and the pool row of every head of every tail token, int64 [tail tokens, K]."""
+def members_of(shape: ModelShape, pool: SuffixPool, chunks: list[SuffixChunk]) -> tuple[Members, npt.NDArray[np.int64]]:
+    """The suffixes, and the pool row of every head of every suffix token, int64 [suffix tokens, K]."""
     known = [
         (chunk.count, slot.capacity, pool.row_of(slot), pool.place_of(slot), chunk.sequence.suffix_length)
         for chunk in chunks
@@ -91,46 +99,15 @@ def _members(shape: ModelShape, pool: SuffixPool, chunks: list[SuffixChunk]) -> 
     ]
     count, capacity, row, place, start = np.array(known, dtype=np.int64).reshape(-1, 5).T
     begin = count.cumsum() - count
-    members = _Members(np.arange(len(chunks)), capacity, place, start, count, begin)
-    tokens = np.repeat(row + start, count) + _within(members)
+    members = Members(np.arange(len(chunks)), capacity, place, start, count, begin)
+    tokens = np.repeat(row + start, count) + members.within()
     return members, tokens[:, None] + np.repeat(capacity, count)[:, None] * np.arange(shape.kv_heads)
 
 
-def _within(members: _Members) -> npt.NDArray[np.int64]:
-    """Each tail token's place among those of its chunk, int64 [tail tokens]."""
-    within: npt.NDArray[np.int64] = np.arange(members.count.sum()) - np.repeat(members.begin, members.count)
-    return within
-
-
-def _native_suffixes(chunks: list[SuffixChunk], members: _Members, rows: npt.NDArray[np.int64]) -> Suffixes:
-    visible = np.repeat(members.start, members.count) + _within(members) + 1
-    mask_rows, masks = np.full(len(rows), -1), []
-    limited = 0
-    for number, chunk in enumerate(chunks):
-        if not _branches(chunk):
-            continue
-        begin, seen = int(members.begin[number]), visible[members.begin[number] :][: chunk.count]
-        masks.append(np.arange(seen[-1]) < seen[:, None])
-        _limit_to_branch(masks[-1], chunk)
-        mask_rows[begin : begin + chunk.count] = limited + np.arange(chunk.count)
-        limited += chunk.count
-    return Suffixes(rows, visible, mask_rows, _stacked(masks))
-
-
-def _stacked(tables: list[npt.NDArray[np.bool_]]) -> npt.NDArray[np.bool_]:
-    """One below the other, as wide as the widest."""
-    size = (sum(table.shape[0] for table in tables), max((table.shape[1] for table in tables), default=0))
-    out, first = np.zeros(size, dtype=bool), 0
-    for table in tables:
-        out[first : first + table.shape[0], : table.shape[1]] = table
-        first += table.shape[0]
-    return out
-
-
 def _suffix_batches(
-    shape: ModelShape, chunks: list[SuffixChunk], everybody: _Members, suffix_tokens: int
+    shape: ModelShape, chunks: list[SuffixChunk], everybody: Members, suffix_tokens: int
 ) -> list[SuffixBatch]:
-    """The batches of tails."""
+    """The batches of suffixes."""
     classes = everybody.capacity * _WIDTHS + _width_class(everybody.count)
     return [
         _suffix_batch(shape, int(key) // _WIDTHS, [chunks[number] for number in near.number], near, suffix_tokens)
@@ -145,7 +122,7 @@ def _width_class(count: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return (bits.astype(np.int64) + 1) // 2
 
 
-def _neighbours(chunks: list[SuffixChunk], members: _Members) -> Iterator[_Members]:
+def _neighbours(chunks: list[SuffixChunk], members: Members) -> Iterator[Members]:
     """Members by place, cut where the next one is far away; those of a request that shares no step stay together in
     their own order, so that where they lie changes nothing."""
     if chunks[int(members.number[0])].sequence.owner is not None:
@@ -158,7 +135,7 @@ def _neighbours(chunks: list[SuffixChunk], members: _Members) -> Iterator[_Membe
 
 
 def _suffix_batch(
-    shape: ModelShape, capacity: int, chunks: list[SuffixChunk], members: _Members, suffix_tokens: int
+    shape: ModelShape, capacity: int, chunks: list[SuffixChunk], members: Members, suffix_tokens: int
 ) -> SuffixBatch:
     """One padded batch over neighbours; holes between their slots are computed and ignored."""
     size, width, low = len(chunks), int(members.count.max()), int(members.place[0])
@@ -176,8 +153,8 @@ def _suffix_batch(
     length = int((members.start + members.count).max())
     visible = np.arange(length) <= (starts[:, None] + steps)[:, :, None]  # [b, n, length]
     for place, chunk in zip(places, chunks, strict=True):
-        if _branches(chunk):
-            _limit_to_branch(visible[place], chunk)
+        if branches(chunk):
+            limit_to_branch(visible[place], chunk)
 
     device = shape.device
     as_they_come = len(tokens) == suffix_tokens and bool((tokens == np.arange(suffix_tokens)).all())
@@ -201,13 +178,13 @@ def _suffix_batch(
     )
 
 
-def _branches(chunk: SuffixChunk) -> bool:
+def branches(chunk: SuffixChunk) -> bool:
     """Whether it has tokens of a choice trie."""
     trie = chunk.sequence.trie
     return trie is not None and chunk.sequence.prompt_length - chunk.sequence.computed < chunk.count
 
 
-def _limit_to_branch(visible: npt.NDArray[np.bool_], chunk: SuffixChunk) -> None:
+def limit_to_branch(visible: npt.NDArray[np.bool_], chunk: SuffixChunk) -> None:
     """Rows of a choice trie see the prompt and their own branch only."""
     sequence = chunk.sequence
     trie = sequence.trie

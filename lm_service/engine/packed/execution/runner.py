@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from lm_service.engine.packed.execution.attention import AttentionPlan, attention_over
+from lm_service.engine.packed.execution.attention import attention_over
 from lm_service.engine.packed.execution.batch import Batch, PrefillChunk
-from lm_service.engine.packed.execution.kernel_attention import NativeAttention, NativeSuffixes, Workspace, kernels_for
-from lm_service.engine.packed.execution.kernel_prefills import NativePrefills
+from lm_service.engine.packed.execution.kernel_attention import KernelAttention
 from lm_service.engine.packed.execution.plan import make_plan, suffix_order
 from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lookonce.models.compiled import attention_kernels
 from lookonce.models.text_adapter import Attend, ModelAdapter
 
 
@@ -22,14 +24,14 @@ class Runner:
     def __init__(self, model: ModelAdapter, pool: SuffixPool, *, native: bool = True) -> None:
         """`native`: attend by compiled kernels where there are some for this model."""
         self._model = model
-        self._pool = pool
-        self._kernels = kernels_for(model.shape) if native else None
-        self._workspace = Workspace()
-
-    @property
-    def native(self) -> bool:
+        kernels = attention_kernels(model.shape) if native else None
+        self.native = kernels is not None
         """Whether there are such kernels."""
-        return self._kernels is not None
+        self._attention: Callable[[Batch], Attend]
+        if kernels is not None:
+            self._attention = KernelAttention(kernels, model.shape, pool)
+        else:
+            self._attention = lambda batch: attention_over(model.shape, pool, make_plan(model.shape, pool, batch))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
@@ -46,21 +48,10 @@ class Runner:
         for chunk in batch.prefills:
             _place_images(hidden[begin : begin + chunk.count], chunk)
             begin += chunk.count
-        plan = make_plan(self._model.shape, self._pool, batch, self._kernels)
-        attention = self._attention(plan)
+        attention = self._attention(batch)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
         logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
         return logits if rows else None
-
-    def _attention(self, plan: AttentionPlan) -> Attend:
-        kernels, shape = self._kernels, self._model.shape
-        if kernels is None:
-            return attention_over(shape, self._pool, plan)
-        prefills = NativePrefills(kernels, shape, plan.prefills) if plan.prefills else None
-        suffixes = None
-        if plan.native is not None:
-            suffixes = NativeSuffixes(kernels, shape, self._pool, plan.native, self._workspace)
-        return NativeAttention(shape, plan.prefill_tokens, prefills, suffixes)
 
 
 def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:

@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from lm_service.engine.packed.prefix_cache.kv import KV
@@ -53,7 +52,6 @@ class SuffixPool:
             raise invalid(text, param="kv_bytes") from error
         # per layer: keys and values [rows, d]
         self._flat = [(layer[0], layer[1]) for buffer in self._buffers for layer in buffer]
-        self._addresses = np.array([[part.data_ptr() for part in layer] for layer in self._flat], dtype=np.int64)
         self._rows = rows
         self._unused = list(range(self.slabs))  # heap of slabs without a class
         self._free: dict[int, list[int]] = {}  # slab in use -> heap of its free slots
@@ -128,9 +126,9 @@ class SuffixPool:
         return self._flat[layer]
 
     @property
-    def addresses(self) -> npt.NDArray[np.int64]:
-        """Of keys and values of each layer, int64 [layers, 2]."""
-        return self._addresses
+    def buffers(self) -> list[torch.Tensor]:
+        """What `flat` views, [layers, 2, all, d] for each stage of the model."""
+        return self._buffers
 
     def row_of(self, slot: Slot) -> int:
         """Row of a slot's first token of its first head; heads follow `capacity` rows apart, tokens one row apart."""

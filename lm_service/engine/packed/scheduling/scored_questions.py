@@ -12,14 +12,6 @@ from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Timings
 
 
-def by_images(items: Sequences[ScoreItem]) -> list[list[int]]:
-    """The places of items about the same images, in order."""
-    groups: dict[tuple[bytes, ...], list[int]] = {}
-    for place, item in enumerate(items):
-        groups.setdefault(tuple(span.reference.key for span in item.prompt.images), []).append(place)
-    return list(groups.values())
-
-
 def score_sequences(request: Request, items: Sequences[ScoreItem], *, worth: int, longest: int) -> list[Sequence]:
     """A sequence for each item, in order. Where at least `worth` tokens are spared, those that begin alike behind the
     same images share a prefix; questions of `longest` tokens or more don't take part."""

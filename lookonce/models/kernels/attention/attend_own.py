@@ -1,18 +1,75 @@
-"""`finish`: each token's own tail, online over blocks of keys, merged with what `look` found by its log-sum-exp."""
+"""`attend_own`: each token's own suffix, online over blocks of keys, merged with what `attend_shared` found by its
+log-sum-exp."""
 
 from __future__ import annotations
 
 from llvmlite import ir
 
-from lookonce.models.kernels.attention.heads import PIECE, Heads
-from lookonce.models.kernels.attention.online import Row, State
-from lookonce.models.kernels.attention.table import Field, Part
+from lookonce.models.kernels.attention.structs import CHUNK, Heads, SharedSplit, SuffixAttention
 from lookonce.models.kernels.code import BYTE, FLOAT, Code, Value
 from lookonce.models.kernels.queries import KEYS, NEVER
 
 
-class Finish:
-    """Writes the kernel: a function `finish` of a pointer to the table."""
+class Row:
+    """The online softmax of one query head, in registers."""
+
+    def __init__(self, code: Code, query: list[Value], maximum: Value, total: Value, out: list[Value]) -> None:
+        """Values of now: the scaled query, the highest score, the sum of weights and of weighted values."""
+        self._code, self.query = code, query
+        self.maximum, self.total = code.variable(FLOAT, maximum), code.variable(FLOAT, total)
+        self.out = [code.variable(code.vector, value) for value in out]
+
+    def fade(self, share: Value, added: Value) -> None:
+        """Scale sum and output, and add to the sum."""
+        code = self._code
+        code.set(self.total, code.multiply_add(code.get(self.total, FLOAT), share, added))
+        wide = code.spread(share)
+        for variable in self.out:
+            code.set(variable, code.build.fmul(code.get(variable, code.vector), wide))
+
+
+class State:
+    """The online softmaxes of all query heads of a group, in memory."""
+
+    def __init__(self, code: Code, size: int, group: int) -> None:
+        self._code, self._size, self._group = code, size, group
+        self.queries = code.variable(FLOAT, count=group * size)
+        self._out = code.variable(FLOAT, count=group * size)
+        self._maxima, self._totals = code.variable(FLOAT, count=group), code.variable(FLOAT, count=group)
+
+    def clear(self) -> None:
+        """Nothing seen yet."""
+        code = self._code
+        with code.loop(self._group) as member:
+            code.put(code.constant(NEVER), self._maxima, member)
+            code.put(code.constant(0.0), self._totals, member)
+        with code.loop(self._group * self._size, step=code.lanes) as place:
+            code.put(code.constant(0.0, code.vector), self._out, place)
+
+    def load(self, member: Value) -> Row:
+        """One of them."""
+        code = self._code
+        places = [code.plus(code.times(member, self._size), at) for at in range(0, self._size, code.lanes)]
+        return Row(
+            code,
+            [code.row(self.queries, place) for place in places],
+            code.number(self._maxima, member),
+            code.number(self._totals, member),
+            [code.row(self._out, place) for place in places],
+        )
+
+    def store(self, member: Value, row: Row) -> None:
+        """Keep it."""
+        code = self._code
+        code.put(code.get(row.maximum, FLOAT), self._maxima, member)
+        code.put(code.get(row.total, FLOAT), self._totals, member)
+        for at, variable in enumerate(row.out):
+            place = code.plus(code.times(member, self._size), at * code.lanes)
+            code.put(code.get(variable, code.vector), self._out, place)
+
+
+class AttendOwn:
+    """Writes the kernel: a function `attend_own` of a pointer to a `SuffixAttention`."""
 
     def __init__(self, module: ir.Module, heads: Heads) -> None:
         self._module, self._shape = module, heads
@@ -20,54 +77,54 @@ class Finish:
 
     def write(self) -> ir.Function:
         """Take tokens' heads."""
-        code = Code(self._module, "finish", 1, self.lanes)
+        code = Code(self._module, "attend_own", 1, self.lanes)
         code.function.linkage = "internal"
-        fields = code.function.args[0]
-        begin = code.times(code.integer(fields, Field.BEGIN), self.heads)
-        end = code.times(code.integer(fields, Field.END), self.heads)
-        with code.shared_rows(fields, Field.FINISH_COUNTER, code.minus(end, begin), PIECE) as number:
+        step = code.function.args[0]
+        begin = code.times(code.field(step, SuffixAttention.begin), self.heads)
+        end = code.times(code.field(step, SuffixAttention.end), self.heads)
+        with code.shared_rows(step, SuffixAttention.own_counter, code.minus(end, begin), CHUNK) as number:
             pair = code.plus(begin, number)
-            self._finish_head(code, fields, code.over(pair, self.heads), code.rest(pair, self.heads))
+            self._attend_head(code, step, code.over(pair, self.heads), code.rest(pair, self.heads))
         code.end()
         return code.function
 
-    def _finish_head(self, code: Code, fields: Value, token: Value, head: Value) -> None:
+    def _attend_head(self, code: Code, step: Value, token: Value, head: Value) -> None:
         """The outputs of one token's query heads that share a key-value head."""
         build, places = code.build, range(0, self.size, self.lanes)
         begin = code.times(code.times(head, self.group), self.size)
         query = code.at(
-            code.address(fields, Field.QUERY),
-            code.plus(code.times(token, code.integer(fields, Field.QUERY_STEP)), begin),
+            code.field(step, SuffixAttention.query),
+            code.plus(code.times(token, code.field(step, SuffixAttention.query_step)), begin),
         )
         state = State(code, self.size, self.group)
         with code.loop(self.group * self.size, step=self.lanes) as place:
             scaled = build.fmul(code.row(query, place), code.constant(self._shape.scale, code.vector))
             code.put(scaled, state.queries, place)
         state.clear()
-        self._own_suffix(code, fields, token, head, state)
+        self._own_suffix(code, step, token, head, state)
         target = code.at(
-            code.address(fields, Field.OUT),
+            code.field(step, SuffixAttention.out),
             code.plus(code.times(token, self.heads * self.group * self.size), begin),
         )
         with code.loop(self.group) as member:
             row = state.load(member)
-            self._merge_partials(code, fields, token, head, member, row)
+            self._merge_partials(code, step, token, head, member, row)
             share = code.spread(build.fdiv(code.constant(1.0), code.get(row.total, FLOAT)))
             for variable, place in zip(row.out, places, strict=True):
                 found = build.fmul(code.get(variable, code.vector), share)
                 code.put(found, target, code.plus(code.times(member, self.size), place))
 
-    def _own_suffix(self, code: Code, fields: Value, token: Value, head: Value, state: State) -> None:
+    def _own_suffix(self, code: Code, step: Value, token: Value, head: Value, state: State) -> None:
         build = code.build
-        visible = code.integer(code.address(fields, Field.VISIBLE), token)
-        rows = code.address(fields, Field.POOL_ROWS)
+        visible = code.integer(code.field(step, SuffixAttention.visible), token)
+        rows = code.field(step, SuffixAttention.pool_rows)
         row = code.plus(code.integer(rows, code.plus(code.times(token, self.heads), head)), 1)
         begin = code.times(code.minus(row, visible), self.size)
-        keys = code.at(code.address(fields, Field.POOL_KEYS), begin)
-        values = code.at(code.address(fields, Field.POOL_VALUES), begin)
-        mask_row = code.integer(code.address(fields, Field.MASK_ROWS), token)
-        begin = code.times(mask_row, code.integer(fields, Field.MASK_WIDTH))
-        mask = code.place(code.address(fields, Field.MASKS), begin, BYTE)
+        keys = code.at(code.field(step, SuffixAttention.pool_keys), begin)
+        values = code.at(code.field(step, SuffixAttention.pool_values), begin)
+        mask_row = code.integer(code.field(step, SuffixAttention.mask_rows), token)
+        begin = code.times(mask_row, code.field(step, SuffixAttention.mask_width))
+        mask = code.place(code.field(step, SuffixAttention.masks), begin, BYTE)
         masked = build.icmp_signed(">=", mask_row, code.whole(0))
         with code.loop(visible, step=KEYS) as first:
             count = code.least(KEYS, code.minus(visible, first))
@@ -80,7 +137,7 @@ class Finish:
     def _own_block(
         self, code: Code, block: tuple[Value, Value], count: Value, mask: tuple[Value, Value], row: Row
     ) -> None:
-        """One query head over up to KEYS keys of the tail."""
+        """One query head over up to KEYS keys of the suffix."""
         build, lanes = code.build, self.lanes
         keys, values = block
         scores = code.variable(FLOAT, count=KEYS)
@@ -115,23 +172,23 @@ class Finish:
                 value = code.multiply_add(weight, code.row(line, number * lanes), code.get(variable, code.vector))
                 code.set(variable, value)
 
-    def _merge_partials(self, code: Code, fields: Value, token: Value, head: Value, member: Value, row: Row) -> None:
-        """Add what `look` found for a row in all chunks of all stretches it sees."""
+    def _merge_partials(self, code: Code, step: Value, token: Value, head: Value, member: Value, row: Row) -> None:
+        """Add what `attend_shared` found for a row in all chunks of all spans it sees."""
         build = code.build
-        seen, parts = code.address(fields, Field.SEEN), code.address(fields, Field.PARTS)
-        listed = code.address(fields, Field.SEEN_PARTS)
+        seen, splits = code.field(step, SuffixAttention.seen), code.field(step, SuffixAttention.splits)
+        listed = code.field(step, SuffixAttention.seen_spans)
         number = code.plus(code.times(token, self.group), member)
         with code.loop(code.integer(seen, code.plus(token, 1)), code.integer(seen, token)) as place:
-            part = code.place(parts, code.times(code.integer(listed, place), len(Part)))
-            within = code.minus(number, code.integer(part, Part.FIRST_ROW))
-            height = code.integer(part, Part.HEIGHT)
+            split = code.element(splits, SharedSplit, code.integer(listed, place))
+            within = code.minus(number, code.field(split, SharedSplit.first_row))
+            height = code.field(split, SharedSplit.height)
             block, lane = code.over(within, height), code.rest(within, height)
-            chunks, blocks = code.integer(part, Part.CHUNKS), code.integer(part, Part.BLOCKS)
+            chunks, blocks = code.field(split, SharedSplit.chunks), code.field(split, SharedSplit.blocks)
             size = code.times(height, self.size + 2)
             with code.loop(chunks) as chunk:
                 item = code.plus(block, code.times(code.plus(code.times(head, chunks), chunk), blocks))
-                begin = code.plus(code.integer(part, Part.PLACE), code.times(item, size))
-                partial = code.at(code.address(fields, Field.PARTIAL), begin)
+                begin = code.plus(code.field(split, SharedSplit.place), code.times(item, size))
+                partial = code.at(code.field(step, SuffixAttention.partial), begin)
                 other = code.number(partial, code.plus(lane, code.times(height, self.size)))
                 weight = code.number(partial, code.plus(lane, code.times(height, self.size + 1)))
                 before = code.get(row.maximum, FLOAT)

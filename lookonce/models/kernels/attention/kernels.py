@@ -1,57 +1,64 @@
 """Attention of a step's tokens, compiled for one size of heads and the CPU at hand.
 
-For suffixes two kernels, one after the other: `look` (and meanwhile new keys and values are stored), then `finish`; for
-prefixes `prefill`. They read a table (`table.Field`, `prefill_kernel.Field`) and take work from a counter in it until
-there is none, so that any number of threads may run them at once. A row's numbers depend neither on the rows beside it
-nor on the number of threads.
+For suffixes two kernels, one after the other: `attend_shared` (and meanwhile new keys and values are stored), then
+`attend_own`; for prefixes `prefill`. They read a struct (`structs`) and take work from a counter in it until there is
+none, so that any number of threads may run them at once. A row's numbers depend neither on the rows beside it nor on
+the number of threads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 from llvmlite import ir
 
-from lookonce.models.kernels.attention.attend_own import Finish
-from lookonce.models.kernels.attention.attend_shared import Look
-from lookonce.models.kernels.attention.heads import Heads
-from lookonce.models.kernels.attention.prefill import PrefixPrefill, tokens_of_block
-from lookonce.models.kernels.attention.table import Field
+from lookonce.models.kernels.attention.attend_own import AttendOwn
+from lookonce.models.kernels.attention.attend_shared import AttendShared
+from lookonce.models.kernels.attention.prefill import PrefixPrefill
+from lookonce.models.kernels.attention.structs import Heads, SuffixAttention
 from lookonce.models.kernels.code import Code
-from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
+from lookonce.models.kernels.compiling import VECTORS, Compiled, compiled_or_none, lanes_for
+from lookonce.models.kernels.omp_team import barrier
+from lookonce.models.kernels.program import run_program
+from lookonce.models.kernels.structs import Structs
 
 
-@dataclass(frozen=True)
-class Kernels:
+class AttentionKernels:
     """Compiled for `heads`."""
 
-    heads: Heads
-    attend: int  # address of a function of a pointer to `table.Field`: `look` and `finish`
-    prefill: int  # address of a function of a pointer to `fill.Field`
-    code: Compiled
+    def __init__(self, heads: Heads) -> None:
+        self.heads = heads
+        self._code = Compiled(lambda module: _write(module, heads))
+        self.attend = self._code.address("attend")
+        """Address of a function of a pointer to a `SuffixAttention`: `attend_shared` and `attend_own`."""
+        self.prefill = self._code.address("prefill")
+        """Address of a function of a pointer to a `PrefillAttention`."""
+
+    @staticmethod
+    def barrier() -> int:
+        """What the structs' field of that name holds."""
+        return barrier()
+
+    @staticmethod
+    def run(calls: Structs) -> None:
+        """Make calls, a `Call` each, one after the other."""
+        run_program(calls, single_threaded=False)
 
 
-def supported(head_dim: int, group: int) -> bool:
-    """Whether there are kernels for such heads."""
-    return head_dim % 4 == 0 and 8 <= head_dim <= 256 and tokens_of_block(_heads(head_dim, group, 1)) > 0
+def kernels_for(head_dim: int, group: int, kv_heads: int) -> AttentionKernels | None:
+    """The kernels for such heads, compiled at the first call; None where there are none."""
+    heads = Heads(head_dim, group, kv_heads, lanes_for(head_dim), VECTORS)
+    if head_dim % 4 or not 8 <= head_dim <= 256 or not heads.block_tokens:
+        return None
+    return compiled_or_none(lambda: _compiled(heads))
 
 
-@lru_cache
-def compiled(head_dim: int, group: int, kv_heads: int) -> Kernels:
-    """The kernels for such heads; compiled at the first call."""
-    heads = _heads(head_dim, group, kv_heads)
-    code = Compiled(lambda module: _write(module, heads))
-    return Kernels(heads, code.address("attend"), code.address("fill"), code)
-
-
-def _heads(head_dim: int, group: int, kv_heads: int) -> Heads:
-    return Heads(head_dim, group, kv_heads, lanes_for(head_dim), VECTORS)
+_compiled = lru_cache(AttentionKernels)
 
 
 def _write(module: ir.Module, heads: Heads) -> None:
-    look, finish = Look(module, heads).write(), Finish(module, heads).write()
+    shared, own = AttendShared(module, heads).write(), AttendOwn(module, heads).write()
     code = Code(module, "attend", 1, heads.lanes)
-    code.call_in_turn((look, finish), code.function.args[0], Field.BARRIER)
+    code.call_in_turn((shared, own), code.function.args[0], SuffixAttention.barrier)
     code.end()
     PrefixPrefill(module, heads).write()

@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
-
 from llvmlite import ir
 
 from lookonce.models.kernels.code import BYTE, INT, Code, Value
 from lookonce.models.kernels.compiling import lanes_for
+from lookonce.models.kernels.structs import BYTE as BYTES
+from lookonce.models.kernels.structs import FLOAT32, Struct, integer, pointer
 
 CHANNELS = 3  # of an image
-_PIECE = 8  # rows that a thread takes at once
+_CHUNK = 8  # rows that a thread takes at once
 
 
-class Field(IntEnum):
-    """What the table holds at each place: pointers to float32, but for the first two."""
+class Lookup(Struct):
+    """out = table[channel, pixels]."""
 
-    COUNTER = 0  # starts at zero
-    ROWS = 1
-    ROW = 2
-    ADDED = 3
-    OUT = 4
-    WEIGHT = 5
-    SHIFT = 6
+    counter = integer()  # starts at zero
+    rows = integer()
+    places = integer()
+    pixels = pointer(BYTES, "rows", CHANNELS, "places")
+    table = pointer(FLOAT32, CHANNELS, 256)
+    out = pointer(FLOAT32, "rows", CHANNELS, "places")
 
 
-class Lookup(IntEnum):
-    """The same for `lookup`."""
+class LayerNorm(Struct):
+    """out = (source - its mean) / sqrt(its variance + epsilon) * weight + shift, row by row."""
 
-    COUNTER = 0
-    ROWS = 1
-    PIXELS = 2  # pointer to uint8 [ROWS, 3, PLACES]
-    TABLE = 3  # float32 [3, 256]
-    OUT = 4  # float32 [ROWS, 3, PLACES]
-    PLACES = 5
+    counter = integer()
+    rows = integer()
+    source = pointer(FLOAT32, "rows", "width")
+    added = pointer(FLOAT32, "rows", "width")  # for `add_norm`
+    weight = pointer(FLOAT32, "width")
+    shift = pointer(FLOAT32, "width")
+    out = pointer(FLOAT32, "rows", "width")
+
+
+class Gelu(Struct):
+    """values *= sigmoid(1.702 values)."""
+
+    counter = integer()
+    rows = integer()
+    values = pointer(FLOAT32, "rows", "inner")
 
 
 def write_lookup(module: ir.Module) -> None:
-    """A function `lookup` of a pointer to its table: OUT = TABLE[channel, PIXELS]."""
+    """A function `lookup` of a pointer to a `Lookup`."""
     code = Code(module, "lookup", 1, 4)
-    fields, build = code.function.args[0], code.build
-    pixels, table, out = (code.address(fields, field) for field in (Lookup.PIXELS, Lookup.TABLE, Lookup.OUT))
-    places = code.integer(fields, Lookup.PLACES)
-    rows = code.integer(fields, Lookup.ROWS)
-    with code.shared_rows(fields, Lookup.COUNTER, rows, _PIECE) as row, code.loop(CHANNELS) as channel:
+    struct, build = code.function.args[0], code.build
+    pixels, table, out = (code.field(struct, field) for field in (Lookup.pixels, Lookup.table, Lookup.out))
+    places, rows = code.field(struct, Lookup.places), code.field(struct, Lookup.rows)
+    with code.shared_rows(struct, Lookup.counter, rows, _CHUNK) as row, code.loop(CHANNELS) as channel:
         begin = code.times(code.plus(code.times(row, CHANNELS), channel), places)
         source, target = code.place(pixels, begin, BYTE), code.at(out, begin)
         values = code.at(table, code.times(channel, 256))
@@ -54,11 +61,12 @@ def write_lookup(module: ir.Module) -> None:
 
 
 def write_norm(module: ir.Module, name: str, width: int, epsilon: float, *, adding: bool) -> None:
-    """A function of a pointer to the table: OUT = (ROW - its mean) / sqrt(its variance + epsilon) * WEIGHT + SHIFT; if
-    `adding`, of what ROW then is: ROW += ADDED."""
+    """A function of a pointer to a `LayerNorm`; if `adding`, of what `source` then is: source += added."""
     code = Code(module, name, 1, lanes_for(width))
-    fields, build = code.function.args[0], code.build
-    source, added, out, weight, shift = (code.address(fields, field) for field in list(Field)[Field.ROW :])
+    struct, build, told = code.function.args[0], code.build, LayerNorm
+    source, added, out, weight, shift = (
+        code.field(struct, field) for field in (told.source, told.added, told.out, told.weight, told.shift)
+    )
     together = 4 if width % (4 * code.lanes) == 0 else 1  # sums that needn't wait for each other
     sums = [code.variable(code.vector) for _ in range(together)]
 
@@ -70,7 +78,7 @@ def write_norm(module: ir.Module, name: str, width: int, epsilon: float, *, addi
         return code.spread(build.fmul(code.total(value), code.constant(1 / width)))
 
     zero = code.constant(0.0, code.vector)
-    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
+    with code.shared_rows(struct, told.counter, code.field(struct, told.rows), _CHUNK) as row:
         begin = code.times(row, width)
         line, change, target = (code.at(base, begin) for base in (source, added, out))
         for total in sums:
@@ -97,12 +105,12 @@ def write_norm(module: ir.Module, name: str, width: int, epsilon: float, *, addi
 
 
 def write_gelu(module: ir.Module, width: int) -> None:
-    """A function `gelu` of a pointer to the table: ROW *= sigmoid(1.702 ROW)."""
+    """A function `gelu` of a pointer to a `Gelu`."""
     code = Code(module, "gelu", 1, lanes_for(width))
-    fields = code.function.args[0]
-    source = code.address(fields, Field.ROW)
-    with code.shared_rows(fields, Field.COUNTER, code.integer(fields, Field.ROWS), _PIECE) as row:
-        line = code.at(source, code.times(row, width))
+    struct = code.function.args[0]
+    values = code.field(struct, Gelu.values)
+    with code.shared_rows(struct, Gelu.counter, code.field(struct, Gelu.rows), _CHUNK) as row:
+        line = code.at(values, code.times(row, width))
         with code.loop(width, step=code.lanes) as place:
             code.put(code.quick_gelu(code.row(line, place)), line, place)
     code.end()
