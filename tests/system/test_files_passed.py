@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.files_passed import count
 
-MOST = 79
+MOST = 71
 
 
 @pytest.mark.slow
