@@ -123,7 +123,7 @@ class System:
 
     def upload(self, data: bytes) -> dict[str, Any]:
         """POST /v1/images; the image object."""
-        reply = self.http.post("/v1/images", files={"file": ("picture", data)})
+        reply = self.http.post("/v1/images", files={"file": ("image", data)})
         assert reply.status_code in (200, 201), reply.text
         return reply.json()
 
@@ -172,7 +172,7 @@ class System:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The picture as a file's bytes."""
+    """The image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
