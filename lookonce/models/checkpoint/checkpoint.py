@@ -135,10 +135,8 @@ def places_of(model: str, halves: Collection[Half], revision: str | None = None)
 
     A directory that `lookonce split` wrote holds each half in a directory of its own.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if not hub.is_repository(model):
-            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    path = _local_directory(model)
+    if path is None:
         snapshot, commit = hub.fetch(model, halves, revision)
         return [Place(snapshot, model, frozenset(halves), hub.identity(model, commit))]
     if revision is not None:
@@ -150,6 +148,16 @@ def places_of(model: str, halves: Collection[Half], revision: str | None = None)
     places = [_local(path / half.value, {half}) for half in apart]
     together = frozenset(halves).difference(apart)
     return [*places, _local(path, together)] if together else places
+
+
+def _local_directory(model: str) -> Path | None:
+    """None for a hub id. CheckpointError for what is neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not hub.is_repository(model):
+        raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    return None
 
 
 def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> Checkpoint:
@@ -167,10 +175,8 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
     """Where config.json, the preprocessor's settings and the index of a model lie; no weight is fetched.
 
     Raises CheckpointError."""
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if not hub.is_repository(model):
-            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    path = _local_directory(model)
+    if path is None:
         return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.INDEX], revision)
     if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
         return path / Half.LANGUAGE  # split: either half has both files

@@ -89,7 +89,13 @@ def entries_of(
 ) -> dict[Half, dict[str, TensorEntry]]:
     """Where each tensor of the given halves lies, by its name in the module. CheckpointError with every bad file."""
     entries: dict[Half, dict[str, TensorEntry]] = {half: {} for half in halves}
-    headers = _headers(path, files.shards_of(family, weight_map, entries))
+    problems = files.Problems()
+    headers = {
+        shard: read[0]
+        for shard in files.shards_of(family, weight_map, entries)
+        if (read := problems.of(read_header, path / shard))
+    }
+    problems.refuse()
     for stored_name, (half, name) in files.located(family, weight_map).items():
         if half not in entries:
             continue
@@ -105,19 +111,6 @@ def entries_of(
             )
         entries[half][name] = entry
     return entries
-
-
-def _headers(path: Path, shards: Iterable[str]) -> dict[str, dict[str, TensorEntry]]:
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    problems: list[str] = []
-    for shard in shards:
-        try:
-            headers[shard] = read_header(path / shard)[0]
-        except CheckpointError as error:
-            problems += error.problems
-    if problems:
-        raise CheckpointError(*problems)
-    return headers
 
 
 def _what_it_is(path: Path) -> str:

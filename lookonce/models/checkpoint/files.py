@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.registry import Family, Half
@@ -29,6 +29,27 @@ LANGUAGE_FILES = (
     "chat_template.jinja",
 )
 _LISTED = 5
+_Value = TypeVar("_Value")
+
+
+class Problems:
+    """Collects what steps raise, so that one doesn't hide the next."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def of(self, step: Callable[..., _Value], *arguments: Any, **named: Any) -> _Value | None:
+        """What the step answers; None when it found problems."""
+        try:
+            return step(*arguments, **named)
+        except CheckpointError as error:
+            self.found += error.problems
+            return None
+
+    def refuse(self) -> None:
+        """Raises CheckpointError with every problem, if there is one."""
+        if self.found:
+            raise CheckpointError(*self.found)
 
 
 def small_files(halves: Iterable[Half]) -> list[str]:
