@@ -158,6 +158,7 @@ def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.Vi
         max_image_bytes=settings.max_image_bytes,
         max_source_pixels=settings.max_source_pixels,
         stream_window=settings.stream_window,
+        least_pixels=loaded.model.least_pixels,
     )
 
 

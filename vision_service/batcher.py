@@ -178,7 +178,7 @@ class Batcher:
                 return
             for item in batch:
                 await self._encode_batch([item])
-            return None
+            return
         except BaseException:  # cancelled; nobody may wait for ever
             _fail(batch, _stopping())
             raise

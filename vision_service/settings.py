@@ -46,9 +46,7 @@ class VisionSettings(Settings):
     threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
     min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
     max_pixels: int | None = Field(
-        None,
-        ge=1,
-        description="Most pixels of a resized image (the checkpoint's own; fewer on a CPU, as the model says)",
+        None, ge=1, description="Most pixels of a resized image (the model's own; on a CPU fewer)"
     )
     max_image_bytes: Bytes = Field(20 << 20, description="Largest encoded image file")
     max_source_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image before resizing")
