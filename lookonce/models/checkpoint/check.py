@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lookonce.core.errors import CheckpointError
-from lookonce.models.checkpoint import directory, files
+from lookonce.models.checkpoint import files
 from lookonce.models.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
 from lookonce.models.checkpoint.inventory import quantisation_problem, tensor_problems
 from lookonce.models.family import HEAD
@@ -71,23 +71,23 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     if any(file for place in (path, *(path / half for half in Half)) for name in _WEIGHTS for file in place.glob(name)):
         check_checkpoint(model, revision=revision).usable()
     path = settings_directory(model, revision)
-    config = directory.read_config(path)
+    config = files.read_config(path)
     problems = settings_problems(path, config, Half)
     if (path / files.INDEX).is_file() and not problems:
         problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX))
     if problems:
         raise CheckpointError(*problems)
     family = family_of(config)
-    return family, config, family.preprocessor(directory.read_preprocessor(path))
+    return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
 def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]) -> list[str]:
     """What config.json and preprocessor_config.json ask for that can't be computed."""
     problems = files.Problems()
-    problems.of(directory.refuse_quantised, path, config)
+    problems.of(files.refuse_quantised, path, config)
     family = problems.of(family_of, config)
     if family is not None:
-        preprocessor = problems.of(lambda: family.preprocessor(directory.read_preprocessor(path)))
+        preprocessor = problems.of(lambda: family.preprocessor(files.read_preprocessor(path)))
         problems.found += problems.of(family.problems, config, preprocessor, halves) or []
         problems.of(family.hidden_size, config)
     return problems.found
@@ -95,38 +95,35 @@ def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]
 
 def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
     problems = files.Problems()
-    config = problems.of(directory.read_config, path)
+    config = problems.of(files.read_config, path)
     if config is None:
         return problems.found
     problems.found += settings_problems(path, config, halves)
     family = files.Problems().of(family_of, config)
     if family is None:
         return problems.found  # said above; without a family no tensor and no token has a meaning
-    stated = bool(config.get("quantization_config"))
-    problems.found += _weight_problems(path, family, config, halves, quantised=stated)
+    problems.found += _weight_problems(path, family, config, halves)
     if Half.LANGUAGE in halves:
         problems.found += _chat_problems(path, family, config)
     return problems.found
 
 
-def _weight_problems(
-    path: Path, family: Family, config: dict[str, Any], halves: frozenset[Half], *, quantised: bool
-) -> list[str]:
+def _weight_problems(path: Path, family: Family, config: dict[str, Any], halves: frozenset[Half]) -> list[str]:
     problems = files.Problems()
-    weight_map = problems.of(directory.weight_map_of, path)
+    weight_map = problems.of(files.weight_map_of, path)
     if weight_map is None:
         return problems.found
-    if quantised and quantisation_problem(weight_map, path) is not None:
+    if config.get("quantization_config") and quantisation_problem(weight_map, path) is not None:
         return []  # config.json says so itself
     placed, strays = files.places_and_strays(family, weight_map)
     problems.found += [f"{path}: {files.describe_strays(family, strays)}"] if strays else []
     known = {name: weight_map[name] for name in placed}
-    named = directory.halves_named(family, known)
+    named = files.halves_named(family, known)
     for half in sorted(halves):
         if half not in named:
-            problems.found += directory.absent(path, half, named).problems
+            problems.found += files.absent(path, half, named).problems
             continue
-        entries = problems.of(directory.entries_of, path, family, known, {half})
+        entries = problems.of(files.entries_of, path, family, known, {half})
         if entries is None:
             continue
         head = HEAD in entries[half] or not family.tied_head(config)
