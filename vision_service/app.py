@@ -80,7 +80,7 @@ def build(settings: VisionSettings, loaded: LoadedModel) -> tuple[Server, Vision
     """Put the parts together, not started. Call on the event loop they will run on."""
     decoder = Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels))
     core = VisionCore(loaded.model, loaded.encoder, decoder, *_open_stores(settings), settings)
-    servicer = VisionServicer(core, _description(settings, loaded), shrunk=_shrunk(settings, loaded))
+    servicer = VisionServicer(core, _description(settings, loaded), _shrunk(settings, loaded))
     server = Server(settings.server)
     server.add(SERVICE_NAME, partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer))
     server.on_drain(servicer.drain)
