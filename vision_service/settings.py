@@ -17,7 +17,7 @@ from lookonce.core.telemetry.logs import LogFormat
 class VisionSettings(Settings):
     """Encode images with a checkpoint's vision tower, and keep the embeddings."""
 
-    model_config = SettingsConfigDict(env_prefix="LOOKONCE_VISION_", frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix="LOOKONCE_VISION_")
 
     model: str = Field(description="Checkpoint: a directory (whole or its vision half) or a hub id")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
@@ -87,15 +87,11 @@ class VisionSettings(Settings):
         return self
 
     @property
-    def tls(self) -> Tls:
-        """For the server."""
-        return Tls(self.tls_certificate, self.tls_key, self.tls_ca)
-
-    @property
     def server(self) -> ServerOptions:
         """What the gRPC server needs."""
+        tls = Tls(self.tls_certificate, self.tls_key, self.tls_ca)
         return ServerOptions(
-            self.listen, self.tls, self.max_message_bytes, self.reflection, grace=self.grace, linger=self.linger
+            self.listen, tls, self.max_message_bytes, self.reflection, grace=self.grace, linger=self.linger
         )
 
     @property

@@ -18,6 +18,11 @@ BUILTIN = {
 }
 
 
+def supported_model_types() -> list[str]:
+    """Every `model_type` a checkpoint may have, sorted."""
+    return plugins.names(GROUP, BUILTIN)
+
+
 def family_of(config: dict[str, Any]) -> Family:
     """The family of a checkpoint's config.json; CheckpointError (listing the supported ones) when there is none."""
     model_type = config.get("model_type")
@@ -31,9 +36,10 @@ def family_of(config: dict[str, Any]) -> Family:
                 "install its package again"
             ) from error
     if family is None:
-        supported = ", ".join(plugins.names(GROUP, BUILTIN))
-        raise CheckpointError(f"config.json: model_type {model_type!r} is not supported; supported: {supported}")
+        raise CheckpointError(
+            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}"
+        )
     return family
 
 
-__all__ = ["Family", "Half", "family_of"]
+__all__ = ["Family", "Half", "family_of", "supported_model_types"]
