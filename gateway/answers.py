@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn, images_of, routing_key, to_messages
+from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.images.library import ImageLibrary, Resolved
 from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.routing.replicas import Endpoint
@@ -18,6 +19,7 @@ from gateway.routing.retries import STALE, Attempts
 from gateway.routing.variants import Variants
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient
+from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.core.rpc.status_codes import from_proto
 from protos.lookonce.v1 import language_pb2
 
@@ -59,14 +61,14 @@ class Answers:
 
         A replica that fails before the first event is replaced in silence, as are lost embeddings; afterwards the
         failure is raised from the iterator."""
-        asking = _Asking(self, images_of(turns), turns, caller)
+        asking = _Asking(self, _images_of(turns), turns, caller)
         return Answering(asking.stream(partial(asking.generate, turns, sampling)), asking.resolved)
 
     async def complete(
         self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, caller: Caller
     ) -> tuple[list[Completion], list[Resolved]]:
         """The whole of an answer (or n)."""
-        asking = _Asking(self, images_of(turns), turns, caller)
+        asking = _Asking(self, _images_of(turns), turns, caller)
 
         async def call(client: LanguageClient) -> list[Completion]:
             async with aclosing(asking.generate(turns, sampling, client, whole=True)) as events:
@@ -78,7 +80,7 @@ class Answers:
         self, questions: Sequence[ChoiceQuestion], caller: Caller
     ) -> tuple[list[language_pb2.ItemScores | LookonceError], language_pb2.LanguageReceipt, list[Resolved]]:
         """The probabilities of the choices of all questions in one call: an outcome for each, in order."""
-        images = [part for question in questions for part in images_of(question.turns)]
+        images = [part for question in questions for part in _images_of(question.turns)]
         asking = _Asking(self, images, questions[0].turns, caller)
         outcomes, receipt = await asking.run(partial(asking.score, questions))
         return outcomes, receipt, asking.resolved
@@ -94,7 +96,7 @@ class _Asking(Attempts[LanguageClient]):
         self._answers, self._images, self._caller = answers, images, caller
         self._deadline = time.monotonic() + caller.timeout
         candidates = answers.variants.in_order(images[0].record.digest if images else uuid.uuid4().bytes)
-        key = routing_key(first, caller.tenant.cache_salt)
+        key = _routing_key(first, caller.tenant.cache_salt)
         super().__init__(candidates, lambda variant: variant.language, key, reconnect_wait=answers.reconnect_wait)
 
     def generate(
@@ -109,7 +111,7 @@ class _Asking(Attempts[LanguageClient]):
         left = self._left()
         request = language_pb2.GenerateRequest(
             request_id=uuid.uuid4().hex,
-            messages=to_messages(turns, self.resolved),
+            messages=_to_messages(turns, self.resolved),
             sampling=sampling,
             timeout=left,
             client=self._caller.client,
@@ -131,7 +133,7 @@ class _Asking(Attempts[LanguageClient]):
         )
         references = iter(self.resolved)
         for number, question in enumerate(questions):
-            messages = to_messages(question.turns, references)
+            messages = _to_messages(question.turns, references)
             request.items.add(id=str(number), messages=messages, choices=question.choices)
         response = await client.score(request, timeout=left + GRACE_SECONDS)
         outcomes = [_outcome(result) for result in response.results]
@@ -224,3 +226,34 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
 
 def _outcome(result: language_pb2.ScoreResult) -> language_pb2.ItemScores | LookonceError:
     return from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
+
+
+def _images_of(turns: Sequence[Turn]) -> list[ImagePart]:
+    """The images of a conversation, in order."""
+    return [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
+
+
+def _routing_key(turns: Sequence[Turn], salt: bytes) -> bytes:
+    """What decides the replica: the images; without any, the first turn (a shared system prompt) and whose it is."""
+    images = _images_of(turns)
+    if images:
+        return images[0].record.digest
+    first = "".join(part for part in turns[0].parts if isinstance(part, str)) if turns else ""
+    return hashlib.sha256(salt + first.encode("utf-8", "surrogatepass")).digest()
+
+
+def _to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[language_pb2.Message]:
+    """The wire form; `resolved` gives an embedding for each image, in order (an iterator, those of later turns too)."""
+    references = iter(resolved)
+    return [
+        language_pb2.Message(
+            role=turn.role,
+            parts=[
+                language_pb2.Part(text=part)
+                if isinstance(part, str)
+                else language_pb2.Part(image=reference_to_proto(next(references).reference))
+                for part in turn.parts
+            ],
+        )
+        for turn in turns
+    ]

@@ -61,7 +61,7 @@ def build(settings: GatewaySettings) -> Gateway:
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
     model = ServedModel(variants, names=distinct(settings.model_name))
     fetcher = Fetcher(settings.fetch_policy)
-    batches = _open_batches(settings)
+    batches = Batches(settings.data_dir, settings) if settings.data_dir is not None else None
     return Gateway(settings, kept, records, variants, eraser, images, answers, model, fetcher, policy, batches)
 
 
@@ -71,20 +71,6 @@ def _open_image_store(settings: GatewaySettings) -> Store:
     pinned = open_store(url, namespace="images-pinned", max_bytes=settings.pinned_bytes, evicts=False, strict=True)
     index = open_store(url, namespace="images-index", max_bytes=INDEX_BYTES, evicts=False, strict=True)
     return SealedStore(ImageStores(passing, pinned, index), "images", settings.secret.get_secret_value())
-
-
-def _open_batches(settings: GatewaySettings) -> Batches | None:
-    if settings.data_dir is None:
-        return None
-    return Batches(
-        settings.data_dir,
-        quota=settings.max_stored_bytes,
-        max_active=settings.max_batches,
-        max_lines=settings.max_batch_lines,
-        concurrency=settings.batch_concurrency,
-        grace=settings.drain_grace,
-        limits=settings.json_limits,
-    )
 
 
 def _start_batches(gateway: Gateway, keyring: Keyring) -> None:

@@ -82,7 +82,7 @@ class Tenant:
 
 
 @dataclass(frozen=True)
-class Caller:
+class KeyOwner:
     """Whose key it is, and what holds it to its limits."""
 
     tenant: Tenant
@@ -125,10 +125,10 @@ class Keyring:
         self._tenants = {name: _tenant(name, secret, share_embeddings, share_prefixes) for name in names}
         shared = {name: Meter(tenant_quota(len(names)), who="tenant") for name in names}
         self._keys = tuple(
-            (entry.digest, Caller(self._tenants[entry.tenant], Meter(entry.quota), shared[entry.tenant]))
+            (entry.digest, KeyOwner(self._tenants[entry.tenant], Meter(entry.quota), shared[entry.tenant]))
             for entry in entries
         )
-        self._anyone = Caller(self._tenants[DEFAULT_TENANT], Meter(quota), Meter(NO_LIMITS)) if not entries else None
+        self._anyone = KeyOwner(self._tenants[DEFAULT_TENANT], Meter(quota), Meter(NO_LIMITS)) if not entries else None
 
     @property
     def open(self) -> bool:
@@ -139,17 +139,17 @@ class Keyring:
         """The tenant of a key. Raises UNAUTHENTICATED."""
         return self.identify(presented).tenant
 
-    def identify(self, presented: str | None) -> Caller:
+    def identify(self, presented: str | None) -> KeyOwner:
         """Who presents the key. Raises UNAUTHENTICATED. Takes the same time for every key."""
         if self._anyone is not None:
             return self._anyone
         if not presented:
             raise LookonceError(ErrorKind.UNAUTHENTICATED, "an API key is needed: Authorization: Bearer KEY")
         digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
-        found: Caller | None = None
-        for expected, caller in self._keys:
+        found: KeyOwner | None = None
+        for expected, owner in self._keys:
             if compare_digest(digest, expected):
-                found = caller
+                found = owner
         if found is None:
             raise LookonceError(ErrorKind.UNAUTHENTICATED, "the API key is not valid")
         return found

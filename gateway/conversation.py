@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from gateway.auth import Tenant
 from gateway.images.image_records import ImageRecord
 from gateway.images.library import Resolved
-from lookonce.core.rpc.messages import reference_to_proto
-from protos.lookonce.v1 import language_pb2
 
 
 @dataclass(frozen=True)
@@ -48,34 +44,3 @@ class ChoiceQuestion:
     id: str
     turns: tuple[Turn, ...]
     choices: tuple[str, ...]
-
-
-def images_of(turns: Sequence[Turn]) -> list[ImagePart]:
-    """The images of a conversation, in order."""
-    return [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
-
-
-def routing_key(turns: Sequence[Turn], salt: bytes) -> bytes:
-    """What decides the replica: the images; without any, the first turn (a shared system prompt) and whose it is."""
-    images = images_of(turns)
-    if images:
-        return images[0].record.digest
-    first = "".join(part for part in turns[0].parts if isinstance(part, str)) if turns else ""
-    return hashlib.sha256(salt + first.encode("utf-8", "surrogatepass")).digest()
-
-
-def to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[language_pb2.Message]:
-    """The wire form; `resolved` gives an embedding for each image, in order (an iterator, those of later turns too)."""
-    references = iter(resolved)
-    return [
-        language_pb2.Message(
-            role=turn.role,
-            parts=[
-                language_pb2.Part(text=part)
-                if isinstance(part, str)
-                else language_pb2.Part(image=reference_to_proto(next(references).reference))
-                for part in turn.parts
-            ],
-        )
-        for turn in turns
-    ]

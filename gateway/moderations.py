@@ -1,4 +1,4 @@
-"""Scores inputs against the policy: one call to the language service for each picture or text, all rules in it, and one
+"""Scores inputs against the policy: one call to the language service for each image or text, all rules in it, and one
 for each follow-up question of a rule that fires.
 
 What the answers mean is `lookonce.moderation.judging`'s to say."""
@@ -28,7 +28,7 @@ _LARGEST = ("encode_ms", "queue_ms", "ttft_ms")
 
 @dataclass(frozen=True)
 class Scores:
-    """What one picture or text scored, by rule id."""
+    """What one image or text scored, by rule id."""
 
     kind: InputType
     scores: dict[str, float]
@@ -46,7 +46,7 @@ class Moderations:
         self._concurrency = concurrency
 
     async def moderate(self, inputs: Sequence[Sequence[Item]], caller: Caller) -> list[dict[str, Any]]:
-        """A result for each input; an input is one or more pictures, within the policy's `max_pixels`, and texts that
+        """A result for each input; an input is one or more images, within the policy's `max_pixels`, and texts that
         are judged together: each rule by its highest score. Raises the first failure."""
         gate = asyncio.Semaphore(self._concurrency)
 
@@ -113,7 +113,7 @@ def _logprobs(outcome: language_pb2.ItemScores | LookonceError) -> dict[str, flo
 
 
 def _size(item: Item) -> tuple[int, int] | None:
-    """Width and height of a picture, as far as they are known."""
+    """Width and height of an image, as far as they are known."""
     if not isinstance(item, ImagePart):
         return None
     reference = item.resolved.reference if item.resolved is not None else item.record.reference

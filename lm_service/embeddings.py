@@ -150,7 +150,7 @@ class EmbeddingResolver:
         doomed.update(flight.label.key for flight in flights)
         await self._flights.end(flights)
         dropped = sum(self.tensors.pop(key) for key in doomed)
-        METRICS.tensor_cache_bytes.set(self.tensors.bytes)
+        METRICS.tensor_cache_holds(self.tensors.bytes)
         return dropped, await self._cache.forget(doomed)
 
     async def _load(
@@ -189,7 +189,7 @@ class EmbeddingResolver:
             METRICS.invalid.inc()
             raise
         self.tensors.put(reference, rows)
-        METRICS.tensor_cache_bytes.set(self.tensors.bytes)
+        METRICS.tensor_cache_holds(self.tensors.bytes)
         return rows
 
 

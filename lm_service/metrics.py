@@ -60,9 +60,17 @@ class Metrics:
             "lookonce_lm_step_seconds", "One step of the engine, prefill and decode together.", buckets=_SHORT_SECONDS
         )
         self.refusals = Counter("lookonce_lm_refusals", "Requests refused at once because too many waited.")
-        self.tensor_cache_bytes = Gauge("lookonce_lm_l1_bytes", "Bytes of embeddings on the device.")
+        self._tensor_cache = [
+            Gauge("lookonce_lm_tensor_cache_bytes", "Bytes of embeddings on the device."),
+            Gauge("lookonce_lm_l1_bytes", "Deprecated: lookonce_lm_tensor_cache_bytes."),
+        ]
         self._engine = _EngineCollector()
         REGISTRY.register(self._engine)
+
+    def tensor_cache_holds(self, size: int) -> None:
+        """So many bytes now."""
+        for gauge in self._tensor_cache:
+            gauge.set(size)
 
     def watch(self, describe: Callable[[], EngineState]) -> None:
         """Read what the engine counts from `describe` whenever metrics are collected."""

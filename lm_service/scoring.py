@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings
+from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings, by_images
 from lm_service.metrics import METRICS, TracePhases
 from lm_service.prompt import SHORT, PromptBuilder, PromptThread
 from lm_service.replies import Replies, item_scores
@@ -31,10 +31,6 @@ class _Asked:
     at: int
     choices: tuple[str, ...]
     item: ScoreItem
-
-    @property
-    def images(self) -> tuple[bytes, ...]:
-        return tuple(span.reference.key for span in self.item.prompt.images)
 
 
 class Scorer:
@@ -147,10 +143,10 @@ class Scorer:
                     results[entry.at].error.CopyFrom(to_proto(error))
                 return Timings()
 
-        parts = await gather_or_end([run(group) for group in _by_image(asked)])
-        total = parts[0] if len(parts) == 1 else Timings()
-        for part in parts if len(parts) > 1 else ():
-            _add(total, part)
+        groups = [[asked[at] for at in places] for places in by_images([entry.item for entry in asked])]
+        total = Timings()
+        for timings in await gather_or_end([run(group) for group in groups]):
+            _add(total, timings)
         return total
 
 
@@ -160,16 +156,9 @@ def _is_short(item: language_pb2.ScoreItem) -> bool:
     return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
 
 
-def _by_image(asked: Sequence[_Asked]) -> list[list[_Asked]]:
-    groups: dict[tuple[bytes, ...], list[_Asked]] = {}
-    for entry in asked:
-        groups.setdefault(entry.images, []).append(entry)
-    return list(groups.values())
-
-
-def _add(total: Timings, part: Timings) -> None:
+def _add(total: Timings, more: Timings) -> None:
     for name in ("queue_ms", "load_ms", "total_ms", "prefill_tokens", "cached_tokens"):
-        setattr(total, name, getattr(total, name) + getattr(part, name))
+        setattr(total, name, getattr(total, name) + getattr(more, name))
     total.ttft_ms = total.total_ms
-    total.embedding = part.embedding
-    total.prefix_hit = total.prefix_hit or part.prefix_hit
+    total.embedding = more.embedding
+    total.prefix_hit = total.prefix_hit or more.prefix_hit

@@ -33,6 +33,7 @@ def load_vision_tower(
     config._attn_implementation = _ATTENTION
     with torch.device("meta"):
         tower = Qwen2VisionTransformerPretrainedModel(config)
+    _compute_buffers(tower)
     load_weights(tower, checkpoint, Half.VISION, dtype=dtype, device=device)
     return _frozen(tower)
 
@@ -50,8 +51,19 @@ def load_language_model(
         model = Qwen2VLTextModel(config)
         head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
     halves = torch.nn.ModuleDict({"model": model, "lm_head": head})
+    _compute_buffers(halves)
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
     return _frozen(model), _frozen(head)
+
+
+def _compute_buffers(module: torch.nn.Module) -> None:
+    """Those that no checkpoint stores (rotary frequencies): of each owner, built anew from its `config` off the meta
+    device."""
+    for owner in module.modules():
+        hollow = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
+        fresh: Any = type(owner)(owner.config) if hollow else None
+        for name in hollow:
+            owner.register_buffer(name, fresh.get_buffer(name), persistent=False)
 
 
 def _frozen(module: _Module) -> _Module:

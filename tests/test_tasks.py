@@ -15,6 +15,7 @@ from gateway.auth import Keyring
 from gateway.conversation import Caller, ChoiceQuestion, Turn
 from gateway.questions import OpenQuestion, Questions
 from lookonce.core import tasks
+from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running, run_in, start_task
 from protos.lookonce.v1 import language_pb2
@@ -120,3 +121,23 @@ def test_a_question_that_fails_as_nobody_foresaw_is_answered_and_the_others_go_o
     for outcome in (outcomes[0], *outcomes[2:]):
         assert (outcome.error.kind, outcome.error.message) == (ErrorKind.INTERNAL, "internal error")
     assert [line["event"] for line in logged] == ["a question failed"] * 2
+
+
+async def test_pauses_grow_to_the_last_differ_and_add_what_was_asked_for(monkeypatch):
+    pauses: list[float] = []
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr("lookonce.core.backoff.asyncio.sleep", note)
+    several = [Backoff(1.0, 8.0) for _ in range(200)]
+    for attempt in range(6):
+        pauses.clear()
+        for backoff in several:
+            await backoff.sleep()
+        most = min(2.0**attempt, 8.0)
+        assert min(pauses) >= 0.5 and 0.8 * most < max(pauses) <= most and len(set(pauses)) > 100
+    pauses.clear()
+    for told in (3.0, 60.0):
+        await Backoff(1.0, 8.0).sleep(told)
+    assert 3.5 <= pauses[0] <= 4.0 and 8.5 <= pauses[1] <= 9.0  # no longer than the last

@@ -19,8 +19,8 @@ from gateway.batches.job_row import Job
 from gateway.batches.jobs import End, Jobs
 from gateway.batches.lines import Line, Problem, Reply
 from gateway.batches.stored_files import Files
-from gateway.json_text import JsonLimits
 from gateway.routing.retries import pause
+from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, keep_running, start_task
 
@@ -48,25 +48,12 @@ class Endpoints(Protocol):
 class Batches:
     """Files and batches over one database, and the background work on them, which begins with `start`."""
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        quota: int,
-        max_active: int,
-        max_lines: int,
-        concurrency: int,
-        grace: float,
-        limits: JsonLimits,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, directory: Path, settings: GatewaySettings, *, clock: Callable[[], float] = time.time) -> None:
         """Raises INVALID_ARGUMENT or CONFLICT when the directory can't be used."""
         self._database = Database(directory)
-        self.files = Files(self._database, quota=quota)
-        self.jobs = Jobs(self._database, max_active=max_active, limits=limits)
-        self._max_lines = max_lines
-        self._limit = concurrency  # lines at once
-        self._grace = grace  # seconds that lines under way get after `drain`
+        self.files = Files(self._database, quota=settings.max_stored_bytes)
+        self.jobs = Jobs(self._database, max_active=settings.max_batches, limits=settings.json_limits)
+        self._settings = settings
         self._clock = clock
         self._woken = asyncio.Event()
         self._working: dict[str, asyncio.Task[None]] = {}
@@ -80,7 +67,7 @@ class Batches:
         """Work through what is there and what comes. `interactive`: requests of others under way; `reachable`: whether
         the services say that they serve. Call within the event loop."""
         self._endpoints, self._reachable = endpoints, reachable
-        self._concurrency = ConcurrencyClasses(self._limit, interactive)
+        self._concurrency = ConcurrencyClasses(self._settings.batch_concurrency, interactive)
         self._main = keep_running(self._run)
 
     def wake(self) -> None:
@@ -95,8 +82,9 @@ class Batches:
 
     def drain(self) -> None:
         """Begin no more lines; those under way get the grace time."""
-        self._concurrency.closed = True
-        self._until = asyncio.get_running_loop().time() + self._grace
+        if self._main is not None:
+            self._concurrency.closed = True
+        self._until = asyncio.get_running_loop().time() + self._settings.drain_grace
 
     async def close(self) -> None:
         """Wait for the lines under way as long as `drain` allowed, stop, close the database."""
@@ -138,7 +126,7 @@ class Batches:
             if job.status == "validating":
                 endpoint = job.endpoint
                 job = await self.jobs.begin(
-                    job, lambda line: self._endpoints.check(line, endpoint), max_lines=self._max_lines
+                    job, lambda line: self._endpoints.check(line, endpoint), max_lines=self._settings.max_batch_lines
                 )
                 LINES.labels("failed").inc(job.counts.failed)
             if job.status == "in_progress":

@@ -15,7 +15,7 @@ from gateway.auth import Tenant
 from gateway.conversation import Caller, Turn
 from gateway.core import Gateway
 from gateway.http import examples
-from gateway.http.chat_shapes import Envelope, Telling, chunks, completion_object
+from gateway.http.chat_shapes import Envelope, chunks, completion_object
 from gateway.http.event_stream import EventStream, until_disconnect
 from gateway.http.openapi import or_events
 from gateway.http.request_images import RemoteImages, check_images, keep_all
@@ -43,10 +43,10 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     if not body.stream:
         return json_response(await until_disconnect(request, complete(body, gateway, caller)))
     turns = await until_disconnect(request, _turns(body, gateway, caller.tenant))
-    sampling, options = _sampling(body), body.stream_options or StreamOptions()
+    sampling = _sampling(body)
     answering = gateway.answers.generate(turns, sampling, caller)
-    telling = Telling(last=bool(options.include_usage), each=bool(options.continuous_usage_stats))
-    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), telling)
+    options = body.stream_options or StreamOptions()
+    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), options)
     return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 

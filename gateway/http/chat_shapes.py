@@ -10,6 +10,7 @@ from typing import Any
 from gateway.answers import Answering, Completion
 from gateway.images.library import Resolved
 from gateway.receipts import finish_reason, receipt, usage
+from gateway.schemas.chat_bodies import StreamOptions
 from lookonce.core.errors import ErrorKind, LookonceError
 from protos.lookonce.v1 import language_pb2
 
@@ -52,14 +53,6 @@ def completion_object(
     )
 
 
-@dataclass(frozen=True)
-class Telling:
-    """Where a stream tells its usage."""
-
-    last: bool = False  # in a chunk of its own at the end
-    each: bool = False  # so far, in every chunk
-
-
 class _Running:
     """The tokens of a stream so far."""
 
@@ -88,7 +81,7 @@ class _Running:
 
 
 async def chunks(
-    answering: Answering, envelope: Envelope, n: int, telling: Telling
+    answering: Answering, envelope: Envelope, n: int, options: StreamOptions
 ) -> AsyncGenerator[dict[str, Any], None]:
     """The answer in chunks: roles, deltas, finish reasons; the receipt and, when asked for, the usage in the last."""
     finishes: list[language_pb2.Finish] = []
@@ -96,7 +89,9 @@ async def chunks(
     running = _Running()
 
     def extra() -> dict[str, Any]:
-        return {"usage": running.usage()} if telling.each else {"usage": None} if telling.last else {}
+        if options.continuous_usage_stats:
+            return {"usage": running.usage()}
+        return {"usage": None} if options.include_usage else {}
 
     async with aclosing(answering.events) as events:
         async for event in events:
@@ -115,11 +110,11 @@ async def chunks(
             finishes.append(event.finish)
             last = len(finishes) == n
             bill = receipt(answering.resolved, event.finish.receipt, envelope.served) if last else None
-            tail = extra() | ({"receipt": bill} if last and not telling.last else {})
-            yield _chunk(envelope, index, {}, tail, reason=finish_reason(event.finish.reason))
+            fields = extra() | ({"receipt": bill} if last and not options.include_usage else {})
+            yield _chunk(envelope, index, {}, fields, reason=finish_reason(event.finish.reason))
             if last:
                 total = usage([finish.usage for finish in finishes])
-                if telling.last:
+                if options.include_usage:
                     yield envelope.wrap("chat.completion.chunk", choices=[], usage=total, receipt=bill)
     if len(finishes) < n:
         raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended the answer early", retry_after=1.0)

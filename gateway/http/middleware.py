@@ -105,9 +105,9 @@ class Authentication:
         if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
             with ExitStack() as held:
                 try:
-                    caller = self.keyring.identify(_presented(Headers(scope=scope)))
-                    scope["state"]["tenant"] = caller.tenant
-                    held.enter_context(caller.request())
+                    owner = self.keyring.identify(_presented(Headers(scope=scope)))
+                    scope["state"]["tenant"] = owner.tenant
+                    held.enter_context(owner.request())
                 except LookonceError as error:
                     RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
                     await error_response(error)(scope, receive, send)

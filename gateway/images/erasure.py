@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 
 import structlog
@@ -75,20 +75,21 @@ class Eraser:
             log.warning("erasure is still incomplete", tries=tries)
 
 
+@dataclass(frozen=True)
 class Traces:
     """What the gateway itself keeps of an image: file, record, names, a place in the list."""
 
-    def __init__(self, kept: StoreWithSpare, records: ImageRecords, aliases: Aliases, listing: Listing) -> None:
-        self._kept = kept
-        self.records = records
-        self._aliases, self._listing = aliases, listing
+    kept: StoreWithSpare
+    records: ImageRecords
+    aliases: Aliases
+    listing: Listing
 
     async def remove(self, record: ImageRecord) -> bool:
         """Leave a tombstone and nothing else; whether that is confirmed. Call with the record's lease held."""
         buried = await self.records.bury(record)  # first, so that no new embedding is made
-        unnamed = [await self._aliases.drop(record, alias) for alias in record.aliases]
-        await self._listing.remove(record.tenant, [record.digest.hex()])
-        return all([await self._kept.delete(file_key(record.digest)), buried, *unnamed])
+        unnamed = [await self.aliases.drop(record, alias) for alias in record.aliases]
+        await self.listing.remove(record.tenant, [record.digest.hex()])
+        return all([await self.kept.delete(file_key(record.digest)), buried, *unnamed])
 
 
 class Erasure:

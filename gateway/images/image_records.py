@@ -105,7 +105,7 @@ def _parse(value: bytes | memoryview) -> ImageRecord | None:
 
 
 def _reference(found: dict[str, Any]) -> EmbeddingReference:
-    own = {item.name: found[item.name] for item in fields(EmbeddingReference)}
+    own = {item.name: found[item.name] for item in fields(EmbeddingReference) if item.name in found}
     own["key"], own["image_digest"] = bytes.fromhex(found["key"]), bytes.fromhex(found["image_digest"])
     t, h, w = found["grid_thw"]
     return EmbeddingReference(**own | {"grid_thw": (t, h, w)})

@@ -90,6 +90,14 @@ class ScoreItem:
     choices: tuple[tuple[int, ...], ...]  # token ids of each choice, none empty
 
 
+def by_images(items: Sequence[ScoreItem]) -> list[list[int]]:
+    """The places of items about the same images, in order."""
+    groups: dict[tuple[bytes, ...], list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault(tuple(span.reference.key for span in item.prompt.images), []).append(place)
+    return list(groups.values())
+
+
 @dataclass(frozen=True)
 class Scoring:
     """Many questions, most often over one image."""

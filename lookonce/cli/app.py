@@ -1,16 +1,19 @@
-"""The commands, each registered by its own module; a module's heavy imports wait until its command runs."""
+"""The commands; a module's heavy imports wait until its command runs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
-from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split, top, up
+from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split_command, top, up
 from lookonce.cli.console import say
+from lookonce.core.settings import with_options
 from lookonce.core.version import __version__
+from lookonce.moderation.batch.settings import ModerateSettings
 
 HELP = """Split serving for vision-language models: encode an image once, ask it anything, many times.
 
@@ -63,5 +66,16 @@ def version() -> None:
             say(f"{package} not installed")
 
 
-for module in (up, ask, moderate, report, split, plan_command, top, doctor, demo):
-    module.register(app)
+COMMANDS: tuple[tuple[str, str, Callable[..., None]], ...] = (
+    ("up", up.HELP, with_options(up.UpSettings, up.up)),
+    ("ask", ask.HELP, ask.ask),
+    ("moderate", moderate.HELP, with_options(ModerateSettings, moderate.moderate, source=moderate.Source)),
+    ("report", report.HELP, report.report),
+    ("split", split_command.HELP, split_command.split),
+    ("plan", plan_command.HELP, plan_command.plan),
+    ("top", top.HELP, top.top),
+    ("doctor", doctor.HELP, doctor.doctor),
+    ("demo", demo.HELP, demo.demo),
+)
+for name, text, call in COMMANDS:
+    app.command(name, help=text)(call)

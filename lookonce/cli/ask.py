@@ -53,7 +53,6 @@ def ask(
         typer.Option(envvar="LOOKONCE_DATA_DIR", metavar="DIR", help="Where `lookonce up` runs, or will be started."),
     ] = None,
 ) -> None:
-    """Ask questions about an image."""
     from lookonce.cli.api import Api
     from lookonce.cli.system import some_system
 
@@ -172,8 +171,3 @@ def _choices(text: str | None) -> list[str] | None:
     if len(options) < 2 or len(set(options)) != len(options):
         raise invalid(f"--choices={text!r}: give two or more different ones, separated by commas", param="choices")
     return options
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("ask", help=HELP)(ask)

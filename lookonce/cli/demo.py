@@ -71,7 +71,6 @@ def demo(
         ),
     ] = None,
 ) -> None:
-    """Show that it works."""
     try:
         with tempfile.TemporaryDirectory(prefix="lookonce-demo-", ignore_cleanup_errors=True) as directory:
             right = _run(Path(directory), model, keep, port, dtype, device, threads or default_threads())
@@ -154,7 +153,6 @@ def unsplit(model: str, dtype: str, device: str, threads: int, items: list[tuple
 
 
 def show(rows: list[Row]) -> None:
-    """The table."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -203,8 +201,3 @@ def _wait_for_signal() -> None:
     ending = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ending)
     signal.sigwait(ending)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("demo", help=HELP)(demo)

@@ -78,8 +78,3 @@ def examine(
         *store_findings,
         *checks.check_port(host, port, directory),
     ]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("doctor", help=HELP)(doctor)

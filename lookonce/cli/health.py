@@ -50,7 +50,6 @@ class GrpcProbe:
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
     async def check(self) -> Health:
-        """Ask once."""
         try:
             reply = await self._health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT)
         except grpc.aio.AioRpcError:
@@ -59,7 +58,6 @@ class GrpcProbe:
         return Health.READY if serving else Health.LOADING
 
     async def close(self) -> None:
-        """Close the channel."""
         await self._channel.close()
 
 
@@ -71,7 +69,6 @@ class HttpProbe:
         self._client = httpx2.AsyncClient(base_url=url, timeout=PROBE_TIMEOUT, trust_env=False, verify=False)
 
     async def check(self) -> Health:
-        """Ask once."""
         try:
             reply = await self._client.get("/readyz")
         except httpx2.HTTPError:
@@ -79,7 +76,6 @@ class HttpProbe:
         return Health.READY if reply.status_code == 200 else Health.LOADING
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._client.aclose()
 
 

@@ -14,7 +14,7 @@ import typer
 from lookonce.cli.console import fail, note, say
 from lookonce.cli.rundir import default_data_dir, find_running
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.settings import load, with_options
+from lookonce.core.settings import load
 from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lookonce.moderation.batch.settings import ModerateSettings
 
 INTERRUPTED = 130
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help="Directory, glob, list, table, tar, or s3:// gs://.")]
 LATER = 75
 """EX_TEMPFAIL: a service stayed away; the same command goes on later."""
 
@@ -134,7 +135,6 @@ class Stop:
         self.stopped = False
 
     def stop(self) -> None:
-        """It has."""
         self.stopped = True
 
 
@@ -180,11 +180,3 @@ def addresses_of(settings: ModerateSettings) -> Addresses:
         settings.reproducible,
         Patience(settings.patience, settings.call_timeout),
     )
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    from lookonce.moderation.batch.settings import ModerateSettings
-
-    source = Annotated[str, typer.Argument(metavar="SOURCE", help="Directory, glob, list, table, tar, or s3:// gs://.")]
-    app.command("moderate", help=HELP)(with_options(ModerateSettings, moderate, source=source))

@@ -105,8 +105,3 @@ def _pixels(image: str) -> tuple[int, int]:
     if match is None:
         raise invalid(f"--image must be WIDTHxHEIGHT, such as 1024x768; got {image!r}", param="image")
     return int(match[1]), int(match[2])
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("plan", help=HELP)(plan)

@@ -26,7 +26,6 @@ def report(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page; unset: RESULTS with .html.")] = None,
     gallery: Annotated[int, typer.Option(min=0, max=5000, metavar="N", help="Most images held in the page.")] = 200,
 ) -> None:
-    """Write the page."""
     from lookonce.core.telemetry.logs import configure_logging
     from lookonce.moderation.report.page import write_report
 
@@ -43,8 +42,3 @@ def report(
     say(f"{page}: {collected.rows:,} images{so_far}, {collected.flagged:,} flagged, {shown}")
     if collected.left_out:
         note(f"{collected.left_out:,} damaged rows or parts were left out: run `lookonce moderate` again to mend them")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("report", help=HELP)(report)

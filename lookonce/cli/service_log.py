@@ -34,7 +34,6 @@ class OutputLog:
         return [text for line in whole if line.strip() and (text := self._take(line, least)) is not None]
 
     def close(self) -> None:
-        """Flush and close the file."""
         self._file.close()
 
     def last(self, lines: int = 8) -> list[str]:

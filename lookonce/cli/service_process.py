@@ -143,7 +143,6 @@ class Service:
                 os.killpg(self.pid, number) if group else os.kill(self.pid, number)
 
     def close(self) -> None:
-        """Close the log."""
         self._log.close()
 
     async def _run_once(self) -> int:

@@ -49,7 +49,6 @@ def top(
     interval: Annotated[float, typer.Option(min=0.2, metavar="SECONDS", help="Time between two frames.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one frame, totals instead of rates, and end.")] = False,
 ) -> None:
-    """Watch a system."""
     try:
         at, services = (url, []) if url is not None else _running(data_dir or default_data_dir())
         with closing(Watcher(at, api_key, also or [], services)) as watcher:
@@ -126,7 +125,6 @@ class Watcher:
         self._services = [_here(address) for address in services]
 
     def close(self) -> None:
-        """Close the connections."""
         for client in (self._gateway, self._plain, *self._services):
             client.close()
 
@@ -187,8 +185,3 @@ def _running(data_dir: Path) -> tuple[str, list[str]]:
             ErrorKind.UNAVAILABLE, f"no `lookonce up` runs on {data_dir}; name a gateway with --url, or a --data-dir"
         )
     return system.url, [service["metrics"] for service in system.services.values() if service.get("metrics")]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("top", help=HELP)(top)

@@ -82,7 +82,7 @@ def _services(now: Reading) -> Table:
             f"{now.sum('lookonce_lm_running'):g}",
             f"{now.sum('lookonce_lm_waiting'):g}",
             format_size(int(now.sum("lookonce_lm_prefix_bytes"))),
-            format_size(int(now.sum("lookonce_lm_l1_bytes"))),
+            format_size(int(now.sum("lookonce_lm_tensor_cache_bytes"))),
             f"{now.sum('lookonce_vision_waiting_patches'):g}",
             f"{now.sum('lookonce_vision_images_under_way'):g}",
         )

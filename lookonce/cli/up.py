@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import typer
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
@@ -111,7 +110,6 @@ class UpSettings(Settings):
 
     @property
     def directory(self) -> Path:
-        """The data directory."""
         return self.data_dir or default_data_dir()
 
 
@@ -139,9 +137,9 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
-    from lookonce.cli.plan import plan_system
     from lookonce.cli.service_process import RestartPolicy, Service
     from lookonce.cli.supervisor import Supervisor
+    from lookonce.cli.system_plan import plan_system
 
     system = plan_system(settings, given, directory, model)
     report = Reporter([plan.name for plan in system.services])
@@ -179,10 +177,3 @@ class Reporter:
 
     def __call__(self, name: str, text: str) -> None:
         note(f"{time.monotonic() - self._start:7.1f}s  {name:<{self._width}}  {text}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    from lookonce.core.settings import with_options
-
-    app.command("up", help=HELP)(with_options(UpSettings, up))

@@ -55,11 +55,9 @@ class AsyncClient:
         return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, source)))
 
     async def models(self) -> list[Model]:
-        """See Client.models."""
         return await self._send(calls.models())
 
     async def moderate(self, *content: Any) -> Moderation:
-        """See Client.moderate."""
         return await self._send(calls.moderate(content))
 
     @overload
@@ -90,13 +88,11 @@ class AsyncClient:
         stream: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer | AsyncTextStream:
-        """See Client.chat."""
         if stream:
             return AsyncTextStream(await self._open(calls.chat_stream(messages, options, model)))
         return await self._send(calls.chat(messages, options, model))
 
     async def close(self) -> None:
-        """Close the connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:
@@ -238,7 +234,6 @@ class AsyncTextStream:
         return self._assembly.answer()
 
     async def close(self) -> None:
-        """Stop."""
         await self._pieces.aclose()
         await self._reply.aclose()
 

@@ -43,12 +43,10 @@ def upload(source: ImageSource) -> Call[ImageInfo]:
 
 
 def look(image: str) -> Call[ImageInfo]:
-    """State of an image."""
     return Call("GET", _image(image), ImageInfo.of)
 
 
 def erase(image: str) -> Call[Erasure]:
-    """Erasure of an image."""
 
     def read(json: Json) -> Erasure:
         return Erasure(json["id"], json.get("complete", True))
@@ -57,7 +55,6 @@ def erase(image: str) -> Call[Erasure]:
 
 
 def models() -> Call[list[Model]]:
-    """The models served."""
     return Call("GET", "/v1/models", lambda json: [Model.of(item) for item in json["data"]])
 
 

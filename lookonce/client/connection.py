@@ -58,12 +58,10 @@ class Connection:
         return cls(text, api_key or os.environ.get("LOOKONCE_API_KEY") or None, timeout, retries)
 
     def http_options(self) -> dict[str, Any]:
-        """Arguments of httpx2's client."""
         local = httpx2.URL(self.base_url).host in LOCAL
         return {"timeout": self.timeout, "trust_env": not local}  # no proxy between this machine and itself
 
     def request(self, call: Call[Any]) -> dict[str, Any]:
-        """Arguments of httpx2's `build_request`."""
         headers = {"user-agent": f"lookonce-python/{__version__}"}
         if self.api_key:
             headers["authorization"] = f"Bearer {self.api_key}"

@@ -28,32 +28,16 @@ from lookonce.core.errors import ErrorKind, LookonceError
 if TYPE_CHECKING:
     from lookonce.client.response_types import Answer
 
-KIND_OF_CODE = {
-    "invalid_value": ErrorKind.INVALID_ARGUMENT,
-    "unknown_parameter": ErrorKind.INVALID_ARGUMENT,
-    "unsupported_value": ErrorKind.UNSUPPORTED,
-    "invalid_image": ErrorKind.IMAGE_INVALID,
-    "image_too_large": ErrorKind.IMAGE_TOO_LARGE,
-    "invalid_api_key": ErrorKind.UNAUTHENTICATED,
-    "rate_limit_exceeded": ErrorKind.RATE_LIMITED,
-    "internal_error": ErrorKind.INTERNAL,
-} | {
-    str(kind): kind
-    for kind in (
-        ErrorKind.PAYLOAD_TOO_LARGE,
-        ErrorKind.CONTEXT_LENGTH_EXCEEDED,
-        ErrorKind.PERMISSION_DENIED,
-        ErrorKind.NOT_FOUND,
-        ErrorKind.CONFLICT,
-        ErrorKind.EMBEDDING_MISSING,
-        ErrorKind.EMBEDDING_INVALID,
-        ErrorKind.FINGERPRINT_MISMATCH,
-        ErrorKind.CHECKPOINT_INVALID,
-        ErrorKind.OVERLOADED,
-        ErrorKind.UNAVAILABLE,
-        ErrorKind.DEADLINE_EXCEEDED,
-        ErrorKind.CANCELLED,
-    )
+_CODES = {
+    ErrorKind.INVALID_ARGUMENT: "invalid_value",
+    ErrorKind.UNSUPPORTED: "unsupported_value",
+    ErrorKind.IMAGE_INVALID: "invalid_image",
+    ErrorKind.UNAUTHENTICATED: "invalid_api_key",
+    ErrorKind.RATE_LIMITED: "rate_limit_exceeded",
+    ErrorKind.INTERNAL: "internal_error",
+}
+KIND_OF_CODE = {_CODES.get(kind, str(kind)): kind for kind in ErrorKind} | {
+    "unknown_parameter": ErrorKind.INVALID_ARGUMENT
 }
 """The API's error codes."""
 

@@ -26,7 +26,6 @@ class Usage:
 
     @classmethod
     def of(cls, json: Json) -> Usage:
-        """From the API's `usage` object."""
         return _made(cls, {**json, **(json.get("prompt_tokens_details") or {})})
 
 
@@ -50,7 +49,6 @@ class Receipt:
 
     @classmethod
     def of(cls, json: Json) -> Receipt:
-        """From the API's `receipt` object."""
         return _made(cls, {"embedding": None, **json})
 
 
@@ -76,7 +74,6 @@ class Answer:
 
     @property
     def ok(self) -> bool:
-        """Whether the question was answered."""
         return self.error is None
 
 
@@ -98,7 +95,6 @@ class ImageInfo:
 
     @classmethod
     def of(cls, json: Json) -> ImageInfo:
-        """From the API's image object."""
         times = {name: _time(json.get(name)) for name in ("created_at", "expires_at")}
         return _made(cls, {**json, **times})
 
@@ -121,7 +117,6 @@ class Model:
 
     @classmethod
     def of(cls, json: Json) -> Model:
-        """From the API's model object."""
         return cls(json["id"], _time(json.get("created")), json.get("owned_by", ""))
 
 

@@ -4,10 +4,8 @@ unsplit model answers."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from lookonce.core.errors import CheckpointError
 
@@ -34,29 +32,17 @@ class Sample:
 
 
 def bundled_samples(file: Path = BUNDLED) -> list[Sample]:
-    """What samples.json lists: {"samples": [{"file": name, "questions": [{"question": text, "answer": text}]}]}."""
+    """What samples.json lists: [{"file": name, "questions": [{"question": text, "answer": text}]}]."""
     try:
-        content = json.loads(file.read_bytes())
-        items = content if isinstance(content, list) else content.get("samples") or content["images"]
-        return [_sample(file.parent, item) for item in items]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        items = json.loads(file.read_bytes())
+        if not isinstance(items, list):
+            raise TypeError("no list")
+        return [
+            Sample(file.parent / item["file"], tuple((one["question"], one.get("answer")) for one in item["questions"]))
+            for item in items
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file} is not a list of samples; install lookonce again") from None
-
-
-def _sample(directory: Path, item: dict[str, Any]) -> Sample:
-    name = next(item[key] for key in ("file", "image", "path", "name") if key in item)
-    asked = item.get("questions") or item["qa"]
-    return Sample(directory / name, tuple(_pairs(asked)))
-
-
-def _pairs(asked: Any) -> Iterator[tuple[str, str | None]]:
-    for one in asked.items() if isinstance(asked, dict) else asked:
-        if isinstance(one, dict):
-            question = one.get("question") or one["text"]
-            answer = one.get("answer", one.get("truth"))
-        else:
-            question, answer = one
-        yield str(question), None if answer is None else str(answer)
 
 
 def drawn_samples(directory: Path) -> list[Sample]:

@@ -21,7 +21,6 @@ class Verdict:
 
     @property
     def flagged(self) -> bool:
-        """Whether any rule fired."""
         return any(self.labels.values())
 
 

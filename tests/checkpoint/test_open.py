@@ -33,8 +33,8 @@ def vision_only_shard(path: Path) -> Path:
 def test_each_half_names_its_tensors_and_only_its_files(sharded):
     checkpoint = open_checkpoint(str(sharded))
     assert checkpoint.halves == {Half.VISION, Half.LANGUAGE}
-    assert "blocks.0.attn.qkv.weight" in checkpoint.tensors(Half.VISION)
-    assert {"model.embed_tokens.weight", "lm_head.weight"} <= checkpoint.tensors(Half.LANGUAGE).keys()
+    assert "blocks.0.attn.qkv.weight" in checkpoint.half_entries(Half.VISION)
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= checkpoint.half_entries(Half.LANGUAGE).keys()
     everything = set(sharded.glob("*.safetensors"))
     vision, language = set(checkpoint.files(Half.VISION)), set(checkpoint.files(Half.LANGUAGE))
     assert vision < everything and language < everything and vision | language == everything

@@ -63,11 +63,10 @@ def test_drawn_samples_are_two_pictures_with_eight_questions(tmp_path):
     assert all(sample.path.is_file() for sample in samples)
 
 
-@pytest.mark.parametrize("wrap", [lambda items: items, lambda items: {"samples": items}])
-def test_bundled_samples(tmp_path, wrap):
+def test_bundled_samples(tmp_path):
     items = [{"file": "a.png", "questions": [{"question": "How many?", "answer": "2"}, {"question": "Which?"}]}]
     file = tmp_path / "samples.json"
-    file.write_text(json.dumps(wrap(items)))
+    file.write_text(json.dumps(items))
     [sample] = bundled_samples(file)
     assert sample.path == tmp_path / "a.png"
     assert sample.questions == (("How many?", "2"), ("Which?", None))

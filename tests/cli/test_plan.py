@@ -7,8 +7,8 @@ import os
 import pytest
 
 from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
-from lookonce.cli.plan import plan_system
 from lookonce.cli.rundir import DataDirectory
+from lookonce.cli.system_plan import plan_system
 from lookonce.cli.up import UpSettings
 from lookonce.core.settings import load
 from lookonce.moderation.policy import read_policy

@@ -66,7 +66,7 @@ def test_only_one_module_of_it_connects():
         for path in sources("lookonce/core/http_fetch")
         if "connect_tcp" in clients(ast.parse(path.read_text()))
     }
-    assert connecting == {"connecting.py"}
+    assert connecting == {"pinned_connection.py"}
 
 
 def test_the_rule_sees_planted_faults():

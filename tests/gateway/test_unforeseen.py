@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from structlog.testing import capture_logs
 
 from gateway.app import build
-from gateway.auth import Caller, Keyring
+from gateway.auth import KeyOwner, Keyring
 from gateway.http.asgi import create_app
 from gateway.images.erasure import Eraser
 from gateway.routing.variants import Variants
@@ -19,7 +19,7 @@ from gateway.settings import GatewaySettings
 
 
 class BrokenKeyring(Keyring):
-    def identify(self, presented: str | None) -> Caller:
+    def identify(self, presented: str | None) -> KeyOwner:
         raise ZeroDivisionError("a secret")
 
 

@@ -141,7 +141,7 @@ def test_the_extent_changes_with_the_source(folder):
     ("source", "text"),
     [
         ("nothing", "no such file or directory"),
-        ("empty", "holds no pictures"),
+        ("empty", "holds no images"),
         ("*.jpg", "matches no file"),
         ("b.bin", "a source is a directory, a glob, or a file that ends in"),
         ("bad.parquet", "is not a Parquet file"),

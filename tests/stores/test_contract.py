@@ -209,6 +209,17 @@ async def test_sealed_values_are_their_keys_own(store_url):
     await plain.close()
 
 
+async def test_a_sealed_value_is_discarded_by_its_plain_form(store_url):
+    plain = open_store(store_url)
+    store, key = SealedStore(plain, "images"), new_key()
+    await store.put(key, b"value")
+    await store.discard(key, b"another")
+    assert await store.get(key) == b"value"
+    await store.discard(key, b"value")
+    assert await store.get(key) is None and not await plain.contains(key)
+    await plain.close()
+
+
 async def test_embedding_cache_drops_what_is_another_keys(store):
     cache, key, other = EmbeddingCache(store), new_key(), new_key()
     await cache.put(make_record(key=key))

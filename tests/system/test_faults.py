@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
+import itertools
 
 import httpx2
 import pytest
@@ -13,7 +11,7 @@ import redis
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
 from tests.processes import ServiceProcess
-from tests.system.clients import Clients, roll
+from tests.system.clients import Clients, Load, roll
 from tests.system.cluster import GatewayProcess, System
 from tests.valkey import ValkeyServer
 
@@ -47,45 +45,6 @@ def over_redis(model, tmp_path_factory):
         yield running, valkey
 
 
-class Load:
-    """Asks the same image from several threads until told to stop; keeps every status."""
-
-    def __init__(self, system, image, workers=3):
-        self.system, self.image, self.statuses, self.texts = system, image, [], set()
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(workers)
-        self._jobs = [self._pool.submit(self._run) for _ in range(workers)]
-
-    def _run(self):
-        with httpx2.Client(base_url=self.system.gateways[0].url, timeout=120) as client:
-            while not self._stop.is_set():
-                body = {"questions": ["What is it?"], "max_tokens": 3}
-                reply = client.post(f"/v1/images/{self.image}/questions", json=body)
-                answer = reply.json()["answers"][0] if reply.status_code == 200 else {}
-                self.statuses.append((reply.status_code, (answer.get("error") or {}).get("code")))
-                if "text" in answer:
-                    self.texts.add(answer["text"])
-                if answer.get("error") or reply.is_error:
-                    time.sleep(0.05)
-
-    def wait_for_more(self, answers=5, seconds=120):
-        """Return once there are so many more answers, of requests made after this call."""
-        wanted = len(self.statuses) + answers + len(self._jobs)
-        deadline = time.monotonic() + seconds
-        while len(self.statuses) < wanted:
-            assert time.monotonic() < deadline, f"{len(self.statuses)} answers, {wanted} wanted"
-            time.sleep(0.02)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self._stop.set()
-        for job in self._jobs:
-            job.result(120)
-        self._pool.shutdown()
-
-
 def test_redis_killed_and_restarted_in_the_middle_of_a_run(over_redis):
     system, valkey = over_redis
     image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
@@ -99,24 +58,28 @@ def test_redis_killed_and_restarted_in_the_middle_of_a_run(over_redis):
         valkey.start(valkey.port)
         system.wait_whole()
         load.wait_for_more()
-    assert set(load.statuses) == {(200, None)}
+    assert set(load.results) == {(200, None)}
     assert len(load.texts) == 1
+
+
+def fill(client):
+    for n in itertools.count():
+        client.set(f"filler{n}", bytes(5_000))
 
 
 def test_redis_that_is_full_and_then_hangs_fails_no_request(over_redis):
     system, valkey = over_redis
     with valkey.client() as client:
         client.config_set("maxmemory", client.info("memory")["used_memory"] + 50_000)
-        client.set("filler", bytes(100_000))
         with pytest.raises(redis.exceptions.OutOfMemoryError):
-            client.set("more", bytes(1))
+            fill(client)
     image = system.upload(save(photograph("rocket", (150, 100)), "PNG"))["id"]
     assert "text" in system.ask(image, ["What?"], max_tokens=2)[0]
     valkey.stop()
     with Load(system, image) as load:
         load.wait_for_more(10)
     valkey.resume()
-    assert set(load.statuses) == {(200, None)}
+    assert set(load.results) == {(200, None)}
 
 
 def test_vision_down_cached_images_answer_and_new_ones_are_503(single):
@@ -169,7 +132,7 @@ def test_a_language_replica_killed_under_load_is_covered_by_the_other(double):
         double.languages[0].kill()
         load.wait_for_more(10)
         other.wait_for_more(10)
-    statuses = load.statuses + other.statuses
+    statuses = load.results + other.results
     # at most what was past its first token on the dead replica may fail
     assert sum(status != (200, None) for status in statuses) <= 4
     assert statuses[-1] == (200, None)

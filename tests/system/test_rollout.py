@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 import pytest
@@ -20,9 +18,11 @@ from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 from tests.pictures import photograph, save
 from tests.processes import ServiceProcess
+from tests.system.clients import Workers
 from tests.system.cluster import GatewayProcess
 from tests.valkey import ValkeyServer
 
+QUESTION = {"questions": ["What is it?"], "max_tokens": 6, "temperature": 0}
 NAMES = ("coffee", "chelsea", "rocket", "astronaut")
 
 
@@ -46,43 +46,30 @@ class Pair:
         self.vision.close()
 
 
-class Caller:
-    """Questions over all images and now and then a new picture, until stopped; what each answer said, by variant."""
+class Caller(Workers):
+    """Questions over all images, now and then a new one. A result is what an answer says; `failed` holds the rest."""
 
     def __init__(self, url, images):
-        self.url, self.images, self.failed, self.seen = url, images, [], []
-        self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(4)
-        self._jobs = [self._pool.submit(self._run, worker) for worker in range(4)]
+        self.images, self.failed = images, []
+        super().__init__(url, [self._ask] * 4)
 
-    def _run(self, worker):
-        with httpx2.Client(base_url=self.url, timeout=120) as client:
-            turn = worker
-            while not self._stop.is_set():
-                image = self.images[turn % len(self.images)]
-                body = {"questions": ["What is it?"], "max_tokens": 6, "temperature": 0}
-                reply = client.post(f"/v1/images/{image}/questions", json=body)
-                answer = reply.json()["answers"][0] if reply.status_code == 200 else {"error": reply.text}
-                if answer.get("error"):
-                    self.failed.append((reply.status_code, answer["error"]))
-                else:
-                    bill = answer["receipt"]
-                    self.seen.append((bill["variant"], image, answer["text"], bill["fingerprint"]))
-                turn += 1
-                if turn % 10 == 0:
-                    picture = save(photograph("coffee", (84 + turn, 84)), "PNG")
-                    uploaded = client.post("/v1/images", files={"file": picture})
-                    if uploaded.status_code != 200:
-                        self.failed.append((uploaded.status_code, uploaded.text))
+    def _ask(self, client, turn):
+        image = self.images[turn % len(self.images)]
+        reply = client.post(f"/v1/images/{image}/questions", json=QUESTION)
+        answer = reply.json()["answers"][0] if reply.status_code == 200 else {"error": reply.text}
+        if turn % 10 == 0:
+            file = save(photograph("coffee", (84 + turn, 84)), "PNG")
+            uploaded = client.post("/v1/images", files={"file": file})
+            if uploaded.status_code != 200:
+                self.failed.append((uploaded.status_code, uploaded.text))
+        if answer.get("error"):
+            self.failed.append((reply.status_code, answer["error"]))
+            return None, image, "", ""
+        bill = answer["receipt"]
+        return bill["variant"], image, answer["text"], bill["fingerprint"]
 
     def count(self, variant):
-        return sum(one[0] == variant for one in self.seen)
-
-    def stop(self):
-        self._stop.set()
-        for job in self._jobs:
-            job.result(120)
-        self._pool.shutdown()
+        return sum(one[0] == variant for one in self.results)
 
 
 def until(condition, seconds=120.0):
@@ -92,19 +79,18 @@ def until(condition, seconds=120.0):
         time.sleep(0.1)
 
 
-def alone(model, pictures, tmp_path):
-    """What one checkpoint says of each picture when it is the only one there is."""
+def isolated(model, files, tmp_path):
+    """What one checkpoint says of each image when it is the only one there is."""
     store = f"file://{tmp_path}"
     pair = Pair(model, store)
     try:
         gateway = GatewayProcess("--vision", pair.vision.address, "--lm", pair.language.address, "--store", store)
         gateway.wait_ready()
-        asker_body = {"questions": ["What is it?"], "max_tokens": 6, "temperature": 0}
         said = {}
         with httpx2.Client(base_url=gateway.url, timeout=120) as client:
-            for picture in pictures:
-                image = client.post("/v1/images", files={"file": picture}).json()["id"]
-                answer = client.post(f"/v1/images/{image}/questions", json=asker_body).json()["answers"][0]
+            for data in files:
+                image = client.post("/v1/images", files={"file": data}).json()["id"]
+                answer = client.post(f"/v1/images/{image}/questions", json=QUESTION).json()["answers"][0]
                 said[image] = (answer["text"], answer["receipt"]["fingerprint"])
         gateway.close()
         return said
@@ -219,8 +205,8 @@ async def test_no_answer_mixes_two_models_while_their_weights_change(tmp_path):
 def test_from_one_fine_tune_to_another_under_load(tmp_path):
     first = make_random_checkpoint(tmp_path / "first", max_pixels=100 * 28 * 28, seed=1)
     second = make_random_checkpoint(tmp_path / "second", max_pixels=100 * 28 * 28, seed=2)
-    pictures = [save(photograph(name, (150, 100)), "PNG") for name in NAMES]
-    truth = {"old": alone(first, pictures, tmp_path / "a"), "new": alone(second, pictures, tmp_path / "b")}
+    files = [save(photograph(name, (150, 100)), "PNG") for name in NAMES]
+    truth = {"old": isolated(first, files, tmp_path / "a"), "new": isolated(second, files, tmp_path / "b")}
     assert all(truth["old"][image] != truth["new"][image] for image in truth["old"]), "two models must be told apart"
     with ValkeyServer() as valkey:
         old = Pair(first, valkey.url)
@@ -230,25 +216,22 @@ def test_from_one_fine_tune_to_another_under_load(tmp_path):
         gateway.wait_ready()
         try:
             with httpx2.Client(base_url=gateway.url, timeout=120) as client:
-                images = [client.post("/v1/images", files={"file": picture}).json()["id"] for picture in pictures]
-            caller = Caller(gateway.url, images)
-            until(lambda: caller.count("old") > 20)
-            new = Pair(second, valkey.url)
-            file.write_text(old.line("old", 50) + new.line("new", 50))
-            until(lambda: caller.count("new") > 5)
-            file.write_text(old.line("old", 0) + new.line("new", 100))
-            until(lambda: {one[0] for one in caller.seen[-30:]} == {"new"})
-            file.write_text(new.line("new", 100))
-            seen = len(caller.seen)
-            until(lambda: len(caller.seen) > seen + 40)  # past the moment at which the gateway has read the file
-            old.close()
-            seen = len(caller.seen)
-            until(lambda: len(caller.seen) > seen + 40)
-            caller.stop()
+                images = [client.post("/v1/images", files={"file": data}).json()["id"] for data in files]
+            with Caller(gateway.url, images) as caller:
+                until(lambda: caller.count("old") > 20)
+                new = Pair(second, valkey.url)
+                file.write_text(old.line("old", 50) + new.line("new", 50))
+                until(lambda: caller.count("new") > 5)
+                file.write_text(old.line("old", 0) + new.line("new", 100))
+                until(lambda: {one[0] for one in caller.results[-30:]} == {"new"})
+                file.write_text(new.line("new", 100))
+                caller.wait_for_more(40)  # past the moment at which the gateway has read the file
+                old.close()
+                caller.wait_for_more(40)
             new.close()
         finally:
             gateway.close()
     assert caller.failed == []
     assert caller.count("old") > 20 and caller.count("new") > 40
-    for variant, image, text, fingerprint in caller.seen:
+    for variant, image, text, fingerprint in caller.results:
         assert (text, fingerprint) == truth[variant][image]

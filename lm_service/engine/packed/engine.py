@@ -23,7 +23,7 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
-from lm_service.engine.packed.scheduling.scored_questions import by_images, score_sequences, scores_of
+from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
 from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
@@ -161,25 +161,12 @@ class PackedEngine:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         exclusive = request.isolated and not self._core.batch_invariant
-        parts: list[packed.Request] = []
-        sequences: dict[int, packed.Sequence] = {}
-        for places in by_images(request.items) if exclusive else [range(len(request.items))]:
-            part = packed.Request(
-                request.id,
-                request.client,
-                kept=False,
-                isolated=request.isolated,
-                exclusive=exclusive,
-                salt=request.salt,
-            )
-            items = [request.items[place] for place in places]
-            part.sequences = score_sequences(
-                part, items, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
-            )
-            sequences.update(zip(places, part.sequences, strict=True))
-            parts.append(part)
-        await gather_or_end([self._scored(part, request.deadline) for part in parts if part.sequences])
-        return scores_of([sequences[place] for place in range(len(request.items))])
+        sequences = score_sequences(
+            request, exclusive=exclusive, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
+        )
+        parts = dict.fromkeys(sequence.request for sequence in sequences)
+        await gather_or_end([self._scored(part, request.deadline) for part in parts])
+        return scores_of(sequences)
 
     async def _scored(self, request: packed.Request, deadline: float | None) -> None:
         async with contextlib.aclosing(self._events(request, deadline)) as events:

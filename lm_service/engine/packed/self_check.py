@@ -14,14 +14,13 @@ from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences
-from lm_service.engine.packed.scheduling.sequence import Request
-from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem
+from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem, Scoring
 from lookonce.core.errors import LookonceError
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.models.text_adapter import ModelAdapter
 
-_IMAGES = (4, 25)  # tokens of each
-_QUESTIONS = (17, 6, 1)  # tokens of those about each; the last is a step of one row
+_ASKED = ((4, 17), (33, 6), (4, 1))
+"""Tokens of an image and of a question about it. Asked one by one, the last is a step of one row."""
 _POOL_TOKENS, _SLAB_TOKENS = 1024, 128
 _log = structlog.get_logger(__name__)
 
@@ -55,8 +54,9 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
     core = EngineCore(model, options, wanted.append)
     sums: list[float] = []
     for items in calls:
-        request = Request("self-check", "", kept=False, isolated=True)
-        request.sequences = score_sequences(request, items, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        scoring = Scoring("self-check", tuple(items), isolated=True)
+        sequences = score_sequences(scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        request = sequences[0].request
         core.enqueue(request)
         while core.step() or wanted:
             for prefill in wanted:
@@ -65,21 +65,19 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
             wanted.clear()
         if request.unfinished or any(isinstance(event, LookonceError) for _, event in core.events):
             raise RuntimeError("a question of the check was not answered")
-        sums += [each for sequence in request.sequences for each in sequence.sums]
+        sums += [each for sequence in sequences for each in sequence.sums]
     return sums
 
 
 def _items(model: ModelAdapter) -> list[ScoreItem]:
     return [
-        ScoreItem(_prompt(model, number, tokens, length), ((0,), (1, 2) if length > 1 else (1,)))
-        for number, tokens in enumerate(_IMAGES)
-        for length in _QUESTIONS
+        ScoreItem(_prompt(model, tokens, length), ((0,), (1, 2) if length > 1 else (1,))) for tokens, length in _ASKED
     ]
 
 
-def _prompt(model: ModelAdapter, number: int, tokens: int, length: int) -> Prompt:
+def _prompt(model: ModelAdapter, tokens: int, length: int) -> Prompt:
     reference = EmbeddingReference(
-        bytes([number]) * DIGEST_BYTES, "", bytes([number]) * DIGEST_BYTES, (1, 2, 2 * tokens), tokens, 0, 0
+        bytes([tokens]) * DIGEST_BYTES, "", bytes([tokens]) * DIGEST_BYTES, (1, 2, 2 * tokens), tokens, 0, 0
     )
     total = 1 + tokens + length
     generator = torch.Generator().manual_seed(total)

@@ -56,7 +56,6 @@ class PinnedBackend(httpcore2.AsyncNetworkBackend):
         raise httpcore2.ConnectError("unix sockets are no place to fetch from")
 
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
         await self._inner.sleep(seconds)
 
 

@@ -66,7 +66,6 @@ class Encoded:
 
 
 def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
-    """The typed form of a result."""
     outcome = _OUTCOMES.get(result.outcome, "miss")
     return Encoded(
         reference_from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
@@ -94,14 +93,11 @@ class _Client:
         self, keys: Sequence[bytes] = (), image_digests: Sequence[bytes] = (), *, timeout: float = 10.0
     ) -> common_pb2.ForgetResponse:
         """Erase embeddings, and what was made from them, from this process and its stores."""
-        request, step = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests), self._step("Forget")
-        reply: common_pb2.ForgetResponse = await self._unary(
-            self.stub.Forget(request, timeout=timeout, metadata=step.outgoing), step
-        )
+        request = common_pb2.ForgetRequest(keys=keys, image_digests=image_digests)
+        reply: common_pb2.ForgetResponse = await self._unary("Forget", request, timeout)
         return reply
 
     async def close(self) -> None:
-        """Close the channel."""
         await self.channel.close()
 
     def _step(self, method: str) -> Step:
@@ -110,11 +106,14 @@ class _Client:
         step.note(address=self.address)
         return step
 
-    async def _unary(self, call: Any, step: Step) -> Any:
+    async def _unary(self, method: str, request: Any, timeout: float, step: Step | None = None) -> Any:
+        step = step or self._step(method)
         with self._calling(step):
-            return await call
+            return await getattr(self.stub, method)(request, timeout=timeout, metadata=step.outgoing)
 
-    async def _stream(self, call: Any, step: Step) -> AsyncIterator[Any]:
+    async def _stream(self, method: str, request: Any, timeout: float) -> AsyncIterator[Any]:
+        step = self._step(method)
+        call = getattr(self.stub, method)(request, timeout=timeout, metadata=step.outgoing)
         try:
             with self._calling(step):
                 async for message in call:
@@ -146,8 +145,7 @@ class VisionClient(_Client):
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
         """Encode one image; the record is joined from its chunks when tensors were asked for."""
-        step = self._step("Encode")
-        messages = self._stream(self.stub.Encode(request, timeout=timeout, metadata=step.outgoing), step)
+        messages = self._stream("Encode", request, timeout)
         try:
             first = await anext(messages, None)
             if first is None or first.WhichOneof("payload") != "result":
@@ -164,21 +162,17 @@ class VisionClient(_Client):
         self, requests: AsyncIterator[vision_pb2.EncodeStreamRequest], *, timeout: float
     ) -> AsyncIterator[vision_pb2.EncodeStreamResponse]:
         """Many images over one stream, answered as each finishes."""
-        step = self._step("EncodeStream")
-        return self._stream(self.stub.EncodeStream(requests, timeout=timeout, metadata=step.outgoing), step)
+        return self._stream("EncodeStream", requests, timeout)
 
     async def fetch(self, key: bytes, *, timeout: float = 30.0) -> bytes:
         """A serialized record. Raises EMBEDDING_MISSING when the service has it no more."""
-        step = self._step("Fetch")
-        call = self.stub.Fetch(vision_pb2.FetchRequest(key=key), timeout=timeout, metadata=step.outgoing)
-        chunks = self._stream(call, step)
+        chunks = self._stream("Fetch", vision_pb2.FetchRequest(key=key), timeout)
         return await join(chunks, max_bytes=MAX_RECORD_BYTES)
 
     async def describe(self, *, timeout: float = 5.0) -> vision_pb2.VisionDescription:
         """What model it serves, within what limits."""
-        reply: vision_pb2.VisionDescription = await self._unary(
-            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
-        )
+        request, untraced = common_pb2.DescribeRequest(), Step(None)
+        reply: vision_pb2.VisionDescription = await self._unary("Describe", request, timeout, untraced)
         return reply
 
 
@@ -195,20 +189,15 @@ class LanguageClient(_Client):
         self, request: language_pb2.GenerateRequest, *, timeout: float = 600.0
     ) -> AsyncIterator[language_pb2.GenerateEvent]:
         """Stream an answer; closing the iterator cancels the work."""
-        step = self._step("Generate")
-        return self._stream(self.stub.Generate(request, timeout=timeout, metadata=step.outgoing), step)
+        return self._stream("Generate", request, timeout)
 
     async def score(self, request: language_pb2.ScoreRequest, *, timeout: float = 600.0) -> language_pb2.ScoreResponse:
         """Probabilities of choices."""
-        step = self._step("Score")
-        reply: language_pb2.ScoreResponse = await self._unary(
-            self.stub.Score(request, timeout=timeout, metadata=step.outgoing), step
-        )
+        reply: language_pb2.ScoreResponse = await self._unary("Score", request, timeout)
         return reply
 
     async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:
         """What model it serves, within what limits."""
-        reply: language_pb2.LanguageDescription = await self._unary(
-            self.stub.Describe(common_pb2.DescribeRequest(), timeout=timeout), Step(None)
-        )
+        request, untraced = common_pb2.DescribeRequest(), Step(None)
+        reply: language_pb2.LanguageDescription = await self._unary("Describe", request, timeout, untraced)
         return reply

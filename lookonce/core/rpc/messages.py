@@ -15,7 +15,6 @@ INLINE_BYTES = 4 << 20
 
 
 def reference_to_proto(reference: EmbeddingReference) -> common_pb2.ImageReference:
-    """The wire form of a reference."""
     t, h, w = reference.grid_thw
     return common_pb2.ImageReference(
         key=reference.key,

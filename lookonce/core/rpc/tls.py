@@ -20,7 +20,6 @@ class Tls:
 
     @property
     def enabled(self) -> bool:
-        """Whether anything is set."""
         return bool(self.certificate or self.key or self.ca)
 
 

@@ -65,20 +65,17 @@ class CircuitBreaker:
         return self._probe_at is not None
 
     async def get(self, key: bytes) -> memoryview | None:
-        """See EmbeddingStore."""
         if self._blocked():
             self._driver.metrics.lookup(False)
             return self._untold(None)
         return await self._guard(self._driver.get(key), None, tell=True)
 
     async def put(self, key: bytes, value: Value, *, ttl: float | None = None) -> bool:
-        """See EmbeddingStore."""
         if self._blocked():
             return self._untold(False)
         return await self._guard(self._driver.put(key, value, ttl=ttl), False, tell=True)
 
     async def contains(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         if self._blocked():
             return self._untold(False)
         return await self._guard(self._driver.contains(key), False, tell=True)
@@ -88,29 +85,23 @@ class CircuitBreaker:
         return await self._guard(self._driver.delete(key), False)
 
     async def discard(self, key: bytes, value: Value) -> None:
-        """See Store."""
         if not self._blocked():
             await self._guard(self._driver.discard(key, value), None)
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
-        """See Leases."""
         return True if self._blocked() else await self._guard(self._driver.acquire(name, owner, seconds), True)
 
     async def release(self, name: bytes, owner: bytes) -> None:
-        """See Leases."""
         if not self._blocked():
             await self._guard(self._driver.release(name, owner), None)
 
     async def ping(self) -> bool:
-        """See Store."""
         return await self._guard(self._driver.ping(), False)
 
     def stats(self) -> list[StoreStats]:
-        """See Store."""
         return [replace(stats, degraded=self.is_open) for stats in self._driver.stats()]
 
     async def close(self) -> None:
-        """Close the driver."""
         if self._probe is not None:
             await end_tasks(self._probe)
             self._probe = None

@@ -108,20 +108,16 @@ class EmbeddedStore:
         return kept
 
     async def contains(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         return await self._read(self._contains, key)
 
     async def delete(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         await self._change(_Write(lambda changes: changes.remove(key)))
         return True
 
     async def discard(self, key: bytes, value: Value) -> None:
-        """See Store."""
         await self._change(_Write(lambda changes: changes.discard(key, value)))
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
-        """See Leases."""
         look_first = time.monotonic() - self._refused < LOOK_FIRST_SECONDS
         if look_first and await self._read(self._held_by_other, name, owner):
             taken = False
@@ -132,11 +128,9 @@ class EmbeddedStore:
         return taken
 
     async def release(self, name: bytes, owner: bytes) -> None:
-        """See Leases."""
         await self._change(_Write(lambda changes: changes.release(name, owner)))
 
     async def ping(self) -> bool:
-        """See Store."""
         await self._read(self._contains, b"ping")
         return True
 

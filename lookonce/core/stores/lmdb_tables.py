@@ -34,11 +34,9 @@ class Entry:
 
     @staticmethod
     def unpack(raw: bytes | memoryview) -> Entry:
-        """From its bytes in the file."""
         return Entry(*_ENTRY.unpack(raw))
 
     def pack(self) -> bytes:
-        """Its bytes in the file."""
         return _ENTRY.pack(self.cost, self.used, self.expires)
 
 

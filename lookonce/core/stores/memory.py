@@ -50,7 +50,6 @@ class MemoryStore:
         self.metrics = StoreMetrics("memory", namespace)
 
     async def get(self, key: bytes) -> memoryview | None:
-        """See EmbeddingStore."""
         self._expire()
         entry = self._entries.get(key)
         self.metrics.lookup(entry is not None)
@@ -83,24 +82,20 @@ class MemoryStore:
         return True
 
     async def contains(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         self._expire()
         return key in self._entries
 
     async def delete(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         self._drop(key)
         self._publish()
         return True
 
     async def discard(self, key: bytes, value: Value) -> None:
-        """See Store."""
         entry = self._entries.get(key)
         if entry is not None and entry.value == bytes(value):
             await self.delete(key)
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
-        """See Leases."""
         now = self._clock()
         held = self._leases.get(name)
         if held is not None and held[0] != owner and held[1] > now:
@@ -109,20 +104,16 @@ class MemoryStore:
         return True
 
     async def release(self, name: bytes, owner: bytes) -> None:
-        """See Leases."""
         if self._leases.get(name, (b"", 0.0))[0] == owner:
             del self._leases[name]
 
     async def ping(self) -> bool:
-        """See Store."""
         return True
 
     def stats(self) -> list[StoreStats]:
-        """See Store."""
         return [replace(self.metrics.stats)]
 
     async def close(self) -> None:
-        """Forget everything."""
         self._entries.clear()
         self._expiry.clear()
         self._leases.clear()

@@ -60,7 +60,6 @@ class StoreMetrics:
         self._degraded = _DEGRADED.labels(*labels)
 
     def lookup(self, found: bool) -> None:
-        """Count a get: a hit or a miss."""
         if found:
             self.stats.hits += 1
             self._hits.inc()
@@ -69,7 +68,6 @@ class StoreMetrics:
             self._misses.inc()
 
     def put(self, kept: bool) -> None:
-        """Count a put: kept or refused."""
         if kept:
             self.stats.puts += 1
             self._puts.inc()
@@ -78,28 +76,23 @@ class StoreMetrics:
             self._refused.inc()
 
     def evicted(self, count: int) -> None:
-        """Count values removed for room."""
         if count:
             self.stats.evictions += count
             self._evictions.inc(count)
 
     def error(self) -> None:
-        """Count an operation that failed."""
         self.stats.errors += 1
         self._errors.inc()
 
     def corrupt(self) -> None:
-        """Count a value dropped because it failed verification."""
         self.stats.corrupt += 1
         self._corrupt.inc()
 
     def size(self, total: int, entries: int) -> None:
-        """Set the bytes and the number of values held."""
         self.stats.bytes, self.stats.entries = total, entries
         self._bytes.set(total)
         self._entries.set(entries)
 
     def degraded(self, degraded: bool) -> None:
-        """Say whether the store is kept out of use."""
         self.stats.degraded = degraded
         self._degraded.set(degraded)

@@ -94,7 +94,6 @@ class RedisStore:
         self._reader = ValueReader(client, bounds) if isinstance(client, aioredis.Redis) else None
 
     async def get(self, key: bytes) -> memoryview | None:
-        """See EmbeddingStore."""
         name = self._name(key)
         reader = self._client if self._reader is None else self._reader
         try:
@@ -125,43 +124,35 @@ class RedisStore:
         return True
 
     async def contains(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         name = self._name(key)
         return bool(await self._run(lambda: self._client.exists(name)))
 
     async def delete(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         name = self._name(key)
         if not isinstance(await self._run(lambda: self._client.unlink(name)), int):
             raise StoreFailure("redis did not confirm a delete")
         return True
 
     async def discard(self, key: bytes, value: Value) -> None:
-        """See Store."""
         name = self._name(key)
         await self._run(lambda: self._client.eval(_DISCARD, 1, name, bytes(value)))
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
-        """See Leases."""
         lease, milliseconds, longest = self._lease(name), max(1, round(seconds * 1000)), round(MAX_LEASE_SECONDS * 1000)
         return bool(await self._run(lambda: self._client.eval(_ACQUIRE, 1, lease, owner, milliseconds, longest)))
 
     async def release(self, name: bytes, owner: bytes) -> None:
-        """See Leases."""
         lease = self._lease(name)
         await self._run(lambda: self._client.eval(_RELEASE, 1, lease, owner))
 
     async def ping(self) -> bool:
-        """See Store."""
         await self._run(lambda: self._client.exists(self._name(b"ping")))
         return True
 
     def stats(self) -> list[StoreStats]:
-        """See Store."""
         return [replace(self.metrics.stats)]
 
     async def close(self) -> None:
-        """Close every connection."""
         if self._closed:
             return
         self._closed = True

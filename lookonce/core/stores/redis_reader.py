@@ -172,14 +172,12 @@ class _Connection(asyncio.BufferedProtocol):
         self._transport.abort()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.BaseProtocol."""
         self._transport = transport
         self._connections.add(self)
         with contextlib.suppress(OSError):  # the peer has gone already: it will be told
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.BaseProtocol."""
         self._connections.discard(self)
         self.lost.set()
         self._fail(RedisConnectionError("the connection was lost"))
@@ -189,7 +187,6 @@ class _Connection(asyncio.BufferedProtocol):
         return memoryview(self._line if self._value is None else self._value)[self._got :]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """See asyncio.BufferedProtocol."""
         if self._answer is None:
             self.abort()  # nobody asked
             return

@@ -54,7 +54,6 @@ class TieredStore:
                 await tier.put(key, value, ttl=ttl)
 
     async def contains(self, key: bytes) -> bool:
-        """See EmbeddingStore."""
         for tier in self._tiers:
             if await tier.contains(key):
                 return True
@@ -75,11 +74,9 @@ class TieredStore:
             await tier.discard(key, value)
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
-        """See Leases."""
         return await self._tiers[-1].acquire(name, owner, seconds)
 
     async def release(self, name: bytes, owner: bytes) -> None:
-        """See Leases."""
         await self._tiers[-1].release(name, owner)
 
     async def ping(self) -> bool:
@@ -87,11 +84,9 @@ class TieredStore:
         return all([await tier.ping() for tier in self._tiers])
 
     def stats(self) -> list[StoreStats]:
-        """See Store."""
         return [stats for tier in self._tiers for stats in tier.stats()]
 
     async def close(self) -> None:
-        """Close every tier."""
         for tier in self._tiers:
             await tier.close()
 

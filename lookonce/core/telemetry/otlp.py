@@ -56,7 +56,6 @@ class Exporter:
         return Step(Trace(f"{made.trace_id:032x}", f"{made.span_id:016x}", f"{made.trace_flags:02x}"), span)
 
     def close(self) -> None:
-        """Send the rest."""
         self._provider.shutdown()
 
 

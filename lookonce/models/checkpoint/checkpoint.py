@@ -57,10 +57,6 @@ class Checkpoint:
             )
         return content_identity(self.identity_files)
 
-    def tensors(self, half: Half) -> dict[str, Path]:
-        """File of every tensor of a half, by its name in the module."""
-        return {name: entry.file for name, entry in self.half_entries(half).items()}
-
     def half_entries(self, half: Half) -> dict[str, TensorEntry]:
         """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
         if half not in self.entries:

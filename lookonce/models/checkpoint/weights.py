@@ -8,10 +8,8 @@ that is replaced on disk can't change or crash a running service.
 from __future__ import annotations
 
 import os
-import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,15 +27,6 @@ Where = Callable[[str], torch.device]
 """Says on which device a tensor belongs, by its name in the module."""
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What loading one half took."""
-
-    bytes_read: int
-    tensors: int
-    seconds: float
-
-
 def load_weights(
     module: torch.nn.Module,
     checkpoint: Checkpoint,
@@ -45,16 +34,14 @@ def load_weights(
     *,
     dtype: torch.dtype,
     device: torch.device | str | Where = "cpu",
-) -> LoadReport:
+) -> None:
     """Fill a module built on the meta device with a half's weights, cast to `dtype` and placed on `device` (or each on
     its own).
 
-    The module's parameter names are those of `Checkpoint.tensors`. A head that the config ties and the checkpoint
-    doesn't store shares the embedding's parameter. Non-persistent buffers are computed by `materialize_buffers`. Raises
-    CheckpointError naming the tensor (and both shapes, and the file) for anything missing, unexpected or of another
-    shape.
+    The module's parameter names are those of `Checkpoint.half_entries`. A head that the config ties and the checkpoint
+    doesn't store shares the embedding's parameter. Raises CheckpointError naming the tensor (and both shapes, and the
+    file) for anything missing, unexpected or of another shape.
     """
-    started = time.perf_counter()
     where = _always(torch.device(device)) if isinstance(device, str | torch.device) else device
     entries = checkpoint.half_entries(half)
     expected = module.state_dict(keep_vars=True)
@@ -70,26 +57,7 @@ def load_weights(
     module.load_state_dict(state, strict=True, assign=True)
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
-    materialize_buffers(module, where)
     _check_nothing_on_meta(module)
-    bytes_read = sum(entry.nbytes for entry in entries.values())
-    return LoadReport(bytes_read, len(entries), time.perf_counter() - started)
-
-
-def materialize_buffers(module: torch.nn.Module, where: Where) -> None:
-    """Compute the buffers that no checkpoint stores (rotary frequencies), in float32, for every submodule on meta.
-
-    The owner is built anew from its own `config` off the meta device and its buffers are taken over.
-    """
-    for path, owner in module.named_modules():
-        hollow = [name for name, buffer in owner.named_buffers(recurse=False) if buffer.is_meta]
-        if not hollow:
-            continue
-        with torch.device("cpu"):
-            fresh = type(owner)(owner.config)
-        buffers = dict(fresh.named_buffers(recurse=False))
-        for name in hollow:
-            owner.register_buffer(name, buffers[name].to(where(f"{path}.{name}")), persistent=False)
 
 
 def _by_file(entries: dict[str, TensorEntry]) -> list[tuple[Path, list[tuple[str, TensorEntry]]]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from typing import Any
@@ -21,6 +21,7 @@ import orjson
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import image_digest
 from lookonce.moderation.batch.connect import Addresses, Served, connected
+from lookonce.moderation.batch.judge import Judge
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.poison_isolation import Suspected
 from lookonce.moderation.batch.run import Run
@@ -59,7 +60,6 @@ def to_record(item: Item) -> dict[str, Any]:
 
 
 def from_record(record: dict[str, Any]) -> Item:
-    """What `to_record` made."""
     kind = _LOCATORS[str(record["kind"])]
     fields = {name: record[name] for name in kind.__dataclass_fields__}
     for name in ("offset", "size"):
@@ -95,7 +95,7 @@ class Worker:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._stack = AsyncExitStack()
         connection = connected(addresses, self._policy, served, trials=False)
-        self._judge = self._await(self._stack.enter_async_context(connection))
+        self._judge: Judge = self._await(self._stack.enter_async_context(connection))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
         """A row for each input, as JSON; or, instead of all, what ends the run: of an exception Ray would make text."""
@@ -110,17 +110,14 @@ class Worker:
 
     async def _one(self, item: Item) -> bytes:
         try:
-            data, read_ms = await self._reader.read(item)
-        except LookonceError as error:
-            return _packed(Row(item.index, item.name, failure=Failure.of(error)), None)
-        digest = image_digest(data)
-        outcome, timings = None, Timings()
-        if await asyncio.wrap_future(self._claims.claim.remote(digest).future()):
-            try:
-                outcome, timings = await self._judge.judge(data)
-            except Suspected:
-                return orjson.dumps({"suspect": item.index})
-        return _packed(Row(item.index, item.name, digest, timings=replace(timings, read_ms=round(read_ms, 3))), outcome)
+            return _packed(*await _judge_item(self._reader, item, self._judge_once))
+        except Suspected:
+            return orjson.dumps({"suspect": item.index})
+
+    async def _judge_once(self, data: bytes) -> tuple[Outcome | None, Timings]:
+        if await asyncio.wrap_future(self._claims.claim.remote(image_digest(data)).future()):
+            return await self._judge.judge(data)
+        return None, Timings()
 
     def _await(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
@@ -171,17 +168,21 @@ async def _try(suspects: Sequence[Item], made: Plan, run: Run, waiting: dict[byt
     try:
         async with connected(made.addresses, made.policy, made.served) as judge:
             for item in suspects:
-                try:
-                    data, read_ms = await reader.read(item)
-                except LookonceError as error:
-                    row, outcome = Row(item.index, item.name, failure=Failure.of(error)), None
-                else:
-                    outcome, timings = await judge.judge(data)
-                    timings = replace(timings, read_ms=round(read_ms, 3))
-                    row = Row(item.index, item.name, image_digest(data), timings=timings)
-                await _record(run, [(row, outcome)], waiting, tally)
+                await _record(run, [await _judge_item(reader, item, judge.judge)], waiting, tally)
     finally:
         reader.close()
+
+
+async def _judge_item(
+    reader: Reader, item: Item, judge: Callable[[bytes], Awaitable[tuple[Outcome | None, Timings]]]
+) -> tuple[Row, Outcome | None]:
+    try:
+        data, read_ms = await reader.read(item)
+    except LookonceError as error:
+        return Row(item.index, item.name, failure=Failure.of(error)), None
+    outcome, timings = await judge(data)
+    timings = replace(timings, read_ms=round(read_ms, 3))
+    return Row(item.index, item.name, image_digest(data), timings=timings), outcome
 
 
 def _judged(

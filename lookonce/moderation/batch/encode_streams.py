@@ -29,7 +29,6 @@ class EncodeStream:
 
     @property
     def active(self) -> int:
-        """Images under way."""
         return len(self._waiting)
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float) -> Encoded:
@@ -53,7 +52,6 @@ class EncodeStream:
                 self._waiting.pop(number, None)
 
     async def close(self) -> None:
-        """End the stream."""
         self._outgoing.put_nowait(None)
         if self._reader is not None:
             await end_tasks(self._reader)

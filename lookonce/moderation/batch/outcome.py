@@ -40,12 +40,10 @@ class Outcome:
     failure: Failure | None = None
 
     def to_json(self) -> bytes:
-        """For the ledger."""
         return orjson.dumps(self)
 
     @classmethod
     def from_json(cls, data: bytes) -> Outcome:
-        """What `to_json` made."""
         fields: dict[str, Any] = orjson.loads(data)
         failure = fields.pop("failure")
         return cls(**fields, failure=Failure(**failure) if failure else None)
@@ -62,13 +60,7 @@ class Timings:
     embedding: str | None = None
 
     def to_json(self) -> bytes:
-        """For the ledger."""
         return orjson.dumps({name: value for name, value in vars(self).items() if value is not None})
-
-    @classmethod
-    def from_json(cls, data: bytes) -> Timings:
-        """What `to_json` made."""
-        return cls(**orjson.loads(data))
 
 
 @dataclass(frozen=True)

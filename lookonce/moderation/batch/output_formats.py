@@ -40,11 +40,9 @@ class Parquet:
     """Typed columns, compressed, each page with a checksum; the schema holds the manifest."""
 
     def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
-        """One part."""
         pq.write_table(columns.table(rows), path, compression="zstd", write_page_checksum=True)
 
     def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
-        """In groups of rows that are worth compressing."""
         with pq.ParquetWriter(path, columns.schema, compression="zstd", write_page_checksum=True) as writer:
             waiting: list[pa.Table] = []
             for part in parts:
@@ -56,7 +54,6 @@ class Parquet:
                 writer.write_table(pa.concat_tables(waiting))
 
     def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """In batches."""
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
@@ -65,20 +62,17 @@ class JsonLines:
     """An object a line."""
 
     def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
-        """One part."""
         with path.open("wb") as file:
             for row in rows:
                 file.write(orjson.dumps(columns.record(row), option=orjson.OPT_APPEND_NEWLINE))
 
     def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
-        """One part after the other."""
         with path.open("wb") as target:
             for part in parts:
                 with part.open("rb") as source:
                     shutil.copyfileobj(source, target)
 
     def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """In batches."""
         lines: list[dict[str, object]] = []
         with path.open("rb") as stream:
             for line in stream:
@@ -98,11 +92,9 @@ class Csv:
     """
 
     def write(self, path: Path, columns: Columns, rows: Sequence[Full]) -> None:
-        """One part, with its header."""
         pcsv.write_csv(_flat(columns.table(rows)), path)
 
     def join(self, path: Path, columns: Columns, parts: Sequence[Path]) -> None:
-        """One header, then all rows."""
         self.write(path, columns, [])
         header = path.stat().st_size
         with path.open("ab") as target:

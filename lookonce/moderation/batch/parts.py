@@ -82,11 +82,9 @@ class Output:
             self._lock = None
 
     def part(self, number: int) -> Path:
-        """The file of a part."""
         return self.parts / f"part-{number:06}.{self.form}"
 
     def written(self) -> list[Path]:
-        """The files of all parts."""
         return sorted(self.parts.glob(f"part-*.{self.form}"))
 
     def manifest(self) -> Manifest | None:

@@ -54,7 +54,6 @@ class SharedLock:
 
     @asynccontextmanager
     async def shared(self) -> AsyncIterator[None]:
-        """With others."""
         while not self._open.is_set():
             await self._open.wait()
         self._sharing += 1

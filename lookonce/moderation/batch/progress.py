@@ -22,7 +22,6 @@ class Meter:
         self._seen: deque[tuple[float, int]] = deque()
 
     def update(self, done: int, now: float | None = None) -> None:
-        """Note how far it is."""
         now = time.monotonic() if now is None else now
         if not self._seen or now - self._seen[-1][0] > 0.25:
             self._seen.append((now, done))
@@ -86,7 +85,6 @@ class Reporter:
             self.show(tally, self.meter)
 
     def show(self, tally: Tally, meter: Meter) -> None:
-        """Say how far it is."""
         self._say(line(tally, meter))
 
 

@@ -85,7 +85,6 @@ class Run:
         return index < self._parts * self._size or index in self._rows
 
     def fired(self, outcome: Outcome | None) -> bool:
-        """Whether any rule fired."""
         return outcome is not None and judge(self.manifest.policy.rules, outcome.scores).flagged
 
     def listed(self, count: int) -> None:
@@ -123,7 +122,6 @@ class Run:
         return total
 
     def close(self) -> None:
-        """Let go of everything."""
         self._thread.shutdown()
         self._ledger.close()
         self.output.release()

@@ -65,12 +65,10 @@ class Identity:
     part_rows: int
 
     def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Identity:
-        """What `to_json` made."""
         return cls(**{**fields, "models": Models(**fields["models"])})
 
     def judgement_key(self) -> str:
@@ -128,7 +126,6 @@ class Manifest:
     options: dict[str, Any]  # how the source is read again
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
         return {
             "version": 1,
             **self.identity.to_json(),

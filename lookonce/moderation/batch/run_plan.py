@@ -35,7 +35,6 @@ class Plan:
     manifest: Manifest
 
     def reader(self) -> Reader:
-        """Reads the source's images."""
         return open_reader(self.settings, self.served.max_image_bytes)
 
 

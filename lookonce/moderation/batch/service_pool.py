@@ -149,7 +149,6 @@ class ServiceConnection(Generic[C]):
         return process
 
     async def close(self) -> None:
-        """Stop waiting, close the channel."""
         if self._watcher is not None:
             await end_tasks(self._watcher)
         await self.client.close()
@@ -172,7 +171,6 @@ class VisionConnection(ServiceConnection[VisionClient]):
         self._clients = clients
 
     async def close(self) -> None:
-        """End the streams, close the channels."""
         await self.streams.close()
         await super().close()
         for client in self._clients[1:]:
@@ -191,7 +189,6 @@ class LanguageConnection(ServiceConnection[LanguageClient]):
         self.slots = asyncio.Semaphore(images)  # of follow-up questions
 
     async def close(self) -> None:
-        """End the calls, close the channel."""
         await self.calls.close()
         await super().close()
 
@@ -213,6 +210,5 @@ class ServicePool(Generic[L]):
             connection.active -= 1
 
     async def close(self) -> None:
-        """Close all."""
         for connection in self._connections:
             await connection.close()

@@ -94,7 +94,6 @@ class Rule(Body):
         return min(1.0, max(0.0, math.fsum(probabilities[choice] for choice in set(self.positive))))
 
     def fires(self, score: float) -> bool:
-        """The verdict."""
         return score >= self.threshold
 
 

@@ -47,9 +47,7 @@ class Request:
     unfinished: int = 0
     present: int = 0  # sequences that wait or run
     question_prefixes: dict[tuple[int, bytes], Node] = field(default_factory=dict)  # by parent and content
-    held: list[Node] = field(
-        default_factory=list
-    )  # of them, those detached included: until the last sequence has ended
+    held: list[Node] = field(default_factory=list)  # of them, until the last sequence has ended; also detached ones
 
 
 @dataclass(eq=False)

@@ -88,7 +88,6 @@ def stat(name: str) -> Entry:
 
 
 def open_file(name: str) -> IO[bytes]:
-    """Open for reading, seekable."""
     with translated(name):
         if not scheme_of(name):
             return open(name, "rb")

@@ -19,7 +19,6 @@ SHARDS = (".tar", ".tar.gz", ".tgz", ".parquet")
 
 
 def is_image(name: str) -> bool:
-    """By its suffix."""
     return PurePosixPath(name).suffix.lower() in IMAGES
 
 
@@ -44,7 +43,6 @@ class Files:
         return Extent(digest.hexdigest(), count)
 
     def entries(self) -> Iterator[tuple[str, Locator]]:
-        """One for each file."""
         for entry in self._listing():
             yield entry.name, FileAt(entry.name)
 
@@ -57,14 +55,12 @@ class Several:
         self._sources = sources
 
     def extent(self) -> Extent:
-        """All of them together."""
         extents = [source.extent() for source in self._sources]
         digest = blake3("\n".join(extent.digest for extent in extents).encode()).hexdigest()
         counts = [extent.count for extent in extents]
         return Extent(digest, None if None in counts else sum(count or 0 for count in counts))
 
     def entries(self) -> Iterator[tuple[str, Locator]]:
-        """Shard by shard."""
         for source in self._sources:
             yield from source.entries()
 

@@ -40,7 +40,6 @@ class Reader:
         return data, 1000 * (time.perf_counter() - started)
 
     def close(self) -> None:
-        """Let go of threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self._fetcher is not None:
             self._fetcher.close()

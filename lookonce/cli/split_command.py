@@ -60,8 +60,3 @@ def split(
     for half, path in report.paths.items():
         say(f"{half.value:<9} {format_size(report.weight_bytes[half]):>10}  {report.tensors[half]:>5} tensors  {path}")
     say(f"identity  {report.identity}")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command("split", help=HELP)(split)
