@@ -34,8 +34,7 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
         self,
         core: VisionCore,
         description: vision_pb2.VisionDescription,
-        *,
-        shrunk: Callable[[int, int], bool] | None = None,
+        shrunk: Callable[[int, int], bool] | None,
     ) -> None:
         """`shrunk`: whether an image of a width and height is resized below the checkpoint's own bound, unasked."""
         self._shrunk = shrunk

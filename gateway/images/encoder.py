@@ -61,4 +61,4 @@ class Encoder:
             self._bounds[client.address] = (now, description)
         if max_pixels >= description.max_pixels:
             return None
-        return max(max_pixels, description.min_pixels)
+        return max(max_pixels, description.min_pixels, description.least_pixels)

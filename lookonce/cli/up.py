@@ -95,9 +95,7 @@ class UpSettings(Settings):
         None, description="KV of image and text prefixes kept between requests; unset: a quarter of the free memory."
     )
     max_pixels: int | None = Field(
-        None,
-        ge=784,
-        description="Most pixels an image is resized to; unset: the checkpoint's own, on a CPU 1003520 at most.",
+        None, ge=1, description="Most pixels an image is resized to; unset: the model's own, on a CPU fewer."
     )
     store_bytes: Bytes | None = Field(None, description="Byte budget of the embedding store; unset: the store's own.")
     image_ttl: Seconds = Field(7 * 86400.0, description="How long an image is kept after its last upload.")
