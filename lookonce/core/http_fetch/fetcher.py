@@ -14,10 +14,8 @@ import structlog
 from prometheus_client import Counter
 
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
-from lookonce.core.http_fetch.pinned_connection import get, tls_context
-from lookonce.core.http_fetch.refusals import FetchBusy, FetchError, FetchTooLarge, Reason
-from lookonce.core.http_fetch.resolving import LookUp, Resolver, system_look_up
-from lookonce.core.http_fetch.target import Target, follow, parse_target
+from lookonce.core.http_fetch.pinned_connection import LookUp, Resolver, get, system_look_up, tls_context
+from lookonce.core.http_fetch.target import FetchBusy, FetchError, FetchTooLarge, Reason, Target, follow, parse_target
 from lookonce.core.units import format_size
 
 FETCHES = Counter("lookonce_gateway_fetches", "URLs fetched for clients, by what came of it.", ("outcome",))

@@ -10,7 +10,7 @@ from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.http_fetch.refusals import FetchError, FetchTooLarge, Reason
+from lookonce.core.http_fetch.target import FetchError, FetchTooLarge, Reason
 from lookonce.core.units import format_size
 from lookonce.moderation.batch.sources.filesystems import read_span
 from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Unusable, WebUrl
