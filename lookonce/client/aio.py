@@ -85,9 +85,10 @@ class AsyncClient:
         stream: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer | AsyncTextStream:
+        call = calls.chat(messages, options, model, stream=stream)
         if stream:
-            return AsyncTextStream(await self._open(calls.chat_stream(messages, options, model)))
-        return await self._send(calls.chat(messages, options, model))
+            return AsyncTextStream(await self._open(call))
+        return await self._send(call)
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -86,16 +86,14 @@ def moderate(content: Sequence[Any]) -> Call[Moderation]:
     return Call("POST", "/v1/moderations", lambda json: Moderation.of(json["results"][0]), {"json": body})
 
 
-def chat(messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None) -> Call[Answer]:
-    """A conversation, answered whole."""
-    return Call("POST", "/v1/chat/completions", completion_of, {"json": _chat(messages, options, model)})
-
-
-def chat_stream(
-    messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None
+def chat(
+    messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None, *, stream: bool = False
 ) -> Call[Answer]:
-    """A conversation, answered in events that TextAssembly takes."""
-    body = _chat(messages, options, model) | {"stream": True, "stream_options": {"include_usage": True}}
+    """A conversation, answered whole or, with `stream`, in events that TextAssembly takes."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    body = {**without_none({"model": model, **options}), "messages": [_message(turn) for turn in turns]}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     return Call("POST", "/v1/chat/completions", completion_of, {"json": body})
 
 
@@ -107,7 +105,7 @@ def ask_stream(image: str, question: str, options: QuestionOptions) -> Call[Answ
     messages: list[dict[str, Any]] = [{"role": "user", "content": [shown, text]}]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
-    return chat_stream(messages, sampling, None)
+    return chat(messages, sampling, None, stream=True)
 
 
 def image_part(image: str, detail: str | None = None) -> dict[str, Any]:
@@ -186,13 +184,6 @@ class TextAssembly:
 
     def _keep(self, **fields: Any) -> None:
         self._finished.update(without_none(fields))
-
-
-def _chat(messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None) -> dict[str, Any]:
-    turns: Iterable[Mapping[str, Any]] = (
-        [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    )
-    return {**without_none({"model": model, **options}), "messages": [_message(turn) for turn in turns]}
 
 
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:

@@ -109,9 +109,8 @@ class Client:
         >>> client.chat([{"role": "user", "content": [left, right, "What differs?"]}]).text
         'The right one has a red door.'
         """
-        if stream:
-            return TextStream(self._open(calls.chat_stream(messages, options, model)))
-        return self._send(calls.chat(messages, options, model))
+        call = calls.chat(messages, options, model, stream=stream)
+        return TextStream(self._open(call)) if stream else self._send(call)
 
     def close(self) -> None:
         """Close the connections."""

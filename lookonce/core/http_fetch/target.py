@@ -41,14 +41,17 @@ class Reason(StrEnum):
     BUSY = "busy"
 
 
+_KINDS = {
+    Reason.TOO_LARGE: (ErrorKind.IMAGE_TOO_LARGE, "image_too_large"),
+    Reason.BUSY: (ErrorKind.OVERLOADED, "overloaded"),
+}
+
+
 class FetchError(LookonceError):
-    """A URL that can't be fetched; has OpenAI's own code. `reason` and `host` are for the log alone."""
+    """A URL that can't be fetched; `code` is OpenAI's own. `reason` and `host` are for the log alone."""
 
-    code = "invalid_image_url"
-
-    def __init__(
-        self, reason: Reason, message: str, *, param: str, kind: ErrorKind = ErrorKind.INVALID_ARGUMENT, host: str = ""
-    ) -> None:
+    def __init__(self, reason: Reason, message: str, *, param: str, host: str = "") -> None:
+        kind, self.code = _KINDS.get(reason, (ErrorKind.INVALID_ARGUMENT, "invalid_image_url"))
         super().__init__(kind, message, param=param)
         self.reason = reason
         self.host = host
@@ -57,26 +60,6 @@ class FetchError(LookonceError):
 def no_usable_address(reason: Reason, param: str, host: str) -> FetchError:
     """One text for an unknown name and for a private address."""
     return FetchError(reason, f"the host of '{param}' has no public address", param=param, host=host)
-
-
-class FetchTooLarge(FetchError):
-    """More bytes than one image, or one request, may have."""
-
-    code = "image_too_large"
-
-    def __init__(self, message: str, *, param: str, host: str) -> None:
-        super().__init__(Reason.TOO_LARGE, message, param=param, kind=ErrorKind.IMAGE_TOO_LARGE, host=host)
-
-
-class FetchBusy(FetchError):
-    """Too many fetches under way."""
-
-    code = "overloaded"
-
-    def __init__(self, param: str) -> None:
-        super().__init__(
-            Reason.BUSY, "too many URLs are being fetched, try again", param=param, kind=ErrorKind.OVERLOADED
-        )
 
 
 MAX_URL_CHARS = 8192
