@@ -19,8 +19,7 @@ from gateway.routing.retries import STALE, Attempts
 from gateway.routing.variants import Variants
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient
-from lookonce.core.rpc.messages import reference_to_proto
-from lookonce.core.rpc.status_codes import from_proto
+from lookonce.core.rpc.messages import from_proto, reference_to_proto
 from protos.lookonce.v1 import language_pb2
 
 GRACE_SECONDS = 1.0

@@ -14,7 +14,7 @@ from lm_service.replies import Replies, item_scores
 from lm_service.requests import check_items, choices_of, messages_of
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.rpc.messages import to_proto
 from lookonce.core.tasks import gather_or_end
 from protos.lookonce.v1 import language_pb2
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookonce.core.errors import LookonceError
-from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto
-from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto, to_proto
 from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service import metrics

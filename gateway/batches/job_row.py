@@ -10,7 +10,7 @@ import orjson
 
 from gateway.batches.database import open_row
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
 _SEALER = Sealer("batch-rows")

@@ -31,7 +31,7 @@ from gateway.batches.lines import (
 )
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 
 ACTIVE = ("validating", "in_progress", "cancelling")
 End = Literal["completed", "expired", "cancelled"]

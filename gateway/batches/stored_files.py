@@ -14,7 +14,7 @@ import structlog
 
 from gateway.batches.database import CORRUPT, Database, Page, intact, open_row, page
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 from lookonce.core.units import format_size
 
 CHUNK = 256 * 1024

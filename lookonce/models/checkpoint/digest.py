@@ -15,8 +15,7 @@ from blake3 import blake3
 
 from lookonce.core.atomic_files import write_durably
 from lookonce.core.errors import CheckpointError
-from lookonce.core.identity import canonical_json
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer, canonical_json
 
 CACHE_DIR_VARIABLE = "LOOKONCE_CACHE_DIR"
 _CHUNK_BYTES = 32 << 20

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import Encoded, VisionClient, encoded_from_proto
-from lookonce.core.rpc.status_codes import from_proto
+from lookonce.core.rpc.messages import from_proto
 from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import vision_pb2
 

@@ -9,8 +9,7 @@ from functools import partial
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import reference_to_proto
-from lookonce.core.rpc.status_codes import from_proto
+from lookonce.core.rpc.messages import from_proto, reference_to_proto
 from lookonce.moderation import judging
 from lookonce.moderation.batch.outcome import SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.moderation.batch.poison_isolation import PoisonIsolation, ServiceCrashed, plain_image

@@ -18,7 +18,7 @@ import orjson
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.run_identity import Identity
 
