@@ -33,7 +33,7 @@ from lookonce.models.kernels.attention.structs import (
     SharedSplit,
     SuffixAttention,
 )
-from lookonce.models.kernels.structs import Along, Call, Ints, Structs, addresses
+from lookonce.models.kernels.structs import Along, Call, Ints, Structs, addresses, joined
 from lookonce.models.text_adapter import ModelShape
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ def _split(spans: Sequence[SharedSpan], begin: int, end: int, heads: Heads) -> S
         items.append(cut.reshape(-1))
         items[-1]["place"] = place + np.arange(cut.size) * (height * (heads.size + 2))
         place += cut.size * height * (heads.size + 2)
-    return Split(begin, end, inside, np.concatenate(items), splits, place)
+    return Split(begin, end, inside, joined(items), splits, place)
 
 
 def _seen(splits: list[Split], tokens: int) -> tuple[Ints, Ints]:
@@ -213,7 +213,7 @@ class KernelAttention:
 
     def __init__(self, kernels: AttentionKernels, shape: ModelShape, pool: SuffixPool) -> None:
         """`shape` has one stage, on the CPU."""
-        self.kernels, self.shape, self.pool = kernels, shape, pool
+        self.kernels, self.shape, self.pool, self.sizes = kernels, shape, pool, kernels.heads.sizes
         (buffer,) = pool.buffers
         self.pool_keys, self.pool_values, self.pool_size = Along(buffer[:, 0]), Along(buffer[:, 1]), buffer.shape[2]
         self._partial = torch.empty(0)
@@ -231,20 +231,16 @@ class KernelAttention:
 
     def spans(self, nodes: Sequence[Node]) -> Structs:
         """KVSpan [layers, nodes]."""
-        if not nodes:
-            return KVSpan.zeros(self.shape.layers, 0)
-        return np.stack([self._span(node) for node in nodes], axis=1)
+        return joined([KVSpan.zeros(self.shape.layers, 0), *map(self._span, nodes)])
 
     def _span(self, node: Node) -> Structs:
-        """KVSpan [layers]. A KV stays where it is."""
+        """KVSpan [layers, 1]. A KV stays where it is."""
         known = self._spans.get(node.kv)
         if known is None:
             (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
             tensors = {"keys": Along(kv[:, 0]), "values": Along(kv[:, 1])}
-            known = KVSpan.fill(
-                KVSpan.zeros(self.shape.layers), self.kernels.heads.sizes, tokens=node.length, **tensors
-            )
-            self._spans[node.kv] = known
+            known = KVSpan.fill(KVSpan.zeros(self.shape.layers), self.sizes, tokens=node.length, **tensors)
+            known = self._spans[node.kv] = known.reshape(-1, 1)
         return known
 
 
@@ -257,7 +253,6 @@ class AttendByKernels:
         self._suffixes = None if suffixes is None else _Suffixes(own, suffixes)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `Attend`."""
         out = q.new_empty((q.shape[0], q.shape[1] * q.shape[2]))
         self._kernels.run(self.calls(q, k, v, out, slice(layer, layer + 1))[0])
         return out
@@ -265,7 +260,6 @@ class AttendByKernels:
     def calls(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
     ) -> Structs:
-        """See `Attend`."""
         found = []
         if self._prefills is not None:
             found.append(self._prefills.calls(q, k, v, out, layers))
@@ -273,14 +267,15 @@ class AttendByKernels:
             if self._first:
                 q, k, v, out = (x[self._first :] for x in (q, k, v, out))
             found.append(self._suffixes.calls(q, k, v, out, layers))
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+        return found[0] if len(found) == 1 else joined(found)
 
 
 class _Prefills:
     """Stores new keys and values of prefixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: PrefillPlan) -> None:
-        self._kernel, self._heads, self._plan = own.kernels.prefill, own.kernels.heads, plan
+        self._kernel, self._plan = own.kernels.prefill, plan
+        self._sizes = {**own.sizes, "tokens": len(plan.places)}
         self._spans = own.spans([node for span in plan.spans for node in (*span.ancestors, span.node)])
         self._structs = PrefillAttention.fill(
             PrefillAttention.zeros(own.shape.layers),
@@ -300,7 +295,7 @@ class _Prefills:
         """See `Attend`: [layers, 1]. In the last layer `out` is not written."""
         structs = self._structs[layers]
         structs["store_counter"] = structs["attend_counter"] = 0
-        PrefillAttention.fill(structs, self._heads.sizes, query=q, key=k, value=v, out=out)
+        PrefillAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
         return _calls(self._kernel, [structs])
 
 
@@ -308,12 +303,14 @@ class _Suffixes:
     """Stores new keys and values of suffixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: SuffixPlan) -> None:
-        self._kernel, suffixes, heads = own.kernels.attend, plan.suffixes, own.kernels.heads
-        partial = own.partial(max(split.partial for split in plan.splits))
-        self._sizes = {**heads.sizes, "total": len(suffixes.visible), "partial_count": partial.numel()}
+        self._kernel, suffixes = own.kernels.attend, plan.suffixes
+        partial_count = max(split.partial for split in plan.splits)
+        partial = own.partial(partial_count)
+        self._sizes = {**own.sizes, "total": len(suffixes.visible)}
         sizes = {
             **self._sizes,
             "pool_size": own.pool_size,
+            "partial_count": partial_count,
             "mask_count": len(suffixes.masks),
             "seen_places": len(suffixes.visible) + 1,
             "seen_count": int(plan.seen[-1]),
@@ -334,7 +331,7 @@ class _Suffixes:
             barrier=own.kernels.barrier(),
         )
         self._held = [plan, partial]  # what the structs point to
-        self._splits = [self._split(own, structs.copy(), split) for split in plan.splits]
+        self._splits = [self._split(own, joined([structs]), split) for split in plan.splits]
         self._splits[0]["stored"] = len(suffixes.visible)
 
     def _split(self, own: KernelAttention, structs: Structs, split: Split) -> Structs:
