@@ -28,13 +28,12 @@ import torch
 from PIL import Image
 
 from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Pictures, image, question
-from lm_service.engine.answer import Answer
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
-from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.prefix_cache.pool import KV
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Sampling, ScoreItem, Scoring

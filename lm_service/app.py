@@ -16,10 +16,10 @@ from lm_service.engine.types import Engine
 from lm_service.metrics import METRICS
 from lm_service.peers import AcceptedEncoders, VisionPeers
 from lm_service.prompt import PromptBuilder
-from lm_service.replies import Replies
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
 from lm_service.template import ChatTemplate, load_template
+from lm_service.wire import Replies
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.process import heap_frozen
@@ -90,7 +90,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         checkpoint.config,
         context_length=engine.describe().model.context_length,
         max_images=settings.max_images,
-        check_fingerprint=resolver.check,
+        check_fingerprint=accepted.check,
     )
     servicer = LanguageServicer(
         engine=engine,

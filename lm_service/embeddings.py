@@ -118,15 +118,11 @@ class EmbeddingResolver:
         self._accepted = accepted
         self._flights: Flights[tuple[Rows, EmbeddingSource]] = Flights()
 
-    def check(self, reference: EmbeddingReference) -> None:
-        """Raise FINGERPRINT_MISMATCH, naming both sides, for an encoder that isn't this model's."""
-        self._accepted.check(reference.fingerprint)
-
     async def load(
         self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
     ) -> tuple[R, EmbeddingSource]:
         """See `EmbeddingLoader.load`; also raises FINGERPRINT_MISMATCH."""
-        self.check(reference)
+        self._accepted.check(reference)
         rows, source = self.tensors.get(reference), EmbeddingSource.TENSOR_CACHE
         if rows is None:
             try:

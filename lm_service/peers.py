@@ -10,6 +10,7 @@ import structlog
 from lm_service.metrics import METRICS
 from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.tasks import end_tasks, keep_running
 from lookonce.models.checkpoint import Checkpoint
@@ -36,16 +37,12 @@ class AcceptedEncoders:
         ways = ("none",) if encoder_quantization == "none" else SCHEMES
         return cls([checkpoint.encoder_spec(dtype, way).fingerprint() for dtype in dtypes for way in ways])
 
-    def accepts(self, fingerprint: str) -> bool:
-        """Whether embeddings of this encoder are taken."""
-        return fingerprint in self.fingerprints
-
-    def check(self, fingerprint: str) -> None:
+    def check(self, reference: EmbeddingReference) -> None:
         """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
-        if not self.accepts(fingerprint):
+        if reference.fingerprint not in self.fingerprints:
             raise LookonceError(
                 ErrorKind.FINGERPRINT_MISMATCH,
-                f"the image was encoded by {fingerprint[:64]!r}, this language model takes "
+                f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes "
                 f"{', '.join(self.fingerprints)}: the two services run different models or settings",
                 param="image.fingerprint",
             )
@@ -63,7 +60,7 @@ class VisionPeer:
     @property
     def usable(self) -> bool:
         """Whether it is known to run an encoder of this model."""
-        return self.fingerprint is not None and self._accepted.accepts(self.fingerprint)
+        return self.fingerprint in self._accepted.fingerprints
 
     async def describe(self) -> None:
         """Ask what it runs, and log it when that is news."""

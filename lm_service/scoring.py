@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from lm_service.engine.types import Engine, ScoreItem, Scoring, Timings, by_images
 from lm_service.metrics import METRICS, TracePhases
 from lm_service.prompt import SHORT, PromptBuilder, PromptThread
-from lm_service.replies import Replies, item_scores
-from lm_service.requests import check_items, choices_of, messages_of
+from lm_service.wire import Replies, check_items, choices_of, item_scores, messages_of
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.messages import to_proto

@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import TokenTable
 from lookonce.core.errors import invalid
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
 from lookonce.models.family import Family

@@ -100,7 +100,7 @@ PLANTED = {
     "the client leans on errors and the version": ("lookonce/client/request_options.py", "import lookonce.core.stores"),
     "the gateway leans on core, the policy and the judge": ("gateway/auth.py", "import lookonce.models.registry"),
     "services know nothing of each other": ("gateway/auth.py", "import vision_service.settings"),
-    "nobody imports the command line": ("lm_service/replies.py", "import lookonce.cli.console"),
+    "nobody imports the command line": ("lm_service/wire.py", "import lookonce.cli.console"),
     "the command line loads settings of services, nothing else of them": ("lookonce/cli/ask.py", "import gateway.auth"),
     "torch is for models and the model services": ("lookonce/core/record.py", "import torch"),
     "kernels are behind one door": ("lookonce/models/linear.py", "import lookonce.models.kernels.panels"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lookonce.models.kernels import omp_team
+from lookonce.models.kernels import program
 from lookonce.models.kernels.compiling import LANES
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, panels_serve
 from lookonce.models.kernels.products import HEIGHT, WIDTH
@@ -54,7 +54,7 @@ def test_a_row_is_the_same_among_any_others_and_by_any_number_of_threads(depth, 
         assert torch.equal(unit(x[begin:end]), gated[begin:end])
     monkeypatch.setattr("lookonce.models.kernels.panels._SINGLE_THREADED", 0)
     for threads in (1, 2, 3):
-        monkeypatch.setattr(omp_team, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(program, "threads", lambda threads=threads: threads)
         assert torch.equal(linear(x), whole) and torch.equal(unit(x), gated)
 
 
@@ -79,7 +79,7 @@ def test_whom_they_serve():
 
 
 def test_threads_that_they_could_not_use_are_left_to_others(monkeypatch):
-    monkeypatch.setattr(omp_team, "_PARALLEL", None)  # another OpenMP than libgomp
+    monkeypatch.setattr(program, "_PARALLEL", None)  # another OpenMP than libgomp
     before = torch.get_num_threads()
     try:
         for count in (1, 2):

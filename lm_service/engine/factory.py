@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import TokenTable
 from lm_service.engine.types import Engine
 from lm_service.settings import LanguageSettings
 from lookonce.core import plugins

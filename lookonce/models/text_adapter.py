@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -36,17 +37,17 @@ class ModelShape:
     stages: tuple[Stage, ...]  # where the layers are, in order
     position_rows: int = 1  # r of the positions [r, T]: 3 for M-RoPE
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Where a step begins: that of the embedding and the first layer."""
         return self.stages[0].device
 
-    @property
+    @cached_property
     def group(self) -> int:
         """Query heads per key-value head."""
         return self.heads // self.kv_heads
 
-    @property
+    @cached_property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers."""
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lm_service.engine.answer import Answer
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lm_service.engine.packed.execution import kernel_plan
+from lm_service.engine.packed.execution import kernel_attention
 from lm_service.engine.packed.execution.attention import SharedSpan
-from lm_service.engine.packed.execution.kernel_attention import AttendByKernels, KernelAttention
-from lm_service.engine.packed.execution.kernel_plan import Suffixes, plan_suffixes
-from lm_service.engine.packed.prefix_cache.kv import KV
-from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lm_service.engine.packed.execution.kernel_attention import (
+    AttendByKernels,
+    KernelAttention,
+    Suffixes,
+    plan_suffixes,
+)
+from lm_service.engine.packed.prefix_cache.pool import KV, SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.compiled import attention_kernels, text_rows
 from lookonce.models.kernels.attention import kernels as attention
@@ -155,7 +158,7 @@ def test_in_splits_and_on_one_thread_the_bits_are_the_same(size, group, kv_heads
     cut = Scene(made, [700, 20, 513], suffixes)
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if threads > 1 else 3)
-    monkeypatch.setattr(kernel_plan, "_ROOM", 20_000)
+    monkeypatch.setattr(kernel_attention, "_ROOM", 20_000)
     try:
         again = cut.check()
     finally:

@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from lm_service.engine.packed.execution.attention import PrefillSpan
-from lm_service.engine.packed.execution.kernel_attention import AttendByKernels, KernelAttention
-from lm_service.engine.packed.execution.kernel_plan import plan_prefills
-from lm_service.engine.packed.prefix_cache.kv import KV
-from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lm_service.engine.packed.execution.kernel_attention import AttendByKernels, KernelAttention, plan_prefills
+from lm_service.engine.packed.prefix_cache.pool import KV, SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.compiled import attention_kernels
 from tests.engine.test_native import LAYERS, SIZES, shape_of

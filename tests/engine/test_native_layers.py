@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lm_service.engine.packed.execution import kernel_plan
+from lm_service.engine.packed.execution import kernel_attention
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.models.kernels import text_layers as layers
 from tests.engine.lab import ask, generation, picture, prompt, words
@@ -28,7 +28,7 @@ async def results(lab, **options):
 @pytest.mark.parametrize("splits", [False, True])
 async def test_the_same_bits_as_one_by_one(lab, options, splits, monkeypatch):
     if splits:
-        monkeypatch.setattr(kernel_plan, "_ROOM", 1)
+        monkeypatch.setattr(kernel_attention, "_ROOM", 1)
     program = await results(lab, **options)
     compiled, lab.adapter._compiled = lab.adapter._compiled, None
     try:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lm_service.engine.packed.execution.batch import Batch
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.prefix_cache.tree import PrefixCache
-from lm_service.engine.packed.scheduling.prefills import Prefills
+from lm_service.engine.packed.scheduling.batch import Batch, Prefills
 from lm_service.engine.packed.scheduling.sequence import Request
 from tests.engine import lab as laboratory
 from tests.engine.lab import prompt, words

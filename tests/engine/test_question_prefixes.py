@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_service.engine.packed.scheduling.question_prefixes import find_shared_ends
+from lm_service.engine.packed.scheduling.prefix_policy import find_shared_ends
 from lm_service.engine.types import ScoreItem, Scoring
 from tests.engine.lab import ask, generation, picture, prompt, words
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_service.engine.answer import Answer, StopMatcher
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import Answer, StopMatcher, TokenTable
 from lm_service.engine.types import FinishReason, Sampling
 from lm_service.template import load_template
 from lookonce.models.qwen2_vl.config import FAMILY

@@ -191,7 +191,7 @@ def test_a_huge_image_is_refused_before_its_placeholders_are_laid_out(builder):
 
 def test_another_encoders_image_is_refused_naming_both_sides(checkpoint_path, tokenizer):
     accepted = AcceptedEncoders(["a" * 64, "b" * 64])
-    strict = make_builder(checkpoint_path, tokenizer, check_fingerprint=lambda r: accepted.check(r.fingerprint))
+    strict = make_builder(checkpoint_path, tokenizer, check_fingerprint=accepted.check)
     assert strict.build([Message("user", (image(fingerprint="a" * 64),))]).images
     with pytest.raises(LookonceError) as caught:
         strict.build([Message("user", (image(),))])

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from lm_service.engine.types import Sampling
-from lm_service.requests import check_forget, check_ids, check_items, choices_of, messages_of, sampling_of, timeout_of
+from lm_service.wire import check_forget, check_ids, check_items, choices_of, messages_of, sampling_of, timeout_of
 from lookonce.core.errors import ErrorKind, LookonceError
 from protos.lookonce.v1 import common_pb2, language_pb2
 

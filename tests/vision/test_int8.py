@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from lm_service.peers import AcceptedEncoders
 from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA, SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.linear import Int8Linear
 from lookonce.models.quantization import CudaRows, WidenedWeights, check_usable, scheme
@@ -89,12 +91,13 @@ def test_int8_is_another_encoder(checkpoint_path):
     assert len(set(prints.values())) == 4
     assert scheme("none", CPU) == "none" and scheme("int8", CPU) == ON_CPU
     assert scheme("int8", torch.device("cuda:0")) == ON_CUDA and scheme("int8", torch.device("mps")) == ELSEWHERE
+    image = EmbeddingReference(bytes(32), prints["none"], bytes(32), (1, 2, 2), 1, 2, 2)
     plain = AcceptedEncoders.of(checkpoint, "float32")
     small = AcceptedEncoders.of(checkpoint, "float32", "int8")
-    plain.check(prints["none"])
+    plain.check(image)
     for way in SCHEMES:
-        small.check(prints[way])
+        small.check(replace(image, fingerprint=prints[way]))
     for accepted, wrong in ((plain, prints[ON_CPU]), (small, prints["none"])):
         with pytest.raises(LookonceError) as caught:
-            accepted.check(wrong)
+            accepted.check(replace(image, fingerprint=wrong))
         assert caught.value.kind is ErrorKind.FINGERPRINT_MISMATCH

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import TokenTable
 from lm_service.engine.packed.device_map import place, wanted
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions

@@ -11,12 +11,11 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.execution.batch import Batch, PrefixPrefill
-from lm_service.engine.packed.execution.postprocess import extend_answers, extend_scores, outputs, split_bad
-from lm_service.engine.packed.execution.runner import Runner
+from lm_service.engine.packed.execution.runner import Runner, extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import PrefixCache
+from lm_service.engine.packed.scheduling.batch import Batch, PrefixPrefill
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import Delta, EngineState, Finish

@@ -15,14 +15,13 @@ from functools import partial
 import structlog
 import torch
 
-from lm_service.engine.answer import Answer
-from lm_service.engine.detokenizer import TokenTable
+from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
-from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
+from lm_service.engine.packed.scheduling.batch import PrefixPrefill
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
 from lm_service.engine.packed.self_check import is_batch_invariant
 from lm_service.engine.sampling import SamplerState

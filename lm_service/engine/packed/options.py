@@ -20,7 +20,7 @@ class PackedOptions:
     prefix_bytes: int | None = None  # KV of shared prefixes, kept from one request to the next
     step_tokens: int = 512  # most prefill tokens of a step in which someone decodes
     burst_tokens: int = 4096  # most prefill tokens of a step in which nobody does
-    step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `budget.py`
+    step_seconds: float = 1.0  # prefill tokens are fewer where a step would take longer; see `StepBudget`
     slab_tokens: int = 4096  # tokens of one slab of the pool, and the longest suffix of a sequence
     inline_tokens: int | None = None  # prefixes shorter than this are copied into each sequence, not shared; see below
     long_suffix_tokens: int = 256  # unshared text from this length on becomes a prefix of its own

@@ -11,8 +11,8 @@ import structlog
 import torch
 
 from lm_service.engine.packed.core import EngineCore
-from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.scheduling.batch import PrefixPrefill
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem, Scoring
 from lookonce.core.errors import LookonceError

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from lookonce.models.kernels.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
-from lookonce.models.kernels.omp_team import run, threads
 from lookonce.models.kernels.products import WIDTH, Product, write_products
-from lookonce.models.kernels.program import Kernel
+from lookonce.models.kernels.program import Kernel, run, threads
 from lookonce.models.kernels.structs import joined
 
 _SINGLE_THREADED = 1 << 19  # multiplications up to which other threads don't pay

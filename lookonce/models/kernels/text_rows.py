@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import Compiled, compiled_or_none, lanes_for
-from lookonce.models.kernels.omp_team import run
+from lookonce.models.kernels.program import run
 from lookonce.models.kernels.structs import FLOAT32, INT64, Struct, integer, pointer
 
 _CHUNK = 8  # rows that a thread takes at once

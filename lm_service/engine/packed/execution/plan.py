@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from lm_service.engine.packed.execution.attention import AttentionPlan, PrefillSpan, SharedSpan, SuffixBatch
-from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, SuffixChunk
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, SuffixChunk
 from lookonce.models.text_adapter import ModelShape
 
 _SPARSE = 2  # slots are read in place unless more than every second one would be read in vain

@@ -1,5 +1,5 @@
-"""KV memory of running sequences: a buffer on each device, allocated once, cut into slabs and those into slots of one
-capacity.
+"""Keys and values of neighbouring tokens, and the memory of running sequences: a buffer on each device, allocated once,
+cut into slabs and those into slots of one capacity.
 
 A slab allocator (Bonwick, 1994): the slots of a slab lie at equal distances, so that attention over all of them is one
 batched product over a view. Knows nothing of sequences; never takes more than its budget.
@@ -9,14 +9,67 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
-from lm_service.engine.packed.prefix_cache.kv import KV
 from lookonce.core.errors import invalid
 from lookonce.models.text_adapter import ModelShape, Stage
+
+
+class KV:
+    """`parts`: one [layers of the stage, 2, kv_heads, T, d] for each stage of the model, on the stage's device."""
+
+    def __init__(self, parts: Sequence[torch.Tensor] = ()) -> None:
+        self.parts = tuple(parts)
+
+    @classmethod
+    def empty(cls, shape: ModelShape, tokens: int) -> KV:
+        """Room for so many tokens, not yet written."""
+        return cls(
+            [
+                torch.empty(
+                    (stage.layers, 2, shape.kv_heads, tokens, shape.head_dim), dtype=shape.dtype, device=stage.device
+                )
+                for stage in shape.stages
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.nbytes for part in self.parts)
+
+    def cut(self, start: int, end: int | None = None) -> KV:
+        """A view of the tokens [start, end)."""
+        return KV([part[..., start:end, :] for part in self.parts])
+
+    def copy_(self, other: KV) -> None:
+        """Take over the numbers of as many tokens."""
+        for mine, theirs in zip(self.parts, other.parts, strict=True):
+            mine.copy_(theirs)
+
+    def clone(self) -> KV:
+        """The same in memory of its own."""
+        return KV([part.clone() for part in self.parts])
+
+    def zero_(self) -> None:
+        """Make all numbers zero."""
+        for part in self.parts:
+            part.zero_()
+
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite."""
+        return all(bool(part.isfinite().all()) for part in self.parts)
+
+    @cached_property
+    def layers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [kv_heads, T, d] of each layer, views. Compiled kernels do without: they want addresses."""
+        return [(layer[0], layer[1]) for part in self.parts for layer in part.unbind(0)]
+
 
 _LEAST_CAPACITY = 32
 _LEAST_SLAB = 64

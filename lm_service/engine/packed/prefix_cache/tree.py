@@ -15,7 +15,7 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from lm_service.engine.packed.prefix_cache.content import Content, Head, PromptContent, common_length, text_content
-from lm_service.engine.packed.prefix_cache.kv import KV
+from lm_service.engine.packed.prefix_cache.pool import KV
 from lm_service.engine.types import ImageSpan
 from lookonce.models.text_adapter import ModelShape
 

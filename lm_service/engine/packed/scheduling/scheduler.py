@@ -11,15 +11,12 @@ from collections.abc import Callable, Collection
 
 import numpy as np
 
-from lm_service.engine.packed.execution.batch import Batch, PrefillChunk, PrefixPrefill, SuffixChunk
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
-from lm_service.engine.packed.scheduling.budget import Counters, StepBudget
-from lm_service.engine.packed.scheduling.prefills import Prefills
-from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, PrefixPolicy
-from lm_service.engine.packed.scheduling.question_prefixes import QuestionPrefixes
-from lm_service.engine.packed.scheduling.queue import FairQueue
+from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, Prefills, PrefixPrefill, SuffixChunk
+from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, PrefixPolicy, QuestionPrefixes
+from lm_service.engine.packed.scheduling.queue import Counters, FairQueue, StepBudget
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import EmbeddingSource
 from lookonce.core.errors import ErrorKind, LookonceError

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from lm_service.engine.packed.execution.choices import trie_of
 from lm_service.engine.packed.prefix_cache.content import Head, PromptContent, prompt_contents
-from lm_service.engine.packed.scheduling.question_prefixes import find_shared_ends
+from lm_service.engine.packed.scheduling.prefix_policy import find_shared_ends
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Scoring, Timings, by_images
 

@@ -12,14 +12,13 @@ from functools import lru_cache
 
 from llvmlite import ir
 
+from lookonce.models.kernels import program
 from lookonce.models.kernels.attention.attend_own import AttendOwn
 from lookonce.models.kernels.attention.attend_shared import AttendShared
 from lookonce.models.kernels.attention.prefill import PrefixPrefill
 from lookonce.models.kernels.attention.structs import Heads, SuffixAttention
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import VECTORS, Compiled, compiled_or_none, lanes_for
-from lookonce.models.kernels.omp_team import barrier
-from lookonce.models.kernels.program import run_program
 from lookonce.models.kernels.structs import Structs
 
 
@@ -34,15 +33,13 @@ class AttentionKernels:
         self.prefill = self._code.address("prefill")
         """Address of a function of a pointer to a `PrefillAttention`."""
 
-    @staticmethod
-    def barrier() -> int:
-        """What the structs' field of that name holds."""
-        return barrier()
+    barrier = staticmethod(program.barrier)
+    """What the structs' field of that name holds."""
 
     @staticmethod
     def run(calls: Structs) -> None:
         """Make calls, a `Call` each, one after the other."""
-        run_program(calls, single_threaded=False)
+        program.run_program(calls, single_threaded=False)
 
 
 def kernels_for(head_dim: int, group: int, kv_heads: int) -> AttentionKernels | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from lookonce.models.kernels.structs import BYTE, FLOAT32, INT64, Struct, integer, pointer
 
@@ -25,12 +26,12 @@ class Heads:
     lanes: int
     vectors: int
 
-    @property
+    @cached_property
     def block(self) -> int:
         """Rows of a block: query heads of tokens that see the same keys."""
         return self.lanes * self.vectors
 
-    @property
+    @cached_property
     def block_tokens(self) -> int:
         """Tokens whose rows fill a block; 0: the heads of one token are too many."""
         return self.block // self.group
@@ -40,7 +41,7 @@ class Heads:
         """Of scores, whose weights are powers of two."""
         return float(self.size**-0.5) * LOG2_E
 
-    @property
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """By the names that shapes go by."""
         return {"size": self.size, "heads": self.group * self.kv_heads, "kv_heads": self.kv_heads}

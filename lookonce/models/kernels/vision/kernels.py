@@ -14,8 +14,7 @@ from llvmlite import ir
 from torch import nn
 
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
-from lookonce.models.kernels.omp_team import barrier
-from lookonce.models.kernels.program import Kernel, run_kernels
+from lookonce.models.kernels.program import Kernel, barrier, run_kernels
 from lookonce.models.kernels.structs import Structs
 from lookonce.models.kernels.vision.attention import Attention, Block, Heads, write_attention
 from lookonce.models.kernels.vision.rows import Gelu, LayerNorm, Lookup, write_gelu, write_lookup, write_norm
