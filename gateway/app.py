@@ -14,9 +14,8 @@ from gateway.images.erasure import Eraser
 from gateway.images.image_records import ImageRecords
 from gateway.images.image_store import ImageStores, StoreWithSpare
 from gateway.images.library import ImageLibrary
-from gateway.routing.discovery import open_replicas
-from gateway.routing.variants import Variant, Variants, VariantSpec
-from gateway.served_model import ServedModel
+from gateway.routing.replicas import open_replicas
+from gateway.routing.variants import ServedModel, Variant, Variants, VariantSpec
 from gateway.settings import GatewaySettings, distinct
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.process import heap_frozen

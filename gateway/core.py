@@ -10,8 +10,7 @@ from gateway.images.erasure import Eraser
 from gateway.images.image_records import ImageRecords
 from gateway.images.image_store import StoreWithSpare
 from gateway.images.library import ImageLibrary
-from gateway.routing.variants import Variants
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel, Variants
 from gateway.settings import GatewaySettings
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.moderation.policy import Policy

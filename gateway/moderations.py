@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.answers import Answers
+from gateway.answers import Answers, receipt
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
-from gateway.receipts import receipt
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel
 from lookonce.core.errors import LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from lookonce.moderation import judging

@@ -11,11 +11,10 @@ from typing import Any
 
 import structlog
 
-from gateway.answers import Answers
+from gateway.answers import Answers, finish_reason, receipt, usage
 from gateway.conversation import Caller, ChoiceQuestion, Turn
-from gateway.receipts import finish_reason, receipt, usage
 from gateway.routing.retries import LATER, Together
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2

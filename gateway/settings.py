@@ -12,7 +12,7 @@ from pydantic_settings import SettingsConfigDict
 
 from gateway.auth import Quota
 from gateway.json_text import JsonLimits
-from gateway.routing.discovery import split_targets
+from gateway.routing.replicas import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports

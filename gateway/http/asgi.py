@@ -15,7 +15,7 @@ from gateway.http import (
     batch_routes,
     chat_routes,
     image_routes,
-    moderations,
+    moderation_routes,
     openapi,
     playground,
     question_routes,
@@ -23,10 +23,9 @@ from gateway.http import (
 )
 from gateway.http.error_bodies import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.event_stream import ClientGone
-from gateway.http.field_errors import on_query_error
 from gateway.http.intake import BodyLimits, Intake
-from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
-from gateway.http.origins import Cors, OriginCheck
+from gateway.http.middleware import OPEN_PATHS, Authentication, Cors, OriginCheck, RequestScope
+from gateway.http.route import on_query_error
 from gateway.settings import distinct
 from lookonce.core.errors import LookonceError
 
@@ -34,7 +33,7 @@ ROUTERS = (
     image_routes.router,
     question_routes.router,
     chat_routes.router,
-    moderations.router,
+    moderation_routes.router,
     batch_routes.files,
     batch_routes.batches,
     status_routes.models,

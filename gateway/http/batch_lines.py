@@ -11,10 +11,9 @@ from gateway.auth import Keyring, Tenant
 from gateway.batches.lines import Line, Problem, Reply
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http import chat_routes, moderations, question_routes
+from gateway.http import chat_routes, moderation_routes, question_routes
 from gateway.http.error_bodies import error_body, shape_of
-from gateway.http.field_errors import validate
-from gateway.http.route import aside
+from gateway.http.route import aside, validate
 from gateway.json_text import LONG_STRINGS
 from gateway.routing.retries import LATER
 from gateway.schemas.batch_bodies import QUESTIONS_ENDPOINT
@@ -67,7 +66,7 @@ class BatchEndpoints:
             _no_stream(chat_request.stream)
             return await chat_routes.complete(chat_request, self._gateway, caller)
         if line.url == "/v1/moderations":
-            return await moderations.moderate(
+            return await moderation_routes.moderate(
                 await aside(line.size, validate, line.body, ModerationRequest), self._gateway, caller
             )
         found = _QUESTIONS_URL.fullmatch(line.url)

@@ -15,9 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from gateway.batches.worker import Batches
-from gateway.http.field_errors import UnknownField
 from gateway.http.openapi import upload_body
-from gateway.http.route import Route, gateway_of, json_response, list_object, tenant_of, whole
+from gateway.http.route import Route, UnknownField, gateway_of, json_response, list_object, tenant_of, whole
 from gateway.schemas.batch_bodies import (
     MAX_LIFETIME,
     MIN_LIFETIME,

@@ -13,12 +13,11 @@ from starlette.responses import Response
 
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.event_stream import until_disconnect
-from gateway.http.field_errors import validate
 from gateway.http.openapi import upload_body
 from gateway.http.request_images import base64_of, check_size, decode, decoded_size
-from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, whole
-from gateway.images.aliases import check_alias
+from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, validate, whole
 from gateway.images.image_records import ImageRecord
+from gateway.images.index import check_alias
 from gateway.images.library import Resolved, Retention
 from gateway.schemas.question_bodies import ImageChange, ImageUpload
 from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject

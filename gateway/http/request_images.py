@@ -15,8 +15,8 @@ from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
 from gateway.http.route import aside, pixels_of
-from gateway.images.aliases import is_alias
 from gateway.images.image_records import ImageRecord
+from gateway.images.index import is_alias
 from gateway.images.library import Retention
 from gateway.json_text import CHUNK, LONG_STRINGS
 from gateway.schemas.chat_bodies import REFERENCE, ImageUrlPart

@@ -11,8 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from gateway.http import examples
 from gateway.http.route import gateway_of, json_response
+from gateway.routing.variants import no_such_model
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
-from gateway.served_model import no_such_model
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 import structlog
 
 from gateway.auth import Tenant
-from gateway.images.aliases import MAX_ALIASES, Aliases, is_alias
 from gateway.images.encoder import Encoder
 from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
-from gateway.images.listing import Listing, Page
+from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import DEFAULT, Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid

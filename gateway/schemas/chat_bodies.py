@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.body import Body, by_field, text_or_list, text_or_object
+from gateway.schemas.body import Body, MaxTokens, Sampling, by_field, text_or_list, text_or_object
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 from gateway.schemas.question_bodies import Detail, Stop
-from gateway.schemas.sampling_fields import MaxTokens, Sampling
 
 REFERENCE = "lookonce:"
 """Begins the URL of an image that is kept: its id or an alias follows."""

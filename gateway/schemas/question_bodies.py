@@ -6,9 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.schemas.body import Body, text_or_list, text_or_object
+from gateway.schemas.body import Body, MaxTokens, Sampling, Stops, StopString, text_or_list, text_or_object
 from gateway.schemas.neutral import Neutral, RequestFields
-from gateway.schemas.sampling_fields import MaxTokens, Sampling, Stops, StopString
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
