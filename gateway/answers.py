@@ -28,7 +28,7 @@ from protos.lookonce.v1 import language_pb2
 
 GRACE_SECONDS = 1.0
 """The call's own deadline comes this much after the service's, whose error says more."""
-_SLOWNESS = {"hit": 0, "coalesced": 1, "miss": 2}
+SLOWNESS = {"hit": 0, "coalesced": 1, "miss": 2}
 
 
 @dataclass
@@ -140,7 +140,10 @@ class _Asking(Attempts[LanguageClient]):
             messages = _to_messages(question.turns, references)
             request.items.add(id=str(number), messages=messages, choices=question.choices)
         response = await client.score(request, timeout=left + GRACE_SECONDS)
-        outcomes = [_outcome(result) for result in response.results]
+        outcomes = [
+            from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
+            for result in response.results
+        ]
         if len(outcomes) != len(questions):
             raise LookonceError(ErrorKind.INTERNAL, "the language service answered another number of questions")
         stale = [item for item in outcomes if isinstance(item, LookonceError) and item.kind in STALE]
@@ -228,10 +231,6 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
     return [by_key[part.record.digest, part.max_pixels] for part in images]
 
 
-def _outcome(result: language_pb2.ScoreResult) -> language_pb2.ItemScores | LookonceError:
-    return from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
-
-
 def _images_of(turns: Sequence[Turn]) -> list[ImagePart]:
     """The images of a conversation, in order."""
     return [part for turn in turns for part in turn.parts if isinstance(part, ImagePart)]
@@ -267,7 +266,7 @@ def receipt(resolved: Sequence[Resolved], language: language_pb2.LanguageReceipt
     """The receipt of one answer. `embedding` is that of the slowest image, null without images."""
     outcomes = [item.outcome for item in resolved]
     fields = {
-        "embedding": max(outcomes, key=_SLOWNESS.__getitem__, default=None),
+        "embedding": max(outcomes, key=SLOWNESS.__getitem__, default=None),
         "prefix": "hit" if language.prefix_hit else "miss",
         "encode_ms": _ms(max((item.encode_ms for item in resolved), default=0.0)),
         "prefill_tokens": language.prefill_tokens,

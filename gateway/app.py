@@ -7,7 +7,7 @@ from gateway.auth import Keyring, Quota, read_keys
 from gateway.batches.worker import Batches
 from gateway.core import Gateway
 from gateway.http.asgi import create_app
-from gateway.http.batch_lines import BatchEndpoints
+from gateway.http.batch_routes import BatchEndpoints
 from gateway.http.listener import listen
 from gateway.images.encoder import Encoder
 from gateway.images.erasure import Eraser

@@ -1,4 +1,4 @@
-"""Scores inputs against the policy: one call to the language service for each picture or text, all rules in it, and one
+"""Scores inputs against the policy: one call to the language service for each image or text, all rules in it, and one
 for each follow-up question of a rule that fires.
 
 What the answers mean is `lookonce.moderation.judging`'s to say."""
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.answers import Answers, receipt
+from gateway.answers import SLOWNESS, Answers, receipt
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.routing.variants import ServedModel
 from lookonce.core.errors import LookonceError
@@ -20,14 +20,13 @@ from lookonce.moderation.policy import InputType, Policy, Rule
 from protos.lookonce.v1 import language_pb2
 
 Item = str | ImagePart
-_WORST = {"hit": 0, "coalesced": 1, "miss": 2}
 _SUMS = ("prefill_tokens", "cached_tokens")
 _LARGEST = ("encode_ms", "queue_ms", "ttft_ms")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What one picture or text scored, by rule id."""
+    """What one image or text scored, by rule id."""
 
     kind: InputType
     scores: dict[str, float]
@@ -45,7 +44,7 @@ class Moderations:
         self._concurrency = concurrency
 
     async def moderate(self, inputs: Sequence[Sequence[Item]], caller: Caller) -> list[dict[str, Any]]:
-        """A result for each input; an input is one or more pictures, within the policy's `max_pixels`, and texts that
+        """A result for each input; an input is one or more images, within the policy's `max_pixels`, and texts that
         are judged together: each rule by its highest score. Raises the first failure."""
         gate = asyncio.Semaphore(self._concurrency)
 
@@ -112,7 +111,7 @@ def _logprobs(outcome: language_pb2.ItemScores | LookonceError) -> dict[str, flo
 
 
 def _size(item: Item) -> tuple[int, int] | None:
-    """Width and height of a picture, as far as they are known."""
+    """Width and height of an image, as far as they are known."""
     if not isinstance(item, ImagePart):
         return None
     reference = item.resolved.reference if item.resolved is not None else item.record.reference
@@ -125,7 +124,7 @@ def _merged(receipts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     merged = dict(receipts[0])
     outcomes = [item["embedding"] for item in receipts if item["embedding"] is not None]
-    merged["embedding"] = max(outcomes, key=_WORST.__getitem__, default=None)
+    merged["embedding"] = max(outcomes, key=SLOWNESS.__getitem__, default=None)
     merged["prefix"] = "hit" if all(item["prefix"] == "hit" for item in receipts) else "miss"
     merged |= {name: sum(item[name] for item in receipts) for name in _SUMS}
     merged |= {name: max(item[name] for item in receipts) for name in _LARGEST}

@@ -24,7 +24,7 @@ from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response
 from gateway.images.library import Resolved
 from gateway.schemas.body import stop_list, to_sampling
-from gateway.schemas.chat_bodies import ChatRequest, ImageUrlPart, StreamOptions
+from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -182,7 +182,7 @@ def completion_object(
         "chat.completion",
         choices=choices,
         usage=usage([finish.usage for finish in finishes]),
-        system_fingerprint=_fingerprint(bill),
+        system_fingerprint=f"fp_{bill['fingerprint'][:16]}" if bill["fingerprint"] else None,
         receipt=bill,
     )
 
@@ -274,7 +274,3 @@ def _logprobs(items: Iterable[language_pb2.TokenLogprob]) -> dict[str, Any]:
 
 def _token(item: language_pb2.TokenLogprob) -> dict[str, Any]:
     return {"token": item.token, "logprob": item.logprob, "bytes": list(item.token_bytes)}
-
-
-def _fingerprint(bill: dict[str, Any]) -> str | None:
-    return f"fp_{bill['fingerprint'][:16]}" if bill["fingerprint"] else None

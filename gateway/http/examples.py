@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
+from gateway.http.event_stream import DONE, event
+from gateway.http.route import list_object
 
 IMAGE_ID = "img_" + "k2fz5m7q" * 6 + "abcd"
 IMAGE: dict[str, Any] = {
@@ -21,7 +22,7 @@ IMAGE: dict[str, Any] = {
     "aliases": ["front-door"],
 }
 UPLOADED = IMAGE | {"cached": False, "encode_ms": 182.4}
-IMAGES = {"object": "list", "data": [IMAGE], "first_id": IMAGE_ID, "last_id": IMAGE_ID, "has_more": False}
+IMAGES = list_object([IMAGE], more=False)
 ERASED = {"id": IMAGE_ID, "object": "image", "deleted": True, "complete": True}
 UPLOADS = {
     "base64": {"data": "iVBORw0KGgoAAAANSUhEUgAA..."},
@@ -165,7 +166,7 @@ FILE: dict[str, Any] = {
     "status": "processed",
     "status_details": None,
 }
-FILES = {"object": "list", "data": [FILE], "first_id": FILE_ID, "last_id": FILE_ID, "has_more": False}
+FILES = list_object([FILE], more=False)
 DELETED = {"id": FILE_ID, "object": "file", "deleted": True}
 BATCHES = {
     "chat completions": {
@@ -204,7 +205,7 @@ BATCH: dict[str, Any] = {
         "total_tokens": 24310,
     },
 }
-BATCH_LIST = {"object": "list", "data": [BATCH], "first_id": BATCH_ID, "last_id": BATCH_ID, "has_more": False}
+BATCH_LIST = list_object([BATCH], more=False)
 BODIES: dict[str, dict[str, Any]] = {
     "uploadImage": UPLOADS,
     "changeImage": CHANGES,
@@ -244,4 +245,4 @@ ANSWERS: dict[str, Any] = {
 
 def events(*items: dict[str, Any]) -> str:
     """The items as a stream of server-sent events."""
-    return "".join(f"data: {orjson.dumps(item).decode()}\n\n" for item in items) + "data: [DONE]\n\n"
+    return b"".join([*map(event, items), DONE]).decode()

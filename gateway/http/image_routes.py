@@ -19,7 +19,7 @@ from gateway.http.route import Route, gateway_of, json_response, list_object, re
 from gateway.images.image_records import ImageRecord
 from gateway.images.index import check_alias
 from gateway.images.library import Resolved, Retention
-from gateway.schemas.question_bodies import ImageChange, ImageUpload
+from gateway.schemas.requests import ImageChange, ImageUpload
 from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -101,8 +101,8 @@ async def erase_image(request: Request, image_id: str) -> dict[str, Any]:
     """Erase an image, its aliases, its embeddings and all that was made from them, in every process.
 
     `complete` is false when a process could not confirm: erasure then goes on by itself."""
-    erased = await gateway_of(request).images.delete(image_id, tenant_of(request))
-    return {"id": erased.id, "object": "image", "deleted": True, "complete": erased.complete}
+    identifier, complete = await gateway_of(request).images.delete(image_id, tenant_of(request))
+    return {"id": identifier, "object": "image", "deleted": True, "complete": complete}
 
 
 @router.delete(

@@ -1,4 +1,4 @@
-"""What happens around every request, as plain ASGI: an id, a log line, counts, a key, a last resort.
+"""What happens around every request, as plain ASGI: an id, a log line, counts, bounds, a key, a last resort.
 
 Outermost first: RequestScope, OriginCheck, Intake, Authentication, then the routes.
 """
@@ -9,8 +9,8 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,16 +24,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth import DEFAULT_TENANT, Keyring
 from gateway.http.error_bodies import CLIENT_GONE, HttpRefusal, error_response, internal_error
-from gateway.http.intake import closing_at_the_end
-from gateway.metrics import RATE_LIMITED, REQUEST_SECONDS, REQUESTS
+from gateway.metrics import IN_FLIGHT, RATE_LIMITED, REJECTED, REQUEST_SECONDS, REQUESTS
+from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.telemetry import tracing
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/health"})
+"""They tell nothing: anyone may ask, under any name."""
+_TAKE_NO_PLACE = OPEN_PATHS | {"/metrics"}
 _SANE_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-log = structlog.get_logger("gateway.access")
 _READING = frozenset({"GET", "HEAD"})
+SMALL = 1 << 16
+"""Bytes of a body that is received even while all bodies together are too large."""
+log = structlog.get_logger("gateway.access")
 
 
 class RequestScope:
@@ -147,18 +151,15 @@ class OriginCheck:
     machine. Browsers say enough to refuse these: in Host the name that a page was made to point here by, in Origin its
     own."""
 
-    def __init__(
-        self, app: ASGIApp, *, hosts: Iterable[str], origins: Iterable[str], free: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: Iterable[str], origins: Iterable[str]) -> None:
         """`hosts`: names and addresses beside the loopback ones, ".example.org" for all below it; `origins`: of pages
-        that may call (CORS). Paths in `free` tell nothing and are answered under any name."""
+        that may call (CORS)."""
         self.app = app
         self._hosts = frozenset(host.lower().strip("[]") for host in hosts)
         self._origins = frozenset(origins)
-        self._free = free
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._free:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             try:
                 self._check(scope["method"], Headers(scope=scope))
             except LookonceError as error:
@@ -230,3 +231,128 @@ def _place(url: str) -> tuple[str, int | None] | None:
         return (parts.hostname or "", None if parts.port in (80, 443) else parts.port)
     except ValueError:
         return None
+
+
+class Intake:
+    """What a request may bring: a body, bounded in bytes and in time and together with all others' before anything
+    parses it, and a place among the requests that are worked on. The place is taken once the body is there: whoever
+    sends slowly keeps nobody else from one."""
+
+    def __init__(self, app: ASGIApp, settings: GatewaySettings) -> None:
+        self.app = app
+        self.settings = settings
+        self.active = 0
+        self.held = 0  # bytes of bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in _TAKE_NO_PLACE:
+            await self.app(scope, receive, send)
+            return
+        with ExitStack() as stack:
+            try:
+                brings_body = self._check(Headers(scope=scope))
+                if not brings_body:
+                    stack.enter_context(self.place())
+            except LookonceError as error:
+                await error_response(error)(scope, receive, send)
+                return
+            body = _Body(self, receive, stack) if brings_body else None
+            await self.app(scope, body.receive if body else receive, closing_at_the_end(stack, send))
+
+    def _check(self, headers: Headers) -> bool:
+        """Whether a body follows. Raises what its headers alone say against it."""
+        declared = headers.get("content-length", "0")
+        if not declared.isascii() or not declared.isdigit() or int(declared[:20]) > self.settings.max_body_bytes:
+            raise _too_large(self.settings)
+        encoding = headers.get("content-encoding", "identity").strip().lower()
+        if encoding not in ("identity", ""):
+            text = "bodies with a content-encoding are not supported: send it as it is"
+            raise HttpRefusal(415, "unsupported_media_type", text, param="content-encoding", close=True)
+        return int(declared[:20]) > 0 or "transfer-encoding" in headers
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place while it lasts. Raises OVERLOADED."""
+        if self.active >= self.settings.max_concurrency:
+            raise _full("the server is busy: try again")
+        self.active += 1
+        IN_FLIGHT.inc()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            IN_FLIGHT.dec()
+
+
+class _Body:
+    """`receive` of one request."""
+
+    def __init__(self, intake: Intake, receive: Receive, stack: ExitStack) -> None:
+        self._intake = intake
+        self._receive = receive
+        self._stack = stack
+        self._bytes = 0  # received; they count while the request lasts
+        stack.callback(self._release)
+        self._waited = 0.0
+        self._complete = False
+
+    async def receive(self) -> Message:
+        if self._complete:
+            return await self._receive()
+        message = await self._in_time()
+        if message["type"] == "http.request":
+            self._count(len(message.get("body", b"")))
+            if not message.get("more_body", False):
+                self._complete = True
+                self._stack.enter_context(self._intake.place())
+        return message
+
+    async def _in_time(self) -> Message:
+        silence, rate = self._intake.settings.body_timeout, self._intake.settings.body_rate
+        left = silence + self._bytes / rate - self._waited  # a slow body has `silence` more than it would take
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(min(left, silence)):
+                return await self._receive()
+        except TimeoutError:
+            text = (
+                f"the request body came too slowly: {silence:g} seconds of silence, or less than {rate} "
+                "bytes a second (the gateway's --body-timeout and --body-rate)"
+            )
+            raise HttpRefusal(408, "request_timeout", text, close=True) from None
+        finally:
+            self._waited += time.monotonic() - began
+
+    def _release(self) -> None:
+        self._intake.held -= self._bytes
+
+    def _count(self, size: int) -> None:
+        intake, settings = self._intake, self._intake.settings
+        self._bytes += size
+        intake.held += size
+        if self._bytes > settings.max_body_bytes:
+            raise _too_large(settings)
+        if intake.held > max(settings.max_bodies_bytes, settings.max_body_bytes) and self._bytes > SMALL:
+            raise _full("the server has too many large requests: try again")
+
+
+def _too_large(settings: GatewaySettings) -> LookonceError:
+    text = f"the request body is larger than {settings.max_body_bytes} bytes"
+    return HttpRefusal(413, "payload_too_large", text, close=True)
+
+
+def _full(text: str) -> LookonceError:
+    REJECTED.inc()
+    return LookonceError(ErrorKind.OVERLOADED, text, retry_after=1.0)
+
+
+def closing_at_the_end(stack: ExitStack, send: Send) -> Send:
+    """`send` that closes `stack` just before the answer's last bytes go out: who has read them all may count on a free
+    place and a written log line."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            stack.close()
+        await send(message)
+
+    return sending

@@ -15,8 +15,8 @@ from gateway.http.event_stream import until_disconnect
 from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response
 from gateway.moderations import Item, Moderations
-from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
-from gateway.schemas.moderation_bodies import ModerationObject, ModerationRequest
+from gateway.schemas.requests import ImageUrlPart, ModerationRequest, TextPart
+from gateway.schemas.responses import ModerationObject
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter(tags=["moderations"], route_class=Route)

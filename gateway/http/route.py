@@ -19,7 +19,7 @@ from starlette.responses import Response
 from gateway.auth import Tenant
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http.error_bodies import HttpRefusal, error_response, internal_error
+from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
 from gateway.schemas.body import MEMBER, UNKNOWN
 from gateway.settings import GatewaySettings
@@ -186,10 +186,8 @@ def validate(value: Any, model: type[M]) -> M:
         raise _explained(error.errors(include_url=False, include_input=False), value) from error
 
 
-async def on_query_error(request: Request, error: Exception) -> Response:
+async def on_query_error(request: Request, error: RequestValidationError) -> Response:
     """Exception handler of what FastAPI finds in a query."""
-    if not isinstance(error, RequestValidationError):
-        return internal_error()
     problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]
     return error_response(_explained(problems, dict(request.query_params), "query parameter"))
 

@@ -19,6 +19,11 @@ class Encoder:
 
     def __init__(self, *, timeout: float, reconnect_wait: float) -> None:
         self._timeout = timeout  # seconds
+        self._too_slow = (
+            f"the image was not encoded within {timeout:g} s. What was begun is ended and kept: ask again later. "
+            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
+            "--max-pixels of the vision service makes large images smaller"
+        )
         self._reconnect_wait = reconnect_wait  # seconds
         self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
 
@@ -38,19 +43,11 @@ class Encoder:
             encoded = await attempts.run(call)
         except LookonceError as error:
             if error.kind is ErrorKind.DEADLINE_EXCEEDED:
-                raise self._too_slow() from error
+                raise LookonceError(error.kind, self._too_slow) from error
             raise
         ENCODES.labels(encoded.outcome).inc()
         VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
         return encoded
-
-    def _too_slow(self) -> LookonceError:
-        return LookonceError(
-            ErrorKind.DEADLINE_EXCEEDED,
-            f"the image was not encoded within {self._timeout:g} s. What was begun is ended and kept: ask again later. "
-            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
-            "--max-pixels of the vision service makes large images smaller",
-        )
 
     async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
         """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""

@@ -43,14 +43,6 @@ class Resolved:
 
 
 @dataclass(frozen=True)
-class Erased:
-    """`complete`: every process and store confirmed; if not, erasure goes on in the background."""
-
-    id: str
-    complete: bool
-
-
-@dataclass(frozen=True)
 class Retention:
     """How an image is to be kept; None leaves it as it is."""
 
@@ -210,15 +202,16 @@ class ImageLibrary:
             raise not_found()
         return resolved
 
-    async def delete(self, identifier: str, tenant: Tenant) -> Erased:
-        """Erase the file, its record, its embeddings and all KV made from them. Raises NOT_FOUND.
+    async def delete(self, identifier: str, tenant: Tenant) -> tuple[str, bool]:
+        """Erase the file, its record, its embeddings and all KV made from them: its id, and whether every process and
+        store confirmed; if not, erasure goes on in the background. Raises NOT_FOUND.
 
         Asking again is right while an earlier erasure is incomplete."""
         digest, _ = await self._digest_of(identifier, tenant)
         record = await self._records.load(digest, fresh=True)
         if record is None or record.tenant != tenant.name or record.erased:
             raise not_found()
-        return Erased(record.id, await Erasure(record, self._traces, self._eraser).begin())
+        return record.id, await Erasure(record, self._traces, self._eraser).begin()
 
     async def _digest_of(self, identifier: str, tenant: Tenant) -> tuple[bytes, float | None]:
         """The digest in an id; or that behind an alias, with when its image was made."""

@@ -1,22 +1,23 @@
-"""Bodies of the image routes and of questions on one image."""
+"""Bodies of requests about images, of chats and moderations, as far as OpenAI's are supported. Fields that would change
+the answer but can't be served are refused by name; fields that are neutral here are taken (gateway.schemas.neutral)."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.body import Body, MaxTokens, Sampling, Stops, StopString, text_or_list, text_or_object
-from gateway.schemas.neutral import Neutral, RequestFields
+from gateway.schemas.body import Body, MaxTokens, Sampling, Stops, StopString, by_field, text_or_list, text_or_object
+from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
 Detail = Literal["low", "high", "auto", "original"]
 Stop = Annotated[Annotated[StopString, Tag("(text)")] | Annotated[Stops, Tag("(list)")], Discriminator(text_or_list)]
-
-
 Alias = Annotated[str, Field(min_length=1, max_length=64, description="a name to use in place of the id")]
 ImageTtl = Annotated[int, Field(ge=1, le=2**31 - 1, description="seconds to keep the image")]
+REFERENCE = "lookonce:"
+"""Begins the URL of an image that is kept: its id or an alias follows."""
 
 
 class ImageChange(Body):
@@ -66,3 +67,146 @@ class QuestionsRequest(Parameters, RequestFields):
     n: Annotated[Any, Neutral("several answers to one question are", 1)] = None
     logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", False)] = None
     top_logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", 0)] = None
+
+
+class TextPart(PartFields):
+    """Text."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ImageUrl(Body):
+    """Where the image is: an https:, http: or data: URL, or "lookonce:IMAGE_ID". `detail` bounds its pixels."""
+
+    url: Text
+    detail: Detail | None = None
+
+
+class ImageUrlPart(PartFields):
+    """An image. `uuid` is vLLM's: a name for the image by which a later request means it, without an `image_url`."""
+
+    type: Literal["image_url"]
+    image_url: (
+        Annotated[Annotated[Text, Tag("(text)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(text_or_object)]
+        | None
+    ) = None
+    uuid: Hint | None = None
+
+    @model_validator(mode="after")
+    def _named(self) -> ImageUrlPart:
+        if self.image_url is None and not self.uuid:
+            raise ValueError("'image_url' is required, or the 'uuid' of an earlier image")
+        return self
+
+    @property
+    def url(self) -> str:
+        """The URL, in whatever form it was given."""
+        if self.image_url is None:
+            return f"{REFERENCE}{self.uuid}"
+        return self.image_url if isinstance(self.image_url, str) else self.image_url.url
+
+    @property
+    def field(self) -> str:
+        """Where in the part the image is named."""
+        if self.image_url is None:
+            return "uuid"
+        return "image_url" if isinstance(self.image_url, str) else "image_url.url"
+
+    @property
+    def detail(self) -> Detail | None:
+        """What bounds its pixels."""
+        return self.image_url.detail if isinstance(self.image_url, ImageUrl) else None
+
+
+AnyPart = Annotated[
+    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")],
+    by_field("type", "text", "image_url", others="audio, files and video are not supported"),
+]
+UserContent = Annotated[
+    Annotated[str, Tag("(text)")] | Annotated[list[AnyPart], Field(min_length=1), Tag("(list)")],
+    Discriminator(text_or_list),
+]
+TextContent = Annotated[
+    Annotated[str, Tag("(text)")] | Annotated[list[TextPart], Field(min_length=1), Tag("(list)")],
+    Discriminator(text_or_list),
+]
+
+
+class SystemMessage(MessageFields):
+    """Instructions."""
+
+    role: Literal["system", "developer"]
+    content: TextContent
+
+
+class UserMessage(MessageFields):
+    """The user's turn: text and images."""
+
+    role: Literal["user"]
+    content: UserContent
+
+
+class AssistantMessage(AnswerFields):
+    """An earlier answer."""
+
+    role: Literal["assistant"]
+    content: TextContent
+
+
+AnyMessage = Annotated[
+    Annotated[SystemMessage, Tag("(system)")]
+    | Annotated[SystemMessage, Tag("(developer)")]
+    | Annotated[UserMessage, Tag("(user)")]
+    | Annotated[AssistantMessage, Tag("(assistant)")],
+    by_field("role", "system", "developer", "user", "assistant", others="tools are not supported"),
+]
+
+
+class StreamOptions(Body):
+    """Whether the last chunk tells the usage, and whether each chunk tells it so far (vLLM's)."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: Annotated[Any, Neutral("obfuscation is", False)] = None
+
+
+class ChatRequest(Sampling, RequestFields):
+    """POST /v1/chat/completions."""
+
+    model: Annotated[str, Field(max_length=512)] | None = None
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=1024)]
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    stop: Stop | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+def _form(value: Any) -> str:
+    """Which of the three forms of `input` is meant."""
+    if not isinstance(value, list):
+        return "(text)"
+    return "(parts)" if value and isinstance(value[0], dict) else "(texts)"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")],
+    by_field("type", "text", "image_url", others="nothing else can be moderated"),
+]
+
+
+class ModerationRequest(Body):
+    """POST /v1/moderations. A string: one result; a list of strings: one result each; a list of parts (text and
+    images): one result for all of them together."""
+
+    input: Annotated[
+        Annotated[Text, Tag("(text)")]
+        | Annotated[list[Text], Field(min_length=1, max_length=256), Tag("(texts)")]
+        | Annotated[list[Part], Field(min_length=1, max_length=256), Tag("(parts)")],
+        Discriminator(_form),
+    ]
+    model: Annotated[str, Field(max_length=512)] | None = None

@@ -13,7 +13,7 @@ from gateway.auth import Keyring, read_keys
 from gateway.http.error_bodies import HTTP_ERRORS, error_response
 from gateway.routing.replicas import LOAD_FLOOR, Replicas
 from gateway.schemas.body import to_sampling
-from gateway.schemas.question_bodies import QuestionsRequest
+from gateway.schemas.requests import QuestionsRequest
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
