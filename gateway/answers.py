@@ -45,7 +45,7 @@ class Completion:
 
     text: str = ""
     logprobs: list[language_pb2.TokenLogprob] = field(default_factory=list)
-    finish: language_pb2.Finish | None = None
+    finish: language_pb2.Finish = field(default_factory=language_pb2.Finish)
 
 
 class Answers:
@@ -205,6 +205,7 @@ class _Asking(Attempts[LanguageClient]):
 async def collect(events: AsyncIterable[language_pb2.GenerateEvent], n: int) -> list[Completion]:
     """Read all events into n completions, in order of index."""
     completions = [Completion() for _ in range(n)]
+    finished: set[int] = set()
     async for event in events:
         which = event.WhichOneof("event")
         item = event.delta if which == "delta" else event.finish
@@ -216,7 +217,8 @@ async def collect(events: AsyncIterable[language_pb2.GenerateEvent], n: int) -> 
             completion.logprobs.extend(event.delta.logprobs)
         else:
             completion.finish = event.finish
-    if any(completion.finish is None for completion in completions):
+            finished.add(item.index)
+    if len(finished) < n:
         raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended an answer early", retry_after=1.0)
     return completions
 

@@ -134,10 +134,6 @@ class Keyring:
         """Whether no key is needed."""
         return self._anyone is not None
 
-    def authenticate(self, presented: str | None) -> Tenant:
-        """The tenant of a key. Raises UNAUTHENTICATED."""
-        return self.identify(presented).tenant
-
     def identify(self, presented: str | None) -> KeyOwner:
         """Who presents the key. Raises UNAUTHENTICATED. Takes the same time for every key."""
         if self._anyone is not None:

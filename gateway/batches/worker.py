@@ -48,13 +48,12 @@ class Endpoints(Protocol):
 class Batches:
     """Files and batches over one database, and the background work on them, which begins with `start`."""
 
-    def __init__(self, directory: Path, settings: GatewaySettings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, directory: Path, settings: GatewaySettings) -> None:
         """Raises INVALID_ARGUMENT or CONFLICT when the directory can't be used."""
         self._database = Database(directory)
         self.files = Files(self._database, quota=settings.max_stored_bytes)
         self.jobs = Jobs(self._database, max_active=settings.max_batches, limits=settings.json_limits)
         self._settings = settings
-        self._clock = clock
         self._woken = asyncio.Event()
         self._working: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
@@ -152,7 +151,7 @@ class Batches:
         stopping = start_task(cancelled.wait())
         try:
             while not (feeding.done() or stopping.done()):
-                left = job.expires_at - self._clock()
+                left = job.expires_at - time.time()
                 if left <= 0:
                     break
                 await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)

@@ -167,21 +167,20 @@ def completion_object(
     completions: Sequence[Completion], resolved: Sequence[Resolved], envelope: Envelope, *, with_logprobs: bool
 ) -> dict[str, Any]:
     """The answer as one JSON."""
-    finishes = [completion.finish for completion in completions if completion.finish is not None]
     choices = [
         {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": _logprobs(completion.logprobs) if with_logprobs else None,
-            "finish_reason": finish_reason(completion.finish.reason) if completion.finish else "stop",
+            "finish_reason": finish_reason(completion.finish.reason),
         }
         for index, completion in enumerate(completions)
     ]
-    bill = receipt(resolved, finishes[0].receipt, envelope.served)
+    bill = receipt(resolved, completions[0].finish.receipt, envelope.served)
     return envelope.wrap(
         "chat.completion",
         choices=choices,
-        usage=usage([finish.usage for finish in finishes]),
+        usage=usage([completion.finish.usage for completion in completions]),
         system_fingerprint=f"fp_{bill['fingerprint'][:16]}" if bill["fingerprint"] else None,
         receipt=bill,
     )

@@ -8,6 +8,7 @@ import asyncio
 import binascii
 import re
 import secrets
+import time
 from dataclasses import dataclass, replace
 
 import structlog
@@ -97,7 +98,7 @@ class ImageLibrary:
         known, (served, *others) = None, self._variants.in_order(digest)
         if record is not None and not record.deleted:
             known = record.references.get(resize_key(max_pixels, served.name))
-            left = record.expires - self._records.now()
+            left = record.expires - time.time()
             if known is not None and not verify and left > self._lifetime(record) / 2:
                 return record, Resolved(known, "hit", 0.0, served.name)
         try:
@@ -117,7 +118,7 @@ class ImageLibrary:
             old = await self._known(digest, held=True)
             if old is None or old.deleted:
                 changed = 0.0 if old is None else old.changed
-                old = ImageRecord(digest, tenant.name, len(data), self._records.now(), 0, changed=changed)
+                old = ImageRecord(digest, tenant.name, len(data), time.time(), 0, changed=changed)
             record = replace(self._kept_for(old, retention), upload=secrets.token_hex(8))
             record = record.with_reference(resize_key(max_pixels, resolved.variant), resolved.reference)
             await self._keep(record, data)
@@ -251,7 +252,7 @@ class ImageLibrary:
     def _kept_for(self, record: ImageRecord, retention: Retention) -> ImageRecord:
         pinned = record.pinned if retention.pinned is None else retention.pinned
         record = replace(record, ttl=record.ttl if retention.ttl is None else retention.ttl, pinned=pinned)
-        return replace(record, expires=self._records.now() + self._lifetime(record))
+        return replace(record, expires=time.time() + self._lifetime(record))
 
     async def _encode(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None

@@ -97,13 +97,9 @@ class Variants:
         self._retired: list[tuple[float, Variant]] = []  # with when: requests may still be under way on them
         self._watching: asyncio.Task[None] | None = None
 
-    def choose(self, key: bytes) -> Variant:
-        """The variant of an image (by its digest) or of a request without one."""
-        return self.in_order(key)[0]
-
     def in_order(self, key: bytes) -> list[Variant]:
-        """The variant for a key, then those that may stand in while it is out of order; live ones first. Those of
-        weight 0 get nothing."""
+        """The variant for a key (an image's digest), then those that may stand in while it is out of order; live ones
+        first. Those of weight 0 get nothing."""
         if len(self.all) == 1:
             return [self.all[0]]
         weighted = [variant for variant in self.all if variant.spec.weight > 0]
@@ -268,12 +264,9 @@ class ModelCard:
 class ServedModel:
     """Caches the description; `names`, if any, stand in place of the checkpoint's."""
 
-    def __init__(
-        self, variants: Variants, *, names: tuple[str, ...] = (), clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, variants: Variants, *, names: tuple[str, ...] = ()) -> None:
         self._variants = variants
         self._names = names
-        self._clock = clock
         self._card: ModelCard | None = None
         self._until = 0.0
 
@@ -286,7 +279,7 @@ class ServedModel:
         """The card; the last known one while no language service answers.
 
         Raises UNAVAILABLE when there never was one."""
-        if self._card is not None and self._clock() < self._until:
+        if self._card is not None and time.monotonic() < self._until:
             return self._card
         for endpoint in sorted(self._variants.main.language.endpoints, key=lambda item: item.down_until):
             try:
@@ -297,7 +290,7 @@ class ServedModel:
             break
         if self._card is None:
             raise LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached", retry_after=1.0)
-        self._until = self._clock() + FRESH
+        self._until = time.monotonic() + FRESH
         return self._card
 
     async def check(self, requested: str | None) -> None:
