@@ -14,7 +14,8 @@ from functools import partial
 from typing import Any
 
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
-from gateway.images.library import ImageLibrary, Resolved
+from gateway.images.encoder import Resolved
+from gateway.images.library import ImageLibrary
 from gateway.metrics import ANSWERS, FIRST_TOKEN_SECONDS, TOKENS, VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.routing.replicas import Endpoint
 from gateway.routing.retries import STALE, Attempts

@@ -22,7 +22,7 @@ from gateway.http.event_stream import EventStream, until_disconnect
 from gateway.http.openapi import or_events
 from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response
-from gateway.images.library import Resolved
+from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
 from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk

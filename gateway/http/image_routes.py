@@ -16,9 +16,10 @@ from gateway.http.event_stream import until_disconnect
 from gateway.http.openapi import upload_body
 from gateway.http.request_images import base64_of, check_size, decode, decoded_size
 from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, validate, whole
+from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
 from gateway.images.index import check_alias
-from gateway.images.library import Resolved, Retention
+from gateway.images.library import Retention
 from gateway.schemas.requests import ImageChange, ImageUpload
 from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject
 from gateway.settings import GatewaySettings

@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 import structlog
 
 from gateway.auth import Tenant
-from gateway.images.encoder import Encoder
+from gateway.images.encoder import Encoder, Resolved
 from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
 from gateway.routing.retries import by_first_reachable
-from gateway.routing.variants import DEFAULT, Variant, Variants
+from gateway.routing.variants import Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
+from lookonce.core.identity import digest_of_image_id, image_digest
 from lookonce.core.single_flight import Flights
 
 ID_PREFIX = "img_"
@@ -30,17 +30,6 @@ _ID = re.compile(rf"{ID_PREFIX}([a-z2-7]{{52}})")
 INLINE_HASH_BYTES = 1 << 20
 """Files up to this size are hashed on the event loop (0.2 ms); larger ones in a thread."""
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """An embedding to answer from, and what it took: "hit" (known), "miss" (encoded now), "coalesced" (with others)."""
-
-    reference: EmbeddingReference
-    outcome: str
-    encode_ms: float
-    variant: str = DEFAULT  # of the model: whose language service it is for
-    notice: str = ""  # what the vision service has to say about it
 
 
 @dataclass(frozen=True)
@@ -169,13 +158,7 @@ class ImageLibrary:
         return await self._revise(record.digest, lambda one: one.without_alias(alias))
 
     async def resolve(
-        self,
-        record: ImageRecord,
-        tenant: Tenant,
-        max_pixels: int | None = None,
-        *,
-        served: Variant,
-        data: bytes | None = None,
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
     ) -> Resolved:
         """A variant's embedding of the image within `max_pixels`; encoded when there is none yet, from `data` or the
         kept file."""
@@ -185,13 +168,7 @@ class ImageLibrary:
         return await self.renew(record, tenant, max_pixels, served=served, data=data)
 
     async def renew(
-        self,
-        record: ImageRecord,
-        tenant: Tenant,
-        max_pixels: int | None = None,
-        *,
-        served: Variant,
-        data: bytes | None = None,
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
     ) -> Resolved:
         """Encode again, from `data` or the kept file: the embedding was lost, or is another encoder's."""
         data = await self._file(record, tenant) if data is None else data
@@ -260,16 +237,11 @@ class ImageLibrary:
         """One call for all who want the same embedding at once; it lives on when they go away."""
         key = (digest, resize_key(max_pixels, served.name))
         resolved, joined = await self._flights.run(
-            key, lambda: self._send(served, digest, data, tenant, max_pixels), keep=lambda: True
+            key,
+            lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels),
+            keep=lambda: True,
         )
         return replace(resolved, outcome="coalesced") if joined and resolved.outcome == "miss" else resolved
-
-    async def _send(
-        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
-    ) -> Resolved:
-        encoded = await self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels)
-        encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
-        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
         """Keep the file. Raises INVALID_ARGUMENT when there is no room for a pinned one, StoreOutage when one could not
