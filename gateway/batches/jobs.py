@@ -17,17 +17,7 @@ import structlog
 from gateway.batches import stored_files
 from gateway.batches.database import CORRUPT, Database, Page, intact, page
 from gateway.batches.job_row import Counts, Job, Status, find, read, write
-from gateway.batches.lines import (
-    BOM,
-    Line,
-    Problem,
-    Reply,
-    answered,
-    more_usage,
-    parse,
-    refused,
-    unanswered,
-)
+from gateway.batches.lines import BOM, Line, Problem, Reply, answered, more_usage, parse, refused, unanswered
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.seal import Sealer

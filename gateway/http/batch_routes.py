@@ -123,10 +123,7 @@ class BatchesQuery(BaseModel):
 
 
 @files.post(
-    "/v1/files",
-    summary="Upload a file",
-    response_model=FileObject,
-    openapi_extra=upload_body(_FIELDS, "purpose"),
+    "/v1/files", summary="Upload a file", response_model=FileObject, openapi_extra=upload_body(_FIELDS, "purpose")
 )
 async def create_file(request: Request, stored: Stored, owner: Owner) -> dict[str, Any]:
     """Keep a JSONL file of requests for a batch. `purpose` is "batch"."""

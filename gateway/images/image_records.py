@@ -232,11 +232,6 @@ class ImageRecords:
     def _changed(self, record: ImageRecord) -> ImageRecord:
         return replace(record, changed=max(time.time(), record.changed + CLOCK_STEP))
 
-    @property
-    def degraded(self) -> bool:
-        """Whether the store is out of order right now."""
-        return any(tier.degraded for tier in self._store.stats())
-
     def _unexpired(self, record: ImageRecord) -> ImageRecord | None:
         return record if record.expires > time.time() else None
 

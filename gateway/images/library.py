@@ -47,26 +47,25 @@ AS_IT_IS = Retention()
 class ImageLibrary:
     """The images of all tenants."""
 
-    def __init__(
-        self,
-        kept: StoreWithSpare,
-        records: ImageRecords,
-        variants: Variants,
-        encoder: Encoder,
-        eraser: Eraser,
-        *,
-        ttl: float,
-    ) -> None:
-        self._variants = variants
-        self._kept = kept
-        self._aliases = Aliases(kept)
-        self._listing = Listing(kept, records)
-        self._records = records
-        self._traces = Traces(kept, records, self._aliases, self._listing)
-        self._encoder = encoder
-        self._eraser = eraser
+    def __init__(self, kept: StoreWithSpare, variants: Variants, encoder: Encoder, *, ttl: float) -> None:
+        self._kept, self._variants, self._encoder = kept, variants, encoder
         self._ttl = ttl  # seconds
+        self._records = ImageRecords(kept)
+        self._aliases = Aliases(kept)
+        self._listing = Listing(kept, self._records)
+        self._traces = Traces(kept, self._records, self._aliases, self._listing)
+        self._eraser = Eraser(variants)
         self._flights: Flights[Resolved] = Flights()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the image store is out of order right now."""
+        return any(tier.degraded for tier in self._kept.store.stats())
+
+    async def close(self) -> None:
+        """Stop background work, close the stores."""
+        await self._eraser.close()
+        await self._kept.close()
 
     async def add(
         self,
@@ -237,9 +236,7 @@ class ImageLibrary:
         """One call for all who want the same embedding at once; it lives on when they go away."""
         key = (digest, resize_key(max_pixels, served.name))
         resolved, joined = await self._flights.run(
-            key,
-            lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels),
-            keep=lambda: True,
+            key, lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels), keep=lambda: True
         )
         return replace(resolved, outcome="coalesced") if joined and resolved.outcome == "miss" else resolved
 
