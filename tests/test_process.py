@@ -46,12 +46,15 @@ def test_status_and_output_as_ever_and_at_once(end, status):
 @pytest.mark.parametrize(
     ("set_before", "spins"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
 )
-@pytest.mark.parametrize("service", ["vision_service", "lm_service"])
-def test_a_service_says_how_threads_wait_before_torch_is_there(service, set_before, spins):
+@pytest.mark.parametrize(
+    ("service", "settings"), [("vision_service", "VisionSettings"), ("lm_service", "LanguageSettings")]
+)
+def test_a_service_says_how_threads_wait_before_torch_is_there(service, settings, set_before, spins):
     """libgomp reads it once, when it is loaded; what an operator has set stays."""
     script = f"""
 import os, sys
 from {service}.__main__ import run
+from {service}.settings import {settings}
 
 def at(event, args):
     if event == "import" and args[0] == "torch":
@@ -60,9 +63,7 @@ def at(event, args):
 
 sys.addaudithook(at)
 
-class Settings:
-    log_level, log_format = "info", "json"
-run(Settings())
+run({settings}(model="none"))
 """
     env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     command = [sys.executable, "-c", script]

@@ -36,12 +36,12 @@ class Unsplit:
         """Model inputs of a conversation that ends where the assistant is to speak."""
         if turns[0][0] != "system":
             turns = [("system", [DEFAULT_SYSTEM]), *turns]
-        pictures = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
+        images = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
         inputs: dict[str, torch.Tensor] = {}
         counts = iter(())
-        if pictures:
+        if images:
             # one at a time: the batch is only a concatenation
-            made = [self.processor(images=[picture], return_tensors="pt") for picture in pictures]
+            made = [self.processor(images=[image], return_tensors="pt") for image in images]
             inputs["pixel_values"] = torch.cat([one["pixel_values"] for one in made])
             inputs["image_grid_thw"] = torch.cat([one["image_grid_thw"] for one in made])
             counts = iter((inputs["image_grid_thw"].prod(-1) // self.processor.merge_size**2).tolist())
@@ -79,7 +79,7 @@ class Unsplit:
         return self.model(**self.inputs(turns)).logits[0, -1]
 
     @torch.inference_mode()
-    def features(self, picture: Image.Image) -> torch.Tensor:
+    def features(self, image: Image.Image) -> torch.Tensor:
         """[tokens, hidden] image features."""
-        inputs = self.processor(images=[picture], return_tensors="pt")
+        inputs = self.processor(images=[image], return_tensors="pt")
         return self.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output[0]

@@ -1,4 +1,4 @@
-"""What each drive is told by the file that $SCENE names: where the server is, one picture in three forms, and a
+"""What each drive is told by the file that $SCENE names: where the server is, one image in three forms, and a
 question about it with its answer. Standard library only: every client has an environment of its own."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ SERVER: str = _scene["server"]
 BASE_URL = f"{SERVER}/v1"
 KEY = "any"
 MODEL = "lookonce"
-IMAGES: dict[str, str] = _scene["images"]  # "data", "url" and "id": URLs of the same picture
+IMAGES: dict[str, str] = _scene["images"]  # "data", "url" and "id": URLs of the same image
 FILE = base64.b64decode(IMAGES["data"].partition(",")[2])
 CHECKPOINT: str = _scene["checkpoint"]  # the directory of the model's tokenizer
 QUESTION: str = _scene["question"]

@@ -1,4 +1,4 @@
-"""Each client with its defaults: pictures as data, by URL and by our id, streamed or not, a second turn, its errors.
+"""Each client with its defaults: images as data, by URL and by our id, streamed or not, a second turn, its errors.
 The slow suite drives the quickly installed ones; `make test-clients` all of them."""
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ pytestmark = pytest.mark.slow
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A system with the bundled model, which may fetch from one server here; and the file that tells drives of it."""
     file = (SAMPLES / "one-star.png").read_bytes()
-    with PictureServer() as pictures:
-        pictures.routes["/star.png"] = answer(file)
+    with PictureServer() as hosted:
+        hosted.routes["/star.png"] = answer(file)
         allowed = {"LOOKONCE_GATEWAY_FETCH_ALLOW_NETWORKS": "127.0.0.1/32"}
-        allowed["LOOKONCE_GATEWAY_FETCH_PORTS"] = str(pictures.port)
+        allowed["LOOKONCE_GATEWAY_FETCH_PORTS"] = str(hosted.port)
         with Up(tmp_path_factory.mktemp("up"), "--port", "0", **allowed) as up:
             up.wait_for("lookonce is ready")
             server = up.system.url
             uploaded = httpx2.post(f"{server}/v1/images", files={"file": file}, trust_env=False).json()["id"]
             images = {"data": f"data:image/png;base64,{base64.b64encode(file).decode()}"}
-            images |= {"url": f"{pictures.url}/star.png", "id": f"lookonce:{uploaded}"}
+            images |= {"url": f"{hosted.url}/star.png", "id": f"lookonce:{uploaded}"}
             told = {"server": server, "images": images, "checkpoint": str(CHECKPOINT)}
             path = tmp_path_factory.mktemp("scene") / "scene.json"
             path.write_text(json.dumps({**told, "question": "Name the green shape.", "answer": "star"}))

@@ -1,4 +1,4 @@
-"""aiperf: a benchmark with pictures that it draws, streamed, and the server's metrics."""
+"""aiperf: a benchmark with images that it draws, streamed, and the server's metrics."""
 
 import json
 import subprocess

@@ -17,15 +17,15 @@ async def main() -> None:
     client = OpenAIChatCompletionClient(
         model=MODEL, base_url=BASE_URL, api_key=KEY, model_info={**info, "family": "unknown"}
     )
-    picture = Image.from_pil(Pillow.open(io.BytesIO(FILE)))
-    asked = UserMessage(content=[QUESTION, picture], source="user")
+    image = Image.from_pil(Pillow.open(io.BytesIO(FILE)))
+    asked = UserMessage(content=[QUESTION, image], source="user")
     said = (await client.create([asked])).content
     check("create", said)
     turns = [SystemMessage(content="Be brief."), asked, AssistantMessage(content=said, source="helper"), asked]
     check("second turn", (await client.create(turns)).content)
     check("streamed", [item async for item in client.create_stream([asked])][-1].content)
     agent = AssistantAgent("looker", client, system_message=None)
-    result = await agent.run(task=MultiModalMessage(content=[QUESTION, picture], source="user"))
+    result = await agent.run(task=MultiModalMessage(content=[QUESTION, image], source="user"))
     check("agent", result.messages[-1].content)
     await client.close()
 

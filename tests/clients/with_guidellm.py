@@ -1,4 +1,4 @@
-"""GuideLLM: its probes, then a benchmark with pictures that it draws."""
+"""GuideLLM: its probes, then a benchmark with images that it draws."""
 
 import json
 import subprocess

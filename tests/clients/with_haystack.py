@@ -7,8 +7,8 @@ from haystack.dataclasses import ChatMessage, ImageContent
 from haystack.utils import Secret
 from scene import BASE_URL, FILE, KEY, MODEL, QUESTION, check
 
-picture = ImageContent(base64_image=base64.b64encode(FILE).decode(), mime_type="image/png", detail="auto")
-asked = ChatMessage.from_user(content_parts=[QUESTION, picture])
+image = ImageContent(base64_image=base64.b64encode(FILE).decode(), mime_type="image/png", detail="auto")
+asked = ChatMessage.from_user(content_parts=[QUESTION, image])
 model = OpenAIChatGenerator(model=MODEL, api_base_url=BASE_URL, api_key=Secret.from_token(KEY))
 answer = model.run([asked])["replies"][0]
 check("bytes", answer.text)

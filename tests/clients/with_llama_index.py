@@ -5,10 +5,10 @@ from llama_index.llms.openai_like import OpenAILike
 from scene import BASE_URL, FILE, IMAGES, KEY, MODEL, QUESTION, check
 
 model = OpenAILike(model=MODEL, api_base=BASE_URL, api_key=KEY, is_chat_model=True, context_window=4096)
-pictures = {form: ImageBlock(url=url) for form, url in IMAGES.items() if form != "id"}
-pictures["bytes"] = ImageBlock(image=FILE, detail="low")
-for form, picture in pictures.items():
-    asked = ChatMessage(role="user", blocks=[TextBlock(text=QUESTION), picture])
+images = {form: ImageBlock(url=url) for form, url in IMAGES.items() if form != "id"}
+images["bytes"] = ImageBlock(image=FILE, detail="low")
+for form, image in images.items():
+    asked = ChatMessage(role="user", blocks=[TextBlock(text=QUESTION), image])
     answer = model.chat([asked]).message
     check(form, answer.content)
     check(f"{form}, second turn", model.chat([asked, answer, asked]).message.content)

@@ -112,7 +112,7 @@ async def refused(resolver, wanted):
     return caught.value
 
 
-async def test_store_then_l1(tmp_path):
+async def test_store_then_tensor_cache(tmp_path):
     async with resolving(tmp_path) as resolver:
         wanted = reference()
         await resolver.store.put(wanted.key, good(wanted).serialize())
@@ -336,7 +336,7 @@ async def test_forget_erases_every_tier_and_what_is_under_way(tmp_path):
             await resolver.load(doomed)
 
 
-async def test_l1_keeps_within_its_bytes_least_recently_used_out_first(tmp_path):
+async def test_the_tensor_cache_keeps_within_its_bytes_least_recently_used_out_first(tmp_path):
     one, two, three = (reference(number) for number in (1, 2, 3))
     size = rows(one).nbytes
     async with resolving(tmp_path, cache_bytes=2 * size) as resolver:
@@ -351,7 +351,7 @@ async def test_l1_keeps_within_its_bytes_least_recently_used_out_first(tmp_path)
         assert (await resolver.load(two))[1] is EmbeddingSource.STORE
 
 
-async def test_l1_never_answers_for_a_reference_that_differs(tmp_path):
+async def test_the_tensor_cache_never_answers_for_a_reference_that_differs(tmp_path):
     wanted = reference()
     async with resolving(tmp_path) as resolver:
         await resolver.store.put(wanted.key, good(wanted).serialize())

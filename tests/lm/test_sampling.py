@@ -66,6 +66,12 @@ def test_filters_equal_transformers(seed, top_k, top_p, min_p):
     assert mine == theirs
 
 
+@pytest.mark.parametrize(("top_p", "left"), [(0.0, 1), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_always_one(top_p, left):
+    none = torch.tensor([0]), torch.tensor([top_p]).double(), torch.tensor([0.0]).double()
+    assert int(filter_logits(torch.zeros(1, 4).double(), *none).isfinite().sum()) == left
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.2, 3.0), st.lists(st.integers(0, 63), min_size=1, max_size=12))
 def test_repetition_penalty_equals_transformers(seed, penalty, tokens):

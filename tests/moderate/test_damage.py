@@ -17,7 +17,7 @@ from tests.cli.commands import invoke
 from tests.moderate.conftest import COUNT, settled
 from tests.moderate.results import begin_results, write_results
 
-KEYS = {"pictures": ("digest", "outcome"), "firsts": ("digest", "input"), "rows": ("number", "row")}
+KEYS = {"images": ("digest", "outcome"), "firsts": ("digest", "input"), "rows": ("number", "row")}
 Spoil = Callable[[Path], None]
 
 
@@ -60,7 +60,7 @@ def foreign(run: Path) -> None:
 
 
 SPOILT: dict[str, Spoil] = {
-    "outcomes under each other's digests": swap("pictures", count=-1),
+    "outcomes under each other's digests": swap("images", count=-1),
     "first inputs under each other's digests": swap("firsts", count=-1),
     "rows under each other's numbers": swap("rows"),
     "a damaged row": lambda run: change(run, "UPDATE rows SET row = substr(row, 1, 40) WHERE number = 22"),
@@ -68,7 +68,7 @@ SPOILT: dict[str, Spoil] = {
     "a part file that was cut": cut_file,
     "the digest of a part, damaged": lambda run: change(run, "UPDATE parts SET digest = zeroblob(64) WHERE number = 1"),
     "the ledger of another run": foreign,
-    "outcomes of no form": lambda run: change(run, "UPDATE pictures SET outcome = 'text'"),
+    "outcomes of no form": lambda run: change(run, "UPDATE images SET outcome = 'text'"),
 }
 
 
@@ -119,7 +119,7 @@ def killed(pair, pictures, policy, tmp_path_factory) -> Path:
 def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path):
     out = tmp_path / "out.parquet"
     run = shutil.copytree(killed, tmp_path / "out.parquet.run")
-    for spoil in (swap("pictures"), swap("firsts", 2), swap("rows"), swap_files):
+    for spoil in (swap("images"), swap("firsts", 2), swap("rows"), swap_files):
         spoil(run)
     done = pair.moderate(pictures.folder, policy, out, "--part-rows", "10")
     assert done.returncode == 0, done.stderr

@@ -48,6 +48,11 @@ class Service:
             self.under_way.remove(image)
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr("lookonce.moderation.batch.service_pool._PAUSES", (0.01, 0.05))
+
+
 async def plain():
     return "plain"
 
@@ -78,8 +83,8 @@ async def test_an_image_that_kills_is_tried_alone_and_blamed_and_others_are_answ
 async def test_a_service_that_dies_of_everything_is_no_images_fault():
     service = Service(lambda image: True)
     with pytest.raises(LookonceError) as caught:
-        await asking(service, Patience(away=4.0))("image")
-    assert caught.value.kind is ErrorKind.UNAVAILABLE and "did not answer for 4 s" in caught.value.message
+        await asking(service, Patience(away=1.0))("image")
+    assert caught.value.kind is ErrorKind.UNAVAILABLE and "did not answer for 1 s" in caught.value.message
     assert ["plain"] in service.asked
 
 

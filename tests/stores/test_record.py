@@ -121,8 +121,10 @@ def test_tensor_data_is_aligned():
         {EMBEDDING: TensorView("F32", (3, 1), memoryview(bytes(12)))},
         {EMBEDDING: TensorView("F32", (4,), memoryview(bytes(16)))},
         {EMBEDDING: TensorView("F32", (4, 2), memoryview(bytes(16)))},
+        {EMBEDDING: TensorView("F32", (4, 0), memoryview(b""))},
+        dict.fromkeys((EMBEDDING, *map(str, range(16))), TensorView("F32", (4, 1), memoryview(bytes(16)))),
     ],
-    ids=["none", "no embedding", "dtype", "rows", "rank", "bytes"],
+    ids=["none", "no embedding", "dtype", "rows", "rank", "bytes", "no columns", "too many"],
 )
 def test_contradicting_fields_are_refused(tensors):
     with pytest.raises(RecordError):

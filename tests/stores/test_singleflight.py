@@ -54,9 +54,9 @@ class Work:
     async def discard(self):
         await self.store.delete(b"key")
 
-    def ask(self, key=b"key", label=None):
-        run = self.flights.run(key, load=self.load, make=self.make, save=self.save, discard=self.discard, label=label)
-        return asyncio.ensure_future(run)
+    def ask(self, key=b"key", label=None, **options):
+        calls = {"load": self.load, "make": self.make, "save": self.save, "discard": self.discard}
+        return asyncio.ensure_future(self.flights.run(key, **calls, label=label, **options))
 
 
 async def until(condition) -> None:
@@ -111,6 +111,18 @@ async def test_work_stops_when_the_last_caller_goes_away():
     assert work.cancelled == 1
     work.gate.set()
     assert await work.ask() == (b"made 2", "miss"), "the lease was given back"
+
+
+async def test_work_worth_keeping_goes_on_when_the_last_caller_goes_away():
+    work = Work()
+    ask = work.ask(keep=lambda: True)
+    await work.started.wait()
+    ask.cancel()
+    await asyncio.gather(ask, return_exceptions=True)
+    joined = work.ask()
+    await asyncio.sleep(0)
+    work.gate.set()
+    assert await joined == (b"made 1", "coalesced") and work.cancelled == 0
 
 
 async def test_an_exception_reaches_all_and_is_not_kept():
@@ -171,7 +183,7 @@ async def test_forgotten_while_made_leaves_nothing():
     await work.flights.forget(b"key")
     work.gate.set()
     await ask
-    assert await work.load() is None
+    assert await work.load() is None and not work.saving.is_set(), "not even for a moment"
 
 
 async def test_forgotten_while_saved_leaves_nothing():

@@ -80,6 +80,19 @@ async def test_a_read_under_way_does_not_bring_back_what_is_deleted():
     assert await store.get(b"key") is None
 
 
+async def test_a_read_under_way_does_not_bring_back_what_was_found_to_be_damaged():
+    near, far = MemoryStore(1 << 20), Slow()
+    store = TieredStore([near, far])
+    await far.put(b"key", b"damaged")
+    far.gate.clear()
+    read = asyncio.ensure_future(store.get(b"key"))
+    await far.asked.wait()
+    await store.discard(b"key", b"damaged")
+    far.gate.set()
+    await read
+    assert not await near.contains(b"key")
+
+
 async def test_a_near_tier_that_is_being_filled_does_not_keep_what_is_deleted():
     near, far = Slow("put"), MemoryStore(1 << 20)
     store = TieredStore([near, far])

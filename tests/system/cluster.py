@@ -21,7 +21,7 @@ from protos.lookonce.v1 import common_pb2, vision_pb2_grpc
 from tests.ports import free_port
 from tests.processes import ROOT, START_SECONDS, ServiceProcess
 
-NO_MEMORY = ("--l1-bytes", "1", "--prefix-bytes", "50KiB")
+NO_MEMORY = ("--l1-bytes", "1", "--prefix-bytes", "56KiB")
 """Of a language service: one prefix at most, so that a question about another image reads the store."""
 
 
@@ -123,7 +123,7 @@ class System:
 
     def upload(self, data: bytes) -> dict[str, Any]:
         """POST /v1/images; the image object."""
-        reply = self.http.post("/v1/images", files={"file": ("picture", data)})
+        reply = self.http.post("/v1/images", files={"file": ("image", data)})
         assert reply.status_code in (200, 201), reply.text
         return reply.json()
 
@@ -172,7 +172,7 @@ class System:
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The picture as a file's bytes."""
+    """The image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -67,7 +67,7 @@ def world(tmp_path_factory):
 
 
 def upload(world):
-    """A picture that nobody has seen."""
+    """An image that nobody has seen."""
     return world.http.post("/v1/images", files={"file": save(photograph("coffee", (100 + next(_serial), 90)), "PNG")})
 
 
@@ -85,7 +85,7 @@ def status(world):
 
 
 def works(world):
-    """A new picture is encoded and answered about, and the gateway says that all is well."""
+    """A new image is encoded and answered about, and the gateway says that all is well."""
     uploaded = upload(world)
     if uploaded.status_code != 200 or status(world) != "ready":
         return False

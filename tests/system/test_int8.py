@@ -11,7 +11,7 @@ from protos.lookonce.v1 import vision_pb2
 from tests.lm import split
 from tests.pictures import photograph, save
 from tests.system.cluster import System
-from vision_service.app import running
+from vision_service.app import load, running
 from vision_service.settings import VisionSettings
 
 INT8 = ("--quantization", "int8")
@@ -31,7 +31,7 @@ async def test_a_language_service_takes_what_it_was_told_and_refuses_the_rest(mo
     """Both services in this process."""
     store, file = f"file://{tmp_path}/store", save(photograph("coffee", (150, 100)), "PNG")
     settings = VisionSettings(model=str(model), listen="127.0.0.1:0", dtype="float32", store=store, quantization="int8")
-    async with running(settings) as server:
+    async with running(settings, load(settings)) as server:
         vision = VisionClient(server.address)
         reference = (await vision.encode(vision_pb2.EncodeRequest(image=file))).reference
         question = split.asking(split.user(reference, "What is it?"), max_tokens=4)

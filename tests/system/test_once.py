@@ -35,7 +35,7 @@ def system(model, tmp_path_factory):
         yield running
 
 
-def test_a_picture_first_seen_in_a_chat_is_encoded_once_for_all(system):
+def test_an_image_first_seen_in_a_chat_is_encoded_once_for_all(system):
     before = system.encodes()
     data = save(photograph("coffee", (120, 90)), "PNG")
     url = data_url(data)

@@ -32,11 +32,11 @@ def pair(request, tmp_path_factory):
 
 
 def canonical(data):
-    """The picture the model is to see."""
+    """The image the model is to see."""
     return Decoder(ImageLimits()).decode(data)
 
 
-def test_one_picture_of_every_kind(pair):
+def test_one_image_of_every_kind(pair):
     system, unsplit = pair
     for name, data in odd_files().items():
         image = system.upload(data)["id"]
@@ -45,11 +45,11 @@ def test_one_picture_of_every_kind(pair):
             assert answer["text"] == unsplit.answer([("user", [canonical(data), question])], 8), name
 
 
-def test_three_pictures_over_several_turns(pair):
+def test_three_images_over_several_turns(pair):
     system, unsplit = pair
     files = [save(photograph(name, size), "PNG") for name, size in (("coffee", (90, 120)), ("chelsea", (200, 60)))]
     files.append(odd_files()["29x31"])
-    pictures = [canonical(data) for data in files]
+    images = [canonical(data) for data in files]
     parts = [image_part(data_url(data)) for data in files]
     messages = [
         {"role": "system", "content": "Answer in one word."},
@@ -59,23 +59,23 @@ def test_three_pictures_over_several_turns(pair):
     ]
     turns = [
         ("system", ["Answer in one word."]),
-        ("user", [pictures[0], "What is in the first?", pictures[1]]),
+        ("user", [images[0], "What is in the first?", images[1]]),
         ("assistant", ["A cup."]),
-        ("user", ["And here?", pictures[2]]),
+        ("user", ["And here?", images[2]]),
     ]
     for _ in range(2):  # the second time from every cache
         reply = system.chat(messages, max_tokens=12)
         assert reply["choices"][0]["message"]["content"] == unsplit.answer(turns, 12)
 
 
-def test_no_picture_at_all(pair):
+def test_no_image_at_all(pair):
     system, unsplit = pair
     reply = system.chat([{"role": "user", "content": "Say something."}], max_tokens=12)
     assert reply["choices"][0]["message"]["content"] == unsplit.answer([("user", ["Say something."])], 12)
 
 
-def test_the_canonical_picture_is_what_people_see():
-    """So that the reference above is not fed a picture that only we believe in."""
+def test_the_canonical_image_is_what_people_see():
+    """So that the reference above is not fed an image that only we believe in."""
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: shown, it is 2 wide and 3 high
     buffer = io.BytesIO()

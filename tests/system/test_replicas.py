@@ -34,7 +34,7 @@ class Load:
     def __init__(self, system):
         self._system = system
         self._url = system.gateways[0].url
-        self._images = [system.upload(picture(number))["id"] for number in range(8)]
+        self._images = [system.upload(image_file(number))["id"] for number in range(8)]
         self._stop = threading.Event()
         self._serial = iter(range(100, 10_000))
         self.outcomes: Counter[str] = Counter()
@@ -55,7 +55,7 @@ class Load:
         return http.post(f"/v1/images/{image}/questions", json={"questions": [QUESTION]}).status_code
 
     def encode(self, http, _image):
-        return http.post("/v1/images", files={"file": picture(next(self._serial))}).status_code
+        return http.post("/v1/images", files={"file": image_file(next(self._serial))}).status_code
 
     def stream(self, http, image):
         """Whole, or cut after a first token."""
@@ -82,7 +82,7 @@ class Load:
             running.result(180)
 
 
-def picture(number):
+def image_file(number):
     return save(photograph("coffee", (60 + number % 97, 60 + number // 97)), "PNG")
 
 

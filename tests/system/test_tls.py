@@ -56,7 +56,7 @@ def test_a_system_over_mutual_tls(files, tmp_path, capsys):
         gateway = GatewayProcess(*door, *trust, "--rpc-tls-key", str(files.key)).wait_ready()
         with httpx2.Client(base_url=gateway.url, timeout=120) as http:
             data = save(photograph("coffee", (150, 100)), "PNG")
-            image = http.post("/v1/images", files={"file": ("picture", data)}).json()["id"]
+            image = http.post("/v1/images", files={"file": ("image", data)}).json()["id"]
             reply = http.post(f"/v1/images/{image}/questions", json={"questions": ["What is it?"], "max_tokens": 4})
         (answer,) = reply.json()["answers"]
         assert answer["text"], answer

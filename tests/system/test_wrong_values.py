@@ -16,7 +16,7 @@ from tests.system.stored_values import DAMAGES, EmbeddedValues, RedisValues, kin
 from tests.valkey import PATIENT, ValkeyServer
 
 KEYS = {"red": "red-key-of-32-characters-0123456", "blue": "blue-key-of-32-characters-012345"}
-PICTURES = {"red": 4, "blue": 2}
+IMAGES = {"red": 4, "blue": 2}
 QUESTION = {"questions": [{"text": "What is it?", "choices": ["a cat", "a cup", "a car"]}]}
 
 
@@ -86,7 +86,7 @@ class Tenant:
 
 @pytest.fixture(scope="module")
 def tenants(place):
-    found = [Tenant(place[0], name, count) for name, count in PICTURES.items()]
+    found = [Tenant(place[0], name, count) for name, count in IMAGES.items()]
     for tenant in found:
         tenant.upload()
         tenant.learn()

@@ -66,8 +66,8 @@ def test_one_forward_pass_tells_what_would_be_said(plain, samples):
 def test_samples_are_what_samples_json_says(samples):
     assert len(samples) == 12
     for sample in samples:
-        with Image.open(SAMPLES / sample["file"]) as picture:
-            assert picture.size == (sample["width"], sample["height"])
+        with Image.open(SAMPLES / sample["file"]) as image:
+            assert image.size == (sample["width"], sample["height"])
         assert len(sample["questions"]) == 8
         for shape in sample["shapes"]:
             assert shape["kind"] in scenes.KINDS and shape["colour"] in scenes.COLOURS
@@ -90,5 +90,5 @@ def test_odd_text_gets_some_answer(plain, samples, messages):
     assert plain.converse([*messages[:-1], last]).strip()
 
 
-def test_no_picture_is_said(plain):
+def test_no_image_is_said(plain):
     assert plain.converse([{"role": "user", "content": "How many stars are there?"}]) == "There is no image."

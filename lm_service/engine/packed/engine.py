@@ -36,7 +36,6 @@ from lm_service.engine.types import (
     ModelFacts,
     Scores,
     Scoring,
-    by_images,
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
@@ -162,25 +161,12 @@ class PackedEngine:
         """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         exclusive = request.isolated and not self._core.batch_invariant
-        parts: list[packed.Request] = []
-        sequences: dict[int, packed.Sequence] = {}
-        for places in by_images(request.items) if exclusive else [range(len(request.items))]:
-            part = packed.Request(
-                request.id,
-                request.client,
-                kept=False,
-                isolated=request.isolated,
-                exclusive=exclusive,
-                salt=request.salt,
-            )
-            items = [request.items[place] for place in places]
-            part.sequences = score_sequences(
-                part, items, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
-            )
-            sequences.update(zip(places, part.sequences, strict=True))
-            parts.append(part)
-        await gather_or_end([self._scored(part, request.deadline) for part in parts if part.sequences])
-        return scores_of([sequences[place] for place in range(len(request.items))])
+        sequences = score_sequences(
+            request, exclusive=exclusive, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
+        )
+        parts = dict.fromkeys(sequence.request for sequence in sequences)
+        await gather_or_end([self._scored(part, request.deadline) for part in parts])
+        return scores_of(sequences)
 
     async def _scored(self, request: packed.Request, deadline: float | None) -> None:
         async with contextlib.aclosing(self._events(request, deadline)) as events:

@@ -14,8 +14,7 @@ from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.execution.batch import PrefixPrefill
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences
-from lm_service.engine.packed.scheduling.sequence import Request
-from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem
+from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem, Scoring
 from lookonce.core.errors import LookonceError
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.models.text_adapter import ModelAdapter
@@ -55,8 +54,9 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
     core = EngineCore(model, options, wanted.append)
     sums: list[float] = []
     for items in calls:
-        request = Request("self-check", "", kept=False, isolated=True)
-        request.sequences = score_sequences(request, items, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        scoring = Scoring("self-check", tuple(items), isolated=True)
+        sequences = score_sequences(scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        request = sequences[0].request
         core.enqueue(request)
         while core.step() or wanted:
             for prefill in wanted:
@@ -65,7 +65,7 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
             wanted.clear()
         if request.unfinished or any(isinstance(event, LookonceError) for _, event in core.events):
             raise RuntimeError("a question of the check was not answered")
-        sums += [each for sequence in request.sequences for each in sequence.sums]
+        sums += [each for sequence in sequences for each in sequence.sums]
     return sums
 
 

@@ -131,23 +131,17 @@ class Fetcher:
             raise FetchBusy(param) from error
 
     async def _timed(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
+        """Within the policy's time; what a library raises as a FetchError."""
         try:
             async with asyncio.timeout(self._policy.timeout):
-                return await self._mapped(target, param, max_bytes, allowance)
-        except TimeoutError as error:
-            raise _timeout(param, target.host) from error
-
-    async def _mapped(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
-        try:
-            return await self._follow(target, param, max_bytes, allowance)
+                return await self._follow(target, param, max_bytes, allowance)
         except httpcore2.ConnectError as error:
             text = f"the host of '{param}' could not be reached"
             raise FetchError(Reason.UNREACHABLE, text, param=param, host=target.host) from error
-        except httpcore2.TimeoutException as error:
-            raise _timeout(param, target.host) from error
+        except (TimeoutError, httpcore2.TimeoutException) as error:
+            text = f"the server of '{param}' took too long"
+            raise FetchError(Reason.TIMEOUT, text, param=param, host=target.host) from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
-            if isinstance(error, TimeoutError):
-                raise
             text = f"the server of '{param}' broke off or sent no valid HTTP"
             raise FetchError(Reason.BROKEN, text, param=param, host=target.host) from error
 
@@ -219,10 +213,6 @@ def _declared(response: httpcore2.Response) -> int:
 
 def _too_large(param: str, host: str, limit: int) -> FetchTooLarge:
     return FetchTooLarge(f"the image at '{param}' has more than {format_size(limit)}", param=param, host=host)
-
-
-def _timeout(param: str, host: str) -> FetchError:
-    return FetchError(Reason.TIMEOUT, f"the server of '{param}' took too long", param=param, host=host)
 
 
 def _note(error: FetchError) -> None:

@@ -46,17 +46,15 @@ class _Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpcio ships 
         handler = await continuation(details)
         if handler is None or details.method.startswith(_NO_DEADLINE):
             return handler
-        serializers = {
-            "request_deserializer": handler.request_deserializer,
-            "response_serializer": handler.response_serializer,
-        }
-        if handler.response_streaming:
-            inner = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            kind = "stream_stream" if handler.request_streaming else "unary_stream"
-            return getattr(grpc, f"{kind}_rpc_method_handler")(_guard_stream(inner, details.method), **serializers)
-        inner = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        kind = "stream_unary" if handler.request_streaming else "unary_unary"
-        return getattr(grpc, f"{kind}_rpc_method_handler")(_guard_unary(inner, details.method), **serializers)
+        takes, gives = (
+            "stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)
+        )
+        guard = _guard_stream if handler.response_streaming else _guard_unary
+        return getattr(grpc, f"{takes}_{gives}_rpc_method_handler")(
+            guard(getattr(handler, f"{takes}_{gives}"), details.method),
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
 
 def _guard_unary(inner: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Awaitable[Any]]:

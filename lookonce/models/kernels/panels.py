@@ -14,6 +14,7 @@ from lookonce.models.kernels.compiling import FUSED, LANES, Compiled, Task, comp
 from lookonce.models.kernels.omp_team import run, threads
 from lookonce.models.kernels.products import WIDTH, Product, write_products
 from lookonce.models.kernels.program import Kernel
+from lookonce.models.kernels.structs import joined
 
 _SINGLE_THREADED = 1 << 19  # multiplications up to which other threads don't pay
 
@@ -48,7 +49,7 @@ class Panels:
         """One of the products of x [T, in] to `out` [T, out], for once."""
         sizes = {"depth": self.depth, "columns": self.columns}
         values = {"source": x, "out": out} if other is None else {"source": x, "out": out, "other": other}
-        return product_address(name), Product.fill(self.struct.copy(), sizes, rows=x.shape[0], **values)
+        return product_address(name), Product.fill(joined([self.struct]), sizes, rows=x.shape[0], **values)
 
     def product(self, name: str, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """One of the products, computed."""

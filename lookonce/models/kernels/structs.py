@@ -7,7 +7,7 @@ Every field is eight bytes: an integer, or a pointer to elements of one kind in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -57,33 +57,43 @@ class Field:
     def __init__(self, element: Element | type[Struct] | None, shape: tuple[str | int, ...], step: str | None) -> None:
         self.element, self.shape, self.step = element, shape, step
         self.name, self.place = "", 0
+        self._constant = math.prod(size for size in shape if isinstance(size, int))
+        self._names = [size for size in shape if isinstance(size, str)]
         kinds = element.numpy if isinstance(element, Element) else () if element is None else (element.dtype,)
         self._numpy, self._torch = kinds, element.torch if isinstance(element, Element) else ()
-
-    def needed(self, sizes: Mapping[str, int]) -> list[int]:
-        """The shape that is pointed to."""
-        return [size if isinstance(size, int) else sizes[size] for size in self.shape]
 
     def address(self, value: Pointee, sizes: Mapping[str, int]) -> int | Ints:
         """Of what the field shall point to. Raises ValueError for another kind of element, for elements that don't lie
         one behind the other (`step`: rows of them), and for too few."""
-        needed = self.needed(sizes)
         one = value.first if isinstance(value, Along) else value
         if isinstance(one, torch.Tensor):
-            if one.dtype in self._torch and one.is_cpu and self._lies_well(one, needed):
-                return value.addresses if isinstance(value, Along) else one.data_ptr()
-        elif one.dtype in self._numpy and one.flags.c_contiguous and one.size >= math.prod(needed):
-            return value.addresses if isinstance(value, Along) else one.ctypes.data
-        raise ValueError(f"{self.name} points to {self._kind} {needed} one behind the other, not to {_told(one)}")
+            if one.dtype in self._torch and one.is_cpu and self._lies_well(one, sizes):
+                return one.data_ptr() if one is value else value.addresses  # type: ignore[union-attr]
+        elif one.dtype in self._numpy and one.flags.c_contiguous and one.size >= self._count(sizes):
+            return one.ctypes.data if one is value else value.addresses  # type: ignore[union-attr]
+        raise ValueError(
+            f"{self.name} points to {self._kind} {self._shape(sizes)} one behind the other, not to {_told(one)}"
+        )
 
-    def _lies_well(self, value: torch.Tensor, needed: list[int]) -> bool:
+    def _shape(self, sizes: Mapping[str, int]) -> list[int]:
+        return [size if isinstance(size, int) else sizes[size] for size in self.shape]
+
+    def _count(self, sizes: Mapping[str, int]) -> int:
+        count = self._constant
+        for name in self._names:
+            count *= sizes[name]
+        return count
+
+    def _lies_well(self, value: torch.Tensor, sizes: Mapping[str, int]) -> bool:
         if self.step is None:
-            return value.is_contiguous() and value.numel() >= math.prod(needed)
-        if value.dim() != len(needed) or value.shape[0] < needed[0] or list(value.shape[1:]) != needed[1:]:
+            return value.is_contiguous() and value.numel() >= self._count(sizes)
+        needed, shape, steps = self._shape(sizes), value.shape, value.stride()
+        if len(shape) != len(needed) or shape[0] < needed[0]:
             return False
         behind = 1
-        for size, step in zip(value.shape[:0:-1], value.stride()[:0:-1], strict=True):
-            if size != 1 and step != behind:
+        for place in range(len(needed) - 1, 0, -1):
+            size = shape[place]
+            if size != needed[place] or (size != 1 and steps[place] != behind):
                 return False
             behind *= size
         return True
@@ -125,7 +135,8 @@ class Struct:
     def fill(cls, structs: Structs, sizes: Mapping[str, int] | None = None, **values: int | Ints | Pointee) -> Structs:
         """Write fields of all `structs`, which are returned: integers first, since shapes go by them and by `sizes`.
         Raises ValueError, before anything is read, for what a pointer may not point to."""
-        known = _Sizes(structs, sizes)
+        known = _Sizes(sizes or ())
+        known.structs = structs
         pointers = []
         for name, value in values.items():
             field = cls.fields[name]
@@ -145,12 +156,10 @@ class Struct:
 class _Sizes(dict[str, int]):
     """Sizes by name: those given, and what integer fields hold, the largest of several."""
 
-    def __init__(self, structs: Structs, given: Mapping[str, int] | None) -> None:
-        super().__init__(given or {})
-        self._structs = structs
+    structs: Structs
 
     def __missing__(self, name: str) -> int:
-        self[name] = found = int(self._structs[name].max(initial=0))
+        self[name] = found = int(self.structs[name].max(initial=0))
         return found
 
 
@@ -159,6 +168,12 @@ class Call(Struct):
 
     function = integer()
     struct = integer()
+
+
+def joined(arrays: Sequence[Structs]) -> Structs:
+    """Contiguous arrays of one struct behind each other along their last dimension. numpy does structs one by one."""
+    found: Structs = np.concatenate([array.view(np.int64) for array in arrays], axis=-1).view(arrays[0].dtype)
+    return found
 
 
 def addresses(whole: npt.NDArray[Any]) -> Ints:

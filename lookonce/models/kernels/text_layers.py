@@ -12,12 +12,13 @@ import torch
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, Panels, product_address
 from lookonce.models.kernels.products import Product
 from lookonce.models.kernels.program import run_program
-from lookonce.models.kernels.structs import FLOAT32, INT64, Call, Field, Ints, Struct, Structs, integer, pointer
+from lookonce.models.kernels.structs import FLOAT32, INT64, Call, Field, Ints, Struct, Structs, integer, joined, pointer
 from lookonce.models.kernels.text_rows import Gather, Norm, Rotation, TextRows
 from lookonce.models.linear import LayerWeights
 from lookonce.models.text_adapter import AttentionCalls, ModelShape
 
 _SINGLE_THREADED = 1 << 22  # multiplications of a step up to which other threads don't pay
+_KEPT_TOKENS = 64  # of a step whose buffers are kept for the next
 
 
 class Step(Struct):
@@ -89,54 +90,49 @@ class TextLayers:
         kernels.append(self._normed(norm, Step.wanted, Step.last, Step.out))
         for kernel in kernels:
             kernel.check(self._sizes)
-        self._functions = np.array([kernel.function for kernel in kernels])
+        self._calls = Call.zeros(len(kernels))
+        self._calls["function"] = [kernel.function for kernel in kernels]
         self._always: Ints = np.concatenate([kernel.struct.view(np.int64) for kernel in kernels])
         self._step: Ints = np.concatenate([_places(kernel) for kernel in kernels])
         sizes = np.array([kernel.struct.nbytes for kernel in kernels])
         self._offsets: Ints = sizes.cumsum() - sizes
         self._orders: dict[int, Ints] = {}
+        self._kept: tuple[tuple[int, int], Structs, dict[str, torch.Tensor]] | None = None
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: AttentionCalls, rows: torch.Tensor
     ) -> torch.Tensor:
-        """Normed [len(rows), hidden] of the rows asked for; `hidden` [T, hidden], contiguous, is overwritten. Cosines
-        and sines are [T, 1, d / 2], contiguous."""
+        """Normed [len(rows), hidden] of the rows asked for, until the next call; `hidden` [T, hidden], contiguous, is
+        overwritten. Cosines and sines are [T, 1, d / 2], contiguous."""
         tokens, wanted = hidden.shape[0], rows.shape[0]
         if wanted > tokens:
             raise ValueError(f"{wanted} rows of {tokens} tokens")
-        normed, mixed = torch.empty_like(hidden), torch.empty_like(hidden)
-        projected, inner = (hidden.new_empty((tokens, self._sizes[name])) for name in ("projected", "inner"))
-        last, last_mixed, out = (hidden.new_empty((wanted, hidden.shape[1])) for _ in range(3))
-        step = Step.fill(
-            Step.zeros(1),
-            self._sizes,
-            tokens=tokens,
-            wanted=wanted,
-            rows=rows,
-            cos=cos,
-            sin=sin,
-            hidden=hidden,
-            normed=normed,
-            projected=projected,
-            mixed=mixed,
-            inner=inner,
-            last=last,
-            last_mixed=last_mixed,
-            out=out,
-        )
+        step, buffers = self._buffers(tokens, wanted)
+        Step.fill(step, self._sizes, tokens=tokens, wanted=wanted, rows=rows, cos=cos, sin=sin, hidden=hidden)
         structs = self._always + step.view(np.int64)[self._step]
-        own = Call.zeros(len(self._functions))
-        own["function"], own["struct"] = self._functions, structs.ctypes.data + self._offsets
-        q, k, v = torch.split(projected.view(tokens, -1, self._shape.head_dim), self._heads, dim=1)
-        attended = attention(q, k, v, mixed)
-        program = np.concatenate([own, attended.reshape(-1)])[self._order(attended.shape[1])]
+        own = joined([self._calls])
+        own["struct"] = structs.ctypes.data + self._offsets
+        q, k, v = buffers["projected"].view(tokens, -1, self._shape.head_dim).split_with_sizes(self._heads, dim=1)
+        attended = attention(q, k, v, buffers["mixed"])
+        program = joined([own, attended.reshape(-1)])[self._order(attended.shape[1])]
         run_program(program, single_threaded=tokens * self._work <= _SINGLE_THREADED)
-        return out
+        return buffers["out"]
+
+    def _buffers(self, tokens: int, wanted: int) -> tuple[Structs, dict[str, torch.Tensor]]:
+        """What a step leaves between kernels, and a `Step` that points to it; those of few tokens are used again."""
+        if self._kept is not None and (tokens, wanted) == self._kept[0]:
+            return self._kept[1:]
+        sizes = {**self._sizes, "tokens": tokens, "wanted": wanted}
+        names = ("normed", "projected", "mixed", "inner", "last", "last_mixed", "out")
+        buffers = {name: self._norm.new_empty([sizes[str(size)] for size in Step.fields[name].shape]) for name in names}
+        step = Step.fill(Step.zeros(1), sizes, tokens=tokens, wanted=wanted, **buffers)
+        self._kept = ((tokens, wanted), step, buffers) if tokens <= _KEPT_TOKENS else None
+        return step, buffers
 
     def _order(self, count: int) -> Ints:
         """Of calls: those of layers, with `count` of attention in each, which come behind all of them."""
         if count not in self._orders:
-            own, attended = np.arange(len(self._functions)), np.arange(count * len(self._attentions))
+            own, attended = np.arange(len(self._calls)), np.arange(count * len(self._attentions))
             self._orders[count] = np.insert(own, np.repeat(self._attentions, count), len(own) + attended)
         return self._orders[count]
 

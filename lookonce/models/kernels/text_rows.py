@@ -49,28 +49,31 @@ class Gather(Struct):
 
 
 class TextRows:
-    """For rows of float32 on the CPU."""
+    """For rows of float32 on the CPU; called from one thread at a time."""
 
     def __init__(self, hidden: int, head_dim: int, rotated: int, epsilon: float) -> None:
         """Rows of `hidden` places are normed; of each token the first `rotated` heads of `head_dim` are rotated."""
         self.code = _compiled(hidden, head_dim, rotated, epsilon)
         self._norm, self._rotate = self.code.task("norm"), self.code.task("rotate")
+        self._norm_struct, self._rotation_struct = Norm.zeros(1), Rotation.zeros(1)
+        self._addresses = self._norm_struct.ctypes.data, self._rotation_struct.ctypes.data
         self.sizes = {"hidden": hidden, "rotated": rotated, "head_dim": head_dim, "half": head_dim // 2}
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] / sqrt(mean(x^2) + epsilon) * weight [hidden]."""
         x = x.contiguous()
         out = torch.empty_like(x)
-        struct = Norm.fill(Norm.zeros(1), self.sizes, rows=x.shape[0], source=x, weight=weight, out=out)
-        run(self._norm, struct.ctypes.data, single_threaded=x.numel() <= _SINGLE_THREADED)
+        Norm.fill(self._norm_struct, self.sizes, counter=0, rows=x.shape[0], source=x, weight=weight, out=out)
+        run(self._norm, self._addresses[0], single_threaded=x.numel() <= _SINGLE_THREADED)
         return out
 
     def rotate(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Rotary embedding of `heads` [T, rotated, d], in place; each token's lie one behind the other. Cosines and
         sines are [T, 1, d / 2]."""
         cos, sin = cos.contiguous(), sin.contiguous()
-        struct = Rotation.fill(Rotation.zeros(1), self.sizes, rows=heads.shape[0], heads=heads, cos=cos, sin=sin)
-        run(self._rotate, struct.ctypes.data, single_threaded=heads.numel() <= _SINGLE_THREADED)
+        rows = heads.shape[0]
+        Rotation.fill(self._rotation_struct, self.sizes, counter=0, rows=rows, heads=heads, cos=cos, sin=sin)
+        run(self._rotate, self._addresses[1], single_threaded=heads.numel() <= _SINGLE_THREADED)
 
 
 @lru_cache

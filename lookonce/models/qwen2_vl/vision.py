@@ -158,7 +158,7 @@ class Encoder:
 
 
 def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Linear]:
-    """The product with a kernel [width, 3, frames, patch, patch], and how many frames of a picture it takes. They are
+    """The product with a kernel [width, 3, frames, patch, patch], and how many frames of an image it takes. They are
     all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
     frames = kernel.shape[2]
     if kernel.dtype == torch.float32:

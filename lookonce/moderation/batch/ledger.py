@@ -22,9 +22,9 @@ from lookonce.core.seal import Sealer
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.run_identity import Identity
 
-_VERSION = 2
+_VERSION = 3
 _SCHEMA = """
-CREATE TABLE pictures (digest BLOB PRIMARY KEY, outcome BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE images (digest BLOB PRIMARY KEY, outcome BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE firsts (digest BLOB PRIMARY KEY, input BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE rows (number INTEGER PRIMARY KEY, row BLOB NOT NULL);
 CREATE TABLE parts (number INTEGER PRIMARY KEY, digest BLOB NOT NULL);
@@ -34,9 +34,9 @@ _ALL = 1 << 62
 log = structlog.get_logger(__name__)
 Full = tuple[Row, Outcome | None, int | None, str | None]
 """A row, the outcome of its image, and index and name of the first input with the same bytes."""
-Table = Literal["pictures", "firsts", "rows", "parts"]
-_KEYS: dict[Table, str] = {"pictures": "digest", "firsts": "digest", "rows": "number", "parts": "number"}
-_VALUES: dict[Table, str] = {"pictures": "outcome", "firsts": "input", "rows": "row", "parts": "digest"}
+Table = Literal["images", "firsts", "rows", "parts"]
+_KEYS: dict[Table, str] = {"images": "digest", "firsts": "digest", "rows": "number", "parts": "number"}
+_VALUES: dict[Table, str] = {"images": "outcome", "firsts": "input", "rows": "row", "parts": "digest"}
 
 
 class Ledger:
@@ -48,7 +48,7 @@ class Ledger:
         run = identity.run_key()
         self._path = path
         self._sealers: dict[Table, Sealer] = {
-            table: Sealer(f"moderate-{table}/{identity.judgement_key() if table == 'pictures' else run}")
+            table: Sealer(f"moderate-{table}/{identity.judgement_key() if table == 'images' else run}")
             for table in _KEYS
         }
         try:
@@ -112,7 +112,7 @@ class Ledger:
         return len(parts)
 
     def _known(self, digest: bytes) -> bool:
-        return self._get("pictures", digest) is not None and self._get("firsts", digest) is not None
+        return self._get("images", digest) is not None and self._get("firsts", digest) is not None
 
     def _keys(self, table: Table) -> list[Any]:
         key = _KEYS[table]
@@ -147,7 +147,7 @@ class Ledger:
 
     def outcome(self, digest: bytes, index: int) -> tuple[Outcome, bool] | None:
         """What is known of an image, and whether there is a row of it besides the one at `index`."""
-        found = self._get("pictures", digest)
+        found = self._get("images", digest)
         if found is None:
             return None
         first = self._get("firsts", digest)
@@ -161,8 +161,8 @@ class Ledger:
                 self._put("rows", row.index, _row_to_json(row))
                 if row.digest is not None:
                     outcome = outcomes.get(row.digest)
-                    if outcome is not None and self._get("pictures", row.digest) is None:
-                        self._put("pictures", row.digest, outcome.to_json())
+                    if outcome is not None and self._get("images", row.digest) is None:
+                        self._put("images", row.digest, outcome.to_json())
                     self._note_first(row.digest, row)
 
     def _note_first(self, digest: bytes, row: Row) -> None:
@@ -182,7 +182,7 @@ class Ledger:
     def _full(self, row: Row) -> Full | None:
         if row.digest is None:
             return row, None, None, None
-        outcome, first = self._get("pictures", row.digest), self._get("firsts", row.digest)
+        outcome, first = self._get("images", row.digest), self._get("firsts", row.digest)
         if outcome is None or first is None:
             return None
         index, source = orjson.loads(first)
@@ -201,7 +201,7 @@ class Ledger:
         with self._db:
             self._db.execute("BEGIN")
             for table in _KEYS:
-                if table != "pictures" or not keep_images:
+                if table != "images" or not keep_images:
                     self._db.execute(f"DELETE FROM {table}")
 
 

@@ -1,4 +1,4 @@
-"""What one step computes: stretches of prefixes to fill, and new tokens of sequences."""
+"""What one step computes: tokens of prefixes, and new tokens of sequences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PrefixPrefill:
 
     @property
     def ready(self) -> bool:
-        """Whether it can go on: its embeddings are here, and what comes before it is filled."""
+        """Whether it can go on: its embeddings are here, and what comes before it is computed."""
         return self.ready_after(())
 
     def ready_after(self, complete: Collection[int]) -> bool:
@@ -36,7 +36,7 @@ class PrefixPrefill:
 
 @dataclass(frozen=True)
 class PrefillChunk:
-    """The next `count` tokens of a fill."""
+    """The next `count` tokens of a prefill."""
 
     prefill: PrefixPrefill
     count: int

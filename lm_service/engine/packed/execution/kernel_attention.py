@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 
 from lm_service.engine.packed.execution.batch import Batch
@@ -15,7 +14,7 @@ from lm_service.engine.packed.prefix_cache.kv import KV
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.kernels.attention.structs import KVSpan, PrefillAttention, SuffixAttention
-from lookonce.models.kernels.structs import Along, Call, Structs, addresses
+from lookonce.models.kernels.structs import Along, Call, Structs, addresses, joined
 from lookonce.models.text_adapter import ModelShape
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ class KernelAttention:
 
     def __init__(self, kernels: AttentionKernels, shape: ModelShape, pool: SuffixPool) -> None:
         """`shape` has one stage, on the CPU."""
-        self.kernels, self.shape, self.pool = kernels, shape, pool
+        self.kernels, self.shape, self.pool, self.sizes = kernels, shape, pool, kernels.heads.sizes
         (buffer,) = pool.buffers
         self.pool_keys, self.pool_values, self.pool_size = Along(buffer[:, 0]), Along(buffer[:, 1]), buffer.shape[2]
         self._partial = torch.empty(0)
@@ -47,20 +46,16 @@ class KernelAttention:
 
     def spans(self, nodes: Sequence[Node]) -> Structs:
         """KVSpan [layers, nodes]."""
-        if not nodes:
-            return KVSpan.zeros(self.shape.layers, 0)
-        return np.stack([self._span(node) for node in nodes], axis=1)
+        return joined([KVSpan.zeros(self.shape.layers, 0), *map(self._span, nodes)])
 
     def _span(self, node: Node) -> Structs:
-        """KVSpan [layers]. A KV stays where it is."""
+        """KVSpan [layers, 1]. A KV stays where it is."""
         known = self._spans.get(node.kv)
         if known is None:
             (kv,) = node.kv.parts  # [layers, 2, kv_heads, T, d]
             tensors = {"keys": Along(kv[:, 0]), "values": Along(kv[:, 1])}
-            known = KVSpan.fill(
-                KVSpan.zeros(self.shape.layers), self.kernels.heads.sizes, tokens=node.length, **tensors
-            )
-            self._spans[node.kv] = known
+            known = KVSpan.fill(KVSpan.zeros(self.shape.layers), self.sizes, tokens=node.length, **tensors)
+            known = self._spans[node.kv] = known.reshape(-1, 1)
         return known
 
 
@@ -89,14 +84,15 @@ class AttendByKernels:
             if self._first:
                 q, k, v, out = (x[self._first :] for x in (q, k, v, out))
             found.append(self._suffixes.calls(q, k, v, out, layers))
-        return found[0] if len(found) == 1 else np.concatenate(found, axis=1)
+        return found[0] if len(found) == 1 else joined(found)
 
 
 class _Prefills:
     """Stores new keys and values of prefixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: PrefillPlan) -> None:
-        self._kernel, self._heads, self._plan = own.kernels.prefill, own.kernels.heads, plan
+        self._kernel, self._plan = own.kernels.prefill, plan
+        self._sizes = {**own.sizes, "tokens": len(plan.places)}
         self._spans = own.spans([node for span in plan.spans for node in (*span.ancestors, span.node)])
         self._structs = PrefillAttention.fill(
             PrefillAttention.zeros(own.shape.layers),
@@ -116,7 +112,7 @@ class _Prefills:
         """See `Attend`: [layers, 1]. In the last layer `out` is not written."""
         structs = self._structs[layers]
         structs["store_counter"] = structs["attend_counter"] = 0
-        PrefillAttention.fill(structs, self._heads.sizes, query=q, key=k, value=v, out=out)
+        PrefillAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
         return _calls(self._kernel, [structs])
 
 
@@ -124,12 +120,14 @@ class _Suffixes:
     """Stores new keys and values of suffixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: SuffixPlan) -> None:
-        self._kernel, suffixes, heads = own.kernels.attend, plan.suffixes, own.kernels.heads
-        partial = own.partial(max(split.partial for split in plan.splits))
-        self._sizes = {**heads.sizes, "total": len(suffixes.visible), "partial_count": partial.numel()}
+        self._kernel, suffixes = own.kernels.attend, plan.suffixes
+        partial_count = max(split.partial for split in plan.splits)
+        partial = own.partial(partial_count)
+        self._sizes = {**own.sizes, "total": len(suffixes.visible)}
         sizes = {
             **self._sizes,
             "pool_size": own.pool_size,
+            "partial_count": partial_count,
             "mask_count": len(suffixes.masks),
             "seen_places": len(suffixes.visible) + 1,
             "seen_count": int(plan.seen[-1]),
@@ -150,7 +148,7 @@ class _Suffixes:
             barrier=own.kernels.barrier(),
         )
         self._held = [plan, partial]  # what the structs point to
-        self._splits = [self._split(own, structs.copy(), split) for split in plan.splits]
+        self._splits = [self._split(own, joined([structs]), split) for split in plan.splits]
         self._splits[0]["stored"] = len(suffixes.visible)
 
     def _split(self, own: KernelAttention, structs: Structs, split: Split) -> Structs:

@@ -20,7 +20,7 @@ from lm_service.engine.packed.execution.plan import (
 )
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lookonce.models.kernels.attention.structs import Heads, PrefillItem, PrefillPlace, SharedItem, SharedSplit
-from lookonce.models.kernels.structs import Ints, Structs
+from lookonce.models.kernels.structs import Ints, Structs, joined
 from lookonce.models.text_adapter import ModelShape
 
 _CHUNK = 512  # keys of a span that one work item attends to, about; never depends on whose queries they are
@@ -148,7 +148,7 @@ def _split(spans: Sequence[SharedSpan], begin: int, end: int, heads: Heads) -> S
         items.append(cut.reshape(-1))
         items[-1]["place"] = place + np.arange(cut.size) * (height * (heads.size + 2))
         place += cut.size * height * (heads.size + 2)
-    return Split(begin, end, inside, np.concatenate(items), splits, place)
+    return Split(begin, end, inside, joined(items), splits, place)
 
 
 def _seen(splits: list[Split], tokens: int) -> tuple[Ints, Ints]:

@@ -6,33 +6,42 @@ from collections.abc import Sequence as Sequences
 from itertools import groupby
 
 from lm_service.engine.packed.execution.choices import trie_of
-from lm_service.engine.packed.prefix_cache.content import Head, prompt_contents
+from lm_service.engine.packed.prefix_cache.content import Head, PromptContent, prompt_contents
 from lm_service.engine.packed.scheduling.question_prefixes import find_shared_ends
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
-from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Timings
+from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Scoring, Timings, by_images
 
 
-def score_sequences(request: Request, items: Sequences[ScoreItem], *, worth: int, longest: int) -> list[Sequence]:
-    """A sequence for each item, in order. Where at least `worth` tokens are spared, those that begin alike behind the
-    same images share a prefix; questions of `longest` tokens or more don't take part."""
-    contents = prompt_contents((item.prompt for item in items), request.salt)
-    sequences = []
-    for index, (item, content) in enumerate(zip(items, contents, strict=True)):
-        trie = trie_of(item.choices)
-        sequences.append(
-            Sequence(
-                request=request,
-                index=index,
-                prompt=item.prompt,
-                content=content,
-                tokens=[*item.prompt.token_ids, *trie.tokens],
-                trie=trie,
-                sums=[0.0] * len(item.choices),
-            )
+def score_sequences(scoring: Scoring, *, exclusive: bool, worth: int, longest: int) -> list[Sequence]:
+    """A sequence for each item, in order: those of one request, or (`exclusive`) of one for the items about the same
+    images. Where at least `worth` tokens are spared, those that begin alike behind the same images share a prefix;
+    questions of `longest` tokens or more don't take part."""
+    placed: dict[int, Sequence] = {}
+    for places in by_images(scoring.items) if exclusive else [range(len(scoring.items))]:
+        request = Request(
+            scoring.id,
+            scoring.client,
+            kept=False,
+            isolated=scoring.isolated,
+            exclusive=exclusive,
+            salt=scoring.salt,
         )
-    for head, alike in groupby(sequences, lambda sequence: sequence.content.head):
-        _share_prefixes(head, [one for one in alike if one.content.length - head.length < longest], worth)
-    return sequences
+        items = [scoring.items[place] for place in places]
+        contents = prompt_contents((item.prompt for item in items), scoring.salt)
+        request.sequences = [
+            _sequence(request, index, item, content)
+            for index, (item, content) in enumerate(zip(items, contents, strict=True))
+        ]
+        for head, alike in groupby(request.sequences, lambda sequence: sequence.content.head):
+            _share_prefixes(head, [one for one in alike if one.content.length - head.length < longest], worth)
+        placed.update(zip(places, request.sequences, strict=True))
+    return [placed[place] for place in range(len(scoring.items))]
+
+
+def _sequence(request: Request, index: int, item: ScoreItem, content: PromptContent) -> Sequence:
+    trie = trie_of(item.choices)
+    tokens, sums = [*item.prompt.token_ids, *trie.tokens], [0.0] * len(item.choices)
+    return Sequence(request, index, item.prompt, content, tokens, trie=trie, sums=sums)
 
 
 def _share_prefixes(head: Head, sequences: Sequences[Sequence], worth: int) -> None:
