@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from ipaddress import ip_address
-from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -88,7 +87,8 @@ class RequestScope:
                     await internal_error()(scope, receive, answer)
 
     def _account(self, scope: Scope, status: int, seconds: float, step: tracing.Step) -> None:
-        route = route_of(scope)
+        # The template of a matched route; never the path itself, which has no bound.
+        route = getattr(scope.get("route"), "path", "") or "unmatched"
         method = scope["method"] if scope["method"] in _METHODS else "other"
         status = status or CLIENT_GONE
         step.rename(f"{method} {route}")
@@ -101,47 +101,6 @@ class RequestScope:
             tenant = state["tenant"].name if "tenant" in state else DEFAULT_TENANT
             fields = {"method": method, "route": route, "status": status, "ms": round(seconds * 1000, 2)}
             log.info("request", **fields, request_id=state["request_id"], tenant=tenant)
-
-
-class Authentication:
-    """Every route but the three health ones and the playground's files needs a key, and is held to the key's quota; the
-    tenant goes into the request's state."""
-
-    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
-        self.app = app
-        self.keyring = keyring
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
-            with ExitStack() as held:
-                try:
-                    owner = self.keyring.identify(_presented(Headers(scope=scope)))
-                    scope["state"]["tenant"] = owner.tenant
-                    held.enter_context(owner.request())
-                except LookonceError as error:
-                    RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
-                    await error_response(error)(scope, receive, send)
-                    return
-                await self.app(scope, receive, closing_at_the_end(held, send))
-            return
-        await self.app(scope, receive, send)
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path == "/" or path.startswith("/playground/")
-
-
-def route_of(scope: dict[str, Any] | Any) -> str:
-    """The path template of a matched route; never the path itself, which has no bound."""
-    route = scope.get("route")
-    return str(getattr(route, "path", "")) or "unmatched"
-
-
-def _presented(headers: Headers) -> str | None:
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return headers.get("x-api-key") or headers.get("api-key")  # Azure's clients send the latter
 
 
 class OriginCheck:
@@ -344,6 +303,41 @@ def _too_large(settings: GatewaySettings) -> LookonceError:
 def _full(text: str) -> LookonceError:
     REJECTED.inc()
     return LookonceError(ErrorKind.OVERLOADED, text, retry_after=1.0)
+
+
+class Authentication:
+    """Every route but the three health ones and the playground's files needs a key, and is held to the key's quota; the
+    tenant goes into the request's state."""
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self.app = app
+        self.keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and not _is_open(scope["path"]):
+            with ExitStack() as held:
+                try:
+                    owner = self.keyring.identify(_presented(Headers(scope=scope)))
+                    scope["state"]["tenant"] = owner.tenant
+                    held.enter_context(owner.request())
+                except LookonceError as error:
+                    RATE_LIMITED.inc(error.kind is ErrorKind.RATE_LIMITED)
+                    await error_response(error)(scope, receive, send)
+                    return
+                await self.app(scope, receive, closing_at_the_end(held, send))
+            return
+        await self.app(scope, receive, send)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path == "/" or path.startswith("/playground/")
+
+
+def _presented(headers: Headers) -> str | None:
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer":
+        return key.strip()
+    return headers.get("x-api-key") or headers.get("api-key")  # Azure's clients send the latter
 
 
 def closing_at_the_end(stack: ExitStack, send: Send) -> Send:

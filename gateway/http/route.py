@@ -115,58 +115,6 @@ def _read(raw: bytearray, model: type[M], limits: JsonLimits) -> tuple[M, Mappin
     return validate(parsed.value, model), parsed.long
 
 
-async def aside(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `function` returns for something of `size` bytes: worked on off the event loop unless it is small."""
-    if size <= SMALL:
-        return function(*args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_THREAD, lambda: function(*args, **kwargs))
-
-
-def whole(most: int) -> BeforeValidator:
-    """For a query's whole number from 1 to `most`."""
-
-    def check(text: str) -> int:
-        if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most:
-            return int(text)
-        raise PydanticCustomError(MEMBER, MEMBER, {"text": f"must be a whole number from 1 to {most}"})
-
-    return BeforeValidator(check)
-
-
-def list_object(items: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
-    """OpenAI's list object."""
-    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
-    return {"object": "list", "data": list(items), "first_id": first, "last_id": last, "has_more": more}
-
-
-def json_response(content: Any, status: int = 200) -> Response:
-    """A JSON answer that is ours already: FastAPI's validation of large ones would take time."""
-    return Response(orjson.dumps(content), status, media_type="application/json")
-
-
-def gateway_of(request: Request) -> Gateway:
-    """The gateway that serves the request."""
-    gateway: Gateway = request.app.state.gateway
-    return gateway
-
-
-def tenant_of(request: Request) -> Tenant:
-    """Who the presented key belongs to."""
-    tenant: Tenant = request.state.tenant
-    return tenant
-
-
-def caller_of(request: Request, user: str | None = None) -> Caller:
-    """For the core: tenant, a client for fairness (the tenant and OpenAI's `user`), and the time allowed."""
-    tenant = tenant_of(request)
-    return Caller(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
-
-
-def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
-    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
-    return settings.low_detail_pixels if detail == "low" else None
-
-
 class UnknownField(LookonceError):
     """A field nobody knows; has OpenAI's own code."""
 
@@ -233,3 +181,55 @@ def _path(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
 
 def _is_tag(step: str) -> bool:
     return step.startswith("(") and step.endswith(")")
+
+
+async def aside(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `function` returns for something of `size` bytes: worked on off the event loop unless it is small."""
+    if size <= SMALL:
+        return function(*args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, lambda: function(*args, **kwargs))
+
+
+def whole(most: int) -> BeforeValidator:
+    """For a query's whole number from 1 to `most`."""
+
+    def check(text: str) -> int:
+        if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most:
+            return int(text)
+        raise PydanticCustomError(MEMBER, MEMBER, {"text": f"must be a whole number from 1 to {most}"})
+
+    return BeforeValidator(check)
+
+
+def list_object(items: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any]:
+    """OpenAI's list object."""
+    first, last = (items[0]["id"], items[-1]["id"]) if items else (None, None)
+    return {"object": "list", "data": list(items), "first_id": first, "last_id": last, "has_more": more}
+
+
+def json_response(content: Any, status: int = 200) -> Response:
+    """A JSON answer that is ours already: FastAPI's validation of large ones would take time."""
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def gateway_of(request: Request) -> Gateway:
+    """The gateway that serves the request."""
+    gateway: Gateway = request.app.state.gateway
+    return gateway
+
+
+def tenant_of(request: Request) -> Tenant:
+    """Who the presented key belongs to."""
+    tenant: Tenant = request.state.tenant
+    return tenant
+
+
+def caller_of(request: Request, user: str | None = None) -> Caller:
+    """For the core: tenant, a client for fairness (the tenant and OpenAI's `user`), and the time allowed."""
+    tenant = tenant_of(request)
+    return Caller(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
+
+
+def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
+    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
+    return settings.low_detail_pixels if detail == "low" else None
