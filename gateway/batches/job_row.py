@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import orjson
@@ -49,8 +49,7 @@ class Job:
     def to_openai(self) -> dict[str, Any]:
         """OpenAI's batch object."""
         shown = {name: value for name, value in self.document.items() if not name.startswith("_")}
-        counts = {"total": self.counts.total, "completed": self.counts.completed, "failed": self.counts.failed}
-        return {"id": self.id, "object": "batch", "status": self.status, **shown, "request_counts": counts}
+        return {"id": self.id, "object": "batch", "status": self.status, **shown, "request_counts": asdict(self.counts)}
 
 
 def write(connection: sqlite3.Connection, job: Job) -> Job:
