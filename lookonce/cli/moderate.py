@@ -18,8 +18,7 @@ from lookonce.core.settings import load
 from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
-    from lookonce.moderation.batch.connect import Addresses
-    from lookonce.moderation.batch.run_plan import Plan
+    from lookonce.moderation.batch.run_plan import Addresses, Plan
     from lookonce.moderation.batch.settings import ModerateSettings
 
 INTERRUPTED = 130
@@ -156,7 +155,7 @@ def _stop_on_signals(job: Any) -> None:
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
     from lookonce.core.rpc.tls import Tls
-    from lookonce.moderation.batch.connect import Addresses
+    from lookonce.moderation.batch.run_plan import Addresses
     from lookonce.moderation.batch.service_pool import Patience
 
     vision, language = settings.vision, settings.lm

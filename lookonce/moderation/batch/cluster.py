@@ -20,12 +20,11 @@ import orjson
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import image_digest
-from lookonce.moderation.batch.connect import Addresses, Served, connected
 from lookonce.moderation.batch.judge import Judge
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.poison_isolation import Suspected
 from lookonce.moderation.batch.run import Run
-from lookonce.moderation.batch.run_plan import Plan, open_reader
+from lookonce.moderation.batch.run_plan import Addresses, Plan, Served, connected, open_reader
 from lookonce.moderation.batch.settings import ModerateSettings
 from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Locator, Unusable, WebUrl, items
 from lookonce.moderation.batch.sources.reader import Reader

@@ -7,10 +7,9 @@ import time
 from collections import Counter
 
 from lookonce.core.errors import LookonceError, invalid
-from lookonce.moderation.batch.connect import connected
 from lookonce.moderation.batch.outcome import Failure, Outcome
 from lookonce.moderation.batch.progress import duration
-from lookonce.moderation.batch.run_plan import Plan
+from lookonce.moderation.batch.run_plan import Plan, connected
 from lookonce.moderation.batch.sources.items import Item, items
 from lookonce.moderation.judging import judge
 

@@ -21,9 +21,8 @@ from blake3 import blake3
 
 from lookonce.core.atomic_files import sync, write_durably
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.moderation.batch.columns import METADATA_KEY, Columns
 from lookonce.moderation.batch.ledger import Full
-from lookonce.moderation.batch.output_formats import FORMS, SUFFIXES
+from lookonce.moderation.batch.output_formats import FORMS, METADATA_KEY, SUFFIXES, Columns
 from lookonce.moderation.batch.run_identity import Manifest
 
 _OF_A_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")

@@ -13,9 +13,8 @@ import pyarrow as pa
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.moderation.batch.columns import FIRED, SCORE, Columns
 from lookonce.moderation.batch.ledger import Ledger
-from lookonce.moderation.batch.output_formats import BATCH_ROWS, FORMS
+from lookonce.moderation.batch.output_formats import BATCH_ROWS, FIRED, FORMS, SCORE, Columns
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.run_identity import Manifest
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lookonce.moderation.batch.columns import FIRED, FOLLOW_UP, SCORE
+from lookonce.moderation.batch.output_formats import FIRED, FOLLOW_UP, SCORE
 from lookonce.moderation.batch.results import Results
 from lookonce.moderation.batch.run_identity import Manifest
 from lookonce.moderation.policy import Rule
