@@ -103,7 +103,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
 
 
 async def _work(made: Plan, run: Any) -> int:
-    from lookonce.moderation.batch.progress import line, reporting
+    from lookonce.moderation.batch.progress import reporting
     from lookonce.moderation.batch.run_plan import working
 
     total, every = made.manifest.identity.count, made.settings.progress_seconds
@@ -119,9 +119,9 @@ async def _work(made: Plan, run: Any) -> int:
                 _stop_on_signals(job)
                 await job.work()
             tally = job.tally
-        report.show(tally, report.meter)
+        report.show(tally)
     if not await run.complete():
-        note(f"stopped: {line(tally, report.meter)}. Run the same command again to go on.")
+        note(f"stopped: {report.line(tally)}. Run the same command again to go on.")
         return INTERRUPTED
     await run.finish()
     return 0

@@ -3,7 +3,8 @@
 Each is started, followed by its health, started again when it ends, and ended with grace. The order of `services` is
 the order in which they are drained: those that send requests before those that answer them.
 
-Knows nothing of models: a service is a command line, an address to probe and a place for logs."""
+Knows nothing of models: a service is a command line, an address to probe and a place for logs.
+"""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 """The columns of a result, and the forms it is written in: Parquet, JSON lines, CSV.
 
-Each form writes a part, joins parts, reads both back."""
+Each form writes a part, joins parts, reads both back.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +34,7 @@ class Columns:
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
-        self._rules = [rule for rule in manifest.policy.rules if "image" in rule.applies_to]
+        self._rules = manifest.policy.of("image")
         fields: list[tuple[str, pa.DataType]] = [
             ("index", pa.int64()),
             ("source", pa.string()),
@@ -147,15 +149,9 @@ class JsonLines:
                     shutil.copyfileobj(source, target)
 
     def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        lines: list[dict[str, object]] = []
         with path.open("rb") as stream:
-            for line in stream:
-                lines.append(orjson.loads(line))
-                if len(lines) == BATCH_ROWS:
-                    yield pa.RecordBatch.from_pylist(lines, schema=schema)
-                    lines = []
-        if lines:
-            yield pa.RecordBatch.from_pylist(lines, schema=schema)
+            while rows := [orjson.loads(line) for line in islice(stream, BATCH_ROWS)]:
+                yield pa.RecordBatch.from_pylist(rows, schema=schema)
 
 
 class Csv:
@@ -195,17 +191,9 @@ class Csv:
 
 def _flat(table: pa.Table) -> pa.Table:
     """`timings: {read_ms, ...}` as `timings_read_ms` and so on; formulas as text."""
-    arrays: list[pa.ChunkedArray] = []
-    names: list[str] = []
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if pa.types.is_struct(field.type):
-            arrays += column.flatten()
-            names += [f"{field.name}_{inner.name}" for inner in field.type]
-        else:
-            arrays.append(column)
-            names.append(field.name)
-    texts = [pc.replace_substring_regex(a, f"^({_FORMULA})", r"'\1") if _text(a) else a for a in arrays]
-    return pa.table(texts, names=names)
+    flat = table.flatten()  # names their columns timings.read_ms
+    texts = [pc.replace_substring_regex(a, f"^({_FORMULA})", r"'\1") if _text(a) else a for a in flat.columns]
+    return pa.table(texts, names=[name.replace(".", "_") for name in flat.column_names])
 
 
 def _nested(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -103,7 +103,7 @@ class Output:
     def begin(self, manifest: Manifest) -> None:
         """Note which run this is."""
         data = orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2)
-        write_durably(self.run / "manifest.json", lambda path: _keep(path, data))
+        write_durably(self.run / "manifest.json", lambda path: path.write_bytes(data))
 
     def finished(self) -> bool:
         """Whether a result is complete here, with no run under way."""
@@ -146,7 +146,7 @@ class Output:
                 path.unlink()
         if not self.single or self.form != "parquet":  # which holds its manifest
             data = (self.run / "manifest.json").read_bytes()
-            write_durably(self._final_manifest, lambda path: _keep(path, data))
+            write_durably(self._final_manifest, lambda path: path.write_bytes(data))
         (self.run / "manifest.json").unlink()  # from here on it is finished
         sync(self.run)
         shutil.rmtree(self.run, ignore_errors=True)
@@ -154,10 +154,6 @@ class Output:
     @property
     def _final_manifest(self) -> Path:
         return self.out.with_name(self.out.name + ".manifest.json") if self.single else self.out / "_manifest.json"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _manifest(data: bytes, path: Path) -> Manifest:

@@ -80,7 +80,7 @@ class Results:
     def counts(self) -> Counts:
         """Of all rows."""
         counts = Counts()
-        rules = [rule.id for rule in self.manifest.policy.rules if "image" in rule.applies_to]
+        rules = [rule.id for rule in self.manifest.policy.of("image")]
         for batch in self.batches():
             counts.add(batch, rules)
         return counts

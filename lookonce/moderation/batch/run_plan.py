@@ -1,6 +1,7 @@
 """From settings to a job: source listed, services described, policy read, everything that must agree checked first.
 
-Then the connections of one process, closed together."""
+Then the connections of one process, closed together.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """From what the user typed to a source.
 
-Of folders and globs each file is an image; tar and Parquet files that a glob names are opened."""
+Of folders and globs each file is an image; tar and Parquet files that a glob names are opened.
+"""
 
 from __future__ import annotations
 
