@@ -135,8 +135,7 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
-    from lookonce.cli.service_process import RestartPolicy, Service
-    from lookonce.cli.supervisor import Supervisor
+    from lookonce.cli.supervisor import RestartPolicy, Service, Supervisor
     from lookonce.cli.system_plan import plan_system
 
     system = plan_system(settings, given, directory, model)
