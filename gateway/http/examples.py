@@ -223,7 +223,7 @@ ANSWERS: dict[str, Any] = {
     "health": {"status": "ok"},
     "readiness": READINESS,
     "healthOfAll": READINESS,
-    "version": {"version": "0.2.0"},
+    "version": {"version": "0.3.0"},
 }
 """Of answers in JSON, by the id of the operation."""
 
