@@ -24,7 +24,7 @@ from lookonce.models.sizing import Economics, question_flops, size_of
 from tests.cli import published
 from tests.cli.commands import environment, invoke
 from tests.processes import ROOT
-from vision_service import app as vision
+from vision_service import core as vision
 from vision_service.settings import VisionSettings
 
 TOTALS = {"2B": (665_271_296, 2_208_985_600), "7B": (675_759_104, 8_291_375_616), "72B": (699_356_672, 73_405_560_320)}
