@@ -73,11 +73,18 @@ class StoreMetrics:
     def __init__(self, store: str, namespace: str) -> None:
         self.stats = StoreStats(store, namespace)
         self._counters = {name: counter.labels(store, namespace) for name, counter in _COUNTERS.items()}
+        self._hits, self._misses = self._counters["hits"], self._counters["misses"]
         self._bytes, self._entries = _BYTES.labels(store, namespace), _ENTRIES.labels(store, namespace)
         self._degraded = _DEGRADED.labels(store, namespace)
 
     def lookup(self, found: bool) -> None:
-        self._count("hits" if found else "misses")
+        """Counted without `_count`: a get from memory takes 0.8 us in all."""
+        if found:
+            self.stats.hits += 1
+            self._hits.inc()
+        else:
+            self.stats.misses += 1
+            self._misses.inc()
 
     def put(self, kept: bool) -> None:
         self._count("puts" if kept else "refused")
