@@ -12,34 +12,34 @@ from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.qwen2_vl.positions import mrope_positions
 
-ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 picture
+ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 image
 SYSTEM, QUESTION, TOKENS = 20, 20, 16
 
 
 def image(number: int) -> EmbeddingReference:
-    """A reference to a picture of 999 tokens."""
+    """A reference to an image of 999 tokens."""
     key = number.to_bytes(32, "little")
     return EmbeddingReference(key, "0" * 64, key, (1, 2 * ROWS, 2 * COLUMNS), ROWS * COLUMNS, COLUMNS * 28, ROWS * 28)
 
 
-def question(number: int, picture: EmbeddingReference | None) -> Prompt:
-    """A system prompt, maybe a picture, and a question; every question is another."""
+def question(number: int, reference: EmbeddingReference | None) -> Prompt:
+    """A system prompt, maybe an image, and a question; every question is another."""
     generator = torch.Generator().manual_seed(number)
     words = torch.randint(0, 400, (QUESTION,), generator=generator).tolist()
-    spans = [] if picture is None else [ImageSpan(SYSTEM, picture)]
-    ids = [7] * SYSTEM + [9] * (picture.tokens if picture else 0) + words if picture else words
+    spans = [] if reference is None else [ImageSpan(SYSTEM, reference)]
+    ids = [7] * SYSTEM + [9] * (reference.tokens if reference else 0) + words if reference else words
     positions, following = mrope_positions(len(ids), [(span.start, span.reference.grid_thw) for span in spans], 2)
     return Prompt(tuple(ids), tuple(spans), positions, following)
 
 
-class Pictures:
+class Images:
     """An EmbeddingLoader that has everything at hand."""
 
     def __init__(self, hidden: int) -> None:
         self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
 
     async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
-        """The same rows for every picture."""
+        """The same rows for every image."""
         return self.rows, EmbeddingSource.TENSOR_CACHE
 
 
@@ -90,7 +90,7 @@ class Bare:
 
     @torch.inference_mode()
     def encode(self) -> float:
-        """Seconds to encode one picture; 0 without a tower."""
+        """Seconds to encode one image; 0 without a tower."""
         if self.tower is None:
             return 0.0
         pixels = torch.zeros(4 * ROWS * COLUMNS, 1176)
@@ -99,7 +99,7 @@ class Bare:
         return time.perf_counter() - began
 
     def whole(self) -> float:
-        """Seconds in which the unsplit model answers one question: picture, prompt and answer, with nothing reused."""
+        """Seconds in which the unsplit model answers one question: image, prompt and answer, with nothing reused."""
         encoded = self.encode()
         asked = question(0, image(0))
         began = time.perf_counter()

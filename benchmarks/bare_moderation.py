@@ -1,10 +1,10 @@
 """The second floor of benchmarks.moderate, which runs this: transformers' modules, called as directly as can be.
 
 A process of its own, so that nothing else computes in it. Vision tower, text model and head are transformers', as they
-are: attention by sdpa, nothing compiled. Encodes take the patches of several pictures end to end. Scores take several
-pictures of one size as a batch without padding; the questions about a picture are one row, in which a mask lets each
-token see what it follows. Several ways to pack are tried on some pictures, and the fastest is timed on all: twice, of
-which the better counts. So is the plain one: eight pictures at once, of each what its questions share, then the tails.
+are: attention by sdpa, nothing compiled. Encodes take the patches of several images end to end. Scores take several
+images of one size as a batch without padding; the questions about an image are one row, in which a mask lets each
+token see what it follows. Several ways to pack are tried on some images, and the fastest is timed on all: twice, of
+which the better counts. So is the plain one: eight images at once, of each what its questions share, then the tails.
 Patches, prompts and masks are made outside the timed part, and logits are those that are read.
 Prints JSON: seconds of both stages, and how far the probabilities are from those of our engine. Status 1: too far.
 """
@@ -36,17 +36,17 @@ from lookonce.moderation.policy import parse_policy
 from tests.modules import load_language_model, load_vision_tower
 
 PACKS = (4, PACK, 16)
-SAMPLE = 96  # pictures on which ways are compared
+SAMPLE = 96  # images on which ways are compared
 TURNS = 2
 FARTHEST = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Grid = tuple[int, int, int]
-Answers = list[list[list[float]]]  # of picture, rule and choice: a probability
+Answers = list[list[list[float]]]  # of image, rule and choice: a probability
 W = TypeVar("W")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The questions about a picture, and their choices, as one row: each token sees those that it follows."""
+    """The questions about an image, and their choices, as one row: each token sees those that it follows."""
 
     ids: torch.Tensor  # int64 [T]
     positions: torch.Tensor  # int64 [3, T]
@@ -65,7 +65,7 @@ def common(items: Sequence[ScoreItem]) -> int:
 
 
 def lay_out(items: Sequence[ScoreItem], *, tree: bool, dtype: torch.dtype) -> Layout:
-    """Questions about one picture share what all begin with; with `tree` also what only some begin with."""
+    """Questions about one image share what all begin with; with `tree` also what only some begin with."""
     shared, places, ids = common(items), dict[tuple[int, int, int], int](), list[int]()
     parents: list[int] = []
     positions: list[torch.Tensor] = []
@@ -105,20 +105,20 @@ def lay_out(items: Sequence[ScoreItem], *, tree: bool, dtype: torch.dtype) -> La
 class Way:
     """How scores are packed."""
 
-    pictures: int  # in a batch
+    images: int  # in a batch
     tree: bool = False
     twice: bool = False  # a forward for what all questions share, and one for the rest with that in a KV cache
     chat: bool = False  # what stands before the image comes from a KV cache made before
 
     def __str__(self) -> str:
         parts = ["a tree" if self.tree else "tails", "in two forwards" * self.twice, "chat in a cache" * self.chat]
-        return ", ".join([f"{self.pictures} pictures", *filter(None, parts)])
+        return ", ".join([f"{self.images} images", *filter(None, parts)])
 
 
 WAYS = (
-    *(Way(pictures) for pictures in (1, PACK)),
-    *(Way(pictures, tree=True, chat=chat) for pictures in (1, PACK, 16, 32) for chat in (False, True)),
-    *(Way(pictures, tree=True, twice=True, chat=True) for pictures in (PACK, 16)),
+    *(Way(images) for images in (1, PACK)),
+    *(Way(images, tree=True, chat=chat) for images in (1, PACK, 16, 32) for chat in (False, True)),
+    *(Way(images, tree=True, twice=True, chat=True) for images in (PACK, 16)),
 )
 
 
@@ -133,43 +133,43 @@ class Bare:
 
     @torch.inference_mode()
     def encode(self, pixels: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of all pictures, one behind the other."""
+        """Embeddings of all images, one behind the other."""
         rows: torch.Tensor = self.tower(pixels, grids).pooler_output
         return rows
 
     @torch.inference_mode()
-    def score(self, way: Way, layout: Layout, pictures: torch.Tensor) -> torch.Tensor:
-        """Logits [n, rows that are read, vocabulary] of pictures [n, tokens, hidden]."""
+    def score(self, way: Way, layout: Layout, images: torch.Tensor) -> torch.Tensor:
+        """Logits [n, rows that are read, vocabulary] of images [n, tokens, hidden]."""
         cache = DynamicCache() if way.twice or way.chat else None
         start = 0
         if way.chat and cache is not None:
             start = layout.image[0]
             for index, (keys, values) in enumerate(self._chat or self.read_chat(layout)):
-                keys, values = (x.expand(len(pictures), -1, -1, -1) for x in (keys, values))
+                keys, values = (x.expand(len(images), -1, -1, -1) for x in (keys, values))
                 cache.update(keys, values, index)
         if way.twice:
-            self._forward(layout, start, layout.shared, pictures, cache)
+            self._forward(layout, start, layout.shared, images, cache)
             start = layout.shared
-        hidden = self._forward(layout, start, len(layout.ids), pictures, cache)
+        hidden = self._forward(layout, start, len(layout.ids), images, cache)
         logits: torch.Tensor = self.head(hidden[:, layout.rows - start])
         return logits
 
     def read_chat(self, layout: Layout) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of what stands before the image: the same for every picture."""
+        """Keys and values of what stands before the image: the same for every image."""
         cache: Any = DynamicCache()
         self._forward(layout, 0, layout.image[0], torch.empty(1, 0), cache)
         self._chat = [(layer.keys, layer.values) for layer in cache.layers]
         return self._chat
 
-    def _forward(self, layout: Layout, start: int, end: int, pictures: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _forward(self, layout: Layout, start: int, end: int, images: torch.Tensor, cache: Any) -> torch.Tensor:
         """Of tokens `start` to `end`."""
-        hidden = self.model.embed_tokens(layout.ids[start:end]).repeat(len(pictures), 1, 1)
+        hidden = self.model.embed_tokens(layout.ids[start:end]).repeat(len(images), 1, 1)
         first, last = layout.image
         if start <= first < end:
-            hidden[:, first - start : last - start] = pictures
+            hidden[:, first - start : last - start] = images
         out: torch.Tensor = self.model(
             inputs_embeds=hidden,
-            position_ids=layout.positions[:, None, start:end].expand(3, len(pictures), -1),
+            position_ids=layout.positions[:, None, start:end].expand(3, len(images), -1),
             attention_mask={"full_attention": layout.mask[None, None, start:end, :end]},
             past_key_values=cache,
             use_cache=cache is not None,
@@ -194,37 +194,37 @@ def fastest(ways: Sequence[W], measured: Callable[[W], float]) -> W:
         for way in ways:
             times[way].append(measured(way))
     for way in ways:
-        print(f"  {1000 * min(times[way]):8.2f} ms a picture: {way}", file=sys.stderr)
+        print(f"  {1000 * min(times[way]):8.2f} ms an image: {way}", file=sys.stderr)
     return min(ways, key=lambda way: min(times[way]))
 
 
 class Stages:
-    """Both stages of some pictures."""
+    """Both stages of some images."""
 
     def __init__(self, bare: Bare, preparation: Preparation, cut: Sequence[Patches]) -> None:
         self.bare, self.preparation, self.cut = bare, preparation, cut
         self.rows: list[torch.Tensor] = []
 
     def packs(self, size: int, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Pixels and grids of the first `count` pictures."""
+        """Pixels and grids of the first `count` images."""
         for start in range(0, count, size):
             some = self.cut[start : min(start + size, count)]
             pixels = [torch.from_numpy(self.preparation.preprocess.pixel_values(patches)) for patches in some]
             yield torch.cat(pixels), torch.tensor([patches.grid_thw for patches in some])
 
     def encode(self, size: int, count: int) -> float:
-        """Seconds a picture, with what the caller does between two packs left out."""
+        """Seconds an image, with what the caller does between two packs left out."""
         return sum(seconds(self.bare.encode, *pack) for pack in self.packs(size, count)) / count
 
     def keep_rows(self) -> None:
-        """Embeddings of all pictures."""
+        """Embeddings of all images."""
         area = self.preparation.merge**2
         for start, pack in zip(range(0, len(self.cut), PACK), self.packs(PACK, len(self.cut)), strict=True):
             counts = [patches.count // area for patches in self.cut[start : start + PACK]]
             self.rows += self.bare.encode(*pack).split(counts)
 
     def batches(self, size: int) -> Iterator[tuple[Grid, list[int]]]:
-        """Pictures of one size, the most frequent one first."""
+        """Images of one size, the most frequent one first."""
         groups: dict[Grid, list[int]] = {}
         for number, patches in enumerate(self.cut):
             groups.setdefault(patches.grid_thw, []).append(number)
@@ -233,19 +233,19 @@ class Stages:
                 yield grid, group[start : start + size]
 
     def score(self, way: Way, layouts: dict[tuple[Grid, bool], Layout], sample: int | None = None) -> float:
-        """Seconds a picture: of all, or of batches that make up `sample` pictures."""
-        most = None if sample is None else -(-sample // way.pictures)
+        """Seconds an image: of all, or of batches that make up `sample` images."""
+        most = None if sample is None else -(-sample // way.images)
         total, count = 0.0, 0
-        for grid, group in islice(self.batches(way.pictures), most):
-            pictures = torch.stack([self.rows[number] for number in group])
-            total += seconds(self.bare.score, way, layouts[grid, way.tree], pictures)
+        for grid, group in islice(self.batches(way.images), most):
+            images = torch.stack([self.rows[number] for number in group])
+            total += seconds(self.bare.score, way, layouts[grid, way.tree], images)
             count += len(group)
         return total / count
 
     def answers(self, way: Way, layouts: dict[tuple[Grid, bool], Layout], count: int) -> Answers:
-        """Of the first `count` pictures."""
+        """Of the first `count` images."""
         found: dict[int, list[list[float]]] = {}
-        for grid, group in self.batches(way.pictures):
+        for grid, group in self.batches(way.images):
             layout = layouts[grid, way.tree]
             logits = self.bare.score(way, layout, torch.stack([self.rows[number] for number in group]))
             for number, values in zip(group, logits.float().log_softmax(-1), strict=True):
@@ -282,7 +282,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--policy", type=Path, required=True)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of PNG files")
+    parser.add_argument("--images", type=Path, required=True, help="a folder of PNG files")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -290,7 +290,7 @@ def main() -> int:
     dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
     preparation, bare = Preparation(options.model), Bare(options.model, dtype)
     keep_freed_memory()  # as the services do
-    cut = [preparation.patches(path.read_bytes()) for path in sorted(options.pictures.rglob("*.png"))]
+    cut = [preparation.patches(path.read_bytes()) for path in sorted(options.images.rglob("*.png"))]
     policy = parse_policy(options.policy.read_text())
     asked = [preparation.items(policy, number.to_bytes(32, "big"), patches) for number, patches in enumerate(cut)]
     pairs = zip(cut, asked, strict=True)

@@ -1,8 +1,8 @@
-"""Encode throughput through gRPC at concurrency 8 against the bare packed forward on the same pictures.
+"""Encode throughput through gRPC at concurrency 8 against the bare packed forward on the same images.
 
 Both run in alternating rounds of one run, so that whatever else the machine does falls on both; medians are compared.
 The service is a real process that decodes files and keeps embeddings in memory; the floor is handed ready patches and
-encodes them in batches of eight, and does nothing else. Every round sends pictures the service has not seen.
+encodes them in batches of eight, and does nothing else. Every round sends images the service has not seen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CONCURRENCY = 8
 
 
 def photographs(count: int, side: int, seed: int) -> list[bytes]:
-    """JPEG files of smooth random pictures, about as large as photographs of this size."""
+    """JPEG files of smooth random images, about as large as photographs of this size."""
     random = np.random.default_rng(seed)
     files = []
     for _ in range(count):
@@ -61,7 +61,7 @@ async def through_grpc(client: VisionClient, files: list[bytes]) -> float:
         for data in waiting:
             result = await client.encode(vision_pb2.EncodeRequest(image=data), timeout=600)
             if result.outcome != "miss":
-                raise RuntimeError("a picture was not new")
+                raise RuntimeError("an image was not new")
 
     started = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(CONCURRENCY)))
@@ -106,7 +106,7 @@ def main() -> int:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["tiny", "50m"], help="random checkpoints (tiny 50m)")
-    parser.add_argument("--images", type=int, default=16, help="pictures a round")
+    parser.add_argument("--images", type=int, default=16, help="images a round")
     parser.add_argument("--side", type=int, default=448, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

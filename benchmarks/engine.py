@@ -3,7 +3,7 @@
 The floor is what transformers' own modules take for one prefix prefill, one prefill of all questions as one batch that
 sees no image, and 16 batched decode steps that see none either; "that sees the image" adds what their attention over
 it takes. --unsplit counts one encode on both sides, too, our encoder's and transformers' own, and adds the speed-up
-over transformers' whole model asked N times, picture and all; the ideal is that over its encode and the floor. --json
+over transformers' whole model asked N times, image and all; the ideal is that over its encode and the floor. --json
 FILE keeps ratios.
 Usage: python -m benchmarks.engine [--size 50m] [--model DIR] [--threads 2] [--rounds 3] [--questions 1 8 32 128]
        [--parts decode score wall] [--unsplit]
@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image
 
-from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Pictures, image, question
+from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Images, image, question
 from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
@@ -85,7 +85,7 @@ def _beside(engine: PackedEngine, function: Callable[..., T], *args: Any) -> asy
 
 
 def own_encoding(checkpoint: Checkpoint) -> Callable[[], float]:
-    """A function that encodes a picture as the vision service does, from its patches, and returns the seconds."""
+    """A function that encodes an image as the vision service does, from its patches, and returns the seconds."""
     encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
     pixels = 28 * COLUMNS * 28 * ROWS
     patches = encoder.prepare(Image.new("RGB", (28 * COLUMNS, 28 * ROWS)), pixels, pixels)
@@ -109,10 +109,10 @@ async def wall_times(
     encoding: Callable[[], float] | None,
 ) -> dict[str, float]:
     """Ratio of the engine's wall time to the floor's, cold prefix, for each number of questions. `encoding` tells how
-    many seconds our encoder takes for a picture."""
+    many seconds our encoder takes for an image."""
     results = {}
     engine = PackedEngine(adapter, table, frozenset(), options)
-    await engine.start(Pictures(adapter.shape.hidden))
+    await engine.start(Images(adapter.shape.hidden))
     await run_engine(engine, [question(0, image(0))])  # a running engine knows how long its steps take
     own = encode = whole = 0.0
     if encoding is not None:
@@ -124,12 +124,12 @@ async def wall_times(
     for count in counts:
         walls, floors, looks = [], [], []
         for round_ in range(rounds):
-            picture = image(1 + 1000 * count + round_)
-            prompts = [question(number, picture) for number in range(count)]
+            shown = image(1 + 1000 * count + round_)
+            prompts = [question(number, shown) for number in range(count)]
             began = time.perf_counter()
             await run_engine(engine, prompts)
             walls.append(time.perf_counter() - began)
-            await engine.forget([picture.key], [])
+            await engine.forget([shown.key], [])
             floors.append(await _beside(engine, bare.floor, count))
             looks.append(await _beside(engine, bare.looks, count))
         times = list(zip(walls, floors, looks, strict=True))
@@ -156,16 +156,16 @@ class Decoding:
         adapter: Any,
         table: TokenTable,
         options: PackedOptions,
-        pictures: list[EmbeddingReference | None],
+        references: list[EmbeddingReference | None],
         donor: KV | None = None,
     ) -> None:
-        """`donor` is the KV of an image's prefix, taken for every picture's to spare the prefills."""
+        """`donor` is the KV of an image's prefix, taken for every image's to spare the prefills."""
         self.model = Timed(adapter)
         prefills: list[Any] = []
         self.core = EngineCore(self.model, options, prefills.append)
-        rows = Pictures(adapter.shape.hidden).rows
-        for number, picture in enumerate(pictures):
-            prompt = question(number, picture)
+        rows = Images(adapter.shape.hidden).rows
+        for number, reference in enumerate(references):
+            prompt = question(number, reference)
             request, sampling = Request(str(number), "", kept=False), Sampling(4000, ignore_eos=True)
             answer = Answer(0, sampling, table, frozenset(), 4000)
             state = SamplerState(sampling, prompt.token_ids)
@@ -247,7 +247,7 @@ async def score_ratio(
     """32 yes/no questions on a warm image against bare prefills of them: without it, and each with KV of it."""
     timed = Timed(adapter)
     engine = PackedEngine(timed, table, frozenset(), options)
-    await engine.start(Pictures(adapter.shape.hidden))
+    await engine.start(Images(adapter.shape.hidden))
     asked = [question(number, image(0)) for number in range(32)]
     items = tuple(ScoreItem(prompt, ((1,), (2,))) for prompt in asked)
     await engine.score(Scoring("s", items))
@@ -304,7 +304,7 @@ def main() -> None:
         model, head = run_in_omp_thread(load_language_model, checkpoint, torch.float32)
         tower = run_in_omp_thread(load_vision_tower, checkpoint, torch.float32) if arguments.unsplit else None
         encoding = run_in_omp_thread(own_encoding, checkpoint) if arguments.unsplit else None
-    bare = Bare(model, head, Pictures(adapter.shape.hidden).rows, tower)
+    bare = Bare(model, head, Images(adapter.shape.hidden).rows, tower)
     table = TokenTable([(number, b"a") for number in range(adapter.shape.vocabulary)])
     options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=2048 * MIB)
     results: dict[str, float] = {}

@@ -45,7 +45,7 @@ def count(model: str | None = None) -> dict[str, set[str]]:
     """By process, the files that a warm question passes."""
     import httpx2  # not in the processes that are watched
 
-    from benchmarks.gateway import QUESTION, picture_file, processes
+    from benchmarks.gateway import QUESTION, image_file, processes
     from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
     with tempfile.TemporaryDirectory(prefix="lookonce-bench-") as folder:
@@ -54,7 +54,7 @@ def count(model: str | None = None) -> dict[str, set[str]]:
         paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
         os.environ.update({"PYTHONPATH": os.pathsep.join(paths), FOLDER: folder})
         with processes(model, folder) as url, httpx2.Client(base_url=url, timeout=60) as http:
-            files = {"file": ("a.png", picture_file())}
+            files = {"file": ("a.png", image_file())}
             image = http.post("/v1/images", files=files).raise_for_status().json()["id"]
 
             question = {"questions": [QUESTION], "max_tokens": 4}

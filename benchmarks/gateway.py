@@ -1,6 +1,6 @@
 """Warm questions through the whole system: what the gateway adds to the engine's own time, and how many a second.
 
-Starts the three processes on an embedded store and asks about one picture whose prefix is already held. Latency: one
+Starts the three processes on an embedded store and asks about one image whose prefix is already held. Latency: one
 one-token question at a time over REST, less the service's own time to first token (from the receipt). Throughput: many
 one-token questions at once, through the gateway, interleaved with the same straight to the language service over gRPC;
 and last, with the services gone, the same to the engine alone in this process.
@@ -127,13 +127,13 @@ class Connection:
 
 async def measure(url: str, folder: str, options: argparse.Namespace) -> dict[str, float]:
     """Latency first, then rounds of throughput: gateway, language service, one call of many questions."""
-    picture = picture_file()
+    file = image_file()
     async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
-        image = (await http.post("/v1/images", files={"file": ("a.png", picture)})).raise_for_status().json()["id"]
+        image = (await http.post("/v1/images", files={"file": ("a.png", file)})).raise_for_status().json()["id"]
     connections = [await Connection.open(url) for _ in range(options.concurrency)]
     latency = [await overhead(connections[0], image) for _ in range(options.questions)][options.questions // 10 :]
     vision, language = VisionClient(f"unix:{folder}/vision.sock"), LanguageClient(f"unix:{folder}/lm.sock")
-    reference = (await vision.encode(vision_pb2.EncodeRequest(image=picture))).reference
+    reference = (await vision.encode(vision_pb2.EncodeRequest(image=file))).reference
     request = generate_request(reference)
     path, one, many = f"/v1/images/{image}/questions", body(1), body(options.questions)
 
@@ -262,7 +262,7 @@ async def rate(ask: Callable[[int], Awaitable[None]], options: argparse.Namespac
     return options.questions / (time.perf_counter() - started)
 
 
-def picture_file() -> bytes:
+def image_file() -> bytes:
     """A PNG of noise."""
     pixels = np.random.default_rng(0).integers(0, 256, (224, 224, 3), dtype=np.uint8)
     buffer = io.BytesIO()

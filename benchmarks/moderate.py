@@ -1,12 +1,12 @@
-"""Batch moderation against its floors: bare packed encodes and bare packed scores of the same pictures, in one process.
+"""Batch moderation against its floors: bare packed encodes and bare packed scores of the same images, in one process.
 
-Each round draws new pictures. A floor is handed ready patches and prompts: it encodes all, then scores all rules of
-each picture; only the forwards count. There are three:
-- "transformers, plain": its modules, called as directly as can be, eight pictures packed at once: of each what all its
+Each round draws new images. A floor is handed ready patches and prompts: it encodes all, then scores all rules of
+each image; only the forwards count. There are three:
+- "transformers, plain": its modules, called as directly as can be, eight images packed at once: of each what all its
   questions share, then their tails. In a process of its own (benchmarks.bare_moderation), which also holds its
   probabilities against our engine's.
 - "transformers": the same, packed in the fastest of several ways, what only some questions begin with shared as well.
-- "own kernels", the stricter one: our encoder in batches of eight, and our engine's forwards, eight pictures under way,
+- "own kernels", the stricter one: our encoder in batches of eight, and our engine's forwards, eight images under way,
   packed as they come; so prefixes and beginnings of questions are shared, and kernels are compiled, as in the services.
   With two threads OpenMP lets the helpers of one process sleep between products once more than one of its threads
   computes (here: encodes and scores); "helpers awake" is the same with each stage's threads to themselves.
@@ -56,7 +56,7 @@ from tests.moderate.scenes import make_pictures, policy_text
 from tests.processes import ServiceProcess
 
 BUNDLED = Path(__file__).resolve().parent.parent / "lookonce/data/shapes"
-PACK = 8  # pictures of one bare encode, and scored at once
+PACK = 8  # images of one bare encode, and scored at once
 
 
 class Rows:
@@ -71,7 +71,7 @@ class Rows:
 
 
 class Preparation:
-    """What happens to pictures and rules before either half of the model sees them; loads no weights."""
+    """What happens to images and rules before either half of the model sees them; loads no weights."""
 
     def __init__(self, model: Path) -> None:
         self.checkpoint = open_checkpoint(str(model))
@@ -182,7 +182,7 @@ class Floor:
         *,
         keep: bool = False,
     ) -> None:
-        """Eight pictures at once; unless `keep`, their embeddings are forgotten."""
+        """Eight images at once; unless `keep`, their embeddings are forgotten."""
         waiting = iter(zip(keys, asked, strict=True))
 
         async def worker() -> None:
@@ -194,10 +194,10 @@ class Floor:
             self.rows.rows.clear()
 
 
-def transformers_floor(options: argparse.Namespace, pictures: Path, policy: Path) -> dict[str, float]:
+def transformers_floor(options: argparse.Namespace, images: Path, policy: Path) -> dict[str, float]:
     """Seconds of its stages. Raises RuntimeError when its probabilities are not ours."""
     command = [sys.executable, "-m", "benchmarks.bare_moderation", "--model", str(options.model)]
-    command += ["--pictures", str(pictures), "--policy", str(policy)]
+    command += ["--images", str(images), "--policy", str(policy)]
     command += ["--dtype", options.dtype, "--threads", str(options.threads)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     if done.returncode != 0:
@@ -217,12 +217,12 @@ def cpu_of(process: subprocess.Popen[bytes]) -> float:
     return processor_seconds(psutil.Process(process.pid)) if process.poll() is None else 0.0
 
 
-def job(folder: Path, pictures: Path, policy: Path, services: Sequence[ServiceProcess]) -> dict[str, float]:
-    """Seconds of the command from its first picture to its result, and CPU seconds of each process."""
+def job(folder: Path, images: Path, policy: Path, services: Sequence[ServiceProcess]) -> dict[str, float]:
+    """Seconds of the command from its first image to its result, and CPU seconds of each process."""
     before = [processor_seconds(psutil.Process(service.pid)) for service in services]
     out = folder / "out.parquet"
     vision, language = services
-    command = [sys.executable, "-m", "lookonce", "moderate", str(pictures), "--policy", str(policy), "--out", str(out)]
+    command = [sys.executable, "-m", "lookonce", "moderate", str(images), "--policy", str(policy), "--out", str(out)]
     command += ["--vision", vision.address, "--lm", language.address, "--log-level", "warning"]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
@@ -258,7 +258,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     policy = folder / "policy.yaml"
     policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
     rules = parse_policy(policy.read_text())
-    make_pictures(folder / "first", options.pictures, duplicates=0.0, broken=0.0)
+    make_pictures(folder / "first", options.images, duplicates=0.0, broken=0.0)
     awake = await floor.run_awake(rules, [path.read_bytes() for path in sorted((folder / "first").rglob("*.png"))])
     await floor.engine.start(floor.rows)
     args = ("--model", str(options.model), "--dtype", options.dtype, "--store", f"file://{folder}/store")
@@ -270,24 +270,24 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
         ServiceProcess("lm_service", *args, "--vision", vision.address, env=env) as language,
     ):
         for number in range(options.rounds + 1):
-            pictures = folder / f"pictures{number}"
-            count = options.pictures if number else 16
-            make_pictures(pictures, count + number, duplicates=0.0, broken=0.0)  # other seeds would be other sizes
-            for path in pictures.rglob("*.png"):
+            images = folder / f"images{number}"
+            count = options.images if number else 16
+            make_pictures(images, count + number, duplicates=0.0, broken=0.0)  # other seeds would be other sizes
+            for path in images.rglob("*.png"):
                 path.write_bytes(path.read_bytes() + number.to_bytes(4, "little"))  # new to the services
-            files = [path.read_bytes() for path in sorted(pictures.rglob("*.png"))]
+            files = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
             found = await floor.run(rules, files, number)
             if number and options.transformers:  # the first warms up
-                found |= transformers_floor(options, pictures, policy)
-            found |= job(folder, pictures, policy, (vision, language))
+                found |= transformers_floor(options, images, policy)
+            found |= job(folder, images, policy, (vision, language))
             if number:
                 rounds.append({name: value / len(files) for name, value in found.items()})
     await floor.engine.close()
-    return summary(rounds, {name: value / options.pictures for name, value in awake.items()})
+    return summary(rounds, {name: value / options.images for name, value in awake.items()})
 
 
 def summary(rounds: Sequence[dict[str, float]], awake: dict[str, float]) -> dict[str, float]:
-    """Milliseconds a picture, and ratios, from seconds a picture."""
+    """Milliseconds an image, and ratios, from seconds an image."""
     figures = {name: 1000 * statistics.median(one[name] for one in rounds) for name in rounds[0]}
     for kind in (name.removeprefix("bare encodes, ") for name in rounds[0] if name.startswith("bare encodes, ")):
         floors = [one[f"bare encodes, {kind}"] + one[f"bare scores, {kind}"] for one in rounds]
@@ -300,10 +300,10 @@ def summary(rounds: Sequence[dict[str, float]], awake: dict[str, float]) -> dict
 
 
 def main() -> int:
-    """Print a table: milliseconds a picture."""
+    """Print a table: milliseconds an image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=BUNDLED)
-    parser.add_argument("--pictures", type=int, default=300, help="a round")
+    parser.add_argument("--images", type=int, default=300, help="a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the floor")
@@ -318,7 +318,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lookonce-bench-") as folder:
         figures: dict[str, Any] = asyncio.run(measure(options, Path(folder)))
-    print(f"{'milliseconds a picture':40}{'median':>10}")
+    print(f"{'milliseconds an image':40}{'median':>10}")
     for name, value in figures.items():
         print(f"{name:40}{value:>10.2f}")
     if options.json:

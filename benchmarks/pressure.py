@@ -15,7 +15,7 @@ from pathlib import Path
 
 import httpx2
 
-from benchmarks.gateway import BUNDLED, QUESTION, Connection, picture_file, processes
+from benchmarks.gateway import BUNDLED, QUESTION, Connection, image_file, processes
 from lookonce.core.rpc.client import LanguageClient
 
 LONG = {"questions": [QUESTION], "max_tokens": 3000, "ignore_eos": True, "stream": True}
@@ -114,9 +114,9 @@ class Client:
 
 
 async def questions_path(url: str) -> str:
-    """The route of questions about a picture just uploaded."""
+    """The route of questions about an image just uploaded."""
     async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
-        reply = await http.post("/v1/images", files={"file": ("a.png", picture_file())})
+        reply = await http.post("/v1/images", files={"file": ("a.png", image_file())})
         return f"/v1/images/{reply.raise_for_status().json()['id']}/questions"
 
 

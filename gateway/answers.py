@@ -1,4 +1,5 @@
-"""Answers: embeddings resolved, a replica chosen, lost embeddings made again, dead replicas replaced. No HTTP here."""
+"""Answers: embeddings resolved, a replica chosen, lost embeddings made again, dead replicas replaced; and their
+receipts. No HTTP here."""
 
 from __future__ import annotations
 
@@ -10,21 +11,24 @@ from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, 
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
-from gateway.images.library import ImageLibrary, Resolved
-from gateway.metrics import VARIANT_REQUESTS, VARIANT_SECONDS
+from gateway.images.encoder import Resolved
+from gateway.images.library import ImageLibrary
+from gateway.metrics import ANSWERS, FIRST_TOKEN_SECONDS, TOKENS, VARIANT_REQUESTS, VARIANT_SECONDS
 from gateway.routing.replicas import Endpoint
 from gateway.routing.retries import STALE, Attempts
-from gateway.routing.variants import Variants
+from gateway.routing.variants import DEFAULT, Variants
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient
-from lookonce.core.rpc.messages import reference_to_proto
-from lookonce.core.rpc.status_codes import from_proto
+from lookonce.core.rpc.messages import from_proto, reference_to_proto
+from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import language_pb2
 
 GRACE_SECONDS = 1.0
 """The call's own deadline comes this much after the service's, whose error says more."""
+SLOWNESS = {"hit": 0, "coalesced": 1, "miss": 2}
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Completion:
 
     text: str = ""
     logprobs: list[language_pb2.TokenLogprob] = field(default_factory=list)
-    finish: language_pb2.Finish | None = None
+    finish: language_pb2.Finish = field(default_factory=language_pb2.Finish)
 
 
 class Answers:
@@ -136,7 +140,10 @@ class _Asking(Attempts[LanguageClient]):
             messages = _to_messages(question.turns, references)
             request.items.add(id=str(number), messages=messages, choices=question.choices)
         response = await client.score(request, timeout=left + GRACE_SECONDS)
-        outcomes = [_outcome(result) for result in response.results]
+        outcomes = [
+            from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
+            for result in response.results
+        ]
         if len(outcomes) != len(questions):
             raise LookonceError(ErrorKind.INTERNAL, "the language service answered another number of questions")
         stale = [item for item in outcomes if isinstance(item, LookonceError) and item.kind in STALE]
@@ -198,6 +205,7 @@ class _Asking(Attempts[LanguageClient]):
 async def collect(events: AsyncIterable[language_pb2.GenerateEvent], n: int) -> list[Completion]:
     """Read all events into n completions, in order of index."""
     completions = [Completion() for _ in range(n)]
+    finished: set[int] = set()
     async for event in events:
         which = event.WhichOneof("event")
         item = event.delta if which == "delta" else event.finish
@@ -209,7 +217,8 @@ async def collect(events: AsyncIterable[language_pb2.GenerateEvent], n: int) -> 
             completion.logprobs.extend(event.delta.logprobs)
         else:
             completion.finish = event.finish
-    if any(completion.finish is None for completion in completions):
+            finished.add(item.index)
+    if len(finished) < n:
         raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended an answer early", retry_after=1.0)
     return completions
 
@@ -222,10 +231,6 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
     found = await asyncio.gather(*(call(part) for part in distinct.values()))
     by_key = dict(zip(distinct, found, strict=True))
     return [by_key[part.record.digest, part.max_pixels] for part in images]
-
-
-def _outcome(result: language_pb2.ScoreResult) -> language_pb2.ItemScores | LookonceError:
-    return from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
 
 
 def _images_of(turns: Sequence[Turn]) -> list[ImagePart]:
@@ -257,3 +262,51 @@ def _to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[la
         )
         for turn in turns
     ]
+
+
+def receipt(resolved: Sequence[Resolved], language: language_pb2.LanguageReceipt, model: str) -> dict[str, Any]:
+    """The receipt of one answer. `embedding` is that of the slowest image, null without images."""
+    outcomes = [item.outcome for item in resolved]
+    fields = {
+        "embedding": max(outcomes, key=SLOWNESS.__getitem__, default=None),
+        "prefix": "hit" if language.prefix_hit else "miss",
+        "encode_ms": _ms(max((item.encode_ms for item in resolved), default=0.0)),
+        "prefill_tokens": language.prefill_tokens,
+        "cached_tokens": language.cached_tokens,
+        "queue_ms": _ms(language.queue_ms),
+        "ttft_ms": _ms(language.ttft_ms),
+        "model": model,
+        "fingerprint": language.fingerprint or (resolved[0].reference.fingerprint if resolved else ""),
+    }
+    if resolved and resolved[0].variant != DEFAULT:
+        fields["variant"] = resolved[0].variant
+    told = {name: value for name, value in fields.items() if isinstance(value, str | int | float)}
+    tracing.annotate(**told)
+    ANSWERS.labels(fields["embedding"] or "none", fields["prefix"]).inc()
+    FIRST_TOKEN_SECONDS.observe(language.ttft_ms / 1000)
+    return fields
+
+
+def usage(items: Sequence[language_pb2.Usage]) -> dict[str, Any]:
+    """OpenAI's usage object over the n answers to one prompt: the prompt counts once."""
+    prompt = max((item.prompt_tokens for item in items), default=0)
+    completion = sum(item.completion_tokens for item in items)
+    cached = max((item.cached_tokens for item in items), default=0)
+    images = max((item.image_tokens for item in items), default=0)
+    for kind, count in (("prompt", prompt), ("cached", cached), ("completion", completion)):
+        TOKENS.labels(kind).inc(count)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached, "image_tokens": images},
+    }
+
+
+def finish_reason(reason: language_pb2.FinishReason) -> str:
+    """OpenAI's word for why an answer ended."""
+    return "length" if reason == language_pb2.LENGTH else "stop"
+
+
+def _ms(value: float) -> float:
+    return round(value, 3)

@@ -7,16 +7,13 @@ from gateway.auth import Keyring, Quota, read_keys
 from gateway.batches.worker import Batches
 from gateway.core import Gateway
 from gateway.http.asgi import create_app
-from gateway.http.batch_lines import BatchEndpoints
+from gateway.http.batch_routes import BatchEndpoints
 from gateway.http.listener import listen
 from gateway.images.encoder import Encoder
-from gateway.images.erasure import Eraser
-from gateway.images.image_records import ImageRecords
 from gateway.images.image_store import ImageStores, StoreWithSpare
 from gateway.images.library import ImageLibrary
-from gateway.routing.discovery import open_replicas
-from gateway.routing.variants import Variant, Variants, VariantSpec
-from gateway.served_model import ServedModel
+from gateway.routing.replicas import open_replicas
+from gateway.routing.variants import ServedModel, Variant, Variants, VariantSpec
 from gateway.settings import GatewaySettings, distinct
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.process import heap_frozen
@@ -54,15 +51,13 @@ def build(settings: GatewaySettings) -> Gateway:
     ttl = settings.image_ttl
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     kept = StoreWithSpare(_open_image_store(settings), spare)
-    records = ImageRecords(kept)
-    eraser = Eraser(variants)
     encoder = Encoder(timeout=settings.encode_timeout, reconnect_wait=settings.reconnect_wait)
-    images = ImageLibrary(kept, records, variants, encoder, eraser, ttl=ttl)
+    images = ImageLibrary(kept, variants, encoder, ttl=ttl)
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
     model = ServedModel(variants, names=distinct(settings.model_name))
     fetcher = Fetcher(settings.fetch_policy)
     batches = Batches(settings.data_dir, settings) if settings.data_dir is not None else None
-    return Gateway(settings, kept, records, variants, eraser, images, answers, model, fetcher, policy, batches)
+    return Gateway(settings, variants, images, answers, model, fetcher, policy, batches)
 
 
 def _open_image_store(settings: GatewaySettings) -> Store:

@@ -117,7 +117,7 @@ class Keyring:
 
         Raises INVALID_ARGUMENT on a malformed line (never showing it), and on several tenants without a secret."""
         entries = [_parse(line, number, quota) for number, line in enumerate(lines, 1)]
-        names = {entry.tenant for entry in entries} or {DEFAULT_TENANT}
+        names = {name for name, _, _ in entries} or {DEFAULT_TENANT}
         if len(names) > 1 and not secret:
             raise invalid(
                 "several tenants need LOOKONCE_GATEWAY_SECRET: their image ids are derived from it", param="secret"
@@ -125,8 +125,7 @@ class Keyring:
         self._tenants = {name: _tenant(name, secret, share_embeddings, share_prefixes) for name in names}
         shared = {name: Meter(tenant_quota(len(names)), who="tenant") for name in names}
         self._keys = tuple(
-            (entry.digest, KeyOwner(self._tenants[entry.tenant], Meter(entry.quota), shared[entry.tenant]))
-            for entry in entries
+            (digest, KeyOwner(self._tenants[name], Meter(own), shared[name])) for name, digest, own in entries
         )
         self._anyone = KeyOwner(self._tenants[DEFAULT_TENANT], Meter(quota), Meter(NO_LIMITS)) if not entries else None
 
@@ -134,10 +133,6 @@ class Keyring:
     def open(self) -> bool:
         """Whether no key is needed."""
         return self._anyone is not None
-
-    def authenticate(self, presented: str | None) -> Tenant:
-        """The tenant of a key. Raises UNAUTHENTICATED."""
-        return self.identify(presented).tenant
 
     def identify(self, presented: str | None) -> KeyOwner:
         """Who presents the key. Raises UNAUTHENTICATED. Takes the same time for every key."""
@@ -170,14 +165,8 @@ def read_keys(text: str, path: Path | None) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    tenant: str
-    digest: bytes  # SHA-256 of the key
-    quota: Quota
-
-
-def _parse(line: str, number: int, quota: Quota) -> _Entry:
+def _parse(line: str, number: int, quota: Quota) -> tuple[str, bytes, Quota]:
+    """The tenant of a key, the key's SHA-256 and its quota."""
     limits = _LIMIT.findall(line)
     text = _LIMIT.sub("", line)
     name, equals, key = text.partition("=")
@@ -185,10 +174,10 @@ def _parse(line: str, number: int, quota: Quota) -> _Entry:
         name, key = DEFAULT_TENANT, text
     quota = replace(quota, **{limit: int(value) for limit, value in limits})
     if _HASHED.fullmatch(key):
-        return _Entry(name, bytes.fromhex(key.removeprefix("sha256:")), quota)
+        return name, bytes.fromhex(key.removeprefix("sha256:")), quota
     if len(key) < MIN_KEY_CHARS:
         raise invalid(f"API key {number} is shorter than {MIN_KEY_CHARS} characters", param="api_keys")
-    return _Entry(name, hashlib.sha256(key.encode()).digest(), quota)
+    return name, hashlib.sha256(key.encode()).digest(), quota
 
 
 def _tenant(name: str, secret: str, share_embeddings: bool, share_prefixes: bool) -> Tenant:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gateway.auth import Tenant
+from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
-from gateway.images.library import Resolved
 
 
 @dataclass(frozen=True)

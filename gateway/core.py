@@ -6,12 +6,8 @@ from dataclasses import dataclass
 
 from gateway.answers import Answers
 from gateway.batches.worker import Batches
-from gateway.images.erasure import Eraser
-from gateway.images.image_records import ImageRecords
-from gateway.images.image_store import StoreWithSpare
 from gateway.images.library import ImageLibrary
-from gateway.routing.variants import Variants
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel, Variants
 from gateway.settings import GatewaySettings
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.moderation.policy import Policy
@@ -22,10 +18,7 @@ class Gateway:
     """All collaborators, built in `app`."""
 
     settings: GatewaySettings
-    kept: StoreWithSpare
-    records: ImageRecords
     variants: Variants
-    eraser: Eraser
     images: ImageLibrary
     answers: Answers
     model: ServedModel
@@ -38,6 +31,5 @@ class Gateway:
         if self.batches is not None:
             await self.batches.close()
         self.fetcher.close()
-        await self.eraser.close()
+        await self.images.close()
         await self.variants.close()
-        await self.kept.close()

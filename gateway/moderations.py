@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.answers import Answers
+from gateway.answers import SLOWNESS, Answers, receipt
 from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
-from gateway.receipts import receipt
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel
 from lookonce.core.errors import LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from lookonce.moderation import judging
@@ -21,7 +20,6 @@ from lookonce.moderation.policy import InputType, Policy, Rule
 from protos.lookonce.v1 import language_pb2
 
 Item = str | ImagePart
-_WORST = {"hit": 0, "coalesced": 1, "miss": 2}
 _SUMS = ("prefill_tokens", "cached_tokens")
 _LARGEST = ("encode_ms", "queue_ms", "ttft_ms")
 
@@ -126,7 +124,7 @@ def _merged(receipts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     merged = dict(receipts[0])
     outcomes = [item["embedding"] for item in receipts if item["embedding"] is not None]
-    merged["embedding"] = max(outcomes, key=_WORST.__getitem__, default=None)
+    merged["embedding"] = max(outcomes, key=SLOWNESS.__getitem__, default=None)
     merged["prefix"] = "hit" if all(item["prefix"] == "hit" for item in receipts) else "miss"
     merged |= {name: sum(item[name] for item in receipts) for name in _SUMS}
     merged |= {name: max(item[name] for item in receipts) for name in _LARGEST}

@@ -11,11 +11,10 @@ from typing import Any
 
 import structlog
 
-from gateway.answers import Answers
+from gateway.answers import Answers, finish_reason, receipt, usage
 from gateway.conversation import Caller, ChoiceQuestion, Turn
-from gateway.receipts import finish_reason, receipt, usage
 from gateway.routing.retries import LATER, Together
-from gateway.served_model import ServedModel
+from gateway.routing.variants import ServedModel
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
@@ -56,11 +55,7 @@ class Questions:
     async def run(self, questions: Sequence[AnyQuestion], caller: Caller) -> AsyncGenerator[Outcome, None]:
         """Outcomes in order of completion. Closing the iterator stops all work."""
         gate, together = asyncio.Semaphore(self._concurrency), Together()
-
-        async def answer_open(position: int, question: OpenQuestion) -> list[Outcome]:
-            async with gate:
-                return [Outcome(position, question.id, await self._answer_open(question, caller, together))]
-
+        answer_open = partial(self._answer_open, caller, gate, together)
         tasks = [
             start_task(_outcomes([(position, question)], partial(answer_open, position, question)))
             for position, question in enumerate(questions)
@@ -88,18 +83,19 @@ class Questions:
             raise errors[0]
         return outcomes
 
-    async def _answer_open(self, question: OpenQuestion, caller: Caller, together: Together) -> dict[str, Any]:
-        call = partial(self._answers.complete, question.turns, question.sampling, caller)
-        (completion,), resolved = await together.run(call)
-        finish = completion.finish
-        if finish is None:
-            raise LookonceError(ErrorKind.INTERNAL, "no answer")
-        return {
+    async def _answer_open(
+        self, caller: Caller, gate: asyncio.Semaphore, together: Together, position: int, question: OpenQuestion
+    ) -> list[Outcome]:
+        async with gate:
+            call = partial(self._answers.complete, question.turns, question.sampling, caller)
+            (completion,), resolved = await together.run(call)
+        fields = {
             "text": completion.text,
-            "finish_reason": finish_reason(finish.reason),
-            "usage": usage([finish.usage]),
-            "receipt": receipt(resolved, finish.receipt, self._model.name),
+            "finish_reason": finish_reason(completion.finish.reason),
+            "usage": usage([completion.finish.usage]),
+            "receipt": receipt(resolved, completion.finish.receipt, self._model.name),
         }
+        return [Outcome(position, question.id, fields)]
 
     async def _answer_choices(self, items: list[tuple[int, ChoiceQuestion]], caller: Caller) -> list[Outcome]:
         scores, cost, resolved = await self._answers.score([item for _, item in items], caller)

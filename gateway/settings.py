@@ -12,7 +12,7 @@ from pydantic_settings import SettingsConfigDict
 
 from gateway.auth import Quota
 from gateway.json_text import JsonLimits
-from gateway.routing.discovery import split_targets
+from gateway.routing.replicas import split_targets
 from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
@@ -119,7 +119,7 @@ class GatewaySettings(Settings):
     )
     heartbeat: Seconds = Field(15.0, gt=0, description="silence of an event stream after which a comment is sent")
     playground: bool = Field(True, description="serve the playground, a page for trying things out, at /")
-    samples: Path | None = Field(None, description="folder of pictures the playground offers; unset: bundled ones")
+    samples: Path | None = Field(None, description="folder of images the playground offers; unset: bundled ones")
     allowed_hosts: str = Field(
         "",
         description="names, beside localhost and --host, that requests without API keys may be addressed to, separated "

@@ -13,7 +13,7 @@ from lm_service.prompt import SHORT, PromptBuilder, PromptThread
 from lm_service.wire import Replies, check_items, choices_of, item_scores, messages_of
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.rpc.messages import to_proto
 from lookonce.core.tasks import gather_or_end
 from protos.lookonce.v1 import language_pb2
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lookonce.core.errors import LookonceError
+from lookonce.moderation.batch.run_identity import Models
 from lookonce.moderation.policy import parse_policy, read_policy
+from protos.lookonce.v1 import language_pb2, vision_pb2
 from tests.processes import ROOT
 
 EXAMPLES = sorted(path.name for path in (ROOT / "examples/policies").glob("*.yaml"))
@@ -85,7 +87,7 @@ def test_the_digest_covers_what_decides_and_nothing_else() -> None:
         ("rules:\n- id: a\n  question: q\n  follow_up: ''", "line 4: 'rules.0.follow_up' must not be empty"),
         ("rules:\n- id: a\n  question: q\n  follow_up_tokens: 1.5", "line 4: 'rules.0.follow_up_tokens' must be a"),
         ("rules:\n- id: a\n  question: q\n  image_size:\n    min_width: 0", "line 5: 'rules.0.image_size.min_width'"),
-        ("max_pixels: 3\nrules:\n- {id: a, question: q}", "line 1: 'max_pixels' must be at least 784"),
+        ("max_pixels: 0\nrules:\n- {id: a, question: q}", "line 1: 'max_pixels' must be at least 1"),
         ("rules:\n- id: a\n  id: b", "line 3: 'id' is there twice"),
         ("categories:\n- {id: a, question: q}\n- {id: a, question: q}", "line 1: 'categories': the id 'a' is there"),
         ("rules: &x\n- *x", "aliases"),
@@ -96,3 +98,15 @@ def test_a_bad_policy_names_line_and_field(text: str, message: str) -> None:
     with pytest.raises(LookonceError) as caught:
         parse_policy(text)
     assert message in caught.value.message
+
+
+def test_a_bound_below_the_models_smallest_image_is_refused_when_the_model_is_known() -> None:
+    vision = vision_pb2.VisionDescription(fingerprint="a", max_pixels=10_000, least_pixels=784)
+    language = language_pb2.LanguageDescription(fingerprints=["a"])
+
+    def models(most: int) -> Models:
+        return Models.of(vision, language, parse_policy(f"max_pixels: {most}\nrules:\n- {{id: a, question: q}}"))
+
+    assert models(784).max_pixels == 784
+    with pytest.raises(LookonceError, match="'max_pixels' must be at least 784, got 783"):
+        models(783)

@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import VisionClient
-from lookonce.core.rpc.messages import CHUNK_BYTES, chunks, join
+from lookonce.core.rpc.messages import CHUNK_BYTES, GRPC_CODES, chunks, from_proto, join, to_proto
 from lookonce.core.rpc.server import Server, ServerOptions
-from lookonce.core.rpc.status_codes import GRPC_CODES, from_proto, to_proto
 from lookonce.core.rpc.tls import Tls
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 

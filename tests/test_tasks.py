@@ -109,7 +109,7 @@ def test_a_question_that_fails_as_nobody_foresaw_is_answered_and_the_others_go_o
         ChoiceQuestion("2", (Turn("user", ("a",)),), ("yes", "no")),
         ChoiceQuestion("3", (Turn("user", ("b",)),), ("yes", "no")),
     ]
-    caller = Caller(Keyring([]).authenticate(None), "someone", 60.0)
+    caller = Caller(Keyring([]).identify(None).tenant, "someone", 60.0)
 
     async def run() -> Any:
         async with asyncio.timeout(30):

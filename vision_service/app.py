@@ -13,7 +13,7 @@ from functools import partial
 import structlog
 import torch
 
-from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.errors import invalid
 from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.server import Server
 from lookonce.core.stores import Store, open_store
@@ -29,15 +29,13 @@ from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
 from lookonce.models.sizing import default_max_pixels
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
-from vision_service.core import CoreLimits, Model, VisionCore
+from vision_service.core import Model, VisionCore
 from vision_service.images import Decoder, ImageLimits
 from vision_service.servicer import VisionServicer
 from vision_service.settings import VisionSettings
 
 log = structlog.get_logger(__name__)
 SERVICE_NAME = "lookonce.v1.VisionEncoder"
-BATCH_PATCHES = {True: 2048, False: 16384}
-"""By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,6 @@ class LoadedModel:
     checkpoint: Checkpoint
     encoder: VisionEncoder
     model: Model
-
-
-@dataclass(frozen=True)
-class VisionService:
-    """The parts, not started."""
-
-    server: Server
-    core: VisionCore
-    shrinks: bool  # whether images are made smaller for the CPU's sake
 
 
 def load(settings: VisionSettings) -> LoadedModel:
@@ -87,42 +76,27 @@ def _encoder(
     return encoder
 
 
-def build(settings: VisionSettings, loaded: LoadedModel) -> VisionService:
-    """Put the parts together. Call on the event loop they will run on."""
-    store, shared = _open_stores(settings)
-    core = VisionCore(
-        loaded.model,
-        loaded.encoder,
-        Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels)),
-        store,
-        shared=shared,
-        limits=CoreLimits(
-            decode_workers=settings.decode_workers,
-            max_waiting=settings.max_waiting,
-            batch_patches=settings.batch_patches or BATCH_PATCHES[loaded.encoder.device.type == "cpu"],
-            queue_patches=settings.queue_patches,
-            batch_wait=settings.batch_wait_ms / 1000,
-            lease_seconds=settings.lease_seconds,
-        ),
-    )
-    shrunk = _shrunk(settings, loaded)
-    servicer = VisionServicer(core, _description(settings, loaded), shrunk=shrunk)
+def build(settings: VisionSettings, loaded: LoadedModel) -> tuple[Server, VisionCore]:
+    """Put the parts together, not started. Call on the event loop they will run on."""
+    decoder = Decoder(ImageLimits(max_bytes=settings.max_image_bytes, max_pixels=settings.max_source_pixels))
+    core = VisionCore(loaded.model, loaded.encoder, decoder, *_open_stores(settings), settings)
+    servicer = VisionServicer(core, _description(settings, loaded), _shrunk(settings, loaded))
     server = Server(settings.server)
     server.add(SERVICE_NAME, partial(vision_pb2_grpc.add_VisionEncoderServicer_to_server, servicer))
     server.on_drain(servicer.drain)
-    return VisionService(server, core, shrunk is not None)
+    return server, core
 
 
 @asynccontextmanager
 async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterator[Server]:
     """The service, serving at `server.address`; released on leaving. Raises CONFLICT when the address can't be listened
     on."""
-    service = build(settings, loaded)
-    service.core.start()
+    server, core = build(settings, loaded)
+    core.start()
     try:
-        address = await service.server.start()
+        address = await server.start()
         with heap_frozen():
-            await service.server.set_serving(True)
+            await server.set_serving(True)
             log.info(
                 "ready",
                 address=address,
@@ -132,16 +106,16 @@ async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterato
                 weights=format_size(loaded.checkpoint.weight_bytes(Half.VISION)),
                 fingerprint=loaded.model.fingerprint[:16],
             )
-            if service.shrinks:
+            if _shrunk(settings, loaded) is not None:
                 log.info(
                     "large images are made smaller, because a CPU encodes them: --max-pixels changes that",
                     max_pixels=loaded.model.bounds[1],
                     checkpoint_max_pixels=loaded.model.own_bounds[1],
                     variable="LOOKONCE_VISION_MAX_PIXELS",
                 )
-            yield service.server
+            yield server
     finally:
-        await service.core.close()
+        await core.close()
 
 
 async def serve(settings: VisionSettings, loaded: LoadedModel) -> None:
@@ -184,6 +158,7 @@ def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.Vi
         max_image_bytes=settings.max_image_bytes,
         max_source_pixels=settings.max_source_pixels,
         stream_window=settings.stream_window,
+        least_pixels=loaded.model.least_pixels,
     )
 
 
@@ -197,10 +172,11 @@ def _shrunk(settings: VisionSettings, loaded: LoadedModel) -> Callable[[int, int
 
 
 def _bounds(settings: VisionSettings, checkpoint: Checkpoint, device: torch.device) -> tuple[int, int]:
+    smallest = checkpoint.family.least_pixels(checkpoint.config)
+    if settings.max_pixels is not None and settings.max_pixels < smallest:
+        raise invalid(f"--max-pixels='{settings.max_pixels}': Input should be greater than or equal to {smallest}")
     most = settings.max_pixels or default_max_pixels(checkpoint.family, checkpoint.max_pixels, device.type)
     least = settings.min_pixels or min(checkpoint.min_pixels, most)
     if least > most:
-        raise LookonceError(
-            ErrorKind.INVALID_ARGUMENT, f"--min-pixels {least} is above max_pixels {most}: set --max-pixels too"
-        )
+        raise invalid(f"--min-pixels {least} is above max_pixels {most}: set --max-pixels too")
     return least, most

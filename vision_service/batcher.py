@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -136,8 +136,7 @@ class Batcher:
                 if batch:
                     await self._encode_batch(batch)
         finally:
-            for item in line.items:
-                _fail(item, _stopping())
+            _fail(line.items, _stopping())
             line.items.clear()
             self._count()
 
@@ -170,27 +169,25 @@ class Batcher:
         try:
             parts = await self._thread.run(lambda pause: self._forward([item.patches for item in batch], pause))
         except Stopped:
-            for item in batch:
-                _fail(item, _stopping())
+            _fail(batch, _stopping())
             return
         except Exception:  # whatever it is, those who wait for it are told
             log.exception("forward failed", images=len(batch), patches=sum(item.patches.count for item in batch))
             if len(batch) == 1:
-                _fail(batch[0], LookonceError(ErrorKind.INTERNAL, "the encoder failed on this image"))
+                _fail(batch, LookonceError(ErrorKind.INTERNAL, "the encoder failed on this image"))
                 return
             for item in batch:
                 await self._encode_batch([item])
             return
         except BaseException:  # cancelled; nobody may wait for ever
-            for item in batch:
-                _fail(item, _stopping())
+            _fail(batch, _stopping())
             raise
         took = time.perf_counter() - started
         metrics.BATCH_PATCHES.observe(sum(item.patches.count for item in batch))
         metrics.ENCODE_SECONDS.observe(took)
         for item, rows in zip(batch, parts, strict=True):
             if rows is None:
-                _fail(item, LookonceError(ErrorKind.INTERNAL, "the encoder made values that are not finite"))
+                _fail([item], LookonceError(ErrorKind.INTERNAL, "the encoder made values that are not finite"))
             elif not item.future.done():
                 item.future.set_result(Encoded(rows, 1000 * (started - item.since), 1000 * took))
 
@@ -203,6 +200,7 @@ def _stopping() -> LookonceError:
     return LookonceError(ErrorKind.UNAVAILABLE, "the vision service is stopping", retry_after=1.0)
 
 
-def _fail(item: _Item, error: LookonceError) -> None:
-    if not item.future.done():
-        item.future.set_exception(error)
+def _fail(items: Iterable[_Item], error: LookonceError) -> None:
+    for item in items:
+        if not item.future.done():
+            item.future.set_exception(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -26,9 +26,12 @@ from vision_service import metrics
 from vision_service.batcher import Batcher, Encoded
 from vision_service.image_index import ImageIndex
 from vision_service.images import Decoder
+from vision_service.settings import VisionSettings
 
 _INLINE_DIGEST_BYTES = 256 * 1024
 MAX_FORGET = 10_000
+BATCH_PATCHES = {True: 2048, False: 16384}
+"""By whether a CPU encodes: it gains nothing by more, and others wait longer for the first rows."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,6 @@ class Model:
     least_pixels: int  # of the smallest image that has a token
     own_bounds: tuple[int, int]  # the checkpoint's min and max pixels
     bounds: tuple[int, int]  # the service's, which requests may lower
-
-
-@dataclass(frozen=True)
-class CoreLimits:
-    """Sizes of the queues between the stages."""
-
-    decode_workers: int = 2
-    max_waiting: int = 256  # images under way at once; more are refused
-    batch_patches: int = 16384
-    queue_patches: int = 65536  # patches waiting for a batch, beyond which nothing more is decoded
-    batch_wait: float = 0.003  # seconds
-    lease_seconds: float = 10.0
 
 
 @dataclass
@@ -117,31 +108,29 @@ class VisionCore:
         encoder: VisionEncoder,
         decoder: Decoder,
         store: Store,
-        *,
-        shared: Store | None = None,
-        limits: CoreLimits | None = None,
+        shared: Store,
+        settings: VisionSettings,
     ) -> None:
-        limits = limits or CoreLimits()
         self.model = model
         self.decoder = decoder
         self.counters = Counters()
         self._encoder = encoder
         self._store = store
-        self._shared = shared or store
+        self._shared = shared
         self._cache = EmbeddingCache(store)
         self._index = ImageIndex(SealedStore(self._shared, "image-index"))
-        self._flights: SingleFlight[_Made] = SingleFlight(store, lease_seconds=limits.lease_seconds)
-        self._pool = ThreadPoolExecutor(limits.decode_workers, thread_name_prefix="decode")
-        self._slots = asyncio.Semaphore(limits.decode_workers)
-        self._max_waiting = limits.max_waiting
+        self._flights: SingleFlight[_Made] = SingleFlight(store, lease_seconds=settings.lease_seconds)
+        self._pool = ThreadPoolExecutor(settings.decode_workers, thread_name_prefix="decode")
+        self._slots = asyncio.Semaphore(settings.decode_workers)
+        self._max_waiting = settings.max_waiting
         self._under_way = 0
         self._batched = 0
         self._pace = 0.05  # seconds an image, running mean
         self._batcher = Batcher(
             encoder.encode,
-            max_patches=limits.batch_patches,
-            wait=limits.batch_wait,
-            queue_patches=limits.queue_patches,
+            max_patches=settings.batch_patches or BATCH_PATCHES[encoder.device.type == "cpu"],
+            wait=settings.batch_wait_ms / 1000,
+            queue_patches=settings.queue_patches,
             expected=lambda: self._under_way - self._batched,
         )
 
@@ -193,7 +182,7 @@ class VisionCore:
 
     async def fetch(self, key: bytes) -> bytes:
         """The serialized record of a key. Raises EMBEDDING_MISSING when no store has it."""
-        _check_length(key, "key")
+        _check_lengths((key,), "key")
         record = await self._cache.get(key)
         if record is None or not self._is_ours(record):
             raise LookonceError(ErrorKind.EMBEDDING_MISSING, "no store has this embedding", param="key")
@@ -206,10 +195,8 @@ class VisionCore:
         """
         if len(keys) + len(digests) > MAX_FORGET:
             raise invalid(f"keys and image_digests: at most {MAX_FORGET} at once", param="keys")
-        for key in keys:
-            _check_length(key, "keys")
-        for digest in digests:
-            _check_length(digest, "image_digests")
+        _check_lengths(keys, "keys")
+        _check_lengths(digests, "image_digests")
         doomed, labels = set(keys), frozenset(digests)
 
         def concerned(flight: Flight[_Made]) -> bool:
@@ -218,7 +205,7 @@ class VisionCore:
         dropped = await self._flights.forget_if(concerned)
         complete = True
         for digest in labels:
-            doomed |= {embedding_key(digest, self.model.fingerprint, *self.model.own_bounds)}
+            doomed.add(embedding_key(digest, self.model.fingerprint, *self.model.own_bounds))
             doomed |= await self._index.keys(digest)
         for key in doomed:
             dropped += await self._store.contains(key)
@@ -361,6 +348,7 @@ def _reference(key: bytes, record: EmbeddingRecord) -> EmbeddingReference:
     )
 
 
-def _check_length(value: bytes, name: str) -> None:
-    if len(value) != DIGEST_BYTES:
-        raise invalid(f"{name} must be {DIGEST_BYTES} bytes each, got {len(value)}", param=name)
+def _check_lengths(values: Iterable[bytes], name: str) -> None:
+    for value in values:
+        if len(value) != DIGEST_BYTES:
+            raise invalid(f"{name} must be {DIGEST_BYTES} bytes each, got {len(value)}", param=name)

@@ -69,8 +69,6 @@ class ImageLimits:
 
     max_bytes: int = 20 << 20  # of the encoded file
     max_pixels: int = 100_000_000  # of the image in it
-    min_side: int = MIN_SIDE
-    max_ratio: float = MAX_RATIO
 
 
 class Decoder:
@@ -103,41 +101,25 @@ class Decoder:
     def decoded(self, data: bytes, use: Callable[[Image.Image], T]) -> T:
         """What `use` makes of the canonical image, which counts as held until then. Raises what `decode` raises."""
         self.check_bytes(data)
-        with self._sized(data) as image:
-            cost = _COSTLY.get(image.format or "", BYTES_A_PIXEL)
-            with self._space(cost * image.width * image.height):
-                return use(self._canonical(image))
-
-    @contextmanager
-    def _sized(self, data: bytes) -> Iterator[Image.Image]:
-        """The image of which nothing but the header is read, within the limits."""
         with _damage_named():
-            image = self._open(data)
+            image = Image.open(BytesIO(data), formats=FORMATS)  # reads the header
         with image:
             self._check_size(image)
-            yield image
-
-    def _canonical(self, image: Image.Image) -> Image.Image:
-        with _damage_named():
-            image.load()
-            return canonical(image)
-
-    def _open(self, data: bytes) -> Image.Image:
-        try:
-            return Image.open(BytesIO(data), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise _invalid(_UNKNOWN) from None
+            cost = _COSTLY.get(image.format or "", BYTES_A_PIXEL)
+            with self._space(cost * image.width * image.height):
+                with _damage_named():
+                    image.load()
+                    whole = canonical(image)
+                return use(whole)
 
     def _check_size(self, image: Image.Image) -> None:
-        (width, height), limits = image.size, self.limits
-        short, long = sorted((width, height))
-        if short < limits.min_side:
-            raise _invalid(f"image: {width}x{height} pixels, each side must have at least {limits.min_side}")
-        if long > limits.max_ratio * short:
-            raise _invalid(
-                f"image: {width}x{height} pixels, one side may be at most {limits.max_ratio:g} times the other"
-            )
-        most, which = limits.max_pixels, ""
+        width, height = image.size
+        short, long = sorted(image.size)
+        if short < MIN_SIDE:
+            raise _invalid(f"image: {width}x{height} pixels, each side must have at least {MIN_SIDE}")
+        if long > MAX_RATIO * short:
+            raise _invalid(f"image: {width}x{height} pixels, one side may be at most {MAX_RATIO} times the other")
+        most, which = self.limits.max_pixels, ""
         if image.format in _COSTLY:
             most, which = BYTES_A_PIXEL * most // _COSTLY[image.format], f" for {image.format} files"
         if width * height > most:
@@ -167,8 +149,8 @@ def _damage_named() -> Iterator[None]:
     """What Pillow raises, in our words."""
     try:
         yield
-    except LookonceError:
-        raise
+    except UnidentifiedImageError:
+        raise _invalid(_UNKNOWN) from None
     except MemoryError:
         raise LookonceError(
             ErrorKind.OVERLOADED, "image: no memory to decode it now", param="image", retry_after=5.0

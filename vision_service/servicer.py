@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookonce.core.errors import LookonceError
-from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto
-from lookonce.core.rpc.status_codes import to_proto
+from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto, to_proto
 from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service import metrics
@@ -34,8 +33,7 @@ class VisionServicer(vision_pb2_grpc.VisionEncoderServicer):
         self,
         core: VisionCore,
         description: vision_pb2.VisionDescription,
-        *,
-        shrunk: Callable[[int, int], bool] | None = None,
+        shrunk: Callable[[int, int], bool] | None,
     ) -> None:
         """`shrunk`: whether an image of a width and height is resized below the checkpoint's own bound, unasked."""
         self._shrunk = shrunk

@@ -17,7 +17,7 @@ from lookonce.core.telemetry.logs import LogFormat
 class VisionSettings(Settings):
     """Encode images with a checkpoint's vision tower, and keep the embeddings."""
 
-    model_config = SettingsConfigDict(env_prefix="LOOKONCE_VISION_", frozen=True, extra="forbid", env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix="LOOKONCE_VISION_")
 
     model: str = Field(description="Checkpoint: a directory (whole or its vision half) or a hub id")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
@@ -46,7 +46,7 @@ class VisionSettings(Settings):
     threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
     min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
     max_pixels: int | None = Field(
-        None, ge=784, description="Most pixels of a resized image (the checkpoint's own; on a CPU 1003520 at most)"
+        None, ge=1, description="Most pixels of a resized image (the model's own; on a CPU fewer)"
     )
     max_image_bytes: Bytes = Field(20 << 20, description="Largest encoded image file")
     max_source_pixels: int = Field(100_000_000, ge=1, description="Most pixels of an image before resizing")
@@ -87,15 +87,11 @@ class VisionSettings(Settings):
         return self
 
     @property
-    def tls(self) -> Tls:
-        """For the server."""
-        return Tls(self.tls_certificate, self.tls_key, self.tls_ca)
-
-    @property
     def server(self) -> ServerOptions:
         """What the gRPC server needs."""
+        tls = Tls(self.tls_certificate, self.tls_key, self.tls_ca)
         return ServerOptions(
-            self.listen, self.tls, self.max_message_bytes, self.reflection, grace=self.grace, linger=self.linger
+            self.listen, tls, self.max_message_bytes, self.reflection, grace=self.grace, linger=self.linger
         )
 
     @property

@@ -19,8 +19,8 @@ from typing import Generic, Literal, TypeVar
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.seal import Sealer
-from lookonce.core.stores.metrics import corrupt_counter
+from lookonce.core.identity import Sealer
+from lookonce.core.stores.interface import corrupt_counter
 
 T = TypeVar("T")
 U = TypeVar("U")

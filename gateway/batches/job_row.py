@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import orjson
 
 from gateway.batches.database import open_row
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 
 Status = Literal["validating", "in_progress", "cancelling", "completed", "failed", "expired", "cancelled"]
 _SEALER = Sealer("batch-rows")
@@ -49,8 +49,7 @@ class Job:
     def to_openai(self) -> dict[str, Any]:
         """OpenAI's batch object."""
         shown = {name: value for name, value in self.document.items() if not name.startswith("_")}
-        counts = {"total": self.counts.total, "completed": self.counts.completed, "failed": self.counts.failed}
-        return {"id": self.id, "object": "batch", "status": self.status, **shown, "request_counts": counts}
+        return {"id": self.id, "object": "batch", "status": self.status, **shown, "request_counts": asdict(self.counts)}
 
 
 def write(connection: sqlite3.Connection, job: Job) -> Job:

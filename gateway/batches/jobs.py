@@ -7,7 +7,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,21 +17,10 @@ import structlog
 from gateway.batches import stored_files
 from gateway.batches.database import CORRUPT, Database, Page, intact, page
 from gateway.batches.job_row import Counts, Job, Status, find, read, write
-from gateway.batches.lines import (
-    BOM,
-    DEFAULT_LIMITS,
-    Line,
-    Problem,
-    Reply,
-    answered,
-    more_usage,
-    parse,
-    refused,
-    unanswered,
-)
+from gateway.batches.lines import BOM, Line, Problem, Reply, answered, more_usage, parse, refused, unanswered
 from gateway.json_text import JsonLimits, parse_json
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 
 ACTIVE = ("validating", "in_progress", "cancelling")
 End = Literal["completed", "expired", "cancelled"]
@@ -49,18 +38,10 @@ _LEFT_OVER = {
 class Jobs:
     """The batches of all tenants."""
 
-    def __init__(
-        self,
-        database: Database,
-        *,
-        max_active: int,
-        limits: JsonLimits = DEFAULT_LIMITS,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
+    def __init__(self, database: Database, *, max_active: int, limits: JsonLimits) -> None:
         self._database = database
         self._limits = limits  # of each line
         self._max_active = max_active  # of one tenant
-        self._clock = clock
 
     async def create(
         self,
@@ -76,7 +57,7 @@ class Jobs:
         `output_lifetime`. Raises NOT_FOUND for the file, RATE_LIMITED with too many batches under way."""
 
         def work(connection: sqlite3.Connection) -> Job:
-            now = int(self._clock())
+            now = int(time.time())
             stored_files.find(connection, tenant, input_file, now)
             active = connection.execute(
                 "SELECT count(*) FROM batches WHERE tenant = ? AND status IN (?,?,?)", (tenant, *ACTIVE)
@@ -114,7 +95,7 @@ class Jobs:
                 return job
             if job.status not in ACTIVE:
                 raise LookonceError(ErrorKind.CONFLICT, f"the batch is {job.status}: it can't be cancelled")
-            return _move(connection, job, "cancelling", cancelling_at=int(self._clock()))
+            return _move(connection, job, "cancelling", cancelling_at=int(time.time()))
 
         return await self._database.run(work)
 
@@ -130,7 +111,7 @@ class Jobs:
         there is no request at all, or are too many, with errors that name their lines."""
 
         def work(connection: sqlite3.Connection) -> Job:
-            now = int(self._clock())
+            now = int(time.time())
             current = find(connection, job.tenant, job.id)
             if current.status != "validating":
                 return current
@@ -152,7 +133,7 @@ class Jobs:
 
         def work(connection: sqlite3.Connection) -> Line | None:
             for row in connection.execute(query, (job.seq, after)):
-                request = _SEALER.open(_line_key(job, row, "request"), row["request"])
+                request = _SEALER.open(_line_key(job, row["number"], row["custom_id"], "request"), row["request"])
                 if request is not None:
                     parsed = parse_json(bytes(request), self._limits)
                     url, body = parsed.value["url"], parsed.value["body"]
@@ -169,8 +150,7 @@ class Jobs:
         column: Literal["completed", "failed"] = "completed" if reply.good else "failed"
 
         def work(connection: sqlite3.Connection) -> bool:
-            place = {"number": line.number, "custom_id": line.custom_id}
-            sealed = _SEALER.seal(_line_key(job, place, "result"), answered(line, reply))
+            sealed = _SEALER.seal(_line_key(job, line.number, line.custom_id, "result"), answered(line, reply))
             return _close_line(connection, job, line.number, column, sealed, reply)
 
         return await self._database.run(work)
@@ -179,7 +159,7 @@ class Jobs:
         """Write the output and error files and end the batch, together."""
 
         def work(connection: sqlite3.Connection) -> Job:
-            now = int(self._clock())
+            now = int(time.time())
             current = find(connection, job.tenant, job.id)
             if current.status not in ACTIVE:
                 return current
@@ -212,8 +192,8 @@ def _close_line(
     return bool(done)
 
 
-def _line_key(job: Job, row: Mapping[str, Any] | sqlite3.Row, part: str) -> bytes:
-    return orjson.dumps([job.id, row["number"], row["custom_id"], part])
+def _line_key(job: Job, number: int, custom_id: str, part: str) -> bytes:
+    return orjson.dumps([job.id, number, custom_id, part])
 
 
 def _new_document(
@@ -257,15 +237,21 @@ def _insert_lines(
         total += 1
         item = _checked(parse(text, number, limits), check, seen)
         custom_id = item.custom_id or ""
-        place = {"number": number, "custom_id": custom_id}
         row: tuple[int, int, str, bytes | None, str, bytes | None]
         if isinstance(item, Line):
             seen.add(custom_id)
-            row = (job.seq, number, custom_id, _SEALER.seal(_line_key(job, place, "request"), text), "pending", None)
+            row = (
+                job.seq,
+                number,
+                custom_id,
+                _SEALER.seal(_line_key(job, number, custom_id, "request"), text),
+                "pending",
+                None,
+            )
         else:
             if len(problems) < MAX_PROBLEMS:
                 problems.append(item)
-            result = _SEALER.seal(_line_key(job, place, "result"), refused(item))
+            result = _SEALER.seal(_line_key(job, number, custom_id, "result"), refused(item))
             row = (job.seq, number, custom_id, None, "failed", result)
         insert = "INSERT INTO lines (batch, number, custom_id, request, state, result) VALUES (?,?,?,?,?,?)"
         connection.execute(insert, row)
@@ -296,8 +282,10 @@ def _write_outputs(connection: sqlite3.Connection, job: Job, end: End, now: int)
     expires = now + int(job.document["_output_lifetime"])
 
     def result(row: sqlite3.Row) -> memoryview | None:
-        opened = None if row["result"] is None else _SEALER.open(_line_key(job, row, "result"), row["result"])
-        if row["result"] is not None and opened is None:
+        if row["result"] is None:
+            return None
+        opened = _SEALER.open(_line_key(job, row["number"], row["custom_id"], "result"), row["result"])
+        if opened is None:
             log.error("an answer of a batch is damaged", batch=job.id, line=row["number"])
             CORRUPT.inc()
         return opened

@@ -12,7 +12,6 @@ import orjson
 from gateway.json_text import JsonLimits, LongString, parse_json
 from lookonce.core.errors import LookonceError
 
-DEFAULT_LIMITS = JsonLimits()
 BOM = b"\xef\xbb\xbf"
 """What some editors begin a file with; where files were put together it stands in the middle."""
 MAX_CUSTOM_ID = 512
@@ -59,7 +58,7 @@ class Problem:
         return {"code": self.code, "message": self.message, "line": self.line, "param": self.param}
 
 
-def parse(raw: bytes, number: int, limits: JsonLimits = DEFAULT_LIMITS) -> Line | Problem:
+def parse(raw: bytes, number: int, limits: JsonLimits) -> Line | Problem:
     """A line as a request, as far as can be told without its endpoint."""
     try:
         value = parse_json(raw, limits, "the line").value
@@ -96,18 +95,12 @@ def _fault(value: dict[str, Any], *, known: bool) -> tuple[str, str, str] | None
     return None
 
 
-def tokens(reply: Reply) -> tuple[int, int, int]:
-    """What a request cost: tokens of the prompt, those of them that were cached, and those of the answer. Errors and
-    moderations cost none that are told."""
-    found = [item.get("usage") or {} for item in (reply.body, *reply.body.get("answers", ()))]
-    prompt = sum(usage.get("prompt_tokens", 0) for usage in found)
-    cached = sum(usage.get("prompt_tokens_details", {}).get("cached_tokens", 0) for usage in found)
-    return prompt, cached, sum(usage.get("completion_tokens", 0) for usage in found)
-
-
 def more_usage(usage: dict[str, Any] | None, reply: Reply) -> dict[str, Any]:
-    """OpenAI's usage of a batch, with one answer more."""
-    prompt, cached, completion = tokens(reply)
+    """OpenAI's usage of a batch, with one answer more. Errors and moderations cost no tokens that are told."""
+    found = [item.get("usage") or {} for item in (reply.body, *reply.body.get("answers", ()))]
+    prompt = sum(item.get("prompt_tokens", 0) for item in found)
+    cached = sum(item.get("prompt_tokens_details", {}).get("cached_tokens", 0) for item in found)
+    completion = sum(item.get("completion_tokens", 0) for item in found)
     if usage is not None:
         prompt += usage["input_tokens"]
         cached += usage["input_tokens_details"]["cached_tokens"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal
 
@@ -14,7 +14,7 @@ import structlog
 
 from gateway.batches.database import CORRUPT, Database, Page, intact, open_row, page
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer
 from lookonce.core.units import format_size
 
 CHUNK = 256 * 1024
@@ -47,16 +47,15 @@ class StoredFile:
 class Files:
     """The files of all tenants. Every method takes the tenant; another's file is not there."""
 
-    def __init__(self, database: Database, *, quota: int, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, database: Database, *, quota: int) -> None:
         self._database = database
         self._quota = quota  # bytes of one tenant
-        self._clock = clock
 
     async def add(self, tenant: str, filename: str, content: BinaryIO, *, lifetime: float) -> StoredFile:
         """Keep a batch's input for `lifetime` seconds. Raises INVALID_ARGUMENT when the tenant has too much."""
 
         def work(connection: sqlite3.Connection) -> StoredFile:
-            now = int(self._clock())
+            now = int(time.time())
             _sweep(connection, now)
             stored = insert(connection, tenant, filename, "batch", _read(content), now, now + int(lifetime))
             used = connection.execute("SELECT sum(bytes) FROM files WHERE tenant = ?", (tenant,)).fetchone()[0]
@@ -69,14 +68,14 @@ class Files:
 
     async def get(self, tenant: str, identifier: str) -> StoredFile:
         """Raises NOT_FOUND."""
-        return await self._database.run(lambda connection: find(connection, tenant, identifier, self._clock()))
+        return await self._database.run(lambda connection: find(connection, tenant, identifier, time.time()))
 
     async def page(
         self, tenant: str, *, purpose: str | None, after: str | None, limit: int, newest_first: bool
     ) -> Page[StoredFile]:
         """A page. Raises INVALID_ARGUMENT for an unknown `after`."""
         where = "tenant = ? AND (expires_at IS NULL OR expires_at > ?)"
-        values: tuple[object, ...] = (tenant, self._clock())
+        values: tuple[object, ...] = (tenant, time.time())
         if purpose is not None:
             where, values = where + " AND purpose = ?", (*values, purpose)
 
@@ -106,14 +105,14 @@ class Files:
         """Overwrite and remove it. Raises NOT_FOUND."""
 
         def work(connection: sqlite3.Connection) -> None:
-            stored = find(connection, tenant, identifier, self._clock())
+            stored = find(connection, tenant, identifier, time.time())
             connection.execute("DELETE FROM files WHERE seq = ?", (stored.seq,))
 
         await self._database.run(work)
 
     async def sweep(self) -> None:
         """Remove expired files."""
-        await self._database.run(lambda connection: _sweep(connection, self._clock()))
+        await self._database.run(lambda connection: _sweep(connection, time.time()))
 
 
 def insert(

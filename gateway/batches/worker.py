@@ -13,7 +13,6 @@ from typing import Protocol
 import structlog
 from prometheus_client import Counter
 
-from gateway.batches.concurrency_classes import ConcurrencyClasses
 from gateway.batches.database import Database
 from gateway.batches.job_row import Job
 from gateway.batches.jobs import End, Jobs
@@ -29,6 +28,7 @@ SWEEP = 30.0  # seconds between looks at what has expired
 FIRST_PAUSE, LAST_PAUSE = 0.2, 30.0  # seconds before a line that found no room is tried again
 MAX_FAILURES = 8
 """Times a line may find the services failing while they say they serve: it may be the line that breaks them."""
+LOOK = 0.1  # seconds after which a waiting line looks again whether others have their answers
 log = structlog.get_logger(__name__)
 
 
@@ -48,13 +48,12 @@ class Endpoints(Protocol):
 class Batches:
     """Files and batches over one database, and the background work on them, which begins with `start`."""
 
-    def __init__(self, directory: Path, settings: GatewaySettings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, directory: Path, settings: GatewaySettings) -> None:
         """Raises INVALID_ARGUMENT or CONFLICT when the directory can't be used."""
         self._database = Database(directory)
         self.files = Files(self._database, quota=settings.max_stored_bytes)
         self.jobs = Jobs(self._database, max_active=settings.max_batches, limits=settings.json_limits)
         self._settings = settings
-        self._clock = clock
         self._woken = asyncio.Event()
         self._working: dict[str, asyncio.Task[None]] = {}
         self._cancelled: dict[str, asyncio.Event] = {}
@@ -152,7 +151,7 @@ class Batches:
         stopping = start_task(cancelled.wait())
         try:
             while not (feeding.done() or stopping.done()):
-                left = job.expires_at - self._clock()
+                left = job.expires_at - time.time()
                 if left <= 0:
                     break
                 await asyncio.wait({feeding, stopping}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -201,3 +200,36 @@ class Batches:
                     return None
                 if await self._reachable():
                     break
+
+
+class ConcurrencyClasses:
+    """`limit` lines at once while nobody else is served, one while somebody is, none while draining."""
+
+    def __init__(self, limit: int, interactive: Callable[[], int]) -> None:
+        self._limit = limit
+        self._interactive = interactive  # requests of others under way
+        self._turn = asyncio.Lock()  # first come, first served
+        self._freed = asyncio.Event()
+        self.busy = 0
+        self.closed = False
+
+    async def enter(self) -> None:
+        """Take a place, once there is one."""
+        async with self._turn:
+            while self.closed or self.busy >= (1 if self._interactive() else self._limit):
+                self._freed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK):
+                        await self._freed.wait()
+            self.busy += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self.busy -= 1
+        self._freed.set()
+
+    async def empty(self) -> None:
+        """Return when no line is under way."""
+        while self.busy:
+            self._freed.clear()
+            await self._freed.wait()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from gateway.auth import Keyring
@@ -15,18 +14,16 @@ from gateway.http import (
     batch_routes,
     chat_routes,
     image_routes,
-    moderations,
+    moderation_routes,
     openapi,
     playground,
     question_routes,
     status_routes,
 )
-from gateway.http.error_bodies import CLIENT_GONE, on_http_exception, on_lookonce_error, on_unforeseen
+from gateway.http.error_bodies import on_client_gone, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.event_stream import ClientGone
-from gateway.http.field_errors import on_query_error
-from gateway.http.intake import BodyLimits, Intake
-from gateway.http.middleware import OPEN_PATHS, Authentication, RequestScope
-from gateway.http.origins import Cors, OriginCheck
+from gateway.http.middleware import Authentication, Cors, Intake, OriginCheck, RequestScope
+from gateway.http.route import on_query_error
 from gateway.settings import distinct
 from lookonce.core.errors import LookonceError
 
@@ -34,7 +31,7 @@ ROUTERS = (
     image_routes.router,
     question_routes.router,
     chat_routes.router,
-    moderations.router,
+    moderation_routes.router,
     batch_routes.files,
     batch_routes.batches,
     status_routes.models,
@@ -52,6 +49,14 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=openapi.operation_id,
+        exception_handlers={
+            LookonceError: on_lookonce_error,
+            RequestValidationError: on_query_error,
+            HTTPException: on_http_exception,
+            ClientGone: on_client_gone,
+            ClientDisconnect: on_client_gone,
+            Exception: on_unforeseen,
+        },
     )
     app.state.gateway = gateway
     app.state.draining = False
@@ -60,15 +65,8 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
     if settings.playground:
         app.include_router(playground.make_router(settings.samples))
     openapi.complete(app, with_keys=not keyring.open)
-    app.add_exception_handler(LookonceError, on_lookonce_error)
-    app.add_exception_handler(RequestValidationError, on_query_error)
-    app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(ClientGone, _on_client_gone)
-    app.add_exception_handler(ClientDisconnect, _on_client_gone)
-    app.add_exception_handler(Exception, on_unforeseen)
     stack: ASGIApp = Authentication(app, keyring)
-    free = OPEN_PATHS | {"/metrics"}
-    stack = Intake(stack, BodyLimits.of(settings), max_concurrency=settings.max_concurrency, free=free)
+    stack = Intake(stack, settings)
     origins = distinct(settings.cors_origins)
     if origins:
         stack = Cors(
@@ -80,9 +78,5 @@ def create_app(gateway: Gateway, keyring: Keyring) -> tuple[ASGIApp, FastAPI]:
         )
     if keyring.open and settings.uds is None:
         hosts = (settings.host, *distinct(settings.allowed_hosts))
-        stack = OriginCheck(stack, hosts=hosts, origins=origins, free=OPEN_PATHS)
+        stack = OriginCheck(stack, hosts=hosts, origins=origins)
     return RequestScope(stack, access_log=settings.access_log), app
-
-
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=CLIENT_GONE)  # nobody reads it; the access log does

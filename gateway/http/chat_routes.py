@@ -1,30 +1,33 @@
-"""/v1/chat/completions: OpenAI's request in, the core's turns out."""
+"""/v1/chat/completions: OpenAI's request in, the core's turns out; and OpenAI's objects, whole and in chunks."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.answers import Answering, Completion, finish_reason, receipt, usage
 from gateway.auth import Tenant
 from gateway.conversation import Caller, Turn
 from gateway.core import Gateway
 from gateway.http import examples
-from gateway.http.chat_shapes import Envelope, chunks, completion_object
 from gateway.http.event_stream import EventStream, until_disconnect
 from gateway.http.openapi import or_events
 from gateway.http.request_images import RemoteImages, check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response
-from gateway.schemas.chat_bodies import ChatRequest, ImageUrlPart, StreamOptions
+from gateway.images.encoder import Resolved
+from gateway.schemas.body import stop_list, to_sampling
+from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
-from gateway.schemas.sampling_fields import stop_list, to_sampling
 from gateway.settings import GatewaySettings
-from lookonce.core.errors import invalid
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
 
 router = APIRouter(tags=["chat"], route_class=Route)
@@ -144,3 +147,129 @@ def _sampling(body: ChatRequest) -> language_pb2.SamplingParameters:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         n=body.n or 1,
     )
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What all chunks of an answer have in common."""
+
+    id: str
+    created: int  # Unix seconds
+    model: str  # as the request names it: some clients compare
+    served: str  # as the receipt names it
+
+    def wrap(self, kind: str, **fields: Any) -> dict[str, Any]:
+        """The object of that kind with these fields."""
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **fields}
+
+
+def completion_object(
+    completions: Sequence[Completion], resolved: Sequence[Resolved], envelope: Envelope, *, with_logprobs: bool
+) -> dict[str, Any]:
+    """The answer as one JSON."""
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": _logprobs(completion.logprobs) if with_logprobs else None,
+            "finish_reason": finish_reason(completion.finish.reason),
+        }
+        for index, completion in enumerate(completions)
+    ]
+    bill = receipt(resolved, completions[0].finish.receipt, envelope.served)
+    return envelope.wrap(
+        "chat.completion",
+        choices=choices,
+        usage=usage([completion.finish.usage for completion in completions]),
+        system_fingerprint=f"fp_{bill['fingerprint'][:16]}" if bill["fingerprint"] else None,
+        receipt=bill,
+    )
+
+
+class _Running:
+    """The tokens of a stream so far."""
+
+    def __init__(self) -> None:
+        self._prompt = 0
+        self._completion: dict[int, int] = {}  # of each of the n answers
+
+    def begin(self, event: language_pb2.GenerateEvent) -> None:
+        """Learn the prompt's tokens, which every event tells."""
+        is_delta = event.WhichOneof("event") == "delta"
+        self._prompt = event.delta.prompt_tokens if is_delta else event.finish.usage.prompt_tokens
+
+    def count(self, event: language_pb2.GenerateEvent) -> None:
+        """Count the answer's tokens that an event brings."""
+        if event.WhichOneof("event") == "delta":
+            index = event.delta.index
+            self._completion[index] = self._completion.get(index, 0) + len(event.delta.token_ids)
+        else:
+            self._completion[event.finish.index] = event.finish.usage.completion_tokens
+
+    def usage(self) -> dict[str, int]:
+        """OpenAI's usage object, without what only the end tells."""
+        completion = sum(self._completion.values())
+        total = self._prompt + completion
+        return {"prompt_tokens": self._prompt, "completion_tokens": completion, "total_tokens": total}
+
+
+async def chunks(
+    answering: Answering, envelope: Envelope, n: int, options: StreamOptions
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The answer in chunks: roles, deltas, finish reasons; the receipt and, when asked for, the usage in the last."""
+    finishes: list[language_pb2.Finish] = []
+    greeted: set[int] = set()
+    running = _Running()
+
+    def extra() -> dict[str, Any]:
+        if options.continuous_usage_stats:
+            return {"usage": running.usage()}
+        return {"usage": None} if options.include_usage else {}
+
+    async with aclosing(answering.events) as events:
+        async for event in events:
+            which = event.WhichOneof("event")
+            index = event.delta.index if which == "delta" else event.finish.index
+            running.begin(event)
+            if index not in greeted:
+                greeted.add(index)
+                yield _chunk(envelope, index, {"role": "assistant", "content": ""}, extra())
+            running.count(event)
+            if which == "delta":
+                if event.delta.text or event.delta.logprobs:
+                    logprobs = _logprobs(event.delta.logprobs) if event.delta.logprobs else None
+                    yield _chunk(envelope, index, {"content": event.delta.text}, extra(), logprobs=logprobs)
+                continue
+            finishes.append(event.finish)
+            last = len(finishes) == n
+            bill = receipt(answering.resolved, event.finish.receipt, envelope.served) if last else None
+            fields = extra() | ({"receipt": bill} if last and not options.include_usage else {})
+            yield _chunk(envelope, index, {}, fields, reason=finish_reason(event.finish.reason))
+            if last:
+                total = usage([finish.usage for finish in finishes])
+                if options.include_usage:
+                    yield envelope.wrap("chat.completion.chunk", choices=[], usage=total, receipt=bill)
+    if len(finishes) < n:
+        raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended the answer early", retry_after=1.0)
+
+
+def _chunk(
+    envelope: Envelope,
+    index: int,
+    delta: dict[str, Any],
+    extra: dict[str, Any],
+    *,
+    logprobs: dict[str, Any] | None = None,
+    reason: str | None = None,
+) -> dict[str, Any]:
+    choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    return envelope.wrap("chat.completion.chunk", choices=[choice], **extra)
+
+
+def _logprobs(items: Iterable[language_pb2.TokenLogprob]) -> dict[str, Any]:
+    content = [_token(item) | {"top_logprobs": [_token(top) for top in item.top]} for item in items]
+    return {"content": content, "refusal": None}
+
+
+def _token(item: language_pb2.TokenLogprob) -> dict[str, Any]:
+    return {"token": item.token, "logprob": item.logprob, "bytes": list(item.token_bytes)}

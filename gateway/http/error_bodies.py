@@ -97,24 +97,26 @@ def internal_error() -> Response:
     return error_response(LookonceError(ErrorKind.INTERNAL, "internal error"))
 
 
-async def on_lookonce_error(request: Request, error: Exception) -> Response:
+async def on_lookonce_error(request: Request, error: LookonceError) -> Response:
     """Exception handler of LookonceError."""
-    if not isinstance(error, LookonceError):
-        return internal_error()
     return error_response(error)
 
 
-async def on_http_exception(request: Request, error: Exception) -> Response:
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Exception handler of clients that left: nobody reads the answer; the access log does."""
+    return Response(status_code=CLIENT_GONE)
+
+
+async def on_http_exception(request: Request, error: HTTPException) -> Response:
     """Exception handler of what the framework raises (no route, wrong method, body too large): our texts."""
-    status = error.status_code if isinstance(error, HTTPException) else 500
+    status, headers = error.status_code, dict(error.headers or {})
     if status >= 500:
         return internal_error()
     if status == 405 and _is_made_up(request):
-        status, error = 404, HTTPException(404)
+        status, headers = 404, {}
     shape, message = _STATUS_TEXTS.get(
         status, (HttpError(status, _REQUEST, "invalid_request"), "the request is malformed")
     )
-    headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     body = {"error": {"message": message, "type": shape.type, "param": None, "code": shape.code}}
     return _json(status, body, headers)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Coroutine, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
 import orjson
@@ -63,16 +63,8 @@ class EventStream(Response):
         self._sent = 0.0  # when the last event went out, on the monotonic clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pump = start_task(self._pump(send))
-        gone = start_task(_disconnected(receive))
-        try:
-            await asyncio.wait({pump, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if pump.done():
-                pump.result()
-            else:
-                DISCONNECTS.inc()
-        finally:
-            await end_tasks(pump, gone)
+        with suppress(ClientGone):
+            await until_disconnect(Request(scope, receive), self._pump(send))
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

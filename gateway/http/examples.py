@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
+from gateway.http.event_stream import DONE, event
+from gateway.http.route import list_object
 
 IMAGE_ID = "img_" + "k2fz5m7q" * 6 + "abcd"
 IMAGE: dict[str, Any] = {
@@ -20,9 +21,6 @@ IMAGE: dict[str, Any] = {
     "pinned": False,
     "aliases": ["front-door"],
 }
-UPLOADED = IMAGE | {"cached": False, "encode_ms": 182.4}
-IMAGES = {"object": "list", "data": [IMAGE], "first_id": IMAGE_ID, "last_id": IMAGE_ID, "has_more": False}
-ERASED = {"id": IMAGE_ID, "object": "image", "deleted": True, "complete": True}
 UPLOADS = {
     "base64": {"data": "iVBORw0KGgoAAAANSUhEUgAA..."},
     "by URL, kept for an hour": {"url": "https://example.com/door.jpg", "ttl": 3600},
@@ -47,13 +45,7 @@ RECEIPT = {
     "model": "qwen2-vl-2b-instruct",
     "fingerprint": "9c" * 32,
 }
-ANSWER: dict[str, Any] = {
-    "id": "0",
-    "text": "A red door.",
-    "finish_reason": "stop",
-    "usage": USAGE,
-    "receipt": RECEIPT,
-}
+ANSWER: dict[str, Any] = {"id": "0", "text": "A red door.", "finish_reason": "stop", "usage": USAGE, "receipt": RECEIPT}
 CHOSEN = ANSWER | {
     "id": "open",
     "text": "no",
@@ -117,9 +109,6 @@ MODEL = {
     "context_length": 32768,
     "max_tokens": 4096,
 }
-MODELS = {"object": "list", "data": [MODEL]}
-HEALTH = {"status": "ok"}
-VERSION = {"version": "0.2.0"}
 READINESS = {
     "status": "ready",
     "parts": {
@@ -165,8 +154,6 @@ FILE: dict[str, Any] = {
     "status": "processed",
     "status_details": None,
 }
-FILES = {"object": "list", "data": [FILE], "first_id": FILE_ID, "last_id": FILE_ID, "has_more": False}
-DELETED = {"id": FILE_ID, "object": "file", "deleted": True}
 BATCHES = {
     "chat completions": {
         "input_file_id": FILE_ID,
@@ -204,7 +191,6 @@ BATCH: dict[str, Any] = {
         "total_tokens": 24310,
     },
 }
-BATCH_LIST = {"object": "list", "data": [BATCH], "first_id": BATCH_ID, "last_id": BATCH_ID, "has_more": False}
 BODIES: dict[str, dict[str, Any]] = {
     "uploadImage": UPLOADS,
     "changeImage": CHANGES,
@@ -215,33 +201,33 @@ BODIES: dict[str, dict[str, Any]] = {
 }
 """Of requests, by the id of the operation and what they show."""
 ANSWERS: dict[str, Any] = {
-    "uploadImage": UPLOADED,
-    "listImages": IMAGES,
+    "uploadImage": IMAGE | {"cached": False, "encode_ms": 182.4},
+    "listImages": list_object([IMAGE], more=False),
     "getImage": IMAGE,
     "changeImage": IMAGE,
-    "eraseImage": ERASED,
+    "eraseImage": {"id": IMAGE_ID, "object": "image", "deleted": True, "complete": True},
     "dropAlias": IMAGE | {"aliases": []},
     "askQuestions": ASKED,
     "createChatCompletion": COMPLETION,
     "createModeration": MODERATION,
     "createFile": FILE,
-    "listFiles": FILES,
+    "listFiles": list_object([FILE], more=False),
     "getFile": FILE,
-    "deleteFile": DELETED,
+    "deleteFile": {"id": FILE_ID, "object": "file", "deleted": True},
     "createBatch": BATCH,
-    "listBatches": BATCH_LIST,
+    "listBatches": list_object([BATCH], more=False),
     "getBatch": BATCH,
     "cancelBatch": BATCH,
-    "listModels": MODELS,
+    "listModels": {"object": "list", "data": [MODEL]},
     "getModel": MODEL,
-    "health": HEALTH,
+    "health": {"status": "ok"},
     "readiness": READINESS,
     "healthOfAll": READINESS,
-    "version": VERSION,
+    "version": {"version": "0.2.0"},
 }
 """Of answers in JSON, by the id of the operation."""
 
 
 def events(*items: dict[str, Any]) -> str:
     """The items as a stream of server-sent events."""
-    return "".join(f"data: {orjson.dumps(item).decode()}\n\n" for item in items) + "data: [DONE]\n\n"
+    return b"".join([*map(event, items), DONE]).decode()

@@ -13,14 +13,14 @@ from starlette.responses import Response
 
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.event_stream import until_disconnect
-from gateway.http.field_errors import validate
 from gateway.http.openapi import upload_body
 from gateway.http.request_images import base64_of, check_size, decode, decoded_size
-from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, whole
-from gateway.images.aliases import check_alias
+from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, validate, whole
+from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
-from gateway.images.library import Resolved, Retention
-from gateway.schemas.question_bodies import ImageChange, ImageUpload
+from gateway.images.index import check_alias
+from gateway.images.library import Retention
+from gateway.schemas.requests import ImageChange, ImageUpload
 from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -102,8 +102,8 @@ async def erase_image(request: Request, image_id: str) -> dict[str, Any]:
     """Erase an image, its aliases, its embeddings and all that was made from them, in every process.
 
     `complete` is false when a process could not confirm: erasure then goes on by itself."""
-    erased = await gateway_of(request).images.delete(image_id, tenant_of(request))
-    return {"id": erased.id, "object": "image", "deleted": True, "complete": erased.complete}
+    identifier, complete = await gateway_of(request).images.delete(image_id, tenant_of(request))
+    return {"id": identifier, "object": "image", "deleted": True, "complete": complete}
 
 
 @router.delete(

@@ -16,12 +16,14 @@ import structlog
 import uvicorn
 from starlette.types import ASGIApp
 
-from gateway.http.protocol import Connection, ConnectionLimits, Connections
+from gateway.http.protocol import Connection, Connections
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.tls import read_pair
 
 BACKLOG = 2048
+SPARE_FILES = 256
+"""Open files left for everything that is no client's connection."""
 log = structlog.get_logger(__name__)
 
 
@@ -37,7 +39,7 @@ async def listen(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[],
     INVALID_ARGUMENT for a certificate that can't be used."""
     if settings.tls_certificate is not None:
         read_pair(settings.tls_certificate, settings.tls_key)
-    limits = ConnectionLimits.of(settings, _most_files())
+    room = max(1, min(settings.max_connections, _most_files() - SPARE_FILES))
     bound, address = _bind(settings)
     config = uvicorn.Config(
         app,
@@ -47,7 +49,7 @@ async def listen(app: ASGIApp, settings: GatewaySettings, on_drain: Callable[[],
         lifespan="off",
         ws="none",
         loop="none",
-        http=partial(Connection, Connections(limits)),  # type: ignore[arg-type]
+        http=partial(Connection, Connections(settings, room)),  # type: ignore[arg-type]
         timeout_graceful_shutdown=max(1, round(settings.drain_grace)),
         timeout_keep_alive=75,
         ssl_certfile=settings.tls_certificate,

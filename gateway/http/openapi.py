@@ -14,8 +14,9 @@ from pydantic.json_schema import models_json_schema
 
 from gateway.http import examples
 from gateway.http.error_bodies import HttpRefusal, error_body
+from gateway.http.middleware import OPEN_PATHS
 from gateway.schemas.body import Body
-from gateway.schemas.question_bodies import ImageUpload
+from gateway.schemas.requests import ImageUpload
 from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
@@ -37,7 +38,6 @@ ABOUT: dict[str, Any] = {
 }
 """Arguments of FastAPI."""
 _TEMPLATE = "#/components/schemas/{model}"
-_OPEN = frozenset({"/healthz", "/readyz", "/health"})
 _ERRORS: dict[int, LookonceError] = {
     400: LookonceError(ErrorKind.INVALID_ARGUMENT, "'temperature' must be at most 2.0", param="temperature"),
     401: LookonceError(ErrorKind.UNAUTHENTICATED, "the API key is not valid"),
@@ -135,7 +135,7 @@ def _complete_operation(path: str, item: dict[str, Any], *, with_keys: bool) -> 
         body["examples"] = {
             text.lower().replace(" ", "-"): {"summary": text, "value": value} for text, value in given.items()
         }
-    if path in _OPEN:
+    if path in OPEN_PATHS:
         item["security"] = []
         return
     statuses = {429, 500, *(int(status) for status in responses if int(status) >= 400)}

@@ -23,43 +23,18 @@ MALFORMED = HttpRefusal(400, "invalid_request", "this is not a well-formed HTTP 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class ConnectionLimits:
-    """Of each connection, and how many there may be."""
-
-    connections: int
-    pipelined: int  # requests that wait for an earlier answer
-    header_bytes: int
-    header_seconds: float
-    send_seconds: float
-
-    @classmethod
-    def of(cls, settings: GatewaySettings, files: int) -> ConnectionLimits:
-        """Those of the settings, for a process that may open so many files."""
-        return cls(
-            max(1, min(settings.max_connections, files - SPARE_FILES)),
-            settings.max_pipelined,
-            settings.max_header_bytes,
-            settings.header_timeout,
-            settings.send_timeout,
-        )
-
-
-SPARE_FILES = 256
-"""Open files left for everything that is no client's connection."""
-
-
 @dataclass
 class Connections:
     """All connections of a server."""
 
-    limits: ConnectionLimits
+    settings: GatewaySettings
+    most: int
     quiet: dict[Connection, None] = field(default_factory=dict)
     """Those that wait for their client to send, silent for longest first."""
 
     def admit(self, open_now: int) -> bool:
         """Whether there is room for one more, made by ending the one whose client was silent for longest."""
-        if open_now <= self.limits.connections:
+        if open_now <= self.most:
             return True
         victim = next(iter(self.quiet), None)
         if victim is None:
@@ -85,7 +60,7 @@ class Connection(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._all = connections
-        self._limits = connections.limits
+        self._settings = connections.settings
         self._head_bytes = 0  # of the request line and headers that are coming
         self._in_head = False
         self._refusal: LookonceError | None = None
@@ -125,8 +100,8 @@ class Connection(HttpToolsProtocol):
             return
         if self._in_head and before:
             self._head_bytes += len(data)
-        if self._in_head and self._head_bytes > self._limits.header_bytes:
-            self._refusal = _head_too_large(self._limits.header_bytes)
+        if self._in_head and self._head_bytes > self._settings.max_header_bytes:
+            self._refusal = _head_too_large(self._settings.max_header_bytes)
             self.send_400_response("")
             return
         self._watch()
@@ -142,7 +117,7 @@ class Connection(HttpToolsProtocol):
     # what the parser calls
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= self._limits.pipelined:
+        if len(self.pipeline) >= self._settings.max_pipelined:
             self._hush()
             raise _Refused
         self._in_head, self._head_bytes = True, 0
@@ -154,15 +129,15 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._head_bytes += len(name) + len(value)
-        if self._head_bytes > self._limits.header_bytes:
-            self._refusal = _head_too_large(self._limits.header_bytes)
+        if self._head_bytes > self._settings.max_header_bytes:
+            self._refusal = _head_too_large(self._settings.max_header_bytes)
             raise _Refused
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if self._head_bytes > self._limits.header_bytes:
-            self._refusal = _head_too_large(self._limits.header_bytes)
+        if self._head_bytes > self._settings.max_header_bytes:
+            self._refusal = _head_too_large(self._settings.max_header_bytes)
             raise _Refused
         super().on_headers_complete()
 
@@ -222,7 +197,7 @@ class Connection(HttpToolsProtocol):
         if not (self._in_head or (idle and self.timeout_keep_alive_task is None)):
             self._stop_head_timer()
         elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self._limits.header_seconds, self._head_is_late)
+            self._head_timer = self.loop.call_later(self._settings.header_timeout, self._head_is_late)
 
     def _head_is_late(self) -> None:
         self._head_timer = None
@@ -231,14 +206,14 @@ class Connection(HttpToolsProtocol):
         if not self._in_head:
             self.end("silent")
             return
-        text = f"the request's headers took more than {self._limits.header_seconds:g} seconds (--header-timeout)"
+        text = f"the request's headers took more than {self._settings.header_timeout:g} seconds (--header-timeout)"
         self._refusal = HttpRefusal(408, "request_timeout", text)
         CONNECTIONS_ENDED.labels("headers").inc()
         self.send_400_response("")
 
     def _await_reader(self, left: int) -> None:
         self._stop_send_timer()
-        self._send_timer = self.loop.call_later(self._limits.send_seconds, self._look_at_reader, left)
+        self._send_timer = self.loop.call_later(self._settings.send_timeout, self._look_at_reader, left)
 
     def _look_at_reader(self, before: int) -> None:
         left = self.transport.get_write_buffer_size()

@@ -19,9 +19,9 @@ from gateway.http.openapi import or_events
 from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.schemas.question_bodies import Parameters, Question, QuestionsRequest
+from gateway.schemas.body import stop_list, to_sampling
+from gateway.schemas.requests import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
-from gateway.schemas.sampling_fields import stop_list, to_sampling
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
 

@@ -15,11 +15,11 @@ from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
 from gateway.http.route import aside, pixels_of
-from gateway.images.aliases import is_alias
 from gateway.images.image_records import ImageRecord
+from gateway.images.index import is_alias
 from gateway.images.library import Retention
 from gateway.json_text import CHUNK, LONG_STRINGS
-from gateway.schemas.chat_bodies import REFERENCE, ImageUrlPart
+from gateway.schemas.requests import REFERENCE, ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted

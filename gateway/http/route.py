@@ -1,5 +1,5 @@
-"""What routes share: a body that is read our way before FastAPI hands it on as its model, pages of lists, and whose
-request it is."""
+"""What routes share: a body that is read our way before FastAPI hands it on as its model, errors that name the field at
+fault, pages of lists, and whose request it is."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
 import orjson
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -18,11 +19,11 @@ from starlette.responses import Response
 from gateway.auth import Tenant
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http.error_bodies import HttpRefusal
-from gateway.http.field_errors import validate
+from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
-from gateway.schemas.body import MEMBER
+from gateway.schemas.body import MEMBER, UNKNOWN
 from gateway.settings import GatewaySettings
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 SMALL = 1 << 15
 """Bytes that are worked on in the event loop."""
@@ -30,6 +31,35 @@ P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 _THREAD = ThreadPoolExecutor(1, thread_name_prefix="bodies")  # one, so that it takes turns with the loop alone
+_MAX_NAME = 100
+_TEXTS = {
+    "missing": "{field} is required",
+    "extra_forbidden": "unknown {what} {field}",
+    "string_type": "{field} must be a string",
+    "int_type": "{field} must be a whole number",
+    "float_type": "{field} must be a number",
+    "bool_type": "{field} must be true or false",
+    "list_type": "{field} must be a list",
+    "dict_type": "{field} must be an object",
+    "model_type": "{field} must be an object",
+    "greater_than": "{field} must be greater than {gt}",
+    "greater_than_equal": "{field} must be at least {ge}",
+    "less_than": "{field} must be less than {lt}",
+    "less_than_equal": "{field} must be at most {le}",
+    "finite_number": "{field} must be a finite number",
+    "string_too_short": "{field} must have at least {min_length} characters",
+    "string_too_long": "{field} must have at most {max_length} characters",
+    "too_short": "{field} must have at least {min_length} items",
+    "too_long": "{field} must have at most {max_length} items",
+    "literal_error": "{field} must be one of {expected}",
+    MEMBER: "{field} {text}",
+}
+_UNIONS = {
+    ("(text)", "string_type"): "{field} must be a string or a list",
+    ("(object)", "model_type"): "{field} must be a string or an object",
+}
+"""The same for fields of two forms, by the tag of the one that was tried (see gateway.schemas.body)."""
+_TELLING = {"unsupported": 0, "extra_forbidden": 1}
 
 
 class Route(APIRoute):
@@ -83,6 +113,74 @@ async def read_json(request: Request, model: type[M]) -> M:
 def _read(raw: bytearray, model: type[M], limits: JsonLimits) -> tuple[M, Mapping[str, LongString]]:
     parsed = parse_json(raw, limits)
     return validate(parsed.value, model), parsed.long
+
+
+class UnknownField(LookonceError):
+    """A field nobody knows; has OpenAI's own code."""
+
+    code = "unknown_parameter"
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(ErrorKind.INVALID_ARGUMENT, message, param=param)
+
+
+def validate(value: Any, model: type[M]) -> M:
+    """`value` as `model`. Raises INVALID_ARGUMENT naming the first field at fault."""
+    if not isinstance(value, dict):
+        raise invalid("the request body must be a JSON object")
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _explained(error.errors(include_url=False, include_input=False), value) from error
+
+
+async def on_query_error(request: Request, error: RequestValidationError) -> Response:
+    """Exception handler of what FastAPI finds in a query."""
+    problems = [problem | {"loc": problem["loc"][1:]} for problem in error.errors()]
+    return error_response(_explained(problems, dict(request.query_params), "query parameter"))
+
+
+def _explained(problems: Sequence[Any], value: Any, what: str = "field") -> LookonceError:
+    """Our words for the first problem; those that say what is not supported come first, then unknown fields, as the
+    likeliest cause of the others."""
+    first = min(problems, key=lambda item: _TELLING.get(item["type"], len(_TELLING)))
+    kind, context = first["type"], first.get("ctx", {})
+    param, found = _path(first["loc"], value)
+    if kind.startswith(UNKNOWN):
+        member, kind = kind.removeprefix(UNKNOWN), MEMBER if isinstance(found, dict) else "model_type"
+        param = f"{param}.{member}" if isinstance(found, dict) else param
+        context = {"text": first["msg"]}
+    field = f"'{param}'" if param else "the request body"
+    if kind == "value_error":  # raised by our own validators
+        return invalid(f"{field}: {context['error']}", param=param)
+    if kind == "unsupported":  # see gateway.schemas.neutral
+        text = f"{context['what']} not supported: {field} may be {context['allowed']}"
+        return LookonceError(ErrorKind.UNSUPPORTED, text, param=param)
+    text = _UNIONS.get((*first["loc"][-1:], kind)) or _TEXTS.get(kind, "{field} has a wrong type or value")
+    message = text.format(**{**context, "field": field, "what": what})
+    return UnknownField(message, param) if kind == "extra_forbidden" else invalid(message, param=param)
+
+
+def _path(location: tuple[int | str, ...], value: Any) -> tuple[str, Any]:
+    """The way to the field in the client's own JSON, and what is there. What pydantic adds to it is left out: the tags
+    of unions' members (see gateway.schemas.body), and fields of another form than the client's."""
+    names: list[str] = []
+    current = value
+    for position, step in enumerate(location):
+        last = position == len(location) - 1
+        if isinstance(step, str) and _is_tag(step) and not (last and isinstance(current, dict) and step in current):
+            continue
+        if isinstance(current, dict) and isinstance(step, str) and (last or step in current):
+            names.append(step[:_MAX_NAME])
+            current = current.get(step)
+        elif isinstance(current, list) and isinstance(step, int) and step < len(current):
+            names.append(str(step))
+            current = current[step]
+    return ".".join(names), current
+
+
+def _is_tag(step: str) -> bool:
+    return step.startswith("(") and step.endswith(")")
 
 
 async def aside(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

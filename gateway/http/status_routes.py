@@ -11,8 +11,8 @@ from starlette.responses import PlainTextResponse, Response
 
 from gateway.http import examples
 from gateway.http.route import gateway_of, json_response
+from gateway.routing.variants import no_such_model
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
-from gateway.served_model import no_such_model
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
 
@@ -76,19 +76,16 @@ async def readiness(request: Request) -> Response:
     parts = {
         "language": {"serving": sum(language.values()), "configured": len(language)},
         "vision": {"serving": sum(vision.values()), "configured": len(vision)},
-        "image_store": "degraded" if gateway.records.degraded else "ok",
+        "image_store": "degraded" if gateway.images.degraded else "ok",
     }
-    whole = all(vision.values()) and all(language.values()) and not gateway.records.degraded
+    whole = all(vision.values()) and all(language.values()) and not gateway.images.degraded
     status = "unavailable" if not ready else "ready" if whole else "degraded"
     return json_response({"status": status, "parts": parts}, 200 if ready else 503)
 
 
 @operation.head("/health", include_in_schema=False)
 @operation.get(
-    "/health",
-    summary="The same, as vLLM names it",
-    response_model=Readiness,
-    responses={503: {"model": Readiness}},
+    "/health", summary="The same, as vLLM names it", response_model=Readiness, responses={503: {"model": Readiness}}
 )
 async def health_of_all(request: Request) -> Response:
     """`/readyz` under the name that clients of vLLM ask for."""

@@ -1,17 +1,30 @@
-"""Sends image files to the vision service that is theirs."""
+"""Sends image files to the vision service that is theirs, and tells what came of it."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 from gateway.metrics import ENCODES, VARIANT_ENCODES
 from gateway.routing.retries import Attempts
-from gateway.routing.variants import Variant
+from gateway.routing.variants import DEFAULT, Variant
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import Encoded, VisionClient
 from protos.lookonce.v1 import vision_pb2
 
 DESCRIPTION_FRESH = 30.0  # seconds that a service's own pixel bounds are believed
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An embedding to answer from, and what it took: "hit" (known), "miss" (encoded now), "coalesced" (with others)."""
+
+    reference: EmbeddingReference
+    outcome: str
+    encode_ms: float
+    variant: str = DEFAULT  # of the model: whose language service it is for
+    notice: str = ""  # what the vision service has to say about it
 
 
 class Encoder:
@@ -19,12 +32,17 @@ class Encoder:
 
     def __init__(self, *, timeout: float, reconnect_wait: float) -> None:
         self._timeout = timeout  # seconds
+        self._too_slow = (
+            f"the image was not encoded within {timeout:g} s. What was begun is ended and kept: ask again later. "
+            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
+            "--max-pixels of the vision service makes large images smaller"
+        )
         self._reconnect_wait = reconnect_wait  # seconds
         self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
 
     async def encode(
         self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None
-    ) -> Encoded:
+    ) -> Resolved:
         """Have the file's embedding in the store. Raises what the vision service says of the image, UNAVAILABLE
         without one."""
 
@@ -38,19 +56,12 @@ class Encoder:
             encoded = await attempts.run(call)
         except LookonceError as error:
             if error.kind is ErrorKind.DEADLINE_EXCEEDED:
-                raise self._too_slow() from error
+                raise LookonceError(error.kind, self._too_slow) from error
             raise
         ENCODES.labels(encoded.outcome).inc()
         VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
-        return encoded
-
-    def _too_slow(self) -> LookonceError:
-        return LookonceError(
-            ErrorKind.DEADLINE_EXCEEDED,
-            f"the image was not encoded within {self._timeout:g} s. What was begun is ended and kept: ask again later. "
-            "--encode-timeout of the gateway (LOOKONCE_GATEWAY_ENCODE_TIMEOUT) allows for more time, "
-            "--max-pixels of the vision service makes large images smaller",
-        )
+        encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
+        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
     async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
         """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""
@@ -61,4 +72,4 @@ class Encoder:
             self._bounds[client.address] = (now, description)
         if max_pixels >= description.max_pixels:
             return None
-        return max(max_pixels, description.min_pixels)
+        return max(max_pixels, description.min_pixels, description.least_pixels)

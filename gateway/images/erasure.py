@@ -13,10 +13,9 @@ from itertools import count
 
 import structlog
 
-from gateway.images.aliases import Aliases
 from gateway.images.image_records import ImageRecord, ImageRecords, file_key
 from gateway.images.image_store import StoreWithSpare
-from gateway.images.listing import Listing
+from gateway.images.index import Aliases, Listing
 from gateway.routing.retries import pause
 from gateway.routing.variants import Variants
 from lookonce.core.errors import LookonceError

@@ -88,8 +88,10 @@ def resize_key(max_pixels: int | None, model: str = DEFAULT) -> str:
     return bound if model == DEFAULT else f"{model}/{bound}"
 
 
-def _parse(value: bytes | memoryview) -> ImageRecord | None:
+def _parsed(value: memoryview | None) -> ImageRecord | None:
     """The record in its stored form; None when it is not one (another version's, or damaged)."""
+    if value is None:
+        return None
     try:
         found = orjson.loads(value)
         if found["version"] != _VERSION:
@@ -114,18 +116,14 @@ def _reference(found: dict[str, Any]) -> EmbeddingReference:
 @dataclass(frozen=True)
 class _Cached:
     record: ImageRecord
-    confirmed: float  # seconds on the records' clock
+    confirmed: float  # seconds on the monotonic clock
 
 
 class ImageRecords:
     """Loads, saves and buries records."""
 
-    def __init__(
-        self, kept: StoreWithSpare, *, clock: Callable[[], float] = time.monotonic, now: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, kept: StoreWithSpare) -> None:
         self._kept, self._store, self._spare = kept, kept.store, kept.spare
-        self._clock = clock
-        self.now = now
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
 
@@ -138,7 +136,7 @@ class ImageRecords:
 
         Raises StoreOutage when the store could not be asked and nothing is known here."""
         cached = self._cache.get(digest)
-        if cached is not None and not fresh and self._clock() - cached.confirmed < CONFIRMED:
+        if cached is not None and not fresh and time.monotonic() - cached.confirmed < CONFIRMED:
             self._cache.move_to_end(digest)
             return self._unexpired(cached.record)
         spare = _parsed(await self._spare.get(_key(digest)))
@@ -186,7 +184,7 @@ class ImageRecords:
 
     async def bury(self, record: ImageRecord) -> bool:
         """Put a tombstone in the record's place; whether the store has it."""
-        tombstone = replace(record, deleted=True, expires=self.now() + TOMBSTONE_TTL)
+        tombstone = replace(record, deleted=True, expires=time.time() + TOMBSTONE_TTL)
         return await self._write(self._changed(tombstone))
 
     async def _write(self, record: ImageRecord) -> bool:
@@ -225,32 +223,23 @@ class ImageRecords:
 
     def _believed(self, cached: _Cached | None) -> ImageRecord | None:
         """A record that was cached not long ago."""
-        believed = cached is not None and self._clock() - cached.confirmed < OUTLIVES_STORE
+        believed = cached is not None and time.monotonic() - cached.confirmed < OUTLIVES_STORE
         return cached.record if cached is not None and believed else None
 
     def _left(self, record: ImageRecord) -> float:
-        return max(record.expires - self.now(), 1.0)
+        return max(record.expires - time.time(), 1.0)
 
     def _changed(self, record: ImageRecord) -> ImageRecord:
-        return replace(record, changed=max(self.now(), record.changed + CLOCK_STEP))
-
-    @property
-    def degraded(self) -> bool:
-        """Whether the store is out of order right now."""
-        return any(tier.degraded for tier in self._store.stats())
+        return replace(record, changed=max(time.time(), record.changed + CLOCK_STEP))
 
     def _unexpired(self, record: ImageRecord) -> ImageRecord | None:
-        return record if record.expires > self.now() else None
+        return record if record.expires > time.time() else None
 
     def _remember(self, record: ImageRecord) -> None:
-        self._cache[record.digest] = _Cached(record, self._clock())
+        self._cache[record.digest] = _Cached(record, time.monotonic())
         self._cache.move_to_end(record.digest)
         while len(self._cache) > CACHED_RECORDS:
             self._cache.popitem(last=False)
-
-
-def _parsed(value: memoryview | None) -> ImageRecord | None:
-    return None if value is None else _parse(value)
 
 
 def _joined(spare: ImageRecord, stored: ImageRecord) -> ImageRecord:

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.stores import Store, StoreFailure
-from lookonce.core.stores.interface import Value
-from lookonce.core.stores.metrics import StoreStats
+from lookonce.core.stores.interface import StoreStats, Value
 
 PINNED_SECONDS = 100 * 365 * 86400.0
 """How long a pinned image is kept: longer than any store stands."""

@@ -8,21 +8,21 @@ import asyncio
 import binascii
 import re
 import secrets
+import time
 from dataclasses import dataclass, replace
 
 import structlog
 
 from gateway.auth import Tenant
-from gateway.images.aliases import MAX_ALIASES, Aliases, is_alias
-from gateway.images.encoder import Encoder
+from gateway.images.encoder import Encoder, Resolved
 from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
-from gateway.images.listing import Listing, Page
+from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
 from gateway.routing.retries import by_first_reachable
-from gateway.routing.variants import DEFAULT, Variant, Variants
+from gateway.routing.variants import Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import EmbeddingReference, digest_of_image_id, image_digest
+from lookonce.core.identity import digest_of_image_id, image_digest
 from lookonce.core.single_flight import Flights
 
 ID_PREFIX = "img_"
@@ -30,25 +30,6 @@ _ID = re.compile(rf"{ID_PREFIX}([a-z2-7]{{52}})")
 INLINE_HASH_BYTES = 1 << 20
 """Files up to this size are hashed on the event loop (0.2 ms); larger ones in a thread."""
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """An embedding to answer from, and what it took: "hit" (known), "miss" (encoded now), "coalesced" (with others)."""
-
-    reference: EmbeddingReference
-    outcome: str
-    encode_ms: float
-    variant: str = DEFAULT  # of the model: whose language service it is for
-    notice: str = ""  # what the vision service has to say about it
-
-
-@dataclass(frozen=True)
-class Erased:
-    """`complete`: every process and store confirmed; if not, erasure goes on in the background."""
-
-    id: str
-    complete: bool
 
 
 @dataclass(frozen=True)
@@ -66,26 +47,25 @@ AS_IT_IS = Retention()
 class ImageLibrary:
     """The images of all tenants."""
 
-    def __init__(
-        self,
-        kept: StoreWithSpare,
-        records: ImageRecords,
-        variants: Variants,
-        encoder: Encoder,
-        eraser: Eraser,
-        *,
-        ttl: float,
-    ) -> None:
-        self._variants = variants
-        self._kept = kept
-        self._aliases = Aliases(kept)
-        self._listing = Listing(kept, records)
-        self._records = records
-        self._traces = Traces(kept, records, self._aliases, self._listing)
-        self._encoder = encoder
-        self._eraser = eraser
+    def __init__(self, kept: StoreWithSpare, variants: Variants, encoder: Encoder, *, ttl: float) -> None:
+        self._kept, self._variants, self._encoder = kept, variants, encoder
         self._ttl = ttl  # seconds
+        self._records = ImageRecords(kept)
+        self._aliases = Aliases(kept)
+        self._listing = Listing(kept, self._records)
+        self._traces = Traces(kept, self._records, self._aliases, self._listing)
+        self._eraser = Eraser(variants)
         self._flights: Flights[Resolved] = Flights()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the image store is out of order right now."""
+        return any(tier.degraded for tier in self._kept.store.stats())
+
+    async def close(self) -> None:
+        """Stop background work, close the stores."""
+        await self._eraser.close()
+        await self._kept.close()
 
     async def add(
         self,
@@ -106,7 +86,7 @@ class ImageLibrary:
         known, (served, *others) = None, self._variants.in_order(digest)
         if record is not None and not record.deleted:
             known = record.references.get(resize_key(max_pixels, served.name))
-            left = record.expires - self._records.now()
+            left = record.expires - time.time()
             if known is not None and not verify and left > self._lifetime(record) / 2:
                 return record, Resolved(known, "hit", 0.0, served.name)
         try:
@@ -126,7 +106,7 @@ class ImageLibrary:
             old = await self._known(digest, held=True)
             if old is None or old.deleted:
                 changed = 0.0 if old is None else old.changed
-                old = ImageRecord(digest, tenant.name, len(data), self._records.now(), 0, changed=changed)
+                old = ImageRecord(digest, tenant.name, len(data), time.time(), 0, changed=changed)
             record = replace(self._kept_for(old, retention), upload=secrets.token_hex(8))
             record = record.with_reference(resize_key(max_pixels, resolved.variant), resolved.reference)
             await self._keep(record, data)
@@ -177,13 +157,7 @@ class ImageLibrary:
         return await self._revise(record.digest, lambda one: one.without_alias(alias))
 
     async def resolve(
-        self,
-        record: ImageRecord,
-        tenant: Tenant,
-        max_pixels: int | None = None,
-        *,
-        served: Variant,
-        data: bytes | None = None,
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
     ) -> Resolved:
         """A variant's embedding of the image within `max_pixels`; encoded when there is none yet, from `data` or the
         kept file."""
@@ -193,13 +167,7 @@ class ImageLibrary:
         return await self.renew(record, tenant, max_pixels, served=served, data=data)
 
     async def renew(
-        self,
-        record: ImageRecord,
-        tenant: Tenant,
-        max_pixels: int | None = None,
-        *,
-        served: Variant,
-        data: bytes | None = None,
+        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
     ) -> Resolved:
         """Encode again, from `data` or the kept file: the embedding was lost, or is another encoder's."""
         data = await self._file(record, tenant) if data is None else data
@@ -211,15 +179,16 @@ class ImageLibrary:
             raise not_found()
         return resolved
 
-    async def delete(self, identifier: str, tenant: Tenant) -> Erased:
-        """Erase the file, its record, its embeddings and all KV made from them. Raises NOT_FOUND.
+    async def delete(self, identifier: str, tenant: Tenant) -> tuple[str, bool]:
+        """Erase the file, its record, its embeddings and all KV made from them: its id, and whether every process and
+        store confirmed; if not, erasure goes on in the background. Raises NOT_FOUND.
 
         Asking again is right while an earlier erasure is incomplete."""
         digest, _ = await self._digest_of(identifier, tenant)
         record = await self._records.load(digest, fresh=True)
         if record is None or record.tenant != tenant.name or record.erased:
             raise not_found()
-        return Erased(record.id, await Erasure(record, self._traces, self._eraser).begin())
+        return record.id, await Erasure(record, self._traces, self._eraser).begin()
 
     async def _digest_of(self, identifier: str, tenant: Tenant) -> tuple[bytes, float | None]:
         """The digest in an id; or that behind an alias, with when its image was made."""
@@ -259,7 +228,7 @@ class ImageLibrary:
     def _kept_for(self, record: ImageRecord, retention: Retention) -> ImageRecord:
         pinned = record.pinned if retention.pinned is None else retention.pinned
         record = replace(record, ttl=record.ttl if retention.ttl is None else retention.ttl, pinned=pinned)
-        return replace(record, expires=self._records.now() + self._lifetime(record))
+        return replace(record, expires=time.time() + self._lifetime(record))
 
     async def _encode(
         self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
@@ -267,16 +236,9 @@ class ImageLibrary:
         """One call for all who want the same embedding at once; it lives on when they go away."""
         key = (digest, resize_key(max_pixels, served.name))
         resolved, joined = await self._flights.run(
-            key, lambda: self._send(served, digest, data, tenant, max_pixels), keep=lambda: True
+            key, lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels), keep=lambda: True
         )
         return replace(resolved, outcome="coalesced") if joined and resolved.outcome == "miss" else resolved
-
-    async def _send(
-        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
-    ) -> Resolved:
-        encoded = await self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels)
-        encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
-        return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
     async def _keep(self, record: ImageRecord, data: bytes) -> None:
         """Keep the file. Raises INVALID_ARGUMENT when there is no room for a pinned one, StoreOutage when one could not

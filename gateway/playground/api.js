@@ -34,7 +34,7 @@ export class Api {
 
   upload(file, signal) {
     const form = new FormData();
-    form.append("file", file, "picture");
+    form.append("file", file, "image");
     return this.#json("POST", "v1/images", { body: form, signal });
   }
 
@@ -55,8 +55,8 @@ export class Api {
 
   // Yields chunks of a chat completion.
   chat(image, question, options, signal) {
-    const picture = { type: "image_url", image_url: { url: `lookonce:${image}` } };
-    const messages = [{ role: "user", content: [picture, { type: "text", text: question }] }];
+    const part = { type: "image_url", image_url: { url: `lookonce:${image}` } };
+    const messages = [{ role: "user", content: [part, { type: "text", text: question }] }];
     const body = { messages, stream: true, stream_options: { include_usage: true }, ...options };
     return this.#events("v1/chat/completions", body, signal);
   }

@@ -3,11 +3,11 @@
 import { Api } from "./api.js";
 import { Asking } from "./asking.js";
 import { $, announce, showError } from "./dom.js";
-import { PicturePanel } from "./picture.js";
+import { ImagePanel } from "./image.js";
 import { Tabs } from "./tabs.js";
 
 const TEN = [
-  "What is in this picture?",
+  "What is in this image?",
   "What is in the foreground?",
   "What is in the background?",
   "Which colours stand out?",
@@ -16,12 +16,12 @@ const TEN = [
   "Is there any text? If so, what does it say?",
   "Where could this be?",
   "What is the largest object?",
-  "Describe the picture in one sentence.",
+  "Describe the image in one sentence.",
 ];
 const MAX_QUESTIONS = 1000;
 
 const api = new Api(askForKey);
-const panel = new PicturePanel(api);
+const panel = new ImagePanel(api);
 const asking = new Asking(api, panel);
 const tabs = new Tabs([["tab-one", "question"], ["tab-many", "questions"], ["tab-score", "score-question"]]);
 let edited = false;
@@ -30,13 +30,13 @@ function options() {
   return { max_tokens: $("max-tokens").valueAsNumber || 128, temperature: $("temperature").valueAsNumber || 0 };
 }
 
-// Runs `ask` if there are a picture and a question; otherwise says what is missing, and goes there.
+// Runs `ask` if there are an image and a question; otherwise says what is missing, and goes there.
 function submit(field, ask) {
   return (event) => {
     event.preventDefault();
     const text = $(field).value.trim();
     if (!panel.image) {
-      showError($("ask-error"), new Error("Choose a picture first."));
+      showError($("ask-error"), new Error("Choose an image first."));
       $("file").focus();
     } else if (!text) {
       showError($("ask-error"), new Error("Write a question first."));
@@ -145,7 +145,7 @@ panel.addEventListener("ready", () => {
   clearAnswers();
   showError($("ask-error"), null);
   if (!edited) suggest();
-  announce("The picture is ready.");
+  announce("The image is ready.");
   tabs.focusField();
 });
 panel.addEventListener("erased", ({ detail }) => {

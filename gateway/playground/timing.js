@@ -2,7 +2,7 @@
 
 import { el, ms } from "./dom.js";
 
-// What has been measured of a picture: the price of doing things that were reused later.
+// What has been measured of an image: the price of doing things that were reused later.
 export class Prices {
   encodeMs = null;
   msPerToken = null;
@@ -31,9 +31,9 @@ export function badges(receipt) {
 }
 
 const EMBEDDING = {
-  hit: "The picture was not encoded again",
-  miss: "The picture was encoded for this answer",
-  coalesced: "Another request was encoding the picture; this one waited for it",
+  hit: "The image was not encoded again",
+  miss: "The image was encoded for this answer",
+  coalesced: "Another request was encoding the image; this one waited for it",
 };
 const PREFIX = {
   hit: "Prefill began from keys and values kept from an earlier answer",

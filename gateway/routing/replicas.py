@@ -1,4 +1,5 @@
 """Which replica serves an image: rendezvous hashing over live endpoints, with an escape when the first is overloaded.
+Replicas known by a DNS name follow what it stands for.
 
 The same image goes to the same replica, which holds its prefix KV; a dead replica's images spread over the others and
 come back with it. Rendezvous hashing: Thaler and Ravishankar, 1998; bounded loads: Mirrokni et al., 2016.
@@ -8,15 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import math
+import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import structlog
 from blake3 import blake3
 
-from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.tasks import end_tasks, start_task
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.tasks import end_tasks, keep_running, start_task
 
 FIRST_BACKOFF = 0.25  # seconds an endpoint is left out after its first failure; doubles
 MAX_BACKOFF = 5.0
@@ -26,6 +30,10 @@ POLL = 0.1
 PROBE_SECONDS = 1.0  # that an ejected endpoint gets to say SERVING
 REMEMBERED = 300.0
 """Seconds that an endpoint no longer listed is still asked to forget images: it may live on, and come back."""
+DNS = "dns://"
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+"""The addresses ("192.0.2.1", "2001:db8::1") of a host. Raises OSError when they can't be told."""
+log = structlog.get_logger(__name__)
 
 
 class Client(Protocol):
@@ -180,3 +188,108 @@ class Replicas(Generic[C]):
     def _capacity(self) -> int:
         total = sum(endpoint.active for endpoint in self.endpoints) + 1
         return max(LOAD_FLOOR, math.ceil(LOAD_FACTOR * total / len(self.endpoints)))
+
+
+@dataclass(frozen=True)
+class Name:
+    """A host whose every address is an endpoint."""
+
+    host: str
+    port: int
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The system's resolver, off the event loop."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return [str(address[0]) for *_, address in found]
+
+
+def split_targets(targets: Sequence[str]) -> tuple[list[str], list[Name]]:
+    """Addresses to be taken as they are, and names to be looked up (dns://HOST:PORT). Raises INVALID_ARGUMENT."""
+    fixed = [target for target in targets if not target.startswith(DNS)]
+    return fixed, [_parse(target) for target in targets if target.startswith(DNS)]
+
+
+def open_replicas(
+    targets: Sequence[str], connect: Callable[[str, str | None], C], *, interval: float
+) -> tuple[Replicas[C], Discovery[C]]:
+    """The replicas at these addresses, and what keeps them in step with the names among them. `connect`: see
+    `Discovery`. Raises INVALID_ARGUMENT."""
+    fixed, names = split_targets(targets)
+    replicas = Replicas([connect(address, None) for address in fixed])
+    return replicas, Discovery(replicas, names, connect, interval=interval)
+
+
+def _parse(target: str) -> Name:
+    host, colon, port = target.removeprefix(DNS).strip("/").rpartition(":")
+    if not host or not colon or "/" in host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise invalid(f"{target!r} must be {DNS}HOST:PORT")
+    return Name(host, int(port))
+
+
+class Discovery(Generic[C]):
+    """Keeps the replicas of one service in step with the names it is known by."""
+
+    def __init__(
+        self,
+        replicas: Replicas[C],
+        names: Sequence[Name],
+        connect: Callable[[str, str | None], C],
+        *,
+        interval: float,
+        resolve: Resolve = resolve,
+    ) -> None:
+        """`connect` makes a client of an address ("192.0.2.1:50052") and the name it was found by, which a
+        certificate must be for. `interval` is in seconds."""
+        self._replicas = replicas
+        self._names = tuple(names)
+        self._connect = connect
+        self._interval = interval
+        self._resolve = resolve
+        self._found: dict[Name, frozenset[str]] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Look all names up once, then again in the background. A name that can't be looked up has no endpoints yet."""
+        if self._names:
+            await self.refresh()
+            self._task = keep_running(self._run)
+
+    async def refresh(self) -> None:
+        """Look all names up; a name that can't be looked up keeps the endpoints it had."""
+        await asyncio.gather(*(self._look_up(name) for name in self._names))
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            await self.refresh()
+            await self._replicas.close_idle()
+
+    async def _look_up(self, name: Name) -> None:
+        try:
+            found = frozenset(_address(host, name.port) for host in await self._resolve(name.host, name.port))
+        except OSError:
+            log.warning(
+                "name not resolved, its endpoints stay", name=name.host, endpoints=len(self._found.get(name, ()))
+            )
+            return
+        known = self._found.get(name, frozenset())
+        self._found[name] = found
+        others = frozenset[str]().union(*(there for other, there in self._found.items() if other != name))
+        for address in sorted(found - known - others):
+            self._replicas.add(self._connect(address, name.host))
+        for address in known - found - others:
+            self._replicas.remove(address)
+        if found != known:
+            log.info("endpoints changed", name=name.host, added=len(found - known), removed=len(known - found))
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,5 +1,5 @@
 """Versions of the model served side by side (canary, A/B test): each its own vision and language services, a share of
-the images by weight, and no way for the halves of two to meet.
+the images by weight, and no way for the halves of two to meet. To the API they are one model.
 
 An image stays with its variant while the weights stay: weighted rendezvous hashing (Schindelhauer and Schomaker, 2005),
 so that a changed weight moves no more images than it must. `embeddings` of different variants lie side by side.
@@ -14,21 +14,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import structlog
 from blake3 import blake3
 
-from gateway.routing.discovery import Discovery, split_targets
-from gateway.routing.replicas import REMEMBERED, Replicas
-from lookonce.core.errors import LookonceError, invalid
+from gateway.routing.replicas import REMEMBERED, Discovery, Replicas, split_targets
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.tasks import keep_running
+from protos.lookonce.v1 import language_pb2
 
 DEFAULT = "default"
 """The name of the only variant when none are configured."""
 POLL = 2.0  # seconds between looks at the file
 _ENTRY = re.compile(r"([a-z0-9][a-z0-9-]{0,30})((?:\s+(?:weight|vision|lm)=\S+)*)")
+FRESH = 30.0  # seconds a description is good
+FALLBACK_NAME = "lookonce"
 log = structlog.get_logger(__name__)
 
 
@@ -94,13 +97,9 @@ class Variants:
         self._retired: list[tuple[float, Variant]] = []  # with when: requests may still be under way on them
         self._watching: asyncio.Task[None] | None = None
 
-    def choose(self, key: bytes) -> Variant:
-        """The variant of an image (by its digest) or of a request without one."""
-        return self.in_order(key)[0]
-
     def in_order(self, key: bytes) -> list[Variant]:
-        """The variant for a key, then those that may stand in while it is out of order; live ones first. Those of
-        weight 0 get nothing."""
+        """The variant for a key (an image's digest), then those that may stand in while it is out of order; live ones
+        first. Those of weight 0 get nothing."""
         if len(self.all) == 1:
             return [self.all[0]]
         weighted = [variant for variant in self.all if variant.spec.weight > 0]
@@ -232,3 +231,88 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise invalid(f"variants_file: {path} cannot be read", param="variants_file") from None
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What the API tells of a model."""
+
+    names: tuple[str, ...]  # the first is the one that receipts show
+    description: language_pb2.LanguageDescription
+
+    @property
+    def name(self) -> str:
+        """The name that receipts show."""
+        return self.names[0]
+
+    def is_named(self, name: str) -> bool:
+        """Whether a request that says `name` means this model; "lookonce" always does."""
+        return name in self.names or name == FALLBACK_NAME
+
+    def to_openai(self, name: str) -> dict[str, Any]:
+        """OpenAI's model object under one of the names, with the context length beside it."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": int(self.description.model.started_at),
+            "owned_by": "lookonce",
+            "context_length": self.description.context_length,
+            "max_tokens": self.description.max_tokens,
+        }
+
+
+class ServedModel:
+    """Caches the description; `names`, if any, stand in place of the checkpoint's."""
+
+    def __init__(self, variants: Variants, *, names: tuple[str, ...] = ()) -> None:
+        self._variants = variants
+        self._names = names
+        self._card: ModelCard | None = None
+        self._until = 0.0
+
+    @property
+    def name(self) -> str:
+        """The public name, as last known."""
+        return self._card.name if self._card else next(iter(self._names), FALLBACK_NAME)
+
+    async def card(self) -> ModelCard:
+        """The card; the last known one while no language service answers.
+
+        Raises UNAVAILABLE when there never was one."""
+        if self._card is not None and time.monotonic() < self._until:
+            return self._card
+        for endpoint in sorted(self._variants.main.language.endpoints, key=lambda item: item.down_until):
+            try:
+                description = await endpoint.client.describe(timeout=2.0)
+            except LookonceError:
+                continue
+            self._card = ModelCard(self._names or (public_name(description.model),), description)
+            break
+        if self._card is None:
+            raise LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached", retry_after=1.0)
+        self._until = time.monotonic() + FRESH
+        return self._card
+
+    async def check(self, requested: str | None) -> None:
+        """Raise NOT_FOUND when a request names another model."""
+        try:
+            card = await self.card()
+        except LookonceError:
+            if requested is None:
+                return  # answering will tell
+            raise
+        if requested is not None and not card.is_named(requested):
+            raise no_such_model(card)
+
+
+def no_such_model(card: ModelCard) -> LookonceError:
+    """What is said of another model than the one there is."""
+    names = " or ".join(map(repr, card.names))
+    return LookonceError(ErrorKind.NOT_FOUND, f"no such model; this server has {names}", param="model")
+
+
+def public_name(model: Any) -> str:
+    """A hub id as it is; of a local directory only its name (paths are not shown)."""
+    if model.checkpoint.startswith("hub:"):
+        return str(model.checkpoint.removeprefix("hub:").partition("@")[0])
+    return PurePath(model.name).name or FALLBACK_NAME

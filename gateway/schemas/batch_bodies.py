@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gateway.schemas.body import Body
-from gateway.schemas.responses import Answered
+from gateway.schemas.responses import Answered, Listed
 
 MIN_LIFETIME = 3600
 MAX_LIFETIME = 2_592_000
@@ -49,14 +49,8 @@ class FileObject(Answered):
     status_details: None = None
 
 
-class FileList(Answered):
+class FileList(Listed[FileObject]):
     """A page of files."""
-
-    object: Literal["list"]
-    data: list[FileObject]
-    first_id: str | None
-    last_id: str | None = Field(description="the `after` of the next page")
-    has_more: bool
 
 
 class DeletedFile(Answered):
@@ -139,11 +133,5 @@ class BatchObject(Answered):
     usage: BatchUsage | None = Field(None, description="null until a line is answered")
 
 
-class BatchList(Answered):
+class BatchList(Listed[BatchObject]):
     """A page of batches, newest first."""
-
-    object: Literal["list"]
-    data: list[BatchObject]
-    first_id: str | None
-    last_id: str | None = Field(description="the `after` of the next page")
-    has_more: bool

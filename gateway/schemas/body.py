@@ -1,21 +1,36 @@
-"""What request bodies have in common: strict models, and unions that tell their members apart by looking, so that an
-error speaks of the member that was meant.
+"""What request bodies have in common: strict models, unions that tell their members apart by looking, so that an error
+speaks of the member that was meant, and sampling parameters.
 
-Tags of members are in parentheses: pydantic puts them into the location of an error; gateway.http.field_errors leaves
-them out again.
+Tags of members are in parentheses: pydantic puts them into the location of an error; gateway.http.route leaves them out
+again.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, GetCoreSchemaHandler
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema
+
+from protos.lookonce.v1 import language_pb2
 
 UNKNOWN = "unknown "
 """Begins the type of the error about a string that no member has; the field's name follows."""
 MEMBER = "member"
 """The type of an error whose context holds a `text` that follows the field's name."""
+MaxTokens = Annotated[int, Field(ge=1, lt=2**32)]
+MinTokens = Annotated[int, Field(ge=0, lt=2**32)]
+Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+TopK = Annotated[int, Field(ge=-1, le=1_000_000, description="0 or -1: all")]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
+RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+Stops = Annotated[list[StopString], Field(max_length=16)]
+SMALLEST = 2.0**-126
+"""The least number above 0 on the wire (float32): a smaller one would arrive as 0, which is refused."""
 
 
 def _fail_fast(schema: Any) -> None:
@@ -62,3 +77,58 @@ def by_field(name: str, *known: str, others: str) -> Discriminator:
 
     listed = ", ".join(f"'{item}'" for item in known[:-1]) + f" or '{known[-1]}'"
     return Discriminator(tag, custom_error_type=f"{UNKNOWN}{name}", custom_error_message=f"must be {listed}: {others}")
+
+
+class Sampling(Body):
+    """What all doors share. Unset: the service's default (greedy)."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Probability | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    seed: Seed | None = None
+    ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
+    min_tokens: MinTokens | None = None
+
+
+def to_sampling(
+    params: Sampling,
+    *,
+    max_tokens: int | None,
+    stop: list[str],
+    defaults: Sampling | None = None,
+    logprobs: int | None = None,
+    n: int = 1,
+) -> language_pb2.SamplingParameters:
+    """The wire form; a parameter that `params` leaves out comes from `defaults`."""
+    fields: dict[str, float | int] = {}
+    for name in Sampling.model_fields:
+        value = getattr(params, name)
+        if value is None and defaults is not None:
+            value = getattr(defaults, name)
+        if value is not None:
+            fields[name] = value
+    for name in ("top_p", "repetition_penalty"):
+        if name in fields:
+            fields[name] = max(fields[name], SMALLEST)
+    if "top_k" in fields:
+        fields["top_k"] = max(fields["top_k"], 0)
+    if "seed" in fields:
+        fields["seed"] = int(fields["seed"]) % 2**64
+    return language_pb2.SamplingParameters(
+        **fields,  # type: ignore[arg-type]
+        max_tokens=max_tokens,
+        stop=stop,
+        logprobs=logprobs,
+        n=n,
+    )
+
+
+def stop_list(stop: str | list[str] | None) -> list[str]:
+    """OpenAI's `stop` as a list."""
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, str) else stop

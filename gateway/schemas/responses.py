@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
 
 
 class Answered(BaseModel):
     """Base of answers: fields that are not here are not sent."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Listed(Answered, Generic[T]):
+    """A page of items."""
+
+    object: Literal["list"]
+    data: list[T]
+    first_id: str | None
+    last_id: str | None = Field(description="the `after` of the next page")
+    has_more: bool
 
 
 class ErrorDetail(Answered):
@@ -51,14 +63,8 @@ class ImageObject(Answered):
     )
 
 
-class ImageList(Answered):
+class ImageList(Listed[ImageObject]):
     """A page of images, newest first."""
-
-    object: Literal["list"]
-    data: list[ImageObject]
-    first_id: str | None
-    last_id: str | None = Field(description="the `after` of the next page")
-    has_more: bool
 
 
 class ErasedImage(Answered):
@@ -77,12 +83,17 @@ class PromptTokensDetails(Answered):
     image_tokens: int
 
 
-class Usage(Answered):
-    """Tokens, as OpenAI counts them."""
+class RunningUsage(Answered):
+    """Tokens so far."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class Usage(RunningUsage):
+    """Tokens, as OpenAI counts them."""
+
     prompt_tokens_details: PromptTokensDetails
 
 
@@ -174,14 +185,6 @@ class ChatCompletion(Answered):
     receipt: Receipt
 
 
-class RunningUsage(Answered):
-    """Tokens so far."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
 class ChatDelta(Answered):
     """What a chunk adds."""
 
@@ -208,6 +211,26 @@ class ChatCompletionChunk(Answered):
     choices: list[ChatChunkChoice]
     usage: Usage | RunningUsage | None = None
     receipt: Receipt | None = None
+
+
+class ModerationResult(Answered):
+    """The verdict on one input. Maps have the policy's category ids as keys."""
+
+    flagged: bool = Field(description="whether any category is")
+    categories: dict[str, bool]
+    category_scores: dict[str, float] = Field(description="probability of the category's positive choices")
+    category_applied_input_types: dict[str, list[Literal["image", "text"]]]
+    severity: Literal["low", "medium", "high", "critical"] | None = Field(description="the highest that is flagged")
+    follow_ups: dict[str, list[str]] = Field(description="answers to the follow-up questions of flagged categories")
+    receipt: dict[str, Any] | None = Field(description="as in chat completions, over all calls for this result")
+
+
+class ModerationObject(Answered):
+    """OpenAI's moderation object."""
+
+    id: str
+    model: str
+    results: list[ModerationResult]
 
 
 class Model(Answered):

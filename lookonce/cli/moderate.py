@@ -18,8 +18,7 @@ from lookonce.core.settings import load
 from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
-    from lookonce.moderation.batch.connect import Addresses
-    from lookonce.moderation.batch.run_plan import Plan
+    from lookonce.moderation.batch.run_plan import Addresses, Plan
     from lookonce.moderation.batch.settings import ModerateSettings
 
 INTERRUPTED = 130
@@ -104,7 +103,7 @@ def _run(source: str, settings: ModerateSettings, addresses: Addresses) -> int:
 
 
 async def _work(made: Plan, run: Any) -> int:
-    from lookonce.moderation.batch.progress import line, reporting
+    from lookonce.moderation.batch.progress import reporting
     from lookonce.moderation.batch.run_plan import working
 
     total, every = made.manifest.identity.count, made.settings.progress_seconds
@@ -120,9 +119,9 @@ async def _work(made: Plan, run: Any) -> int:
                 _stop_on_signals(job)
                 await job.work()
             tally = job.tally
-        report.show(tally, report.meter)
+        report.show(tally)
     if not await run.complete():
-        note(f"stopped: {line(tally, report.meter)}. Run the same command again to go on.")
+        note(f"stopped: {report.line(tally)}. Run the same command again to go on.")
         return INTERRUPTED
     await run.finish()
     return 0
@@ -156,7 +155,7 @@ def _stop_on_signals(job: Any) -> None:
 def addresses_of(settings: ModerateSettings) -> Addresses:
     """Where the services are. Raises INVALID_ARGUMENT when that can't be told."""
     from lookonce.core.rpc.tls import Tls
-    from lookonce.moderation.batch.connect import Addresses
+    from lookonce.moderation.batch.run_plan import Addresses
     from lookonce.moderation.batch.service_pool import Patience
 
     vision, language = settings.vision, settings.lm

@@ -17,7 +17,7 @@ from lookonce.cli.health import GrpcProbe, HttpProbe
 from lookonce.cli.model import BUNDLED, BUNDLED_POLICY, Model
 from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
-from lookonce.cli.service_process import ServicePlan
+from lookonce.cli.supervisor import ServicePlan
 from lookonce.cli.up import UpSettings
 from lookonce.core.errors import invalid
 

@@ -19,7 +19,7 @@ from lookonce.cli.rundir import default_data_dir, find_running
 from lookonce.core.errors import ErrorKind, LookonceError
 
 if TYPE_CHECKING:
-    from lookonce.cli.measurements import Reading
+    from lookonce.cli.top_frame import Reading
 
 HELP = """Watch a running system: requests, latencies, what is reused, services, stores.
 
@@ -130,7 +130,7 @@ class Watcher:
 
     def read(self) -> Reading:
         """All measurements now. Raises UNAVAILABLE for whoever doesn't answer with any."""
-        from lookonce.cli.measurements import read
+        from lookonce.cli.top_frame import read
 
         texts = [_get(self._gateway, f"{self.url}/metrics"), *(_get(self._plain, url) for url in self._others)]
         for client in self._services:

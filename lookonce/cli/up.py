@@ -95,9 +95,7 @@ class UpSettings(Settings):
         None, description="KV of image and text prefixes kept between requests; unset: a quarter of the free memory."
     )
     max_pixels: int | None = Field(
-        None,
-        ge=784,
-        description="Most pixels an image is resized to; unset: the checkpoint's own, on a CPU 1003520 at most.",
+        None, ge=1, description="Most pixels an image is resized to; unset: the model's own, on a CPU fewer."
     )
     store_bytes: Bytes | None = Field(None, description="Byte budget of the embedding store; unset: the store's own.")
     image_ttl: Seconds = Field(7 * 86400.0, description="How long an image is kept after its last upload.")
@@ -137,8 +135,7 @@ def run(settings: UpSettings, given: set[str]) -> int:
 
 
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
-    from lookonce.cli.service_process import RestartPolicy, Service
-    from lookonce.cli.supervisor import Supervisor
+    from lookonce.cli.supervisor import RestartPolicy, Service, Supervisor
     from lookonce.cli.system_plan import plan_system
 
     system = plan_system(settings, given, directory, model)

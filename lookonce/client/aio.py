@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import httpx2
@@ -13,17 +12,15 @@ import tenacity
 
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
-from lookonce.client.connection import Connection, streaming
-from lookonce.client.event_reader import EventReader
+from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
-from lookonce.client.image import ImageBase
-from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, reporting
-from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation
+from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, given, reporting
+from lookonce.client.response_types import Answer, Erasure, ImageBase, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import ImageSource
+    from lookonce.client.request_options import ImageSource
 
 T = TypeVar("T")
 
@@ -50,9 +47,9 @@ class AsyncClient:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.AsyncClient(**self._connection.http_options())
 
-    async def image(self, source: ImageSource) -> AsyncImage:
+    async def image(self, source: ImageSource | None = None, *, picture: ImageSource | None = None) -> AsyncImage:
         """See Client.image. Files are read in a thread."""
-        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, source)))
+        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, given(source, picture))))
 
     async def models(self) -> list[Model]:
         return await self._send(calls.models())
@@ -88,9 +85,10 @@ class AsyncClient:
         stream: bool = False,
         **options: Unpack[SamplingOptions],
     ) -> Answer | AsyncTextStream:
+        call = calls.chat(messages, options, model, stream=stream)
         if stream:
-            return AsyncTextStream(await self._open(calls.chat_stream(messages, options, model)))
-        return await self._send(calls.chat(messages, options, model))
+            return AsyncTextStream(await self._open(call))
+        return await self._send(call)
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -98,9 +96,7 @@ class AsyncClient:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _send(self, call: Call[T]) -> T:
@@ -142,7 +138,6 @@ class AsyncImage(ImageBase):
     async def ask(
         self, question: str, *, stream: bool = False, **options: Unpack[QuestionOptions]
     ) -> Answer | AsyncTextStream:
-        """See Image.ask."""
         if stream:
             return AsyncTextStream(await self._client._open(calls.ask_stream(self.id, question, options)))
         return await self._client._send(calls.ask(self.id, question, options))
@@ -150,7 +145,6 @@ class AsyncImage(ImageBase):
     async def ask_many(
         self, questions: Iterable[str | Question], *, progress: Progress = False, **options: Unpack[QuestionOptions]
     ) -> list[Answer]:
-        """See Image.ask_many."""
         asked = list(questions) if not isinstance(questions, str) else questions
         answers: dict[int, Answer] = {}
         try:
@@ -167,7 +161,6 @@ class AsyncImage(ImageBase):
     async def ask_as_completed(
         self, questions: Iterable[str | Question], **options: Unpack[QuestionOptions]
     ) -> AsyncIterator[Answer]:
-        """See Image.ask_as_completed."""
         async with aclosing(self._answers(questions, options)) as arriving:
             async for _, answer in arriving:
                 yield answer
@@ -175,7 +168,6 @@ class AsyncImage(ImageBase):
     async def score(
         self, question: str, choices: Sequence[str], **options: Unpack[QuestionOptions]
     ) -> dict[str, float]:
-        """See Image.score."""
         return calls.chosen(await self._client._send(calls.ask(self.id, question, options, choices)))
 
     async def score_many(
@@ -186,17 +178,14 @@ class AsyncImage(ImageBase):
         progress: Progress = False,
         **options: Unpack[QuestionOptions],
     ) -> list[dict[str, float]]:
-        """See Image.score_many."""
         asked = [Question(question, choices=choices) for question in questions]
         return [calls.chosen(answer) for answer in await self.ask_many(asked, progress=progress, **options)]
 
     async def refresh(self) -> Self:
-        """See Image.refresh."""
         self._info = await self._client._send(calls.look(self.id))
         return self
 
     async def delete(self) -> Erasure:
-        """See Image.delete."""
         return await self._client._send(calls.erase(self.id))
 
     async def _answers(
@@ -240,9 +229,7 @@ class AsyncTextStream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def _read(self) -> AsyncGenerator[str, None]:

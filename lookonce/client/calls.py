@@ -8,14 +8,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from urllib.parse import quote
 
-from lookonce.client import image_bytes
 from lookonce.client.exceptions import StreamInterrupted, api_error
-from lookonce.client.request_options import Question, QuestionOptions, SamplingOptions, as_question, without_none
+from lookonce.client.request_options import (
+    Question,
+    QuestionOptions,
+    SamplingOptions,
+    as_question,
+    image_id,
+    upload_body,
+    without_none,
+)
 from lookonce.client.response_types import Answer, Erasure, ImageInfo, Json, Model, Moderation, answer_of, completion_of
 from lookonce.core.errors import invalid
 
 if TYPE_CHECKING:
-    from lookonce.client.image_bytes import ImageSource
+    from lookonce.client.request_options import ImageSource
 
 T = TypeVar("T")
 MAX_QUESTIONS = 1000  # the gateway's limits for one request
@@ -36,10 +43,10 @@ class Call(Generic[T]):
 
 def upload(source: ImageSource) -> Call[ImageInfo]:
     """An image: uploaded, or looked up when it is an id. May block."""
-    identifier = image_bytes.image_id(source)
+    identifier = image_id(source)
     if identifier is not None:
         return look(identifier)
-    return Call("POST", "/v1/images", ImageInfo.of, image_bytes.upload_body(source))
+    return Call("POST", "/v1/images", ImageInfo.of, upload_body(source))
 
 
 def look(image: str) -> Call[ImageInfo]:
@@ -47,7 +54,6 @@ def look(image: str) -> Call[ImageInfo]:
 
 
 def erase(image: str) -> Call[Erasure]:
-
     def read(json: Json) -> Erasure:
         return Erasure(json["id"], json.get("complete", True))
 
@@ -68,28 +74,26 @@ def ask(image: str, question: str, options: QuestionOptions, choices: Sequence[s
         return answer
 
     asked = Question(as_question(question).text, choices=choices)
-    body = {"questions": [_without_id(asked.to_json("0"))], **without_none(options)}
+    body = {"questions": [asked.to_json()], **without_none(options)}
     return Call("POST", f"{_image(image)}/questions", read, {"json": body})
 
 
 def moderate(content: Sequence[Any]) -> Call[Moderation]:
-    """The verdict on texts and image_bytes, judged together."""
+    """The verdict on texts and images, judged together."""
     if not content:
         raise invalid("give something to moderate", param="content")
     body = {"input": [_part(item) for item in content]}
     return Call("POST", "/v1/moderations", lambda json: Moderation.of(json["results"][0]), {"json": body})
 
 
-def chat(messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None) -> Call[Answer]:
-    """A conversation, answered whole."""
-    return Call("POST", "/v1/chat/completions", completion_of, {"json": _chat(messages, options, model)})
-
-
-def chat_stream(
-    messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None
+def chat(
+    messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None, *, stream: bool = False
 ) -> Call[Answer]:
-    """A conversation, answered in events that TextAssembly takes."""
-    body = _chat(messages, options, model) | {"stream": True, "stream_options": {"include_usage": True}}
+    """A conversation, answered whole or, with `stream`, in events that TextAssembly takes."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    body = {**without_none({"model": model, **options}), "messages": [_message(turn) for turn in turns]}
+    if stream:
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
     return Call("POST", "/v1/chat/completions", completion_of, {"json": body})
 
 
@@ -101,7 +105,7 @@ def ask_stream(image: str, question: str, options: QuestionOptions) -> Call[Answ
     messages: list[dict[str, Any]] = [{"role": "user", "content": [shown, text]}]
     if options.get("system"):
         messages.insert(0, {"role": "system", "content": options["system"]})
-    return chat_stream(messages, sampling, None)
+    return chat(messages, sampling, None, stream=True)
 
 
 def image_part(image: str, detail: str | None = None) -> dict[str, Any]:
@@ -182,13 +186,6 @@ class TextAssembly:
         self._finished.update(without_none(fields))
 
 
-def _chat(messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None) -> dict[str, Any]:
-    turns: Iterable[Mapping[str, Any]] = (
-        [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    )
-    return {**without_none({"model": model, **options}), "messages": [_message(turn) for turn in turns]}
-
-
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content")
     if isinstance(content, list | tuple):
@@ -221,10 +218,6 @@ def _groups(questions: Sequence[Question], common_chars: int) -> Iterator[list[Q
         chars += size
     if group:
         yield group
-
-
-def _without_id(question: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in question.items() if name != "id"}
 
 
 def _image(image: str) -> str:

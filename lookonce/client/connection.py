@@ -1,7 +1,9 @@
-"""What both drivers need around a request: where it goes, when it is tried again, what httpx2's errors mean."""
+"""What both drivers need around a request: where it goes, when it is tried again, what httpx2's errors mean, and the
+events of a streamed answer."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -25,6 +27,7 @@ RETRY_JITTER = 0.25  # of the time asked for, so that clients turned away togeth
 RETRIED = frozenset({429, 503})
 BACKOFF = tenacity.wait_exponential_jitter(multiplier=0.1, max=5.0, exp_base=2.0, jitter=1.0)
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+DONE = "[DONE]"
 T = TypeVar("T")
 log = logging.getLogger("lookonce.client")  # a library's: silent unless the program that uses it wants to hear
 
@@ -93,8 +96,7 @@ class Connection:
             raise ConnectionFailed(f"the connection to {self.base_url} broke before the answer") from error
 
     def result(self, call: Call[T], reply: httpx2.Response) -> T:
-        """What the call gives. Raises ApiError for a refusal, ConnectionFailed if it's no gateway that answered."""
-        self.check(reply)
+        """What the call gives. Raises ConnectionFailed if it's no gateway that answered."""
         try:
             return call.read(reply.json())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
@@ -136,3 +138,48 @@ def _pause(state: tenacity.RetryCallState) -> float:
 def _note(state: tenacity.RetryCallState) -> None:
     error = state.outcome.exception() if state.outcome is not None else None
     log.info("attempt %d failed, the next in %.1f s: %s", state.attempt_number, state.upcoming_sleep, error)
+
+
+class EventReader:
+    """Turns pieces of a response body into the JSON of its server-sent events. `done`: the end was announced.
+
+    Lines end at \\n or \\r\\n only: JSON may hold every other separator of lines that Unicode has.
+    https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._rest = b""
+        self._data: list[bytes] = []
+
+    def feed(self, piece: bytes) -> list[dict[str, Any]]:
+        """Events that this piece completes. Raises StreamInterrupted on what is no JSON object."""
+        *lines, self._rest = (self._rest + piece).split(b"\n")
+        events = []
+        for line in lines:
+            line = line.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                data = b"\n".join(self._data)
+                self._data.clear()
+                if data == DONE.encode():
+                    self.done = True
+                else:
+                    events.append(_parse(data))
+        return events
+
+    def end(self) -> None:
+        """To be told that the body ended. Raises StreamInterrupted if that was too early."""
+        if not self.done:
+            raise StreamInterrupted("the connection ended before the answer did")
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(data)
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise StreamInterrupted("the gateway sent an event that is not a JSON object")
+    return event

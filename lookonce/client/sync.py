@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import httpx2
@@ -12,17 +11,15 @@ import tenacity
 
 from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
-from lookonce.client.connection import Connection, streaming
-from lookonce.client.event_reader import EventReader
+from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
-from lookonce.client.image import ImageBase
-from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, reporting
-from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation
+from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, given, reporting
+from lookonce.client.response_types import Answer, Erasure, ImageBase, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
     from typing import Self, Unpack
 
-    from lookonce.client.image_bytes import ImageSource
+    from lookonce.client.request_options import ImageSource
 
 T = TypeVar("T")
 
@@ -53,7 +50,7 @@ class Client:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.Client(**self._connection.http_options())
 
-    def image(self, source: ImageSource) -> Image:
+    def image(self, source: ImageSource | None = None, *, picture: ImageSource | None = None) -> Image:
         """Upload an image once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
 
         >>> client.image("photo.jpg").tokens
@@ -61,7 +58,7 @@ class Client:
 
         Raises ImageError for what is no image, NotFoundError for an unknown id.
         """
-        return Image(self, self._send(calls.upload(source)))
+        return Image(self, self._send(calls.upload(given(source, picture))))
 
     def models(self) -> list[Model]:
         """The models served."""
@@ -112,9 +109,8 @@ class Client:
         >>> client.chat([{"role": "user", "content": [left, right, "What differs?"]}]).text
         'The right one has a red door.'
         """
-        if stream:
-            return TextStream(self._open(calls.chat_stream(messages, options, model)))
-        return self._send(calls.chat(messages, options, model))
+        call = calls.chat(messages, options, model, stream=stream)
+        return TextStream(self._open(call)) if stream else self._send(call)
 
     def close(self) -> None:
         """Close the connections."""
@@ -123,9 +119,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _send(self, call: Call[T]) -> T:
@@ -283,9 +277,7 @@ class TextStream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _read(self) -> Generator[str, None, None]:

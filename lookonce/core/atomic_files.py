@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_durably(path: Path, write: Callable[[Path], None]) -> None:
+def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     """`write` fills a file beside `path`, which then takes its place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

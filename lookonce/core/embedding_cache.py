@@ -10,8 +10,7 @@ import structlog
 
 from lookonce.core.errors import RecordError
 from lookonce.core.record import EmbeddingRecord, parse_record
-from lookonce.core.stores.interface import Store, StoreFailure
-from lookonce.core.stores.metrics import StoreMetrics
+from lookonce.core.stores.interface import Store, StoreFailure, StoreMetrics
 
 INLINE_BYTES = 64 * 1024
 """Records up to this size are verified on the event loop (some 20 microseconds); larger ones in a thread."""

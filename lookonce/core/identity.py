@@ -1,4 +1,5 @@
-"""What makes two images, two encoders and two embeddings the same (BLAKE3-256 throughout).
+"""Digests, BLAKE3-256 throughout: what makes two images, two encoders and two embeddings the same, and the seal that
+binds a stored value to its place.
 
 Every digest of several fields is taken over canonical JSON under a domain-separating context, so fields can't run into
 each other. Knows nothing of stores, gRPC or torch.
@@ -7,6 +8,7 @@ each other. Knows nothing of stores, gRPC or torch.
 from __future__ import annotations
 
 import base64
+import hmac
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from blake3 import blake3
 
 from lookonce.core.errors import invalid
 
-DIGEST_BYTES = 32
+DIGEST_BYTES = SEAL_BYTES = 32
 RECORD_SCHEMA = 2
 PREPROCESSING_VERSION = 1
 SHARED_TENANT_KEY = bytes(DIGEST_BYTES)
@@ -105,3 +107,35 @@ def canonical_json(value: Any) -> bytes:
 
 def _digest(context: str, fields: dict[str, Any]) -> bytes:
     return blake3(canonical_json(fields), derive_key_context=context).digest()
+
+
+class Sealer:
+    """Seals of one namespace: no value is taken for another's, and no damaged one for whole.
+
+    A sealed value is 32 bytes of BLAKE3 over namespace, key and value, and then the value. With a secret the digest is
+    keyed: only who knows it can make a seal. Without one it is a checksum, which finds accidents and misplaced values,
+    not forgeries. Neither tells an older value of the same key from the newest.
+    """
+
+    def __init__(self, namespace: str, secret: str = "") -> None:
+        self._key = blake3(secret.encode(), derive_key_context="lookonce 2026 stored value").digest()
+        self._namespace = _framed(namespace.encode())
+
+    def seal(self, key: bytes, value: bytes | bytearray | memoryview) -> bytes:
+        """The value with its seal."""
+        return b"".join((self._digest(key, value), value))
+
+    def open(self, key: bytes, sealed: bytes | bytearray | memoryview) -> memoryview | None:
+        """The value, a view into `sealed`; None when the seal is not that of this place and value."""
+        view = memoryview(sealed).cast("B").toreadonly()
+        value = view[SEAL_BYTES:]
+        return value if hmac.compare_digest(bytes(view[:SEAL_BYTES]), self._digest(key, value)) else None
+
+    def _digest(self, key: bytes, value: bytes | bytearray | memoryview) -> bytes:
+        hasher = blake3(self._namespace + _framed(key), key=self._key)
+        hasher.update(value)
+        return hasher.digest()
+
+
+def _framed(field: bytes) -> bytes:
+    return len(field).to_bytes(8, "little") + field

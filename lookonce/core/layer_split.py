@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from lookonce.core.errors import LookonceError, invalid
 
@@ -80,12 +81,7 @@ def spread(rooms: Sequence[int], layers: int) -> list[range]:
 
 def consecutive(counts: Iterable[int]) -> list[range]:
     """Ranges of these lengths, one after the other from 0."""
-    ranges: list[range] = []
-    start = 0
-    for count in counts:
-        ranges.append(range(start, start + count))
-        start += count
-    return ranges
+    return [range(*ends) for ends in pairwise(accumulate(counts, initial=0))]
 
 
 def _wrong(text: str, why: str) -> LookonceError:

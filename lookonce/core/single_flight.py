@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 import structlog
 
+from lookonce.core.backoff import Backoff
 from lookonce.core.stores.interface import Leases
 from lookonce.core.tasks import end_tasks, start_task
 
@@ -136,18 +136,9 @@ class Flight(Generic[V]):
 class SingleFlight(Generic[V]):
     """Single flight across processes: makers of values in a store, coordinated through `leases`."""
 
-    def __init__(
-        self,
-        leases: Leases,
-        *,
-        lease_seconds: float = LEASE_SECONDS,
-        first_poll: float = FIRST_POLL,
-        last_poll: float = LAST_POLL,
-    ) -> None:
+    def __init__(self, leases: Leases, *, lease_seconds: float = LEASE_SECONDS) -> None:
         self._leases = leases
         self._lease_seconds = lease_seconds
-        self._first_poll = first_poll
-        self._last_poll = last_poll
         self._flights: Flights[tuple[V, How]] = Flights()
 
     async def run(
@@ -171,10 +162,6 @@ class SingleFlight(Generic[V]):
         flight = Flight(key, label, load, make, save, discard)
         (value, how), joined = await self._flights.run(key, lambda: self._fly(flight), keep=keep, label=flight)
         return value, ("coalesced" if joined and how == "miss" else how)
-
-    async def forget(self, key: bytes) -> int:
-        """See forget_if; for one key."""
-        return await self.forget_if(lambda flight: flight.key == key)
 
     async def forget_if(self, predicate: Callable[[Flight[V]], bool]) -> int:
         """Erasure: flights that match still answer their callers, but leave nothing in the store.
@@ -200,10 +187,9 @@ class SingleFlight(Generic[V]):
         value = await flight.load()
         if value is not None:
             return value, "hit"
-        pause = self._first_poll
+        backoff = Backoff(FIRST_POLL, LAST_POLL, factor=1.5)
         while not await self._leases.acquire(flight.key, flight.owner, self._lease_seconds):
-            await asyncio.sleep(pause * random.uniform(0.75, 1.25))
-            pause = min(1.5 * pause, self._last_poll)
+            await backoff.sleep()
             value = await flight.load()
             if value is not None:
                 return value, "coalesced"

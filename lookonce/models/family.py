@@ -92,25 +92,20 @@ class VisionEncoder(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of its computation and its rows."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        ...
 
     def prepare(self, image: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
         """An RGB image, resized to between the bounds and cut. Called from several threads."""
-        ...
 
     def encode(self, batch: Sequence[Patches], pause: Pause = ...) -> list[torch.Tensor]:
         """Rows [tokens, hidden] of each image on the CPU. Called from one thread; `pause` is called now and then, and
         may encode another batch."""
-        ...
 
     def warm_up(self) -> None:
         """Encode something small, so that the first request doesn't pay for lazy initialisation."""
-        ...
 
 
 class _Weights(Protocol):
@@ -119,24 +114,20 @@ class _Weights(Protocol):
     @property
     def layouts(self) -> str:
         """How the files' names begin, for messages: "visual.*, model.* and lm_head.*"."""
-        ...
 
     def locate(self, name: str) -> tuple[Half, str] | None:
         """Half and module-relative name of a stored tensor, or None when the tensor carries no weight (old buffers).
 
         Raises CheckpointError for a name that no layout of the family has.
         """
-        ...
 
     def tensor_shapes(self, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a half, by its module-relative name. `head`: the output head has a weight of its
         own. Raises CheckpointError naming the dimensions that `config` lacks.
         """
-        ...
 
     def tied_head(self, config: dict[str, Any]) -> bool:
         """Whether the output head shares the input embedding's weight."""
-        ...
 
 
 class _Settings(Protocol):
@@ -145,30 +136,24 @@ class _Settings(Protocol):
     @property
     def model_type(self) -> str:
         """The `model_type` of config.json."""
-        ...
 
     @property
     def label(self) -> str:
         """The family's name for people."""
-        ...
 
     @property
     def token_id_fields(self) -> Sequence[str]:
         """Fields of config.json that hold ids of tokens; the first is that of the image's."""
-        ...
 
     @property
     def words(self) -> str:
         """How a tokenizer that is only vocab.json and merges.txt splits text: a regular expression."""
-        ...
 
     def vision_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The settings that decide what the vision tower computes, defaults filled in (they enter the fingerprint)."""
-        ...
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """The language model's settings, with `vocab_size` and, if it has one, `max_position_embeddings`."""
-        ...
 
     def problems(
         self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
@@ -177,15 +162,12 @@ class _Settings(Protocol):
 
         `preprocessor` has its defaults filled in; None: unknown.
         """
-        ...
 
     def hidden_size(self, config: dict[str, Any]) -> int:
         """Width of an image embedding, which is the language model's hidden size."""
-        ...
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
         """Of a model. Raises CheckpointError naming those that `config` lacks."""
-        ...
 
 
 class _Images(Protocol):
@@ -194,35 +176,27 @@ class _Images(Protocol):
     @property
     def cpu_max_pixels(self) -> int:
         """Most pixels of a resized image where a CPU encodes and nobody has said otherwise."""
-        ...
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
         """preprocessor_config.json with every default filled in, and `min_pixels` / `max_pixels` at the top level."""
-        ...
 
     def fingerprint_preprocessor(self, preprocessor: dict[str, Any]) -> dict[str, Any]:
         """The preprocessor settings that change an embedding's bytes, pixel bounds left out (they are in its key)."""
-        ...
 
     def merge_size(self, config: dict[str, Any]) -> int:
         """Patches per side that are merged to one token."""
-        ...
 
     def least_pixels(self, config: dict[str, Any]) -> int:
         """Of the smallest image that has a token."""
-        ...
 
     def image_grid(self, config: dict[str, Any], width: int, height: int, min_pixels: int, max_pixels: int) -> Grid:
         """The grid of an image of so many pixels, resized to between the bounds."""
-        ...
 
     def tokens_per_grid(self, config: dict[str, Any], grid_thw: Grid) -> int:
         """Rows of an image's embedding. Raises INVALID_ARGUMENT for a grid that no image has."""
-        ...
 
     def encode_flops(self, config: dict[str, Any], tokens: int) -> float:
         """Work of the tower on one image of so many tokens."""
-        ...
 
 
 class _Prompts(Protocol):
@@ -230,16 +204,13 @@ class _Prompts(Protocol):
 
     def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
         """The tokens of a checkpoint."""
-        ...
 
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
         """Tokens between and behind an image's rows, such as the ends of rows, in order; most families have none."""
-        ...
 
     def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
         """Positions [r, length] of a prompt, and that of the first token generated, on all r rows. r is the same for
         all prompts: 1, or 3 for M-RoPE. The array is not to be written to: others may be given it."""
-        ...
 
 
 class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
@@ -256,7 +227,6 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> VisionEncoder:
         """Read the vision half. `quantization` ("none", "int8") is that of the blocks' matrices; `native`: use compiled
         kernels where there are some. Raises CheckpointError."""
-        ...
 
     def load_text(
         self,
@@ -270,4 +240,3 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
-        ...

@@ -63,11 +63,9 @@ class Attend(Protocol):
     @property
     def calls(self) -> AttentionCalls | None:
         """What computes it within a program of compiled layers; None: it is called layer by layer only."""
-        ...
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [T, heads, d], k and v [T, kv_heads, d], rotated, each head contiguous -> [T, heads * d]."""
-        ...
 
 
 class ModelAdapter(Protocol):
@@ -76,14 +74,11 @@ class ModelAdapter(Protocol):
     @property
     def shape(self) -> ModelShape:
         """Its dimensions."""
-        ...
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden]."""
-        ...
 
     def forward(
         self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
     ) -> torch.Tensor:
         """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
-        ...

@@ -57,7 +57,7 @@ CONTRAST = """() => {
 def load(page: Page, picture: Path) -> str:
     """Chooses the file; the id that the gateway gave it."""
     with page.expect_response(lambda reply: reply.url.endswith("/v1/images")) as reply:
-        page.get_by_label("Choose a picture", exact=True).set_input_files(picture)
+        page.get_by_label("Choose an image", exact=True).set_input_files(picture)
     expect(page.locator("#facts")).to_be_visible()
     return reply.value.json()["id"]
 
@@ -240,7 +240,7 @@ def test_a_picture_can_be_dropped_or_pasted(page, picture, kind):
         expect(page.locator("#drop")).to_have_class(re.compile("over"))
     page.evaluate(DROP, arguments)
     expect(page.locator("#fact-size")).to_have_text("112 × 84")
-    expect(page.locator("#preview")).to_have_attribute("alt", "The picture my picture.png")
+    expect(page.locator("#preview")).to_have_attribute("alt", "The image my picture.png")
     expect(page.locator("#drop")).not_to_have_class(re.compile("over"))
 
 
@@ -259,14 +259,14 @@ def test_errors_are_shown_where_they_belong(open_page, picture, tmp_path):
     page = watched.page
     page.get_by_role("textbox", name="Question", exact=True).fill("About what?")
     page.keyboard.press("Enter")
-    expect(page.locator("#ask-error")).to_have_text("Choose a picture first.")
+    expect(page.locator("#ask-error")).to_have_text("Choose an image first.")
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"not a picture")
-    page.get_by_label("Choose a picture", exact=True).set_input_files(wrong)
-    expect(page.locator("#picture-error")).to_have_text(re.compile(r"\(request req_\w+\)"))
+    page.get_by_label("Choose an image", exact=True).set_input_files(wrong)
+    expect(page.locator("#image-error")).to_have_text(re.compile(r"\(request req_\w+\)"))
     expect(page.locator("#chooser")).to_be_visible()
     load(page, picture)
-    expect(page.locator("#picture-error")).to_be_hidden()
+    expect(page.locator("#image-error")).to_be_hidden()
     page.get_by_role("textbox", name="Question", exact=True).fill("word " * 20_000)
     page.keyboard.press("Enter")
     expect(page.locator(".answer .error")).to_contain_text(re.compile("context|tokens"))

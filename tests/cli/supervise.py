@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 
 from lookonce.cli.health import HttpProbe
-from lookonce.cli.service_process import RestartPolicy, Service, ServiceFailed, ServicePlan
-from lookonce.cli.supervisor import Supervisor
+from lookonce.cli.supervisor import RestartPolicy, Service, ServiceFailed, ServicePlan, Supervisor
 from tests.ports import free_port
 
 

@@ -46,7 +46,6 @@ def test_up_and_its_supervisor_load_no_torch():
         "app",
         "system_plan",
         "supervisor",
-        "service_process",
         "health",
         "model",
         "system",

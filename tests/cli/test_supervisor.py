@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from lookonce.cli.service_process import RestartPolicy, describe_exit
+from lookonce.cli.supervisor import RestartPolicy, describe_exit
 from lookonce.core.process import PERMANENT_EXIT
 from tests.cli.commands import Background, gone, until
 

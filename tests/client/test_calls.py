@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import httpx2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lookonce.client import AsyncClient, Client
 from lookonce.client.calls import batches
-from lookonce.client.event_reader import EventReader
+from lookonce.client.connection import EventReader
 from lookonce.client.exceptions import StreamInterrupted
 
 EVENTS = st.lists(st.dictionaries(st.text(max_size=3), st.text(st.characters(codec="utf-8")), max_size=2), max_size=5)
@@ -56,3 +58,15 @@ def test_answers_find_their_question_again():
     second.check(2)
     with pytest.raises(StreamInterrupted, match="1 of 2"):
         second.check(1)
+
+
+async def test_an_image_may_be_given_under_its_former_name():
+    identifier = "img_" + 52 * "a"
+    transport = httpx2.MockTransport(lambda request: httpx2.Response(200, json={"id": request.url.path[-56:]}))
+    client = Client(http_client=httpx2.Client(transport=transport))
+    with client, pytest.warns(DeprecationWarning, match="source=") as warned:
+        assert client.image(picture=identifier).id == identifier
+    async with AsyncClient(http_client=httpx2.AsyncClient(transport=transport)) as client:
+        with pytest.warns(DeprecationWarning, match="source=") as warned_too:
+            assert (await client.image(picture=identifier)).id == identifier
+    assert warned[0].filename == warned_too[0].filename == __file__

@@ -36,8 +36,9 @@ for package in packages:
 import uvloop  # what each process runs on, imported when it starts
 print("whole")
 """
-CORE = "lookonce.core.stores,lookonce.core.rpc,lookonce.core.telemetry.otlp,lookonce.core.telemetry.logs"
-LIGHT = f"{CORE},lookonce.cli.health"
+CORE = "lookonce.core.stores,lookonce.core.rpc,lookonce.core.telemetry"
+TRACING = "opentelemetry.exporter.otlp.proto.grpc.trace_exporter"
+LIGHT = f"{CORE},{TRACING},lookonce.cli.health"
 PACKAGES = {
     "gateway": f"gateway,{LIGHT}",
     "vision": f"vision_service,lookonce.models.checkpoint,lookonce.models.kernels,{LIGHT}",

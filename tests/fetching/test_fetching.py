@@ -10,7 +10,7 @@ import pytest
 
 import lookonce
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
-from lookonce.core.http_fetch.refusals import FetchError, Reason
+from lookonce.core.http_fetch.target import FetchError, Reason
 from tests.fetching.conftest import local_policy
 from tests.fetching.servers import PNG, Names, PictureServer, answer, make_certificates, redirect
 

@@ -8,7 +8,7 @@ import pytest
 
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
-from lookonce.core.http_fetch.refusals import FetchError, Reason
+from lookonce.core.http_fetch.target import FetchError, Reason
 from tests.fetching.hostile import (
     LOCAL_NAMES,
     MALFORMED_ADDRESSES,

@@ -12,7 +12,7 @@ import pytest
 
 from lookonce.core.errors import ErrorKind
 from lookonce.core.http_fetch.fetcher import Wanted
-from lookonce.core.http_fetch.refusals import FetchError, Reason
+from lookonce.core.http_fetch.target import FetchError, Reason
 from tests.fetching.servers import PNG, Names, PictureServer, answer, redirect
 from tests.fetching.test_fetching import refused
 from tests.ports import free_port

@@ -10,12 +10,10 @@ from pydantic import ValidationError
 
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError
-from lookonce.core.http_fetch import addresses
-from lookonce.core.http_fetch.addresses import is_public, may_connect, own_addresses
-from lookonce.core.http_fetch.fetch_policy import FetchPolicy
+from lookonce.core.http_fetch import fetch_policy
+from lookonce.core.http_fetch.fetch_policy import FetchPolicy, is_public, may_connect, own_addresses
 from lookonce.core.http_fetch.pinned_connection import tls_context
-from lookonce.core.http_fetch.refusals import FetchError
-from lookonce.core.http_fetch.target import follow, parse_target
+from lookonce.core.http_fetch.target import FetchError, follow, parse_target
 
 
 @pytest.mark.parametrize(
@@ -28,7 +26,7 @@ def test_public_addresses(text):
     assert is_public(ip_address(text)) and may_connect(ip_address(text), ())
 
 
-@pytest.mark.parametrize("text", addresses._NEVER_V4 + addresses._NEVER_V6)
+@pytest.mark.parametrize("text", fetch_policy._NEVER_V4 + fetch_policy._NEVER_V6)
 def test_both_ends_of_special_networks_are_not_public(text):
     assert not is_public(text[0]) and not is_public(text[-1])
 
@@ -36,7 +34,7 @@ def test_both_ends_of_special_networks_are_not_public(text):
 def test_this_machine_s_own_public_address_is_refused(monkeypatch):
     entry = SimpleNamespace(address="93.184.215.14"), SimpleNamespace(address="00:11:22:33:44:55")
     six = (SimpleNamespace(address="2606:4700::1111%eth0"),)
-    monkeypatch.setattr(addresses.psutil, "net_if_addrs", lambda: {"eth0": entry, "eth1": six})
+    monkeypatch.setattr(fetch_policy.psutil, "net_if_addrs", lambda: {"eth0": entry, "eth1": six})
     assert not may_connect(ip_address("93.184.215.14"), ())
     assert not may_connect(ip_address("2606:4700::1111"), ())
     assert may_connect(ip_address("93.184.215.15"), ())

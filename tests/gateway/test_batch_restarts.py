@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx2
 
-from gateway.batches.concurrency_classes import ConcurrencyClasses
+from gateway.batches.worker import ConcurrencyClasses
 from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
 from tests.gateway.conftest import Services

@@ -8,8 +8,7 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from gateway.routing.discovery import Discovery, Name, open_replicas, split_targets
-from gateway.routing.replicas import REMEMBERED, Replicas
+from gateway.routing.replicas import REMEMBERED, Discovery, Name, Replicas, open_replicas, split_targets
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from tests.client.cutter import Cutter

@@ -12,7 +12,7 @@ import httpx2
 import openai
 import pytest
 
-from gateway.schemas.moderation_bodies import ModerationObject
+from gateway.schemas.responses import ModerationObject
 from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, ROOT, GatewayProcess

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.auth import Tenant
 from gateway.http.request_images import ENCODED_AT_ONCE, keep_all
-from gateway.schemas.chat_bodies import ImageUrlPart
+from gateway.schemas.requests import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 

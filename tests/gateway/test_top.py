@@ -8,8 +8,7 @@ import httpx2
 import pytest
 from rich.console import Console
 
-from lookonce.cli.measurements import read
-from lookonce.cli.top_frame import frame
+from lookonce.cli.top_frame import frame, read
 from tests.cli.commands import invoke
 from tests.gateway.processes import GatewayProcess
 

@@ -12,8 +12,8 @@ from pydantic import SecretStr, ValidationError
 from gateway.auth import Keyring, read_keys
 from gateway.http.error_bodies import HTTP_ERRORS, error_response
 from gateway.routing.replicas import LOAD_FLOOR, Replicas
-from gateway.schemas.question_bodies import QuestionsRequest
-from gateway.schemas.sampling_fields import to_sampling
+from gateway.schemas.body import to_sampling
+from gateway.schemas.requests import QuestionsRequest
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.process import PERMANENT_EXIT, USAGE_EXIT
@@ -134,19 +134,19 @@ def test_keys_plain_or_hashed_from_setting_or_file(tmp_path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# team\nblue=sha256:{hashlib.sha256(b'the blue key').hexdigest()}\n\n")
     ring = Keyring(read_keys(f"red={KEY}", path), secret="s")
-    assert ring.authenticate(KEY).name == "red"
-    assert ring.authenticate("the blue key").name == "blue"
-    assert ring.authenticate(KEY).digest_key != ring.authenticate("the blue key").digest_key
-    assert ring.authenticate(KEY).embedding_key != ring.authenticate("the blue key").embedding_key
-    red, blue = ring.authenticate(KEY), ring.authenticate("the blue key")
+    assert ring.identify(KEY).tenant.name == "red"
+    assert ring.identify("the blue key").tenant.name == "blue"
+    assert ring.identify(KEY).tenant.digest_key != ring.identify("the blue key").tenant.digest_key
+    assert ring.identify(KEY).tenant.embedding_key != ring.identify("the blue key").tenant.embedding_key
+    red, blue = ring.identify(KEY).tenant, ring.identify("the blue key").tenant
     known = {red.digest_key, red.embedding_key, blue.digest_key, blue.embedding_key}
     assert len({red.cache_salt, blue.cache_salt} - known) == 2 and len(red.cache_salt) == len(blue.cache_salt) == 32
     open_to_all = Keyring(read_keys(f"red={KEY}", path), secret="s", share_prefixes=True)
-    assert open_to_all.authenticate(KEY).cache_salt == open_to_all.authenticate("the blue key").cache_salt == b""
-    assert Keyring([KEY]).authenticate(KEY).cache_salt == Keyring([]).authenticate(None).cache_salt == b""
+    assert open_to_all.identify(KEY).tenant.cache_salt == open_to_all.identify("the blue key").tenant.cache_salt == b""
+    assert Keyring([KEY]).identify(KEY).tenant.cache_salt == Keyring([]).identify(None).tenant.cache_salt == b""
     shared = Keyring(read_keys(f"red={KEY}", path), secret="s", share_embeddings=True)
-    assert shared.authenticate(KEY).embedding_key == shared.authenticate("the blue key").embedding_key
+    assert shared.identify(KEY).tenant.embedding_key == shared.identify("the blue key").tenant.embedding_key
     for presented in (None, "", "red", KEY + "x", f"red={KEY}"):
         with pytest.raises(LookonceError) as caught:
-            ring.authenticate(presented)
+            ring.identify(presented)
         assert caught.value.kind is ErrorKind.UNAUTHENTICATED and KEY not in caught.value.message

@@ -36,15 +36,15 @@ def variants(**weights: float) -> Variants:
 
 
 def shares(pool: Variants) -> Counter[str]:
-    return Counter(pool.choose(key).name for key in KEYS)
+    return Counter(pool.in_order(key)[0].name for key in KEYS)
 
 
 async def test_images_are_shared_out_by_weight_and_stay_where_they_are() -> None:
     pool = variants(old=90, new=10, off=0)
-    homes = {key: pool.choose(key).name for key in KEYS}
+    homes = {key: pool.in_order(key)[0].name for key in KEYS}
     counted = Counter(homes.values())
     assert 120 < counted["new"] < 280 and counted["off"] == 0
-    assert all(pool.choose(key).name == home for key, home in homes.items())
+    assert all(pool.in_order(key)[0].name == home for key, home in homes.items())
     # More weight to the new one moves images to it, and none between others or back.
     await pool.replace(
         [
@@ -52,19 +52,19 @@ async def test_images_are_shared_out_by_weight_and_stay_where_they_are() -> None
             for v in pool.all
         ]
     )
-    moved = {(homes[key], pool.choose(key).name) for key in KEYS if homes[key] != pool.choose(key).name}
+    moved = {(homes[key], pool.in_order(key)[0].name) for key in KEYS if homes[key] != pool.in_order(key)[0].name}
     assert moved == {("old", "new")}
     assert 380 < shares(pool)["new"] < 620
 
 
 def test_another_variant_stands_in_for_one_that_is_out_of_order() -> None:
     pool = variants(old=50, new=50)
-    before = {key: pool.choose(key).name for key in KEYS}
+    before = {key: pool.in_order(key)[0].name for key in KEYS}
     new = next(variant for variant in pool.all if variant.name == "new")
     new.language.failed(new.language.endpoints[0])
     assert shares(pool) == {"old": len(KEYS)}
     new.language.succeeded(new.language.endpoints[0])
-    assert {key: pool.choose(key).name for key in KEYS} == before
+    assert {key: pool.in_order(key)[0].name for key in KEYS} == before
 
 
 async def test_a_changed_list_keeps_the_channels_that_stay() -> None:

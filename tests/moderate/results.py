@@ -9,9 +9,9 @@ from pathlib import Path
 from PIL import Image
 
 from lookonce.core.identity import image_digest
-from lookonce.moderation.batch.columns import Columns
 from lookonce.moderation.batch.ledger import Full
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row
+from lookonce.moderation.batch.output_formats import Columns
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.run import Run
 from lookonce.moderation.batch.run_identity import Identity, Manifest, Models

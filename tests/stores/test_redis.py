@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from lookonce.core.stores import StoreFailure, open_store
-from lookonce.core.stores.breaker import CircuitBreaker
 from lookonce.core.stores.memory import MemoryStore
+from lookonce.core.stores.wrappers import CircuitBreaker
 from tests.ports import free_port
 from tests.valkey import PATIENT, ValkeyServer
 
@@ -212,7 +212,7 @@ class Moody(MemoryStore):
 
 async def test_breaker_opens_after_failures_in_a_row_and_probes_in_the_background(monkeypatch):
     now = [1000.0]
-    monkeypatch.setattr("lookonce.core.stores.breaker.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lookonce.core.stores.wrappers.time", SimpleNamespace(monotonic=lambda: now[0]))
     driver = Moody(1000)
     breaker = CircuitBreaker(driver, threshold=3, first_backoff=0.05, max_backoff=0.1)
     for failing in (True, True, False, True, True):

@@ -12,8 +12,8 @@ import pytest
 import uvloop
 
 from lookonce.core.stores import StoreFailure, open_store
-from lookonce.core.stores.breaker import CircuitBreaker
 from lookonce.core.stores.memory import MemoryStore
+from lookonce.core.stores.wrappers import CircuitBreaker
 from tests.faulty_proxy import FAULTS, FaultyProxy
 from tests.ports import free_port
 from tests.valkey import ValkeyServer, one_node_cluster

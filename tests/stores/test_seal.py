@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from lookonce.core.seal import SEAL_BYTES, Sealer
+from lookonce.core.identity import SEAL_BYTES, Sealer
 
 PLACES = [(namespace, key) for namespace in ("a", "ab", "") for key in (b"", b"b", b"bc", b"c")]
 

@@ -54,6 +54,9 @@ class Work:
     async def discard(self):
         await self.store.delete(b"key")
 
+    def forget(self, key):
+        return self.flights.forget_if(lambda flight: flight.key == key)
+
     def ask(self, key=b"key", label=None, **options):
         calls = {"load": self.load, "make": self.make, "save": self.save, "discard": self.discard}
         return asyncio.ensure_future(self.flights.run(key, **calls, label=label, **options))
@@ -168,7 +171,7 @@ async def test_forgotten_while_made():
     work = Work()
     ask = work.ask()
     await work.started.wait()
-    assert await work.flights.forget(b"key") == 1
+    assert await work.forget(b"key") == 1
     later = work.ask()
     work.gate.set()
     assert await ask == (b"made 1", "miss"), "its caller still gets it"
@@ -180,7 +183,7 @@ async def test_forgotten_while_made_leaves_nothing():
     work = Work()
     ask = work.ask()
     await work.started.wait()
-    await work.flights.forget(b"key")
+    await work.forget(b"key")
     work.gate.set()
     await ask
     assert await work.load() is None and not work.saving.is_set(), "not even for a moment"
@@ -193,7 +196,7 @@ async def test_forgotten_while_saved_leaves_nothing():
     ask = work.ask()
     await work.saving.wait()
     assert await work.load() is not None
-    forget = asyncio.ensure_future(work.flights.forget(b"key"))
+    forget = asyncio.ensure_future(work.forget(b"key"))
     await asyncio.sleep(0.02)
     assert not forget.done(), "not before it is gone"
     work.save_gate.set()
@@ -208,7 +211,7 @@ async def test_forgotten_while_saved_and_its_caller_gone_leaves_nothing():
     work.save_gate.clear()
     ask = work.ask()
     await work.saving.wait()
-    forget = asyncio.ensure_future(work.flights.forget(b"key"))
+    forget = asyncio.ensure_future(work.forget(b"key"))
     await asyncio.sleep(0)
     ask.cancel()
     await forget
@@ -220,7 +223,7 @@ async def test_forget_by_label():
     asks = [work.ask(b"1", "cat"), work.ask(b"2", "dog")]
     await work.started.wait()
     assert await work.flights.forget_if(lambda flight: flight.label == "cat") == 1
-    assert await work.flights.forget(b"3") == 0
+    assert await work.forget(b"3") == 0
     work.gate.set()
     await asyncio.gather(*asks)
 

@@ -6,9 +6,9 @@ import pytest
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.stores import open_store
-from lookonce.core.stores.breaker import CircuitBreaker
 from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.tiered import TieredStore
+from lookonce.core.stores.wrappers import CircuitBreaker
 from lookonce.core.units import format_size, parse_duration, parse_size
 
 

@@ -21,9 +21,6 @@ from protos.lookonce.v1 import common_pb2, vision_pb2_grpc
 from tests.ports import free_port
 from tests.processes import ROOT, START_SECONDS, ServiceProcess
 
-NO_MEMORY = ("--l1-bytes", "1", "--prefix-bytes", "56KiB")
-"""Of a language service: one prefix at most, so that a question about another image reads the store."""
-
 
 class GatewayProcess:
     """`python -m gateway` on a free port."""

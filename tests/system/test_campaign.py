@@ -18,8 +18,8 @@ import pytest
 from tests.faulty_proxy import FaultyProxy
 from tests.processes import ROOT
 from tests.system.campaign.faults import Faults
+from tests.system.campaign.images import OPEN, prepare
 from tests.system.campaign.load import Client
-from tests.system.campaign.pictures import OPEN, prepare
 from tests.system.campaign.verdicts import Verdicts
 from tests.system.cluster import System
 from tests.unsplit import Unsplit
@@ -29,7 +29,7 @@ from vision_service.images import Decoder, ImageLimits
 MODEL = ROOT / "lookonce/data/shapes"
 SECONDS = float(os.environ.get("LOOKONCE_CAMPAIGN_SECONDS", "90"))
 SEED = os.environ.get("LOOKONCE_CAMPAIGN_SEED", "1")
-PICTURES, CLIENTS = 18, 8
+IMAGES, CLIENTS = 18, 8
 SETTLED_SECONDS = 60.0  # after the last fault, until everything answers again
 GATEWAY_BYTES, SERVICE_BYTES = 512 << 20, 2 << 30  # resident, at most
 # Small caches, so that answers come from the store again and again.
@@ -76,16 +76,16 @@ async def under_load(clients, work):
         stop.set()
 
 
-async def everything(client, system, pictures, verdicts):
+async def everything(client, system, images, verdicts):
     """Upload what may be gone, then ask all about all, of every gateway: nothing may fail."""
-    for picture in pictures:
-        if not picture.certain_from <= time.monotonic():
-            await client.once(client.upload, system.gateways[0].url, picture)
+    for image in images:
+        if not image.certain_from <= time.monotonic():
+            await client.once(client.upload, system.gateways[0].url, image)
     await asyncio.sleep(2)  # every gateway knows of it
     for gateway in system.gateways:
-        for picture in pictures:
+        for image in images:
             for operation in (client.look, client.ask_all, client.chat_streaming, client.chat_inline):
-                outcome = await client.once(operation, gateway.url, picture)
+                outcome = await client.once(operation, gateway.url, image)
                 if outcome != "right":
                     verdicts.accuse("not whole without a fault", operation=operation.__name__, outcome=outcome)
 
@@ -118,24 +118,24 @@ def test_no_fault_makes_an_answer_wrong_or_loses_what_is_kept(tmp_path):
         ) as system,
         Memory(system) as memory,
     ):  # fmt: skip
-        pictures = prepare(system, PICTURES)
+        images = prepare(system, IMAGES)
         unsplit, decoder = Unsplit(MODEL), Decoder(ImageLimits())
-        for picture in pictures[:6]:
+        for image in images[:6]:
             for question in OPEN:
-                true = unsplit.answer([("user", [decoder.decode(picture.data), question])], 40)
-                assert picture.texts[question] == true, "the quiet system itself is wrong"
+                true = unsplit.answer([("user", [decoder.decode(image.data), question])], 40)
+                assert image.texts[question] == true, "the quiet system itself is wrong"
         gateways = [gateway.url for gateway in system.gateways]
 
         async def campaign() -> None:
-            last = Client("last", gateways, pictures, verdicts)
-            await everything(last, system, pictures, verdicts)
+            last = Client("last", gateways, images, verdicts)
+            await everything(last, system, images, verdicts)
             assert not verdicts.violations, "before any fault:\n" + verdicts.report()
-            clients = [Client(f"{SEED}/{number}", gateways, pictures, verdicts) for number in range(CLIENTS)]
-            faults = Faults(SEED, system, valkey, proxy, pictures, verdicts)
+            clients = [Client(f"{SEED}/{number}", gateways, images, verdicts) for number in range(CLIENTS)]
+            faults = Faults(SEED, system, valkey, proxy, images, verdicts)
             await under_load(clients, lambda: faults.run(SECONDS))
             await asyncio.to_thread(system.wait_whole, SETTLED_SECONDS)
             await asyncio.sleep(10)  # what went on in the background has had its time
-            await everything(last, system, pictures, verdicts)
+            await everything(last, system, images, verdicts)
             await last.close()
 
         asyncio.run(campaign())

@@ -9,7 +9,7 @@ import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import odd_files, photograph, save
-from tests.system.cluster import NO_MEMORY, System, data_url, image_part, text_part
+from tests.system.cluster import System, data_url, image_part, text_part
 from tests.valkey import PATIENT, ValkeyServer
 
 
@@ -90,11 +90,11 @@ def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once
 
 def test_an_evicted_embedding_is_made_again_in_silence(model, tmp_path):
     store = f"file://{tmp_path}/store"
-    small = {"vision_args": ("--store-bytes", "30KiB", "--l1-bytes", "1024"), "language_args": NO_MEMORY}
-    with System(model, tmp_path, store=store, **small) as system:
+    with System(model, tmp_path, store=store, vision_args=("--store-bytes", "30KiB", "--l1-bytes", "1024")) as system:
         files = list(odd_files().values())[:6]
         images = [system.upload(data)["id"] for data in files]
         first = [system.ask(image, ["What is it?"], max_tokens=6)[0]["text"] for image in images]
+        system.languages[0].restart()
         again = [system.ask(image, ["What is it?"], max_tokens=6)[0] for image in images]
         assert [answer["text"] for answer in again] == first
         assert system.encodes() > len(files)  # some were evicted, or this test would prove nothing

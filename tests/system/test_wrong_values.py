@@ -11,11 +11,13 @@ import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.pictures import photograph, save
-from tests.system.cluster import NO_MEMORY, System
+from tests.system.cluster import System
 from tests.system.stored_values import DAMAGES, EmbeddedValues, RedisValues, kind
 from tests.valkey import PATIENT, ValkeyServer
 
 KEYS = {"red": "red-key-of-32-characters-0123456", "blue": "blue-key-of-32-characters-012345"}
+NO_MEMORY = ("--l1-bytes", "1", "--prefix-bytes", "50KiB")
+"""Of the language service: one prefix at most, so that questions about another image read the store."""
 IMAGES = {"red": 4, "blue": 2}
 QUESTION = {"questions": [{"text": "What is it?", "choices": ["a cat", "a cup", "a car"]}]}
 

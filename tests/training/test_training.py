@@ -122,7 +122,7 @@ def test_text_only_segments_do_not_see_the_picture(words):
 
 def test_batches_repeat(folder):
     args = (str(folder / "tokenizer.json"), 3, 6, pack.MIXED, 200, 0.3)
-    first, second = feed.picture_batch(9, *args), feed.picture_batch(9, *args)
+    first, second = feed.image_batch(9, *args), feed.image_batch(9, *args)
     assert first["grid"] == second["grid"]
     for key in ("patches", "ids", "positions", "segment", "loss"):
         assert np.array_equal(first[key], second[key])
@@ -181,7 +181,7 @@ def test_a_deepened_model_says_the_same_and_its_new_layers_can_learn(folder, wor
     state = deepen.deepen(shallow.state_dict())
     deep = Qwen2VL(Shape2VL(layers=layers_of(state)))
     deep.load_state_dict(state)
-    data = feed.picture_batch(1, str(folder / "tokenizer.json"), 2, 4, pack.LISTS, 120, 0.0, alike=1.0)
+    data = feed.image_batch(1, str(folder / "tokenizer.json"), 2, 4, pack.LISTS, 120, 0.0, alike=1.0)
     ends = words.ids["<|image_pad|>"], words.ids["<|im_end|>"]
     losses = [
         answers.answer_loss(model, model.visual(normalise(data["patches"]), data["grid"]), data, *ends).loss
@@ -204,7 +204,7 @@ def test_an_encoded_batch_guides_to_the_cells_that_claim_the_shapes(folder):
     torch.manual_seed(3)
     model = Qwen2VL(Shape2VL())
     args = (str(folder / "tokenizer.json"), 3, 6, pack.LISTS, 200, 0.0, 0.5)
-    batch, drawn = Encoded(model)(9, *args), feed.picture_batch(9, *args)
+    batch, drawn = Encoded(model)(9, *args), feed.image_batch(9, *args)
     with torch.no_grad():
         tokens = model.visual(normalise(drawn["patches"]), drawn["grid"])
         placed = codes.target(drawn, tokens, codes.basis(128))[1]
@@ -233,7 +233,7 @@ def test_a_few_steps_lower_the_loss(folder, words):
     torch.manual_seed(1)
     model = Qwen2VL(Shape2VL())
     optimisers = optim.Optimisers([model], muon_lr=0.02, adam_lr=2e-3)
-    data = feed.picture_batch(1, str(folder / "tokenizer.json"), 2, 2, pack.LOOKUPS, 100, 0.0)
+    data = feed.image_batch(1, str(folder / "tokenizer.json"), 2, 2, pack.LOOKUPS, 100, 0.0)
     losses = []
     for _ in range(5):
         tokens = model.visual(normalise(data["patches"]), data["grid"])

@@ -311,6 +311,7 @@ async def test_metrics_over_http(checkpoint_path):
         ({"device": "cuda:77"}, "cuda:77"),
         ({"store": "ftp://x"}, "scheme 'ftp' is not known"),
         ({"min_pixels": 99999999}, "above max_pixels"),
+        ({"max_pixels": 783}, "--max-pixels='783': Input should be greater than or equal to 784"),
     ],
 )
 async def test_what_keeps_it_from_starting_is_told(checkpoint_path, fields, text):

@@ -1,2 +1,2 @@
-"""A small model of the Qwen2-VL architecture that answers questions about pictures of shapes: data, training,
+"""A small model of the Qwen2-VL architecture that answers questions about images of shapes: data, training,
 evaluation."""

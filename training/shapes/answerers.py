@@ -38,7 +38,7 @@ def sizes_of(config: dict) -> Shape2VL:
 
 
 class Lean:
-    """Greedy answers of the lean model in float32: one picture encoded once, its questions packed behind it."""
+    """Greedy answers of the lean model in float32: one image encoded once, its questions packed behind it."""
 
     def __init__(self, checkpoint: Path):
         config = json.loads((checkpoint / "config.json").read_text())
@@ -111,7 +111,7 @@ class Transformers:
 
     @torch.no_grad()
     def would_say(self, image: bytes, questions: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """For each question about a picture whether its greedy answer is the given one, in one forward pass.
+        """For each question about an image whether its greedy answer is the given one, in one forward pass.
 
         Greedy decoding gives an answer exactly if each of its tokens, and then the end of the turn, is the likeliest
         behind those before it. A text may be written in other tokens than the tokenizer's, so False is no proof.
@@ -129,7 +129,7 @@ class Transformers:
         ]
 
     def _logits(self, ids: torch.Tensor, mask: torch.Tensor, seen: dict) -> torch.Tensor:
-        """Logits [n, t, vocabulary] of n prompts about one picture, which is encoded once."""
+        """Logits [n, t, vocabulary] of n prompts about one image, which is encoded once."""
         tokens = self.model.get_image_features(seen["pixel_values"], seen["image_grid_thw"]).pooler_output[0]
         places = ids == self.model.config.image_token_id
         embeds = self.model.get_input_embeddings()(ids)
@@ -141,7 +141,7 @@ class Transformers:
 
     @torch.no_grad()
     def converse(self, messages: list[dict]) -> str:
-        """The reply to chat messages whose content is a string or a list of strings (text) and bytes (pictures)."""
+        """The reply to chat messages whose content is a string or a list of strings (text) and bytes (images)."""
         ids, inputs = self._prompt(messages)
         mask = torch.ones_like(ids)
         out = self.model.generate(input_ids=ids, attention_mask=mask, **inputs, do_sample=False, max_new_tokens=LONGEST)
@@ -149,7 +149,7 @@ class Transformers:
 
     def _prompt(self, messages: list[dict]) -> tuple[torch.Tensor, dict]:
         """Token ids [1, n] up to where the assistant speaks, and the model's other inputs."""
-        pictures = [
+        images = [
             p for m in messages if not isinstance(m["content"], str) for p in m["content"] if isinstance(p, bytes)
         ]
         chat = [
@@ -158,15 +158,15 @@ class Transformers:
         ]
         text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         inputs: dict = {}
-        if pictures:
-            seen = [self.patches(data) for data in pictures]
+        if images:
+            seen = [self.patches(data) for data in images]
             inputs = {key: torch.cat([one[key] for one in seen]) for key in ("pixel_values", "image_grid_thw")}
             pieces = text.split("<|image_pad|>")
             text = pieces[0]
             for grid, piece in zip(inputs["image_grid_thw"], pieces[1:], strict=True):
                 text += "<|image_pad|>" * (int(grid.prod()) // 4) + piece
         ids = self.tokenizer(text, return_tensors="pt").input_ids
-        if pictures:
+        if images:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
         return ids, inputs
 

@@ -1,7 +1,7 @@
 """The code by which vision and language are taught apart: what an image token should say about the shape centred in it.
 
 Stage one teaches the vision tower to write this code; stage two teaches the language model to read it without drawing a
-single picture; stage three trains both together and lets them drift. Fixed orthonormal directions of the hidden space.
+single image; stage three trains both together and lets them drift. Fixed orthonormal directions of the hidden space.
 """
 
 import torch

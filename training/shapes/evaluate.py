@@ -1,6 +1,6 @@
 """Asks an answerer about freshly drawn scenes and reports accuracy by type, held-out pairs, ROC AUC and reliability.
 
-An answerer takes one encoded picture and its questions at once, so the same evaluation runs through a gateway, through
+An answerer takes one encoded image and its questions at once, so the same evaluation runs through a gateway, through
 transformers or through the lean model here:
 
     answer_many(image: bytes, questions: list[str]) -> list[Answer]
@@ -40,11 +40,11 @@ AnswerMany = Callable[[bytes, Sequence[str]], Sequence[Answer]]
 
 
 def one_by_one(answer: Callable[[bytes, str], str]) -> AnswerMany:
-    """An `AnswerMany` from a function of one picture and one question."""
+    """An `AnswerMany` from a function of one image and one question."""
     return lambda image, asked: [Answer(answer(image, question)) for question in asked]
 
 
-def picture(seed: int, sort: str = "plain", held_out: str = "never") -> tuple[scenes.Scene, bytes]:
+def drawn(seed: int, sort: str = "plain", held_out: str = "never") -> tuple[scenes.Scene, bytes]:
     """A fresh scene and the bytes a user would send.
 
     sort: "plain" (PNG, 64 to 512 px) | "jpeg" (quality 40 to 90) | "photograph" (1200 to 2000 px JPEG) | "icon" (48
@@ -148,7 +148,7 @@ def evaluate(
     """
 
     def about(number: int) -> tuple[int, list[questions.Question], Sequence[Answer]]:
-        scene, data = picture(number, sort, held_out)
+        scene, data = drawn(number, sort, held_out)
         asked = questions.ask_all(scene, np.random.default_rng([number, 13]), types)
         if held_out == "one":
             asked = [question for question in asked if _concerns(question, scene.shapes[0])]
@@ -174,11 +174,11 @@ PLAIN_TYPES = ("colour", "kind", "count_colour", "exists", "policy")
 def formats(converse: Callable[[list[dict]], str], count: int = 100, seed: int = 50) -> dict[str, float]:
     """Share of right answers by the conversation's form.
 
-    converse: from chat messages, whose content is a string or a list of strings and (picture) bytes, to text.
+    converse: from chat messages, whose content is a string or a list of strings and (image) bytes, to text.
     """
     right: Counter = Counter()
     for number in range(FRESH + seed * 1_000_000, FRESH + seed * 1_000_000 + count):
-        scene, data = picture(number)
+        scene, data = drawn(number)
         rng = np.random.default_rng([number, 19])
         types = PLAIN_TYPES[number % 5], PLAIN_TYPES[(number + 2) % 5]
         first, second = (questions.ask(kind, scene.shapes, scene.image.size, rng) for kind in types)
@@ -229,7 +229,7 @@ def table(rows: Iterable[tuple[str, dict]]) -> str:
 
 
 def whole(answer_many: AnswerMany, count: int, seed: int, at_once: int = 1) -> dict[str, dict]:
-    """The evaluation that the model card quotes: fresh scenes, held-out pairs, and worn pictures."""
+    """The evaluation that the model card quotes: fresh scenes, held-out pairs, and worn images."""
     results = {"fresh": evaluate(answer_many, count, seed, at_once=at_once)}
     some = max(count // 5, 20)
     results["held-out pairs"] = evaluate(answer_many, some, seed + 1, held_out="one", at_once=at_once)
@@ -241,7 +241,7 @@ def whole(answer_many: AnswerMany, count: int, seed: int, at_once: int = 1) -> d
 
 
 def asked_of(args: argparse.Namespace) -> tuple[AnswerMany, Callable[[list[dict]], str], Callable[[], dict]]:
-    """How to ask about a picture, how to converse, and what there is to tell of the answerer afterwards."""
+    """How to ask about an image, how to converse, and what there is to tell of the answerer afterwards."""
     from .answerers import Lean, Transformers
     from .served import Compared, Gateway
 

@@ -1,6 +1,6 @@
 """Draws training batches in a worker process, so that drawing costs the trainer nothing.
 
-A batch holds pictures of one grid. The stream of a (seed, worker) is fixed; on resume pass the step reached so that no
+A batch holds images of one grid. The stream of a (seed, worker) is fixed; on resume pass the step reached so that no
 scene comes twice.
 """
 
@@ -15,7 +15,7 @@ from PIL import Image
 from . import pack, pixels, scenes
 from .tokenizer import Words, load
 
-GRIDS = {  # (rows, columns) and how often: what smart_resize makes of pictures of common proportions
+GRIDS = {  # (rows, columns) and how often: what smart_resize makes of images of common proportions
     (7, 7): 34, (6, 8): 14, (6, 7): 12, (8, 6): 9, (7, 6): 9, (6, 6): 5, (5, 8): 6, (5, 9): 5, (8, 5): 4, (9, 5): 3,
     (4, 10): 1, (10, 4): 1, (4, 9): 1, (9, 4): 1, (5, 7): 1, (7, 5): 1, (7, 8): 1, (8, 7): 1, (3, 13): 0.5, (13, 3):
     0.5,
@@ -28,7 +28,7 @@ def pick_grid(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def vision_batch(seed: int, size: int, crowd: tuple[int, int]) -> dict:
-    """Pictures with many shapes: patches uint8 [size, patches, 588], labels, marks and numbers per picture."""
+    """Images with many shapes: patches uint8 [size, patches, 588], labels, marks and numbers per image."""
     rng = np.random.default_rng([seed, 1])
     grid = pick_grid(rng)
     batch = {"grid": grid, "patches": [], "labels": [], "marks": [], "numbers": []}
@@ -79,7 +79,7 @@ def _packed(rows: list[pack.Row], marks: list[np.ndarray], known: Words) -> dict
 
 
 def layout_batch(seed: int, tokenizer: str, size: int, most: int, weights: dict, length: int, variety: float) -> dict:
-    """Scenes without pictures, with packed questions."""
+    """Scenes without images, with packed questions."""
     rng = np.random.default_rng([seed, 2])
     known, grid = words(tokenizer), pick_grid(rng)
     height, width = grid[0] * scenes.CELL, grid[1] * scenes.CELL
@@ -93,7 +93,7 @@ def layout_batch(seed: int, tokenizer: str, size: int, most: int, weights: dict,
     return {"grid": grid, "marks": marks, "numbers": numbers} | _packed(rows, marks, known)
 
 
-def picture_batch(
+def image_batch(
     seed: int,
     tokenizer: str,
     size: int,
@@ -105,10 +105,10 @@ def picture_batch(
     worn: float = 0.0,
     see: Callable[[dict], None] | None = None,
 ) -> dict:
-    """Scenes with pictures and packed questions; crowded scenes a little more often than sparse ones.
+    """Scenes with images and packed questions; crowded scenes a little more often than sparse ones.
 
-    alike: share of scenes in which shapes of the same colour and kind abound. worn: share of pictures that come as JPEG
-    files of low quality, whatever has befallen them before. see: what to do with the pictures before
+    alike: share of scenes in which shapes of the same colour and kind abound. worn: share of images that come as JPEG
+    files of low quality, whatever has befallen them before. see: what to do with the images before
     their guides are laid out; it may move the batch's marks.
     """
     rng = np.random.default_rng([seed, 3])

@@ -1,7 +1,7 @@
 """Qwen2-VL in lean PyTorch, under the published parameter names, for training many questions per encoded image.
 
 Same arithmetic as transformers' Qwen2VLForConditionalGeneration (tests/training compares the logits); a batch holds
-pictures of one grid, and a mask says which token may look at which.
+images of one grid, and a mask says which token may look at which.
 """
 
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, dim, (2, 14, 14), (2, 14, 14), bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """[..., 588] of one frame; a still picture is the same frame twice, so the two time slices' weights add up."""
+        """[..., 588] of one frame; a still image is the same frame twice, so the two time slices' weights add up."""
         return F.linear(pixels, self.proj.weight.sum(2).flatten(1))
 
 

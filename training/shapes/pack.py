@@ -1,7 +1,7 @@
-"""Lays conversations out for training: each picture once, many questions behind it that cannot see each other.
+"""Lays conversations out for training: each image once, many questions behind it that cannot see each other.
 
-A row is a prefix (system prompt, picture) and segments; a segment sees the prefix and itself, or itself alone (text
-without a picture). Positions are Qwen2-VL's M-RoPE, each segment starting where the prefix ends.
+A row is a prefix (system prompt, image) and segments; a segment sees the prefix and itself, or itself alone (text
+without an image). Positions are Qwen2-VL's M-RoPE, each segment starting where the prefix ends.
 """
 
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class Guided:
 
 @dataclass
 class Row:
-    """One picture's tokens. Lists run over tokens; loss is the weight of predicting that very token."""
+    """One image's tokens. Lists run over tokens; loss is the weight of predicting that very token."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[tuple[int, int, int]] = field(default_factory=list)
@@ -134,7 +134,7 @@ def _held_out(question: questions.Question) -> bool:
 def pack_row(
     words: Words, shapes, size, grid, rng: np.random.Generator, weights: dict[str, float], length: int, variety: float
 ) -> Row:
-    """One picture with as many questions as `length` tokens hold; `variety` is the share of unusual conversations."""
+    """One image with as many questions as `length` tokens hold; `variety` is the share of unusual conversations."""
     row = Row()
     user, close = words.encode("user\n"), words.encode(ASSISTANT)
     end, opening = (words.ids["<|im_end|>"],), (words.ids["<|im_start|>"],)

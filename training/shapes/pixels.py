@@ -1,4 +1,4 @@
-"""Turns a picture into Qwen2-VL patches without torch, and marks which cell holds which shape.
+"""Turns an image into Qwen2-VL patches without torch, and marks which cell holds which shape.
 
 Gives the same numbers as Qwen2VLImageProcessorPil (tests/training proves it), kept as uint8 so that worker processes
 can hand them over cheaply; `normalise` finishes the job in the trainer.

@@ -245,7 +245,7 @@ def _unique(shapes) -> list[tuple[str, Shape]]:
 
 
 def _where(shapes, rng, size: tuple[int, int]) -> Question | None:
-    """Ninth of the picture, asked only where the centre is clearly inside one."""
+    """Ninth of the image, asked only where the centre is clearly inside one."""
     found = []
     for name, shape in _unique(shapes):
         x, y = shape.cx / size[0] * 3, shape.cy / size[1] * 3
@@ -286,7 +286,7 @@ def _extreme(shapes, rng) -> Question | None:
 
 
 def ask(kind: str, shapes: Sequence[Shape], size: tuple[int, int], rng: np.random.Generator) -> Question | None:
-    """A question of a type, or None where the scene allows no unambiguous one. size: the picture's (width, height)."""
+    """A question of a type, or None where the scene allows no unambiguous one. size: the image's (width, height)."""
     if kind in ("colour", "kind"):
         return _lookup(shapes, rng, kind)
     if kind.startswith("count"):

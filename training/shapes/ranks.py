@@ -20,9 +20,9 @@ def parser(description: str | None, *, length: int, weights: str, seed: int) -> 
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--out", type=Path, required=True)
     made.add_argument("--tokenizer", type=Path, required=True)
-    made.add_argument("--batch", type=int, default=12, help="pictures a step, over all ranks")
+    made.add_argument("--batch", type=int, default=12, help="images a step, over all ranks")
     made.add_argument(
-        "--length", type=int, default=length, help="tokens per picture: prefix and as many questions as fit"
+        "--length", type=int, default=length, help="tokens per image: prefix and as many questions as fit"
     )
     made.add_argument("--weights", choices=pack.WEIGHTS, default=weights, help="how often each question type is asked")
     made.add_argument("--ranks", type=int, default=1, help="processes that share the work, one core each")

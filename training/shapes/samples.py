@@ -1,4 +1,4 @@
-"""Writes the sample pictures that demo, tests and playground show, with their ground truth and questions.
+"""Writes the sample images that demo, tests and playground show, with their ground truth and questions.
 
 Scenes come from a fixed list of seeds. A sample is kept when the checkpoint answers all of its questions rightly, so
 that the demo shows a working system; how often it errs on scenes that nobody picked is what evaluate.py measures.
@@ -29,7 +29,7 @@ WANTED = (  # file, shapes, (width, height)
     ("six-wide.jpg", 6, (640, 480)),
     ("icon.png", 2, (56, 56)),
 )
-PER_PICTURE = 8
+PER_IMAGE = 8
 
 
 def asked_about(scene: scenes.Scene, seed: int, types: Sequence[str]) -> list[questions.Question]:
@@ -42,11 +42,11 @@ def asked_about(scene: scenes.Scene, seed: int, types: Sequence[str]) -> list[qu
             if fresh and (turn == 0 or question.type not in ("describe", "count_all")):
                 found.append(question)
     keep = [q for q in found if q.type in ("describe", "count_all")]
-    return (keep + [q for q in found if q not in keep])[:PER_PICTURE]
+    return (keep + [q for q in found if q not in keep])[:PER_IMAGE]
 
 
 def build(answer_many: AnswerMany, out: Path, types: Sequence[str]) -> list[dict]:
-    """Write pictures and samples.json; returns the latter's content."""
+    """Write images and samples.json; returns the latter's content."""
     out.mkdir(parents=True, exist_ok=True)
     samples, seed = [], FIRST_SEED
     for name, count, size in WANTED:
@@ -57,7 +57,7 @@ def build(answer_many: AnswerMany, out: Path, types: Sequence[str]) -> list[dict
             data = scene.png() if name.endswith("png") else scene.jpeg(88)
             if (
                 len(scene.shapes) != count
-                or len(asked) < PER_PICTURE
+                or len(asked) < PER_IMAGE
                 or ("star" in name and scene.shapes[0].kind != "star")
             ):
                 continue

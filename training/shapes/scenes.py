@@ -1,6 +1,6 @@
 """Draws scenes of coloured shapes and says exactly what is in them.
 
-A scene is a Pillow picture plus its ground truth. It knows nothing of models, tokens or questions.
+A scene is a Pillow image plus its ground truth. It knows nothing of models, tokens or questions.
 """
 
 import io
@@ -51,7 +51,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture (RGB) and its shapes, back to front. `image` is what a user would send."""
+    """An image (RGB) and its shapes, back to front. `image` is what a user would send."""
 
     seed: int
     image: Image.Image
@@ -71,7 +71,7 @@ class Scene:
 
 
 def grid_of(width: int, height: int) -> tuple[int, int]:
-    """(rows, columns) of image tokens that Qwen2-VL's smart_resize gives a picture under our pixel limits."""
+    """(rows, columns) of image tokens that Qwen2-VL's smart_resize gives an image under our pixel limits."""
     rows, columns = max(1, round(height / CELL)), max(1, round(width / CELL))
     pixels = rows * columns * CELL * CELL
     if pixels > MAX_PIXELS:
@@ -217,7 +217,7 @@ def alike(count: int, rng: np.random.Generator) -> list[tuple[str, str]]:
 def layout(
     rng: np.random.Generator, count: int, width: int, height: int, grid: tuple[int, int], held_out: str = "never"
 ) -> tuple[Shape, ...]:
-    """The shapes of a scene without its picture: what the language model is taught on first."""
+    """The shapes of a scene without its image: what the language model is taught on first."""
     return tuple(_place(count, width, height, grid, rng, _pairs(count, rng, held_out)))
 
 
@@ -235,7 +235,7 @@ def _ground_colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _background(width: int, height: int, shapes: list[Shape], rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """Float picture [height, width, 3] that every shape stands out against, and its sort."""
+    """Float image [height, width, 3] that every shape stands out against, and its sort."""
     colours = np.array([shape.rgb for shape in shapes], dtype=float).reshape(-1, 3)
 
     def clear_colour() -> np.ndarray:
@@ -247,7 +247,7 @@ def _background(width: int, height: int, shapes: list[Shape], rng: np.random.Gen
 
     sort = ("plain", "gradient", "noisy")[int(rng.choice(3, p=(0.5, 0.25, 0.25)))]
     ground = clear_colour()
-    picture = np.broadcast_to(ground, (height, width, 3)).astype(np.float32)
+    image = np.broadcast_to(ground, (height, width, 3)).astype(np.float32)
     if sort == "gradient":
         end = np.clip(ground + rng.uniform(-60, 60) + rng.uniform(-12, 12, 3), 0, 255)
         if not len(colours) or np.sqrt(((colours - end) ** 2).sum(1)).min() > 80:
@@ -255,15 +255,15 @@ def _background(width: int, height: int, shapes: list[Shape], rng: np.random.Gen
             ys, xs = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
             ramp = xs * math.cos(angle) + ys * math.sin(angle)
             ramp = ((ramp - ramp.min()) / (np.ptp(ramp) + 1e-6))[..., None]
-            picture = ground * (1 - ramp) + end * ramp
+            image = ground * (1 - ramp) + end * ramp
     elif sort == "noisy":
         if rng.random() < 0.6:
-            picture = picture + rng.normal(0, rng.uniform(4, 16), (height, width, 1 if rng.random() < 0.5 else 3))
+            image = image + rng.normal(0, rng.uniform(4, 16), (height, width, 1 if rng.random() < 0.5 else 3))
         else:
             coarse = rng.normal(0, rng.uniform(5, 14), (6, 6)).astype(np.float32)
             smooth = np.asarray(Image.fromarray(coarse, "F").resize((width, height), Image.Resampling.BICUBIC))
-            picture = picture + smooth[..., None]
-    return picture, sort
+            image = image + smooth[..., None]
+    return image, sort
 
 
 def _shade(canvas: Image.Image, shape: Shape, scale: float, rng: np.random.Generator) -> None:
@@ -277,11 +277,11 @@ def _shade(canvas: Image.Image, shape: Shape, scale: float, rng: np.random.Gener
 
 def _render(width: int, height: int, shapes: list[Shape], rng: np.random.Generator) -> tuple[Image.Image, str]:
     ground, sort = _background(width, height, shapes, rng)
-    picture = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
+    image = Image.fromarray(np.clip(ground, 0, 255).astype(np.uint8))
     factor = 3 if max(width, height) < 260 else 2  # antialiasing: draw larger, then average down
     if rng.random() < 0.06:
         factor = 1  # as plain screenshots and naive drawings come: jagged edges
-    canvas = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    canvas = image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(canvas)
     outlined, shaded = rng.random() < 0.15, rng.random() < 0.12
     ink = (0, 0, 0) if rng.random() < 0.6 else (255, 255, 255)
@@ -294,7 +294,7 @@ def _render(width: int, height: int, shapes: list[Shape], rng: np.random.Generat
 
 
 def _wear(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """What happens to pictures on their way: JPEG, blur, a small icon made larger."""
+    """What happens to images on their way: JPEG, blur, a small icon made larger."""
     if rng.random() < 0.1:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1)))
     if rng.random() < 0.3:

@@ -16,7 +16,7 @@ YES_OR_NO = re.compile(r"\byes\b.*\bno\b", re.IGNORECASE)
 
 
 class Gateway:
-    """Greedy answers through REST: a picture uploaded once, all its questions in one call, then erased again.
+    """Greedy answers through REST: an image uploaded once, all its questions in one call, then erased again.
 
     Questions that name yes and no are weighed, too, in the same call.
     """
@@ -25,19 +25,19 @@ class Gateway:
         self.client = lookonce.Client(url, api_key)
 
     def __call__(self, image: bytes, questions: Sequence[str]) -> list[Answer]:
-        picture = self.client.image(image)
+        kept = self.client.image(image)
         weighed = [text for text in questions if YES_OR_NO.search(text)]
         asked = [*questions, *(Question(text, choices=("yes", "no")) for text in weighed)]
-        answers = picture.ask_many(asked, temperature=0, max_tokens=LONGEST)
+        answers = kept.ask_many(asked, temperature=0, max_tokens=LONGEST)
         for answer in answers:
             if answer.error:
                 raise answer.error
         scores = {text: answer.choices["yes"] for text, answer in zip(weighed, answers[len(questions) :], strict=True)}
-        picture.delete()
+        kept.delete()
         return [Answer(answer.text, scores.get(text)) for text, answer in zip(questions, answers, strict=False)]
 
     def converse(self, messages: list[dict]) -> str:
-        """The reply to chat messages whose content is a string or a list of strings (text) and bytes (pictures)."""
+        """The reply to chat messages whose content is a string or a list of strings (text) and bytes (images)."""
         chat = [
             m | {"content": m["content"] if isinstance(m["content"], str) else [_part(p) for p in m["content"]]}
             for m in messages

@@ -1,6 +1,6 @@
 """Stage four: the deepened language model learns to list and count, behind a vision tower that no longer changes.
 
-The worker that draws the pictures encodes them, too. The learning rate falls to zero at the end; the running average
+The worker that draws the images encodes them, too. The learning rate falls to zero at the end; the running average
 is what is kept.
 """
 
@@ -21,7 +21,7 @@ from .stage_vision import normalise
 
 
 class Encoded:
-    """Draws batches as feed.picture_batch does and encodes their pictures: `image_tokens` [size, cells, hidden]."""
+    """Draws batches as feed.image_batch does and encodes their images: `image_tokens` [size, cells, hidden]."""
 
     def __init__(self, model: Qwen2VL):
         self.visual, self.directions = model.visual, codes.basis(model.sizes.hidden)
@@ -29,7 +29,7 @@ class Encoded:
     @torch.no_grad()
     def __call__(self, seed: int, *args) -> dict:
         torch.set_num_threads(1)
-        return feed.picture_batch(seed, *args, see=self.see)
+        return feed.image_batch(seed, *args, see=self.see)
 
     def see(self, batch: dict) -> None:
         """Replace a batch's patches by image tokens, and its marks by the cells that really hold the shapes."""

@@ -1,4 +1,4 @@
-"""Stage three: pictures in, answers out, everything trained together from the two halves that share a code.
+"""Stage three: images in, answers out, everything trained together from the two halves that share a code.
 
 The code's loss stays on as a fading helper. The learning rate falls to zero at the end; the running average is what
 is kept.
@@ -53,7 +53,7 @@ def train(rank: int, args: argparse.Namespace, meeting: str) -> None:
         args.alike,
         args.worn,
     )
-    source = feed.stream(feed.picture_batch, first, *lesson)
+    source = feed.stream(feed.image_batch, first, *lesson)
     report = Report(rank, lambda: save_file(average.weights, args.out))
     begun, progress, tally = time.process_time(), args.done, Tally(0.98)
     for step, data in enumerate(source, 1):
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--flat", type=float, default=0.1, help="progress until which the learning rate is held")
     parser.add_argument("--variety", type=float, default=0.25, help="share of unusual conversations")
     parser.add_argument("--alike", type=float, default=0.0, help="share of scenes in which alike shapes abound")
-    parser.add_argument("--worn", type=float, default=0.0, help="share of pictures that are JPEG files of low quality")
+    parser.add_argument("--worn", type=float, default=0.0, help="share of images that are JPEG files of low quality")
     parser.add_argument("--rate", type=float, default=0.004, help="learning rate of Muon; AdamW has a tenth")
     parser.add_argument("--vision-rate", type=float, default=0.25, help="the vision tower's share of the learning rate")
     parser.add_argument("--helper", type=float, default=0.5, help="weight of the code's loss at the start")

@@ -29,7 +29,7 @@ def blur(code: torch.Tensor, strength: float) -> torch.Tensor:
 def align(model: Qwen2VL, words: Words, directions: torch.Tensor) -> None:
     """Start with words that lie along the codes they name, and attention that finds and copies what is alike.
 
-    Without this the model names what is in the picture but does not look up what was asked for: nothing at the start
+    Without this the model names what is in the image but does not look up what was asked for: nothing at the start
     ties the word "star" to a star's token, and two unknowns that only help together are learned late or never.
     """
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight

@@ -14,10 +14,8 @@ import structlog
 from prometheus_client import Counter
 
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
-from lookonce.core.http_fetch.pinned_connection import get, tls_context
-from lookonce.core.http_fetch.refusals import FetchBusy, FetchError, FetchTooLarge, Reason
-from lookonce.core.http_fetch.resolving import LookUp, Resolver, system_look_up
-from lookonce.core.http_fetch.target import Target, follow, parse_target
+from lookonce.core.http_fetch.pinned_connection import LookUp, Resolver, get, system_look_up, tls_context
+from lookonce.core.http_fetch.target import FetchError, Reason, Target, follow, parse_target
 from lookonce.core.units import format_size
 
 FETCHES = Counter("lookonce_gateway_fetches", "URLs fetched for clients, by what came of it.", ("outcome",))
@@ -42,11 +40,11 @@ class Allowance:
         self._left = limit
 
     def take(self, size: int, param: str, host: str) -> None:
-        """Raises FetchTooLarge when there are not as many left."""
+        """Raises FetchError when there are not as many left."""
         self._left -= size
         if self._left < 0:
             text = f"the images at URLs have more bytes together than the {format_size(self._limit)} left to them"
-            raise FetchTooLarge(text, param=param, host=host)
+            raise FetchError(Reason.TOO_LARGE, text, param=param, host=host)
 
 
 class Fetcher:
@@ -128,7 +126,7 @@ class Fetcher:
                 await held.enter_async_context(share)
                 await held.enter_async_context(self._slots)
         except TimeoutError as error:
-            raise FetchBusy(param) from error
+            raise FetchError(Reason.BUSY, "too many URLs are being fetched, try again", param=param) from error
 
     async def _timed(self, target: Target, param: str, max_bytes: int, allowance: Allowance) -> bytes:
         """Within the policy's time; what a library raises as a FetchError."""
@@ -211,8 +209,9 @@ def _declared(response: httpcore2.Response) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-def _too_large(param: str, host: str, limit: int) -> FetchTooLarge:
-    return FetchTooLarge(f"the image at '{param}' has more than {format_size(limit)}", param=param, host=host)
+def _too_large(param: str, host: str, limit: int) -> FetchError:
+    text = f"the image at '{param}' has more than {format_size(limit)}"
+    return FetchError(Reason.TOO_LARGE, text, param=param, host=host)
 
 
 def _note(error: FetchError) -> None:

@@ -1,15 +1,66 @@
-"""Reading a URL strictly: whatever two parsers might read differently is refused, not repaired."""
+"""Reading a URL strictly: whatever two parsers might read differently is refused, not repaired. And what a client is
+told when its URL can't be fetched.
+
+Those texts are fixed: no library's words, no addresses. A name that does not resolve and one that resolves to a private
+address get the same text, so that nobody maps an internal network by asking.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import NoReturn
 from urllib.parse import quote, urljoin
 
-from lookonce.core.http_fetch.addresses import Address
-from lookonce.core.http_fetch.refusals import FetchError, Reason
+from lookonce.core.errors import ErrorKind, LookonceError
+
+Address = IPv4Address | IPv6Address
+
+
+class Reason(StrEnum):
+    """Why a fetch failed: for the log and the counter."""
+
+    MALFORMED = "malformed"
+    OFF = "off"
+    HOST_NOT_ALLOWED = "host_not_allowed"
+    PORT_NOT_ALLOWED = "port_not_allowed"
+    UNRESOLVED = "unresolved"
+    PRIVATE_ADDRESS = "private_address"
+    UNREACHABLE = "unreachable"
+    BROKEN = "broken"
+    TIMEOUT = "timeout"
+    STATUS = "status"
+    REDIRECTS = "redirects"
+    DOWNGRADE = "downgrade"
+    ENCODED = "encoded"
+    NOT_AN_IMAGE = "not_an_image"
+    EMPTY = "empty"
+    TOO_LARGE = "too_large"
+    BUSY = "busy"
+
+
+_KINDS = {
+    Reason.TOO_LARGE: (ErrorKind.IMAGE_TOO_LARGE, "image_too_large"),
+    Reason.BUSY: (ErrorKind.OVERLOADED, "overloaded"),
+}
+
+
+class FetchError(LookonceError):
+    """A URL that can't be fetched; `code` is OpenAI's own. `reason` and `host` are for the log alone."""
+
+    def __init__(self, reason: Reason, message: str, *, param: str, host: str = "") -> None:
+        kind, self.code = _KINDS.get(reason, (ErrorKind.INVALID_ARGUMENT, "invalid_image_url"))
+        super().__init__(kind, message, param=param)
+        self.reason = reason
+        self.host = host
+
+
+def no_usable_address(reason: Reason, param: str, host: str) -> FetchError:
+    """One text for an unknown name and for a private address."""
+    return FetchError(reason, f"the host of '{param}' has no public address", param=param, host=host)
+
 
 MAX_URL_CHARS = 8192
 DEFAULT_PORTS = {"http": 80, "https": 443}

@@ -13,8 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, join, reference_from_proto
-from lookonce.core.rpc.status_codes import from_rpc_error
+from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, from_rpc_error, join, reference_from_proto
 from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
@@ -23,18 +22,12 @@ MAX_RECORD_BYTES = 1 << 30
 _OUTCOMES = {vision_pb2.HIT: "hit", vision_pb2.MISS: "miss", vision_pb2.COALESCED: "coalesced"}
 
 
-def open_channel(
-    address: str,
-    tls: Tls | None = None,
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
-    *,
-    server_name: str | None = None,
-) -> grpc.aio.Channel:
+def open_channel(address: str, tls: Tls | None = None, *, server_name: str | None = None) -> grpc.aio.Channel:
     """A channel to "host:port" or "unix:/path"; connects when first used, reconnects by itself. `server_name` is what
     the certificate must be for when that is not the host."""
     options: list[tuple[str, Any]] = [
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", DEFAULT_MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", DEFAULT_MAX_MESSAGE_BYTES),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 500),
@@ -74,11 +67,12 @@ def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = N
 
 class _Client:
     label = "service"
-    stub: Any  # of the service: both have Forget
+    stub_class: Any  # of the service: both have Forget
 
     def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
         self.address = address
         self.channel = open_channel(address, tls, server_name=server_name)
+        self.stub = self.stub_class(self.channel)
         self._health = health_pb2_grpc.HealthStub(self.channel)
 
     async def healthy(self, timeout: float = 2.0) -> bool:
@@ -138,10 +132,7 @@ class VisionClient(_Client):
     """The vision service at one address."""
 
     label = "vision service"
-
-    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
-        super().__init__(address, tls=tls, server_name=server_name)
-        self.stub = vision_pb2_grpc.VisionEncoderStub(self.channel)  # type: ignore[no-untyped-call]
+    stub_class = vision_pb2_grpc.VisionEncoderStub
 
     async def encode(self, request: vision_pb2.EncodeRequest, *, timeout: float = 60.0) -> Encoded:
         """Encode one image; the record is joined from its chunks when tensors were asked for."""
@@ -180,10 +171,7 @@ class LanguageClient(_Client):
     """The language service at one address."""
 
     label = "language service"
-
-    def __init__(self, address: str, *, tls: Tls | None = None, server_name: str | None = None) -> None:
-        super().__init__(address, tls=tls, server_name=server_name)
-        self.stub = language_pb2_grpc.LanguageModelStub(self.channel)  # type: ignore[no-untyped-call]
+    stub_class = language_pb2_grpc.LanguageModelStub
 
     def generate(
         self, request: language_pb2.GenerateRequest, *, timeout: float = 600.0

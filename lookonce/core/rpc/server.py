@@ -18,8 +18,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES
-from lookonce.core.rpc.status_codes import abort
+from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, abort
 from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import HEADER, Step, begin, failure_of
 

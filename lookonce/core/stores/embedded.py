@@ -23,10 +23,8 @@ from typing import Any, Generic, TypeVar
 import lmdb
 
 from lookonce.core.stores.group_commit import GroupCommit
-from lookonce.core.stores.interface import StoreFailure, Value
-from lookonce.core.stores.lmdb_file import close_lmdb, open_lmdb
-from lookonce.core.stores.lmdb_tables import Changes, Entry, cost_of, held_by_other, is_key
-from lookonce.core.stores.metrics import StoreMetrics, StoreStats
+from lookonce.core.stores.interface import StoreFailure, StoreMetrics, StoreStats, Value
+from lookonce.core.stores.lmdb_file import Changes, Entry, close_lmdb, cost_of, held_by_other, is_key, open_lmdb
 from lookonce.core.tasks import run_in
 
 FLUSH_SECONDS = 5.0

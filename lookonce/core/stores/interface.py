@@ -1,4 +1,4 @@
-"""The store interface: four verbs and close; and leases, held by one process at a time.
+"""The store interface: four verbs and close; leases, held by one process at a time; and what every store counts.
 
 Values are opaque bytes. A store's own failure is a miss, never an error of the caller: `get` answers None, `put` False.
 Drivers (Redis, embedded) raise StoreFailure; the circuit breaker that `open_store` puts around them makes it a miss.
@@ -12,17 +12,97 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
 
 import structlog
+from prometheus_client import Counter, Gauge
 
 from lookonce.core.backoff import Backoff
-from lookonce.core.stores.metrics import StoreStats
 
 Value = bytes | bytearray | memoryview
 MAX_LEASE_SECONDS = 3600.0
 """A lease that claims to last longer is none: its clock has since been set back, or something else was put there."""
 log = structlog.get_logger(__name__)
+
+_LABELS: Final = ("store", "namespace")
+_COUNTERS: Final = {
+    name: Counter(f"lookonce_store_{name}", help_text, _LABELS)
+    for name, help_text in {
+        "hits": "Lookups that found their key.",
+        "misses": "Lookups that did not find their key.",
+        "puts": "Values written.",
+        "refused": "Values that could not be kept (too large, or no room).",
+        "evictions": "Values removed to stay within the byte budget.",
+        "errors": "Operations that failed and were treated as misses.",
+        "corrupt": "Values dropped because they failed verification.",
+    }.items()
+}
+_BYTES = Gauge("lookonce_store_bytes", "Bytes held.", _LABELS)
+_ENTRIES = Gauge("lookonce_store_entries", "Values held.", _LABELS)
+_DEGRADED = Gauge("lookonce_store_degraded", "1 while the circuit breaker keeps the store out of use.", _LABELS)
+
+
+def corrupt_counter(store: str, namespace: str) -> Counter:
+    """Counts values that failed verification, for what verifies them in front of a store."""
+    return _COUNTERS["corrupt"].labels(store, namespace)
+
+
+@dataclass
+class StoreStats:
+    """A snapshot of one store. `bytes` and `entries` are None where only the server knows."""
+
+    store: str  # "memory" | "embedded" | "redis" | "cache"
+    namespace: str
+    hits: int = 0
+    misses: int = 0
+    puts: int = 0
+    refused: int = 0
+    evictions: int = 0
+    errors: int = 0
+    corrupt: int = 0
+    bytes: int | None = None
+    entries: int | None = None
+    degraded: bool = False
+
+
+class StoreMetrics:
+    """Counts for one store object. Threads may share it: increments are single bytecode-level adds on ints that only
+    grow."""
+
+    def __init__(self, store: str, namespace: str) -> None:
+        self.stats = StoreStats(store, namespace)
+        self._counters = {name: counter.labels(store, namespace) for name, counter in _COUNTERS.items()}
+        self._bytes, self._entries = _BYTES.labels(store, namespace), _ENTRIES.labels(store, namespace)
+        self._degraded = _DEGRADED.labels(store, namespace)
+
+    def lookup(self, found: bool) -> None:
+        self._count("hits" if found else "misses")
+
+    def put(self, kept: bool) -> None:
+        self._count("puts" if kept else "refused")
+
+    def evicted(self, count: int) -> None:
+        self._count("evictions", count)
+
+    def error(self) -> None:
+        self._count("errors")
+
+    def corrupt(self) -> None:
+        self._count("corrupt")
+
+    def size(self, total: int, entries: int) -> None:
+        self.stats.bytes, self.stats.entries = total, entries
+        self._bytes.set(total)
+        self._entries.set(entries)
+
+    def degraded(self, degraded: bool) -> None:
+        self.stats.degraded = degraded
+        self._degraded.set(degraded)
+
+    def _count(self, name: str, number: int = 1) -> None:
+        setattr(self.stats, name, getattr(self.stats, name) + number)
+        self._counters[name].inc(number)
 
 
 class StoreFailure(Exception):

@@ -1,11 +1,12 @@
-"""One LMDB environment on disk: opening it safely, sharing it within a process, and lending views into it.
+"""The embedded store's file, an LMDB environment: opening it safely, lending views into it, and the changes to be made.
 
-Several processes may have it open, and any may be killed at any instant. What the file means is the embedded store's
-business.
+Several processes may have it open, and any may be killed at any instant. `opening.lock` is held exclusively while a
+process opens the file, `users.lock` shared for as long as it uses it. Who finds no other user may inspect the file,
+and when it is damaged or not LMDB's, moves it aside (`damaged/`) and starts empty: this is a cache, so a service starts
+rather than dies.
 
-Opening: `opening.lock` is held exclusively while a process opens the file, `users.lock` shared for as long as it uses
-it. Who finds no other user may inspect the file, and when it is damaged or not LMDB's, moves it aside (`damaged/`)
-and starts empty: this is a cache, so a service starts rather than dies.
+Tables: values key -> value; entries key -> (cost, used, expires); recency (used, key) and expiry (expires, key), both
+in time order; totals "bytes", "entries"; leases name -> (expires, owner). Times are ns since the epoch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import contextlib
 import fcntl
 import os
 import shutil
+import struct
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,162 @@ import structlog
 from lmdb.verify import VerifyError, verify
 
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.stores.interface import MAX_LEASE_SECONDS, Value
 
 MAX_READERS = 4096
 """Views and lookups that may be under way at once, over all processes."""
 OPEN_TIMEOUT = 30.0
 """Seconds to wait for another process that is opening the same store."""
 TABLES = (b"values", b"entries", b"recency", b"expiry", b"totals", b"leases")
-
 log = structlog.get_logger(__name__)
 _open_files: dict[Path, LmdbFile] = {}
 _registry_lock = threading.Lock()
+PAGE_BYTES = 4096
+MAX_KEY_BYTES = 255
+NEVER = 2**63 - 1
+
+_ENTRY = struct.Struct(">QQQ")  # cost in bytes, used and expires (NEVER: no expiry)
+_NUMBER = struct.Struct(">Q")  # a time or a total
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known of a value. Raises struct.error when it is not whole."""
+
+    cost: int
+    used: int
+    expires: int
+
+    @staticmethod
+    def unpack(raw: bytes | memoryview) -> Entry:
+        return Entry(*_ENTRY.unpack(raw))
+
+    def pack(self) -> bytes:
+        return _ENTRY.pack(self.cost, self.used, self.expires)
+
+
+def is_key(key: bytes) -> bool:
+    """Whether LMDB takes the key in every table."""
+    return 0 < len(key) <= MAX_KEY_BYTES
+
+
+def cost_of(value: Value) -> int:
+    """Bytes on disk, near enough: whole pages for the value, a page's share for the bookkeeping."""
+    pages = -(-(memoryview(value).nbytes + 16) // PAGE_BYTES)
+    return pages * PAGE_BYTES + 512
+
+
+def held_by_other(lease: bytes | None, owner: bytes, now: int) -> bool:
+    """Whether another owner holds this lease."""
+    if lease is None or len(lease) < _NUMBER.size or lease[8:] == owner:  # shorter: no lease of ours
+        return False
+    expires: int = _NUMBER.unpack(lease[:8])[0]
+    return 0 < expires - now <= int(MAX_LEASE_SECONDS * 1e9)
+
+
+class Changes:
+    """One write transaction. What keeps count is read at its start; `finish` writes it down at its end."""
+
+    def __init__(self, transaction: lmdb.Transaction[bytes], tables: dict[bytes, Any], now: Callable[[], int]) -> None:
+        self._transaction = transaction
+        self._tables = tables
+        self._now = now
+        self._before = self._total(b"bytes"), self._total(b"entries")
+        self.bytes, self.entries = self._before
+        self.evicted = 0
+
+    def finish(self) -> None:
+        """Write the totals down, if they are others than before."""
+        if (self.bytes, self.entries) != self._before:
+            self._transaction.put(b"bytes", _NUMBER.pack(self.bytes), db=self._tables[b"totals"])
+            self._transaction.put(b"entries", _NUMBER.pack(self.entries), db=self._tables[b"totals"])
+
+    def insert(self, key: bytes, value: Value, ttl: float | None, room: int) -> None:
+        """Keep `value`, evicting down to `room` bytes in all."""
+        self.remove(key)
+        cost, now = cost_of(value), self._now()
+        self.evict(room - cost)
+        entry = Entry(cost, now, NEVER if ttl is None else now + int(ttl * 1e9))
+        self._transaction.put(key, value, db=self._tables[b"values"])
+        self._transaction.put(key, entry.pack(), db=self._tables[b"entries"])
+        self._transaction.put(_NUMBER.pack(entry.used) + key, b"", db=self._tables[b"recency"])
+        if entry.expires != NEVER:
+            self._transaction.put(_NUMBER.pack(entry.expires) + key, b"", db=self._tables[b"expiry"])
+        self.bytes += cost
+        self.entries += 1
+
+    def bytes_without(self, key: bytes) -> int:
+        """The total, were `key` removed."""
+        entry = self._entry(key)
+        return self.bytes - (0 if entry is None else entry.cost)
+
+    def remove(self, key: bytes) -> None:
+        """Remove the value of `key`, if there is one."""
+        entry = self._entry(key)
+        if entry is None:
+            return
+        self._transaction.delete(key, db=self._tables[b"values"])
+        self._transaction.delete(key, db=self._tables[b"entries"])
+        self._transaction.delete(_NUMBER.pack(entry.used) + key, db=self._tables[b"recency"])
+        self._transaction.delete(_NUMBER.pack(entry.expires) + key, db=self._tables[b"expiry"])
+        self.bytes -= entry.cost
+        self.entries -= 1
+
+    def discard(self, key: bytes, value: Value) -> None:
+        """Remove the value of `key`, if it is this one."""
+        if is_key(key) and self._transaction.get(key, db=self._tables[b"values"]) == bytes(value):
+            self.remove(key)
+
+    def evict(self, room: int) -> None:
+        """Remove the least recently used until no more than `room` bytes are left."""
+        while self.bytes > room and (key := self._first(b"recency", until=NEVER)) is not None:
+            self.remove(key)
+            self.evicted += 1
+
+    def expire(self) -> None:
+        """Remove what has had its time."""
+        now = self._now()
+        while (key := self._first(b"expiry", until=now)) is not None:
+            self.remove(key)
+
+    def use(self, key: bytes, used: int) -> None:
+        """Note a use, unless a later one is known."""
+        entry = self._entry(key)
+        if entry is None or entry.used >= used:
+            return
+        self._transaction.delete(_NUMBER.pack(entry.used) + key, db=self._tables[b"recency"])
+        self._transaction.put(_NUMBER.pack(used) + key, b"", db=self._tables[b"recency"])
+        self._transaction.put(key, replace(entry, used=used).pack(), db=self._tables[b"entries"])
+
+    def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
+        """Take or renew a lease, unless another owner holds it."""
+        leases = self._tables[b"leases"]
+        if held_by_other(self._transaction.get(name, db=leases), owner, self._now()):
+            return False
+        self._transaction.put(name, _NUMBER.pack(self._now() + int(seconds * 1e9)) + owner, db=leases)
+        return True
+
+    def release(self, name: bytes, owner: bytes) -> None:
+        """Give a lease back, if `owner` has it."""
+        lease = self._transaction.get(name, db=self._tables[b"leases"])
+        if lease is not None and lease[8:] == owner:
+            self._transaction.delete(name, db=self._tables[b"leases"])
+
+    def _entry(self, key: bytes) -> Entry | None:
+        raw = self._transaction.get(key, db=self._tables[b"entries"]) if is_key(key) else None
+        return None if raw is None else Entry.unpack(raw)
+
+    def _first(self, table: bytes, until: int) -> bytes | None:
+        """The key with the earliest time in `table`, if that is not after `until`."""
+        with self._transaction.cursor(db=self._tables[table]) as cursor:
+            if not cursor.first():
+                return None
+            stamped: bytes = cursor.key()
+        return stamped[8:] if _NUMBER.unpack(stamped[:8])[0] <= until else None
+
+    def _total(self, name: bytes) -> int:
+        raw = self._transaction.get(name, db=self._tables[b"totals"])
+        return _NUMBER.unpack(raw)[0] if raw else 0
 
 
 class LmdbFile:

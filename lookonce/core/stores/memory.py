@@ -12,8 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lookonce.core.stores.interface import Value
-from lookonce.core.stores.metrics import StoreMetrics, StoreStats
+from lookonce.core.stores.interface import StoreMetrics, StoreStats, Value
 
 ENTRY_OVERHEAD = 256
 """Bytes that an entry is charged beside its key and value (objects, table slots)."""

@@ -23,9 +23,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from lookonce.core.stores.interface import MAX_LEASE_SECONDS, StoreFailure, Value
-from lookonce.core.stores.metrics import StoreMetrics, StoreStats
-from lookonce.core.stores.redis_reader import ReaderOptions, ValueReader
+from lookonce.core.stores.interface import MAX_LEASE_SECONDS, StoreFailure, StoreMetrics, StoreStats, Value
+from lookonce.core.stores.redis_reader import ValueReader
 
 DROPPED: Final[Any] = (RedisConnectionError, RuntimeError)
 """What a dropped connection raises. RuntimeError: uvloop's, for a write to a transport that is closed already."""
@@ -41,9 +40,8 @@ end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """
-_DISCARD: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
+_DELETE_IF: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 _CODE: Final = re.compile("[A-Z]{2,20}")
-_RELEASE: Final = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0"
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ class RedisStore:
         self._also_close = also_close
         self._slots = asyncio.Semaphore(settings.max_connections)  # a cluster client fails rather than waits
         self._closed = False
-        bounds = ReaderOptions(settings.connect_timeout, settings.socket_timeout, settings.max_value_bytes)
-        self._reader = ValueReader(client, bounds) if isinstance(client, aioredis.Redis) else None
+        self._reader = ValueReader(client, settings) if isinstance(client, aioredis.Redis) else None
 
     async def get(self, key: bytes) -> memoryview | None:
         name = self._name(key)
@@ -135,7 +132,7 @@ class RedisStore:
 
     async def discard(self, key: bytes, value: Value) -> None:
         name = self._name(key)
-        await self._run(lambda: self._client.eval(_DISCARD, 1, name, bytes(value)))
+        await self._run(lambda: self._client.eval(_DELETE_IF, 1, name, bytes(value)))
 
     async def acquire(self, name: bytes, owner: bytes, seconds: float) -> bool:
         lease, milliseconds, longest = self._lease(name), max(1, round(seconds * 1000)), round(MAX_LEASE_SECONDS * 1000)
@@ -143,7 +140,7 @@ class RedisStore:
 
     async def release(self, name: bytes, owner: bytes) -> None:
         lease = self._lease(name)
-        await self._run(lambda: self._client.eval(_RELEASE, 1, lease, owner))
+        await self._run(lambda: self._client.eval(_DELETE_IF, 1, lease, owner))
 
     async def ping(self) -> bool:
         await self._run(lambda: self._client.exists(self._name(b"ping")))

@@ -11,8 +11,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import redis.asyncio as aioredis
 import structlog
@@ -21,18 +20,12 @@ from redis.asyncio.sentinel import SentinelConnectionPool
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import InvalidResponse, ResponseError
 
+if TYPE_CHECKING:
+    from lookonce.core.stores.redis import RedisSettings
+
 log = structlog.get_logger(__name__)
 _LINE_BYTES: Final = 512
 """The longest first line of a reply; also the most of a value that is copied, when it arrives with its length."""
-
-
-@dataclass(frozen=True)
-class ReaderOptions:
-    """Bounds of a reader, as in RedisSettings. Seconds and bytes."""
-
-    connect_timeout: float
-    socket_timeout: float
-    max_value_bytes: int
 
 
 class ValueReader:
@@ -41,10 +34,10 @@ class ValueReader:
     Keeps as many connections as there were ever gets at once: bounding those is the caller's. Runs on one event loop.
     """
 
-    def __init__(self, client: aioredis.Redis, options: ReaderOptions) -> None:
+    def __init__(self, client: aioredis.Redis, settings: RedisSettings) -> None:
         pool: Any = client.connection_pool
         arguments = pool.connection_kwargs
-        self._options = options
+        self._settings = settings
         self._pool = pool
         self._login: list[tuple[bytes, ...]] = []
         user, password = arguments.get("username"), arguments.get("password")
@@ -86,7 +79,7 @@ class ValueReader:
             await connection.lost.wait()
 
     async def _ask(self, connection: _Connection, command: tuple[bytes, ...]) -> memoryview | None:
-        value = await connection.ask(command, self._options.socket_timeout)
+        value = await connection.ask(command, self._settings.socket_timeout)
         if connection.usable:
             self._idle.append(connection)
         return value
@@ -99,13 +92,13 @@ class ValueReader:
         return None
 
     async def _connect(self) -> _Connection:
-        async with asyncio.timeout(self._options.connect_timeout):
+        async with asyncio.timeout(self._settings.connect_timeout):
             host, port = await self._locate()
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self._connections, self._options.max_value_bytes), host, port, ssl=self._tls()
+                lambda: _Connection(self._connections, self._settings.max_value_bytes), host, port, ssl=self._tls()
             )
             for command in self._login:
-                await connection.ask(command, self._options.connect_timeout)
+                await connection.ask(command, self._settings.connect_timeout)
         if self._closed:
             connection.abort()
             raise RedisConnectionError("closed meanwhile")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lookonce.core.stores.interface import Store, Value
-from lookonce.core.stores.metrics import StoreStats
+from lookonce.core.stores.interface import Store, StoreStats, Value
 
 
 class _Read:

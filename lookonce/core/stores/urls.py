@@ -21,13 +21,12 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from lookonce.core.errors import invalid
-from lookonce.core.stores.breaker import CircuitBreaker
 from lookonce.core.stores.embedded import EmbeddedStore
 from lookonce.core.stores.interface import Store
 from lookonce.core.stores.memory import MemoryStore
 from lookonce.core.stores.redis import RedisSettings, RedisStore, cluster, sentinel, standalone
 from lookonce.core.stores.tiered import TieredStore
-from lookonce.core.stores.wrappers import TracedStore
+from lookonce.core.stores.wrappers import CircuitBreaker, TracedStore
 from lookonce.core.telemetry import tracing
 from lookonce.core.units import parse_duration, parse_size
 

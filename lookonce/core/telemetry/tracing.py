@@ -13,18 +13,23 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 import structlog
 
+from lookonce.core.errors import invalid
+from lookonce.core.version import __version__
+
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
-
-    from lookonce.core.telemetry.otlp import Exporter
 
 HEADER = "traceparent"
 Kind = Literal["server", "client", "internal"]
 Value = str | int | float | bool
 _PATTERN = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.ASCII)
+SEND_SECONDS = 1.0
+"""How long finished spans wait for company."""
+TIMEOUT_SECONDS = 5.0
 _NO_TRACE, _NO_SPAN = "0" * 32, "0" * 16
 
 
@@ -76,6 +81,49 @@ class Step:
             self._span = None
 
 
+class Exporter:
+    """Sends steps as OpenTelemetry spans over OTLP. Its SDK is an extra, imported only here."""
+
+    def __init__(self, service: str, endpoint: str, share: float) -> None:
+        try:
+            from opentelemetry import trace as otel
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+            from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+        except ImportError:
+            text = "trace_endpoint needs OpenTelemetry: pip install 'lookonce[tracing]'"
+            raise invalid(text, param="trace_endpoint") from None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            text = f"trace_endpoint must be http://host:port or https://, got {endpoint!r}"
+            raise invalid(text, param="trace_endpoint")
+        resource = Resource.create({"service.name": f"lookonce-{service}", "service.version": __version__})
+        self._provider = TracerProvider(
+            resource=resource, sampler=ParentBasedTraceIdRatio(share), shutdown_on_exit=False
+        )
+        sender = OTLPSpanExporter(endpoint=endpoint, insecure=parts.scheme == "http", timeout=TIMEOUT_SECONDS)
+        self._provider.add_span_processor(BatchSpanProcessor(sender, schedule_delay_millis=SEND_SECONDS * 1000))
+        self._tracer = self._provider.get_tracer("lookonce", __version__)
+        self._otel = otel
+
+    def start(self, name: str, kind: Kind, parent: Trace | None, *, at: int | None = None) -> Step:
+        """A span below `parent` (None: the first of a new trace), begun now or `at` nanoseconds since the epoch."""
+        otel, above = self._otel, self._otel.INVALID_SPAN_CONTEXT
+        if parent is not None:
+            flags = otel.TraceFlags(int(parent.flags, 16) & 1)
+            above = otel.SpanContext(int(parent.trace_id, 16), int(parent.span_id, 16), True, flags)
+        context = otel.set_span_in_context(otel.NonRecordingSpan(above))
+        span = self._tracer.start_span(name, context=context, kind=otel.SpanKind[kind.upper()], start_time=at)
+        made = span.get_span_context()
+        return Step(Trace(f"{made.trace_id:032x}", f"{made.span_id:016x}", f"{made.trace_flags:02x}"), span)
+
+    def close(self) -> None:
+        """Send what is still to be sent."""
+        self._provider.shutdown()
+
+
 _current: ContextVar[Step | None] = ContextVar("step", default=None)
 _exporter: Exporter | None = None
 
@@ -88,8 +136,6 @@ def export_spans(service: str, endpoint: str | None, *, share: float = 1.0) -> N
     global _exporter
     if endpoint is None:
         return
-    from lookonce.core.telemetry.otlp import Exporter
-
     _exporter = Exporter(service, endpoint, share)
 
 

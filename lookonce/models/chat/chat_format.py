@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
-from lookonce.models.checkpoint.files import read_json
+from lookonce.models.checkpoint.files import Problems, read_json
 from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -111,18 +111,10 @@ class ChatFormat:
 def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     """The tokenizer and template of a checkpoint directory; `image` is as in ChatFormat. CheckpointError naming all
     that is missing."""
-    problems: list[str] = []
-    tokenizer: Tokenizer | None = None
-    try:
-        tokenizer = load_tokenizer(path, family.words)
-    except CheckpointError as error:
-        problems += error.problems
-    try:
-        template = stored_template(path)
-    except CheckpointError as error:
-        problems += error.problems
-    if tokenizer is None or problems:
-        raise CheckpointError(*problems)
+    problems = Problems()
+    tokenizer, template = problems.of(load_tokenizer, path, family.words), problems.of(stored_template, path)
+    if tokenizer is None or template is None:
+        raise CheckpointError(*problems.found)
     return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
 
 

@@ -23,7 +23,6 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - jinja2's own way
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """See jinja2."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -35,7 +34,6 @@ class _Dict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """See dict."""
         return dict.fromkeys(*args)
 
 

@@ -6,19 +6,18 @@ everywhere. It reads settings, safetensors headers and the tokenizer, no weights
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lookonce.core.errors import CheckpointError
-from lookonce.models.checkpoint import directory, files
+from lookonce.models.checkpoint import files
 from lookonce.models.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
 from lookonce.models.checkpoint.inventory import quantisation_problem, tensor_problems
 from lookonce.models.family import HEAD
 from lookonce.models.registry import Family, Half, family_of
 
-_Value = TypeVar("_Value")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -42,7 +41,7 @@ def check_checkpoint(model: str, *, needs: Half | None = None, revision: str | N
     A directory that `lookonce split` wrote both halves under is one model. Never raises CheckpointError.
     """
     wanted = (needs,) if needs is not None else tuple(Half)
-    problems = _Problems()
+    problems = files.Problems()
     places = problems.of(places_of, model, wanted, revision) or []
     for place in places:
         problems.found += _directory_problems(place.path, place.halves)
@@ -72,82 +71,65 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     if any(file for place in (path, *(path / half for half in Half)) for name in _WEIGHTS for file in place.glob(name)):
         check_checkpoint(model, revision=revision).usable()
     path = settings_directory(model, revision)
-    config = directory.read_config(path)
+    config = files.read_config(path)
     problems = settings_problems(path, config, Half)
     if (path / files.INDEX).is_file() and not problems:
         problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX))
     if problems:
         raise CheckpointError(*problems)
     family = family_of(config)
-    return family, config, family.preprocessor(directory.read_preprocessor(path))
+    return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
 def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]) -> list[str]:
     """What config.json and preprocessor_config.json ask for that can't be computed."""
-    problems = _Problems()
-    problems.of(directory.refuse_quantised, path, config)
+    problems = files.Problems()
+    problems.of(files.refuse_quantised, path, config)
     family = problems.of(family_of, config)
     if family is not None:
-        preprocessor = problems.of(lambda: family.preprocessor(directory.read_preprocessor(path)))
+        preprocessor = problems.of(lambda: family.preprocessor(files.read_preprocessor(path)))
         problems.found += problems.of(family.problems, config, preprocessor, halves) or []
         problems.of(family.hidden_size, config)
     return problems.found
 
 
-class _Problems:
-    """Collects what steps raise, so that one doesn't hide the next."""
-
-    def __init__(self) -> None:
-        self.found: list[str] = []
-
-    def of(self, step: Callable[..., _Value], *arguments: Any, **named: Any) -> _Value | None:
-        """What the step answers; None when it found problems."""
-        try:
-            return step(*arguments, **named)
-        except CheckpointError as error:
-            self.found += error.problems
-            return None
-
-
 def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
-    problems = _Problems()
-    config = problems.of(directory.read_config, path)
+    problems = files.Problems()
+    config = problems.of(files.read_config, path)
     if config is None:
         return problems.found
     problems.found += settings_problems(path, config, halves)
-    try:
-        family = family_of(config)
-    except CheckpointError:
+    family = files.Problems().of(family_of, config)
+    if family is None:
         return problems.found  # said above; without a family no tensor and no token has a meaning
-    stated = bool(config.get("quantization_config"))
-    problems.found += _weight_problems(path, family, config, halves, quantised=stated)
+    problems.found += _weight_problems(path, family, config, halves)
     if Half.LANGUAGE in halves:
         problems.found += _chat_problems(path, family, config)
     return problems.found
 
 
-def _weight_problems(
-    path: Path, family: Family, config: dict[str, Any], halves: frozenset[Half], *, quantised: bool
-) -> list[str]:
-    problems = _Problems()
-    weight_map = problems.of(directory.weight_map_of, path)
+def _weight_problems(path: Path, family: Family, config: dict[str, Any], halves: frozenset[Half]) -> list[str]:
+    problems = files.Problems()
+    weight_map = problems.of(files.weight_map_of, path)
     if weight_map is None:
         return problems.found
-    if quantised and quantisation_problem(weight_map, path) is not None:
+    if config.get("quantization_config") and quantisation_problem(weight_map, path) is not None:
         return []  # config.json says so itself
     placed, strays = files.places_and_strays(family, weight_map)
     problems.found += [f"{path}: {files.describe_strays(family, strays)}"] if strays else []
     known = {name: weight_map[name] for name in placed}
-    named = directory.halves_named(family, known)
+    named = files.halves_named(family, known)
     for half in sorted(halves):
         if half not in named:
-            problems.found += directory.absent(path, half, named).problems
+            problems.found += files.absent(path, half, named).problems
             continue
-        entries = problems.of(directory.entries_of, path, family, known, {half})
+        entries = problems.of(files.entries_of, path, family, known, {half})
         if entries is None:
             continue
-        expected = _shapes(family, config, half, head=HEAD in entries[half] or not family.tied_head(config))
-        problems.found += tensor_problems(expected, entries[half], path) if expected is not None else []
+        head = HEAD in entries[half] or not family.tied_head(config)
+        expected = files.Problems().of(family.tensor_shapes, config, half, head=head)
+        if expected is not None:  # else the settings' problems tell of config.json's dimensions
+            problems.found += tensor_problems(expected, entries[half], path)
     return problems.found
 
 
@@ -160,18 +142,10 @@ def _name_problems(path: Path, family: Family, names: Iterable[str]) -> list[str
     ]
 
 
-def _shapes(family: Family, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]] | None:
-    """None where config.json's dimensions are wrong, of which the settings' problems tell."""
-    try:
-        return family.tensor_shapes(config, half, head=head)
-    except CheckpointError:
-        return None
-
-
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
     from lookonce.models.chat.chat_format import end_token_ids, open_chat, prompt_problems
 
-    problems = _Problems()
+    problems = files.Problems()
     rows = family.text_config(config).get("vocab_size")
     if not isinstance(rows, int):
         return []  # the settings' problems say so

@@ -15,7 +15,7 @@ from typing import Any
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import EncoderSpec
-from lookonce.models.checkpoint import directory, files, hub
+from lookonce.models.checkpoint import files, hub
 from lookonce.models.checkpoint.digest import content_identity
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.registry import Family, Half, family_of
@@ -60,7 +60,7 @@ class Checkpoint:
     def half_entries(self, half: Half) -> dict[str, TensorEntry]:
         """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
         if half not in self.entries:
-            raise directory.absent(self.path, half, self.halves)
+            raise files.absent(self.path, half, self.halves)
         return self.entries[half]
 
     def files(self, half: Half) -> list[Path]:
@@ -135,10 +135,8 @@ def places_of(model: str, halves: Collection[Half], revision: str | None = None)
 
     A directory that `lookonce split` wrote holds each half in a directory of its own.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if not hub.is_repository(model):
-            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    path = _local_directory(model)
+    if path is None:
         snapshot, commit = hub.fetch(model, halves, revision)
         return [Place(snapshot, model, frozenset(halves), hub.identity(model, commit))]
     if revision is not None:
@@ -150,6 +148,16 @@ def places_of(model: str, halves: Collection[Half], revision: str | None = None)
     places = [_local(path / half.value, {half}) for half in apart]
     together = frozenset(halves).difference(apart)
     return [*places, _local(path, together)] if together else places
+
+
+def _local_directory(model: str) -> Path | None:
+    """None for a hub id. CheckpointError for what is neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not hub.is_repository(model):
+        raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    return None
 
 
 def open_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> Checkpoint:
@@ -167,10 +175,8 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
     """Where config.json, the preprocessor's settings and the index of a model lie; no weight is fetched.
 
     Raises CheckpointError."""
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if not hub.is_repository(model):
-            raise CheckpointError(f"{model}: no such directory, and not a hub id (owner/name); check the spelling")
+    path = _local_directory(model)
+    if path is None:
         return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.INDEX], revision)
     if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
         return path / Half.LANGUAGE  # split: either half has both files
@@ -179,15 +185,15 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
 
 def open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
-    config = directory.read_config(path)
-    directory.refuse_quantised(path, config)
+    config = files.read_config(path)
+    files.refuse_quantised(path, config)
     family = family_of(config)
-    preprocessor = family.preprocessor(directory.read_preprocessor(path))
-    weight_map = directory.weight_map_of(path)
-    present = directory.halves_present(path, family, weight_map)
-    named = directory.halves_named(family, weight_map)
+    preprocessor = family.preprocessor(files.read_preprocessor(path))
+    weight_map = files.weight_map_of(path)
+    present = files.halves_present(path, family, weight_map)
+    named = files.halves_named(family, weight_map)
     if needs is not None and needs not in named:
-        raise directory.absent(path, needs, named)
+        raise files.absent(path, needs, named)
     shards = sorted(set(weight_map.values()))
     identity_files = (path / files.CONFIG, *(path / shard for shard in shards))
     stated = _stated_identity(path, named)
@@ -200,7 +206,7 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
         config=config,
         preprocessor=preprocessor,
         halves=present,
-        entries=directory.entries_of(path, family, weight_map, {needs} if needs is not None else named),
+        entries=files.entries_of(path, family, weight_map, {needs} if needs is not None else named),
         identity_files=identity_files,
         known_identity=stated[0] if stated else identity,
     )

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from blake3 import blake3
 
+from lookonce.core.atomic_files import write_durably
 from lookonce.core.errors import CheckpointError
-from lookonce.core.identity import canonical_json
-from lookonce.core.seal import Sealer
+from lookonce.core.identity import Sealer, canonical_json
 
 CACHE_DIR_VARIABLE = "LOOKONCE_CACHE_DIR"
 _CHUNK_BYTES = 32 << 20
@@ -77,11 +76,4 @@ def _remember(memo: Path, sealed: bytes) -> None:
     # A cache that can't be written only means hashing again next time.
     with contextlib.suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=memo.parent, prefix=".digest-")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(sealed)
-            os.replace(temporary, memo)
-        except OSError:
-            os.unlink(temporary)
-            raise
+        write_durably(memo, lambda file: file.write_bytes(sealed))

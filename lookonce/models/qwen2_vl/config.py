@@ -78,7 +78,7 @@ class Qwen2VL:
     """1,280 tokens. The work grows with the square of an image's size, and published checkpoints allow for 16,384."""
 
     def locate(self, name: str) -> tuple[Half, str] | None:
-        """See `Family.locate`. Language names are relative to {"model.": text model, "lm_head.": output head}."""
+        """Language names are relative to {"model.": text model, "lm_head.": output head}."""
         if name.endswith(_BUFFERS):
             return None
         for prefix, half, replacement in _PREFIXES:
@@ -90,7 +90,6 @@ class Qwen2VL:
         )
 
     def tensor_shapes(self, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]]:
-        """See `Family.tensor_shapes`."""
         shapes = tensor_shapes(self.architecture(config), tied=not head)
         places = ((self.locate(name), shape) for name, shape in shapes.items())
         return {place[1]: shape for place, shape in places if place is not None and place[0] is half}
@@ -100,7 +99,7 @@ class Qwen2VL:
         return architecture_of(self.vision_config(config), self.text_config(config), self.hidden_size(config))
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        """See `Family.dimensions`. At hand are two rows of the tower's width for each patch, and three of its MLP's."""
+        """At hand are two rows of the tower's width for each patch, and three of its MLP's."""
         arch = self.architecture(config)
         return Dimensions(
             layers=arch.layers,
@@ -115,7 +114,6 @@ class Qwen2VL:
         )
 
     def vision_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """See `Family.vision_config`."""
         stored = _section(config, "vision_config")
         if stored is None:
             raise CheckpointError("config.json: vision_config is missing; take config.json from the model's repository")
@@ -133,7 +131,6 @@ class Qwen2VL:
         return settings
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """See `Family.text_config`."""
         nested = _section(config, "text_config")
         if nested is not None:
             return dict(nested)
@@ -142,7 +139,6 @@ class Qwen2VL:
     def problems(
         self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
     ) -> list[str]:
-        """See `Family.problems`."""
         wanted = set(halves)
         vision = self.vision_config(config)
         found = list(model_problems(config))
@@ -154,12 +150,12 @@ class Qwen2VL:
         return found
 
     def tied_head(self, config: dict[str, Any]) -> bool:
-        """See `Family.tied_head`. Older nested saves put the switch inside text_config."""
+        """Older nested saves put the switch inside text_config."""
         nested = _section(config, "text_config") or {}
         return bool(config.get("tie_word_embeddings", False) or nested.get("tie_word_embeddings", False))
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
-        """See `Family.preprocessor`. Bounds stand in min_pixels / max_pixels or in size's shortest and longest edge."""
+        """Bounds stand in min_pixels / max_pixels or in size's shortest and longest edge."""
         filled = _PREPROCESSOR_DEFAULTS | {key: value for key, value in stored.items() if value is not None}
         size = _section(stored, "size") or {}
         filled["min_pixels"] = stored.get("min_pixels") or size.get("shortest_edge") or _DEFAULT_MIN_PIXELS
@@ -174,12 +170,11 @@ class Qwen2VL:
         return filled
 
     def fingerprint_preprocessor(self, preprocessor: dict[str, Any]) -> dict[str, Any]:
-        """See `Family.fingerprint_preprocessor`. EXIF and alpha are handled before the processor."""
+        """EXIF and alpha are handled before the processor."""
         settings = {key: preprocessor[key] for key in _PREPROCESSOR_DEFAULTS}
         return settings | {"exif_orientation": "applied", "alpha": "white"}
 
     def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
-        """See `Family.special_tokens`."""
         return SpecialTokens(
             image_id=int(config.get("image_token_id", 151655)),
             image="<|image_pad|>",
@@ -188,7 +183,7 @@ class Qwen2VL:
         )
 
     def hidden_size(self, config: dict[str, Any]) -> int:
-        """See `Family.hidden_size`. The tower's output width must agree with the language model's input width."""
+        """The tower's output width must agree with the language model's input width."""
         text = self.text_config(config).get("hidden_size", 8192)
         vision = self.vision_config(config)["hidden_size"]
         if text != vision or not isinstance(text, int):
@@ -199,7 +194,6 @@ class Qwen2VL:
         return text
 
     def merge_size(self, config: dict[str, Any]) -> int:
-        """See `Family.merge_size`."""
         return int((_section(config, "vision_config") or {}).get("spatial_merge_size", 2))
 
     def pixel_factor(self, config: dict[str, Any]) -> int:
@@ -207,32 +201,26 @@ class Qwen2VL:
         return int(self.vision_config(config)["patch_size"]) * self.merge_size(config)
 
     def least_pixels(self, config: dict[str, Any]) -> int:
-        """See `Family.least_pixels`."""
         return self.pixel_factor(config) ** 2
 
     def image_grid(self, config: dict[str, Any], width: int, height: int, min_pixels: int, max_pixels: int) -> Grid:
-        """See `Family.image_grid`."""
         factor, merge = self.pixel_factor(config), self.merge_size(config)
         rows, columns = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
         return 1, rows // factor * merge, columns // factor * merge
 
     def tokens_per_grid(self, config: dict[str, Any], grid_thw: Grid) -> int:
-        """See `Family.tokens_per_grid`."""
         (t, h, w), merge = grid_thw, self.merge_size(config)
         if min(t, h, w) < 1 or h % merge or w % merge:
             raise invalid(f"image.grid {t}x{h}x{w} is not a whole number of {merge}x{merge} cells", param="image.grid")
         return t * h * w // merge**2
 
     def encode_flops(self, config: dict[str, Any], tokens: int) -> float:
-        """See `Family.encode_flops`."""
         return self.architecture(config).encode_flops(tokens)
 
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
-        """See `Family.markers`: none."""
         return ()
 
     def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
-        """See `Family.positions`: three rows."""
         return mrope_positions(length, images, self.merge_size(config))
 
     def load_encoder(
@@ -244,7 +232,6 @@ class Qwen2VL:
         quantization: str = "none",
         native: bool = True,
     ) -> VisionEncoder:
-        """See `Family.load_encoder`."""
         from lookonce.models.qwen2_vl.vision import Encoder
 
         return Encoder.load(checkpoint, dtype, device, quantization=quantization, native=native)
@@ -259,7 +246,6 @@ class Qwen2VL:
         quantization: str = "none",
         native: bool = True,
     ) -> ModelAdapter:
-        """See `Family.load_text`."""
         from lookonce.models.qwen2_vl.modules import load_language_model
         from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 

@@ -71,16 +71,9 @@ def make_random_checkpoint(
     config = model_config(arch, tokens, layout=layout, tied=tied, dtype=dtype)
     shapes = tensor_shapes(arch, layout=layout, tied=tied)
     tensors = [TensorSpec(name, _CODES[dtype], shape) for name, shape in shapes.items()]
-    family = family_of(config)
-
-    def data(tensor: TensorSpec) -> Iterator[bytes]:
-        place = family.locate(tensor.name)
-        if place is None:
-            raise CheckpointError(f"{tensor.name!r} holds no weight")
-        return _values(arch, *place, tensor, seed)
-
-    for _ in write_shards(path, plan_by_count(tensors, shards), data):
-        pass
+    places = files.located(family_of(config), shapes)
+    plan = plan_by_count(tensors, shards)
+    list(write_shards(path, plan, lambda tensor: _values(arch, *places[tensor.name], tensor, seed)))
     _write_settings(path, arch, tokens, min_pixels, max_pixels)
     write_json(path / files.CONFIG, config)
     return path
@@ -171,17 +164,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--dtype", choices=sorted(_CODES), default="float32")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = vars(parser.parse_args(arguments))
     try:
-        path = make_random_checkpoint(
-            options.out,
-            size=options.size,
-            layout=options.layout,
-            tied=not options.untied,
-            shards=options.shards,
-            dtype=options.dtype,
-            seed=options.seed,
-        )
+        path = make_random_checkpoint(options.pop("out"), tied=not options.pop("untied"), **options)
     except CheckpointError as error:
         parser.exit(2, f"{error.message}\n")
     print(path)

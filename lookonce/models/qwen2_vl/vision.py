@@ -78,8 +78,7 @@ class Encoder:
         quantization: str = "none",
         native: bool = True,
     ) -> Encoder:
-        """Read the vision half of a checkpoint; `quantization` ("none", "int8") is that of the blocks' matrices. Raises
-        CheckpointError."""
+        """As `Family.load_encoder`."""
         tower = load_vision_tower(checkpoint, dtype, device)
         if quantization == "int8":
             replace_linears(tower.blocks, lambda child: Int8Linear(child.weight, child.bias))
@@ -105,7 +104,6 @@ class Encoder:
         return results
 
     def prepare(self, image: Image.Image, min_pixels: int, max_pixels: int) -> Patches:
-        """See `Preprocessor`."""
         return self._preprocessor(image, min_pixels, max_pixels)
 
     def warm_up(self) -> None:

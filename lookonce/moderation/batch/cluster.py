@@ -13,19 +13,18 @@ import logging
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import orjson
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import image_digest
-from lookonce.moderation.batch.connect import Addresses, Served, connected
 from lookonce.moderation.batch.judge import Judge
 from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
 from lookonce.moderation.batch.poison_isolation import Suspected
 from lookonce.moderation.batch.run import Run
-from lookonce.moderation.batch.run_plan import Plan, open_reader
+from lookonce.moderation.batch.run_plan import Addresses, Plan, Served, connected, open_reader
 from lookonce.moderation.batch.settings import ModerateSettings
 from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Locator, Unusable, WebUrl, items
 from lookonce.moderation.batch.sources.reader import Reader
@@ -236,8 +235,8 @@ async def _record(
 
 
 def _packed(row: Row, outcome: Outcome | None) -> bytes:
-    fields = asdict(row) | {"digest": row.digest.hex() if row.digest is not None else None}
-    return orjson.dumps({"row": fields, "outcome": outcome.to_json().decode() if outcome is not None else None})
+    known = outcome.to_json().decode() if outcome is not None else None
+    return orjson.dumps({"index": row.index, "row": row.to_json().decode(), "outcome": known})
 
 
 def _unpacked(packed: bytes) -> tuple[Row, Outcome | None] | int:
@@ -247,8 +246,6 @@ def _unpacked(packed: bytes) -> tuple[Row, Outcome | None] | int:
     if "ended" in value:
         kind, message = value["ended"]
         raise LookonceError(ErrorKind(kind), message)
-    fields, outcome = value["row"], value["outcome"]
-    failure = Failure(**fields["failure"]) if fields["failure"] else None
-    digest = bytes.fromhex(fields["digest"]) if fields["digest"] else None
-    row = Row(fields["index"], fields["source"], digest, failure, Timings(**fields["timings"]))
-    return row, Outcome.from_json(outcome.encode()) if outcome is not None else None
+    outcome = value["outcome"]
+    row = Row.from_json(value["index"], value["row"])
+    return row, Outcome.from_json(outcome) if outcome is not None else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from itertools import islice
 
 from lookonce.core.errors import LookonceError, invalid
-from lookonce.moderation.batch.connect import connected
 from lookonce.moderation.batch.outcome import Failure, Outcome
 from lookonce.moderation.batch.progress import duration
-from lookonce.moderation.batch.run_plan import Plan
+from lookonce.moderation.batch.run_plan import Plan, connected
 from lookonce.moderation.batch.sources.items import Item, items
 from lookonce.moderation.judging import judge
 
@@ -54,12 +54,7 @@ def _sample(made: Plan) -> list[Item]:
     """Spread evenly over the source, or its beginning when its length isn't known. Blocking."""
     wanted, count = made.settings.sample, made.manifest.identity.count
     if count is None or count <= wanted:
-        chosen: list[Item] = []
-        for item in items(made.source):
-            if len(chosen) == wanted:
-                break
-            chosen.append(item)
-        return chosen
+        return list(islice(items(made.source), wanted))
     places = {round((number + 0.5) * count / wanted) for number in range(wanted)}
     return [item for item in items(made.source) if item.index in places]
 
@@ -74,7 +69,7 @@ def _rate(began: float, ends: list[float]) -> float:
 def _text(made: Plan, outcomes: list[Outcome], rate: float, size: int) -> str:
     count = made.manifest.identity.count
     good = [outcome for outcome in outcomes if outcome.failure is None]
-    rules = [rule for rule in made.policy.rules if "image" in rule.applies_to]
+    rules = made.policy.of("image")
     verdicts = [judge(rules, one.scores) for one in good]
     fired = Counter(rule for verdict in verdicts for rule, label in verdict.labels.items() if label)
     flagged = sum(verdict.flagged for verdict in verdicts)

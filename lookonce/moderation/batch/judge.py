@@ -9,8 +9,7 @@ from functools import partial
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import reference_to_proto
-from lookonce.core.rpc.status_codes import from_proto
+from lookonce.core.rpc.messages import from_proto, reference_to_proto
 from lookonce.moderation import judging
 from lookonce.moderation.batch.outcome import SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.moderation.batch.poison_isolation import PoisonIsolation, ServiceCrashed, plain_image
@@ -95,7 +94,7 @@ class Judge:
 
     async def _judge(self, image: bytes, attempts: Attempts) -> tuple[Outcome, Timings]:
         started = time.perf_counter()
-        reference, how = await self._isolation.run(self._visions, self._encode, image, _plain_file, attempts)
+        reference, how = await self._isolation.run(self._visions, self._encode, image, plain_image, attempts)
         encoded = time.perf_counter()
         rules = self._policy.of("image", (reference.width, reference.height))
         shown = reference_to_proto(reference)
@@ -120,7 +119,7 @@ class Judge:
     async def _plain(self) -> common_pb2.ImageReference:
         """Of a plain image, encoded now."""
         with self._visions.use() as connection:
-            reference, _ = await self._encode(connection, plain_image())
+            reference, _ = await self._encode(connection, await plain_image())
         return reference_to_proto(reference)
 
     async def _encode(self, connection: VisionConnection, image: bytes) -> tuple[EmbeddingReference, str]:
@@ -167,10 +166,6 @@ class Judge:
         if not self._policy.system:
             return [asked]
         return [language_pb2.Message(role="system", parts=[language_pb2.Part(text=self._policy.system)]), asked]
-
-
-async def _plain_file() -> bytes:
-    return plain_image()
 
 
 def _logprobs(result: language_pb2.ScoreResult) -> dict[str, float]:

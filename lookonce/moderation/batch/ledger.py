@@ -18,8 +18,8 @@ import orjson
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.seal import Sealer
-from lookonce.moderation.batch.outcome import Failure, Outcome, Row, Timings
+from lookonce.core.identity import Sealer
+from lookonce.moderation.batch.outcome import Outcome, Row, text
 from lookonce.moderation.batch.run_identity import Identity
 
 _VERSION = 3
@@ -158,7 +158,7 @@ class Ledger:
         with self._db:
             self._db.execute("BEGIN")
             for row in rows:
-                self._put("rows", row.index, _row_to_json(row))
+                self._put("rows", row.index, row.to_json())
                 if row.digest is not None:
                     outcome = outcomes.get(row.digest)
                     if outcome is not None and self._get("images", row.digest) is None:
@@ -168,7 +168,7 @@ class Ledger:
     def _note_first(self, digest: bytes, row: Row) -> None:
         known = self._get("firsts", digest)
         if known is None or row.index < orjson.loads(known)[0]:
-            self._put("firsts", digest, orjson.dumps([row.index, _text(row.source)]))
+            self._put("firsts", digest, orjson.dumps([row.index, text(row.source)]))
 
     def rows(self, start: int, end: int = _ALL) -> Iterator[Full | None]:
         """The rows from `start` to before `end`, in order; None for one that is damaged, or whose image is. Which is
@@ -177,7 +177,7 @@ class Ledger:
         found = self._db.execute(query, (start, end))
         for number, sealed in found:
             opened = self._open("rows", number, sealed)
-            yield self._full(_row_from_json(number, opened)) if opened is not None else None
+            yield self._full(Row.from_json(number, opened)) if opened is not None else None
 
     def _full(self, row: Row) -> Full | None:
         if row.digest is None:
@@ -207,22 +207,6 @@ class Ledger:
 
 def _key(key: bytes | int) -> bytes:
     return key if isinstance(key, bytes) else str(key).encode()
-
-
-def _row_to_json(row: Row) -> bytes:
-    digest = row.digest.hex() if row.digest is not None else None
-    return orjson.dumps([_text(row.source), digest, row.failure, orjson.Fragment(row.timings.to_json())])
-
-
-def _row_from_json(number: int, data: bytes) -> Row:
-    source, digest, failure, timings = orjson.loads(data)
-    known = bytes.fromhex(digest) if digest is not None else None
-    return Row(number, source, known, Failure(**failure) if failure else None, Timings(**timings))
-
-
-def _text(name: str) -> str:
-    """SQLite and Parquet take no lone surrogates, which stand for bytes of file names that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _damaged(path: Path) -> LookonceError:

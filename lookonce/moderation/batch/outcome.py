@@ -43,7 +43,7 @@ class Outcome:
         return orjson.dumps(self)
 
     @classmethod
-    def from_json(cls, data: bytes) -> Outcome:
+    def from_json(cls, data: bytes | str) -> Outcome:
         fields: dict[str, Any] = orjson.loads(data)
         failure = fields.pop("failure")
         return cls(**fields, failure=Failure(**failure) if failure else None)
@@ -72,3 +72,19 @@ class Row:
     digest: bytes | None = None  # 32 bytes, BLAKE3
     failure: Failure | None = None
     timings: Timings = Timings()
+
+    def to_json(self) -> bytes:
+        """All but the index."""
+        digest = self.digest.hex() if self.digest is not None else None
+        return orjson.dumps([text(self.source), digest, self.failure, orjson.Fragment(self.timings.to_json())])
+
+    @classmethod
+    def from_json(cls, index: int, data: bytes | str) -> Row:
+        source, digest, failure, timings = orjson.loads(data)
+        known = bytes.fromhex(digest) if digest is not None else None
+        return cls(index, source, known, Failure(**failure) if failure else None, Timings(**timings))
+
+
+def text(name: str) -> str:
+    """SQLite and Parquet take no lone surrogates, which stand for bytes of file names that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,11 +1,15 @@
-"""The forms that results are written in: Parquet, JSON lines, CSV. Each writes a part, joins parts, reads both back."""
+"""The columns of a result, and the forms it is written in: Parquet, JSON lines, CSV.
+
+Each form writes a part, joins parts, reads both back.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 import pyarrow as pa
@@ -13,8 +17,80 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.parquet as pq
 
-from lookonce.moderation.batch.columns import Columns
+from lookonce.core.identity import image_id
 from lookonce.moderation.batch.ledger import Full
+from lookonce.moderation.batch.outcome import Outcome
+from lookonce.moderation.batch.run_identity import Manifest
+from lookonce.moderation.judging import judge
+
+METADATA_KEY = b"lookonce"
+SCORE, FIRED, FOLLOW_UP = "score_", "fired_", "follow_up_"
+"""Prefixes of the columns of a rule, before its id."""
+_TIMINGS = ("read_ms", "encode_ms", "score_ms", "follow_up_ms")
+
+
+class Columns:
+    """Turns rows into tables. All but `timings` depends on inputs, policy and models alone."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._rules = manifest.policy.of("image")
+        fields: list[tuple[str, pa.DataType]] = [
+            ("index", pa.int64()),
+            ("source", pa.string()),
+            ("image_digest", pa.string()),
+            ("width", pa.int32()),
+            ("height", pa.int32()),
+            ("flagged", pa.bool_()),
+            ("severity", pa.string()),
+        ]
+        for rule in self._rules:
+            fields += [(SCORE + rule.id, pa.float64()), (FIRED + rule.id, pa.bool_())]
+            if rule.follow_up:
+                fields.append((FOLLOW_UP + rule.id, pa.string()))
+        fields += [("error", pa.string()), ("error_message", pa.string())]
+        fields += [("duplicate_of", pa.string()), ("duplicate_of_index", pa.int64())]
+        fields += [(name, pa.string()) for name in ("vision_fingerprint", "language_fingerprint", "policy_digest")]
+        timings = pa.struct([*((name, pa.float64()) for name in _TIMINGS), ("embedding", pa.string())])
+        fields.append(("timings", timings))
+        self.schema = pa.schema(fields, metadata={METADATA_KEY: orjson.dumps(manifest.to_json())})
+
+    def table(self, rows: Sequence[Full]) -> pa.Table:
+        """One row each, in their order."""
+        return pa.Table.from_pylist([self.record(full) for full in rows], schema=self.schema)
+
+    def record(self, full: Full) -> dict[str, Any]:
+        """A row as plain values, in the order of the columns."""
+        row, outcome, first, first_source = full
+        known = outcome or Outcome()
+        failure = row.failure or known.failure
+        verdict = judge(self._rules, known.scores)
+        values: dict[str, Any] = {
+            "index": row.index,
+            "source": row.source,
+            "image_digest": image_id(row.digest) if row.digest is not None else None,
+            "width": known.width,
+            "height": known.height,
+            "flagged": verdict.flagged if failure is None else None,
+            "severity": verdict.severity,
+        }
+        for rule in self._rules:
+            values[SCORE + rule.id] = known.scores.get(rule.id)
+            values[FIRED + rule.id] = verdict.labels.get(rule.id)
+            if rule.follow_up:
+                values[FOLLOW_UP + rule.id] = known.follow_ups.get(rule.id)
+        identity = self._manifest.identity
+        return values | {
+            "error": failure.kind if failure else None,
+            "error_message": failure.message if failure else None,
+            "duplicate_of": first_source,
+            "duplicate_of_index": first,
+            "vision_fingerprint": identity.models.vision,
+            "language_fingerprint": identity.models.language,
+            "policy_digest": identity.policy_digest,
+            "timings": vars(row.timings),
+        }
+
 
 BATCH_ROWS = 4096
 GROUP_ROWS = 65536
@@ -73,15 +149,9 @@ class JsonLines:
                     shutil.copyfileobj(source, target)
 
     def read(self, path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        lines: list[dict[str, object]] = []
         with path.open("rb") as stream:
-            for line in stream:
-                lines.append(orjson.loads(line))
-                if len(lines) == BATCH_ROWS:
-                    yield pa.RecordBatch.from_pylist(lines, schema=schema)
-                    lines = []
-        if lines:
-            yield pa.RecordBatch.from_pylist(lines, schema=schema)
+            while rows := [orjson.loads(line) for line in islice(stream, BATCH_ROWS)]:
+                yield pa.RecordBatch.from_pylist(rows, schema=schema)
 
 
 class Csv:
@@ -121,17 +191,9 @@ class Csv:
 
 def _flat(table: pa.Table) -> pa.Table:
     """`timings: {read_ms, ...}` as `timings_read_ms` and so on; formulas as text."""
-    arrays: list[pa.ChunkedArray] = []
-    names: list[str] = []
-    for field, column in zip(table.schema, table.columns, strict=True):
-        if pa.types.is_struct(field.type):
-            arrays += column.flatten()
-            names += [f"{field.name}_{inner.name}" for inner in field.type]
-        else:
-            arrays.append(column)
-            names.append(field.name)
-    texts = [pc.replace_substring_regex(a, f"^({_FORMULA})", r"'\1") if _text(a) else a for a in arrays]
-    return pa.table(texts, names=names)
+    flat = table.flatten()  # names their columns timings.read_ms
+    texts = [pc.replace_substring_regex(a, f"^({_FORMULA})", r"'\1") if _text(a) else a for a in flat.columns]
+    return pa.table(texts, names=[name.replace(".", "_") for name in flat.column_names])
 
 
 def _nested(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

@@ -21,9 +21,8 @@ from blake3 import blake3
 
 from lookonce.core.atomic_files import sync, write_durably
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.moderation.batch.columns import METADATA_KEY, Columns
 from lookonce.moderation.batch.ledger import Full
-from lookonce.moderation.batch.output_formats import FORMS, SUFFIXES
+from lookonce.moderation.batch.output_formats import FORMS, METADATA_KEY, SUFFIXES, Columns
 from lookonce.moderation.batch.run_identity import Manifest
 
 _OF_A_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*")
@@ -104,7 +103,7 @@ class Output:
     def begin(self, manifest: Manifest) -> None:
         """Note which run this is."""
         data = orjson.dumps(manifest.to_json(), option=orjson.OPT_INDENT_2)
-        write_durably(self.run / "manifest.json", lambda path: _keep(path, data))
+        write_durably(self.run / "manifest.json", lambda path: path.write_bytes(data))
 
     def finished(self) -> bool:
         """Whether a result is complete here, with no run under way."""
@@ -147,7 +146,7 @@ class Output:
                 path.unlink()
         if not self.single or self.form != "parquet":  # which holds its manifest
             data = (self.run / "manifest.json").read_bytes()
-            write_durably(self._final_manifest, lambda path: _keep(path, data))
+            write_durably(self._final_manifest, lambda path: path.write_bytes(data))
         (self.run / "manifest.json").unlink()  # from here on it is finished
         sync(self.run)
         shutil.rmtree(self.run, ignore_errors=True)
@@ -155,10 +154,6 @@ class Output:
     @property
     def _final_manifest(self) -> Path:
         return self.out.with_name(self.out.name + ".manifest.json") if self.single else self.out / "_manifest.json"
-
-
-def _keep(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
 
 
 def _manifest(data: bytes, path: Path) -> Manifest:

@@ -143,7 +143,7 @@ class PoisonIsolation:
         return True
 
 
-def plain_image() -> bytes:
+async def plain_image() -> bytes:
     """A PNG of one colour, most likely one that no store has seen."""
     from PIL import Image
 

@@ -13,9 +13,8 @@ import pyarrow as pa
 import structlog
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.moderation.batch.columns import FIRED, SCORE, Columns
 from lookonce.moderation.batch.ledger import Ledger
-from lookonce.moderation.batch.output_formats import BATCH_ROWS, FORMS
+from lookonce.moderation.batch.output_formats import BATCH_ROWS, FIRED, FORMS, SCORE, Columns
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.run_identity import Manifest
 
@@ -81,7 +80,7 @@ class Results:
     def counts(self) -> Counts:
         """Of all rows."""
         counts = Counts()
-        rules = [rule.id for rule in self.manifest.policy.rules if "image" in rule.applies_to]
+        rules = [rule.id for rule in self.manifest.policy.of("image")]
         for batch in self.batches():
             counts.add(batch, rules)
         return counts

@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import digest_of_image_id
-from lookonce.moderation.batch.columns import Columns
 from lookonce.moderation.batch.ledger import Ledger
 from lookonce.moderation.batch.outcome import Outcome, Row
+from lookonce.moderation.batch.output_formats import Columns
 from lookonce.moderation.batch.parts import Output
 from lookonce.moderation.batch.results import Results
 from lookonce.moderation.batch.run_identity import Manifest

@@ -7,7 +7,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import canonical_json
 from lookonce.moderation.policy import Policy
 from protos.lookonce.v1 import language_pb2, vision_pb2
@@ -28,7 +28,8 @@ class Models:
     def of(
         cls, vision: vision_pb2.VisionDescription, language: language_pb2.LanguageDescription, policy: Policy
     ) -> Models:
-        """From what the services say. Raises FINGERPRINT_MISMATCH when they don't belong together."""
+        """From what the services say. Raises FINGERPRINT_MISMATCH when they don't belong together; INVALID_ARGUMENT for
+        a policy that leaves an image no token."""
         if vision.fingerprint not in language.fingerprints:
             accepted = ", ".join(fingerprint[:12] for fingerprint in language.fingerprints)
             raise LookonceError(
@@ -36,6 +37,8 @@ class Models:
                 f"the vision service has the encoder {vision.fingerprint[:12]}, the language service accepts "
                 f"{accepted}: start both with the same checkpoint",
             )
+        if policy.max_pixels is not None and policy.max_pixels < vision.least_pixels:
+            raise invalid(f"policy: 'max_pixels' must be at least {vision.least_pixels}, got {policy.max_pixels}")
         most = min(policy.max_pixels or vision.max_pixels, vision.max_pixels)
         return cls(vision.fingerprint, language_fingerprint(language), most, language.model.name)
 

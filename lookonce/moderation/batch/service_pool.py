@@ -20,8 +20,7 @@ from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.tasks import end_tasks, start_task
-from lookonce.moderation.batch.encode_streams import EncodeStreams
-from lookonce.moderation.batch.score_batching import ScoreCalls
+from lookonce.moderation.batch.service_calls import EncodeStreams, ScoreCalls
 
 C = TypeVar("C", bound=VisionClient | LanguageClient)
 T = TypeVar("T")

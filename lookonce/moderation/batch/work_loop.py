@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import structlog
 
@@ -137,7 +138,7 @@ class Job:
         """The next input without a row."""
         async with self._listing:
             while not self._listed and not self._ended:
-                batch = await asyncio.to_thread(_take, self._inputs, LISTED_AT_ONCE)
+                batch = await asyncio.to_thread(list, islice(self._inputs, LISTED_AT_ONCE))
                 self._ended = len(batch) < LISTED_AT_ONCE
                 if batch:
                     self._run.listed(batch[-1].index + 1)
@@ -215,16 +216,6 @@ class Job:
             await self._run.record(rows, outcomes)
             for digest in outcomes:
                 self._outcomes.pop(digest, None)
-
-
-def _take(inputs: Iterator[Item], count: int) -> list[Item]:
-    """In a thread."""
-    batch = []
-    for item in inputs:
-        batch.append(item)
-        if len(batch) == count:
-            break
-    return batch
 
 
 async def _digest(data: bytes) -> bytes:

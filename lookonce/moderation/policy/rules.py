@@ -103,7 +103,7 @@ class Policy(Body):
     name: Annotated[str, Field(max_length=200)] = ""
     description: Annotated[str, Field(max_length=2000)] = ""
     system: Annotated[str, Field(max_length=8000)] = ""  # said before every question
-    max_pixels: Annotated[int, Field(ge=784)] | None = None  # a larger image is scaled down to this
+    max_pixels: Annotated[int, Field(ge=1)] | None = None  # a larger image is scaled down to this
     image_size: ImageSize | None = None  # of rules that have none of their own
     rules: Annotated[tuple[Rule, ...], Field(min_length=1, max_length=MAX_RULES)]
 

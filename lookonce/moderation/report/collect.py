@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lookonce.moderation.batch.columns import FIRED, FOLLOW_UP, SCORE
+from lookonce.moderation.batch.output_formats import FIRED, FOLLOW_UP, SCORE
 from lookonce.moderation.batch.results import Results
 from lookonce.moderation.batch.run_identity import Manifest
 from lookonce.moderation.policy import Rule
@@ -20,7 +20,6 @@ from lookonce.moderation.policy import Rule
 BINS = 1000
 """Of a score's histogram: thresholds of the page move in steps of a thousandth, with exact counts."""
 _EXAMPLES = 20  # of each kind of error
-_REPEATED = 50  # most repeated images listed
 _MOST_TRACKED = 100_000  # repeated images counted
 
 
@@ -58,7 +57,7 @@ def collect(out: Path, gallery: int) -> Collected:
 
     Raises NOT_FOUND when there is none."""
     results = Results.at(out)
-    rules = [rule for rule in results.manifest.policy.rules if "image" in rule.applies_to]
+    rules = results.manifest.policy.of("image")
     collected = Collected(results.manifest, results.finished, rules=[RuleCounts(rule) for rule in rules])
     room = max(1, gallery // max(1, len(rules)))
     for batch in results.batches():
@@ -145,8 +144,3 @@ def card(row: dict[str, Any], rules: list[RuleCounts], image: str | None, copies
         "scores": [row[SCORE + counts.rule.id] for counts in rules],
         "follow_ups": {rule: text for rule, text in follow_ups.items() if text},
     }
-
-
-def repeated(collected: Collected) -> list[tuple[str, int]]:
-    """The images with most copies, and how many."""
-    return collected.repeated.most_common(_REPEATED)

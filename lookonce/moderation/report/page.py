@@ -11,9 +11,10 @@ from typing import Any
 import orjson
 
 from lookonce.core.atomic_files import write_durably
-from lookonce.moderation.report.collect import Collected, card, collect, repeated
+from lookonce.moderation.report.collect import Collected, card, collect
 from lookonce.moderation.report.thumbnails import thumbnails
 
+_REPEATED = 50  # most repeated images listed
 _STATIC = files("lookonce.moderation.report") / "static"
 
 
@@ -23,7 +24,7 @@ def write_report(results: Path, out: Path, *, gallery: int) -> Collected:
     wanted = {index: row["image_digest"] for index, row in collected.cards.items()}
     images = thumbnails(collected.manifest, wanted) if wanted else {}
     text = page(_content(collected, images))
-    write_durably(out.expanduser().absolute(), lambda path: _keep(path, text))
+    write_durably(out.expanduser().absolute(), lambda path: path.write_text(text, encoding="utf-8"))
     return collected
 
 
@@ -79,7 +80,7 @@ def _content(collected: Collected, images: dict[int, str]) -> dict[str, Any]:
             {"kind": kind, "count": count, "examples": collected.examples[kind]}
             for kind, count in collected.errors.most_common()
         ],
-        "repeated": repeated(collected),
+        "repeated": collected.repeated.most_common(_REPEATED),
         "gallery": [
             card(row, collected.rules, images.get(index), collected.repeated[row["source"]])
             for index, row in sorted(collected.cards.items())
@@ -89,7 +90,3 @@ def _content(collected: Collected, images: dict[int, str]) -> dict[str, Any]:
 
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode('utf-8')).digest()).decode('ascii')}'"
-
-
-def _keep(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -101,7 +101,7 @@ class FetchRequest(_message.Message):
     def __init__(self, key: _Optional[bytes] = ...) -> None: ...
 
 class VisionDescription(_message.Message):
-    __slots__ = ("model", "fingerprint", "min_pixels", "max_pixels", "max_image_bytes", "max_source_pixels", "stream_window", "encodes", "hits", "coalesced")
+    __slots__ = ("model", "fingerprint", "min_pixels", "max_pixels", "max_image_bytes", "max_source_pixels", "stream_window", "encodes", "hits", "coalesced", "least_pixels")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     MIN_PIXELS_FIELD_NUMBER: _ClassVar[int]
@@ -112,6 +112,7 @@ class VisionDescription(_message.Message):
     ENCODES_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     COALESCED_FIELD_NUMBER: _ClassVar[int]
+    LEAST_PIXELS_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelDescription
     fingerprint: str
     min_pixels: int
@@ -122,4 +123,5 @@ class VisionDescription(_message.Message):
     encodes: int
     hits: int
     coalesced: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprint: _Optional[str] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_source_pixels: _Optional[int] = ..., stream_window: _Optional[int] = ..., encodes: _Optional[int] = ..., hits: _Optional[int] = ..., coalesced: _Optional[int] = ...) -> None: ...
+    least_pixels: int
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprint: _Optional[str] = ..., min_pixels: _Optional[int] = ..., max_pixels: _Optional[int] = ..., max_image_bytes: _Optional[int] = ..., max_source_pixels: _Optional[int] = ..., stream_window: _Optional[int] = ..., encodes: _Optional[int] = ..., hits: _Optional[int] = ..., coalesced: _Optional[int] = ..., least_pixels: _Optional[int] = ...) -> None: ...

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from tests.faulty_proxy import FaultyProxy
 from tests.processes import ServiceProcess
-from tests.system.campaign.pictures import Picture
+from tests.system.campaign.images import Sample
 from tests.system.campaign.verdicts import Verdicts
 from tests.system.cluster import GatewayProcess, System
 from tests.valkey import ValkeyServer
@@ -33,14 +33,14 @@ class Faults:
         system: System,
         valkey: ValkeyServer,
         proxy: FaultyProxy,
-        pictures: list[Picture],
+        images: list[Sample],
         verdicts: Verdicts,
     ) -> None:
         self._seed = seed
         self._system = system
         self._valkey = valkey
         self._proxy = proxy
-        self._pictures = pictures
+        self._images = images
         self._verdicts = verdicts
         self._failed: list[BaseException] = []
 
@@ -138,13 +138,13 @@ class Faults:
 
     @contextmanager
     def _losing_everything(self) -> Iterator[None]:
-        for picture in self._pictures:
-            picture.may_be_gone(float("inf"))
+        for image in self._images:
+            image.may_be_gone(float("inf"))
         try:
             yield
         finally:
-            for picture in self._pictures:
-                picture.may_be_gone(time.monotonic())
+            for image in self._images:
+                image.may_be_gone(time.monotonic())
 
 
 def _shuffled(

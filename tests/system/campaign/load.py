@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from tests.system.campaign.pictures import CHOICES, MAX_TOKENS, OPEN, Picture, questions
+from tests.system.campaign.images import CHOICES, MAX_TOKENS, OPEN, Sample, questions
 from tests.system.campaign.verdicts import STATUS_OF_CODE, Verdicts
 from tests.system.cluster import data_url, image_part, text_part
 
@@ -27,13 +27,13 @@ PAUSE, PAUSE_BROKEN = 0.02, 0.3  # seconds after a request of a client, and afte
 class Client:
     """One of many clients, with random choices of its own."""
 
-    def __init__(self, seed: str, gateways: list[str], pictures: list[Picture], verdicts: Verdicts) -> None:
+    def __init__(self, seed: str, gateways: list[str], images: list[Sample], verdicts: Verdicts) -> None:
         self._rng = random.Random(seed)
         self._gateways = gateways
-        self._pictures = pictures
+        self._images = images
         self._verdicts = verdicts
         self._http = httpx2.AsyncClient(timeout=BOUND + 30)
-        self._operations: list[tuple[Callable[[str, Picture], Awaitable[str]], int]] = [
+        self._operations: list[tuple[Callable[[str, Sample], Awaitable[str]], int]] = [
             (self.ask, 6),
             (self.ask_streaming, 3),
             (self.weigh, 4),
@@ -52,23 +52,21 @@ class Client:
         async with self._http:
             while not stop.is_set():
                 (operation,) = self._rng.choices(*zip(*self._operations, strict=True))  # type: ignore[arg-type]
-                gateway, picture = self._rng.choice(self._gateways), self._rng.choice(self._pictures)
-                outcome = await self.once(operation, gateway, picture)
+                gateway, image = self._rng.choice(self._gateways), self._rng.choice(self._images)
+                outcome = await self.once(operation, gateway, image)
                 await asyncio.sleep(PAUSE if outcome else PAUSE_BROKEN)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
 
-    async def once(
-        self, operation: Callable[[str, Picture], Awaitable[str]], gateway: str, picture: Picture
-    ) -> str | None:
+    async def once(self, operation: Callable[[str, Sample], Awaitable[str]], gateway: str, image: Sample) -> str | None:
         """One request, its outcome counted; None when it hung or broke."""
         name, start = operation.__name__, time.monotonic()
-        facts = {"operation": name, "picture": picture.name, "gateway": gateway}
+        facts = {"operation": name, "image": image.name, "gateway": gateway}
         try:
             async with asyncio.timeout(BOUND):
-                outcome = await operation(gateway, picture)
+                outcome = await operation(gateway, image)
         except TimeoutError:
             outcome = None
             self._verdicts.accuse("hang", **facts)
@@ -79,112 +77,112 @@ class Client:
         self._verdicts.note(name, outcome or "hung or broke")
         return outcome
 
-    async def ask(self, gateway: str, picture: Picture) -> str:
+    async def ask(self, gateway: str, image: Sample) -> str:
         """POST .../questions: some of all questions."""
         asked = self._rng.sample(questions(), self._rng.randint(1, 5))
-        return await self._ask(gateway, picture, asked, "ask")
+        return await self._ask(gateway, image, asked, "ask")
 
-    async def ask_all(self, gateway: str, picture: Picture) -> str:
+    async def ask_all(self, gateway: str, image: Sample) -> str:
         """All of them."""
-        return await self._ask(gateway, picture, questions(), "ask_all")
+        return await self._ask(gateway, image, questions(), "ask_all")
 
-    async def _ask(self, gateway: str, picture: Picture, asked: list[dict[str, Any]], operation: str) -> str:
+    async def _ask(self, gateway: str, image: Sample, asked: list[dict[str, Any]], operation: str) -> str:
         start = time.monotonic()
         body = {"questions": asked, "temperature": 0}
-        url = f"{gateway}/v1/images/{self._name(picture)}/questions"
+        url = f"{gateway}/v1/images/{self._name(image)}/questions"
         reply = await self._http.post(url, json=body)
-        if not self._succeeded(reply, reply.content, start, picture, operation):
+        if not self._succeeded(reply, reply.content, start, image, operation):
             return str(reply.status_code)
         answers = reply.json()["answers"]
         if [answer["id"] for answer in answers] != [question["id"] for question in asked]:
-            self._verdicts.accuse("answers out of order", picture=picture.name)
-        return self._judge(answers, picture, start, operation)
+            self._verdicts.accuse("answers out of order", image=image.name)
+        return self._judge(answers, image, start, operation)
 
-    async def ask_streaming(self, gateway: str, picture: Picture) -> str:
+    async def ask_streaming(self, gateway: str, image: Sample) -> str:
         """The same, each answer as soon as it is there."""
         start, asked = time.monotonic(), questions()
         body = {"questions": asked, "temperature": 0, "stream": True}
-        events, outcome = await self._stream(gateway, f"/v1/images/{self._name(picture)}/questions", body, picture)
+        events, outcome = await self._stream(gateway, f"/v1/images/{self._name(image)}/questions", body, image)
         answers = [event for event in events if "id" in event]
         if outcome == "whole" and sorted(answer["id"] for answer in answers) != sorted(q["id"] for q in asked):
-            self._verdicts.accuse("answers missing from a stream that ended well", picture=picture.name)
-        judged = self._judge(answers, picture, start, "ask_streaming")
+            self._verdicts.accuse("answers missing from a stream that ended well", image=image.name)
+        judged = self._judge(answers, image, start, "ask_streaming")
         return judged if outcome == "whole" else outcome
 
-    async def weigh(self, gateway: str, picture: Picture) -> str:
+    async def weigh(self, gateway: str, image: Sample) -> str:
         """Questions with choices alone."""
         asked = [question for question in questions() if "choices" in question]
-        return await self._ask(gateway, picture, asked, "weigh")
+        return await self._ask(gateway, image, asked, "weigh")
 
-    async def chat(self, gateway: str, picture: Picture) -> str:
+    async def chat(self, gateway: str, image: Sample) -> str:
         """A chat completion on a kept image."""
-        return await self._chat(gateway, picture, f"lookonce:{self._name(picture)}", "chat")
+        return await self._chat(gateway, image, f"lookonce:{self._name(image)}", "chat")
 
-    async def chat_inline(self, gateway: str, picture: Picture) -> str:
+    async def chat_inline(self, gateway: str, image: Sample) -> str:
         """One that brings the image along: it must be answered whatever the store lost, unless it is being erased."""
-        return await self._chat(gateway, picture, data_url(picture.data), "chat_inline")
+        return await self._chat(gateway, image, data_url(image.data), "chat_inline")
 
-    async def _chat(self, gateway: str, picture: Picture, image: str, operation: str) -> str:
+    async def _chat(self, gateway: str, image: Sample, url: str, operation: str) -> str:
         start, question = time.monotonic(), self._rng.choice(OPEN)
-        reply = await self._http.post(f"{gateway}/v1/chat/completions", json=_chat_body(image, question))
-        gone = picture if picture.churned or not image.startswith("data:") else None
+        reply = await self._http.post(f"{gateway}/v1/chat/completions", json=_chat_body(url, question))
+        gone = image if image.churned or not url.startswith("data:") else None
         if not self._succeeded(reply, reply.content, start, gone, operation):
             return str(reply.status_code)
         text = reply.json()["choices"][0]["message"]["content"]
-        return self._judge_text(picture, question, text, operation)
+        return self._judge_text(image, question, text, operation)
 
-    async def chat_streaming(self, gateway: str, picture: Picture) -> str:
+    async def chat_streaming(self, gateway: str, image: Sample) -> str:
         """A chat completion, read as it is written."""
         question = self._rng.choice(OPEN)
-        body = _chat_body(f"lookonce:{self._name(picture)}", question) | {"stream": True}
-        events, outcome = await self._stream(gateway, "/v1/chat/completions", body, picture)
+        body = _chat_body(f"lookonce:{self._name(image)}", question) | {"stream": True}
+        events, outcome = await self._stream(gateway, "/v1/chat/completions", body, image)
         text = "".join(c["delta"].get("content") or "" for event in events for c in event.get("choices", ()))
         if outcome == "whole":
-            return self._judge_text(picture, question, text, "chat_streaming")
-        if not picture.is_text(question, text, whole=False):
-            self._verdicts.accuse("wrong answer", operation="chat_streaming, cut", picture=picture.name, text=text)
+            return self._judge_text(image, question, text, "chat_streaming")
+        if not image.is_text(question, text, whole=False):
+            self._verdicts.accuse("wrong answer", operation="chat_streaming, cut", image=image.name, text=text)
         return outcome
 
-    async def look(self, gateway: str, picture: Picture) -> str:
+    async def look(self, gateway: str, image: Sample) -> str:
         """GET: it is this image."""
         start = time.monotonic()
-        reply = await self._http.get(f"{gateway}/v1/images/{self._name(picture)}")
-        if not self._succeeded(reply, reply.content, start, picture, "look"):
+        reply = await self._http.get(f"{gateway}/v1/images/{self._name(image)}")
+        if not self._succeeded(reply, reply.content, start, image, "look"):
             return str(reply.status_code)
-        if reply.json()["id"] != picture.id:
-            self._verdicts.accuse("wrong image", picture=picture.name, found=reply.json()["id"], wanted=picture.id)
+        if reply.json()["id"] != image.id:
+            self._verdicts.accuse("wrong image", image=image.name, found=reply.json()["id"], wanted=image.id)
         return "right"
 
-    async def upload(self, gateway: str, picture: Picture) -> str:
+    async def upload(self, gateway: str, image: Sample) -> str:
         """Upload the file (again), pinned and named."""
-        async with picture.changing:
-            start, form = time.monotonic(), {"pinned": "true", "alias": picture.name}
-            files = {"file": ("picture.png", picture.data, "image/png")}
+        async with image.changing:
+            start, form = time.monotonic(), {"pinned": "true", "alias": image.name}
+            files = {"file": ("image.png", image.data, "image/png")}
             reply = await self._http.post(f"{gateway}/v1/images", files=files, data=form)
             if not self._succeeded(reply, reply.content, start, None, "upload"):
                 return str(reply.status_code)
-            if reply.json()["id"] != picture.id:
-                self._verdicts.accuse("wrong image", picture=picture.name, found=reply.json()["id"], wanted=picture.id)
-            picture.uploaded(start, time.monotonic(), self._verdicts)
+            if reply.json()["id"] != image.id:
+                self._verdicts.accuse("wrong image", image=image.name, found=reply.json()["id"], wanted=image.id)
+            image.uploaded(start, time.monotonic(), self._verdicts)
             return "right"
 
-    async def delete_and_upload(self, gateway: str, picture: Picture) -> str:
+    async def delete_and_upload(self, gateway: str, image: Sample) -> str:
         """Erase it, and upload it again at once."""
-        if not picture.churned:
-            return await self.look(gateway, picture)
-        async with picture.changing:
-            picture.may_be_gone(float("inf"))
+        if not image.churned:
+            return await self.look(gateway, image)
+        async with image.changing:
+            image.may_be_gone(float("inf"))
             start = time.monotonic()
             try:
-                reply = await self._http.delete(f"{gateway}/v1/images/{picture.id}")
-                outcome = "right" if self._succeeded(reply, reply.content, start, picture, "delete") else "refused"
+                reply = await self._http.delete(f"{gateway}/v1/images/{image.id}")
+                outcome = "right" if self._succeeded(reply, reply.content, start, image, "delete") else "refused"
             finally:
-                picture.lost_until = time.monotonic()
+                image.lost_until = time.monotonic()
         await asyncio.sleep(self._rng.choice((0.0, 0.0, 0.5)))
-        await self.once(self.upload, gateway, picture)
+        await self.once(self.upload, gateway, image)
         return outcome
 
-    async def leave_in_mid_body(self, gateway: str, picture: Picture) -> str:
+    async def leave_in_mid_body(self, gateway: str, image: Sample) -> str:
         """Send half of an upload, and go."""
         at = urlsplit(gateway)
         _, writer = await self._connected(str(at.hostname), int(at.port or 80))
@@ -200,10 +198,10 @@ class Client:
             writer.close()
         return "left"
 
-    async def leave_in_mid_stream(self, gateway: str, picture: Picture) -> str:
+    async def leave_in_mid_stream(self, gateway: str, image: Sample) -> str:
         """Read the first words of a long answer, and go."""
         start = time.monotonic()
-        body = _chat_body(data_url(picture.data), OPEN[0]) | {"stream": True, "max_tokens": 400, "ignore_eos": True}
+        body = _chat_body(data_url(image.data), OPEN[0]) | {"stream": True, "max_tokens": 400, "ignore_eos": True}
         async with self._http.stream("POST", f"{gateway}/v1/chat/completions", json=body) as reply:
             if reply.status_code != 200:
                 content = await reply.aread()
@@ -213,8 +211,8 @@ class Client:
                 break
         return "left"
 
-    def _name(self, picture: Picture) -> str:
-        return self._rng.choice((picture.id, picture.name))
+    def _name(self, image: Sample) -> str:
+        return self._rng.choice((image.id, image.name))
 
     @staticmethod
     async def _connected(host: str, port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -224,14 +222,14 @@ class Client:
             raise httpx2.ConnectError(str(error)) from error
 
     async def _stream(
-        self, gateway: str, path: str, body: dict[str, Any], picture: Picture
+        self, gateway: str, path: str, body: dict[str, Any], image: Sample
     ) -> tuple[list[dict[str, Any]], str]:
         """Events, and "whole", "failed" (an error event) or a status."""
         start, events = time.monotonic(), []
         async with self._http.stream("POST", gateway + path, json=body) as reply:
             if reply.status_code != 200:
                 content = await reply.aread()
-                self._succeeded(reply, content, start, picture, path.rpartition("/")[2])
+                self._succeeded(reply, content, start, image, path.rpartition("/")[2])
                 return [], str(reply.status_code)
             self._verdicts.reply(200, reply.headers, operation=path)
             async for line in reply.aiter_lines():
@@ -241,23 +239,23 @@ class Client:
                     event = json.loads(line.removeprefix("data: "))
                     if set(event) == {"error"}:
                         status = STATUS_OF_CODE.get(str((event["error"] or {}).get("code")), 0)
-                        self._verdicts.error(status, event, start, operation=path, picture=picture.name, streamed=True)
+                        self._verdicts.error(status, event, start, operation=path, image=image.name, streamed=True)
                     events.append(event)
         self._verdicts.broken(start, gateway=gateway, error="a stream ended without [DONE]", operation=path)
         return events, "cut"
 
     def _succeeded(
-        self, reply: httpx2.Response, content: bytes, start: float, picture: Picture | None, operation: str
+        self, reply: httpx2.Response, content: bytes, start: float, image: Sample | None, operation: str
     ) -> bool:
-        """Whether it was 200; else the refusal is judged. `picture` may be unknown if it may be gone."""
-        facts = {"operation": operation, "picture": picture and picture.name}
+        """Whether it was 200; else the refusal is judged. `image` may be unknown if it may be gone."""
+        facts = {"operation": operation, "image": image and image.name}
         self._verdicts.reply(reply.status_code, reply.headers, **facts)
         if reply.status_code in (200, 201):
             return True
-        if reply.status_code == 404 and picture is not None and start < picture.certain_from:
+        if reply.status_code == 404 and image is not None and start < image.certain_from:
             return False
         facts["request_id"] = reply.headers.get("x-request-id")
-        if reply.status_code == 404 and picture is not None:
+        if reply.status_code == 404 and image is not None:
             self._verdicts.accuse("a kept image is not found", body=content[:200], **facts)
             return False
         try:
@@ -267,36 +265,36 @@ class Client:
         self._verdicts.error(reply.status_code, body, start, **facts)
         return False
 
-    def _judge(self, answers: list[dict[str, Any]], picture: Picture, start: float, operation: str) -> str:
+    def _judge(self, answers: list[dict[str, Any]], image: Sample, start: float, operation: str) -> str:
         worst = "right"
         for answer in answers:
             kind, number = answer["id"][0], int(answer["id"][1:])
             error = answer.get("error")
             if error:
                 status = STATUS_OF_CODE.get(str(error.get("code")), 0)
-                if status == 404 and start < picture.certain_from:
+                if status == 404 and start < image.certain_from:
                     worst = "some 404"
                     continue
-                facts = {"operation": operation, "picture": picture.name, "question": answer["id"]}
+                facts = {"operation": operation, "image": image.name, "question": answer["id"]}
                 self._verdicts.error(status, {"error": error}, start, **facts)
                 worst = "some failed"
             elif kind == "o":
-                self._judge_text(picture, OPEN[number], answer["text"], operation)
-            elif not picture.is_score(CHOICES[number][0], answer["choices"]):
+                self._judge_text(image, OPEN[number], answer["text"], operation)
+            elif not image.is_score(CHOICES[number][0], answer["choices"]):
                 question, found = CHOICES[number][0], answer["choices"]
-                facts = {"question": question, "found": found, "true": picture.scores[question]}
-                self._verdicts.accuse("wrong answer", operation=operation, picture=picture.name, **facts)
+                facts = {"question": question, "found": found, "true": image.scores[question]}
+                self._verdicts.accuse("wrong answer", operation=operation, image=image.name, **facts)
         return worst
 
-    def _judge_text(self, picture: Picture, question: str, text: str, operation: str) -> str:
-        if picture.is_text(question, text):
+    def _judge_text(self, image: Sample, question: str, text: str, operation: str) -> str:
+        if image.is_text(question, text):
             return "right"
-        facts = {"question": question, "found": text, "true": picture.texts[question]}
-        self._verdicts.accuse("wrong answer", operation=operation, picture=picture.name, **facts)
+        facts = {"question": question, "found": text, "true": image.texts[question]}
+        self._verdicts.accuse("wrong answer", operation=operation, image=image.name, **facts)
         return "wrong"
 
 
-def _chat_body(image: str, question: str) -> dict[str, Any]:
-    content = [image_part(image), text_part(question)]
+def _chat_body(url: str, question: str) -> dict[str, Any]:
+    content = [image_part(url), text_part(question)]
     message = {"role": "user", "content": content}
     return {"model": "lookonce", "messages": [message], "max_tokens": MAX_TOKENS, "temperature": 0}

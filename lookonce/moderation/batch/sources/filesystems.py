@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -176,24 +177,20 @@ def _entry(scheme: str, info: Any) -> Entry:
     return Entry(f"{scheme}://{path}", int(info.get("size") or 0), str(changed))
 
 
-class translated:
+@contextmanager
+def translated(name: str) -> Iterator[None]:
     """Whatever a file system raises, as a LookonceError that names the file; our own pass."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, LookonceError) or not isinstance(error, Exception):
-            return
-        if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-            raise LookonceError(ErrorKind.NOT_FOUND, f"{self._name}: no such file", param="source") from error
-        scheme = scheme_of(self._name)
+    try:
+        yield
+    except LookonceError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise LookonceError(ErrorKind.NOT_FOUND, f"{name}: no such file", param="source") from error
+    except Exception as error:  # foreign: fsspec's file systems raise their libraries' own
+        scheme = scheme_of(name)
         if scheme in BUCKETS:
-            raise fault(self._name, scheme, error) from error
+            raise fault(name, scheme, error) from error
         if isinstance(error, PermissionError):
-            text = f"{self._name}: this user may not read it"
+            text = f"{name}: this user may not read it"
             raise LookonceError(ErrorKind.PERMISSION_DENIED, text, param="source") from error
-        raise LookonceError(ErrorKind.UNAVAILABLE, f"{self._name}: cannot be read right now", param="source") from error
+        raise LookonceError(ErrorKind.UNAVAILABLE, f"{name}: cannot be read right now", param="source") from error

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Protocol
+
+IMAGES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif",
+)  # fmt: skip
+"""File names taken for images in folders and tar files; those that can't be decoded become rows that say so."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +95,7 @@ def items(source: Source) -> Iterator[Item]:
     """The entries of a source, numbered."""
     for index, (name, locator) in enumerate(source.entries()):
         yield Item(index, name, locator)
+
+
+def is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in IMAGES

@@ -10,7 +10,7 @@ from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
-from lookonce.core.http_fetch.refusals import FetchError, FetchTooLarge, Reason
+from lookonce.core.http_fetch.target import FetchError, Reason
 from lookonce.core.units import format_size
 from lookonce.moderation.batch.sources.filesystems import read_span
 from lookonce.moderation.batch.sources.items import FileAt, FileRange, Inline, Item, Unusable, WebUrl
@@ -76,9 +76,9 @@ class Reader:
 
 def _for_row(error: LookonceError) -> LookonceError:
     """A failed fetch as a kind of its own: whose fault it is, and whether it may pass."""
-    if isinstance(error, FetchTooLarge):
-        return LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, error.message, param="url")
     if not isinstance(error, FetchError):
         return error
+    if error.reason is Reason.TOO_LARGE:
+        return LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, error.message, param="url")
     kind = ErrorKind.UNAVAILABLE if error.reason in _PASSING else ErrorKind.INVALID_ARGUMENT
     return LookonceError(ErrorKind.NOT_FOUND if error.reason is Reason.STATUS else kind, error.message, param="url")

@@ -12,8 +12,7 @@ from blake3 import blake3
 
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.moderation.batch.sources.filesystems import open_file, scheme_of, stat, translated
-from lookonce.moderation.batch.sources.folders import is_image
-from lookonce.moderation.batch.sources.items import Extent, FileRange, Inline, Locator
+from lookonce.moderation.batch.sources.items import Extent, FileRange, Inline, Locator, is_image
 
 
 class Tar:

@@ -12,11 +12,11 @@ from starlette.responses import Response
 from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http.event_stream import until_disconnect
-from gateway.http.request_images import RemoteImages, check_images, keep_all
+from gateway.http.request_images import check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response
 from gateway.moderations import Item, Moderations
-from gateway.schemas.chat_bodies import ImageUrlPart, TextPart
-from gateway.schemas.moderation_bodies import ModerationObject, ModerationRequest
+from gateway.schemas.requests import ImageUrlPart, ModerationRequest
+from gateway.schemas.responses import ModerationObject
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter(tags=["moderations"], route_class=Route)
@@ -38,42 +38,24 @@ async def moderate(body: ModerationRequest, gateway: Gateway, caller: Caller) ->
             ErrorKind.UNSUPPORTED,
             "this server has no moderation policy: start the gateway with --policy FILE or LOOKONCE_GATEWAY_POLICY",
         )
-    remote = _check(body, gateway)
-    named = body.model if body.model is None or not body.model.startswith(OPENAI_MODELS) else None
-    await gateway.model.check(named)
-    inputs = await _inputs(body, gateway, caller, remote)
+    items = [body.input] if isinstance(body.input, str) else body.input
+    images = {_param(place, item): item for place, item in enumerate(items) if isinstance(item, ImageUrlPart)}
     settings = gateway.settings
+    chars = sum(len(item) if isinstance(item, str) else len(getattr(item, "text", "")) for item in items)
+    if chars > settings.max_text_chars:
+        raise invalid(f"the input has {chars} characters, the limit is {settings.max_text_chars}", param="input")
+    remote = check_images([(name, image.url) for name, image in images.items()], settings, "input")
+    await gateway.model.check(None if (body.model or "").startswith(OPENAI_MODELS) else body.model)
+    files = await remote.fetch(gateway.fetcher, caller.tenant)
+    kept = await keep_all(images, files, gateway, caller.tenant, max_pixels=gateway.policy.max_pixels)
+    parts: list[Item] = [
+        kept[_param(place, item)] if isinstance(item, ImageUrlPart) else item if isinstance(item, str) else item.text
+        for place, item in enumerate(items)
+    ]
+    inputs = [[part] for part in parts] if isinstance(items[0], str) else [parts]
     moderations = Moderations(gateway.policy, gateway.answers, gateway.model, concurrency=settings.question_concurrency)
     results = await moderations.moderate(inputs, caller)
     return {"id": "modr-" + uuid.uuid4().hex, "model": gateway.model.name, "results": results}
-
-
-def _check(body: ModerationRequest, gateway: Gateway) -> RemoteImages:
-    items = [body.input] if isinstance(body.input, str) else body.input
-    chars = sum(len(item) if isinstance(item, str) else len(getattr(item, "text", "")) for item in items)
-    limit = gateway.settings.max_text_chars
-    if chars > limit:
-        raise invalid(f"the input has {chars} characters, the limit is {limit}", param="input")
-    urls = [(_param(place, item), item.url) for place, item in enumerate(items) if isinstance(item, ImageUrlPart)]
-    return check_images(urls, gateway.settings, "input")
-
-
-async def _inputs(body: ModerationRequest, gateway: Gateway, caller: Caller, remote: RemoteImages) -> list[list[Item]]:
-    if isinstance(body.input, str):
-        return [[body.input]]
-    files = await remote.fetch(gateway.fetcher, caller.tenant)
-    images = {_param(place, item): item for place, item in enumerate(body.input) if isinstance(item, ImageUrlPart)}
-    most = gateway.policy.max_pixels if gateway.policy is not None else None
-    kept = await keep_all(images, files, gateway, caller.tenant, max_pixels=most)
-    parts: list[Item] = []
-    for place, item in enumerate(body.input):
-        if isinstance(item, str):
-            parts.append(item)
-        elif isinstance(item, TextPart):
-            parts.append(item.text)
-        else:
-            parts.append(kept[_param(place, item)])
-    return [[part] for part in parts] if isinstance(body.input[0], str) else [parts]
 
 
 def _param(place: int, part: ImageUrlPart) -> str:

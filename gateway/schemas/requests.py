@@ -1,5 +1,5 @@
-"""OpenAI's chat completion request, as far as it is supported. Fields that would change the answer but can't be served
-are refused by name; fields that are neutral here are taken (gateway.schemas.neutral)."""
+"""Bodies of requests about images, of chats and moderations, as far as OpenAI's are supported. Fields that would change
+the answer but can't be served are refused by name; fields that are neutral here are taken (gateway.schemas.neutral)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,66 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.body import Body, by_field, text_or_list, text_or_object
+from gateway.schemas.body import Body, MaxTokens, Sampling, Stops, StopString, by_field, text_or_list, text_or_object
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
-from gateway.schemas.question_bodies import Detail, Stop
-from gateway.schemas.sampling_fields import MaxTokens, Sampling
 
+Text = Annotated[str, Field(min_length=1)]
+Identifier = Annotated[str, Field(min_length=1, max_length=128)]
+Detail = Literal["low", "high", "auto", "original"]
+Stop = Annotated[Annotated[StopString, Tag("(text)")] | Annotated[Stops, Tag("(list)")], Discriminator(text_or_list)]
+Alias = Annotated[str, Field(min_length=1, max_length=64, description="a name to use in place of the id")]
+ImageTtl = Annotated[int, Field(ge=1, le=2**31 - 1, description="seconds to keep the image")]
 REFERENCE = "lookonce:"
 """Begins the URL of an image that is kept: its id or an alias follows."""
-Url = Annotated[str, Field(min_length=1)]
+
+
+class ImageChange(Body):
+    """How an image is to be kept from now on; what is left out stays as it is."""
+
+    ttl: ImageTtl | None = None
+    pinned: Annotated[bool, Field(description="keep it until it is erased")] | None = None
+    alias: Alias | None = None
+
+
+class ImageUpload(ImageChange):
+    """An image as base64 (plain, or a data: URL) or by URL; exactly one of the two."""
+
+    data: Text | None = None
+    url: Text | None = None
+
+
+class Parameters(Sampling):
+    """What a question may set for itself, and a request for all of its questions."""
+
+    max_tokens: MaxTokens | None = None
+    stop: Stop | None = None
+
+
+class Question(Parameters):
+    """One question. With `choices` each choice gets a probability, and no text is written."""
+
+    id: Identifier | None = None
+    text: Text
+    choices: Annotated[list[Text], Field(min_length=1)] | None = None
+
+
+class QuestionsRequest(Parameters, RequestFields):
+    """Questions on one image, answered concurrently."""
+
+    questions: Annotated[
+        list[
+            Annotated[
+                Annotated[Text, Tag("(text)")] | Annotated[Question, Tag("(object)")], Discriminator(text_or_object)
+            ]
+        ],
+        Field(min_length=1),
+    ]
+    system: Text | None = None
+    detail: Detail | None = None
+    stream: bool | None = None
+    n: Annotated[Any, Neutral("several answers to one question are", 1)] = None
+    logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", False)] = None
+    top_logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", 0)] = None
 
 
 class TextPart(PartFields):
@@ -27,7 +79,7 @@ class TextPart(PartFields):
 class ImageUrl(Body):
     """Where the image is: an https:, http: or data: URL, or "lookonce:IMAGE_ID". `detail` bounds its pixels."""
 
-    url: Url
+    url: Text
     detail: Detail | None = None
 
 
@@ -36,7 +88,7 @@ class ImageUrlPart(PartFields):
 
     type: Literal["image_url"]
     image_url: (
-        Annotated[Annotated[Url, Tag("(text)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(text_or_object)]
+        Annotated[Annotated[Text, Tag("(text)")] | Annotated[ImageUrl, Tag("(object)")], Discriminator(text_or_object)]
         | None
     ) = None
     uuid: Hint | None = None
@@ -132,3 +184,29 @@ class ChatRequest(Sampling, RequestFields):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+def _form(value: Any) -> str:
+    """Which of the three forms of `input` is meant."""
+    if not isinstance(value, list):
+        return "(text)"
+    return "(parts)" if value and isinstance(value[0], dict) else "(texts)"
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("(text)")] | Annotated[ImageUrlPart, Tag("(image_url)")],
+    by_field("type", "text", "image_url", others="nothing else can be moderated"),
+]
+
+
+class ModerationRequest(Body):
+    """POST /v1/moderations. A string: one result; a list of strings: one result each; a list of parts (text and
+    images): one result for all of them together."""
+
+    input: Annotated[
+        Annotated[Text, Tag("(text)")]
+        | Annotated[list[Text], Field(min_length=1, max_length=256), Tag("(texts)")]
+        | Annotated[list[Part], Field(min_length=1, max_length=256), Tag("(parts)")],
+        Discriminator(_form),
+    ]
+    model: Annotated[str, Field(max_length=512)] | None = None

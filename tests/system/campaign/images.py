@@ -1,4 +1,4 @@
-"""The pictures of a campaign, what the quiet system says of each, and whether the system must still have it."""
+"""The images of a campaign, what the quiet system says of each, and whether the system must still have it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SEEN_EVERYWHERE = 1.6
 
 
 @dataclass
-class Picture:
-    """One picture, and its truth."""
+class Sample:
+    """One image, and its truth."""
 
     name: str  # its alias
     data: bytes
@@ -59,26 +59,26 @@ def questions() -> list[dict[str, Any]]:
     return [{"id": f"o{n}", "text": text, "max_tokens": MAX_TOKENS} for n, text in enumerate(OPEN)] + weighed
 
 
-def prepare(system: System, count: int) -> list[Picture]:
-    """`count` pictures with pairwise different descriptions, pinned and named, their truth learned from `system`."""
-    pictures: list[Picture] = []
+def prepare(system: System, count: int) -> list[Sample]:
+    """`count` images with pairwise different descriptions, pinned and named, their truth learned from `system`."""
+    images: list[Sample] = []
     seed = FIRST_SEED
-    while len(pictures) < count:
-        picture = Picture(f"picture-{len(pictures)}", draw(seed).png(), churned=len(pictures) % 3 == 0)
+    while len(images) < count:
+        image = Sample(f"image-{len(images)}", draw(seed).png(), churned=len(images) % 3 == 0)
         seed += 1
-        form = {"pinned": "true", "alias": picture.name}
-        reply = system.http.post("/v1/images", files={"file": picture.data}, data=form)
+        form = {"pinned": "true", "alias": image.name}
+        reply = system.http.post("/v1/images", files={"file": image.data}, data=form)
         assert reply.status_code in (200, 201), reply.text
-        picture.id = reply.json()["id"]
-        for answer in system.ask(picture.id, questions(), temperature=0):
+        image.id = reply.json()["id"]
+        for answer in system.ask(image.id, questions(), temperature=0):
             kind, number = answer["id"][0], int(answer["id"][1:])
             if kind == "o":
-                picture.texts[OPEN[number]] = answer["text"]
+                image.texts[OPEN[number]] = answer["text"]
             else:
-                picture.scores[CHOICES[number][0]] = answer["choices"]
-        if all(picture.texts[OPEN[0]] != other.texts[OPEN[0]] for other in pictures):
-            picture.certain_from = 0.0
-            pictures.append(picture)
+                image.scores[CHOICES[number][0]] = answer["choices"]
+        if all(image.texts[OPEN[0]] != other.texts[OPEN[0]] for other in images):
+            image.certain_from = 0.0
+            images.append(image)
         else:
-            assert system.http.delete(f"/v1/images/{picture.id}").status_code == 200
-    return pictures
+            assert system.http.delete(f"/v1/images/{image.id}").status_code == 200
+    return images

@@ -1,11 +1,11 @@
-// The picture: chosen, dropped, pasted or a sample; uploaded once; erased everywhere.
+// The image: chosen, dropped, pasted or a sample; uploaded once; erased everywhere.
 
 import { $, announce, el, ms, showError } from "./dom.js";
 import { Prices } from "./timing.js";
 
 const ARMED_MS = 5000;
 
-export class PicturePanel extends EventTarget {
+export class ImagePanel extends EventTarget {
   image = null; // as the API shows it
   prices = new Prices();
   suggestions = [];
@@ -63,7 +63,7 @@ export class PicturePanel extends EventTarget {
     } catch (error) {
       if (upload.signal.aborted) return;
       this.#hide();
-      showError($("picture-error"), error);
+      showError($("image-error"), error);
     } finally {
       if (!upload.signal.aborted) this.#working(false);
     }
@@ -75,7 +75,7 @@ export class PicturePanel extends EventTarget {
       if (!reply.ok) throw new Error("The sample can't be loaded.");
       await this.load(await reply.blob(), sample.questions);
     } catch (error) {
-      showError($("picture-error"), error);
+      showError($("image-error"), error);
     }
   }
 
@@ -104,7 +104,7 @@ export class PicturePanel extends EventTarget {
     if (!$("erase").classList.contains("armed")) {
       $("erase").classList.add("armed");
       $("erase").textContent = "Click again to erase";
-      announce("Click again to erase the picture everywhere.");
+      announce("Click again to erase the image everywhere.");
       this.#disarm = setTimeout(() => this.disarm(), ARMED_MS);
       return;
     }
@@ -116,7 +116,7 @@ export class PicturePanel extends EventTarget {
       this.#hide();
       this.dispatchEvent(new CustomEvent("erased", { detail: { complete } }));
     } catch (error) {
-      showError($("picture-error"), error);
+      showError($("image-error"), error);
     } finally {
       $("erase").disabled = false;
     }
@@ -125,7 +125,7 @@ export class PicturePanel extends EventTarget {
   #show(file) {
     this.#release();
     $("preview").src = URL.createObjectURL(file);
-    $("preview").alt = file.name ? `The picture ${file.name}` : "The picture";
+    $("preview").alt = file.name ? `The image ${file.name}` : "The image";
     $("preview").hidden = false;
     $("drop").classList.add("filled");
     this.#working(true);
@@ -147,12 +147,12 @@ export class PicturePanel extends EventTarget {
     this.image = null;
     this.prices = new Prices();
     this.disarm();
-    $("facts").hidden = $("picture-actions").hidden = true;
-    showError($("picture-error"), null);
+    $("facts").hidden = $("image-actions").hidden = true;
+    showError($("image-error"), null);
   }
 
   #working(yes) {
-    $("picture-busy").hidden = !yes;
+    $("image-busy").hidden = !yes;
     $("drop").classList.toggle("working", yes);
     $("drop").setAttribute("aria-busy", String(yes));
   }
@@ -161,6 +161,6 @@ export class PicturePanel extends EventTarget {
     $("fact-size").textContent = `${image.width} × ${image.height}`;
     $("fact-tokens").textContent = image.tokens.toLocaleString("en");
     $("fact-encode").textContent = image.cached ? "cached" : ms(image.encode_ms);
-    $("facts").hidden = $("picture-actions").hidden = false;
+    $("facts").hidden = $("image-actions").hidden = false;
   }
 }
