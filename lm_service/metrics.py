@@ -84,7 +84,6 @@ class _EngineCollector(Collector):
         self.state_of: Callable[[], EngineState] = EngineState
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
-        """See prometheus_client."""
         state = self.state_of()
         for name, text in _ENGINE_GAUGES.items():
             yield GaugeMetricFamily(f"lookonce_lm_{name}", text, getattr(state, name))

@@ -51,7 +51,6 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     async def Generate(  # the contract's name
         self, request: language_pb2.GenerateRequest, context: Any
     ) -> AsyncIterator[language_pb2.GenerateEvent]:
-        """See language.proto."""
         with counted("Generate"):
             generation = await self._generation(request, context)
             METRICS.prompt_tokens.inc(len(generation.prompt.token_ids))
@@ -67,7 +66,6 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
                         yield self._replies.finish(event, generation.prompt)
 
     async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:
-        """See language.proto."""
         with counted("Score"):
             deadline = self._deadline(request, context)
             return await self._scorer.score(request, deadline)
@@ -82,7 +80,6 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             return common_pb2.ForgetResponse(forgotten=dropped, complete=complete)
 
     async def Describe(self, request: common_pb2.DescribeRequest, context: Any) -> language_pb2.LanguageDescription:
-        """See language.proto."""
         state = self._engine.describe()
         return language_pb2.LanguageDescription(
             model=self._model,

@@ -41,10 +41,6 @@ class TokenTable:
         """A token on its own, half characters replaced: for people reading log-probabilities."""
         return self.piece(token_id).decode("utf-8", "replace")
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one, for one answer."""
-        return Detokenizer(self)
-
 
 class Detokenizer:
     """The text of one growing answer."""
@@ -128,7 +124,7 @@ class Answer:
         self._least = sampling.min_tokens
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
-        self._detokenizer = table.detokenizer()
+        self._detokenizer = Detokenizer(table)
         self._matcher = StopMatcher(sampling.stop)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lm_service.engine.answer import Answer, StopMatcher, TokenTable
+from lm_service.engine.answer import Answer, Detokenizer, StopMatcher, TokenTable
 from lm_service.engine.types import FinishReason, Sampling
 from lm_service.template import load_template
 from lookonce.models.qwen2_vl.config import FAMILY
@@ -35,7 +35,7 @@ def answer(text, table=BYTES, tokens=None, max_tokens=1000, room=1000, **samplin
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
 def test_any_text_comes_back_whole(template, text):
-    detokenizer = template.table.detokenizer()
+    detokenizer = Detokenizer(template.table)
     ids = template.text_ids(text)
     pieces = [detokenizer.push(token) for token in ids]
     whole = "".join(pieces) + detokenizer.flush()
@@ -46,7 +46,7 @@ def test_any_text_comes_back_whole(template, text):
 @given(ids=st.lists(st.integers(0, 511), max_size=30))
 def test_any_tokens_decode_as_all_at_once(template, ids):
     """Invalid UTF-8, special tokens and all."""
-    detokenizer = template.table.detokenizer()
+    detokenizer = Detokenizer(template.table)
     whole = "".join(detokenizer.push(token) for token in ids) + detokenizer.flush()
     assert whole == template._tokenizer.decode(ids, skip_special_tokens=True)
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.files_passed import count
 
-MOST = 71
+MOST = 52
 
 
 @pytest.mark.slow

@@ -54,7 +54,6 @@ class PackedBuilder:
     def build(
         self, checkpoint: Checkpoint, table: TokenTable, end_ids: frozenset[int], context_length: int
     ) -> PackedEngine:
-        """See `EngineBuilder.build`."""
         settings = self._settings
         adapter, facts = self.load(checkpoint, context_length)
         options = PackedOptions(

@@ -55,6 +55,8 @@ class EngineCore:
         self.pool = SuffixPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self._runner = Runner(model, self.pool, native=options.native)
+        self.native = self._runner.native
+        """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
         self.scheduler = Scheduler(
             model.shape, self.pool, self.cache, options, native=self.native, load=load, fail=self._failed
         )
@@ -63,11 +65,6 @@ class EngineCore:
         self.step_seconds = self.last_step_seconds = 0.0
         self.forward_seconds = 0.0
         self._generated = 0
-
-    @property
-    def native(self) -> bool:
-        """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
-        return self._runner.native
 
     def enqueue(self, request: Request) -> None:
         """Let a request's sequences wait."""

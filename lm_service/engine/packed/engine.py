@@ -42,6 +42,7 @@ from lookonce.core.tasks import gather_or_end, start_task
 from lookonce.models.text_adapter import ModelAdapter
 
 _HAND_OVER_SECONDS = 0.02
+RETRY_SECONDS = 1.0  # until who was refused may be let in
 FAULTS_IN_A_ROW = 3
 """So many faults without a step between them, and the engine is no longer usable."""
 _log = structlog.get_logger(__name__)
@@ -90,14 +91,9 @@ class PackedEngine:
         self._thread: threading.Thread | None = None
         self._closing = False
         self._on_failure: Callable[[], object] = lambda: None
-        self._failed = False  # the worker thread has ended for a fault
+        self.failed = False  # the worker thread has ended for a fault: the engine is unusable
         self._faults = 0  # since the latest step
         self._forgetting: set[asyncio.Future[int]] = set()
-
-    @property
-    def failed(self) -> bool:
-        """Whether a fault has left the engine unusable."""
-        return self._failed
 
     async def start(self, loader: EmbeddingLoader, on_failure: Callable[[], object] = lambda: None) -> None:
         """See `Engine.start`: the worker thread begins, and finds out what the products depend on."""
@@ -109,7 +105,6 @@ class PackedEngine:
         await ready.wait()
 
     async def close(self) -> None:
-        """See `Engine.close`."""
         if self._closing or self._thread is None:
             return
         self._closing = True
@@ -125,7 +120,6 @@ class PackedEngine:
         return replace(self._state, model=self._facts)
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
-        """See `Engine.generate`."""
         check_generation(request, self._context, self._shape, self.options)
         inner = packed.Request(
             request.id, request.client, kept=self.options.keep_answers, whole=request.whole, salt=request.salt
@@ -157,7 +151,6 @@ class PackedEngine:
                     return
 
     async def score(self, request: Scoring) -> Scores:
-        """See `Engine.score`."""
         check_scoring(request, self._context, self._shape, self.options)
         exclusive = request.isolated and not self._core.batch_invariant
         sequences = score_sequences(
@@ -174,7 +167,6 @@ class PackedEngine:
                     return
 
     async def forget(self, keys: Sequence[bytes], image_digests: Sequence[bytes]) -> int:
-        """See `Engine.forget`."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         wanted = (frozenset(keys), frozenset(image_digests))
 
@@ -187,7 +179,7 @@ class PackedEngine:
                 raise
             self._call_loop(lambda: None if done.done() else done.set_result(count))
 
-        if self._closing or self._failed or self._thread is None:
+        if self._closing or self.failed or self._thread is None:
             return self._core.forget(*wanted)
         self._forgetting.add(done)
         try:
@@ -198,7 +190,7 @@ class PackedEngine:
 
     async def _events(self, request: packed.Request, deadline: float | None) -> AsyncGenerator[Event, None]:
         """Submit a request and yield its events; leaving early cancels it within a step."""
-        if self._closing or self._failed or self._thread is None:
+        if self._closing or self.failed or self._thread is None:
             raise _unavailable()
         # a request on its way to a free place does not count as waiting
         if self._waiting >= self.options.max_waiting + max(0, self.options.max_running - self._admitted):
@@ -206,7 +198,7 @@ class PackedEngine:
             raise LookonceError(
                 ErrorKind.OVERLOADED,
                 f"{self.options.max_waiting} requests are waiting already",
-                retry_after=self.options.retry_after,
+                retry_after=RETRY_SECONDS,
             )
         stream = self._streams[request] = _Stream(request)
         self._waiting += 1
@@ -320,7 +312,7 @@ class PackedEngine:
     # Back on the event loop
 
     def _give_up(self) -> None:
-        self._failed = True
+        self.failed = True
         _fail(self._streams.values(), _unavailable())
         for done in self._forgetting:
             if not done.done():
@@ -387,4 +379,4 @@ async def _next(stream: _Stream, deadline: float | None) -> Event:
 
 
 def _unavailable() -> LookonceError:
-    return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=1.0)
+    return LookonceError(ErrorKind.UNAVAILABLE, "the engine is shutting down", retry_after=RETRY_SECONDS)

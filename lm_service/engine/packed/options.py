@@ -29,7 +29,6 @@ class PackedOptions:
     context_tokens: int | None = None  # longest prompt and answer together; None: what the model was made for
     native: bool = True  # attend by kernels compiled for this CPU, where the model's heads and dtype have some
     batch_invariant: bool | None = None  # rows of products don't depend on how many there are; None: found out at start
-    retry_after: float = 1.0  # seconds, in OVERLOADED
 
     def inline_below(self, *, native: bool) -> int:
         """`inline_tokens`, or what is faster: compiled kernels share the shortest prefix, while torch's operations take

@@ -101,7 +101,6 @@ class StagedAttention:
             self._by_layer += [here] * stage.layers
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `Attend`."""
         return self._by_layer[layer](layer, q, k, v)
 
 
@@ -120,7 +119,6 @@ class PackedAttention:
         self._partial = partial_attention_for(device or shape.device, shape.dtype)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """See `Attend`."""
         plan, shape = self._plan, self._shape
         count = plan.prefill_tokens
         if not plan.prefills:

@@ -99,12 +99,13 @@ class SuffixPool:
         rows = slab_tokens * shape.kv_heads
         # zeros, not empty: a masked key weighs nothing, but nothing times NaN is NaN
         try:
-            self._buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
+            self.buffers = [_zeros(shape, stage, self.slabs * rows) for stage in shape.stages]
         except (MemoryError, RuntimeError) as error:  # numpy's, torch's
             text = f"kv_bytes is {budget}, more than there is memory for; give --kv-bytes less"
             raise invalid(text, param="kv_bytes") from error
+        """What `flat` views, [layers, 2, all, d] for each stage of the model."""
         # per layer: keys and values [rows, d]
-        self._flat = [(layer[0], layer[1]) for buffer in self._buffers for layer in buffer]
+        self._flat = [(layer[0], layer[1]) for buffer in self.buffers for layer in buffer]
         self._rows = rows
         self._unused = list(range(self.slabs))  # heap of slabs without a class
         self._free: dict[int, list[int]] = {}  # slab in use -> heap of its free slots
@@ -115,7 +116,7 @@ class SuffixPool:
     @property
     def bytes(self) -> int:
         """Size of the buffers."""
-        return sum(buffer.nbytes for buffer in self._buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     @property
     def used_slots(self) -> int:
@@ -171,17 +172,12 @@ class SuffixPool:
     def kv(self, slot: Slot) -> KV:
         """View of a slot: of `capacity` tokens."""
         heads, start = self._shape.kv_heads, self.row_of(slot)
-        parts = (buffer[:, :, start : start + heads * slot.capacity] for buffer in self._buffers)
+        parts = (buffer[:, :, start : start + heads * slot.capacity] for buffer in self.buffers)
         return KV([part.view(-1, 2, heads, slot.capacity, self._shape.head_dim) for part in parts])
 
     def flat(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer as rows [all, d]; `row_of` says where a token's heads lie."""
         return self._flat[layer]
-
-    @property
-    def buffers(self) -> list[torch.Tensor]:
-        """What `flat` views, [layers, 2, all, d] for each stage of the model."""
-        return self._buffers
 
     def row_of(self, slot: Slot) -> int:
         """Row of a slot's first token of its first head; heads follow `capacity` rows apart, tokens one row apart."""

@@ -11,10 +11,16 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from lm_service.engine.packed.prefix_cache.content import Content, Head, PromptContent, common_length, text_content
+from lm_service.engine.packed.prefix_cache.content import (
+    Content,
+    Head,
+    PromptContent,
+    common_length,
+    spans_within,
+    text_content,
+)
 from lm_service.engine.packed.prefix_cache.pool import KV
 from lm_service.engine.types import ImageSpan
 from lookonce.models.text_adapter import ModelShape
@@ -216,13 +222,13 @@ class PrefixCache:
         room."""
         if node.parent is None or not self._room_beside(node):
             return None
-        upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), _before(node.images, at))
+        upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), spans_within(node.images, 0, at))
         upper.kv = node.kv.cut(0, at).clone()
         upper.filled, upper.last_used = at, node.last_used
         parent, lower_kv = node.parent, node.kv.cut(at).clone()
         self._unlink(node)
         parent.kin -= 1
-        node.content, node.images = node.content[:, at:].copy(), _after(node.images, at)
+        node.content, node.images = node.content[:, at:].copy(), spans_within(node.images, at, node.length)
         node.filled, node.start = node.length, upper.end
         node.kv = lower_kv
         node.parent = upper
@@ -295,11 +301,3 @@ def _outside_images(content: Content, at: int) -> int:
         return at
     row = -1 - int(content[0, at])  # its place within its image, for an image's token
     return max(0, at - row) if row > 0 else at
-
-
-def _before(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
-    return tuple(span for span in images if span.start < at)
-
-
-def _after(images: tuple[ImageSpan, ...], at: int) -> tuple[ImageSpan, ...]:
-    return tuple(replace(span, start=span.start - at) for span in images if span.start >= at)
