@@ -34,12 +34,10 @@ class Device:
 
     @property
     def usable(self) -> int:
-        """Bytes within the headroom."""
         return int(self.bytes * (1 - HEADROOM))
 
     @property
     def is_cpu(self) -> bool:
-        """Whether it is the CPU."""
         return self.name == "cpu"
 
 
@@ -64,7 +62,6 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return self.weights + self.least_kv + self.devices * (self.working + self.runtime)
 
 
@@ -107,12 +104,10 @@ class Placement:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is over."""
         return self.spare >= 0
 
     @property
     def kv_bytes(self) -> int:
-        """All KV there is room for."""
         return self.language_need.least_kv + max(self.spare, 0)
 
 

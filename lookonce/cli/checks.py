@@ -27,7 +27,6 @@ from lookonce.models.sizing import DTYPE_BYTES, default_max_pixels
 if TYPE_CHECKING:
     from lookonce.models.checkpoint import Checkpoint
 
-PYTHON_NEEDED = (3, 11)
 PROCESS_OVERHEAD = 600 << 20
 """Bytes that a model service takes besides its weights: interpreter, torch, activations of one image."""
 WEIGHTS_MARGIN = 1.15
@@ -68,12 +67,8 @@ def bad(check: str, detail: str, remedy: str) -> Finding:
 
 
 def check_python() -> Iterator[Finding]:
-    """The interpreter."""
-    text = f"{platform.python_version()} ({platform.system()} {platform.machine()})"
-    if sys.version_info[:2] < PYTHON_NEEDED:
-        yield bad("python", text, "use Python 3.11 or newer")
-    else:
-        yield ok("python", text)
+    """The interpreter: older ones than are supported come no further than our imports."""
+    yield ok("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})")
 
 
 def torch_report() -> dict[str, Any] | None:

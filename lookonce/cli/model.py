@@ -57,9 +57,8 @@ def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
             "run `lookonce split` again"
         )
     checkpoint = halves[Half.LANGUAGE]
-    identity = checkpoint.identity
-    commit = (
-        identity.rpartition("@")[2] if identity.startswith("hub:") and not Path(source).expanduser().is_dir() else None
-    )
-    local = Path(source).expanduser()
-    return Model(str(local.absolute()) if local.is_dir() else source, commit, checkpoint.name, identity, total)
+    identity, local = checkpoint.identity, Path(source).expanduser()
+    if local.is_dir():
+        return Model(str(local.absolute()), None, checkpoint.name, identity, total)
+    commit = identity.rpartition("@")[2] if identity.startswith("hub:") else None
+    return Model(source, commit, checkpoint.name, identity, total)

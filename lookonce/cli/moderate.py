@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,16 +108,14 @@ async def _work(made: Plan, run: Any) -> int:
     from lookonce.moderation.batch.run_plan import working
 
     total, every = made.manifest.identity.count, made.settings.progress_seconds
+    stopped = _stop_on_signals()
     with reporting(total, every, note, terminal=sys.stderr.isatty()) as report:
         if made.settings.ray is not None:
             from lookonce.moderation.batch.cluster import run_on_cluster
 
-            stop = Stop()
-            _stop_on_signals(stop)
-            tally = await run_on_cluster(made, run, report, lambda: stop.stopped)
+            tally = await run_on_cluster(made, run, report, stopped)
         else:
-            async with working(made, run, report) as job:
-                _stop_on_signals(job)
+            async with working(made, run, report, stopped) as job:
                 await job.work()
             tally = job.tally
         report.show(tally)
@@ -127,29 +126,20 @@ async def _work(made: Plan, run: Any) -> int:
     return 0
 
 
-class Stop:
-    """Whether a signal has come."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-
-    def stop(self) -> None:
-        self.stopped = True
-
-
-def _stop_on_signals(job: Any) -> None:
-    """The first signal lets what is under way finish, the second ends the command at once."""
-    loop, work = asyncio.get_running_loop(), asyncio.current_task()
+def _stop_on_signals() -> Callable[[], bool]:
+    """Whether a signal has come: the first lets what is under way finish, the second ends the command at once."""
+    loop, work, come = asyncio.get_running_loop(), asyncio.current_task(), asyncio.Event()
 
     def signalled() -> None:
-        if job.stopped and work is not None:
+        if come.is_set() and work is not None:
             work.cancel()
             return
         note("finishing what is under way; once more to end at once")
-        job.stop()
+        come.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, signalled)
+    return come.is_set
 
 
 def addresses_of(settings: ModerateSettings) -> Addresses:

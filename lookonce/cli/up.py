@@ -112,17 +112,12 @@ class UpSettings(Settings):
 
 
 def up(flags: dict[str, Any]) -> int:
-    """The command: `flags` are those given (None: not given)."""
-    settings = load(UpSettings, flags)
-    given = {name for name, value in flags.items() if value is not None}
-    return run(settings, given)
-
-
-def run(settings: UpSettings, given: set[str]) -> int:
-    """Check what can be checked first, then supervise until told to end."""
+    """Check what can be checked first, then supervise until told to end. `flags`: None where not given."""
     from lookonce.cli.model import resolve_model
     from lookonce.cli.network import check_port_free
 
+    settings = load(UpSettings, flags)
+    given = {name for name, value in flags.items() if value is not None}
     try:
         with DataDirectory(settings.directory) as directory:
             model = resolve_model(settings.model, settings.revision)

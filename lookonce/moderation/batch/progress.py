@@ -32,7 +32,8 @@ class Reporter:
     def __init__(self, bar: Progress, total: int | None, every: float, say: Callable[[str], None] | None) -> None:
         """Lines go to `say` every so many seconds; without it, into the bar."""
         self._bar = bar
-        self._task = bar.tasks[bar.add_task("starting", total=total)]
+        bar.add_task("starting", total=total)
+        [self._task] = bar.tasks
         self._every = every
         self._say = say
         self._last = time.monotonic()

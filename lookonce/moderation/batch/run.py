@@ -73,8 +73,7 @@ class Run:
         self._parts = len(self._ledger.parts())
         self._total: int | None = None  # inputs, once the source has been read to its end
         start = self._parts * self._size
-        numbers = [number for number in self._ledger.row_numbers() if number >= start]
-        self._rows = set(numbers)  # of parts that are not written
+        self._rows = {number for number in self._ledger.row_numbers() if number >= start}  # of parts not written
         self._listed = 0
         self._advanced = asyncio.Event()
         self.begun = Results.at(output.out).counts()
@@ -115,11 +114,9 @@ class Run:
         """Whether every input is in a part."""
         return self._total is not None and self._parts * self._size >= self._total
 
-    async def finish(self) -> int:
-        """Make the result of the parts; how many rows it has. Raises CONFLICT when a part is damaged."""
-        total = self._total or 0
+    async def finish(self) -> None:
+        """Make the result of the parts. Raises CONFLICT when a part is damaged."""
         await self._in_thread(self._finish)
-        return total
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -166,7 +166,9 @@ def open_reader(settings: ModerateSettings, max_bytes: int) -> Reader:
 
 
 @asynccontextmanager
-async def working(made: Plan, run: Run, report: Callable[[Tally], None]) -> AsyncIterator[Job]:
+async def working(
+    made: Plan, run: Run, report: Callable[[Tally], None], stopped: Callable[[], bool]
+) -> AsyncIterator[Job]:
     """The job of this process, its connections open while the block runs."""
     reader = made.reader()
     try:
@@ -176,6 +178,7 @@ async def working(made: Plan, run: Run, report: Callable[[Tally], None]) -> Asyn
                 items(made.source),
                 reader,
                 judge,
+                stopped,
                 under_way=made.settings.under_way or made.served.under_way,
                 max_bytes=made.settings.memory_bytes,
                 on_progress=report,

@@ -77,7 +77,7 @@ class ByteBudget:
 
 
 class Job:
-    """One process's work on a run. `stop` ends it after what is under way."""
+    """One process's work on a run; once `stopped`, it ends after what is under way."""
 
     def __init__(
         self,
@@ -85,13 +85,14 @@ class Job:
         inputs: Iterator[Item],
         reader: Reader,
         judge: Judge,
+        stopped: Callable[[], bool],
         *,
         under_way: int,
-        max_bytes: int = 256 << 20,
-        on_progress: Callable[[Tally], None] = lambda tally: None,
+        max_bytes: int,
+        on_progress: Callable[[Tally], None],
     ) -> None:
         self.tally = Tally.of(run.begun)
-        self.stopped = False
+        self._stopped = stopped
         self._run = run
         self._inputs = inputs
         self._reader = reader
@@ -106,10 +107,6 @@ class Job:
         self._over = asyncio.Event()
         self._rows: list[Row] = []
         self._outcomes: dict[bytes, Outcome] = {}
-
-    def stop(self) -> None:
-        """Take no more inputs."""
-        self.stopped = True
 
     async def work(self) -> bool:
         """Work until every input is in a part, or until stopped; whether all are. What is known when it ends for
@@ -129,7 +126,7 @@ class Job:
         return await self._run.complete()
 
     async def _worker(self) -> None:
-        while not self.stopped and (item := await self._next()) is not None:
+        while not self._stopped() and (item := await self._next()) is not None:
             await self._run.wait_near(item.index, PARTS_AHEAD)
             await self._budget.wait()
             await self._one(item)

@@ -46,15 +46,16 @@ class Reader:
 
     async def _persistently(self, item: Item) -> bytes:
         backoff = Backoff(FIRST_PAUSE, 2**TRIES * FIRST_PAUSE)
-        for attempt in range(TRIES):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return await self._once(item)
             except LookonceError as error:
                 error = _for_row(error)
-                if error.kind is not ErrorKind.UNAVAILABLE or attempt == TRIES - 1:
+                if error.kind is not ErrorKind.UNAVAILABLE or attempt == TRIES:
                     raise error from None
             await backoff.sleep()
-        raise LookonceError(ErrorKind.INTERNAL, "no bytes")
 
     async def _once(self, item: Item) -> bytes:
         locator = item.locator
