@@ -22,7 +22,7 @@ import httpx2
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.test_abuse import HOSTILE
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.processes import ServiceProcess
 
 POLL = """

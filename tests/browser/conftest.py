@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.browser.chromium import chromium, find_chromium
-from tests.pictures import photograph
+from tests.images import photograph
 from tests.system.cluster import System
 
 PATIENCE = 120_000  # milliseconds an expectation may take on a busy machine

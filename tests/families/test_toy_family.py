@@ -28,7 +28,7 @@ from lookonce.models.registry import Half, family_of, supported_model_types
 from tests import toy_family
 from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
-from tests.pictures import photograph
+from tests.images import photograph
 from tests.processes import ROOT
 from tests.system.cluster import System
 from tests.toy_family.synthetic import SPEAKER, write

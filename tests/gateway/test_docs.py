@@ -12,7 +12,7 @@ import pytest
 
 from gateway.schemas.neutral import AnswerFields, PartFields, RequestFields
 from tests.gateway.processes import ROOT, GatewayProcess
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 

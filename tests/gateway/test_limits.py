@@ -18,7 +18,7 @@ from lookonce.core.telemetry import tracing
 from lookonce.core.telemetry.tracing import Trace
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 
 SLOW, NARROW, FREE = "slow-0123456789abcdef", "narrow-0123456789abcdef", "free-0123456789abcdef"
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -14,8 +14,8 @@ from lookonce.core.rpc.client import LanguageClient
 from lookonce.core.stores import open_store
 from protos.lookonce.v1 import language_pb2
 from tests import other_engines
+from tests.images import photograph
 from tests.lm.split import Tower, answer, asking, running, user
-from tests.pictures import photograph
 from tests.processes import ROOT, ServiceProcess
 
 CAT = photograph("chelsea", (90, 60))

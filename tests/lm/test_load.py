@@ -9,9 +9,9 @@ import pytest
 from prometheus_client import REGISTRY
 
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+from tests.images import photograph
 from tests.lm.split import answer, asking, running, user
 from tests.lm.test_service import idle, store_pictures
-from tests.pictures import photograph
 
 CAT = photograph("chelsea", (90, 60))
 

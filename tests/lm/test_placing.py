@@ -16,8 +16,8 @@ from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.registry import Half, family_of
 from tests import standin
 from tests.cli import published
+from tests.images import photograph
 from tests.lm.split import answer, asking, running, user
-from tests.pictures import photograph
 
 GIB = 1 << 30
 CAT = photograph("chelsea", (225, 150))

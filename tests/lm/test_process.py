@@ -16,9 +16,9 @@ from lookonce.core.process import PERMANENT_EXIT
 from lookonce.core.rpc.client import LanguageClient, VisionClient
 from lookonce.core.stores import open_store
 from protos.lookonce.v1 import language_pb2, vision_pb2
+from tests.images import photograph
 from tests.lm.split import answer, asking, encoded, running, user
 from tests.lm.test_embeddings import THEIRS, Peer, serving
-from tests.pictures import photograph
 from tests.processes import ServiceProcess
 
 CAT, CUP = photograph("chelsea", (225, 150)), photograph("coffee", (90, 140))

@@ -14,8 +14,8 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.stores import open_store
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2
+from tests.images import photograph
 from tests.lm.split import Tower, answer, answers, asking, running, user
-from tests.pictures import photograph
 from tests.unsplit import Unsplit
 
 CAT, CUP, MAN = photograph("chelsea", (225, 150)), photograph("coffee", (90, 140)), photograph("astronaut", (29, 31))

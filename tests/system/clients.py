@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
 
-from tests.pictures import odd_files, photograph, save
+from tests.images import odd_files, photograph, save
 
 SAMPLED = {"max_tokens": 8, "temperature": 0}
 

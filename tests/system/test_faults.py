@@ -9,7 +9,7 @@ import pytest
 import redis
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import odd_files, photograph, save
+from tests.images import odd_files, photograph, save
 from tests.processes import ServiceProcess
 from tests.system.clients import Clients, Load, roll
 from tests.system.cluster import GatewayProcess, System

@@ -6,7 +6,7 @@ import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.faulty_proxy import FaultyProxy
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.system.cluster import System
 from tests.valkey import ValkeyServer
 

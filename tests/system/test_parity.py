@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import odd_files, photograph, save
+from tests.images import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.unsplit import Unsplit
 from vision_service.images import Decoder, ImageLimits

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.system.cluster import System, image_part, text_part
 
 QUESTION = {"text": "Is it?", "choices": ["yes", "no"]}

@@ -16,7 +16,7 @@ from lookonce.core.identity import image_digest
 from lookonce.core.rpc.server import Server, ServerOptions
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.processes import ServiceProcess
 from tests.system.clients import Workers
 from tests.system.cluster import GatewayProcess

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lookonce.cli.model import BUNDLED
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.system.cluster import System
 
 TEAM = 64  # more than all the other threads of a service together

@@ -12,7 +12,7 @@ from lookonce.cli import health
 from lookonce.core.rpc.tls import Tls
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.fetching.servers import make_certificates
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.ports import free_port
 from tests.processes import START_SECONDS, ServiceProcess
 from tests.system.cluster import GatewayProcess

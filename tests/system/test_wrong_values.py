@@ -10,7 +10,7 @@ import httpx2
 import pytest
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.pictures import photograph, save
+from tests.images import photograph, save
 from tests.system.cluster import System
 from tests.system.stored_values import DAMAGES, EmbeddedValues, RedisValues, kind
 from tests.valkey import PATIENT, ValkeyServer

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from tests.pictures import odd_files, photograph, save
+from tests.images import odd_files, photograph, save
 from vision_service.images import Decoder, ImageLimits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, on files it reads in spite of damage

@@ -18,7 +18,7 @@ from lookonce.models.linear import Int8Linear
 from lookonce.models.quantization import CudaRows, WidenedWeights, check_usable, scheme
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
-from tests.pictures import photograph
+from tests.images import photograph
 
 CPU = torch.device("cpu")
 

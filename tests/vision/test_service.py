@@ -28,7 +28,7 @@ from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.models.sizing import default_max_pixels
 from lookonce.models.tensors import tensor_of
 from protos.lookonce.v1 import vision_pb2
-from tests.pictures import odd_files
+from tests.images import odd_files
 from tests.ports import free_port
 from tests.processes import ServiceProcess
 from tests.unsplit import Unsplit

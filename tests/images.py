@@ -1,4 +1,4 @@
-"""Pictures for tests: real photographs that scikit-image ships, at odd sizes, in every mode people send."""
+"""Images for tests: real photographs that scikit-image ships, at odd sizes, in every mode people send."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def odd_files() -> dict[str, bytes]:
 
 
 def save(image: Image.Image, kind: str, **options: object) -> bytes:
-    """The picture as a file's bytes."""
+    """The image as a file's bytes."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()
