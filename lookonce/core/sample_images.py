@@ -32,17 +32,19 @@ class Sample:
 
 
 def bundled_samples(file: Path = BUNDLED) -> list[Sample]:
-    """What samples.json lists: [{"file": name, "questions": [{"question": text, "answer": text}]}]."""
+    """What samples.json lists, bare or under "samples": [{"file": name, "questions": [{"question": text,
+    "answer": text}]}]. A question may be a pair of texts."""
     try:
-        items = json.loads(file.read_bytes())
-        if not isinstance(items, list):
-            raise TypeError("no list")
-        return [
-            Sample(file.parent / item["file"], tuple((one["question"], one.get("answer")) for one in item["questions"]))
-            for item in items
-        ]
+        content = json.loads(file.read_bytes())
+        items = content["samples"] if isinstance(content, dict) else content
+        return [Sample(file.parent / item["file"], tuple(map(_pair, item["questions"]))) for item in items]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{file} is not a list of samples; install lookonce again") from None
+
+
+def _pair(asked: dict[str, str] | list[str]) -> tuple[str, str | None]:
+    question, answer = (asked["question"], asked.get("answer")) if isinstance(asked, dict) else asked
+    return question, answer
 
 
 def drawn_samples(directory: Path) -> list[Sample]:

@@ -63,10 +63,11 @@ def test_drawn_samples_are_two_pictures_with_eight_questions(tmp_path):
     assert all(sample.path.is_file() for sample in samples)
 
 
-def test_bundled_samples(tmp_path):
+@pytest.mark.parametrize("wrap", [lambda items: items, lambda items: {"samples": items}])
+def test_bundled_samples(tmp_path, wrap):
     items = [{"file": "a.png", "questions": [{"question": "How many?", "answer": "2"}, {"question": "Which?"}]}]
     file = tmp_path / "samples.json"
-    file.write_text(json.dumps(items))
+    file.write_text(json.dumps(wrap(items)))
     [sample] = bundled_samples(file)
     assert sample.path == tmp_path / "a.png"
     assert sample.questions == (("How many?", "2"), ("Which?", None))

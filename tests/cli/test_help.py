@@ -143,7 +143,7 @@ def test_no_command_shows_help():
         (["up"], {"LOOKONCE_PORT": "many"}, "LOOKONCE_PORT='many'"),
         (["up", "--dtype", "int3"], {}, "--dtype='int3'"),
         (["up", "--grace", "soon"], {}, "--grace='soon'"),
-        (["up", "--max-pixels", "3"], {}, "--max-pixels='3'"),
+        (["up", "--max-pixels", "0"], {}, "--max-pixels='0'"),
         (["frobnicate"], {}, "frobnicate"),
     ],
 )
