@@ -174,13 +174,13 @@ def _pairs(devices: Sequence[Device]) -> Iterator[tuple[Device, Device]]:
 
 
 def _place(size: ModelSize, vision: Choice, language: Choice, work: Workload) -> Placement:
-    seeing, saying = vision_need(size, vision, work), language_need(size, language, work)
-    spare = language.device.usable - saying.total
+    of_vision, of_language = vision_need(size, vision, work), language_need(size, language, work)
+    spare = language.device.usable - of_language.total
     if vision.device is language.device:
-        spare -= seeing.total
-    elif seeing.total > vision.device.usable:
-        spare = min(spare, vision.device.usable - seeing.total)
-    return Placement(vision, language, seeing, saying, spare)
+        spare -= of_vision.total
+    elif of_vision.total > vision.device.usable:
+        spare = min(spare, vision.device.usable - of_vision.total)
+    return Placement(vision, language, of_vision, of_language, spare)
 
 
 def _spread_placements(
@@ -214,21 +214,21 @@ def _place_spread(
     """As the service spreads its layers (`lookonce.core.layer_split`), knowing what else is on each device."""
     layers = size.dimensions.layers
     language = replace(language, further=tuple(devices[1:]))
-    seeing, saying = vision_need(size, vision, work), language_need(size, language, work)
+    of_vision, of_language = vision_need(size, vision, work), language_need(size, language, work)
     table = size.table_parameters * DTYPE_BYTES[language.dtype]
-    rooms = [device.usable - saying.working - saying.runtime for device in devices]
-    rooms[0] -= table
-    rooms[-1] -= 0 if size.tied else table
+    free_bytes = [device.usable - of_language.working - of_language.runtime for device in devices]
+    free_bytes[0] -= table
+    free_bytes[-1] -= 0 if size.tied else table
     for at, device in enumerate(devices):
-        rooms[at] -= seeing.total if device is vision.device else 0
-    counts = [len(part) for part in spread(rooms, layers)]
-    weights, least = size.layer_bytes(language.dtype, int8=language.int8), saying.least_kv // layers
-    left = [room - count * (weights + least) for room, count in zip(rooms, counts, strict=True)]
+        free_bytes[at] -= of_vision.total if device is vision.device else 0
+    counts = [len(part) for part in spread(free_bytes, layers)]
+    weights, least = size.layer_bytes(language.dtype, int8=language.int8), of_language.least_kv // layers
+    left = [room - count * (weights + least) for room, count in zip(free_bytes, counts, strict=True)]
     if vision.device not in devices:
-        left.append(min(0, vision.device.usable - seeing.total))
+        left.append(min(0, vision.device.usable - of_vision.total))
     # KV is the same for every layer: the device with least for each of its own bounds all
     spare = min(left) if min(left) < 0 else min(one * layers // count for one, count in zip(left, counts, strict=False))
-    return Placement(vision, replace(language, layers=tuple(counts)), seeing, saying, spare)
+    return Placement(vision, replace(language, layers=tuple(counts)), of_vision, of_language, spare)
 
 
 def _runtime(choice: Choice) -> int:

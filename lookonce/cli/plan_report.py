@@ -42,8 +42,8 @@ def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterat
             verdict = f"fits; {format_size(item.kv_bytes)} for KV, {images} images stay warm"
         else:
             verdict = f"{format_size(-item.spare)} too little"
-        seeing, saying = format_size(item.vision_need.total), format_size(item.language_need.total)
-        yield f"{item.vision.device.name:<12}{seeing:>10}   {language:<{width}}{saying:>10}   {verdict}"
+        of_vision, of_language = format_size(item.vision_need.total), format_size(item.language_need.total)
+        yield f"{item.vision.device.name:<12}{of_vision:>10}   {language:<{width}}{of_language:>10}   {verdict}"
 
 
 def economics(size: ModelSize, work: Workload, prompt_tokens: int) -> Iterator[str]:

@@ -67,15 +67,15 @@ def layers_of(text: str, shares: Sequence[Share], layers: int) -> list[range] | 
     return given
 
 
-def spread(rooms: Sequence[int], layers: int) -> list[range]:
+def spread(free_bytes: Sequence[int], layers: int) -> list[range]:
     """Consecutive layers for each of some devices with so many bytes of room, at least one each.
 
     Every layer takes the same and KV is the same for every layer, so what counts is the least room for each layer: one
     layer after the other goes to the device that has most room for each of its own (D'Hondt's method, which makes that
     least as large as can be)."""
-    counts = [1] * len(rooms)
-    for _ in range(layers - len(rooms)):
-        counts[max(range(len(rooms)), key=lambda at: rooms[at] / (counts[at] + 1))] += 1
+    counts = [1] * len(free_bytes)
+    for _ in range(layers - len(free_bytes)):
+        counts[max(range(len(free_bytes)), key=lambda at: free_bytes[at] / (counts[at] + 1))] += 1
     return consecutive(counts)
 
 

@@ -92,12 +92,12 @@ def place(
     if asked.text == AUTO:  # a small model needs no more devices than it has layers
         devices, shares = devices[:layers], shares[:layers]
     weights = _Weights.of(entries, dtype, layers, int8=quantization == "int8")
-    rooms = [free(device) for device in devices]
-    rooms[0] -= weights.first
-    rooms[-1] -= weights.last
-    parts = layers_of(asked.text, shares, layers) or spread(rooms, layers)
+    free_bytes = [free(device) for device in devices]
+    free_bytes[0] -= weights.first
+    free_bytes[-1] -= weights.last
+    parts = layers_of(asked.text, shares, layers) or spread(free_bytes, layers)
     home = Home(devices, tuple(parts))
-    _check_fit(asked.text, home, rooms, weights)
+    _check_fit(asked.text, home, free_bytes, weights)
     return home
 
 
@@ -124,8 +124,8 @@ class _Weights:
         return cls(first, last, max(each))
 
 
-def _check_fit(text: str, home: Home, rooms: Sequence[int], weights: _Weights) -> None:
-    for device, part, room in zip(home.devices, home.layers, rooms, strict=True):
+def _check_fit(text: str, home: Home, free_bytes: Sequence[int], weights: _Weights) -> None:
+    for device, part, room in zip(home.devices, home.layers, free_bytes, strict=True):
         missing = len(part) * weights.layer - room
         if missing > 0:
             raise invalid(

@@ -72,7 +72,7 @@ class ChatFormat:
         return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
 
     def pieces(self, text: str) -> Iterator[str | int]:
-        """Stretches of plain text, and the ids of the special tokens between them."""
+        """Spans of plain text, and the ids of the special tokens between them."""
         at = 0
         for match in self._special.finditer(text):
             yield text[at : match.start()]

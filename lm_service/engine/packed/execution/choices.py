@@ -25,13 +25,13 @@ class ChoiceTrie:
         places: dict[tuple[int, ...], int] = {(): -1}
         for number, choice in enumerate(choices):
             for end in range(len(choice)):
-                stem = tuple(choice[:end])
-                if stem not in places:
-                    places[stem] = len(self.tokens)
-                    self.tokens.append(stem[-1])
-                    self.parents.append(places[stem[:-1]])
+                prefix = tuple(choice[:end])
+                if prefix not in places:
+                    places[prefix] = len(self.tokens)
+                    self.tokens.append(prefix[-1])
+                    self.parents.append(places[prefix[:-1]])
                     self._targets.append({})
-                self._targets[1 + places[stem]].setdefault(choice[end], []).append(number)
+                self._targets[1 + places[prefix]].setdefault(choice[end], []).append(number)
         depths = [0] * len(self.tokens)
         for place, parent in enumerate(self.parents):
             depths[place] = 0 if parent < 0 else depths[parent] + 1

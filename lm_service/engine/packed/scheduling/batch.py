@@ -1,4 +1,4 @@
-"""What one step computes: stretches of prefixes that are on their way, and new tokens of sequences."""
+"""What one step computes: spans of prefixes that are on their way, and new tokens of sequences."""
 
 from __future__ import annotations
 
