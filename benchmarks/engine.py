@@ -29,8 +29,8 @@ from PIL import Image
 
 from benchmarks.bare import COLUMNS, QUESTION, ROWS, SYSTEM, TOKENS, Bare, Images, image, question
 from lm_service.engine.answer import Answer, TokenTable
-from lm_service.engine.packed.core import EngineCore
 from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.engine_core import EngineCore
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.prefix_cache.pool import KV

@@ -13,7 +13,7 @@ from torch import nn
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.compiled import panel_linear, text_rows
 from lookonce.models.kernels.structs import BYTE, FLOAT32, INT64, Along, Struct, integer, pointer
-from lookonce.models.kernels.vision.kernels import Kernels, Shape
+from lookonce.models.kernels.vision.tower_kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
@@ -131,7 +131,7 @@ def test_a_step_of_layers_refuses_too(checkpoint_path):
 TORCH_ONLY = """
 import sys, torch
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.core import EngineCore
+from lm_service.engine.packed.engine_core import EngineCore
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter

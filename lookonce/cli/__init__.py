@@ -5,6 +5,6 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of the `lookonce` console script."""
-    from lookonce.cli.app import app
+    from lookonce.cli.typer_app import app
 
     app()

@@ -14,7 +14,7 @@ import torch
 from lookonce.models.text_adapter import ModelShape
 
 if TYPE_CHECKING:
-    from lookonce.models.kernels.attention.kernels import AttentionKernels
+    from lookonce.models.kernels.attention.step_kernels import AttentionKernels
     from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear
     from lookonce.models.kernels.text_layers import TextLayers
     from lookonce.models.kernels.text_rows import TextRows
@@ -64,7 +64,7 @@ def attention_kernels(shape: ModelShape) -> AttentionKernels | None:
     """Attention of a step over a model's heads."""
     if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
         return None
-    from lookonce.models.kernels.attention.kernels import kernels_for
+    from lookonce.models.kernels.attention.step_kernels import kernels_for
 
     return kernels_for(shape.head_dim, shape.group, shape.kv_heads)
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import psutil
 from typer.testing import CliRunner
 
-from lookonce.cli.app import app
 from lookonce.cli.rundir import RunningSystem, read_up_file
+from lookonce.cli.typer_app import app
 from tests.processes import ROOT
 
 START_SECONDS = 180.0

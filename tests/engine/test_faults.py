@@ -9,8 +9,8 @@ import pytest
 import structlog
 import torch
 
-from lm_service.engine.packed import core
 from lm_service.engine.packed import engine as engine_module
+from lm_service.engine.packed import engine_core as core
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.scheduler import Scheduler

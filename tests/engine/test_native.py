@@ -20,7 +20,7 @@ from lm_service.engine.packed.execution.kernel_attention import (
 from lm_service.engine.packed.prefix_cache.pool import KV, SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.compiled import attention_kernels, text_rows
-from lookonce.models.kernels.attention import kernels as attention
+from lookonce.models.kernels.attention import step_kernels as attention
 from lookonce.models.text_adapter import ModelShape, Stage
 
 LAYERS = 2

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from lm_service.engine.packed.core import Admitted, EngineCore
 from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.engine_core import Admitted, EngineCore
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.queue import StepBudget
 from lm_service.engine.packed.scheduling.sequence import Request

@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.kernels.program import run_kernels
-from lookonce.models.kernels.vision import kernels as module
-from lookonce.models.kernels.vision.kernels import Kernels, Shape
+from lookonce.models.kernels.vision import tower_kernels as module
+from lookonce.models.kernels.vision.tower_kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
 

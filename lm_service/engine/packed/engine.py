@@ -16,7 +16,7 @@ import structlog
 import torch
 
 from lm_service.engine.answer import Answer, TokenTable
-from lm_service.engine.packed.core import Admitted, EngineCore, Event, Scored, internal_error
+from lm_service.engine.packed.engine_core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
 from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of

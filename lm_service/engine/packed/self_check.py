@@ -10,7 +10,7 @@ import numpy as np
 import structlog
 import torch
 
-from lm_service.engine.packed.core import EngineCore
+from lm_service.engine.packed.engine_core import EngineCore
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.batch import PrefixPrefill
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences

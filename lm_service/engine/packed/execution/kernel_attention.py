@@ -23,7 +23,7 @@ from lm_service.engine.packed.execution.plan import (
 from lm_service.engine.packed.prefix_cache.pool import KV, SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.packed.scheduling.batch import Batch, SuffixChunk
-from lookonce.models.kernels.attention.structs import (
+from lookonce.models.kernels.attention.step_structs import (
     Heads,
     KVSpan,
     PrefillAttention,
@@ -37,7 +37,7 @@ from lookonce.models.kernels.structs import Along, Call, Ints, Structs, addresse
 from lookonce.models.text_adapter import ModelShape
 
 if TYPE_CHECKING:
-    from lookonce.models.kernels.attention.kernels import AttentionKernels
+    from lookonce.models.kernels.attention.step_kernels import AttentionKernels
 
 _CHUNK = 512  # keys of a span that one work item attends to, about; never depends on whose queries they are
 _ROOM = 16 << 20  # float32 that the work items of a split leave behind, at most

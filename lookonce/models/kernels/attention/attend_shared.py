@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lookonce.models.kernels.attention.structs import CHUNK, Heads, KVSpan, SharedItem, SuffixAttention
+from lookonce.models.kernels.attention.step_structs import CHUNK, Heads, KVSpan, SharedItem, SuffixAttention
 from lookonce.models.kernels.code import Code, Value
 from lookonce.models.kernels.queries import Queries
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from lookonce.models.kernels.attention.structs import (
+from lookonce.models.kernels.attention.step_structs import (
     CHUNK,
     Heads,
     KVSpan,

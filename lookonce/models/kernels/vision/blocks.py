@@ -10,7 +10,7 @@ from torch import nn
 from lookonce.models.kernels.compiling import compiled_or_none
 from lookonce.models.kernels.panels import PanelLinear
 from lookonce.models.kernels.program import Kernel, run_kernels
-from lookonce.models.kernels.vision.kernels import Counted, Kernels, Packed, Shape
+from lookonce.models.kernels.vision.tower_kernels import Counted, Kernels, Packed, Shape
 from lookonce.models.linear import Linear, VisionBlockWeights
 from lookonce.models.omp_thread import Pause
 

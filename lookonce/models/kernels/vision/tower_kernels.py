@@ -16,8 +16,8 @@ from torch import nn
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
 from lookonce.models.kernels.program import Kernel, barrier, run_kernels
 from lookonce.models.kernels.structs import Structs
-from lookonce.models.kernels.vision.attention import Attention, Block, Heads, write_attention
 from lookonce.models.kernels.vision.rows import Gelu, LayerNorm, Lookup, write_gelu, write_lookup, write_norm
+from lookonce.models.kernels.vision.tower_attention import Attention, Block, Heads, write_attention
 
 Counted = tuple[Kernel, float]
 """A kernel, and about how many operations it is."""

@@ -16,7 +16,7 @@ from lookonce.models.kernels import program
 from lookonce.models.kernels.attention.attend_own import AttendOwn
 from lookonce.models.kernels.attention.attend_shared import AttendShared
 from lookonce.models.kernels.attention.prefill import PrefixPrefill
-from lookonce.models.kernels.attention.structs import Heads, SuffixAttention
+from lookonce.models.kernels.attention.step_structs import Heads, SuffixAttention
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import VECTORS, Compiled, compiled_or_none, lanes_for
 from lookonce.models.kernels.structs import Structs
