@@ -42,17 +42,7 @@ def test_help_loads_nothing_heavy(arguments):
 
 def test_up_and_its_supervisor_load_no_torch():
     """Everything the supervising process runs, imported."""
-    names = [
-        "app",
-        "system_plan",
-        "supervisor",
-        "health",
-        "model",
-        "system",
-        "api",
-        "checks",
-        "demo",
-    ]
+    names = ["typer_app", "up", "system_plan", "supervisor", "health", "model", "system", "api", "checks", "demo"]
     code = "import sys\n" + "".join(f"import lookonce.cli.{name}\n" for name in names)
     code += "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
