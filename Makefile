@@ -9,7 +9,8 @@ DEV_STAMP := $(VENV)/.setup-dev-done
 SLOW_STAMP := $(VENV)/.setup-slow-done
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# worksteal: each worker begins with its half of the tests in their order, so that one starts a folder's services, not both
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help

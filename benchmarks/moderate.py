@@ -52,7 +52,7 @@ from lookonce.models.family import Patches
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.vision import Encoder
 from lookonce.moderation.policy import Policy, parse_policy
-from tests.moderate.scenes import make_pictures, policy_text
+from tests.moderate.scenes import make_images, policy_text
 from tests.processes import ServiceProcess
 
 BUNDLED = Path(__file__).resolve().parent.parent / "lookonce/data/shapes"
@@ -258,7 +258,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
     policy = folder / "policy.yaml"
     policy.write_text(policy_text().replace(", follow_up: 'How many crosses are there?', follow_up_tokens: 12", ""))
     rules = parse_policy(policy.read_text())
-    make_pictures(folder / "first", options.images, duplicates=0.0, broken=0.0)
+    make_images(folder / "first", options.images, duplicates=0.0, broken=0.0)
     awake = await floor.run_awake(rules, [path.read_bytes() for path in sorted((folder / "first").rglob("*.png"))])
     await floor.engine.start(floor.rows)
     args = ("--model", str(options.model), "--dtype", options.dtype, "--store", f"file://{folder}/store")
@@ -272,7 +272,7 @@ async def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]
         for number in range(options.rounds + 1):
             images = folder / f"images{number}"
             count = options.images if number else 16
-            make_pictures(images, count + number, duplicates=0.0, broken=0.0)  # other seeds would be other sizes
+            make_images(images, count + number, duplicates=0.0, broken=0.0)  # other seeds would be other sizes
             for path in images.rglob("*.png"):
                 path.write_bytes(path.read_bytes() + number.to_bytes(4, "little"))  # new to the services
             files = [path.read_bytes() for path in sorted(images.rglob("*.png"))]

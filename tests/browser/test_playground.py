@@ -232,7 +232,7 @@ def test_a_stream_can_be_stopped(page, picture):
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_a_picture_can_be_dropped_or_pasted(page, picture, kind):
+def test_an_image_can_be_dropped_or_pasted(page, picture, kind):
     expect(page.locator("#model")).not_to_have_text("connecting…")
     arguments = [picture.name, list(picture.read_bytes()), kind]
     if kind == "drop":

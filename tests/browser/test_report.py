@@ -57,7 +57,7 @@ def test_thresholds_move_counts_and_gallery(page: Page) -> None:
     expect(page.locator("#gallery figure")).to_have_count(before)
 
 
-def test_it_shows_pictures_errors_and_duplicates_as_text(page: Page) -> None:
+def test_it_shows_images_errors_and_duplicates_as_text(page: Page) -> None:
     expect(page.locator("#gallery img").first).to_be_visible()
     assert page.locator("#gallery img").first.evaluate("image => image.complete && image.naturalWidth") > 0
     expect(page.locator("#errors")).to_contain_text("image_invalid")

@@ -53,7 +53,7 @@ def test_chat_template_has_the_semantics_of_qwen2_vl(sharded):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_greedy_text_depends_on_the_picture_and_does_not_get_stuck(tmp_path, tied):
+def test_greedy_text_depends_on_the_image_and_does_not_get_stuck(tmp_path, tied):
     path = make_random_checkpoint(tmp_path / "model", size="small", tied=tied)
     model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     grid = torch.tensor([[1, 8, 8]])

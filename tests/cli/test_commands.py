@@ -134,7 +134,7 @@ def test_doctor_compares_memory_with_the_need_of_each_service():
 @pytest.mark.parametrize(
     ("content", "said"), [(None, "No such file"), (b"", "is empty"), (b"no image at all", "is not an image")]
 )
-def test_ask_refuses_what_is_no_picture(tmp_path, content, said):
+def test_ask_refuses_what_is_no_image(tmp_path, content, said):
     image = tmp_path / "image.jpg"
     if content is not None:
         image.write_bytes(content)

@@ -57,7 +57,7 @@ def test_the_unsplit_models_threads_do_not_wait_awake(tmp_path):
     assert seconds[2] < 6 * seconds[1], seconds
 
 
-def test_drawn_samples_are_two_pictures_with_eight_questions(tmp_path):
+def test_drawn_samples_are_two_images_with_eight_questions(tmp_path):
     samples = drawn_samples(tmp_path)
     assert [len(sample.questions) for sample in samples] == [8, 8]
     assert all(sample.path.is_file() for sample in samples)

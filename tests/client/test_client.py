@@ -29,7 +29,7 @@ def test_importing_lookonce_brings_no_client_along():
         lookonce.Clientele  # noqa: B018
 
 
-def test_every_kind_of_picture_gives_the_same_image(client, file, picture):
+def test_every_kind_of_image_gives_the_same_image(client, file, picture):
     data = file.read_bytes()
     image = client.image(file)
     assert isinstance(image, Image)
@@ -47,7 +47,7 @@ def test_every_kind_of_picture_gives_the_same_image(client, file, picture):
         assert (found.id, found.cached) == (image.id, None)
 
 
-def test_pictures_of_pillow_in_any_mode(client, picture):
+def test_images_of_pillow_in_any_mode(client, picture):
     drawn = picture(112, 56)
     sizes = [
         (image.width, image.height) for image in (client.image(drawn.convert(mode)) for mode in ("RGB", "CMYK", "F"))

@@ -17,7 +17,7 @@ def moderating(another_gateway):
     return another_gateway("--policy", str(POLICY)).wait_ready().url
 
 
-async def test_pictures_and_texts_are_judged_together_by_both_clients(moderating, picture):
+async def test_images_and_texts_are_judged_together_by_both_clients(moderating, picture):
     drawn = picture()
     with lookonce.Client(moderating) as client:
         image = client.image(drawn)

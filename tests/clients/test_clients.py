@@ -16,7 +16,7 @@ import pytest
 
 from tests.cli.commands import Up
 from tests.clients.environments import clean_environment, command_of
-from tests.fetching.servers import PictureServer, answer
+from tests.fetching.servers import ImageServer, answer
 from tests.processes import ROOT
 
 SAMPLES = ROOT / "lookonce" / "data" / "samples"
@@ -42,7 +42,7 @@ pytestmark = pytest.mark.slow
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A system with the bundled model, which may fetch from one server here; and the file that tells drives of it."""
     file = (SAMPLES / "one-star.png").read_bytes()
-    with PictureServer() as hosted:
+    with ImageServer() as hosted:
         hosted.routes["/star.png"] = answer(file)
         allowed = {"LOOKONCE_GATEWAY_FETCH_ALLOW_NETWORKS": "127.0.0.1/32"}
         allowed["LOOKONCE_GATEWAY_FETCH_PORTS"] = str(hosted.port)

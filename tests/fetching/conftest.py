@@ -15,7 +15,7 @@ import pytest
 from lookonce.core.http_fetch.fetch_policy import FetchPolicy
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.http_fetch.pinned_connection import tls_context
-from tests.fetching.servers import Canary, Certificates, LoopbackServer, Names, PictureServer, make_certificates
+from tests.fetching.servers import Canary, Certificates, ImageServer, LoopbackServer, Names, make_certificates
 
 LOOPBACK = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 _tried: list[Any] = []
@@ -53,8 +53,8 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 
 @pytest.fixture
-def server() -> Iterator[PictureServer]:
-    with PictureServer() as server:
+def server() -> Iterator[ImageServer]:
+    with ImageServer() as server:
         yield server
 
 

@@ -115,7 +115,7 @@ class Certificates:
     key: Path
 
 
-class PictureServer(LoopbackServer):
+class ImageServer(LoopbackServer):
     """HTTP/1.1 by the book of `routes`: path to a whole answer, or to what to do with the socket after the request."""
 
     def __init__(

@@ -12,7 +12,7 @@ import lookonce
 from lookonce.core.http_fetch.fetcher import Fetcher, Wanted
 from lookonce.core.http_fetch.target import FetchError, Reason
 from tests.fetching.conftest import local_policy
-from tests.fetching.servers import PNG, Names, PictureServer, answer, make_certificates, redirect
+from tests.fetching.servers import PNG, ImageServer, Names, answer, make_certificates, redirect
 
 HERE = Names({"pictures.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]})
 
@@ -41,7 +41,7 @@ async def test_the_request_says_no_more_than_it_must(server, make_fetcher):
 
 
 async def test_https_verifies_the_name_at_the_checked_address(certificates, make_fetcher):
-    with PictureServer(certificates=certificates) as server:
+    with ImageServer(certificates=certificates) as server:
         fetcher = make_fetcher(server, names=HERE)
         url = f"https://pictures.example:{server.port}/a.png"
         assert await fetcher.fetch(url, param="url", max_bytes=1000) == PNG
@@ -50,25 +50,25 @@ async def test_https_verifies_the_name_at_the_checked_address(certificates, make
 
 
 async def test_https_to_an_address_verifies_the_address(certificates, make_fetcher):
-    with PictureServer(certificates=certificates) as server:
+    with ImageServer(certificates=certificates) as server:
         assert await make_fetcher(server).fetch(f"{server.url}/a.png", param="url", max_bytes=1000) == PNG
 
 
 async def test_a_certificate_of_another_name_is_refused(certificates, make_fetcher):
-    with PictureServer(certificates=certificates) as server:
+    with ImageServer(certificates=certificates) as server:
         error = await refused(make_fetcher(server, names=HERE), f"https://other.example:{server.port}/a.png")
         assert error.reason is Reason.UNREACHABLE and server.requests == []
 
 
 async def test_a_certificate_of_an_unknown_authority_is_refused(tmp_path, make_fetcher):
-    with PictureServer(certificates=make_certificates(tmp_path, "pictures.example")) as server:
+    with ImageServer(certificates=make_certificates(tmp_path, "pictures.example")) as server:
         error = await refused(make_fetcher(server, names=HERE), f"https://pictures.example:{server.port}/a.png")
         assert error.reason is Reason.UNREACHABLE and server.requests == []
 
 
 async def test_the_operator_s_roots_are_trusted(tmp_path):
     certificates = make_certificates(tmp_path, "pictures.example")
-    with PictureServer(certificates=certificates) as server:
+    with ImageServer(certificates=certificates) as server:
         fetcher = Fetcher(local_policy(server, ca=certificates.ca), look_up=HERE)
         assert await fetcher.fetch(f"https://pictures.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
         fetcher.close()
@@ -80,7 +80,7 @@ async def test_old_tls_is_refused(roots):
 
 
 async def test_ipv6(make_fetcher):
-    with PictureServer(host="::1") as server:
+    with ImageServer(host="::1") as server:
         fetcher = make_fetcher(server, names=Names({"six.example": [["::1"]]}))
         assert await fetcher.fetch(f"{server.url}/a.png", param="url", max_bytes=1000) == PNG
         assert await fetcher.fetch(f"http://six.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
@@ -104,7 +104,7 @@ async def test_redirects_are_followed(status, make_fetcher):
         "/three": redirect("//other.example:{port}/a.png", status),
         "/a.png": answer(),
     }
-    with PictureServer(routes) as server:
+    with ImageServer(routes) as server:
         routes["/three"] = redirect(f"//other.example:{server.port}/a.png", status)
         fetcher = make_fetcher(server, names=HERE)
         url = f"http://pictures.example:{server.port}/start"
@@ -116,7 +116,7 @@ async def test_redirects_are_followed(status, make_fetcher):
 
 
 async def test_redirects_are_bounded(make_fetcher):
-    with PictureServer({"/loop": redirect("/loop")}) as server:
+    with ImageServer({"/loop": redirect("/loop")}) as server:
         error = await refused(make_fetcher(server), f"{server.url}/loop")
         assert (error.reason, len(server.requests)) == (Reason.REDIRECTS, 4)
         assert (await refused(make_fetcher(server, max_redirects=0), f"{server.url}/loop")).reason is Reason.REDIRECTS
@@ -124,15 +124,15 @@ async def test_redirects_are_bounded(make_fetcher):
 
 
 async def test_a_redirect_from_https_to_http_is_refused(certificates, server, make_fetcher):
-    with PictureServer({"/go": redirect(f"{server.url}/a.png")}, certificates=certificates) as secure:
+    with ImageServer({"/go": redirect(f"{server.url}/a.png")}, certificates=certificates) as secure:
         error = await refused(make_fetcher(server, secure), f"{secure.url}/go")
     assert error.reason is Reason.DOWNGRADE and server.connections == 0
 
 
 async def test_a_redirect_from_http_to_https_is_followed(certificates, make_fetcher):
     with (
-        PictureServer(certificates=certificates) as secure,
-        PictureServer({"/go": redirect(f"https://pictures.example:{secure.port}/a.png")}) as plain,
+        ImageServer(certificates=certificates) as secure,
+        ImageServer({"/go": redirect(f"https://pictures.example:{secure.port}/a.png")}) as plain,
     ):
         fetcher = make_fetcher(secure, plain, names=HERE)
         assert await fetcher.fetch(f"{plain.url}/go", param="url", max_bytes=1000) == PNG
@@ -164,7 +164,7 @@ async def test_off_is_off(server, make_fetcher):
     ],
 )  # fmt: skip
 async def test_heads_that_are_taken(head, make_fetcher):
-    with PictureServer({"/a": answer(**head)}) as server:
+    with ImageServer({"/a": answer(**head)}) as server:
         assert await make_fetcher(server).fetch(f"{server.url}/a", param="url", max_bytes=1000) == PNG
 
 
@@ -173,7 +173,7 @@ async def test_chunked_bodies(make_fetcher):
         b"".join(b"%x\r\n%s\r\n" % (len(PNG[i : i + 9]), PNG[i : i + 9]) for i in range(0, len(PNG), 9)) + b"0\r\n\r\n"
     )
     raw = b"HTTP/1.1 200 OK\r\ncontent-type: image/png\r\ntransfer-encoding: chunked\r\n\r\n" + body
-    with PictureServer({"/a": raw}) as server:
+    with ImageServer({"/a": raw}) as server:
         assert await make_fetcher(server).fetch(f"{server.url}/a", param="url", max_bytes=len(PNG)) == PNG
         assert (await refused(make_fetcher(server), f"{server.url}/a", len(PNG) - 1)).reason is Reason.TOO_LARGE
 
@@ -184,7 +184,7 @@ async def test_a_path_outside_ascii_is_encoded(server, make_fetcher):
 
 
 async def test_many_files_come_in_order_and_equal_urls_once(make_fetcher):
-    with PictureServer({f"/{n}": answer(b"%d" % n) for n in range(6)}) as server:
+    with ImageServer({f"/{n}": answer(b"%d" % n) for n in range(6)}) as server:
         wanted = [Wanted(f"{server.url}/{n}", f"p{n}") for n in (3, 0, 3, 5, 1, 3)]
         files = await make_fetcher(server).fetch_all(wanted, max_bytes=9, total_bytes=99)
         assert files == [b"3", b"0", b"3", b"5", b"1", b"3"]
@@ -208,7 +208,7 @@ async def test_fetches_run_together_but_bounded(make_fetcher):
             under_way -= 1
         connection.sendall(answer())
 
-    with PictureServer({f"/{n}": wait_for_another for n in range(8)}) as server:
+    with ImageServer({f"/{n}": wait_for_another for n in range(8)}) as server:
         wanted = [Wanted(f"{server.url}/{n}", "url") for n in range(8)]
         await make_fetcher(server, per_request=2).fetch_all(wanted, max_bytes=1000, total_bytes=10000)
     assert max(seen) == 2

@@ -17,7 +17,7 @@ from tests.fetching.hostile import (
     SCHEMES,
     TRICKS,
 )
-from tests.fetching.servers import Names, PictureServer, answer, redirect
+from tests.fetching.servers import ImageServer, Names, answer, redirect
 
 OUTSIDE = (ip_network("127.0.0.2/32"),)
 """Stands for the public internet."""
@@ -85,7 +85,7 @@ async def test_an_unknown_name_looks_like_a_private_one(canary, roots):
 
 
 async def test_the_canary_and_the_record_would_tell(make_fetcher, tried):
-    with PictureServer() as server:
+    with ImageServer() as server:
         await make_fetcher(server).fetch(f"{server.url}/a.png", param="url", max_bytes=1000)
         assert server.connections == 1
         assert tried == [("socket.connect", ("127.0.0.1", server.port))]
@@ -104,7 +104,7 @@ async def test_the_canary_and_the_record_would_tell(make_fetcher, tried):
 @pytest.mark.parametrize("status", [302, 307])
 async def test_redirects_to_private_addresses(location, status, canary, make_fetcher, tried):
     names = Names({"inside.example": [["127.0.0.1"]]})
-    with PictureServer(
+    with ImageServer(
         {"/go": redirect(location.replace("{port}", str(canary.port)), status)}, host="127.0.0.2"
     ) as outside:
         fetcher = make_fetcher(outside, canary, names=names, networks=OUTSIDE)
@@ -116,7 +116,7 @@ async def test_redirects_to_private_addresses(location, status, canary, make_fet
 
 async def test_a_name_that_changes_its_address_after_the_check(canary, make_fetcher, tried):
     names = Names({"rebind.example": [["127.0.0.2"], ["127.0.0.1"]]})
-    with PictureServer({"/a.png": answer(b"outside")}, host="127.0.0.2") as outside:
+    with ImageServer({"/a.png": answer(b"outside")}, host="127.0.0.2") as outside:
         fetcher = make_fetcher(outside, canary, names=names, networks=OUTSIDE)
         assert (
             await fetcher.fetch(f"http://rebind.example:{outside.port}/a.png", param="url", max_bytes=99) == b"outside"
@@ -131,7 +131,7 @@ async def test_a_name_that_changes_its_address_after_the_check(canary, make_fetc
 async def test_a_name_that_changes_its_address_between_hops(canary, make_fetcher):
     names = Names({"rebind.example": [["127.0.0.2"], ["127.0.0.1"]]})
     routes = {"/go": redirect("/a.png"), "/a.png": answer()}
-    with PictureServer(routes, host="127.0.0.2") as outside, PictureServer(routes) as inside:
+    with ImageServer(routes, host="127.0.0.2") as outside, ImageServer(routes) as inside:
         fetcher = make_fetcher(outside, canary, inside, names=names, networks=OUTSIDE)
         error = await refused(fetcher, f"http://rebind.example:{outside.port}/go")
         assert (error.message, outside.targets, inside.connections) == (NO_ADDRESS, ["/go"], 0)

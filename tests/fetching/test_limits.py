@@ -13,7 +13,7 @@ import pytest
 from lookonce.core.errors import ErrorKind
 from lookonce.core.http_fetch.fetcher import Wanted
 from lookonce.core.http_fetch.target import FetchError, Reason
-from tests.fetching.servers import PNG, Names, PictureServer, answer, redirect
+from tests.fetching.servers import PNG, ImageServer, Names, answer, redirect
 from tests.fetching.test_fetching import refused
 from tests.ports import free_port
 
@@ -49,7 +49,7 @@ ENDLESS = {
 async def test_endless_bodies_end_at_the_limit(start, make_fetcher):
     piece = b"10000\r\n" + b"x" * 65536 + b"\r\n" if b"chunked" in start else b"x" * 65536
     endless = Endless(start, piece)
-    with PictureServer({"/a": endless}) as server:
+    with ImageServer({"/a": endless}) as server:
         error = await refused(make_fetcher(server), f"{server.url}/a", 1 << 20)
     assert (error.reason, error.kind) == (Reason.TOO_LARGE, ErrorKind.IMAGE_TOO_LARGE)
     assert error.message == "the image at 'url' has more than 1.0 MiB"
@@ -68,14 +68,14 @@ ENDLESS_HEADS = {
 @pytest.mark.parametrize("kind", ENDLESS_HEADS)
 async def test_endless_heads_end(kind, make_fetcher):
     pieces = {"headers": b"a: b\r\n" * 999, "interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 99}
-    with PictureServer({"/a": Endless(ENDLESS_HEADS[kind], pieces.get(kind, b"x" * 999))}) as server:
+    with ImageServer({"/a": Endless(ENDLESS_HEADS[kind], pieces.get(kind, b"x" * 999))}) as server:
         error = await refused(make_fetcher(server, timeout=2.0), f"{server.url}/a")
     assert error.reason in (Reason.BROKEN, Reason.TIMEOUT)
 
 
 @pytest.mark.parametrize("start", [b"", HEAD, HEAD + b"content-length: 99\r\n\r\n"], ids=["first", "head", "body"])
 async def test_a_server_that_drips_runs_out_of_time(start, make_fetcher):
-    with PictureServer({"/a": Endless(start, b"H" if not start else b"x", pause=0.02)}) as server:
+    with ImageServer({"/a": Endless(start, b"H" if not start else b"x", pause=0.02)}) as server:
         error = await refused(make_fetcher(server, timeout=0.7), f"{server.url}/a")
     assert error.reason in (Reason.TIMEOUT, Reason.BROKEN)
     assert (error.reason is Reason.TIMEOUT) or not start
@@ -83,13 +83,13 @@ async def test_a_server_that_drips_runs_out_of_time(start, make_fetcher):
 
 @pytest.mark.parametrize("start", [b"", HEAD, HEAD + b"content-length: 99\r\n\r\nx"], ids=["first", "head", "body"])
 async def test_a_silent_server_runs_out_of_patience(start, make_fetcher):
-    with PictureServer({"/a": Endless(start, b"", pause=15)}) as server:
+    with ImageServer({"/a": Endless(start, b"", pause=15)}) as server:
         error = await refused(make_fetcher(server, read_timeout=0.3), f"{server.url}/a")
     assert (error.reason, error.message) == (Reason.TIMEOUT, "the server of 'url' took too long")
 
 
 async def test_a_server_that_never_shakes_hands(make_fetcher):
-    with PictureServer({}) as server:
+    with ImageServer({}) as server:
         error = await refused(make_fetcher(server, connect_timeout=0.3), f"https://127.0.0.1:{server.port}/a")
     assert error.reason in (Reason.TIMEOUT, Reason.UNREACHABLE)
 
@@ -111,7 +111,7 @@ async def test_time_runs_over_redirects_too(make_fetcher):
         threading.Event().wait(0.4)
         connection.sendall(redirect("/late"))
 
-    with PictureServer({"/late": late}) as server:
+    with ImageServer({"/late": late}) as server:
         error = await refused(make_fetcher(server, timeout=1.0, max_redirects=10), f"{server.url}/late")
     assert error.reason is Reason.TIMEOUT and len(server.requests) < 8
 
@@ -147,8 +147,8 @@ async def test_time_runs_over_redirects_too(make_fetcher):
         (redirect("/a\r\nlocation: /b"), Reason.MALFORMED),
     ],
 )  # fmt: skip
-async def test_answers_that_are_no_picture(raw, reason, make_fetcher):
-    with PictureServer({"/a": raw}) as server:
+async def test_answers_that_are_no_image(raw, reason, make_fetcher):
+    with ImageServer({"/a": raw}) as server:
         error = await refused(make_fetcher(server, read_timeout=5.0), f"{server.url}/a")
     assert error.reason is reason
     assert (error.kind, error.code) == (ErrorKind.INVALID_ARGUMENT, "invalid_image_url")
@@ -156,25 +156,25 @@ async def test_answers_that_are_no_picture(raw, reason, make_fetcher):
 
 async def test_a_length_over_the_limit_is_refused_before_the_body(make_fetcher):
     start = HEAD + b"content-length: 1001\r\n\r\n"
-    with PictureServer({"/a": Endless(start, b"", pause=20)}) as server:
+    with ImageServer({"/a": Endless(start, b"", pause=20)}) as server:
         assert (await refused(make_fetcher(server), f"{server.url}/a", 1000)).reason is Reason.TOO_LARGE
 
 
 async def test_more_than_was_announced_is_not_read(make_fetcher):
-    with PictureServer({"/a": answer(b"12345678", content_length="4")}) as server:
+    with ImageServer({"/a": answer(b"12345678", content_length="4")}) as server:
         assert await make_fetcher(server).fetch(f"{server.url}/a", param="url", max_bytes=4) == b"1234"
 
 
 @pytest.mark.parametrize("declared", ["", None])
 async def test_one_byte_over_the_limit(declared, make_fetcher):
     head = {} if declared is None else {"content_length": declared}
-    with PictureServer({"/a": answer(**head)}) as server:
+    with ImageServer({"/a": answer(**head)}) as server:
         assert await make_fetcher(server).fetch(f"{server.url}/a", param="url", max_bytes=len(PNG)) == PNG
         assert (await refused(make_fetcher(server), f"{server.url}/a", len(PNG) - 1)).reason is Reason.TOO_LARGE
 
 
 async def test_files_of_one_request_share_their_bytes(make_fetcher):
-    with PictureServer({f"/{n}": answer(b"x" * 400) for n in range(3)}) as server:
+    with ImageServer({f"/{n}": answer(b"x" * 400) for n in range(3)}) as server:
         wanted = [Wanted(f"{server.url}/{n}", f"p{n}") for n in range(3)]
         assert len(await make_fetcher(server).fetch_all(wanted, max_bytes=400, total_bytes=1200)) == 3
         with pytest.raises(FetchError) as caught:
@@ -189,7 +189,7 @@ async def test_nobody_listens(make_fetcher):
 
 
 async def test_the_first_failure_ends_the_other_fetches(make_fetcher):
-    with PictureServer({"/hangs": Endless(HEAD, b"", pause=20)}) as server:
+    with ImageServer({"/hangs": Endless(HEAD, b"", pause=20)}) as server:
         wanted = [Wanted(f"{server.url}/hangs", "first"), Wanted(f"{server.url}/missing", "second")]
         with pytest.raises(FetchError) as caught:
             await make_fetcher(server, timeout=60, read_timeout=60).fetch_all(wanted, max_bytes=9, total_bytes=99)
@@ -197,7 +197,7 @@ async def test_the_first_failure_ends_the_other_fetches(make_fetcher):
 
 
 async def test_a_full_house_turns_away(make_fetcher):
-    with PictureServer({"/hangs": Endless(HEAD, b"", pause=20)}) as server:
+    with ImageServer({"/hangs": Endless(HEAD, b"", pause=20)}) as server:
         fetcher = make_fetcher(server, timeout=60, read_timeout=60, concurrency=1)
         first = asyncio.create_task(fetcher.fetch(f"{server.url}/hangs", param="url", max_bytes=9))
         await asyncio.to_thread(server.asked.wait, 60)
@@ -211,7 +211,7 @@ async def test_a_full_house_turns_away(make_fetcher):
 
 
 async def test_a_fetch_that_is_given_up_frees_its_place(make_fetcher):
-    with PictureServer({"/hangs": Endless(HEAD, b"", pause=20), "/a.png": answer()}) as server:
+    with ImageServer({"/hangs": Endless(HEAD, b"", pause=20), "/a.png": answer()}) as server:
         fetcher = make_fetcher(server, concurrency=1)
         task = asyncio.create_task(fetcher.fetch(f"{server.url}/hangs", param="url", max_bytes=9))
         await asyncio.to_thread(server.asked.wait, 20)
@@ -223,7 +223,7 @@ async def test_a_fetch_that_is_given_up_frees_its_place(make_fetcher):
 
 async def test_one_owner_gets_no_more_than_its_share(make_fetcher):
     hanging = Endless(HEAD, b"", pause=20)
-    with PictureServer({"/hangs": hanging, "/a.png": answer()}) as server:
+    with ImageServer({"/hangs": hanging, "/a.png": answer()}) as server:
         fetcher = make_fetcher(server, concurrency=2, per_owner=1)
         greedy = [
             asyncio.create_task(fetcher.fetch(f"{server.url}/hangs", param="url", max_bytes=9, owner="red"))
@@ -240,7 +240,7 @@ async def test_one_owner_gets_no_more_than_its_share(make_fetcher):
 
 
 async def test_failures_free_their_place(make_fetcher):
-    with PictureServer() as server:
+    with ImageServer() as server:
         fetcher = make_fetcher(server, concurrency=1, names=Names())
         for path in ("missing", "a.png", "missing"):
             await asyncio.gather(

@@ -15,7 +15,7 @@ import openai
 import pytest
 
 from gateway.schemas.batch_bodies import FileObject
-from tests.fetching.servers import Canary, PictureServer, answer
+from tests.fetching.servers import Canary, ImageServer, answer
 from tests.gateway.batching import CHAT, ENDED, begin, chat_line, ended, image_part, jsonl, results, until
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
@@ -31,7 +31,7 @@ class World:
     """A gateway with a data directory that may fetch from 127.0.0.2 alone, a server there, a canary on 127.0.0.1."""
 
     gateway: GatewayProcess
-    images: PictureServer
+    images: ImageServer
     canary: Canary
     data_dir: Path
 
@@ -41,7 +41,7 @@ def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
     data_dir = tmp_path_factory.mktemp("batches")
     policy = data_dir / "policy.yaml"
     policy.write_text("categories: [{id: star, question: 'Is there a star?'}]")
-    with Canary() as canary, PictureServer(host="127.0.0.2") as images:
+    with Canary() as canary, ImageServer(host="127.0.0.2") as images:
         rules = ("--fetch-ports", f"{canary.port},{images.port}", "--fetch-allow-networks", "127.0.0.2/32")
         limits = ("--max-file-bytes", "64KiB", "--max-stored-bytes", "160KiB", "--max-batch-lines", "40")
         own = ("--data-dir", str(data_dir / "deep" / "data"), "--policy", str(policy), "--max-batches", "3")

@@ -131,7 +131,7 @@ def test_images_in_every_form_that_clients_write(
     assert len(said) == 1 and services.encodes() == before + 1
 
 
-def test_a_images_uuid_names_it_from_then_on(http: httpx2.Client, services: Services, image_file: ImageFile) -> None:
+def test_an_images_uuid_names_it_from_then_on(http: httpx2.Client, services: Services, image_file: ImageFile) -> None:
     def ask(*parts: dict[str, Any]) -> httpx2.Response:
         return http.post(CHAT, json={"messages": [user(*parts, text())], "max_tokens": 4})
 

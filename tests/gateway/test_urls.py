@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
-from tests.fetching.servers import Canary, PictureServer, answer, make_certificates, redirect
+from tests.fetching.servers import Canary, ImageServer, answer, make_certificates, redirect
 from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, GatewayProcess
 
@@ -36,8 +36,8 @@ class World:
     """A gateway that may fetch from 127.0.0.2 alone, servers there, and a canary everywhere else."""
 
     gateway: GatewayProcess
-    plain: PictureServer
-    secure: PictureServer
+    plain: ImageServer
+    secure: ImageServer
     canary: Canary
 
     def upload(self, url: str) -> httpx2.Response:
@@ -59,8 +59,8 @@ def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
     certificates = make_certificates(directory, "pictures.example")
     with (
         Canary() as canary,
-        PictureServer(host="127.0.0.2") as plain,
-        PictureServer(host="127.0.0.2", certificates=certificates) as secure,
+        ImageServer(host="127.0.0.2") as plain,
+        ImageServer(host="127.0.0.2", certificates=certificates) as secure,
     ):
         ports = ",".join(str(server.port) for server in (canary, plain, secure))
         arguments = [
@@ -171,7 +171,7 @@ def test_what_is_fetched_is_decoded_as_strictly_as_a_file(world: World, file: by
 
 def test_fetching_can_be_switched_off() -> None:
     with (
-        PictureServer() as server,
+        ImageServer() as server,
         GatewayProcess("--fetch-urls", "off", "--fetch-allow-networks", "127.0.0.0/8") as gateway,
     ):
         with gateway.client() as http:

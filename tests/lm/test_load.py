@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.images import photograph
 from tests.lm.split import answer, asking, running, user
-from tests.lm.test_service import idle, store_pictures
+from tests.lm.test_service import idle, store_images
 
 CAT = photograph("chelsea", (90, 60))
 
@@ -64,7 +64,7 @@ async def test_a_dropped_stream_is_in_no_later_step(checkpoint_path, tmp_path, m
 async def test_many_requests_on_16_places(checkpoint_path, unsplit, tower, tmp_path, count):
     """Each has its own question and gets that one's answer, whole and once; every tenth client hangs up early."""
     turns = [("user", [CAT, "What is this?"])]
-    (message,) = await store_pictures(f"file://{tmp_path}/store", tower, turns)
+    (message,) = await store_images(f"file://{tmp_path}/store", tower, turns)
     picture = message.parts[0]
 
     def question(i):

@@ -41,7 +41,7 @@ def model(request, tmp_path_factory):
     return path, Unsplit(path), Tower(path)
 
 
-async def store_pictures(url, tower, turns):
+async def store_images(url, tower, turns):
     """Put every picture's embedding in the store; the conversation as messages that refer to them."""
     store = open_store(url)
     messages = []
@@ -61,7 +61,7 @@ async def store_pictures(url, tower, turns):
 async def test_answers_are_the_unsplit_models(model, tmp_path):
     path, unsplit, tower = model
     url = f"file://{tmp_path}/store"
-    conversations = {name: await store_pictures(url, tower, turns) for name, turns in CONVERSATIONS.items()}
+    conversations = {name: await store_images(url, tower, turns) for name, turns in CONVERSATIONS.items()}
     first_words = set()
     async with running(path, tmp_path, store=url) as client:
         for name, turns in CONVERSATIONS.items():
@@ -86,19 +86,19 @@ async def client(checkpoint_path, tmp_path):
         yield one
 
 
-async def with_picture(tower, tmp_path, *texts, picture=CAT):
-    (message,) = await store_pictures(f"file://{tmp_path}/store", tower, [("user", [picture, *texts])])
+async def with_image(tower, tmp_path, *texts, picture=CAT):
+    (message,) = await store_images(f"file://{tmp_path}/store", tower, [("user", [picture, *texts])])
     return message
 
 
-async def test_the_picture_decides_the_answer(client, tower, tmp_path):
-    one = await answer(client, asking(await with_picture(tower, tmp_path, "What?", picture=CAT)))
-    other = await answer(client, asking(await with_picture(tower, tmp_path, "What?", picture=CAT.rotate(180))))
+async def test_the_image_decides_the_answer(client, tower, tmp_path):
+    one = await answer(client, asking(await with_image(tower, tmp_path, "What?", picture=CAT)))
+    other = await answer(client, asking(await with_image(tower, tmp_path, "What?", picture=CAT.rotate(180))))
     assert one.ids != other.ids
 
 
 async def test_the_receipt_tells_where_the_embedding_came_from(client, tower, tmp_path):
-    message = await with_picture(tower, tmp_path, "What?")
+    message = await with_image(tower, tmp_path, "What?")
     first, second = [(await answer(client, asking(message))).finish for _ in range(2)]
     assert first.receipt.embedding == language_pb2.STORE
     assert second.receipt.embedding == language_pb2.NOT_NEEDED
@@ -141,14 +141,14 @@ async def test_seeded_answers_repeat_and_n_differ(client):
 
 
 async def test_greedy_answers_are_alike_alone_and_at_once(client, tower, tmp_path):
-    message = await with_picture(tower, tmp_path, "What?")
+    message = await with_image(tower, tmp_path, "What?")
     requests = [asking(message), asking(user("hi")), asking(user("ho"), max_tokens=5)]
     alone = [(await answer(client, request)).ids for request in requests]
     assert [reply.ids for reply in await asyncio.gather(*(answer(client, request) for request in requests))] == alone
 
 
 async def test_scores_are_the_unsplit_models(client, tower, unsplit, tmp_path):
-    message = await with_picture(tower, tmp_path, "Cat?")
+    message = await with_image(tower, tmp_path, "Cat?")
     choices = ["yes", "no", "maybe so"]
     item = language_pb2.ScoreItem(id="q1", messages=[message], choices=choices)
     other = language_pb2.ScoreItem(id="q2", messages=[user("Dog?")], choices=["yes", "no"])
@@ -176,10 +176,10 @@ def unsplit_logprob(unsplit, turns, choice):
     return float(logits.gather(-1, ids[0, :, None]).sum())
 
 
-async def test_pictures_scored_alone_are_the_same_bits_in_one_call_or_several(checkpoint_path, tower, tmp_path):
+async def test_images_scored_alone_are_the_same_bits_in_one_call_or_several(checkpoint_path, tower, tmp_path):
     turns = [("user", [picture, question]) for question in ("Cat?", "Or else?") for picture in (CAT, CUP, MAN)]
     url = f"file://{tmp_path}/store"
-    messages = await store_pictures(url, tower, turns)
+    messages = await store_images(url, tower, turns)
     items = [
         language_pb2.ScoreItem(id=str(number), messages=[message], choices=["yes", "no", "maybe so"])
         for number, message in enumerate(messages)
@@ -197,7 +197,7 @@ async def test_pictures_scored_alone_are_the_same_bits_in_one_call_or_several(ch
 
 @pytest.mark.parametrize("isolated", [False, True])
 async def test_one_items_error_is_its_own(client, tower, tmp_path, isolated):
-    message = await with_picture(tower, tmp_path, "Cat?")
+    message = await with_image(tower, tmp_path, "Cat?")
     reference, _ = tower.record(CUP)
     foreign = user("Cat?", reference)
     foreign.parts[1].image.fingerprint = "e" * 64
@@ -350,7 +350,7 @@ async def test_least_tokens_are_those_of_the_unsplit_model(checkpoint_path, unsp
 
 
 async def test_forget_erases_the_embedding(client, tower, tmp_path):
-    message = await with_picture(tower, tmp_path, "What?")
+    message = await with_image(tower, tmp_path, "What?")
     await answer(client, asking(message))
     reply = await client.forget(image_digests=[message.parts[0].image.image_digest])
     assert (reply.forgotten, reply.complete) == (2, True)  # the embedding and the prefix made from it

@@ -11,7 +11,7 @@ import pytest
 
 from lookonce.moderation.batch.results import Results
 from tests.cli.commands import Background, lookonce
-from tests.moderate.scenes import Pictures, make_pictures, policy_text
+from tests.moderate.scenes import Pictures, make_images, policy_text
 from tests.processes import ROOT, ServiceProcess
 
 MODEL = ROOT / "lookonce/data/shapes"
@@ -56,7 +56,7 @@ def pair(tmp_path_factory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory) -> Pictures:
-    return make_pictures(tmp_path_factory.mktemp("pictures"), COUNT, broken=0.03)
+    return make_images(tmp_path_factory.mktemp("pictures"), COUNT, broken=0.03)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ class Pictures:
     copies: dict[str, str] = field(default_factory=dict)
 
 
-def make_pictures(folder: Path, count: int, *, duplicates: float = 0.1, broken: float = 0.01) -> Pictures:
+def make_images(folder: Path, count: int, *, duplicates: float = 0.1, broken: float = 0.01) -> Pictures:
     """The same for the same arguments."""
     rng = random.Random(count)
     made = Pictures(folder)

@@ -165,7 +165,7 @@ def test_a_server_that_is_away_is_named(moderate, s3):
     assert done.returncode == 75 and "AWS_ENDPOINT_URL is http://127.0.0.1:1" in done.stderr
 
 
-def test_credentials_that_expire_end_the_run_and_no_picture(pair, moderate, s3, policy, tmp_path):
+def test_credentials_that_expire_end_the_run_and_no_image(pair, moderate, s3, policy, tmp_path):
     s3.accept_anybody(True)
     options = ["--under-way", "2", "--progress-seconds", "0.1"]
     command = ["moderate", s3.at("a/"), "--policy", policy, "--out", tmp_path / "out.parquet", *pair.arguments()]

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.moderate.conftest import MODEL, Pair, start_pair
-from tests.moderate.scenes import area_under_curve, holds, make_pictures
+from tests.moderate.scenes import area_under_curve, holds, make_images
 from tests.processes import ServiceProcess
 from tests.valkey import ValkeyServer
 
@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    return make_pictures(tmp_path_factory.mktemp("many"), COUNT)
+    return make_images(tmp_path_factory.mktemp("many"), COUNT)
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ def name_of(row: dict) -> str:
     return "/".join(row["source"].split("/")[-2:])
 
 
-def test_every_picture_is_there_once_with_true_scores(results, pictures):
+def test_every_image_is_there_once_with_true_scores(results, pictures):
     rows = pq.read_table(results).to_pylist()
     assert [row["index"] for row in rows] == list(range(COUNT))
     assert sorted(map(name_of, rows)) == sorted(pictures.truth)

@@ -60,7 +60,7 @@ def check(out: Path, expected: list[dict], service: str) -> None:
             assert row == unharmed
 
 
-def test_a_picture_that_kills_the_vision_service(source, policy, expected, tmp_path):
+def test_an_image_that_kills_the_vision_service(source, policy, expected, tmp_path):
     store, out = f"file://{tmp_path}/store", tmp_path / "out.parquet"
     vision = MortalService(ServiceProcess("vision_service", *ARGUMENTS, "--store", store), MARKER)
     language = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)
@@ -73,7 +73,7 @@ def test_a_picture_that_kills_the_vision_service(source, policy, expected, tmp_p
         assert done.returncode == 0 and "finished already" in done.stderr
 
 
-def test_a_picture_that_kills_the_language_service_in_a_run_that_is_killed_too(source, policy, expected, tmp_path):
+def test_an_image_that_kills_the_language_service_in_a_run_that_is_killed_too(source, policy, expected, tmp_path):
     store, out = f"file://{tmp_path}/store", tmp_path / "out.parquet"
     vision = ServiceProcess("vision_service", *ARGUMENTS, "--store", store)
     service = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)
@@ -88,7 +88,7 @@ def test_a_picture_that_kills_the_language_service_in_a_run_that_is_killed_too(s
         check(out, expected, "language service")
 
 
-def test_a_service_that_dies_of_everything_is_no_pictures_fault(source, policy, tmp_path):
+def test_a_service_that_dies_of_everything_is_no_images_fault(source, policy, tmp_path):
     store, out = f"file://{tmp_path}/store", tmp_path / "out.parquet"
     vision = MortalService(ServiceProcess("vision_service", *ARGUMENTS, "--store", store), b"\x89PNG\r\n\x1a\n")
     language = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)
@@ -100,7 +100,7 @@ def test_a_service_that_dies_of_everything_is_no_pictures_fault(source, policy, 
     assert not list(tmp_path.glob("out.parquet.run/parts/part-*"))
 
 
-def test_services_that_are_killed_again_and_again_are_no_pictures_fault(pictures, source, policy, expected, tmp_path):
+def test_services_that_are_killed_again_and_again_are_no_images_fault(pictures, source, policy, expected, tmp_path):
     store, out = f"file://{tmp_path}/store", tmp_path / "out.parquet"
     vision = ServiceProcess("vision_service", *ARGUMENTS, "--store", store)
     language = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)

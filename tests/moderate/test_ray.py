@@ -59,9 +59,7 @@ def test_a_service_that_stays_away_ends_the_run_for_now(cluster, pictures, polic
             assert "did not answer" in run.output and "Run the same command again" in run.output
 
 
-def test_a_picture_that_kills_the_vision_service_is_found_when_no_worker_asks(
-    cluster, pair, pictures, policy, tmp_path
-):
+def test_an_image_that_kills_the_vision_service_is_found_when_no_worker_asks(cluster, pair, pictures, policy, tmp_path):
     source, alone, out = tmp_path / "source", tmp_path / "alone.parquet", tmp_path / "out.parquet"
     source.mkdir()
     good = [pictures.folder / name for name, truth in sorted(pictures.truth.items()) if truth is not None]

@@ -63,7 +63,7 @@ def test_every_form_of_results_gives_the_same_page(tmp_path, name):
     assert shown[0] == shown[1]
 
 
-def test_pictures_that_are_not_fetched_are_left_out_and_leave_stdout_alone(tmp_path):
+def test_images_that_are_not_fetched_are_left_out_and_leave_stdout_alone(tmp_path):
     results = write_results(tmp_path, name="results.jsonl")
     (tmp_path / "urls.txt").write_text("http://127.0.0.1:9/a.png\n" * 41)
     manifest = tmp_path / "results.jsonl.manifest.json"
@@ -90,7 +90,7 @@ def test_the_gallery_is_bounded_and_best_first(tmp_path):
     assert not collect(results, 0).cards
 
 
-def test_pictures_that_changed_or_went_are_left_out(tmp_path):
+def test_images_that_changed_or_went_are_left_out(tmp_path):
     results = write_results(tmp_path)
     (tmp_path / "pictures/009.png").write_bytes((tmp_path / "pictures/008.png").read_bytes())
     (tmp_path / "pictures/019.png").unlink()

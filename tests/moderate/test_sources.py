@@ -48,7 +48,7 @@ async def read(source: str | Path, max_bytes: int = 1000, **options) -> dict[str
     return found
 
 
-async def test_a_folder_is_its_pictures_in_order(folder):
+async def test_a_folder_is_its_images_in_order(folder):
     found = await read(folder)
     assert [Path(name).relative_to(folder).as_posix() for name in found] == [
         "a/1.png",
@@ -163,7 +163,7 @@ def test_what_is_no_source_says_so(tmp_path, monkeypatch, source, text):
     assert text in caught.value.message
 
 
-def test_entries_without_a_picture_are_entries(tmp_path):
+def test_entries_without_an_image_are_entries(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"path": "a.png"}\n{"other": 1}\n')
     (_, first), (_, second) = open_source(str(tmp_path / "t.jsonl")).entries()
     assert not isinstance(first, Unusable) and isinstance(second, Unusable)

@@ -107,7 +107,7 @@ def model_state(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_text_only_segments_do_not_see_the_picture(words):
+def test_text_only_segments_do_not_see_the_image(words):
     rng = np.random.default_rng(0)
     scene = scenes.draw(5)
     row = pack.pack_row(words, scene.shapes, scene.image.size, (7, 7), rng, pack.MIXED, 900, variety=1.0)

@@ -35,7 +35,7 @@ async def test_after_the_end_nobody_waits():
     assert refused.value.kind is ErrorKind.UNAVAILABLE
 
 
-async def test_small_pictures_have_their_turns_in_the_pauses_of_a_large_one():
+async def test_small_images_have_their_turns_in_the_pauses_of_a_large_one():
     ended = []
 
     def encode(batch, pause):

@@ -78,7 +78,7 @@ def test_hidden_colours_of_clear_pixels_stay_hidden(decoder):
     assert (pixels(decoder, encoded(Image.fromarray(rgba))) == 255).all()
 
 
-def test_large_transparent_pictures_are_composited_whole():
+def test_large_transparent_images_are_composited_whole():
     """More rows than one strip holds."""
     rgba = np.random.default_rng(0).integers(0, 256, (1100, 2000, 4), dtype=np.uint8)
     image = Image.fromarray(rgba)
@@ -254,7 +254,7 @@ def test_a_format_that_takes_more_memory_may_have_fewer_pixels():
     assert caught.value.kind is ErrorKind.IMAGE_TOO_LARGE
 
 
-def test_pictures_decoded_at_once_share_one_budget():
+def test_images_decoded_at_once_share_one_budget():
     """Eight threads, each picture over half the budget: never two at a time."""
     decoder = Decoder(ImageLimits(max_pixels=10_000))
     peak, lock = [0], threading.Lock()

@@ -72,7 +72,7 @@ def test_cuda_without_the_library_is_refused_by_name(monkeypatch):
     assert caught.value.param == "quantization"
 
 
-def test_embeddings_are_close_and_a_picture_alone_is_as_in_company(checkpoint_path):
+def test_embeddings_are_close_and_an_image_alone_is_as_in_company(checkpoint_path):
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
     preprocess = Preprocessor(checkpoint.preprocessor)
     pictures = [preprocess(photograph(name, (112, 84)).convert("RGB"), 3136, 1 << 20) for name in ("coffee", "chelsea")]
