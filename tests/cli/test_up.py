@@ -152,7 +152,7 @@ def test_doctor_knows_its_port(up, data_dir):
     assert finding.status == "fail" and "--port" in finding.remedy
 
 
-@pytest.mark.parametrize("names", [["gateway"], ["vision", "language"]])
+@pytest.mark.parametrize("names", [pytest.param(["gateway"], marks=pytest.mark.slow), ["vision", "language"]])
 def test_killed_services_come_back_and_requests_succeed_again(up, data_dir, picture, names):
     before = up.pids()
     stop = threading.Event()

@@ -88,6 +88,7 @@ def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once
             assert system.encodes() == n + 1
 
 
+@pytest.mark.slow  # test_wrong_values and gateway/test_retries hold the same way back, faster
 def test_an_evicted_embedding_is_made_again_in_silence(model, tmp_path):
     store = f"file://{tmp_path}/store"
     with System(model, tmp_path, store=store, vision_args=("--store-bytes", "30KiB", "--l1-bytes", "1024")) as system:

@@ -22,7 +22,10 @@ KINDS = {
 
 @pytest.fixture(
     scope="module",
-    params=["published-tied", "nested-untied", pytest.param("published-untied-wide", marks=pytest.mark.slow)],
+    params=[
+        "published-tied",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nested-untied", "published-untied-wide")),
+    ],
 )
 def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)

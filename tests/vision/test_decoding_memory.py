@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.vision.files import encoded
@@ -67,6 +68,7 @@ def files():
     }
 
 
+@pytest.mark.slow  # test_images holds the budget
 def test_no_format_takes_more_than_it_is_counted_with(tmp_path):
     for name, data in files().items():
         (tmp_path / name).write_bytes(data)
