@@ -9,8 +9,7 @@ DEV_STAMP := $(VENV)/.setup-dev-done
 SLOW_STAMP := $(VENV)/.setup-slow-done
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
 WORKERS ?= 2
-# worksteal: each worker begins with its half of the tests in their order, so that one starts a folder's services, not both
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
