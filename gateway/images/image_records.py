@@ -152,7 +152,10 @@ class ImageRecords:
                 raise
             return self._unexpired(known)
         self._unseen.discard(digest)
-        if stored is None and spare is None and self._believed(cached) is None:
+        believed = self._believed(cached)
+        if stored is not None and believed is not None and stored.changed < believed.changed:
+            stored = None  # a write that was given up long ago and came after all: the later one is lost
+        if stored is None and spare is None and believed is None:
             self._cache.pop(digest, None)
             return None
         if not held and (stored is None or spare is not None):
@@ -195,10 +198,13 @@ class ImageRecords:
             await self.save(record)
             return record
 
-    async def bury(self, record: ImageRecord) -> bool:
-        """Put a tombstone in the record's place; whether the store has it."""
-        tombstone = replace(record, deleted=True, expires=time.time() + TOMBSTONE_TTL)
-        return await self._write(self._changed(tombstone))
+    async def bury(self, record: ImageRecord, asked: float) -> bool:
+        """Put a tombstone in the record's place; whether the store has it. `asked`: Unix seconds of the erasure. An
+        upload after it that the store can't tell of now is not buried."""
+        tombstone = self._changed(replace(record, deleted=True, expires=time.time() + TOMBSTONE_TTL))
+        if self.is_unseen(record.digest):
+            tombstone = replace(tombstone, changed=max(asked, record.changed + CLOCK_STEP))
+        return await self._write(tombstone)
 
     async def _write(self, record: ImageRecord) -> bool:
         if self.is_unseen(record.digest):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
-from gateway.images.image_records import file_key
+from gateway.images.image_records import CONFIRMED, file_key
 from gateway.images.library import parse_id
 from tests.faulty_proxy import FaultyProxy
 from tests.gateway.conftest import Services
@@ -188,3 +188,19 @@ def test_a_store_that_can_be_written_and_not_read_loses_no_pin_and_no_name(
         assert eventually(lambda http=http: store_in_use(http))
         found = http.get("/v1/images/named").json()
         assert (found["id"], found["pinned"], found["aliases"]) == (image, True, ["named"])
+
+
+def test_a_late_write_of_an_older_record_undoes_nothing(scene: Scene, image_file: ImageFile) -> None:
+    """A server that hung may carry out a write long after it was given up and another one confirmed."""
+    data = image_file()
+    image = upload(scene.first, data).json()["id"]
+    scene.first.delete(f"/v1/images/{image}")
+    key = "lookonce:images:" + (b"record:" + parse_id(image)).hex()
+    with scene.valkey.client() as client:
+        tombstone = client.get(key)
+        assert upload(scene.first, data, alias="anew").status_code in (200, 201)
+        client.set(key, tombstone)
+        time.sleep(CONFIRMED)
+        for http in (scene.first, scene.second):
+            assert http.get("/v1/images/anew").json()["id"] == image
+        assert client.get(key) != tombstone
