@@ -259,6 +259,9 @@ class ImageRecords:
         return record if record.expires > time.time() else None
 
     def _remember(self, record: ImageRecord, confirmed: float) -> None:
+        known = self._cache.get(record.digest)
+        if known is not None and known.confirmed > confirmed and known.record.changed > record.changed:
+            return  # changed while the store was asked
         self._cache[record.digest] = _Cached(record, confirmed)
         self._cache.move_to_end(record.digest)
         while len(self._cache) > CACHED_RECORDS:
