@@ -16,8 +16,7 @@ from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.models.qwen2_vl.config import FAMILY
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import FAMILY, mrope_positions
 from lookonce.models.qwen2_vl.synthetic_tokenizer import SPECIAL_TOKENS
 
 FINGERPRINT = "f" * 64
