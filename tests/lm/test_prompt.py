@@ -11,8 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lm_service.peers import AcceptedEncoders
-from lm_service.prompt import Message, PromptBuilder
+from lm_service.prompt import AcceptedEncoders, Message, PromptBuilder
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
