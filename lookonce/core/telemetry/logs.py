@@ -24,7 +24,7 @@ def configure_logging(
     service: str, level: str = "info", log_format: LogFormat = "auto", *, lasting: bool = False
 ) -> None:
     """Set up structlog; every line names its service. `lasting`: this process neither configures it again nor replaces
-    stderr, so that each logger is made once and not anew for each line, or for each that the level leaves out."""
+    stderr, so that each logger is made once and not anew for each line."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()

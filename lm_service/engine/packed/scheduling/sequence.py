@@ -1,5 +1,5 @@
-"""One answer in the making, or one question to be scored: its tokens, and where their KV lies; and which requests no
-sequence is made for, because they can never fit or contradict themselves."""
+"""One answer in the making, or one question to be scored: its tokens, and where their KV lies. Requests that can never
+fit, or contradict themselves, are refused before a sequence is made for them."""
 
 from __future__ import annotations
 
