@@ -15,10 +15,9 @@ from lm_service.engine.factory import builder_of
 from lm_service.engine.types import Engine
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
-from lm_service.prompt import AcceptedEncoders, PromptBuilder
+from lm_service.prompt import AcceptedEncoders, ChatTemplate, PromptBuilder, load_template
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
-from lm_service.template import ChatTemplate, load_template
 from lm_service.wire import Replies
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
