@@ -34,7 +34,7 @@ from lm_service.engine.types import (
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import mrope_positions
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.modules import load_language_model
 

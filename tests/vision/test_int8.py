@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lm_service.peers import AcceptedEncoders
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA, SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
