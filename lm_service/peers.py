@@ -1,24 +1,18 @@
-"""The encoders whose embeddings this model takes, and the vision services it fetches them from, which are watched."""
+"""The vision services that embeddings are fetched from, which are watched."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import structlog
 
 from lm_service.metrics import METRICS
-from lookonce.core.dtypes import SCHEMES
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.tasks import end_tasks, gather_or_end, keep_running
-from lookonce.models.checkpoint import Checkpoint
-from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
-from protos.lookonce.v1 import vision_pb2
 
 log = structlog.get_logger(__name__)
 CONNECT_SECONDS = 1.0
@@ -29,81 +23,6 @@ WATCH_SECONDS = 15.0
 """Between two looks at one that answers: it may have been restarted with another model."""
 DESCRIBE_SECONDS = 5.0
 """Longest that one may take to say what it runs."""
-_UNTOLD = (
-    "only the language half is here, and no vision service of --vision that runs this checkpoint has been reached; "
-    "give one, a half that `lookonce split` wrote, or --encoder-weights"
-)
-
-
-class AcceptedEncoders:
-    """The accepted fingerprints, each 64 hexadecimal characters.
-
-    They follow from the digest of the vision half's tensors and from this checkpoint's own settings. A host that has
-    neither those tensors nor a half that `lookonce split` wrote is told the digest by a vision service of the same
-    checkpoint; until then no encoder is accepted.
-    """
-
-    def __init__(self, fingerprints: Sequence[str], untold: _Untold | None = None) -> None:
-        self.fingerprints = tuple(fingerprints)
-        self._untold = untold
-
-    @classmethod
-    def of(
-        cls,
-        checkpoint: Checkpoint,
-        encoder_dtype: str,
-        encoder_quantization: str = "none",
-        encoder_weights: str | None = None,
-    ) -> AcceptedEncoders:
-        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any;
-        `encoder_quantization` is "none", or "int8" for weights in int8 on any device; `encoder_weights` the digest of
-        the encoders' tensors, unset: the checkpoint's own. Raises CheckpointError."""
-        dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
-        ways = ("none",) if encoder_quantization == "none" else SCHEMES
-
-        def derive(weights: str) -> tuple[str, ...]:
-            return tuple(checkpoint.encoder_spec(dtype, way, weights).fingerprint() for dtype in dtypes for way in ways)
-
-        weights = encoder_weights or checkpoint.vision_weights
-        return cls((), _Untold(checkpoint.identity, derive)) if weights is None else cls(derive(weights))
-
-    @property
-    def are_known(self) -> bool:
-        """Whether it is known which they are."""
-        return self._untold is None
-
-    def learn(self, told: vision_pb2.VisionDescription) -> None:
-        """Take a vision service's word for the weights, where they are not known: if it runs this very checkpoint,
-        and its fingerprint is the one that follows from what it says and this checkpoint's own settings."""
-        if self._untold is None or told.model.checkpoint != self._untold.checkpoint:
-            return
-        if re.fullmatch(WEIGHTS_DIGEST, told.model.vision_weights) is None:
-            return
-        fingerprints = self._untold.derive(told.model.vision_weights)
-        if told.fingerprint in fingerprints:
-            self.fingerprints, self._untold = fingerprints, None
-            log.info("a vision service has told its weights", weights=told.model.vision_weights)
-
-    def check(self, reference: EmbeddingReference) -> None:
-        """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
-        if reference.fingerprint in self.fingerprints:
-            return
-        taken, why = ", ".join(self.fingerprints), "the two services run different models or settings"
-        if not self.are_known:
-            taken, why = "none yet", _UNTOLD
-        raise LookonceError(
-            ErrorKind.FINGERPRINT_MISMATCH,
-            f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes {taken}: {why}",
-            param="image.fingerprint",
-        )
-
-
-@dataclass(frozen=True)
-class _Untold:
-    """What the accepted fingerprints will follow from, once the weights are known."""
-
-    checkpoint: str  # identity
-    derive: Callable[[str], tuple[str, ...]]  # fingerprints by the digest of the vision half's tensors
 
 
 class VisionPeer:

@@ -12,8 +12,7 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.peers import AcceptedEncoders
-from lm_service.prompt import PromptBuilder, PromptThread, is_short
+from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread, is_short
 from lm_service.scoring import Scorer
 from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lm_service.peers import AcceptedEncoders
+from lm_service.prompt import AcceptedEncoders
 from lm_service.settings import LanguageSettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import VisionClient
