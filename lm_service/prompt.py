@@ -22,17 +22,22 @@ from lm_service.engine.answer import TokenTable
 from lm_service.engine.types import ImageSpan, Prompt
 from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.core.identity import EmbeddingReference
+from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
+from protos.lookonce.v1 import vision_pb2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 ROLES = ("system", "user", "assistant")
 SHORT = 4096
 """Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
+_UNTOLD = (
+    "only the language half is here, and no vision service of --vision that runs this checkpoint has been reached; "
+    "give one, a half that `lookonce split` wrote, or --encoder-weights"
+)
 _MARGIN = 4
 """A text is refused by a count in pieces when that is over the context by more than one part in so many."""
 _PRIVATE_USE = range(0xE000, 0xF900)
@@ -77,28 +82,73 @@ class PromptThread:
 
 
 class AcceptedEncoders:
-    """The fingerprints of encoders whose embeddings this model takes, each 64 hexadecimal characters."""
+    """The fingerprints of encoders whose embeddings this model takes, each 64 hexadecimal characters.
 
-    def __init__(self, fingerprints: Sequence[str]) -> None:
+    They follow from the digest of the vision half's tensors and from this checkpoint's own settings. A host that has
+    neither those tensors nor a half that `lookonce split` wrote is told the digest by a vision service of the same
+    checkpoint; until then no encoder is accepted.
+    """
+
+    def __init__(self, fingerprints: Sequence[str], untold: _Untold | None = None) -> None:
         self.fingerprints = tuple(fingerprints)
+        self._untold = untold
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, encoder_dtype: str, encoder_quantization: str = "none") -> AcceptedEncoders:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        encoder_dtype: str,
+        encoder_quantization: str = "none",
+        encoder_weights: str | None = None,
+    ) -> AcceptedEncoders:
         """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any;
-        `encoder_quantization` is "none", or "int8" for weights in int8 on any device."""
+        `encoder_quantization` is "none", or "int8" for weights in int8 on any device; `encoder_weights` the digest of
+        the encoders' tensors, unset: the checkpoint's own. Raises CheckpointError."""
         dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
         ways = ("none",) if encoder_quantization == "none" else SCHEMES
-        return cls([checkpoint.encoder_spec(dtype, way).fingerprint() for dtype in dtypes for way in ways])
+
+        def derive(weights: str) -> tuple[str, ...]:
+            return tuple(checkpoint.encoder_spec(dtype, way, weights).fingerprint() for dtype in dtypes for way in ways)
+
+        weights = encoder_weights or checkpoint.vision_weights
+        return cls((), _Untold(checkpoint.identity, derive)) if weights is None else cls(derive(weights))
+
+    @property
+    def are_known(self) -> bool:
+        """Whether it is known which they are."""
+        return self._untold is None
+
+    def learn(self, told: vision_pb2.VisionDescription) -> None:
+        """Take a vision service's word for the weights, where they are not known: if it runs this very checkpoint,
+        and its fingerprint is the one that follows from what it says and this checkpoint's own settings."""
+        if self._untold is None or told.model.checkpoint != self._untold.checkpoint:
+            return
+        if re.fullmatch(WEIGHTS_DIGEST, told.model.vision_weights) is None:
+            return
+        fingerprints = self._untold.derive(told.model.vision_weights)
+        if told.fingerprint in fingerprints:
+            self.fingerprints, self._untold = fingerprints, None
 
     def check(self, reference: EmbeddingReference) -> None:
         """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
-        if reference.fingerprint not in self.fingerprints:
-            raise LookonceError(
-                ErrorKind.FINGERPRINT_MISMATCH,
-                f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes "
-                f"{', '.join(self.fingerprints)}: the two services run different models or settings",
-                param="image.fingerprint",
-            )
+        if reference.fingerprint in self.fingerprints:
+            return
+        taken, why = ", ".join(self.fingerprints), "the two services run different models or settings"
+        if not self.are_known:
+            taken, why = "none yet", _UNTOLD
+        raise LookonceError(
+            ErrorKind.FINGERPRINT_MISMATCH,
+            f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes {taken}: {why}",
+            param="image.fingerprint",
+        )
+
+
+@dataclass(frozen=True)
+class _Untold:
+    """What the accepted fingerprints will follow from, once the weights are known."""
+
+    checkpoint: str  # identity
+    derive: Callable[[str], tuple[str, ...]]  # fingerprints by the digest of the vision half's tensors
 
 
 class PromptBuilder:
