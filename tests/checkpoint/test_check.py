@@ -87,7 +87,11 @@ def vision(path, **changes):
 BOTH, VISION, LANGUAGE = set(Half), {Half.VISION}, {Half.LANGUAGE}
 config, preprocessor = partial(partial, edit, "config.json"), partial(partial, edit, "preprocessor_config.json")
 SPOILED = {  # what is done to a good checkpoint, the halves that can't start, and what is said
-    "quantised": (config(quantization_config={"quant_method": "awq"}), BOTH, "quantization_config: pre-quantised"),
+    "quantised": (
+        config(quantization_config={"quant_method": "aqlm"}),
+        BOTH,
+        "quantization_config: weights quantised by aqlm are not supported",
+    ),
     "gptq": (partial(tensors, partial(quantise, (".qweight", ".scales", ".g_idx"))), LANGUAGE, "quantised by GPTQ"),
     "awq": (partial(tensors, partial(quantise, (".qweight", ".qzeros", ".scales"))), LANGUAGE, "quantised by AWQ"),
     "bnb": (partial(tensors, partial(quantise, (".weight", ".absmax"))), LANGUAGE, "quantised by bitsandbytes"),

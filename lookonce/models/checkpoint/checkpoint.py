@@ -17,6 +17,8 @@ from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
 from lookonce.models.checkpoint import digest, files, hub
 from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.checkpoint.quantised.formats import OWN_FILE
+from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
 from lookonce.models.registry import Family, Half, family_of
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -39,6 +41,7 @@ class Checkpoint:
     identity_files: tuple[Path, ...] = field(repr=False)
     known_identity: str | None = field(repr=False)
     stated_vision_weights: str | None = field(repr=False)  # by `lookonce split`
+    format: Format | None = None  # how the weights are quantised that are
 
     @cached_property
     def identity(self) -> str:
@@ -87,19 +90,35 @@ class Checkpoint:
             )
         return self.vision_weights
 
-    def half_entries(self, half: Half) -> dict[str, TensorEntry]:
-        """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
+    def stored_entries(self, half: Half) -> dict[str, TensorEntry]:
+        """Each tensor of a half as it is stored, by its module-relative name; CheckpointError when the half isn't
+        here."""
         if half not in self.entries:
             raise files.absent(self.path, half, self.halves)
         return self.entries[half]
 
+    def half_entries(self, half: Half) -> dict[str, StoredWeight]:
+        """Where each weight of a half lies, by its name in the module; CheckpointError when the half isn't here."""
+        self.stored_entries(half)
+        return self._weights[half]
+
+    @cached_property
+    def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
+        return {half: assembled(self.format, entries) for half, entries in self.entries.items()}
+
     def files(self, half: Half) -> list[Path]:
         """The safetensors files that hold a half, sorted, and no others."""
-        return sorted({entry.file for entry in self.half_entries(half).values()})
+        return sorted({entry.file for entry in self.stored_entries(half).values()})
 
     def weight_bytes(self, half: Half) -> int:
         """Bytes of a half's tensors as stored."""
-        return sum(entry.nbytes for entry in self.half_entries(half).values())
+        return sum(entry.nbytes for entry in self.stored_entries(half).values())
+
+    def storage(self, half: Half) -> str:
+        """What a half is stored as, for people: "bfloat16", or "GPTQ int4 and bfloat16"."""
+        weights = self.half_entries(half).values()
+        found = {f"{entry.format} {entry.matrix.label}" for entry in weights if isinstance(entry, QuantisedEntry)}
+        return " and ".join([*sorted(found), self.dtype])
 
     def encoder_spec(self, dtype: str, quantization: str = "none", vision_weights: str | None = None) -> EncoderSpec:
         """What identifies embeddings of this checkpoint's tower at a compute dtype (see `lookonce.core.identity`).
@@ -119,11 +138,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype most of the opened weights are stored in: float32, bfloat16 or float16."""
+        """The dtype most of the opened plain weights are stored in: float32, bfloat16 or float16."""
         sizes: Counter[str] = Counter()
-        for entries in self.entries.values():
-            for entry in entries.values():
-                sizes[entry.dtype] += entry.nbytes
+        for weights in self._weights.values():
+            for entry in weights.values():
+                if isinstance(entry, TensorEntry):
+                    sizes[entry.dtype] += entry.nbytes
         code = sizes.most_common(1)[0][0]
         return _STORED_DTYPES.get(code, code)
 
@@ -219,7 +239,7 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
 def open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
     config = files.read_config(path)
-    files.refuse_quantised(path, config)
+    format = files.quantised_format(path, config)
     family = family_of(config)
     preprocessor = family.preprocessor(files.read_preprocessor(path))
     weight_map = files.weight_map_of(path)
@@ -228,7 +248,8 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
     if needs is not None and needs not in named:
         raise files.absent(path, needs, named)
     shards = sorted(set(weight_map.values()))
-    identity_files = (path / files.CONFIG, *(path / shard for shard in shards))
+    settings = [file for file in (path / files.CONFIG, path / OWN_FILE) if file.is_file()]
+    identity_files = (*settings, *(path / shard for shard in shards))
     stated = _statement(path, named)
     if stated is None and identity is None:
         source = hub.snapshot_source(path, identity_files)
@@ -244,6 +265,7 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
         identity_files=identity_files,
         known_identity=stated.identity if stated else identity,
         stated_vision_weights=stated.vision_weights if stated else None,
+        format=format,
     )
 
 

@@ -19,7 +19,7 @@ from lookonce.core.errors import CheckpointError
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
 _PIECE_BYTES = 16 << 20
@@ -89,3 +89,15 @@ def _entry(file: Path, name: str, info: dict[str, Any], base: int, size: int) ->
             f"{file}: truncated: tensor {name!r} ends at byte {base + end} but the file has {size}; {_DOWNLOAD_AGAIN}"
         )
     return TensorEntry(name, file, dtype, shape, base + begin, end - begin)
+
+
+def read_bytes(entry: TensorEntry) -> bytes:
+    """A small tensor's bytes: settings that a file keeps as a tensor. Raises CheckpointError."""
+    try:
+        with open(entry.file, "rb", buffering=0) as stream:
+            found = os.pread(stream.fileno(), entry.nbytes, entry.offset)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read ({error.strerror}); check its permissions") from None
+    if len(found) != entry.nbytes:
+        raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; {_DOWNLOAD_AGAIN}")
+    return found

@@ -71,7 +71,7 @@ def split_checkpoint(
         vision_weights=checkpoint.known_vision_weights(),
         paths={half: out / half for half in Half},
         weight_bytes={half: checkpoint.weight_bytes(half) for half in Half},
-        tensors={half: len(checkpoint.half_entries(half)) for half in Half},
+        tensors={half: len(checkpoint.stored_entries(half)) for half in Half},
         shards=shards,
     )
 
@@ -99,7 +99,7 @@ def _write_half(
     checkpoint: Checkpoint, half: Half, directory: Path, max_shard_bytes: int, progress: Progress | None
 ) -> int:
     directory.mkdir()
-    entries = {entry.stored_name: entry for entry in checkpoint.half_entries(half).values()}
+    entries = {entry.stored_name: entry for entry in checkpoint.stored_entries(half).values()}
     tensors = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in sorted(entries.items())]
     total, done = checkpoint.weight_bytes(half), 0
 
