@@ -110,7 +110,7 @@ def fetch_part(url: str, part: Part, file: Path) -> None:
 def _read(url: str, begin: int, end: int) -> bytes | None:
     """Bytes `begin` to `end` of a file; None if the server sends something else than that range."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, hf_raise_for_status
+    from huggingface_hub.utils import get_session, hf_raise_for_status  # type: ignore[attr-defined]  # likewise
 
     headers = _headers() | {"Range": f"bytes={begin}-{end - 1}"}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
