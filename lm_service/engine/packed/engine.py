@@ -19,7 +19,7 @@ from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.engine_core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import prompt_contents
-from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
+from lm_service.engine.packed.request_checks import check_generation, check_scoring, checked_rows, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
 from lm_service.engine.packed.scheduling.batch import PrefixPrefill
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
@@ -331,8 +331,7 @@ class PackedEngine:
         try:
             for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
-                check_embedding(tensor, span.reference, self._shape)
-                rows.append(tensor)
+                rows.append(checked_rows(tensor, span.reference, self._shape))
                 source = max(source, tier, key=list(EmbeddingSource).index)
         except LookonceError as error:
             failure = error

@@ -15,6 +15,7 @@ from typing import Any
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import EncoderSpec
+from lookonce.core.record import tensor_names
 from lookonce.models.checkpoint import files, hub
 from lookonce.models.checkpoint.digest import content_identity
 from lookonce.models.checkpoint.headers import TensorEntry
@@ -113,6 +114,11 @@ class Checkpoint:
     def hidden_size(self) -> int:
         """Width of an image embedding."""
         return self.family.hidden_size(self.config)
+
+    @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors [tokens, hidden] of an image embedding."""
+        return tensor_names(self.family.dimensions(self.config).deepstack)
 
     @property
     def merge_size(self) -> int:
