@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from lookonce.models.compiled import text_layers, text_rows
 from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear, rounded_up
+from lookonce.models.qwen2_vl.modules import rms_norm
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
@@ -147,7 +148,7 @@ class Qwen2VLAdapter:
         heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         rotated, values = heads[:, : shape.heads + shape.kv_heads], heads[:, shape.heads + shape.kv_heads :]
         if layer.qk_norm is not None:
-            rotated = _rms(rotated, layer.qk_norm, self._epsilon)
+            rotated = rms_norm(rotated, layer.qk_norm, self._epsilon)
         if self._rows is not None:
             self._rows.rotate(rotated, cos, sin)
         else:
@@ -157,7 +158,7 @@ class Qwen2VLAdapter:
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._rows is not None:
             return self._rows.norm(x, weight)
-        return _rms(x, weight, self._epsilon)
+        return rms_norm(x, weight, self._epsilon)
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, 1, d / 2] of M-RoPE: each frequency follows one of the three position rows."""
@@ -174,15 +175,6 @@ def _section_rows(sections: Sequence[int], *, interleaved: bool) -> list[int]:
     if not interleaved:
         return [row % 3 for row, width in enumerate(sections) for _ in range(width)]
     return [at % 3 if at < 3 * sections[at % 3] else 0 for at in range(sum(sections))]
-
-
-def _rms(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x [..., n] / sqrt(mean(x^2) + epsilon) * weight [n], or one for each row of the last two dimensions."""
-    if x.dtype == torch.float32 and weight.dim() == 1:
-        return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

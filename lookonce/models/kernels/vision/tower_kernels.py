@@ -18,6 +18,7 @@ from lookonce.models.kernels.program import Kernel, barrier, run_kernels
 from lookonce.models.kernels.structs import Structs
 from lookonce.models.kernels.vision.rows import Gelu, LayerNorm, Lookup, write_gelu, write_lookup, write_norm
 from lookonce.models.kernels.vision.tower_attention import Attention, Block, Heads, write_attention
+from lookonce.models.omp_thread import Pause
 
 Counted = tuple[Kernel, float]
 """A kernel, and about how many operations it is."""
@@ -79,11 +80,16 @@ class Kernels:
         heads = torch.empty(3 * self._heads.count * self._heads.size * patches)
         return Packed(patches, np.array(blocks, dtype=Block.dtype), cos.contiguous(), sin.contiguous(), heads)
 
-    def attend(self, qkv: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """[patches, 3 * width] -> [patches, width]: each image's patches attend to each other."""
+    def attend(
+        self, qkv: torch.Tensor, packed: Packed, pause: Pause = lambda: None, *, at_once: float = math.inf
+    ) -> torch.Tensor:
+        """[patches, 3 * width] -> [patches, width]: each image's patches attend to each other. `pause` is called after
+        every `at_once` operations or so."""
         qkv = qkv.contiguous()
         out = qkv.new_empty((qkv.shape[0], self._shape.width))
-        run_kernels([kernel for kernel, _ in self.attend_kernels(qkv, packed, out)], single_threaded=False)
+        for kernel, _ in self.attend_kernels(qkv, packed, out, at_once=at_once):
+            run_kernels([kernel], single_threaded=False)
+            pause()
         return out
 
     def attend_kernels(
