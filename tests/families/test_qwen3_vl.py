@@ -14,8 +14,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource
-from lm_service.prompt import Message, PromptBuilder
-from lm_service.template import load_template
+from lm_service.prompt import Message, PromptBuilder, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EmbeddingRecord, tensor_names

@@ -37,7 +37,7 @@ _DEFAULT_SYSTEM = """\
 {%- endif -%}
 """
 _PLAIN_TEMPLATE = """\
-{%- set pictures = namespace(images=0, videos=0) -%}
+{%- set seen = namespace(images=0, videos=0) -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['content'] is string -%}
@@ -45,12 +45,12 @@ _PLAIN_TEMPLATE = """\
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') or 'image' in part or 'image_url' in part -%}
-{%- set pictures.images = pictures.images + 1 -%}
-{%- if add_vision_id -%}{{- 'Picture ' ~ pictures.images ~ ': ' -}}{%- endif -%}
+{%- set seen.images = seen.images + 1 -%}
+{%- if add_vision_id -%}{{- 'Picture ' ~ seen.images ~ ': ' -}}{%- endif -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif part['type'] == 'video' or 'video' in part -%}
-{%- set pictures.videos = pictures.videos + 1 -%}
-{%- if add_vision_id -%}{{- 'Video ' ~ pictures.videos ~ ': ' -}}{%- endif -%}
+{%- set seen.videos = seen.videos + 1 -%}
+{%- if add_vision_id -%}{{- 'Video ' ~ seen.videos ~ ': ' -}}{%- endif -%}
 {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif 'text' in part -%}
 {{- part['text'] -}}

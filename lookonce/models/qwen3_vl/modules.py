@@ -75,7 +75,8 @@ class DeepstackTower(Tower):
         width = config["hidden_size"]
         super().__init__(config, width, config["out_hidden_size"], lambda: DeepstackBlock(config), nn.Identity())
         self.patch_embed.proj.bias = nn.Parameter(torch.empty(width))
-        self.pos_embed = nn.Embedding(config["num_position_embeddings"], width)
+        places = config["num_position_embeddings"]
+        self.pos_embed = nn.Embedding(places, width, _weight=torch.empty(places, width))  # as in `TextModel`
         self.merger = Merger(config, normed_together=False)
         self.deepstack_blocks: list[int] = config["deepstack_visual_indexes"]
         self.deepstack_merger_list = nn.ModuleList(Merger(config, normed_together=True) for _ in self.deepstack_blocks)
