@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
+from lookonce.core.record import tensor_names
 from lookonce.models.checkpoint import digest, files, hub
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE
@@ -166,6 +167,11 @@ class Checkpoint:
     def hidden_size(self) -> int:
         """Width of an image embedding."""
         return self.family.hidden_size(self.config)
+
+    @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors [tokens, hidden] of an image embedding."""
+        return tensor_names(self.family.dimensions(self.config).deepstack)
 
     @property
     def merge_size(self) -> int:
