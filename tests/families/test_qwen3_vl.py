@@ -37,7 +37,9 @@ from tests.images import odd_files, photograph, save
 from tests.lm.split import answer, asking, encoded, running, user
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.unsplit import Unsplit
+from vision_service.app import build, load
 from vision_service.images import Decoder, ImageLimits
+from vision_service.settings import VisionSettings
 
 CPU = torch.device("cpu")
 SIDES = [(57, 200), (64, 64), (300, 200), (33, 31), (200, 300), (448, 336), (1000, 64), (256, 128)]
@@ -464,6 +466,38 @@ async def test_a_record_that_is_not_all_of_the_deepstack_is_refused(halves, tmp_
         reply = await answer(client, asking(user(reference, QUESTION)))
     await store.close()
     assert reply.text == halves[1].answer([("user", [IMAGES[0], QUESTION])], 8)
+
+
+async def test_a_stored_embedding_without_its_deepstack_is_made_again(halves, tmp_path):
+    settings = VisionSettings(
+        model=str(halves[1].path),
+        listen=f"unix:{tmp_path}/vision.sock",
+        store=f"file://{tmp_path}/store",
+        device="cpu",
+        dtype="float32",
+        tensor_cache_bytes=0,
+    )
+    _, core = build(settings, load(settings))
+    core.start()
+    file, store = encoded(IMAGES[0]), core._store
+    try:
+        made = await core.encode(file)
+        again = await core.encode(file)
+        assert (made.outcome, again.outcome) == ("miss", "hit")
+        assert set(again.record.tensors) == set(tensor_names(3))
+        assert again.reference.record_bytes == len(made.record.serialize()) > 4 * 4 * 64 * made.reference.tokens
+        (key, tensors) = made.reference.key, dict(made.record.tensors)
+        del tensors["deepstack.1"]
+        await store.put(key, replace(made.record, tensors=tensors).serialize())
+        with pytest.raises(LookonceError) as caught:
+            await core.fetch(key)
+        assert caught.value.kind is ErrorKind.EMBEDDING_MISSING
+        assert (await core.encode(file)).outcome == "miss"
+        assert set((await core.encode(file)).record.tensors) == set(tensor_names(3))
+        assert await core.forget([], [made.reference.image_digest]) == (1, True)
+        assert not await store.contains(key)
+    finally:
+        await core.close()
 
 
 # Settings
