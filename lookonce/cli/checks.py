@@ -184,7 +184,9 @@ def check_checkpoint(
         parameters = sum(math.prod(entry.shape) for entry in checkpoint.half_entries(half).values())
         sizes[half.value] = parameters * DTYPE_BYTES[dtype]
         stored = format_size(checkpoint.weight_bytes(half))
-        shown.append(f"{half.value} {stored} in {checkpoint.dtype}, computes in {dtype}")
+        storage = checkpoint.storage(half)
+        dequantised = "" if storage == checkpoint.dtype else f", {format_size(sizes[half.value])} in memory"
+        shown.append(f"{half.value} {stored} in {storage}, computes in {dtype}{dequantised}")
     detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
     return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())), report)], sizes
 

@@ -56,6 +56,7 @@ def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
             f"{source}: its halves come from different checkpoints ({' and '.join(sorted(identities.values()))}); "
             "run `lookonce split` again"
         )
+    halves[Half.VISION].known_vision_weights()  # remembered: the services find it there
     checkpoint = halves[Half.LANGUAGE]
     identity, local = checkpoint.identity, Path(source).expanduser()
     if local.is_dir():

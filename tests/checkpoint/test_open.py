@@ -182,7 +182,7 @@ def test_unsupported_model_type(own):
 
 
 def test_prequantised_weights(own):
-    edit(own / "config.json", quantization_config={"quant_method": "gptq"})
+    edit(own / "config.json", quantization_config={"quant_method": "aqlm"})
     broken(own, "quantization_config.*original checkpoint")
 
 

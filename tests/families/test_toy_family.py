@@ -18,8 +18,7 @@ from torch.nn import functional
 
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.prompt import Message, PromptBuilder
-from lm_service.template import load_template
+from lm_service.prompt import Message, PromptBuilder, load_template
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint

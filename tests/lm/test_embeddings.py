@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lm_service.embeddings import EmbeddingResolver, TensorCache
-from lm_service.engine.packed.request_checks import rows_of
+from lm_service.engine.packed.engine import rows_of
 from lm_service.engine.types import EmbeddingSource
 from lm_service.peers import VisionPeers
 from lm_service.prompt import AcceptedEncoders

@@ -165,7 +165,9 @@ class TextModel(nn.Module):
         super().__init__()
         self.config = SimpleNamespace(**config)
         self.rotary_emb = Rotary(config)
-        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        # From a tensor, as initialising one on the meta device imports torch's compiler: a second of every start.
+        rows = torch.empty(config["vocab_size"], config["hidden_size"])
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = nn.RMSNorm(config["hidden_size"])
 
