@@ -61,7 +61,7 @@ class LanguageService:
 def load(settings: LanguageSettings) -> LoadedModel:
     """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
     builder = builder_of(settings)
-    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
+    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision, settings.adapter)
     family, config = checkpoint.family, checkpoint.config
     template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     end_ids = end_token_ids(checkpoint.path, family, config, template.chat)

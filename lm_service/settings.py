@@ -22,6 +22,7 @@ class LanguageSettings(Settings):
 
     model: str = Field(description="Checkpoint: local directory (whole or language half) or hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: local directory or hub id.")
     listen: str = Field("127.0.0.1:50052", description="host:port (port 0: any free one) or unix:/path.")
     store: str = Field("memory://", description="Where the vision service puts embeddings: file:///path, redis://...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of memory and file stores.")

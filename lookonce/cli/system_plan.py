@@ -89,6 +89,8 @@ def plan_system(
         built.always("model", model.source)
         if model.revision is not None:
             built.always("revision", model.revision)
+        if model.adapter is not None:
+            built.always("adapter", model.adapter)
         built.always("listen", address)
         if part == "lm" and settings.lm_device_map is not None and "lm_device" not in given:
             built.always("device", "auto")  # what is said of both is the vision service's alone

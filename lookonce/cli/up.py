@@ -43,6 +43,7 @@ class UpSettings(Settings):
 
     model: str | None = Field(None, description="Checkpoint: local directory or hub id; unset: the bundled one.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: local directory or hub id.")
     host: str = Field("127.0.0.1", description="Address the gateway listens on; a public one needs API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on; 0: any free one.")
     data_dir: Path | None = Field(
@@ -120,7 +121,7 @@ def up(flags: dict[str, Any]) -> int:
     given = {name for name, value in flags.items() if value is not None}
     try:
         with DataDirectory(settings.directory) as directory:
-            model = resolve_model(settings.model, settings.revision)
+            model = resolve_model(settings.model, settings.revision, settings.adapter)
             check_port_free(settings.host, settings.port)
             return asyncio.run(_supervise(settings, given, directory, model))
     except LookonceError as error:

@@ -16,7 +16,8 @@ from typing import Any
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import EncoderSpec
 from lookonce.models.checkpoint import files, hub
-from lookonce.models.checkpoint.digest import content_identity
+from lookonce.models.checkpoint.adapter import Adapter
+from lookonce.models.checkpoint.digest import adapted, content_identity
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE
 from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
@@ -42,6 +43,7 @@ class Checkpoint:
     identity_files: tuple[Path, ...] = field(repr=False)
     known_identity: str | None = field(repr=False)
     format: Format | None = None  # how the weights are quantised that are
+    adapter: Adapter | None = None  # merged when a half is loaded
 
     @cached_property
     def identity(self) -> str:
@@ -74,6 +76,12 @@ class Checkpoint:
 
     @cached_property
     def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
+        if self.adapter is None:
+            return self._own_weights
+        return {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+
+    @cached_property
+    def _own_weights(self) -> dict[Half, dict[str, StoredWeight]]:
         return {half: assembled(self.format, entries) for half, entries in self.entries.items()}
 
     def files(self, half: Half) -> list[Path]:
@@ -95,7 +103,7 @@ class Checkpoint:
         if dtype not in COMPUTE_DTYPES:
             raise CheckpointError(f"compute dtype {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         return EncoderSpec(
-            checkpoint=self.identity,
+            checkpoint=adapted(self.identity, self.adapter and self.adapter.digest(Half.VISION)),
             family=self.family.model_type,
             vision_config=self.family.vision_config(self.config),
             preprocessor=self.family.fingerprint_preprocessor(self.preprocessor),
@@ -107,7 +115,7 @@ class Checkpoint:
     def dtype(self) -> str:
         """The dtype most of the opened plain weights are stored in: float32, bfloat16 or float16."""
         sizes: Counter[str] = Counter()
-        for weights in self._weights.values():
+        for weights in self._own_weights.values():
             for entry in weights.values():
                 if isinstance(entry, TensorEntry):
                     sizes[entry.dtype] += entry.nbytes
