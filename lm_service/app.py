@@ -14,11 +14,10 @@ from lm_service.embeddings import EmbeddingResolver, TensorCache
 from lm_service.engine.factory import builder_of
 from lm_service.engine.types import Engine
 from lm_service.metrics import METRICS
-from lm_service.peers import AcceptedEncoders, VisionPeers
-from lm_service.prompt import PromptBuilder
+from lm_service.peers import VisionPeers
+from lm_service.prompt import AcceptedEncoders, ChatTemplate, PromptBuilder, load_template
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
-from lm_service.template import ChatTemplate, load_template
 from lm_service.wire import Replies
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -73,7 +72,11 @@ def load(settings: LanguageSettings) -> LoadedModel:
 def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
     """Put the parts together. Call on the event loop they will run on."""
     checkpoint, template, engine = model.checkpoint, model.template, model.engine
-    accepted = AcceptedEncoders.of(checkpoint, settings.encoder_dtype, settings.encoder_quantization)
+    accepted = AcceptedEncoders.of(
+        checkpoint, settings.encoder_dtype, settings.encoder_quantization, settings.encoder_weights
+    )
+    if not accepted.are_known:
+        log.warning("no image is taken until a vision service of this checkpoint has told its weights")
     store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl, strict=True)
     clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
     peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
@@ -98,7 +101,8 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         resolver=resolver,
         replies=Replies(template.table, checkpoint.name),
         model=_description(model),
-        fingerprints=accepted.fingerprints,
+        accepted=accepted,
+        learn_encoders=peers.learn_encoders,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
     )
@@ -154,6 +158,7 @@ def _description(model: LoadedModel) -> common_pb2.ModelDescription:
         instance=uuid.uuid4().hex,
         started_at=time.time(),
         quantization=facts.quantization,
+        vision_weights=checkpoint.vision_weights,
     )
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from lookonce.core.identity import WEIGHTS_DIGEST
 from lookonce.core.rpc.server import ServerOptions
 from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings, formerly
@@ -47,6 +48,12 @@ class LanguageSettings(Settings):
     )
     encoder_quantization: Literal["none", "int8"] = Field(
         "none", description="Quantization of the encoders whose embeddings are accepted."
+    )
+    encoder_weights: str | None = Field(
+        None,
+        pattern=f"^{WEIGHTS_DIGEST}$",
+        description="Digest of the weights of the encoders whose embeddings are accepted, as `lookonce split` shows "
+        "it: blake3:...; unset: those of this checkpoint.",
     )
     kernels: Literal["auto", "torch"] = Field(
         "auto",

@@ -1,4 +1,4 @@
-"""The unsplit reference: plain transformers, one process, no code of ours but the canonical picture.
+"""The unsplit reference: plain transformers, one process, no code of ours but the canonical image.
 
 Prompts are laid out from the published chat format by hand, so that the reference shares nothing with the split path.
 """
@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 Turn = tuple[str, Sequence[Any]]
-"""A role and its parts: str is text, a PIL image is a picture."""
+"""A role and its parts: text as str, images of Pillow."""
 
 
 class Unsplit:
-    """A checkpoint directory as `Qwen2VLForConditionalGeneration` runs it, in float32."""
+    """A checkpoint directory as transformers' class for it runs it, in float32: one of Qwen2-VL's kind."""
 
     def __init__(self, path: str | Path) -> None:
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
         self.path = path
 

@@ -105,6 +105,7 @@ async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterato
                 dtype=dtype_name(loaded.encoder.dtype),
                 weights=format_size(loaded.checkpoint.weight_bytes(Half.VISION)),
                 fingerprint=loaded.model.fingerprint[:16],
+                vision_weights=loaded.checkpoint.vision_weights,
             )
             if _shrunk(settings, loaded) is not None:
                 log.info(
@@ -140,7 +141,7 @@ def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.Vi
     return vision_pb2.VisionDescription(
         model=common_pb2.ModelDescription(
             name=checkpoint.name,
-            checkpoint=checkpoint.identity,
+            checkpoint=checkpoint.encoder_identity,
             family=checkpoint.family.model_type,
             dtype=dtype_name(encoder.dtype),
             device=str(encoder.device),
@@ -151,6 +152,7 @@ def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.Vi
             instance=os.urandom(8).hex(),
             started_at=time.time(),
             quantization=scheme(settings.quantization, encoder.device),
+            vision_weights=checkpoint.known_vision_weights(),
         ),
         fingerprint=loaded.model.fingerprint,
         min_pixels=loaded.model.bounds[0],

@@ -57,6 +57,7 @@ def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
             f"{source}: its halves come from different checkpoints ({' and '.join(sorted(identities.values()))}); "
             "run `lookonce split` again"
         )
+    halves[Half.VISION].known_vision_weights()  # remembered: the services find it there
     checkpoint = halves[Half.LANGUAGE]
     adapter = str(checkpoint.adapter.path.absolute()) if checkpoint.adapter is not None else None
     identity, local = checkpoint.identity, Path(source).expanduser()

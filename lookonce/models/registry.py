@@ -14,6 +14,7 @@ from lookonce.models.family import Family, Half
 
 GROUP = "lookonce.families"
 BUILTIN = {
+    "qwen2_5_vl": "lookonce.models.qwen2_5_vl.config:FAMILY",
     "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
 }
 

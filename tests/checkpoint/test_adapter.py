@@ -171,6 +171,7 @@ def test_services_doctor_and_up_take_it(tiny, tmp_path, monkeypatch):
     accepted = AcceptedEncoders.of(language.checkpoint, "float32", "none")
     assert vision.model.fingerprint in accepted.fingerprints
     assert vision.model.fingerprint == fingerprint(tiny, Half.VISION, path)
+    assert vision.checkpoint.encoder_identity != vision.checkpoint.identity == language.checkpoint.identity
     (finding, *_), _ = checks.check_checkpoint(str(tiny), None, None, str(path))
     assert finding.status == "ok" and f"adapter {path} merged into it" in finding.detail
 

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from lm_service.app import load as load_language
+from lm_service.prompt import load_template
 from lm_service.settings import LanguageSettings
-from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError
+from lookonce.models.chat.chat_format import Turn
 from lookonce.models.checkpoint import Half
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.split import split_checkpoint

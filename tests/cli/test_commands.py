@@ -153,8 +153,8 @@ def test_ask_refuses_what_is_no_image(tmp_path, content, said):
         (["-q", "?", "--url", "nonsense"], "is not a URL"),
     ],
 )
-def test_ask_errors(picture, arguments, said):
-    done = invoke("ask", picture, *arguments, **QUIET)
+def test_ask_errors(image_path, arguments, said):
+    done = invoke("ask", image_path, *arguments, **QUIET)
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
 
@@ -202,10 +202,11 @@ def test_up_refuses_variables_that_would_move_its_private_doors(checkpoint, tmp_
             "the gateway service can't start: --host 0.0.0.0 is reachable from outside: "
             "set LOOKONCE_GATEWAY_API_KEYS or --api-keys-file first",
         ),
-        (
+        pytest.param(
             ["--vision-device", "warp"],
             {},
             "the vision service can't start: device 'warp' is not one of auto, cpu, cuda, cuda:N, mps",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             [],
@@ -222,8 +223,8 @@ def test_up_ends_at_once_and_says_last_why_a_service_cannot_start(checkpoint, tm
     assert done.stderr.count("starting (process") == 3, "nothing was tried again"
 
 
-def test_ask_leaves_the_last_word_to_the_system_it_started(checkpoint, picture, tmp_path):
+def test_ask_leaves_the_last_word_to_the_system_it_started(checkpoint, image_path, tmp_path):
     env = {"LOOKONCE_DATA_DIR": str(tmp_path), "LOOKONCE_GATEWAY_POLICY": "/nowhere/policy.yaml"}
-    done = lookonce("ask", picture, "-q", "What is it?", "--model", checkpoint, **env)
+    done = lookonce("ask", image_path, "-q", "What is it?", "--model", checkpoint, **env)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("lookonce: error: the gateway service can't start: the policy file")

@@ -1,4 +1,5 @@
-"""Complete random-weight checkpoints of Qwen2-VL's true architecture, for tests, benchmarks and the demo. No torch.
+"""Complete random-weight checkpoints of a true architecture, for tests, benchmarks and the demo: Qwen2-VL's, and those
+of its successors, which give their own sizes. No torch.
 
 A tensor's values depend only on the seed and on its place in the architecture: layouts, shard counts and dtypes of one
 seed are the same model. Scales keep activations near 1, attention soft and answers dependent on the image.
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -42,6 +44,7 @@ _GAINS = (
 def make_random_checkpoint(
     path: str | Path,
     *,
+    sizes: Mapping[str, Architecture] = SIZES,
     size: str = "tiny",
     layout: Layout = "published",
     tied: bool = True,
@@ -50,15 +53,15 @@ def make_random_checkpoint(
     seed: int = 0,
     min_pixels: int = 56 * 56,
     max_pixels: int = 12845056,
-    **dimensions: int,
+    **dimensions: Any,
 ) -> Path:
     """Write a checkpoint directory (created if needed) and return its path.
 
-    `size` names a row of `architecture.SIZES`; `dimensions` override its fields (`layers=3, heads=7, hidden=112`).
+    `size` names one of `sizes`, all of one family; `dimensions` override its fields (`layers=3, heads=7, hidden=112`).
     Memory stays within one piece of one tensor at any size. Raises CheckpointError for sizes and dimensions that don't
     exist or don't fit, and for a directory that already holds a checkpoint.
     """
-    arch = _architecture(size, dimensions)
+    arch = _architecture(sizes, size, dimensions)
     if layout not in ("published", "nested"):
         raise CheckpointError(f"layout must be published or nested, got {layout!r}")
     if dtype not in _CODES:
@@ -79,14 +82,14 @@ def make_random_checkpoint(
     return path
 
 
-def _architecture(size: str, dimensions: dict[str, int]) -> Architecture:
-    if size not in SIZES:
-        raise CheckpointError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    unknown = dimensions.keys() - Architecture.__dataclass_fields__.keys()
+def _architecture(sizes: Mapping[str, Architecture], size: str, dimensions: dict[str, Any]) -> Architecture:
+    if size not in sizes:
+        raise CheckpointError(f"size must be one of {', '.join(sizes)}, got {size!r}")
+    known = [field.name for field in fields(sizes[size])]
+    unknown = dimensions.keys() - set(known)
     if unknown:
-        known = ", ".join(Architecture.__dataclass_fields__)
-        raise CheckpointError(f"unknown dimension {', '.join(sorted(unknown))}; known: {known}")
-    return replace(SIZES[size], **dimensions)
+        raise CheckpointError(f"unknown dimension {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return replace(sizes[size], **dimensions)
 
 
 def _write_settings(path: Path, arch: Architecture, tokens: dict[str, int], min_pixels: int, max_pixels: int) -> None:
@@ -99,7 +102,7 @@ def _write_settings(path: Path, arch: Architecture, tokens: dict[str, int], min_
         "patch_size": arch.patch,
         "temporal_patch_size": arch.temporal_patch,
         "merge_size": arch.merge,
-        "processor_class": "Qwen2VLProcessor",
+        "processor_class": arch.processor_class,
     }
     write_json(path / files.PREPROCESSOR, preprocessor)
     end, stop = tokens["<|endoftext|>"], tokens["<|im_end|>"]
@@ -152,13 +155,14 @@ def _encode(values: np.ndarray, dtype: str) -> bytes:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None, sizes: Mapping[str, Architecture] = SIZES) -> None:
     """Write a random checkpoint from the command line."""
+    model_type = next(iter(sizes.values())).model_type
     parser = argparse.ArgumentParser(
-        prog="lookonce.models.qwen2_vl.synthetic", description="Write a random-weight checkpoint."
+        prog=f"lookonce.models.{model_type}.synthetic", description="Write a random-weight checkpoint."
     )
     parser.add_argument("out", help="directory to write")
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
+    parser.add_argument("--size", choices=sorted(sizes), default="tiny")
     parser.add_argument("--layout", choices=("published", "nested"), default="published")
     parser.add_argument("--untied", action="store_true", help="give the output head a weight of its own")
     parser.add_argument("--shards", type=int, default=1)
@@ -166,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = vars(parser.parse_args(arguments))
     try:
-        path = make_random_checkpoint(options.pop("out"), tied=not options.pop("untied"), **options)
+        path = make_random_checkpoint(options.pop("out"), tied=not options.pop("untied"), sizes=sizes, **options)
     except CheckpointError as error:
         parser.exit(2, f"{error.message}\n")
     print(path)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lookonce.models.compiled import text_layers, text_rows
 from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear, rounded_up
+from lookonce.models.qwen2_vl.modules import rms_norm
 from lookonce.models.text_adapter import Attend, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
@@ -144,11 +145,7 @@ class Qwen2VLAdapter:
     def _rms(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._rows is not None:
             return self._rows.norm(x, weight)
-        if x.dtype == torch.float32:
-            return functional.rms_norm(x, (x.shape[-1],), weight, self._epsilon)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self._epsilon)
-        return weight * wide.to(x.dtype)
+        return rms_norm(x, weight, self._epsilon)
 
     def _rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [T, 1, d / 2] of M-RoPE: each frequency follows one of the three position rows."""
