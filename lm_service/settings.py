@@ -75,6 +75,11 @@ class LanguageSettings(Settings):
         1.0, description="Longest a step should take: long prompts are cut so that others' tokens need not wait longer."
     )
     context_length: int | None = Field(None, ge=16, description="Most tokens of prompt and answer; unset: the model's.")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json), "
+        "none (greedy).",
+    )
     max_tokens: int = Field(8192, ge=1, description="Most tokens of one answer, and how many when none is asked for.")
     max_images: int = Field(64, ge=1, le=4096, description="Most images in one prompt.")
     max_timeout: Seconds = Field(600.0, description="Longest a request may take.")

@@ -115,6 +115,7 @@ def plan_system(
     encoders = vision_arguments.own("quantization")  # what the vision service goes by when no flag says otherwise
     language_arguments.offer("encoder_quantization", "vision_quantization", default=encoders)
     language_arguments.offer("device_map", "lm_device_map")
+    language_arguments.offer("generation_config", "generation_config")
     language_arguments.offer("kv_bytes", "lm_kv_bytes")
     language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)

@@ -72,6 +72,11 @@ class UpSettings(Settings):
     lm_quantization: Literal["none", "int8"] | None = Field(
         None, description="Weights of the language service: none or int8; unset: none."
     )
+    generation_config: Literal["auto", "none"] | None = Field(
+        None,
+        description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json) or "
+        "none (greedy); unset: auto.",
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
     vision_threads: int | None = Field(
         None, ge=1, le=1024, description="CPU threads of the vision service; unset: --threads."
