@@ -111,7 +111,7 @@ class AcceptedEncoders:
             return tuple(checkpoint.encoder_spec(dtype, way, weights).fingerprint() for dtype in dtypes for way in ways)
 
         weights = encoder_weights or checkpoint.vision_weights
-        return cls((), _Untold(checkpoint.identity, derive)) if weights is None else cls(derive(weights))
+        return cls((), _Untold(checkpoint.encoder_identity, derive)) if weights is None else cls(derive(weights))
 
     @property
     def are_known(self) -> bool:

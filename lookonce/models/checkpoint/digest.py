@@ -36,6 +36,14 @@ def content_identity(files: Iterable[Path]) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
+def adapted(weights: str, adapter: str | None) -> str:
+    """What identifies weights that an adapter was merged into; None: it changes none of them."""
+    if adapter is None:
+        return weights
+    hasher = blake3(canonical_json([weights, adapter]), derive_key_context="lookonce 2026 adapted weights")
+    return f"blake3:{hasher.hexdigest()}"
+
+
 def file_digest(file: Path) -> str:
     """BLAKE3-256 of a file's contents in hexadecimal, from memory when the file hasn't changed since."""
     try:

@@ -7,7 +7,7 @@ A problem is one sentence: the file, what is wrong, and after a semicolon what t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
 ROPE_TYPES = ("default", "mrope")
@@ -67,8 +67,11 @@ def tower_problems(
         )
 
 
-def text_problems(text: dict[str, Any], label: str) -> Iterator[str]:
-    """Of the language model's settings; `label` is the family's."""
+def text_problems(
+    text: dict[str, Any], label: str, *, head_dim: Any = None, section: Sequence[int] = (16, 24, 24)
+) -> Iterator[str]:
+    """Of the language model's settings; `label` is the family's. `head_dim`: where that is a setting of its own;
+    `section`: M-RoPE's unless it is stated."""
     yield from _sizes(text, _TEXT_SIZES, "")
     yield from _sizes(text, [name for name in _DEFAULTED_TEXT_SIZES if name in text], "")
     if not _is_number(text.get("rms_norm_eps", 1e-5)):
@@ -80,13 +83,21 @@ def text_problems(text: dict[str, Any], label: str) -> Iterator[str]:
     keys = text.get("num_key_value_heads") or heads
     if not (is_size(hidden) and is_size(heads) and is_size(keys)):
         return
-    if hidden % heads or heads % keys or hidden // heads % 2:
+    if head_dim is not None:
+        if not is_size(head_dim) or head_dim % 2 or heads % keys:
+            yield (
+                f"config.json: head_dim {head_dim!r} must be an even number, and num_attention_heads {heads} a "
+                f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
+            )
+        else:
+            yield from _rope_problems(text, head_dim, section)
+    elif hidden % heads or heads % keys or hidden // heads % 2:
         yield (
             f"config.json: hidden_size {hidden} must be num_attention_heads {heads} times an even width, and these a "
             f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
         )
     else:
-        yield from _rope_problems(text, hidden // heads)
+        yield from _rope_problems(text, hidden // heads, section)
 
 
 def preprocessor_problems(preprocessor: dict[str, Any], vision: dict[str, Any]) -> Iterator[str]:
@@ -133,7 +144,7 @@ def _window_problems(text: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
+def _rope_problems(text: dict[str, Any], head_width: int, default: Sequence[int]) -> Iterator[str]:
     name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
     rope = text.get(name) or {}
     if not isinstance(rope, dict):
@@ -145,7 +156,7 @@ def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
             f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)}); "
             f"remove the long-context extension from {name}"
         )
-    section = rope.get("mrope_section", [16, 24, 24])
+    section = rope.get("mrope_section", list(default))
     whole = isinstance(section, list) and len(section) == 3 and all(map(is_size, section))
     if not whole or sum(section) != head_width // 2:
         yield (
