@@ -18,6 +18,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import Where, load_weights
 from lookonce.models.qwen2_vl.limits import text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import frequencies, mrope_section, rope_frequencies
 from lookonce.models.registry import Half
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -116,11 +117,9 @@ class Rotary:
     """What turns M-RoPE positions to angles: `inv_freq` [head width / 2], float32."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        self.attention_scaling = 1.0
-        self.mrope_section: list[int] = list(rope.get("mrope_section", (16, 24, 24)))
-        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1_000_000.0)
-        self.inv_freq = rope_frequencies(config["hidden_size"] // config["num_attention_heads"], theta)
+        self.mrope_section = mrope_section(config)
+        head_width = config["hidden_size"] // config["num_attention_heads"]
+        self.inv_freq, self.attention_scaling = frequencies(config, head_width)
 
 
 class TextAttention(nn.Module):
@@ -170,12 +169,6 @@ class TextModel(nn.Module):
         self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
         self.layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
         self.norm = nn.RMSNorm(config["hidden_size"])
-
-
-def rope_frequencies(width: int, theta: float) -> torch.Tensor:
-    """Float32 [width / 2] on the CPU, whatever the default device: theta^(-2i / width) (RoFormer, arXiv:2104.09864)."""
-    steps = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
-    return 1.0 / theta**steps
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
