@@ -16,6 +16,7 @@ from pathlib import Path
 from lm_service.engine.answer import TokenTable
 from lookonce.core.errors import invalid
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.chat.tokenizer import is_byte_level
 from lookonce.models.family import Family
 
 __all__ = ["ChatTemplate", "Turn", "load_template"]
@@ -40,7 +41,7 @@ class ChatTemplate:
         self._starts = re.compile("|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)")
         special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids)
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
@@ -77,7 +78,9 @@ class ChatTemplate:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        return tuple(chain.from_iterable(self._encode(piece, mark) for piece in self.chat.pieces(rendered)))
+        lead = () if self.chat.begins(rendered) else self.chat.lead
+        pieces = enumerate(self.chat.pieces(rendered))
+        return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -85,6 +88,12 @@ class ChatTemplate:
         if len(text) <= _BRIEF:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _continued_ids(self, text: str) -> list[int]:
+        """`text_ids` of text behind other text."""
+        if self.chat.continued is self._tokenizer:
+            return self.text_ids(text)
+        return self.chat.continued.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def choice_ids(self, text: str, salt: bytes = b"") -> tuple[int, ...]:
         """`text_ids` of a short text that is likely to be asked for again by callers of the same salt."""
@@ -107,8 +116,11 @@ class ChatTemplate:
     def _marked(self, text: str, mark: str) -> str:
         return self._starts.sub(lambda match: match.group() + mark, text)
 
-    def _encode(self, piece: str | int, mark: str) -> list[int]:
-        return [piece] if isinstance(piece, int) else self.text_ids(piece.replace(mark, ""))
+    def _encode(self, piece: str | int, mark: str, *, first: bool) -> list[int]:
+        if isinstance(piece, int):
+            return [piece]
+        text = piece.replace(mark, "")
+        return self.text_ids(text) if first else self._continued_ids(text)
 
 
 def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:

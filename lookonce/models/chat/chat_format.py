@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
-from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
+from lookonce.models.chat.tokenizer import continued, leading_ids, load_tokenizer, tokenizer_settings
 from lookonce.models.checkpoint.files import Problems, read_json
 from lookonce.models.family import Family, SpecialTokens
 
@@ -60,8 +60,12 @@ class ChatFormat:
         self.added: dict[str, int] = {
             token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
         }
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.lead = leading_ids(tokenizer)
+        self.continued = continued(tokenizer)
+        tokens = sorted(
+            tokenizer.get_added_tokens_decoder().values(), key=lambda token: len(token.content), reverse=True
+        )
+        self._special = re.compile("|".join(map(_spelt, tokens)) or "(?!)")
         self._takes_strings: set[str] = set()
         for role in _ROLES:
             if self._takes_only_strings(role):
@@ -76,9 +80,15 @@ class ChatFormat:
         at = 0
         for match in self._special.finditer(text):
             yield text[at : match.start()]
-            yield self.added[match.group()]
+            spelt = match.group()
+            yield self.added[spelt if spelt in self.added else spelt.strip()]
             at = match.end()
         yield text[at:]
+
+    def begins(self, text: str) -> bool:
+        """Whether a rendered text begins with <s> (`bos_token`) itself: then the tokenizer adds nothing before it."""
+        begin = self._names.get("bos_token")
+        return begin is not None and text.startswith(begin)
 
     def _content(self, turn: Turn) -> Any:
         if turn.role in self._takes_strings:
@@ -106,6 +116,11 @@ class ChatFormat:
         except TemplateRefusal:
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def _spelt(token: AddedToken) -> str:
+    """A pattern of a token and of the white space beside it that belongs to it."""
+    return r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
 
 
 def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:

@@ -74,10 +74,10 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     config = files.read_config(path)
     problems = settings_problems(path, config, Half)
     if (path / files.INDEX).is_file() and not problems:
-        problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX))
+        problems = _name_problems(path, family_of(config, path), files.read_index(path / files.INDEX))
     if problems:
         raise CheckpointError(*problems)
-    family = family_of(config)
+    family = family_of(config, path)
     return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
@@ -85,7 +85,7 @@ def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]
     """What config.json and preprocessor_config.json ask for that can't be computed."""
     problems = files.Problems()
     problems.of(files.refuse_quantised, path, config)
-    family = problems.of(family_of, config)
+    family = problems.of(family_of, config, path)
     if family is not None:
         preprocessor = problems.of(lambda: family.preprocessor(files.read_preprocessor(path)))
         problems.found += problems.of(family.problems, config, preprocessor, halves) or []
@@ -99,7 +99,7 @@ def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
     if config is None:
         return problems.found
     problems.found += settings_problems(path, config, halves)
-    family = files.Problems().of(family_of, config)
+    family = files.Problems().of(family_of, config, path)
     if family is None:
         return problems.found  # said above; without a family no tensor and no token has a meaning
     problems.found += _weight_problems(path, family, config, halves)

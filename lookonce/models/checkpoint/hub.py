@@ -94,7 +94,7 @@ def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
     index = snapshot / files.INDEX
     if not index.is_file():
         return [files.SINGLE]
-    family = family_of(files.read_json(snapshot / files.CONFIG))
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
     return files.shards_of(family, files.read_index(index), halves)
 
 

@@ -1,0 +1,162 @@
+"""A checkpoint's own processor: images to the inputs of its vision half, and the text that an image is in a prompt.
+
+transformers' processor classes want a tokenizer, and some a video processor, which only torchvision has. Neither is
+needed to prepare an image: the vision half's processor has a stand-in for the first, and both halves' go without the
+second. Code of a repository is never run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers.models.auto.auto_mappings import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from lookonce.core.errors import CheckpointError, invalid
+from lookonce.models.checkpoint import files
+
+_SETTINGS = (files.PREPROCESSOR, files.PROCESSOR, "tokenizer_config.json", files.CONFIG)
+_PREPARED = (files.PROCESSOR, files.PREPROCESSOR)
+_REMEMBERED = 256
+"""Sizes of images whose text is kept."""
+
+
+class _NoTokenizer:
+    """Stands for a tokenizer where no text is tokenised: every token is called by its attribute's name."""
+
+    init_kwargs: dict[str, Any] = {}  # noqa: RUF012 - as transformers has it
+    bos_token = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not (name.endswith(("_token", "_token_id"))):
+            raise AttributeError(name)
+        return 0 if name.endswith("_id") else f"<{name}>"
+
+    def convert_tokens_to_ids(self, tokens: Any) -> int:
+        return 0
+
+    def encode(self, *_: Any, **__: Any) -> list[int]:
+        return [0]
+
+    def add_tokens(self, *_: Any, **__: Any) -> int:
+        return 0
+
+
+class Processor:
+    """Prepares images of one checkpoint directory. Safe to use from several threads."""
+
+    def __init__(self, path: Path, model_type: str, *, tokenizer: bool) -> None:
+        """`tokenizer`: the directory has one, and texts of images are asked for. Raises CheckpointError."""
+        refuse_foreign_code(path)
+        try:
+            image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+            text = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else _NoTokenizer()
+            cls = _without_video(_processor_class(path, model_type))
+            cls.parts = {"image_processor": image_processor, "tokenizer": text}
+            self._processor = cls.from_pretrained(path, local_files_only=True)
+            self._options = self._processor._merge_kwargs(tokenizer_init_kwargs=text.init_kwargs, return_tensors="pt")[
+                "images_kwargs"
+            ]
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{path}: the processor of {model_type} can't be made of its files ({type(error).__name__}: "
+                f"{str(error).strip().partition(chr(10))[0][:200]}); copy preprocessor_config.json, "
+                "processor_config.json and the tokenizer's files from the model's repository"
+            ) from error
+        self.tokenizer = text
+        self.name = type(image_processor).__name__
+        self.text_of = lru_cache(maxsize=_REMEMBERED)(self._text_of)
+
+    @property
+    def image_token(self) -> str:
+        """What stands for an image in a prompt before it is expanded."""
+        token = self._processor.image_token
+        return str(getattr(token, "content", token))
+
+    def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
+        """What the image processor makes of an RGB image."""
+        return dict(self._prepared(image)[0])
+
+    def _text_of(self, width: int, height: int) -> str:
+        """What an image of so many pixels is in a prompt: tokens of its rows, and between them."""
+        return self._prepared(Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)))[1]
+
+    def _prepared(self, image: Image.Image) -> tuple[Any, str]:
+        try:
+            inputs, (text,) = self._processor._process_images([image], **self._options)
+        except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+            width, height = image.size
+            raise invalid(f"image: {width}x{height} pixels can't be prepared by this model's processor") from error
+        return inputs, text
+
+
+def _without_video(cls: type[ProcessorMixin]) -> Any:
+    """The class with the parts it is given, and None for others such as a video processor."""
+
+    class Parts(cls):  # type: ignore[misc, valid-type]
+        parts: dict[str, Any]
+
+        @classmethod
+        def get_attributes(own) -> list[str]:
+            return [str(name) for name in cls.get_attributes()]
+
+        @classmethod
+        def _get_arguments_from_pretrained(own, *_: Any, **__: Any) -> list[Any]:
+            return [own.parts.get(name) for name in own.get_attributes()]
+
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            return type(argument)
+
+    module = importlib.import_module(cls.__module__)
+    if getattr(module, "num2words", "") is None:  # asked for at construction, used for videos only
+        module.num2words = str
+    return Parts
+
+
+def _processor_class(path: Path, model_type: str) -> type[ProcessorMixin]:
+    """That which the files name, else that of the model type. Raises CheckpointError."""
+    stated = (files.read_json(path / name).get("processor_class") for name in _PREPARED if (path / name).is_file())
+    name = next((each for each in stated if isinstance(each, str)), None) or PROCESSOR_MAPPING_NAMES.get(model_type)
+    owner = next((owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name), None)
+    if name is None or owner is None:
+        raise CheckpointError(
+            f"{path}: processor_class {name!r} is none of transformers' own; the general path runs no code of a "
+            "repository: use a checkpoint that was saved by transformers"
+        )
+    owners = [model_type, *(owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name)]
+    for each in owners:
+        folder = model_type_to_module_name(each)
+        try:
+            module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
+        except ModuleNotFoundError:
+            continue
+        if isinstance(getattr(module, name, None), type):
+            found: type[ProcessorMixin] = getattr(module, name)
+            return found
+    raise CheckpointError(f"{path}: processor_class {name!r} isn't in this version of transformers; update it")
+
+
+def refuse_foreign_code(path: Path) -> None:
+    """Raises CheckpointError for files that name classes of their repository only."""
+    known = {name for names in IMAGE_PROCESSOR_MAPPING_NAMES.values() for name in names.values()}
+    for name in _SETTINGS:
+        if not (path / name).is_file():
+            continue
+        settings = files.read_json(path / name)
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type")
+        base = str(kind).removesuffix("Fast")
+        if settings.get("auto_map") and kind and base not in known and f"{base}Pil" not in known:
+            raise CheckpointError(
+                f"{path / name}: image_processor_type {kind!r} is code of the repository, which is never run; "
+                "use a checkpoint that was saved by transformers"
+            )
