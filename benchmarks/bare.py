@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt
 from lookonce.core.identity import EmbeddingReference
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import mrope_positions
 
 ROWS, COLUMNS = 27, 37  # 999 tokens: a 1024x768 image
 SYSTEM, QUESTION, TOKENS = 20, 20, 16

@@ -14,8 +14,8 @@ from lm_service.embeddings import EmbeddingResolver, TensorCache
 from lm_service.engine.factory import builder_of
 from lm_service.engine.types import Engine
 from lm_service.metrics import METRICS
-from lm_service.peers import AcceptedEncoders, VisionPeers
-from lm_service.prompt import PromptBuilder
+from lm_service.peers import VisionPeers
+from lm_service.prompt import AcceptedEncoders, PromptBuilder
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
 from lm_service.template import ChatTemplate, load_template

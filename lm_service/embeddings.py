@@ -14,7 +14,8 @@ import structlog
 
 from lm_service.engine.types import DamagedRecord, EmbeddingSource, Rows
 from lm_service.metrics import METRICS
-from lm_service.peers import AcceptedEncoders, VisionPeers
+from lm_service.peers import VisionPeers
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.embedding_cache import INLINE_BYTES, EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, RecordError
 from lookonce.core.identity import EmbeddingReference

@@ -1,4 +1,4 @@
-"""The encoders whose embeddings this model takes, and the vision services it fetches them from, which are watched."""
+"""The vision services that embeddings are fetched from, which are watched."""
 
 from __future__ import annotations
 
@@ -8,44 +8,16 @@ from collections.abc import Sequence
 import structlog
 
 from lm_service.metrics import METRICS
-from lookonce.core.dtypes import SCHEMES
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.tasks import end_tasks, keep_running
-from lookonce.models.checkpoint import Checkpoint
-from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 
 log = structlog.get_logger(__name__)
 CONNECT_SECONDS = 1.0
 """Between two attempts to reach a service."""
 WATCH_SECONDS = 15.0
 """Between two looks at one that answers: it may have been restarted with another model."""
-
-
-class AcceptedEncoders:
-    """The accepted fingerprints, each 64 hexadecimal characters."""
-
-    def __init__(self, fingerprints: Sequence[str]) -> None:
-        self.fingerprints = tuple(fingerprints)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, encoder_dtype: str, encoder_quantization: str = "none") -> AcceptedEncoders:
-        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any;
-        `encoder_quantization` is "none", or "int8" for weights in int8 on any device."""
-        dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
-        ways = ("none",) if encoder_quantization == "none" else SCHEMES
-        return cls([checkpoint.encoder_spec(dtype, way).fingerprint() for dtype in dtypes for way in ways])
-
-    def check(self, reference: EmbeddingReference) -> None:
-        """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
-        if reference.fingerprint not in self.fingerprints:
-            raise LookonceError(
-                ErrorKind.FINGERPRINT_MISMATCH,
-                f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes "
-                f"{', '.join(self.fingerprints)}: the two services run different models or settings",
-                param="image.fingerprint",
-            )
 
 
 class VisionPeer:

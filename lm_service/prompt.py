@@ -11,8 +11,11 @@ from typing import Any, ParamSpec, TypeVar
 
 from lm_service.engine.types import ImageSpan, Prompt
 from lm_service.template import ChatTemplate, Turn
+from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import EmbeddingReference
+from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
 
 P = ParamSpec("P")
@@ -53,6 +56,31 @@ class PromptThread:
     def close(self) -> None:
         """Begin nothing more; the call under way ends by itself."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class AcceptedEncoders:
+    """The fingerprints of encoders whose embeddings this model takes, each 64 hexadecimal characters."""
+
+    def __init__(self, fingerprints: Sequence[str]) -> None:
+        self.fingerprints = tuple(fingerprints)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, encoder_dtype: str, encoder_quantization: str = "none") -> AcceptedEncoders:
+        """Those derived from a checkpoint. `encoder_dtype` is a compute dtype, or "auto" for any;
+        `encoder_quantization` is "none", or "int8" for weights in int8 on any device."""
+        dtypes = COMPUTE_DTYPES if encoder_dtype == "auto" else (encoder_dtype,)
+        ways = ("none",) if encoder_quantization == "none" else SCHEMES
+        return cls([checkpoint.encoder_spec(dtype, way).fingerprint() for dtype in dtypes for way in ways])
+
+    def check(self, reference: EmbeddingReference) -> None:
+        """Raise FINGERPRINT_MISMATCH naming both sides unless the encoder is accepted."""
+        if reference.fingerprint not in self.fingerprints:
+            raise LookonceError(
+                ErrorKind.FINGERPRINT_MISMATCH,
+                f"the image was encoded by {reference.fingerprint[:64]!r}, this language model takes "
+                f"{', '.join(self.fingerprints)}: the two services run different models or settings",
+                param="image.fingerprint",
+            )
 
 
 class PromptBuilder:

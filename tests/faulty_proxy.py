@@ -49,8 +49,8 @@ FAULTS = (  # of each connection and answer
 
 class FaultyProxy:
     """In front of the server on `port`. `fault` names what happens to each answer; "mixed" draws one each time, with
-    every second answer let through. Two more are for `set`: "hang" lets nothing through and closes nothing, and with
-    "away" nobody listens."""
+    every second answer let through. Three more are for `set`: "hang" lets nothing through and closes nothing, with
+    "away" nobody listens, and "gets" ends each connection that asks for a value, and no other."""
 
     def __init__(self, port: int, *, seed: int = 0, slow: float = 0.05) -> None:
         self.fault = "none"
@@ -144,7 +144,7 @@ class FaultyProxy:
 
     def _relay(self, client: socket.socket) -> None:
         with client, contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._backend)) as server:
-            back = threading.Thread(target=self._copy, args=(client, server.sendall, server), daemon=True)
+            back = threading.Thread(target=self._copy, args=(client, self._asking(server), server), daemon=True)
             back.start()
             with contextlib.suppress(OSError):
                 self._copy(server, lambda data: self._spoil(client, data), server)
@@ -163,6 +163,14 @@ class FaultyProxy:
         finally:
             with contextlib.suppress(OSError):
                 server.shutdown(socket.SHUT_RDWR)
+
+    def _asking(self, server: socket.socket) -> Callable[[bytes], None]:
+        def send(data: bytes) -> None:
+            if self.fault == "gets" and data.startswith(b"*2\r\n$3\r\nGET\r\n"):
+                raise ConnectionError("as planned")
+            server.sendall(data)
+
+        return send
 
     def _spoil(self, client: socket.socket, data: bytes) -> None:
         fault = self._draw(FAULTS[3:])

@@ -12,7 +12,7 @@ from torch import nn
 
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.compiled import panel_linear, text_rows
-from lookonce.models.kernels.structs import BYTE, FLOAT32, INT64, Along, Struct, integer, pointer
+from lookonce.models.kernels.structs import BYTE, FLOAT32, INT64, Along, Struct, address, addresses, integer, pointer
 from lookonce.models.kernels.vision.tower_kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
@@ -51,15 +51,19 @@ GOOD = {
 
 
 def test_fields_lie_where_they_are_declared():
-    (table,) = Table.fill(Table.zeros(1), SIZES, rows=5, width=7, **GOOD)
-    words = table.tobytes()
-    told = np.frombuffer(words, dtype=np.int64)
-    assert [field.place for field in Table.fields.values()] == list(range(8)) and len(words) == 64
+    told = Table.fill(Table.one(), SIZES, rows=5, width=7, **GOOD)
+    assert [field.place for field in Table.fields.values()] == list(range(8)) and len(told.tobytes()) == 64
     assert told[Table.rows.place] == 5 and told[Table.values.place] == GOOD["values"].data_ptr()
     assert told[Table.which.place] == GOOD["which"].ctypes.data
     assert told[Table.step.place] == 28, "how far rows are apart comes from the tensor"
     each = Table.fill(Table.zeros(2), rows=5, width=7, values=Along(torch.empty(2, 70)))
     assert each["values"][1] - each["values"][0] == 280
+    both = Table.fill(Table.zeros(2), SIZES, rows=5, width=7, **GOOD)
+    assert [list(map(int, one)) for one in both] == [told.tolist()] * 2, "one is written as many are"
+    empty, still = np.empty((0, 3)), np.arange(5)
+    still.flags.writeable = False
+    assert (address(empty), address(still)) == (0, still.ctypes.data)
+    assert addresses(both).tolist() == [both.ctypes.data, both.ctypes.data + 64]
 
 
 @pytest.mark.parametrize(
@@ -85,10 +89,11 @@ def test_fields_lie_where_they_are_declared():
     ],
 )
 def test_what_a_pointer_may_not_point_to_is_refused(field, wrong):
-    table = Table.zeros(1)
-    with pytest.raises(ValueError, match=rf"^{field} points to"):
-        Table.fill(table, SIZES, rows=5, width=7, **{**GOOD, field: wrong})
-    assert not table[field].any()
+    one, many = Table.one(), Table.zeros(2)
+    for table in (one, many):
+        with pytest.raises(ValueError, match=rf"^{field} points to"):
+            Table.fill(table, SIZES, rows=5, width=7, **{**GOOD, field: wrong})
+    assert not one[Table.fields[field].place] and not many[field].any()
 
 
 def test_kernels_refuse_what_they_would_read_beyond():

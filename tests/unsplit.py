@@ -1,4 +1,4 @@
-"""The unsplit reference: plain transformers, one process, no code of ours but the canonical picture.
+"""The unsplit reference: plain transformers, one process, no code of ours but the canonical image.
 
 Prompts are laid out from the published chat format by hand, so that the reference shares nothing with the split path.
 """
@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 Turn = tuple[str, Sequence[Any]]
-"""A role and its parts: str is text, a PIL image is a picture."""
+"""A role and its parts: text as str, images of Pillow."""
 
 
 class Unsplit:

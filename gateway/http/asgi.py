@@ -21,9 +21,8 @@ from gateway.http import (
     status_routes,
 )
 from gateway.http.error_bodies import on_client_gone, on_http_exception, on_lookonce_error, on_unforeseen
-from gateway.http.event_stream import ClientGone
 from gateway.http.middleware import Authentication, Cors, Intake, OriginCheck, RequestScope
-from gateway.http.route import on_query_error
+from gateway.http.route import ClientGone, on_query_error
 from gateway.settings import distinct
 from lookonce.core.errors import LookonceError
 

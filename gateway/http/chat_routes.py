@@ -18,10 +18,10 @@ from gateway.auth import Tenant
 from gateway.conversation import Caller, Turn
 from gateway.core import Gateway
 from gateway.http import examples
-from gateway.http.event_stream import EventStream, until_disconnect
+from gateway.http.event_stream import EventStream
 from gateway.http.openapi import or_events
 from gateway.http.request_images import RemoteImages, check_images, keep_all
-from gateway.http.route import Route, caller_of, gateway_of, json_response
+from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
 from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions

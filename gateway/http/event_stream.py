@@ -1,12 +1,12 @@
-"""Server-sent events, and work that stops when its client goes away."""
+"""Server-sent events."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 import structlog
@@ -15,38 +15,19 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.http.error_bodies import error_body
-from gateway.metrics import DISCONNECTS
+from gateway.http.route import ClientGone, until_disconnect
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 
 DONE = b"data: [DONE]\n\n"
 HEARTBEAT = b": still here\n\n"
 """A comment: keeps proxies from closing a quiet stream, is no event to any reader."""
-T = TypeVar("T")
 log = structlog.get_logger(__name__)
-
-
-class ClientGone(Exception):
-    """The client closed the connection; nobody reads the answer."""
 
 
 def event(data: Mapping[str, Any]) -> bytes:
     """One event."""
     return b"data: " + orjson.dumps(data) + b"\n\n"
-
-
-async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away (ClientGone)."""
-    task = start_task(work)
-    gone = start_task(_disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        DISCONNECTS.inc()
-        raise ClientGone
-    finally:
-        await end_tasks(task, gone)
 
 
 class EventStream(Response):
@@ -100,8 +81,3 @@ class EventStream(Response):
 
 async def _write(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

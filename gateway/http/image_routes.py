@@ -12,10 +12,19 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http.error_bodies import HttpRefusal
-from gateway.http.event_stream import until_disconnect
 from gateway.http.openapi import upload_body
 from gateway.http.request_images import base64_of, check_size, decode, decoded_size
-from gateway.http.route import Route, gateway_of, json_response, list_object, read_json, tenant_of, validate, whole
+from gateway.http.route import (
+    Route,
+    gateway_of,
+    json_response,
+    list_object,
+    read_json,
+    tenant_of,
+    until_disconnect,
+    validate,
+    whole,
+)
 from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
 from gateway.images.index import check_alias

@@ -11,9 +11,8 @@ from starlette.responses import Response
 
 from gateway.conversation import Caller
 from gateway.core import Gateway
-from gateway.http.event_stream import until_disconnect
 from gateway.http.request_images import check_images, keep_all
-from gateway.http.route import Route, caller_of, gateway_of, json_response
+from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.moderations import Item, Moderations
 from gateway.schemas.requests import ImageUrlPart, ModerationRequest
 from gateway.schemas.responses import ModerationObject

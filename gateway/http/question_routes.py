@@ -14,9 +14,9 @@ from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.error_bodies import error_body
-from gateway.http.event_stream import EventStream, until_disconnect
+from gateway.http.event_stream import EventStream
 from gateway.http.openapi import or_events
-from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of
+from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of, until_disconnect
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.body import stop_list, to_sampling

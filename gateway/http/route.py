@@ -1,5 +1,5 @@
 """What routes share: a body that is read our way before FastAPI hands it on as its model, errors that name the field at
-fault, pages of lists, and whose request it is."""
+fault, work that stops when its client goes away, pages of lists, and whose request it is."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from pydantic_core import PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from gateway.auth import Tenant
 from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
+from gateway.metrics import DISCONNECTS
 from gateway.schemas.body import MEMBER, UNKNOWN
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.core.tasks import end_tasks, start_task
 
 SMALL = 1 << 15
 """Bytes that are worked on in the event loop."""
@@ -188,6 +191,29 @@ async def aside(size: int, function: Callable[P, T], *args: P.args, **kwargs: P.
     if size <= SMALL:
         return function(*args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, lambda: function(*args, **kwargs))
+
+
+class ClientGone(Exception):
+    """The client closed the connection; nobody reads the answer."""
+
+
+async def until_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away (ClientGone)."""
+    task = start_task(work)
+    gone = start_task(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        DISCONNECTS.inc()
+        raise ClientGone
+    finally:
+        await end_tasks(task, gone)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def whole(most: int) -> BeforeValidator:

@@ -7,6 +7,7 @@ its file, record, names and embeddings stay.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -83,9 +84,9 @@ class Traces:
     aliases: Aliases
     listing: Listing
 
-    async def remove(self, record: ImageRecord) -> bool:
+    async def remove(self, record: ImageRecord, asked: float) -> bool:
         """Leave a tombstone and nothing else; whether that is confirmed. Call with the record's lease held."""
-        buried = await self.records.bury(record)  # first, so that no new embedding is made
+        buried = await self.records.bury(record, asked)  # first, so that no new embedding is made
         unnamed = [await self.aliases.drop(record, alias) for alias in record.aliases]
         await self.listing.remove(record.tenant, [record.digest.hex()])
         return all([await self.kept.delete(file_key(record.digest)), buried, *unnamed])
@@ -99,6 +100,7 @@ class Erasure:
         self._traces = traces
         self._eraser = eraser
         self._asked = False
+        self._since = time.time()
 
     async def begin(self) -> bool:
         """Erase now, and in the background for as long as it takes; whether it is complete."""
@@ -110,7 +112,7 @@ class Erasure:
         digests = {item.image_digest for item in record.references.values()} | {record.digest}
         async with records.held(record.digest):
             later = await self._later()
-            removed = later is not None or await self._traces.remove(record)
+            removed = later is not None or await self._traces.remove(record, self._since)
         if later is not None:  # what both were made into is the later one's now
             keys, digests = keys - _keys(later), set()
         return await self._eraser.forget(sorted(keys), sorted(digests)) and removed and await self._finish()
@@ -126,7 +128,7 @@ class Erasure:
     async def _finish(self) -> bool:
         records, record = self._traces.records, self._record
         async with records.held(record.digest):
-            return await self._later() is not None or await records.bury(replace(record, erased=True))
+            return await self._later() is not None or await records.bury(replace(record, erased=True), self._since)
 
 
 def _keys(record: ImageRecord) -> set[bytes]:

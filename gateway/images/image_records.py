@@ -116,7 +116,7 @@ def _reference(found: dict[str, Any]) -> EmbeddingReference:
 @dataclass(frozen=True)
 class _Cached:
     record: ImageRecord
-    confirmed: float  # seconds on the monotonic clock
+    confirmed: float  # seconds on the monotonic clock, from before the store was asked
 
 
 class ImageRecords:
@@ -126,6 +126,7 @@ class ImageRecords:
         self._kept, self._store, self._spare = kept, kept.store, kept.spare
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()  # least recently used first
         self._locks: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+        self._unseen: set[bytes] = set()  # held images whose record the store could not tell
 
     async def load(
         self, digest: bytes, *, fresh: bool = False, sure: bool = False, held: bool = False
@@ -139,15 +140,22 @@ class ImageRecords:
         if cached is not None and not fresh and time.monotonic() - cached.confirmed < CONFIRMED:
             self._cache.move_to_end(digest)
             return self._unexpired(cached.record)
+        asked = time.monotonic()
         spare = _parsed(await self._spare.get(_key(digest)))
         try:
             stored = _parsed(await self._store.get(_key(digest)))
         except StoreOutage:
+            if held:
+                self._unseen.add(digest)
             known = spare or self._believed(cached)
             if sure or known is None:
                 raise
             return self._unexpired(known)
-        if stored is None and spare is None and self._believed(cached) is None:
+        self._unseen.discard(digest)
+        believed = self._believed(cached)
+        if stored is not None and believed is not None and stored.changed < believed.changed:
+            stored = None  # a write that was given up long ago and came after all: the later one is lost
+        if stored is None and spare is None and believed is None:
             self._cache.pop(digest, None)
             return None
         if not held and (stored is None or spare is not None):
@@ -157,12 +165,13 @@ class ImageRecords:
             stored = await self._reconciled(spare, stored)
         if stored is None:
             return await self._lost(digest, cached)
-        self._remember(stored)
+        self._remember(stored, asked)
         await self._return_file(stored)
         return self._unexpired(stored)
 
     async def save(self, record: ImageRecord) -> bool:
-        """Keep the record until it expires; whether the store has it, or only this process."""
+        """Keep the record until it expires; whether the store has it, or only this process. Where the store's own could
+        not be seen while the image is held, nothing is written over it: both are joined when it can be."""
         return await self._write(self._changed(record))
 
     @asynccontextmanager
@@ -170,7 +179,14 @@ class ImageRecords:
         """The image is changed by nobody else, in any gateway, while the body runs. Not reentrant."""
         lock = self._locks.setdefault(digest, asyncio.Lock())  # so that only one of this process polls for the lease
         async with lock, leased(self._store, _key(digest)):
-            yield
+            try:
+                yield
+            finally:
+                self._unseen.discard(digest)
+
+    def is_unseen(self, digest: bytes) -> bool:
+        """Whether the image is held, and the store could not tell what it has of it."""
+        return digest in self._unseen
 
     async def revise(self, digest: bytes, change: Change) -> ImageRecord | None:
         """Change the record as it is now; None when there is none, or it is deleted."""
@@ -182,13 +198,20 @@ class ImageRecords:
             await self.save(record)
             return record
 
-    async def bury(self, record: ImageRecord) -> bool:
-        """Put a tombstone in the record's place; whether the store has it."""
-        tombstone = replace(record, deleted=True, expires=time.time() + TOMBSTONE_TTL)
-        return await self._write(self._changed(tombstone))
+    async def bury(self, record: ImageRecord, asked: float) -> bool:
+        """Put a tombstone in the record's place; whether the store has it. `asked`: Unix seconds of the erasure. An
+        upload after it that the store can't tell of now is not buried."""
+        tombstone = self._changed(replace(record, deleted=True, expires=time.time() + TOMBSTONE_TTL))
+        if self.is_unseen(record.digest):
+            tombstone = replace(tombstone, changed=max(asked, record.changed + CLOCK_STEP))
+        return await self._write(tombstone)
 
     async def _write(self, record: ImageRecord) -> bool:
-        self._remember(record)
+        if self.is_unseen(record.digest):
+            self._cache.pop(record.digest, None)
+            await self._spare.put(_key(record.digest), record.to_json(), ttl=self._left(record))
+            return False
+        self._remember(record, time.monotonic())
         return await self._kept.put(_key(record.digest), record.to_json(), ttl=self._left(record))
 
     async def _reconciled(self, spare: ImageRecord, stored: ImageRecord | None) -> ImageRecord:
@@ -235,8 +258,11 @@ class ImageRecords:
     def _unexpired(self, record: ImageRecord) -> ImageRecord | None:
         return record if record.expires > time.time() else None
 
-    def _remember(self, record: ImageRecord) -> None:
-        self._cache[record.digest] = _Cached(record, time.monotonic())
+    def _remember(self, record: ImageRecord, confirmed: float) -> None:
+        known = self._cache.get(record.digest)
+        if known is not None and known.confirmed > confirmed and known.record.changed > record.changed:
+            return  # changed while the store was asked
+        self._cache[record.digest] = _Cached(record, confirmed)
         self._cache.move_to_end(record.digest)
         while len(self._cache) > CACHED_RECORDS:
             self._cache.popitem(last=False)

@@ -127,9 +127,11 @@ class ImageLibrary:
         """The image of that id or alias. Raises NOT_FOUND, also when it is another tenant's."""
         digest, created = await self._digest_of(identifier, tenant)
         record = await self._records.load(digest, fresh=fresh, held=held)
+        if created is not None and record is not None and not _bears(record, identifier, created):
+            record = await self._records.load(digest, fresh=True, sure=True, held=held)  # the name is the newer one
         if record is None or record.deleted or record.tenant != tenant.name:
             raise not_found()
-        if created is not None and record.created != created and identifier not in record.aliases:
+        if created is not None and not _bears(record, identifier, created):
             raise not_found()  # the name of an image that was erased meanwhile
         return record
 
@@ -245,7 +247,8 @@ class ImageLibrary:
         be kept for good: memory is no place for that."""
         key, ttl = file_key(record.digest), self._lifetime(record)
         if not record.pinned:
-            await self._kept.put(key, data, ttl=ttl)
+            unseen = self._records.is_unseen(record.digest)  # the file may be that of a pinned image, and stays one
+            await (self._kept.spare if unseen else self._kept).put(key, data, ttl=ttl)
         elif not await self._kept.store.put(key, data, ttl=ttl):
             text = "there is no room for more pinned images: unpin or erase some, or let this one expire"
             raise invalid(text, param="pinned")
@@ -285,6 +288,11 @@ def parse_id(identifier: str) -> bytes:
         return digest_of_image_id(identifier)
     except binascii.Error as error:
         raise not_found() from error
+
+
+def _bears(record: ImageRecord, name: str, created: float) -> bool:
+    """Whether a name that was given to the image made at `created` is this one's."""
+    return not record.deleted and (record.created == created or name in record.aliases)
 
 
 def not_found() -> LookonceError:

@@ -112,10 +112,10 @@ _serial = itertools.count(1)
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image_path(tmp_path: Path) -> Path:
     """A file that no other test has."""
     number = next(_serial)
     image = Image.new("RGB", (112, 84), (number * 71 % 256, number * 31 % 256, number % 256))
-    path = tmp_path / "my picture.png"
+    path = tmp_path / "my image.png"
     image.save(path)
     return path

@@ -1,4 +1,4 @@
-"""Takes the picture of the playground that the docs show: `python -m tests.browser.screenshot docs/playground.png`.
+"""Takes the screenshot of the playground that the docs show: `python -m tests.browser.screenshot docs/playground.png`.
 
 Starts a whole system with the bundled checkpoint and its samples (or `--model` and `--samples`), asks, and saves what
 Chromium shows."""
@@ -47,8 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="PNG to write")
     parser.add_argument("--model", type=Path, default=BUNDLED / "shapes", help="checkpoint")
-    parser.add_argument("--samples", type=Path, default=BUNDLED / "samples", help="folder of pictures")
-    parser.add_argument("--sample", type=int, default=5, help="number of the picture")
+    parser.add_argument("--samples", type=Path, default=BUNDLED / "samples", help="folder of images")
+    parser.add_argument("--sample", type=int, default=5, help="number of the image")
     parser.add_argument("--question", default="How many triangles are there?")
     parser.add_argument("--score", nargs="+", default=["How many shapes are there?", "2", "3", "4", "5"])
     parser.add_argument("--dark", action="store_true")

@@ -54,10 +54,10 @@ CONTRAST = """() => {
 }"""
 
 
-def load(page: Page, picture: Path) -> str:
+def load(page: Page, image_path: Path) -> str:
     """Chooses the file; the id that the gateway gave it."""
     with page.expect_response(lambda reply: reply.url.endswith("/v1/images")) as reply:
-        page.get_by_label("Choose an image", exact=True).set_input_files(picture)
+        page.get_by_label("Choose an image", exact=True).set_input_files(image_path)
     expect(page.locator("#facts")).to_be_visible()
     return reply.value.json()["id"]
 
@@ -85,10 +85,10 @@ def same_text(card: Locator, text: str) -> None:
     assert card.locator(".text").evaluate("node => node.textContent") == text
 
 
-def test_an_answer_streams_and_shows_what_it_reused(page, picture, system):
+def test_an_answer_streams_and_shows_what_it_reused(page, image_path, system):
     expect(page.locator("#model")).to_have_text(system.model)
     expect(page.locator("#health")).to_have_class("dot ready")
-    image = load(page, picture)
+    image = load(page, image_path)
     expect(page.locator("#fact-size")).to_have_text("112 × 84")
     expect(page.locator("#fact-tokens")).to_have_text("12")
     expect(page.locator("#fact-encode")).to_contain_text("ms")
@@ -107,8 +107,8 @@ def test_an_answer_streams_and_shows_what_it_reused(page, picture, system):
     assert system.http.get(f"/v1/images/{image}").status_code == 200
 
 
-def test_the_newest_answer_is_on_top_and_options_are_sent(page, picture, system):
-    image = load(page, picture)
+def test_the_newest_answer_is_on_top_and_options_are_sent(page, image_path, system):
+    image = load(page, image_path)
     page.get_by_text("Options").click()
     page.get_by_label("Longest answer (tokens)").fill("3")
     ask(page, "First?")
@@ -120,8 +120,8 @@ def test_the_newest_answer_is_on_top_and_options_are_sent(page, picture, system)
     expect(page.locator(".answer")).to_have_count(2)
 
 
-def test_ten_questions_at_once(page, picture, system):
-    image = load(page, picture)
+def test_ten_questions_at_once(page, image_path, system):
+    image = load(page, image_path)
     page.get_by_role("tab", name="Ask many").click()
     box = page.get_by_label("Questions, one on each line")
     questions = box.input_value().split("\n")
@@ -140,8 +140,8 @@ def test_ten_questions_at_once(page, picture, system):
         same_text(cards.nth(number), api_text(system, image, questions[number], max_tokens=8))
 
 
-def test_scores_are_bars(page, picture, system):
-    image = load(page, picture)
+def test_scores_are_bars(page, image_path, system):
+    image = load(page, image_path)
     page.get_by_role("tab", name="Score").click()
     page.get_by_role("textbox", name="Question", exact=True).fill("Is it red?")
     page.get_by_label("Choices, separated by commas").fill("yes, no, perhaps, no")
@@ -158,8 +158,8 @@ def test_scores_are_bars(page, picture, system):
     expect(card.locator(".choice.best span")).to_have_text(answer["text"])
 
 
-def test_erasing_takes_a_second_click(page, picture, system):
-    image = load(page, picture)
+def test_erasing_takes_a_second_click(page, image_path, system):
+    image = load(page, image_path)
     ask(page, "Seen?")
     erase = page.locator("#erase")
     erase.click()
@@ -176,8 +176,8 @@ def test_erasing_takes_a_second_click(page, picture, system):
     expect(page.locator("#chooser")).to_be_visible()
 
 
-def test_everything_by_keyboard_alone(page, picture, system):
-    page.on("filechooser", lambda chooser: chooser.set_files(picture))
+def test_everything_by_keyboard_alone(page, image_path, system):
+    page.on("filechooser", lambda chooser: chooser.set_files(image_path))
     expect(page.locator("#model")).to_have_text(system.model)
     page.keyboard.press("o")
     expect(page.locator("#question")).to_be_focused()
@@ -213,8 +213,8 @@ def test_everything_by_keyboard_alone(page, picture, system):
     expect(page.locator("#status")).to_contain_text("Erased")
 
 
-def test_a_stream_can_be_stopped(page, picture):
-    load(page, picture)
+def test_a_stream_can_be_stopped(page, image_path):
+    load(page, image_path)
     page.get_by_text("Options").click()
     page.get_by_label("Longest answer (tokens)").fill("8000")
     page.get_by_label("Temperature").fill("1.5")
@@ -232,15 +232,15 @@ def test_a_stream_can_be_stopped(page, picture):
 
 
 @pytest.mark.parametrize("kind", ["drop", "paste"])
-def test_an_image_can_be_dropped_or_pasted(page, picture, kind):
+def test_an_image_can_be_dropped_or_pasted(page, image_path, kind):
     expect(page.locator("#model")).not_to_have_text("connecting…")
-    arguments = [picture.name, list(picture.read_bytes()), kind]
+    arguments = [image_path.name, list(image_path.read_bytes()), kind]
     if kind == "drop":
         page.evaluate(DROP, [*arguments[:2], "dragover"])
         expect(page.locator("#drop")).to_have_class(re.compile("over"))
     page.evaluate(DROP, arguments)
     expect(page.locator("#fact-size")).to_have_text("112 × 84")
-    expect(page.locator("#preview")).to_have_attribute("alt", "The image my picture.png")
+    expect(page.locator("#preview")).to_have_attribute("alt", "The image my image.png")
     expect(page.locator("#drop")).not_to_have_class(re.compile("over"))
 
 
@@ -253,7 +253,7 @@ def test_samples(page, samples):
         page.wait_for_function("(p) => (n => n.complete && n.naturalWidth > 0)(document.querySelector(p))", arg=place)
 
 
-def test_errors_are_shown_where_they_belong(open_page, picture, tmp_path):
+def test_errors_are_shown_where_they_belong(open_page, image_path, tmp_path):
     watched = open_page()
     watched.expected.add("status of 400")  # Chromium reports refused requests by itself
     page = watched.page
@@ -261,11 +261,11 @@ def test_errors_are_shown_where_they_belong(open_page, picture, tmp_path):
     page.keyboard.press("Enter")
     expect(page.locator("#ask-error")).to_have_text("Choose an image first.")
     wrong = tmp_path / "wrong.png"
-    wrong.write_bytes(b"not a picture")
+    wrong.write_bytes(b"not an image")
     page.get_by_label("Choose an image", exact=True).set_input_files(wrong)
     expect(page.locator("#image-error")).to_have_text(re.compile(r"\(request req_\w+\)"))
     expect(page.locator("#chooser")).to_be_visible()
-    load(page, picture)
+    load(page, image_path)
     expect(page.locator("#image-error")).to_be_hidden()
     page.get_by_role("textbox", name="Question", exact=True).fill("word " * 20_000)
     page.keyboard.press("Enter")
@@ -287,7 +287,7 @@ def locked(system: System) -> Iterator[str]:
     gateway.close()
 
 
-def test_a_gateway_with_keys_asks_for_one(locked, open_page, picture, system):
+def test_a_gateway_with_keys_asks_for_one(locked, open_page, image_path, system):
     watched = open_page(locked)
     watched.expected.add("status of 401")
     page = watched.page
@@ -300,15 +300,15 @@ def test_a_gateway_with_keys_asks_for_one(locked, open_page, picture, system):
     page.keyboard.press("Enter")
     expect(page.locator("#model")).to_have_text(system.model)
     expect(page.locator("#key-form")).to_be_hidden()
-    load(page, picture)
+    load(page, image_path)
     ask(page, "With a key?")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
-def test_it_is_readable_in_both_schemes_and_on_a_phone(open_page, picture, scheme, width):
+def test_it_is_readable_in_both_schemes_and_on_a_phone(open_page, image_path, scheme, width):
     page = open_page(color_scheme=scheme, viewport={"width": width, "height": 760}).page
-    load(page, picture)
+    load(page, image_path)
     ask(page, "An unbroken word: " + "x" * 200)
     page.get_by_role("tab", name="Score").click()
     page.get_by_role("textbox", name="Question", exact=True).fill("Is it?")

@@ -1,4 +1,4 @@
-"""Random checkpoints: a tokenizer, chat template and config that agree, and answers that depend on the picture."""
+"""Random checkpoints: a tokenizer, chat template and config that agree, and answers that depend on the image."""
 
 import json
 import os

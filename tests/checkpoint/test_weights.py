@@ -21,7 +21,7 @@ GRIDS = torch.tensor([[1, 6, 8], [1, 4, 2]])
 
 
 @pytest.fixture
-def picture():
+def pixel_values():
     torch.manual_seed(5)
     return torch.randn(int(GRIDS.prod(-1).sum()), 1176)
 
@@ -33,7 +33,7 @@ def prompt(config):
     return torch.tensor([[40, 41, *image(12), 42, *image(2), 43, 44, 45]])
 
 
-def both(path, picture, vision, language, dtype=torch.float32):
+def both(path, pixel_values, vision, language, dtype=torch.float32):
     """Features and logits of the unsplit model and of the two halves."""
     whole = Qwen2VLForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
     ids = prompt(whole.config)
@@ -41,10 +41,10 @@ def both(path, picture, vision, language, dtype=torch.float32):
     tower = load_vision_tower(open_checkpoint(str(vision), needs=Half.VISION), dtype)
     model, head = load_language_model(open_checkpoint(str(language), needs=Half.LANGUAGE), dtype)
     with torch.inference_mode():
-        expected = torch.cat(tuple(whole.get_image_features(picture, GRIDS).pooler_output))
-        logits = whole(input_ids=ids, pixel_values=picture, image_grid_thw=GRIDS, mm_token_type_ids=marks).logits
+        expected = torch.cat(tuple(whole.get_image_features(pixel_values, GRIDS).pooler_output))
+        logits = whole(input_ids=ids, pixel_values=pixel_values, image_grid_thw=GRIDS, mm_token_type_ids=marks).logits
         positions, _ = whole.model.get_rope_index(ids, marks, image_grid_thw=GRIDS)
-        features = tower(picture, GRIDS).pooler_output
+        features = tower(pixel_values, GRIDS).pooler_output
         embeds = model.embed_tokens(ids)
         embeds[marks.bool()] = features
         ours = head(model(inputs_embeds=embeds, position_ids=positions).last_hidden_state)
@@ -61,19 +61,19 @@ def both(path, picture, vision, language, dtype=torch.float32):
         ("published", True, 1, {"hidden": 112, "heads": 7, "kv_heads": 1, "vision_width": 96, "vision_heads": 3}),
     ],
 )
-def test_the_halves_equal_the_unsplit_model(tmp_path, picture, layout, tied, shards, dimensions):
+def test_the_halves_equal_the_unsplit_model(tmp_path, pixel_values, layout, tied, shards, dimensions):
     path = make_random_checkpoint(tmp_path / "model", layout=layout, tied=tied, shards=shards, **dimensions)
-    expected, features, logits, ours = both(path, picture, path, path)
+    expected, features, logits, ours = both(path, pixel_values, path, path)
     assert torch.equal(features, expected)
     assert torch.equal(ours, logits)
 
 
-def test_split_halves_equal_the_unsplit_model_in_bfloat16(tmp_path, picture):
+def test_split_halves_equal_the_unsplit_model_in_bfloat16(tmp_path, pixel_values):
     path = make_random_checkpoint(tmp_path / "model", dtype="bfloat16", tied=False, shards=2)
     split_checkpoint(str(path), tmp_path / "out")
     for dtype in (torch.bfloat16, torch.float32):
         out = tmp_path / "out"
-        expected, features, logits, ours = both(path, picture, out / "vision", out / "language", dtype)
+        expected, features, logits, ours = both(path, pixel_values, out / "vision", out / "language", dtype)
         assert features.dtype is dtype
         assert torch.equal(features, expected)
         assert torch.equal(ours, logits)
@@ -103,11 +103,11 @@ def test_modules_are_whole_frozen_and_tied(tiny, sharded):
         assert torch.equal(rotary.inv_freq, rotary.original_inv_freq)
 
 
-def test_a_stored_head_of_a_tied_config_is_used_as_transformers_uses_it(tmp_path, picture):
+def test_a_stored_head_of_a_tied_config_is_used_as_transformers_uses_it(tmp_path, pixel_values):
     path = make_random_checkpoint(tmp_path / "model", tied=False)
     config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(config))
-    _, _, logits, ours = both(path, picture, path, path)
+    _, _, logits, ours = both(path, pixel_values, path, path)
     assert torch.equal(ours, logits)
 
 

@@ -1,4 +1,4 @@
-"""The command line as a user runs it: real subprocesses, a tiny random-weight checkpoint, real pictures on disk."""
+"""The command line as a user runs it: real subprocesses, a tiny random-weight checkpoint, real images on disk."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "red.png"
+def image_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "red.png"
     image = Image.new("RGB", (120, 90), "white")
     image.paste((220, 20, 20), (20, 20, 70, 70))
     image.save(path)

@@ -153,8 +153,8 @@ def test_ask_refuses_what_is_no_image(tmp_path, content, said):
         (["-q", "?", "--url", "nonsense"], "is not a URL"),
     ],
 )
-def test_ask_errors(picture, arguments, said):
-    done = invoke("ask", picture, *arguments, **QUIET)
+def test_ask_errors(image_path, arguments, said):
+    done = invoke("ask", image_path, *arguments, **QUIET)
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
 
@@ -222,8 +222,8 @@ def test_up_ends_at_once_and_says_last_why_a_service_cannot_start(checkpoint, tm
     assert done.stderr.count("starting (process") == 3, "nothing was tried again"
 
 
-def test_ask_leaves_the_last_word_to_the_system_it_started(checkpoint, picture, tmp_path):
+def test_ask_leaves_the_last_word_to_the_system_it_started(checkpoint, image_path, tmp_path):
     env = {"LOOKONCE_DATA_DIR": str(tmp_path), "LOOKONCE_GATEWAY_POLICY": "/nowhere/policy.yaml"}
-    done = lookonce("ask", picture, "-q", "What is it?", "--model", checkpoint, **env)
+    done = lookonce("ask", image_path, "-q", "What is it?", "--model", checkpoint, **env)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("lookonce: error: the gateway service can't start: the policy file")

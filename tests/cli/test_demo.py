@@ -34,10 +34,10 @@ def test_demo_answers_as_the_unsplit_model_does(checkpoint):
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="two cores, to be chosen from")
 def test_the_unsplit_models_threads_do_not_wait_awake(tmp_path):
     """Where other work shares the cores two threads take about as long as one; waiting awake, twenty times as long."""
-    [picture, _] = drawn_samples(tmp_path)
+    [image, _] = drawn_samples(tmp_path)
     cores = sorted(os.sched_getaffinity(0))[:2]
     job = {"model": str(BUNDLED), "dtype": "float32", "device": "cpu", "max_tokens": 8}
-    job["items"] = [{"image": str(picture.path), "question": question} for question, _ in picture.questions]
+    job["items"] = [{"image": str(image.path), "question": question} for question, _ in image.questions]
     seconds = {}
     with ExitStack() as stack:
         for core in cores:

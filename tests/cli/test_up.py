@@ -39,8 +39,8 @@ def up(checkpoint, data_dir):
         yield running
 
 
-def ask(data_dir, picture, *arguments, **env):
-    return lookonce("ask", picture, "--max-tokens", "8", "--data-dir", data_dir, *arguments, **env)
+def ask(data_dir, image_path, *arguments, **env):
+    return lookonce("ask", image_path, "--max-tokens", "8", "--data-dir", data_dir, *arguments, **env)
 
 
 def test_starts_with_a_line_per_state_and_one_url(up, data_dir):
@@ -56,11 +56,11 @@ def test_starts_with_a_line_per_state_and_one_url(up, data_dir):
     assert up.system.services["vision"]["address"] == f"unix:{data_dir}/run/vision.sock"
 
 
-def test_ask_finds_it_and_answers(up, data_dir, picture):
-    one = ask(data_dir, picture, "-q", "What is it?")
+def test_ask_finds_it_and_answers(up, data_dir, image_path):
+    one = ask(data_dir, image_path, "-q", "What is it?")
     assert one.returncode == 0, one.stderr
     assert one.stdout.strip()
-    two = ask(data_dir, picture, "-q", "What is it?", "-q", "What colour?", "--json")
+    two = ask(data_dir, image_path, "-q", "What is it?", "-q", "What colour?", "--json")
     answers = json.loads(two.stdout)["answers"]
     assert [answer["question"] for answer in answers] == ["What is it?", "What colour?"]
     assert answers[0]["text"].strip()[:4] == one.stdout.strip()[:4]
@@ -68,28 +68,29 @@ def test_ask_finds_it_and_answers(up, data_dir, picture):
     assert up.output.count("starting") == 3, "no second system was started"
 
 
-def test_ask_choices_by_url(up, data_dir, picture):
-    done = ask("/nonexistent", picture, "-q", "Is it red?", "--choices", "yes,no", LOOKONCE_URL=up.system.url)
+def test_ask_choices_by_url(up, data_dir, image_path):
+    done = ask("/nonexistent", image_path, "-q", "Is it red?", "--choices", "yes,no", LOOKONCE_URL=up.system.url)
     assert done.returncode == 0, done.stderr
     shares = {line.split()[1]: float(line.split()[0].rstrip("%")) for line in done.stdout.splitlines()}
     assert set(shares) == {"yes", "no"}
     assert sum(shares.values()) == pytest.approx(100, abs=0.1)
 
 
-def test_ask_reads_standard_input_and_shows_the_gateways_words(up, data_dir, picture):
+def test_ask_reads_standard_input_and_shows_the_gateways_words(up, data_dir, image_path):
     command = [sys.executable, "-m", "lookonce", "ask", "-", "--data-dir", str(data_dir), "--max-tokens", "2"]
     questions = [word for number in range(8) for word in ("-q", f"question {number}")]
     done = subprocess.run(
-        [*command, *questions], cwd=ROOT, env=environment(), input=picture.read_bytes(), capture_output=True
+        [*command, *questions], cwd=ROOT, env=environment(), input=image_path.read_bytes(), capture_output=True
     )
     assert done.returncode == 1
     # LOOKONCE_GATEWAY_MAX_QUESTIONS=7 reached the gateway through `up`.
     assert b"7" in done.stderr and b"questions" in done.stderr
 
 
-def test_ask_prompts_in_a_terminal(up, data_dir, picture):
+def test_ask_prompts_in_a_terminal(up, data_dir, image_path):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "lookonce", "ask", str(picture), "--data-dir", str(data_dir), "--max-tokens", "3"]
+    options = ["--data-dir", str(data_dir), "--max-tokens", "3"]
+    command = [sys.executable, "-m", "lookonce", "ask", str(image_path), *options]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -153,7 +154,7 @@ def test_doctor_knows_its_port(up, data_dir):
 
 
 @pytest.mark.parametrize("names", [pytest.param(["gateway"], marks=pytest.mark.slow), ["vision", "language"]])
-def test_killed_services_come_back_and_requests_succeed_again(up, data_dir, picture, names):
+def test_killed_services_come_back_and_requests_succeed_again(up, data_dir, image_path, names):
     before = up.pids()
     stop = threading.Event()
     answered = []
@@ -162,7 +163,7 @@ def test_killed_services_come_back_and_requests_succeed_again(up, data_dir, pict
         while not stop.is_set():
             try:
                 body = {"questions": [{"text": "What is it?", "max_tokens": 4}]}
-                image = httpx2.post(f"{up.system.url}/v1/images", files={"file": picture.read_bytes()}, timeout=60)
+                image = httpx2.post(f"{up.system.url}/v1/images", files={"file": image_path.read_bytes()}, timeout=60)
                 reply = httpx2.post(f"{up.system.url}/v1/images/{image.json()['id']}/questions", json=body, timeout=60)
                 answered.append((time.monotonic(), reply.status_code, reply.json()["answers"][0].get("error")))
             except (httpx2.HTTPError, KeyError, ValueError, AssertionError):
@@ -188,7 +189,7 @@ def test_killed_services_come_back_and_requests_succeed_again(up, data_dir, pict
         thread.join()
     after = up.pids()
     assert {other for other in after if after[other] != before[other]} == set(names)
-    assert ask(data_dir, picture, "-q", "What is it?").returncode == 0
+    assert ask(data_dir, image_path, "-q", "What is it?").returncode == 0
 
 
 def test_sigterm_drains_in_order_and_exits_0(up, data_dir):
@@ -202,9 +203,9 @@ def test_sigterm_drains_in_order_and_exits_0(up, data_dir):
 
 
 @pytest.mark.slow
-def test_ask_starts_a_system_for_the_call_with_loopback_ports_when_the_path_is_long(checkpoint, picture, tmp_path):
+def test_ask_starts_a_system_for_the_call_with_loopback_ports_when_the_path_is_long(checkpoint, image_path, tmp_path):
     data_dir = tmp_path / ("long way " * 14)
-    done = ask(data_dir, picture, "--model", checkpoint, "-q", "What is it?")
+    done = ask(data_dir, image_path, "--model", checkpoint, "-q", "What is it?")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() and "ready" not in done.stdout
     assert "vision    stopped" in done.stderr

@@ -53,8 +53,8 @@ _serial = itertools.count(1)
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[..., Image.Image]:
-    """Draws a picture that no other test has."""
+def new_image() -> Callable[..., Image.Image]:
+    """Draws an image that no other test has."""
 
     def make(width: int = 84, height: int = 56) -> Image.Image:
         number = next(_serial)
@@ -66,7 +66,7 @@ def picture() -> Callable[..., Image.Image]:
 
 
 @pytest.fixture
-def file(picture: Callable[..., Image.Image], tmp_path: Path) -> Path:
-    path = tmp_path / "picture.png"
-    path.write_bytes(encoded(picture()))
+def file(new_image: Callable[..., Image.Image], tmp_path: Path) -> Path:
+    path = tmp_path / "image.png"
+    path.write_bytes(encoded(new_image()))
     return path

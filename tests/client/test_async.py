@@ -61,9 +61,9 @@ async def test_everything_the_blocking_client_does(url, client, file):
             await image.refresh()
 
 
-async def test_questions_run_side_by_side(url, picture):
+async def test_questions_run_side_by_side(url, new_image):
     async with lookonce.AsyncClient(url) as gateway:
-        image = await gateway.image(picture())
+        image = await gateway.image(new_image())
         answers = await asyncio.gather(*(image.ask(f"{number}?", max_tokens=2) for number in range(12)))
         again = await image.ask_many([f"{number}?" for number in range(12)], max_tokens=2)
         assert [answer.text for answer in answers] == [answer.text for answer in again]

@@ -1,4 +1,4 @@
-"""The blocking client against a real system: pictures, questions, streams, scores, erasure."""
+"""The blocking client against a real system: images, questions, streams, scores, erasure."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_importing_lookonce_brings_no_client_along():
         lookonce.Clientele  # noqa: B018
 
 
-def test_every_kind_of_image_gives_the_same_image(client, file, picture):
+def test_every_kind_of_image_gives_the_same_image(client, file, new_image):
     data = file.read_bytes()
     image = client.image(file)
     assert isinstance(image, Image)
@@ -47,8 +47,8 @@ def test_every_kind_of_image_gives_the_same_image(client, file, picture):
         assert (found.id, found.cached) == (image.id, None)
 
 
-def test_images_of_pillow_in_any_mode(client, picture):
-    drawn = picture(112, 56)
+def test_images_of_pillow_in_any_mode(client, new_image):
+    drawn = new_image(112, 56)
     sizes = [
         (image.width, image.height) for image in (client.image(drawn.convert(mode)) for mode in ("RGB", "CMYK", "F"))
     ]
@@ -56,8 +56,8 @@ def test_images_of_pillow_in_any_mode(client, picture):
     assert client.image(drawn).id == client.image(encoded(drawn)).id
 
 
-def test_an_answer_says_what_it_reused(client, picture):
-    image = client.image(picture())
+def test_an_answer_says_what_it_reused(client, new_image):
+    image = client.image(new_image())
     first = image.ask("What is this?", max_tokens=6)
     second = image.ask("And what is that?", max_tokens=6)
     assert isinstance(first, Answer)
@@ -81,8 +81,8 @@ def test_an_answer_says_what_it_reused(client, picture):
         {"temperature": None, "stop": "e"},
     ],
 )
-def test_a_streamed_answer_is_the_same_answer(client, picture, options):
-    image = client.image(picture(140, 84))
+def test_a_streamed_answer_is_the_same_answer(client, new_image, options):
+    image = client.image(new_image(140, 84))
     whole = image.ask("Describe the picture.", max_tokens=24, **options)
     stream = image.ask("Describe the picture.", stream=True, max_tokens=24, **options)
     pieces = list(stream)
@@ -94,8 +94,8 @@ def test_a_streamed_answer_is_the_same_answer(client, picture, options):
     assert (answer.receipt.embedding, answer.receipt.prefix) == ("hit", "hit")
 
 
-def test_a_stream_can_be_left_before_it_begins_or_half_way(client, picture):
-    image = client.image(picture())
+def test_a_stream_can_be_left_before_it_begins_or_half_way(client, new_image):
+    image = client.image(new_image())
     image.ask("Unread", stream=True, max_tokens=50).close()
     with image.ask("Half", stream=True, max_tokens=50, temperature=1.5, seed=1) as stream:
         first = next(iter(stream))
@@ -104,9 +104,9 @@ def test_a_stream_can_be_left_before_it_begins_or_half_way(client, picture):
     assert image.ask("Still fine?", max_tokens=2).ok  # both connections went back or away
 
 
-def test_many_answers_keep_their_order_over_several_requests(client, picture, monkeypatch):
+def test_many_answers_keep_their_order_over_several_requests(client, new_image, monkeypatch):
     monkeypatch.setattr("lookonce.client.calls.MAX_QUESTIONS", 16)
-    image = client.image(picture())
+    image = client.image(new_image())
     questions = [f"Question {number}?" for number in range(40)]
     reports: list[tuple[int, int]] = []
     answers = image.ask_many(questions, progress=lambda done, total: reports.append((done, total)), max_tokens=4)
@@ -116,20 +116,20 @@ def test_many_answers_keep_their_order_over_several_requests(client, picture, mo
         assert answers[number].text == image.ask(questions[number], max_tokens=4).text
 
 
-def test_a_bar_shows_progress_on_stderr(client, picture, capsys):
-    answers = client.image(picture()).ask_many(["a?", "b?"], progress=True, max_tokens=1)
+def test_a_bar_shows_progress_on_stderr(client, new_image, capsys):
+    answers = client.image(new_image()).ask_many(["a?", "b?"], progress=True, max_tokens=1)
     shown = capsys.readouterr()
     assert len(answers) == 2
     assert "2/2" in shown.err
     assert shown.out == ""
 
 
-def test_no_questions_no_request(client, picture):
-    assert client.image(picture()).ask_many([]) == []
+def test_no_questions_no_request(client, new_image):
+    assert client.image(new_image()).ask_many([]) == []
 
 
-def test_questions_with_own_parameters_ids_and_failures(client, picture):
-    image = client.image(picture())
+def test_questions_with_own_parameters_ids_and_failures(client, new_image):
+    image = client.image(new_image())
     mixed = [
         "Plain?",
         Question("Short?", id="1", sampling={"max_tokens": 1}),
@@ -147,14 +147,14 @@ def test_questions_with_own_parameters_ids_and_failures(client, picture):
     assert long.text == ""
 
 
-def test_answers_as_they_complete(client, picture):
-    image = client.image(picture())
+def test_answers_as_they_complete(client, new_image):
+    image = client.image(new_image())
     arrived = {answer.id: answer.text for answer in image.ask_as_completed(["a?", "b?", "c?"], max_tokens=3)}
     assert arrived == {str(place): image.ask(f"{name}?", max_tokens=3).text for place, name in enumerate("abc")}
 
 
-def test_scores(client, picture):
-    image = client.image(picture())
+def test_scores(client, new_image):
+    image = client.image(new_image())
     scores = image.score("Is it red?", ["yes", "no", "perhaps"])
     assert list(scores) == ["yes", "no", "perhaps"]
     assert sum(scores.values()) == pytest.approx(1)
@@ -163,8 +163,8 @@ def test_scores(client, picture):
     assert many[1] != pytest.approx(scores, rel=1e-9)
 
 
-def test_chat_takes_strings_images_and_parts(client, picture):
-    left, right = client.image(picture()), client.image(picture())
+def test_chat_takes_strings_images_and_parts(client, new_image):
+    left, right = client.image(new_image()), client.image(new_image())
     part = {"type": "image_url", "image_url": {"url": f"lookonce:{right.id}"}}
     both = [{"role": "user", "content": [left, part, "What differs?"]}]
     answer = client.chat(both, max_tokens=5)
@@ -179,8 +179,8 @@ def test_models(client, system):
     assert client.chat("Hello", model=model.id, max_tokens=1).ok
 
 
-def test_an_erased_image_is_gone(client, picture):
-    image = client.image(picture())
+def test_an_erased_image_is_gone(client, new_image):
+    image = client.image(new_image())
     assert image.refresh() is image
     assert image.cached is None
     erased = image.delete()

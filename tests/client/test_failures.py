@@ -23,7 +23,7 @@ from tests.processes import ROOT, START_SECONDS
 
 def test_refusals_are_raised_by_kind(client, file):
     with pytest.raises(errors.ImageError) as caught:
-        client.image(b"no picture at all")
+        client.image(b"no image at all")
     error = caught.value
     assert (error.status, error.code, error.kind, error.param) == (
         400,
@@ -79,7 +79,7 @@ def test_keys(another_gateway):
         assert len(client.models()) == 1
 
 
-def test_a_full_gateway_is_asked_again_after_the_pause_it_wants(another_gateway, picture, system):
+def test_a_full_gateway_is_asked_again_after_the_pause_it_wants(another_gateway, new_image, system):
     gateway = another_gateway("--max-concurrency", "1").wait_ready()
     refused = []
 
@@ -93,7 +93,7 @@ def test_a_full_gateway_is_asked_again_after_the_pause_it_wants(another_gateway,
         lookonce.Client(gateway.url, retries=0) as once,
         lookonce.Client(gateway.url, retries=8, http_client=hooked) as patient,
     ):
-        image = once.image(picture())
+        image = once.image(new_image())
         with once.chat("Hello", stream=True, max_tokens=4000, temperature=1.5, seed=3, ignore_eos=True) as stream:
             next(iter(stream))
             with system.languages[0].frozen():  # the stream takes the only place until it is closed

@@ -1,4 +1,4 @@
-"""A small real model beside the engine: prompts with pictures, and what transformers alone makes of them."""
+"""A small real model beside the engine: prompts with images, and what transformers alone makes of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from lm_service.engine.types import (
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import mrope_positions
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests.modules import load_language_model
 
@@ -43,7 +43,7 @@ PAD = 500  # stands for an image's placeholder
 TOKENS = TokenTable([(i, bytes([97 + i % 26])) for i in range(VOCABULARY)])
 
 
-def picture(number: int, rows: int = 3, columns: int = 4) -> EmbeddingReference:
+def an_image(number: int, rows: int = 3, columns: int = 4) -> EmbeddingReference:
     """A reference to an image of rows x columns tokens."""
     key = number.to_bytes(32, "little")
     return EmbeddingReference(
@@ -78,7 +78,7 @@ def words(count: int, seed: int) -> list[int]:
 
 
 class Album:
-    """An EmbeddingLoader over made-up pictures: its loads are counted, and it may be told to wait or to fail."""
+    """An EmbeddingLoader over made-up images: its loads are counted, and it may be told to wait or to fail."""
 
     def __init__(self, hidden: int) -> None:
         self._hidden = hidden

@@ -14,15 +14,15 @@ from lm_service.engine.types import Delta, Finish, FinishReason, Generation, Sam
 from lm_service.settings import LanguageSettings
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
-from tests.engine.lab import TOKENS, Album, ask, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, Album, an_image, ask, generation, prompt, words
 from tests.other_engines.plain import PlainBuilder
 
 CONTEXT = 400
 SYSTEM = words(9, 1)
 WANTED = [
     prompt(words(12, 2)),
-    prompt(SYSTEM, picture(1, 4, 5), words(6, 3)),
-    prompt(SYSTEM, picture(1, 4, 5), words(4, 4), picture(2, 2, 7), words(3, 5)),
+    prompt(SYSTEM, an_image(1, 4, 5), words(6, 3)),
+    prompt(SYSTEM, an_image(1, 4, 5), words(4, 4), an_image(2, 2, 7), words(3, 5)),
 ]
 
 
@@ -89,8 +89,8 @@ async def test_what_is_forgotten_is_loaded_again(engine, lab):
     for _ in range(2):
         await ask(engine, plain(WANTED[1]))
         await idle(engine)
-        await engine.forget([picture(1, 4, 5).key], [])
-    assert lab.album.loads[picture(1, 4, 5).key] == 2
+        await engine.forget([an_image(1, 4, 5).key], [])
+    assert lab.album.loads[an_image(1, 4, 5).key] == 2
 
 
 async def test_a_deadline_ends_a_request(engine, lab):
@@ -147,7 +147,7 @@ async def test_a_whole_answer_comes_in_one_delta(engine):
 
 
 async def test_a_lost_embedding_fails_those_who_need_it(engine, lab):
-    lab.album.lost.add(picture(2, 2, 7).key)
+    lab.album.lost.add(an_image(2, 2, 7).key)
     lost, kept = ask(engine, plain(WANTED[2])), ask(engine, plain(WANTED[1]))
     failure, (answer,) = await asyncio.gather(lost, kept, return_exceptions=True)
     assert isinstance(failure, LookonceError) and failure.kind is ErrorKind.EMBEDDING_MISSING

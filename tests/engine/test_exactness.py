@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
-from tests.engine.lab import Lab, ask, generation, picture, prompt, words
+from tests.engine.lab import Lab, an_image, ask, generation, prompt, words
 
 SYSTEM = words(9, 1)
 
@@ -24,13 +24,13 @@ async def test_text_alone(lab):
 
 async def test_one_image(lab):
     async with lab.engine() as engine:
-        wanted = prompt(SYSTEM, picture(1, 9, 11), words(7, 3))
+        wanted = prompt(SYSTEM, an_image(1, 9, 11), words(7, 3))
         (answer,) = await ask(engine, generation(wanted, 6))
         lab.check(wanted, answer)
         assert answer.finish.timings.embedding is EmbeddingSource.STORE
         assert not answer.finish.timings.prefix_hit and answer.finish.timings.cached_tokens == 0
-        (again,) = await ask(engine, generation(prompt(SYSTEM, picture(1, 9, 11), words(11, 4)), 6))
-        lab.check(prompt(SYSTEM, picture(1, 9, 11), words(11, 4)), again)
+        (again,) = await ask(engine, generation(prompt(SYSTEM, an_image(1, 9, 11), words(11, 4)), 6))
+        lab.check(prompt(SYSTEM, an_image(1, 9, 11), words(11, 4)), again)
         assert again.finish.timings.prefix_hit and again.finish.timings.cached_tokens == 9 + 99
         assert again.finish.timings.embedding is EmbeddingSource.NOT_NEEDED
         assert lab.album.loads.total() == 1
@@ -49,7 +49,7 @@ async def test_one_image(lab):
 )
 async def test_32_neighbours(lab, options):
     """Many questions on few images at once, small images too, whatever the chunks and whether prefixes are copied."""
-    images = [picture(1, 9, 11), picture(2, 2, 3), picture(3, 5, 20)]
+    images = [an_image(1, 9, 11), an_image(2, 2, 3), an_image(3, 5, 20)]
     prompts = [prompt(SYSTEM, images[i % 3], words(3 + i % 13, 100 + i)) for i in range(30)]
     prompts += [prompt(words(40, 7)), prompt(SYSTEM, images[0], words(4, 8), images[2], words(5, 9))]
     async with lab.engine(**options) as engine:
@@ -63,7 +63,7 @@ async def test_32_neighbours(lab, options):
 
 
 async def test_alone_and_in_company_the_text_is_the_same(lab):
-    prompts = [prompt(SYSTEM, picture(5, 8, 8), words(4 + i, 200 + i)) for i in range(16)]
+    prompts = [prompt(SYSTEM, an_image(5, 8, 8), words(4 + i, 200 + i)) for i in range(16)]
     async with lab.engine() as engine:
         alone = [(await ask(engine, generation(wanted, 8)))[0] for wanted in prompts]
     async with lab.engine() as engine:
@@ -73,7 +73,7 @@ async def test_alone_and_in_company_the_text_is_the_same(lab):
 
 async def test_conversation_reuses_its_turns(lab):
     """A turn's question and answer become the prefix of the next."""
-    image = picture(6, 6, 9)
+    image = an_image(6, 6, 9)
     parts: list = [SYSTEM, image]
     async with lab.engine() as engine:
         cached = 0
@@ -119,7 +119,7 @@ async def test_splitting_a_prefix_in_use(lab):
 
 
 async def test_n_answers_share_the_prompt(lab):
-    wanted = prompt(SYSTEM, picture(1, 9, 11), words(21, 40))
+    wanted = prompt(SYSTEM, an_image(1, 9, 11), words(21, 40))
     async with lab.engine() as engine:
         answers = await ask(engine, generation(wanted, 6, n=5))
         for answer in answers:
@@ -133,7 +133,7 @@ async def test_scores(lab):
     """Choices of one and of several tokens, with and without a common beginning."""
     choices = ((5,), (6,), (5, 9), (5, 9, 11), (5, 9, 12), (7, 8, 9))
     items = [
-        ScoreItem(prompt(SYSTEM, picture(1, 9, 11), words(3 + i, 50 + i)), choices[: 2 + i % 5]) for i in range(12)
+        ScoreItem(prompt(SYSTEM, an_image(1, 9, 11), words(3 + i, 50 + i)), choices[: 2 + i % 5]) for i in range(12)
     ]
     for options in ({}, {"native": False}, {"step_tokens": 4, "burst_tokens": 5}):
         async with lab.engine(**options) as engine:
@@ -146,7 +146,7 @@ async def test_scores(lab):
 async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):
     def scoring(number):
         items = [
-            ScoreItem(prompt(SYSTEM, picture(number, 9, 8 + number % 3), words(3 + i, 50 + i)), ((5,), (6, 7)))
+            ScoreItem(prompt(SYSTEM, an_image(number, 9, 8 + number % 3), words(3 + i, 50 + i)), ((5,), (6, 7)))
             for i in range(5)
         ]
         return Scoring(f"s{number}", tuple(items), isolated=True)
@@ -155,7 +155,7 @@ async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):
         quiet = [(await engine.score(scoring(number))).logprobs for number in range(8)]
     async with lab.engine() as engine:
         beside = [
-            asyncio.create_task(ask(engine, generation(prompt(SYSTEM, picture(20 + i, 5, 5), words(9, 60 + i)), 12)))
+            asyncio.create_task(ask(engine, generation(prompt(SYSTEM, an_image(20 + i, 5, 5), words(9, 60 + i)), 12)))
             for i in range(4)
         ]
         busy = await asyncio.gather(*(engine.score(scoring(number)) for number in reversed(range(8))))
@@ -164,7 +164,7 @@ async def test_scores_alone_are_the_same_bits_whatever_else_is_asked(lab):
 
 
 async def test_scores_beside_answers(lab):
-    asked = [prompt(SYSTEM, picture(i % 2, 9, 11), words(9, 60 + i)) for i in range(6)]
+    asked = [prompt(SYSTEM, an_image(i % 2, 9, 11), words(9, 60 + i)) for i in range(6)]
     items = [ScoreItem(wanted, ((1, 2), (1, 3), (4,))) for wanted in asked]
     async with lab.engine() as engine:
         answers, alone = await asyncio.gather(
@@ -187,7 +187,7 @@ async def test_half_precision_rounds_as_little_as_transformers(checkpoint_path):
     tenth; by the largest of 40,000 deviations, which varies more, within a half."""
     lab = Lab(checkpoint_path, torch.bfloat16)
     exact = copy.deepcopy(lab.text_model).float(), copy.deepcopy(lab.head).float()
-    asked = [prompt(SYSTEM, picture(i, 9, 11), words(9, 3 + i)) for i in range(8)]
+    asked = [prompt(SYSTEM, an_image(i, 9, 11), words(9, 3 + i)) for i in range(8)]
     async with lab.engine() as engine:
         rows = lab.album.rows
         lab.album.rows = lambda reference: rows(reference).bfloat16().float()
@@ -207,7 +207,7 @@ async def test_half_precision_rounds_as_little_as_transformers(checkpoint_path):
     assert others.square().mean().sqrt() < 0.1, "the reference is the same model"
 
 
-@pytest.mark.parametrize("about", [(), (picture(70, 9, 11),)])
+@pytest.mark.parametrize("about", [(), (an_image(70, 9, 11),)])
 async def test_nothing_is_shared_between_salts(lab, about):
     """Neither prompts nor answers, generated or scored; within one all is. It changes no number."""
     first = prompt(words(70, 31), *about, words(70, 32))

@@ -16,20 +16,20 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError
-from tests.engine.lab import TOKENS, Album, ask, drained, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, Album, an_image, ask, drained, generation, prompt, words
 
 SYSTEM = words(9, 1)
 
 
 async def test_a_lost_embedding_fails_only_those_who_need_it(lab):
     async with lab.engine() as engine:
-        lab.album.lost.add(picture(1).key)
+        lab.album.lost.add(an_image(1).key)
         lab.album.gate = asyncio.Event()
         lost = [
-            asyncio.create_task(ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3))) for i in range(5)
+            asyncio.create_task(ask(engine, generation(prompt(SYSTEM, an_image(1), words(4, i)), 3))) for i in range(5)
         ]
-        lost.append(asyncio.create_task(engine.score(Scoring("s", (ScoreItem(prompt(picture(1), [3]), ((1,),)),)))))
-        other = asyncio.create_task(ask(engine, generation(prompt(SYSTEM, picture(2), words(4, 9)), 3)))
+        lost.append(asyncio.create_task(engine.score(Scoring("s", (ScoreItem(prompt(an_image(1), [3]), ((1,),)),)))))
+        other = asyncio.create_task(ask(engine, generation(prompt(SYSTEM, an_image(2), words(4, 9)), 3)))
         text = prompt(words(12, 10))
         (answer,) = await ask(engine, generation(text, 5))  # goes on while embeddings are loaded
         lab.check(text, answer)
@@ -37,39 +37,39 @@ async def test_a_lost_embedding_fails_only_those_who_need_it(lab):
         failures = await asyncio.gather(*lost, return_exceptions=True)
         assert all(isinstance(f, LookonceError) and f.kind is ErrorKind.EMBEDDING_MISSING for f in failures)
         (answer,) = await other
-        lab.check(prompt(SYSTEM, picture(2), words(4, 9)), answer)
-        assert lab.album.loads[picture(1).key] == 2  # two different prefixes, each asked for once
+        lab.check(prompt(SYSTEM, an_image(2), words(4, 9)), answer)
+        assert lab.album.loads[an_image(1).key] == 2  # two different prefixes, each asked for once
 
         lab.album.lost.clear()
-        (answer,) = await ask(engine, generation(prompt(SYSTEM, picture(1), words(4, 0)), 3))
-        lab.check(prompt(SYSTEM, picture(1), words(4, 0)), answer)
+        (answer,) = await ask(engine, generation(prompt(SYSTEM, an_image(1), words(4, 0)), 3))
+        lab.check(prompt(SYSTEM, an_image(1), words(4, 0)), answer)
 
 
 async def test_an_embedding_of_another_shape_is_refused(lab):
     async with lab.engine() as engine:
         lab.album.rows = lambda reference: torch.zeros(3, 5)
         with pytest.raises(LookonceError) as refused:
-            await ask(engine, generation(prompt(picture(1), words(4, 1)), 3))
+            await ask(engine, generation(prompt(an_image(1), words(4, 1)), 3))
         assert refused.value.kind is ErrorKind.EMBEDDING_INVALID
 
 
 async def test_numbers_that_are_not_finite_spoil_nobody_else(lab):
     """NaN in one image: its questions fail, a neighbour's and a later sequence's in the same slots don't."""
     async with lab.engine() as engine:
-        fine, rows = prompt(SYSTEM, picture(2), words(6, 1)), lab.album.rows
+        fine, rows = prompt(SYSTEM, an_image(2), words(6, 1)), lab.album.rows
 
         def poisoned(reference):
-            return rows(reference) * float("nan") if reference.key == picture(1).key else rows(reference)
+            return rows(reference) * float("nan") if reference.key == an_image(1).key else rows(reference)
 
         lab.album.rows = poisoned
-        bad = [ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3)) for i in range(3)]
+        bad = [ask(engine, generation(prompt(SYSTEM, an_image(1), words(4, i)), 3)) for i in range(3)]
         *failures, (answer,) = await asyncio.gather(*bad, ask(engine, generation(fine, 8)), return_exceptions=True)
         assert all(isinstance(f, LookonceError) and f.kind is ErrorKind.INTERNAL for f in failures)
         lab.check(fine, answer)
         (answer,) = await ask(engine, generation(fine, 2))
         assert answer.finish.timings.prefix_hit, "what both have in common, and the neighbour's image, stay"
         lab.album.rows = rows
-        for wanted in (prompt(SYSTEM, picture(1), words(4, 0)), prompt(words(20, 3))):
+        for wanted in (prompt(SYSTEM, an_image(1), words(4, 0)), prompt(words(20, 3))):
             (answer,) = await ask(engine, generation(wanted, 9))
             lab.check(wanted, answer)
 
@@ -98,11 +98,11 @@ async def test_a_failing_step_fails_only_the_sequence_at_fault(lab, monkeypatch)
         Failing(lab.adapter, 511), TOKENS, frozenset(), PackedOptions(kv_bytes=1 << 20, prefix_bytes=1 << 20)
     )
     await engine.start(lab.album)
-    good = [prompt(SYSTEM, picture(1), words(5, i)) for i in range(4)]
+    good = [prompt(SYSTEM, an_image(1), words(5, i)) for i in range(4)]
     with structlog.testing.capture_logs() as logs:
         *answers, failure = await asyncio.gather(
             *(ask(engine, generation(wanted, 5)) for wanted in good),
-            ask(engine, generation(prompt(SYSTEM, picture(1), [3, 511, 4]), 5)),
+            ask(engine, generation(prompt(SYSTEM, an_image(1), [3, 511, 4]), 5)),
             return_exceptions=True,
         )
     assert [entry["event"] for entry in logs] == ["step_failed", "sequence_failed"]
@@ -121,7 +121,7 @@ async def test_who_waits_with_the_same_words_about_another_image_is_not_failed(l
     engine = PackedEngine(model, TOKENS, frozenset(), options)
     await engine.start(lab.album)
     first, second = (
-        tuple(ScoreItem(prompt(SYSTEM, picture(number), [*words(8, 4), 511, *words(3, i)]), ((5,),)) for i in range(2))
+        tuple(ScoreItem(prompt(SYSTEM, an_image(number), [*words(8, 4), 511, *words(3, i)]), ((5,),)) for i in range(2))
         for number in (1, 2)
     )
     with structlog.testing.capture_logs() as logs:
@@ -162,13 +162,13 @@ async def test_a_fault_beside_the_forward_ends_in_errors_and_the_engine_goes_on(
     monkeypatch.setattr(engine_module, "_log", structlog.wrap_logger(structlog.PrintLogger()))
     monkeypatch.setattr(Scheduler, what, raising(1, place)(getattr(Scheduler, what)))
     async with lab.engine(batch_invariant=True) as engine:
-        asked = [ask(engine, generation(prompt(SYSTEM, picture(1), words(4, i)), 3)) for i in range(4)]
+        asked = [ask(engine, generation(prompt(SYSTEM, an_image(1), words(4, i)), 3)) for i in range(4)]
         outcomes = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
         failures = [outcome for outcome in outcomes if isinstance(outcome, LookonceError)]
         assert failures and all(failure.kind is ErrorKind.INTERNAL for failure in failures)
         assert not any("secret" in failure.message for failure in failures)
         assert not engine.failed
-        wanted = prompt(SYSTEM, picture(1), words(4, 9))
+        wanted = prompt(SYSTEM, an_image(1), words(4, 9))
         (answer,) = await ask(engine, generation(wanted, 5))
         lab.check(wanted, answer)
 
@@ -195,7 +195,7 @@ async def test_a_fault_that_stays_ends_the_engine_and_everybody_is_told(lab, mon
 
 async def test_forget(lab):
     """All KV of an image goes: at once when idle, with its last user when not."""
-    first, second = picture(1, 9, 11), picture(2, 9, 11)
+    first, second = an_image(1, 9, 11), an_image(2, 9, 11)
     async with lab.engine() as engine:
         for image in (first, second):
             await ask(engine, generation(prompt(image, words(40, 1)), 3))
@@ -233,7 +233,7 @@ async def test_close_ends_everything(lab):
     [
         (prompt([]), {}, ErrorKind.INVALID_ARGUMENT),
         (prompt([512]), {}, ErrorKind.INVALID_ARGUMENT),
-        (prompt([1, 2], picture(1)), {}, ErrorKind.INVALID_ARGUMENT),
+        (prompt([1, 2], an_image(1)), {}, ErrorKind.INVALID_ARGUMENT),
         (prompt([1, 2]), {"n": 1000}, ErrorKind.INVALID_ARGUMENT),
         (prompt([1] * 300), {}, ErrorKind.CONTEXT_LENGTH_EXCEEDED),
     ],

@@ -8,11 +8,11 @@ import torch
 from lm_service.engine.packed.execution import kernel_attention
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.models.kernels import text_layers as layers
-from tests.engine.lab import ask, generation, picture, prompt, words
+from tests.engine.lab import an_image, ask, generation, prompt, words
 
 CHOICES = ((5,), (6, 7), (6, 8, 9))
 ITEMS = tuple(
-    ScoreItem(prompt(words(9, 1), picture(i % 2, 7 + i % 2, 9), words(2 + i, 50 + i)), CHOICES) for i in range(11)
+    ScoreItem(prompt(words(9, 1), an_image(i % 2, 7 + i % 2, 9), words(2 + i, 50 + i)), CHOICES) for i in range(11)
 )
 
 
@@ -20,7 +20,7 @@ async def results(lab, **options):
     """Scores and an answer."""
     async with lab.engine(**options) as engine:
         scores = await engine.score(Scoring("s", ITEMS))
-        (answer,) = await ask(engine, generation(prompt(words(9, 1), picture(5, 4, 4), words(30, 7)), 6))
+        (answer,) = await ask(engine, generation(prompt(words(9, 1), an_image(5, 4, 4), words(30, 7)), 6))
         return scores.logprobs, answer.tokens, [token.logprob for token in answer.logprobs]
 
 

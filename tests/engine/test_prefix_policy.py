@@ -13,10 +13,10 @@ from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.types import Sampling
 from lookonce.models.text_adapter import ModelShape, Stage
 from tests.engine import lab as laboratory
-from tests.engine.lab import picture, prompt, words
+from tests.engine.lab import an_image, prompt, words
 
 SHAPE = ModelShape(1, 1, 1, 8, 8, 512, 4096, torch.float32, (Stage(torch.device("cpu"), 1),), 3)
-SYSTEM, IMAGE, OTHER = words(9, 1), picture(1, 3, 4), picture(2, 2, 5)
+SYSTEM, IMAGE, OTHER = words(9, 1), an_image(1, 3, 4), an_image(2, 2, 5)
 SLAB = 256
 """Tokens: 9 of text, an image of 12, one of 10."""
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lm_service.engine.packed.scheduling.sequence import Sequence
 from lm_service.engine.types import FinishReason, ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError
-from tests.engine.lab import Answered, ask, drained, generation, picture, prompt, words
+from tests.engine.lab import Answered, an_image, ask, drained, generation, prompt, words
 
 SYSTEM = words(9, 1)
 TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
@@ -22,7 +22,7 @@ TOKEN_BYTES = 2 * 2 * 2 * 16 * 4
 
 async def test_a_thousand_requests_on_16_slots(lab):
     """All end, each with its own answer, none twice; clients take turns."""
-    asked = [prompt(SYSTEM, picture(i % 7, 3, 4), words(2 + i % 5, i % 50)) for i in range(1000)]
+    asked = [prompt(SYSTEM, an_image(i % 7, 3, 4), words(2 + i % 5, i % 50)) for i in range(1000)]
     async with lab.engine(max_running=16, max_waiting=1000) as engine:
         most = 0
 
@@ -57,7 +57,7 @@ async def test_a_full_queue_refuses_at_once(lab):
 
 async def test_leaving_frees_the_slot_within_a_step(lab):
     async with lab.engine(max_running=2) as engine:
-        stream = engine.generate(generation(prompt(SYSTEM, picture(1), words(5, 1)), 4000, logprobs=None))
+        stream = engine.generate(generation(prompt(SYSTEM, an_image(1), words(5, 1)), 4000, logprobs=None))
         await anext(stream)
         await stream.aclose()
         await drained(engine)
@@ -113,7 +113,7 @@ async def test_preempted_sequences_go_on_where_they_stopped(lab):
 
 
 async def test_answers_longer_than_a_slab(lab):
-    wanted = prompt(SYSTEM, picture(1, 5, 5), words(5, 1))
+    wanted = prompt(SYSTEM, an_image(1, 5, 5), words(5, 1))
     async with lab.engine(slab_tokens=64) as engine:
         (answer,) = await ask(engine, generation(wanted, 200))
         lab.check(wanted, answer)
@@ -124,7 +124,7 @@ async def test_prefixes_beyond_the_budget_are_evicted(lab):
     async with lab.engine(prefix_bytes=budget) as engine:
         for round_ in range(2):
             for i in range(6):
-                wanted = prompt(SYSTEM, picture(i, 9, 11), words(40, i + 10 * round_))
+                wanted = prompt(SYSTEM, an_image(i, 9, 11), words(40, i + 10 * round_))
                 (answer,) = await ask(engine, generation(wanted, 3))
                 lab.check(wanted, answer)
                 assert engine.describe().prefix_bytes <= budget
@@ -134,7 +134,7 @@ async def test_prefixes_beyond_the_budget_are_evicted(lab):
 
 async def test_an_images_kv_is_held_once(lab):
     """32 sequences in mid-answer on one image: its prefix once, and 32 small slots."""
-    image = picture(1, 9, 11)
+    image = an_image(1, 9, 11)
     async with lab.engine(keep_answers=False) as engine:
         streams = [
             engine.generate(generation(prompt(SYSTEM, image, words(5, i)), 200, logprobs=None)) for i in range(32)
@@ -153,7 +153,7 @@ async def test_an_images_kv_is_held_once(lab):
 
 async def test_what_has_ended_is_gone_without_garbage_collection(lab):
     """Prompts of a thousand image tokens are not small; collections of the oldest generation are rare."""
-    wanted = prompt(SYSTEM, picture(1, 5, 5), words(7, 3))
+    wanted = prompt(SYSTEM, an_image(1, 5, 5), words(7, 3))
     gc.collect()
     gc.disable()
     try:
@@ -171,10 +171,10 @@ async def test_what_has_ended_is_gone_without_garbage_collection(lab):
 async def test_what_can_never_fit_is_refused(lab):
     async with lab.engine(prefix_bytes=100 * TOKEN_BYTES) as engine:
         with pytest.raises(LookonceError) as refused:
-            await ask(engine, generation(prompt(SYSTEM, picture(1, 12, 12), words(5, 1)), 3))
+            await ask(engine, generation(prompt(SYSTEM, an_image(1, 12, 12), words(5, 1)), 3))
         assert refused.value.kind is ErrorKind.CONTEXT_LENGTH_EXCEEDED and "prefix_bytes" in refused.value.message
-        (answer,) = await ask(engine, generation(prompt(SYSTEM, picture(1, 5, 5), words(5, 1)), 3))
-        lab.check(prompt(SYSTEM, picture(1, 5, 5), words(5, 1)), answer)
+        (answer,) = await ask(engine, generation(prompt(SYSTEM, an_image(1, 5, 5), words(5, 1)), 3))
+        lab.check(prompt(SYSTEM, an_image(1, 5, 5), words(5, 1)), answer)
 
 
 ACTION = st.tuples(
@@ -216,10 +216,10 @@ async def _run_schedule(lab, actions, slots, slabs, prefixes, step, inline):
     async with lab.engine(**options) as engine:
         tasks = []
         for kind, image, length, text, tokens, leave, turns in actions:
-            parts = [SYSTEM, picture(image, 4 + image, 9)] if image < 4 else [SYSTEM * 5]
+            parts = [SYSTEM, an_image(image, 4 + image, 9)] if image < 4 else [SYSTEM * 5]
             wanted = prompt(*parts, words(60, text)[:length])
             if kind == "forget":
-                tasks.append(asyncio.create_task(engine.forget([], [picture(image % 4).image_digest])))
+                tasks.append(asyncio.create_task(engine.forget([], [an_image(image % 4).image_digest])))
             elif kind == "score":
                 tasks.append(asyncio.create_task(_score(lab, engine, wanted)))
             else:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lm_service.engine.packed.scheduling.prefix_policy import find_shared_ends
 from lm_service.engine.types import ScoreItem, Scoring
-from tests.engine.lab import ask, generation, picture, prompt, words
+from tests.engine.lab import an_image, ask, generation, prompt, words
 
 SYSTEM = words(9, 1)
 CHOICES = ((5,), (6, 7), (6, 8, 9))
@@ -38,7 +38,7 @@ def questions(image, count: int = 11) -> tuple[ScoreItem, ...]:
     ids=["kernels", "torch", "torch sharing all", "small steps", "few places", "little memory"],
 )
 async def test_scores_are_exact(lab, options):
-    items = questions(picture(1, 9, 11))
+    items = questions(an_image(1, 9, 11))
     for isolated in (False, True):
         async with lab.engine(question_prefix_tokens=8, **options) as engine:
             lab.check_scores(items, await engine.score(Scoring("s", items, isolated=isolated)))
@@ -46,7 +46,7 @@ async def test_scores_are_exact(lab, options):
 
 async def test_each_stem_is_computed_once(lab):
     items = tuple(
-        ScoreItem(prompt(SYSTEM, picture(1, 9, 11), [*words(20, 40), *words(4, 50 + i)]), ((5,),)) for i in range(6)
+        ScoreItem(prompt(SYSTEM, an_image(1, 9, 11), [*words(20, 40), *words(4, 50 + i)]), ((5,),)) for i in range(6)
     )
     whole = len(items[0].prompt.token_ids)
     for question_prefix_tokens, computed in ((1, 108 + 20 + 6 * 4), (100, 108 + 20 + 6 * 4), (101, 108 + 6 * 24)):
@@ -60,7 +60,7 @@ async def test_each_stem_is_computed_once(lab):
 @pytest.mark.parametrize("invariant", [False, True])
 async def test_the_bits_depend_on_the_request_alone(lab, invariant):
     """Not on what others left in the cache, not on how many places there are, not on what runs beside."""
-    images = [picture(number, 9, 8 + number % 3) for number in range(4)]
+    images = [an_image(number, 9, 8 + number % 3) for number in range(4)]
     requests = [Scoring(f"s{number}", questions(image), isolated=True) for number, image in enumerate(images)]
     async with lab.engine(question_prefix_tokens=8, batch_invariant=invariant) as engine:
         quiet = [(await engine.score(request)).logprobs for request in requests]
@@ -79,7 +79,7 @@ async def test_the_bits_depend_on_the_request_alone(lab, invariant):
 
 
 async def test_who_leaves_in_the_middle_leaves_nothing(lab):
-    items = questions(picture(1, 9, 11))
+    items = questions(an_image(1, 9, 11))
     for steps in range(6):
         async with lab.engine(question_prefix_tokens=8, step_tokens=30, burst_tokens=30) as engine:
             leaving = asyncio.create_task(engine.score(Scoring("l", items)))

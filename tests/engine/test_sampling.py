@@ -8,9 +8,9 @@ import torch
 from transformers import Qwen2VLForConditionalGeneration
 
 from lm_service.engine.types import FinishReason
-from tests.engine.lab import TOKENS, ask, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, an_image, ask, generation, prompt, words
 
-WANTED = prompt(words(9, 1), picture(1, 6, 7), words(6, 2))
+WANTED = prompt(words(9, 1), an_image(1, 6, 7), words(6, 2))
 WARM = {"temperature": 1.3, "top_p": 0.9, "top_k": 40, "presence_penalty": 0.4, "repetition_penalty": 1.1}
 
 
@@ -72,7 +72,7 @@ async def test_logprobs_are_of_the_model_not_of_the_temperature(lab):
 async def test_greedy_equals_the_whole_unsplit_model(lab, checkpoint_path):
     """transformers' Qwen2VLForConditionalGeneration with its own tower and its own generate, on real pixels."""
     model = Qwen2VLForConditionalGeneration.from_pretrained(checkpoint_path, dtype=torch.float32).eval()
-    image = picture(9, 5, 6)
+    image = an_image(9, 5, 6)
     config = model.config
     pixels = torch.randn(4 * image.tokens, 1176, generator=torch.Generator().manual_seed(0))
     grid = torch.tensor([image.grid_thw])

@@ -9,10 +9,10 @@ import pytest
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
-from tests.engine.lab import TOKENS, Album, ask, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, Album, an_image, ask, generation, prompt, words
 
 SYSTEM = words(9, 1)
-IMAGES = [picture(number, 3, 4 + number) for number in range(3)]
+IMAGES = [an_image(number, 3, 4 + number) for number in range(3)]
 ITEMS = tuple(
     ScoreItem(prompt(SYSTEM, image, words(2 + 3 * number, 50 + number)), ((5,), (6, 7)))
     for number in range(3)
@@ -78,7 +78,7 @@ async def test_isolated_scores_are_the_same_bits_whatever_their_company(lab, fro
         await engine.close()
     engine = engine_of(model)
     await engine.start(Album(engine._shape.hidden))
-    others = [generation(prompt(words(7, number), picture(9, 2, 2), words(3, number)), 20) for number in range(3)]
+    others = [generation(prompt(words(7, number), an_image(9, 2, 2), words(3, number)), 20) for number in range(3)]
     beside = [asyncio.create_task(ask(engine, other)) for other in others]
     beside.append(asyncio.create_task(engine.score(Scoring("other", ITEMS[::-1]))))
     busy = (await engine.score(Scoring("busy", ITEMS, isolated=True))).logprobs

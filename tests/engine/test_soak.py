@@ -12,7 +12,7 @@ from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError
-from tests.engine.lab import TOKENS, Album, ask, drained, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, Album, an_image, ask, drained, generation, prompt, words
 
 SYSTEM = words(9, 1)
 IMAGES = 12
@@ -39,7 +39,7 @@ class Audited:
 
 async def act(engine, chance: random.Random) -> None:
     """One client's doing: ask, ask for several answers, converse, score, leave early, or erase an image."""
-    image = picture(chance.randrange(IMAGES), 3 + chance.randrange(8), 9)
+    image = an_image(chance.randrange(IMAGES), 3 + chance.randrange(8), 9)
     text = words(60, chance.randrange(40))[: chance.randint(1, 60)]
     wanted = prompt(SYSTEM, image, text) if chance.random() < 0.8 else prompt(SYSTEM * 8, text)
     kind = chance.choice(["ask", "ask", "several", "talk", "score", "leave", "erase"])
@@ -89,7 +89,7 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
     state = engine.describe()
     assert model.forwards > actions and model.most > 300 * token
     assert state.prefix_evictions > 0 and state.preemptions > 0
-    await engine.forget([], [picture(number).image_digest for number in range(IMAGES)])
+    await engine.forget([], [an_image(number).image_digest for number in range(IMAGES)])
     assert all(not node.images for node in engine._core.cache)
     await engine.close()
     assert (engine._core.pool.used_slots, engine._core.cache.bytes, len(engine._core.cache)) == (0, 0, 0)

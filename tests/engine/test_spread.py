@@ -17,7 +17,7 @@ from lookonce.models.qwen2_vl.modules import load_language_model
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
 from tests import standin
-from tests.engine.lab import Lab, ask, generation, picture, prompt, words
+from tests.engine.lab import Lab, an_image, ask, generation, prompt, words
 
 SYSTEM = words(9, 1)
 
@@ -55,7 +55,7 @@ def test_a_mixture_is_refused():
 
 async def test_answers_are_those_of_transformers(spread):
     """Prefills whole and in pieces, shared prefixes, a conversation, growth of slots, several answers, scores."""
-    images = [picture(1, 9, 11), picture(2, 2, 3)]
+    images = [an_image(1, 9, 11), an_image(2, 2, 3)]
     prompts = [prompt(SYSTEM, images[i % 2], words(24 + i, 100 + i)) for i in range(2)] + [prompt(words(40, 7))]
     items = tuple(ScoreItem(wanted, ((5,), (6, 7), (6, 8))) for wanted in prompts[:2])
     async with spread.engine(step_tokens=24, burst_tokens=50) as engine:
@@ -74,7 +74,7 @@ async def test_answers_are_those_of_transformers(spread):
 
 async def test_each_layer_lies_with_its_keys_and_values(spread):
     async with spread.engine() as engine:
-        await ask(engine, generation(prompt(SYSTEM, picture(1, 9, 11), words(5, 2)), 3))
+        await ask(engine, generation(prompt(SYSTEM, an_image(1, 9, 11), words(5, 2)), 3))
         core, model = engine._core, spread.weights[0]
         first, last = spread.home.devices[0], spread.home.devices[-1]
         assert (model.embed_tokens.weight.device, model.norm.weight.device) == (first, last)
@@ -111,7 +111,7 @@ async def test_int8_layers_are_quantised_on_their_way(spread, monkeypatch):
     adapter = Qwen2VLAdapter(*weights, quantization="int8", devices=spread.home.of_layers)
     assert [stage.device for stage in adapter.shape.stages] == list(spread.home.devices)
     monkeypatch.setattr(spread, "adapter", adapter)
-    wanted = prompt(SYSTEM, picture(1, 9, 11), words(5, 2))
+    wanted = prompt(SYSTEM, an_image(1, 9, 11), words(5, 2))
     async with spread.engine() as engine:
         (answer,) = await ask(engine, generation(wanted, 4))
     plain = spread.logits(wanted, answer.tokens).log_softmax(-1)[len(wanted.token_ids) - 1 : -1]

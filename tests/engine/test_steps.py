@@ -17,7 +17,7 @@ from lm_service.engine.packed.scheduling.sequence import Request
 from lm_service.engine.types import EmbeddingSource, EngineState, ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError
 from tests.engine import lab as laboratory
-from tests.engine.lab import TOKENS, ask, drained, generation, picture, prompt, words
+from tests.engine.lab import TOKENS, an_image, ask, drained, generation, prompt, words
 
 SYSTEM = words(9, 1)
 
@@ -73,9 +73,9 @@ async def test_a_question_begins_in_the_step_that_completes_its_image(lab, nativ
     engine = engine_of(lab, model, native=native, inline_tokens=1)
     await engine.start(lab.album)
     await ask(engine, generation(prompt(SYSTEM, words(3, 1)), 1))
-    wanted = prompt(SYSTEM, picture(1, 9, 11), words(7, 3))
+    wanted = prompt(SYSTEM, an_image(1, 9, 11), words(7, 3))
     (answer,) = await ask(engine, generation(wanted, 1))
-    followers = [prompt(SYSTEM, picture(2, 9, 11), words(5 + i, 4)) for i in range(3)]
+    followers = [prompt(SYSTEM, an_image(2, 9, 11), words(5 + i, 4)) for i in range(3)]
     begun = len(model.sizes)
     answers = await asyncio.gather(*(ask(engine, generation(follower, 1)) for follower in followers))
     state = engine.describe()
@@ -96,7 +96,7 @@ async def test_scores_take_one_step_unless_its_company_must_always_be_the_same(l
     await engine.start(lab.album)
     wanted = [
         tuple(
-            ScoreItem(prompt(SYSTEM, picture(number, 9, 11), [*words(9, 40), *words(2 + i, 50 + i)]), ((5,), (6, 7)))
+            ScoreItem(prompt(SYSTEM, an_image(number, 9, 11), [*words(9, 40), *words(2 + i, 50 + i)]), ((5,), (6, 7)))
             for i in range(5)
         )
         for number in range(2)
@@ -136,7 +136,7 @@ async def test_a_slow_models_steps_are_cut_to_the_time_they_may_take(lab):
     model = Watched(lab.adapter, token_seconds=0.001)
     engine = engine_of(lab, model, step_seconds=0.08)
     await engine.start(lab.album)
-    wanted = prompt(picture(1, 20, 30), words(9, 3))
+    wanted = prompt(an_image(1, 20, 30), words(9, 3))
     (answer,) = await ask(engine, generation(wanted, 3))
     await engine.close()
     lab.check(wanted, answer)
@@ -185,7 +185,7 @@ def test_a_prefix_erased_and_given_up_in_the_same_step_is_not_filled(lab):
     options = PackedOptions(kv_bytes=64 * token, prefix_bytes=1 << 20, slab_tokens=64)
     core = EngineCore(lab.adapter, options, prefills.append)
     writer, looker = Request("writer", "writer", kept=False), Request("looker", "looker", kept=False)
-    image = picture(1, 9, 11)
+    image = an_image(1, 9, 11)
     writer.sequences = [laboratory.sequence(writer, prompt(words(12, 1)), 100)]
     looker.sequences = [laboratory.sequence(looker, prompt(image, words(5, 1)), 3)]
     core.enqueue(writer)
@@ -210,7 +210,7 @@ async def test_a_prefix_filled_for_one_who_waits_lets_another_wait(lab):
     room = 130 * lab.adapter.shape.token_bytes
     async with lab.engine(prefix_bytes=room) as engine:
         lab.album.gate = asyncio.Event()
-        first, second = prompt(SYSTEM, picture(1, 9, 11), words(5, 1)), prompt(SYSTEM, picture(2, 9, 11), words(5, 2))
+        first, second = prompt(SYSTEM, an_image(1, 9, 11), words(5, 1)), prompt(SYSTEM, an_image(2, 9, 11), words(5, 2))
         gone = asyncio.create_task(ask(engine, generation(first, 3)))
         await state_of(engine, lambda state: state.running == 1)
         follower = asyncio.create_task(ask(engine, generation(first, 3)))

@@ -1,4 +1,4 @@
-"""Canaries, picture servers, and a record of every connection that is tried."""
+"""Canaries, image servers, and a record of every connection that is tried."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def canary() -> Iterator[Canary]:
 @pytest.fixture(scope="session")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     directory: Path = tmp_path_factory.mktemp("certificates")
-    return make_certificates(directory, "pictures.example", "127.0.0.1", "::1")
+    return make_certificates(directory, "images.example", "127.0.0.1", "::1")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Servers on loopback for tests: canaries that count connections, and picture servers that behave as they are told."""
+"""Servers on loopback for tests: canaries that count connections, and image servers that behave as they are told."""
 
 from __future__ import annotations
 

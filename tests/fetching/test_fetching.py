@@ -14,7 +14,7 @@ from lookonce.core.http_fetch.target import FetchError, Reason
 from tests.fetching.conftest import local_policy
 from tests.fetching.servers import PNG, ImageServer, Names, answer, make_certificates, redirect
 
-HERE = Names({"pictures.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]})
+HERE = Names({"images.example": [["127.0.0.1"]], "other.example": [["127.0.0.1"]]})
 
 
 async def refused(fetcher, url, max_bytes=1 << 20):
@@ -28,11 +28,11 @@ async def refused(fetcher, url, max_bytes=1 << 20):
 
 async def test_the_request_says_no_more_than_it_must(server, make_fetcher):
     fetcher = make_fetcher(server, names=HERE)
-    url = f"http://Pictures.EXAMPLE:{server.port}/a.png?size=2&x=%20#part"
+    url = f"http://Images.EXAMPLE:{server.port}/a.png?size=2&x=%20#part"
     assert await fetcher.fetch(url, param="url", max_bytes=len(PNG)) == PNG
     assert server.requests[0].target == "/a.png?size=2&x=%20"
     assert server.requests[0].headers == {
-        "host": f"pictures.example:{server.port}",
+        "host": f"images.example:{server.port}",
         "user-agent": f"lookonce/{lookonce.__version__}",
         "accept": "image/*",
         "accept-encoding": "identity",
@@ -43,10 +43,10 @@ async def test_the_request_says_no_more_than_it_must(server, make_fetcher):
 async def test_https_verifies_the_name_at_the_checked_address(certificates, make_fetcher):
     with ImageServer(certificates=certificates) as server:
         fetcher = make_fetcher(server, names=HERE)
-        url = f"https://pictures.example:{server.port}/a.png"
+        url = f"https://images.example:{server.port}/a.png"
         assert await fetcher.fetch(url, param="url", max_bytes=1000) == PNG
-        assert server.server_names == ["pictures.example"]
-        assert server.requests[0].headers["host"] == f"pictures.example:{server.port}"
+        assert server.server_names == ["images.example"]
+        assert server.requests[0].headers["host"] == f"images.example:{server.port}"
 
 
 async def test_https_to_an_address_verifies_the_address(certificates, make_fetcher):
@@ -61,16 +61,16 @@ async def test_a_certificate_of_another_name_is_refused(certificates, make_fetch
 
 
 async def test_a_certificate_of_an_unknown_authority_is_refused(tmp_path, make_fetcher):
-    with ImageServer(certificates=make_certificates(tmp_path, "pictures.example")) as server:
-        error = await refused(make_fetcher(server, names=HERE), f"https://pictures.example:{server.port}/a.png")
+    with ImageServer(certificates=make_certificates(tmp_path, "images.example")) as server:
+        error = await refused(make_fetcher(server, names=HERE), f"https://images.example:{server.port}/a.png")
         assert error.reason is Reason.UNREACHABLE and server.requests == []
 
 
 async def test_the_operator_s_roots_are_trusted(tmp_path):
-    certificates = make_certificates(tmp_path, "pictures.example")
+    certificates = make_certificates(tmp_path, "images.example")
     with ImageServer(certificates=certificates) as server:
         fetcher = Fetcher(local_policy(server, ca=certificates.ca), look_up=HERE)
-        assert await fetcher.fetch(f"https://pictures.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
+        assert await fetcher.fetch(f"https://images.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
         fetcher.close()
 
 
@@ -107,7 +107,7 @@ async def test_redirects_are_followed(status, make_fetcher):
     with ImageServer(routes) as server:
         routes["/three"] = redirect(f"//other.example:{server.port}/a.png", status)
         fetcher = make_fetcher(server, names=HERE)
-        url = f"http://pictures.example:{server.port}/start"
+        url = f"http://images.example:{server.port}/start"
         assert await fetcher.fetch(url, param="url", max_bytes=1000) == PNG
         assert server.targets == ["/start", "/two?x=1", "/three", "/a.png"]
         assert server.requests[3].headers["host"] == f"other.example:{server.port}"
@@ -132,7 +132,7 @@ async def test_a_redirect_from_https_to_http_is_refused(certificates, server, ma
 async def test_a_redirect_from_http_to_https_is_followed(certificates, make_fetcher):
     with (
         ImageServer(certificates=certificates) as secure,
-        ImageServer({"/go": redirect(f"https://pictures.example:{secure.port}/a.png")}) as plain,
+        ImageServer({"/go": redirect(f"https://images.example:{secure.port}/a.png")}) as plain,
     ):
         fetcher = make_fetcher(secure, plain, names=HERE)
         assert await fetcher.fetch(f"{plain.url}/go", param="url", max_bytes=1000) == PNG
@@ -140,13 +140,13 @@ async def test_a_redirect_from_http_to_https_is_followed(certificates, make_fetc
 
 async def test_the_allowlist_holds_for_every_hop(server, make_fetcher):
     server.routes["/go"] = redirect(f"http://other.example:{server.port}/a.png")
-    hosts = frozenset({"pictures.example", ".cdn.example"})
+    hosts = frozenset({"images.example", ".cdn.example"})
     fetcher = make_fetcher(server, names=HERE, mode="allowlist", hosts=hosts)
-    assert await fetcher.fetch(f"http://pictures.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
-    for host in ("other.example", "cdn.example", "evilcdn.example", "pictures.example.evil", "127.0.0.1"):
+    assert await fetcher.fetch(f"http://images.example:{server.port}/a.png", param="url", max_bytes=1000) == PNG
+    for host in ("other.example", "cdn.example", "evilcdn.example", "images.example.evil", "127.0.0.1"):
         error = await refused(fetcher, f"http://{host}:{server.port}/a.png")
         assert error.reason is Reason.HOST_NOT_ALLOWED
-    assert (await refused(fetcher, f"http://pictures.example:{server.port}/go")).reason is Reason.HOST_NOT_ALLOWED
+    assert (await refused(fetcher, f"http://images.example:{server.port}/go")).reason is Reason.HOST_NOT_ALLOWED
     assert (await refused(fetcher, f"http://a.cdn.example:{server.port}/")).reason is Reason.UNRESOLVED
     assert server.targets == ["/a.png", "/go"]
 

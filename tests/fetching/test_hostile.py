@@ -160,6 +160,6 @@ async def test_proxies_of_the_environment_are_ignored(variable, monkeypatch, ser
 @pytest.mark.parametrize("port", [22, 25, 6379, 8080, 11211])
 async def test_other_ports_than_the_web_s_are_refused(port, roots, tried):
     fetcher = Fetcher(FetchPolicy(), look_up=Names(), tls=roots)
-    error = await refused(fetcher, f"http://pictures.example:{port}/")
+    error = await refused(fetcher, f"http://images.example:{port}/")
     fetcher.close()
     assert error.reason is Reason.PORT_NOT_ALLOWED and tried == []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import httpx2
 import pytest
 
-from gateway.images.image_records import file_key
+from gateway.images.image_records import CONFIRMED, file_key
 from gateway.images.library import parse_id
 from tests.faulty_proxy import FaultyProxy
 from tests.gateway.conftest import Services
@@ -169,3 +169,38 @@ def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene,
     assert eventually(lambda: scene.second.get(f"/v1/images/{image}").json().get("pinned"))
     for http in (scene.second, scene.first):
         assert eventually(lambda http=http: whole(http))
+
+
+@pytest.mark.parametrize("door", [upload, chat])
+def test_a_store_that_can_be_written_and_not_read_loses_no_pin_and_no_name(
+    scene: Scene, image_file: ImageFile, door: Callable[[httpx2.Client, bytes], httpx2.Response]
+) -> None:
+    data = image_file()
+    image = upload(scene.first, data, pinned="true", alias="named").json()["id"]
+    scene.proxy.set("gets")
+    assert door(scene.second, data).status_code in (200, 201)
+    assert refused(scene.second.get("/v1/images/named"))
+    with scene.valkey.client() as client:
+        stored = [key for key in client.keys("lookonce:images:*") if file_key(parse_id(image)).hex() in key.decode()]
+    assert stored == [], "the file of a pinned image became one that can be evicted"
+    scene.proxy.set("none")
+    for http in (scene.second, scene.first):
+        assert eventually(lambda http=http: store_in_use(http))
+        found = http.get("/v1/images/named").json()
+        assert (found["id"], found["pinned"], found["aliases"]) == (image, True, ["named"])
+
+
+def test_a_late_write_of_an_older_record_undoes_nothing(scene: Scene, image_file: ImageFile) -> None:
+    """A server that hung may carry out a write long after it was given up and another one confirmed."""
+    data = image_file()
+    image = upload(scene.first, data).json()["id"]
+    scene.first.delete(f"/v1/images/{image}")
+    key = "lookonce:images:" + (b"record:" + parse_id(image)).hex()
+    with scene.valkey.client() as client:
+        tombstone = client.get(key)
+        assert upload(scene.first, data, alias="anew").status_code in (200, 201)
+        client.set(key, tombstone)
+        time.sleep(CONFIRMED)
+        for http in (scene.first, scene.second):
+            assert http.get("/v1/images/anew").json()["id"] == image
+        assert client.get(key) != tombstone

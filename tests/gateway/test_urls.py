@@ -15,7 +15,7 @@ from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL, GatewayProcess
 
 NAMES = {
-    "pictures.example": [["127.0.0.2"]],
+    "images.example": [["127.0.0.2"]],
     "rebind.example": [["127.0.0.2"], ["127.0.0.1"]],
     "in.example": [["127.0.0.1"]],
 }
@@ -56,7 +56,7 @@ class World:
 def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     directory = tmp_path_factory.mktemp("names")
     (directory / "sitecustomize.py").write_text(NAME_SERVER)
-    certificates = make_certificates(directory, "pictures.example")
+    certificates = make_certificates(directory, "images.example")
     with (
         Canary() as canary,
         ImageServer(host="127.0.0.2") as plain,
@@ -81,19 +81,19 @@ def world(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def test_an_upload_by_url_is_the_same_image(world: World, image_file: Callable[..., bytes]) -> None:
     file = image_file()
     world.secure.routes["/a.png"] = answer(file)
-    response = world.upload(f"https://pictures.example:{world.secure.port}/a.png")
+    response = world.upload(f"https://images.example:{world.secure.port}/a.png")
     assert response.status_code == 200, response.text
     with world.gateway.client() as http:
         direct = http.post("/v1/images", files={"file": ("a.png", file, "image/png")}).json()
     assert response.json()["id"] == direct["id"] and direct["cached"]
-    assert world.secure.server_names[-1] == "pictures.example"
-    assert world.secure.requests[-1].headers["host"] == f"pictures.example:{world.secure.port}"
+    assert world.secure.server_names[-1] == "images.example"
+    assert world.secure.requests[-1].headers["host"] == f"images.example:{world.secure.port}"
 
 
 def test_chat_with_images_at_urls(world: World, image_file: Callable[..., bytes]) -> None:
     world.plain.routes |= {"/go": redirect("/b.png"), "/b.png": answer(image_file())}
     world.secure.routes["/c.png"] = answer(image_file())
-    urls = f"{world.plain.url}/go", f"https://pictures.example:{world.secure.port}/c.png", f"{world.plain.url}/b.png"
+    urls = f"{world.plain.url}/go", f"https://images.example:{world.secure.port}/c.png", f"{world.plain.url}/b.png"
     response = world.chat(*urls)
     assert response.status_code == 200, response.text
     assert response.json()["choices"][0]["message"]["content"] is not None

@@ -22,9 +22,9 @@ from protos.lookonce.v1 import language_pb2
 from tests.modules import load_vision_tower
 
 
-def encoded(picture: Image.Image) -> bytes:
+def encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -40,13 +40,13 @@ class Tower:
         self._processor = Qwen2VLImageProcessorPil.from_pretrained(path)
 
     @torch.inference_mode()
-    def record(self, picture: Image.Image) -> tuple[EmbeddingReference, EmbeddingRecord]:
-        inputs = self._processor(images=[picture], return_tensors="pt")
+    def record(self, image: Image.Image) -> tuple[EmbeddingReference, EmbeddingRecord]:
+        inputs = self._processor(images=[image], return_tensors="pt")
         rows = self._tower(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-        digest = image_digest(encoded(picture))
+        digest = image_digest(encoded(image))
         key = embedding_key(digest, self.fingerprint, self.checkpoint.min_pixels, self.checkpoint.max_pixels)
         grid = tuple(inputs["image_grid_thw"][0].tolist())
-        reference = EmbeddingReference(key, self.fingerprint, digest, grid, len(rows), *picture.size)
+        reference = EmbeddingReference(key, self.fingerprint, digest, grid, len(rows), *image.size)
         return reference, record_of(reference, rows)
 
 

@@ -13,7 +13,8 @@ import torch
 from lm_service.embeddings import EmbeddingResolver, TensorCache
 from lm_service.engine.packed.request_checks import rows_of
 from lm_service.engine.types import EmbeddingSource
-from lm_service.peers import AcceptedEncoders, VisionPeers
+from lm_service.peers import VisionPeers
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference

@@ -65,12 +65,12 @@ async def test_many_requests_on_16_places(checkpoint_path, unsplit, tower, tmp_p
     """Each has its own question and gets that one's answer, whole and once; every tenth client hangs up early."""
     turns = [("user", [CAT, "What is this?"])]
     (message,) = await store_images(f"file://{tmp_path}/store", tower, turns)
-    picture = message.parts[0]
+    image = message.parts[0]
 
     def question(i):
         wanted = asking(user(f"Question {i % 20}?"), max_tokens=2 + i % 5, ignore_eos=True)
         if i % 2:
-            wanted.messages[0].parts.insert(0, picture)
+            wanted.messages[0].parts.insert(0, image)
         wanted.client = f"client-{i % 7}"
         return wanted
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2VLModel
 
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import mrope_positions
 
 MERGE = 2
 grids = st.tuples(

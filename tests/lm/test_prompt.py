@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lm_service.peers import AcceptedEncoders
-from lm_service.prompt import Message, PromptBuilder
+from lm_service.prompt import AcceptedEncoders, Message, PromptBuilder
 from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.models.qwen2_vl.config import FAMILY
-from lookonce.models.qwen2_vl.positions import mrope_positions
+from lookonce.models.qwen2_vl.config import FAMILY, mrope_positions
 from lookonce.models.qwen2_vl.synthetic_tokenizer import SPECIAL_TOKENS
 
 FINGERPRINT = "f" * 64
@@ -65,11 +63,11 @@ def unsplit_ids(tokenizer, messages):
 
 CONVERSATIONS = {
     "text": [Message("user", ("What is a cat?",))],
-    "picture before text": [Message("user", (image(), "What is this?"))],
-    "picture after text": [Message("user", ("What is this?", image()))],
+    "image before text": [Message("user", (image(), "What is this?"))],
+    "image after text": [Message("user", ("What is this?", image()))],
     "own system prompt": [Message("system", ("Be brief.",)), Message("user", (image(), "Why?"))],
-    "three pictures": [Message("user", (image(), "or", image(8, 8), "or", image(2, 2), "?"))],
-    "pictures side by side": [Message("user", (image(), image(2, 4)))],
+    "three images": [Message("user", (image(), "or", image(8, 8), "or", image(2, 2), "?"))],
+    "images side by side": [Message("user", (image(), image(2, 4)))],
     "many turns": [
         Message("system", ("You see.",)),
         Message("user", (image(), "What?")),
@@ -91,8 +89,8 @@ CONVERSATIONS = {
 def test_ids_equal_the_unsplit_processors(builder, tokenizer, messages):
     prompt = builder.build(messages)
     assert list(prompt.token_ids) == unsplit_ids(tokenizer, messages)
-    pictures = [part for message in messages for part in message.parts if not isinstance(part, str)]
-    assert [span.reference for span in prompt.images] == pictures
+    images = [part for message in messages for part in message.parts if not isinstance(part, str)]
+    assert [span.reference for span in prompt.images] == images
     pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     for span in prompt.images:
         assert set(prompt.token_ids[span.start : span.end]) == {pad}
@@ -110,8 +108,8 @@ turns = st.lists(st.builds(Message, st.sampled_from(["user", "assistant"]), part
 @settings(max_examples=100, deadline=None)
 @given(turns)
 def test_any_ordinary_conversation(builder, tokenizer, messages):
-    pictures = [part for message in messages for part in message.parts if not isinstance(part, str)]
-    if len(pictures) <= 5:
+    images = [part for message in messages for part in message.parts if not isinstance(part, str)]
+    if len(images) <= 5:
         assert list(builder.build(messages).token_ids) == unsplit_ids(tokenizer, messages)
 
 

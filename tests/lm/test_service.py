@@ -22,7 +22,7 @@ CAT, CUP, MAN = photograph("chelsea", (225, 150)), photograph("coffee", (90, 140
 CONVERSATIONS = {
     "text only": [("user", ["Who are you?"])],
     "one image": [("user", [CAT, "What is this?"])],
-    "picture after text": [("user", ["What is this?", CUP])],
+    "image after text": [("user", ["What is this?", CUP])],
     "three images": [("user", ["First", CAT, "second", CUP, "third", MAN, "Which is a cup?"])],
     "multi-turn": [
         ("system", ["Answer in one word."]),
@@ -42,7 +42,7 @@ def model(request, tmp_path_factory):
 
 
 async def store_images(url, tower, turns):
-    """Put every picture's embedding in the store; the conversation as messages that refer to them."""
+    """Put every image's embedding in the store; the conversation as messages that refer to them."""
     store = open_store(url)
     messages = []
     for role, parts in turns:
@@ -86,14 +86,14 @@ async def client(checkpoint_path, tmp_path):
         yield one
 
 
-async def with_image(tower, tmp_path, *texts, picture=CAT):
-    (message,) = await store_images(f"file://{tmp_path}/store", tower, [("user", [picture, *texts])])
+async def with_image(tower, tmp_path, *texts, image=CAT):
+    (message,) = await store_images(f"file://{tmp_path}/store", tower, [("user", [image, *texts])])
     return message
 
 
 async def test_the_image_decides_the_answer(client, tower, tmp_path):
-    one = await answer(client, asking(await with_image(tower, tmp_path, "What?", picture=CAT)))
-    other = await answer(client, asking(await with_image(tower, tmp_path, "What?", picture=CAT.rotate(180))))
+    one = await answer(client, asking(await with_image(tower, tmp_path, "What?", image=CAT)))
+    other = await answer(client, asking(await with_image(tower, tmp_path, "What?", image=CAT.rotate(180))))
     assert one.ids != other.ids
 
 
@@ -177,7 +177,7 @@ def unsplit_logprob(unsplit, turns, choice):
 
 
 async def test_images_scored_alone_are_the_same_bits_in_one_call_or_several(checkpoint_path, tower, tmp_path):
-    turns = [("user", [picture, question]) for question in ("Cat?", "Or else?") for picture in (CAT, CUP, MAN)]
+    turns = [("user", [image, question]) for question in ("Cat?", "Or else?") for image in (CAT, CUP, MAN)]
     url = f"file://{tmp_path}/store"
     messages = await store_images(url, tower, turns)
     items = [
@@ -188,10 +188,10 @@ async def test_images_scored_alone_are_the_same_bits_in_one_call_or_several(chec
     async with running(checkpoint_path, tmp_path, store=url, dtype="bfloat16") as client:
         whole = await client.score(language_pb2.ScoreRequest(items=items, isolated=True), timeout=60)
         assert [result.id for result in whole.results] == [item.id for item in items]
-        for picture in range(3):
-            request = language_pb2.ScoreRequest(items=items[picture::3], alone=True)  # its former name
+        for image in range(3):
+            request = language_pb2.ScoreRequest(items=items[image::3], alone=True)  # its former name
             apart = await client.score(request, timeout=60)
-            for one, other in zip(whole.results[picture::3], apart.results, strict=True):
+            for one, other in zip(whole.results[image::3], apart.results, strict=True):
                 assert [each.logprob for each in one.scores.choices] == [each.logprob for each in other.scores.choices]
 
 

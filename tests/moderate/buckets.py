@@ -14,7 +14,7 @@ import httpx2
 from tests.ports import free_port
 
 START_SECONDS = 120.0
-BUCKET = "pictures"
+BUCKET = "images"
 
 
 class BucketServer(ABC):

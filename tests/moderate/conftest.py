@@ -1,4 +1,4 @@
-"""The bundled model's two services, and a folder of pictures with their truth, for all tests of a worker."""
+"""The bundled model's two services, and a folder of images with their truth, for all tests of a worker."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from lookonce.moderation.batch.results import Results
 from tests.cli.commands import Background, lookonce
-from tests.moderate.scenes import Pictures, make_images, policy_text
+from tests.moderate.scenes import Images, make_images, policy_text
 from tests.processes import ROOT, ServiceProcess
 
 MODEL = ROOT / "lookonce/data/shapes"
@@ -55,8 +55,8 @@ def pair(tmp_path_factory) -> Iterator[Pair]:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Pictures:
-    return make_images(tmp_path_factory.mktemp("pictures"), COUNT, broken=0.03)
+def images(tmp_path_factory) -> Images:
+    return make_images(tmp_path_factory.mktemp("images"), COUNT, broken=0.03)
 
 
 @pytest.fixture(scope="session")
@@ -67,10 +67,10 @@ def policy(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def results(pair, pictures, policy, tmp_path_factory) -> Path:
+def results(pair, images, policy, tmp_path_factory) -> Path:
     """Of a run that nothing disturbed."""
     out = tmp_path_factory.mktemp("results") / "results.parquet"
-    done = pair.moderate(pictures.folder, policy, out, "--part-rows", "25")
+    done = pair.moderate(images.folder, policy, out, "--part-rows", "25")
     assert done.returncode == 0, done.stderr
     assert f"{COUNT} images" in done.stdout and "crowded" in done.stdout
     assert list(out.parent.iterdir()) == [out]  # nothing is left behind

@@ -1,4 +1,4 @@
-"""A real service that a picture kills, and that is started again each time, as a supervisor would.
+"""A real service that an image kills, and that is started again each time, as a supervisor would.
 
 Between client and service stands a proxy that copies bytes. When the client sends the marker, the service gets SIGKILL:
 what the client sees is what a native crash or an out-of-memory kill would have shown it.
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.processes import ServiceProcess
 
-MARKER = b"this picture kills those who look at it"
+MARKER = b"this image kills those who look at it"
 
 
 class MortalService:
@@ -100,6 +100,6 @@ class MortalService:
                     raise
 
 
-def poisoned(picture: Path, marker: bytes) -> bytes:
-    """The picture with the marker in it, twice: one of them is in one piece however the file is cut into frames."""
-    return picture.read_bytes() + marker + bytes(200) + marker
+def poisoned(image: Path, marker: bytes) -> bytes:
+    """The image with the marker in it, twice: one of them is in one piece however the file is cut into frames."""
+    return image.read_bytes() + marker + bytes(200) + marker

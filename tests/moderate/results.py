@@ -29,7 +29,7 @@ HOSTILE = "<script>window.hacked=1<script><img src=x onerror=window.hacked=1>.pn
 
 
 def write_results(folder: Path, count: int = 40, name: str = "results.parquet") -> Path:
-    """`count` pictures in FOLDER/pictures, one of them broken, one twice, one with markup for a name; the results."""
+    """`count` images in FOLDER/images, one of them broken, one twice, one with markup for a name; the results."""
     output, manifest, rows = _made(folder, count, name, part_rows=1000)
     columns = Columns(manifest)
     output.write_part(0, columns, rows)
@@ -54,15 +54,15 @@ def begin_results(folder: Path, rows: int, part_rows: int, name: str = "results.
 
 
 def _made(folder: Path, count: int, name: str, part_rows: int) -> tuple[Output, Manifest, list[Full]]:
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     for number in range(count):
         file = HOSTILE if number == 3 else f"{number:03}.png"
         buffer = io.BytesIO()
         Image.new("RGB", (40, 30), (number * 6 % 256, 90, 200)).save(buffer, "PNG")
-        (pictures / file).write_bytes(b"broken" if number == 5 else buffer.getvalue())
-    (pictures / "zzz.png").write_bytes((pictures / "000.png").read_bytes())
-    source = open_source(str(pictures))
+        (images / file).write_bytes(b"broken" if number == 5 else buffer.getvalue())
+    (images / "zzz.png").write_bytes((images / "000.png").read_bytes())
+    source = open_source(str(images))
     extent = source.extent()
     models = Models("v" * 64, "l" * 64, 1_000_000, "made-up")
     policy = parse_policy(POLICY)
@@ -78,7 +78,7 @@ def _row(number: int, name: str) -> Full:
     data = Path(name).read_bytes()
     row = Row(number, name, image_digest(data))
     if data == b"broken":
-        return row, Outcome(failure=Failure("image_invalid", "no picture")), None, None
+        return row, Outcome(failure=Failure("image_invalid", "no image")), None, None
     copy = name.endswith("zzz.png")
     spoon = 0.0 if copy else number % 10 / 10
     words = {"spoon": "a <i>silver</i> spoon"} if spoon >= 0.5 else {}

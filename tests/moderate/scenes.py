@@ -1,4 +1,4 @@
-"""Pictures with ground truth for moderation: drawn shapes, some of them twice, some broken; and twelve rules."""
+"""Images with ground truth for moderation: drawn shapes, some of them twice, some broken; and twelve rules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FIRST_SEED = 7_000_000  # beyond those of training
 KINDS = ("star", "circle", "square", "triangle", "cross")
 COLOURS = ("red", "blue", "green", "yellow")
 PAIRS = ("red circle", "blue square")
-BROKEN = (b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(64))
+BROKEN = (b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(64))
 
 
 @dataclass
-class Pictures:
+class Images:
     """`truth` holds each file's (colour, kind) pairs, None for a broken one; `copies` whose bytes a file has."""
 
     folder: Path
@@ -25,10 +25,10 @@ class Pictures:
     copies: dict[str, str] = field(default_factory=dict)
 
 
-def make_images(folder: Path, count: int, *, duplicates: float = 0.1, broken: float = 0.01) -> Pictures:
+def make_images(folder: Path, count: int, *, duplicates: float = 0.1, broken: float = 0.01) -> Images:
     """The same for the same arguments."""
     rng = random.Random(count)
-    made = Pictures(folder)
+    made = Images(folder)
     good: list[str] = []
     for number in range(count):
         name = f"{number % 4}/{number:05}.png"

@@ -27,10 +27,10 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def files(pictures):
-    """Bytes of ten pictures, broken ones among them, by name."""
-    chosen = sorted(pictures.truth, key=lambda name: (pictures.truth[name] is not None, name))[:10]
-    return {name.replace("/", "-"): (pictures.folder / name).read_bytes() for name in sorted(chosen)}
+def files(images):
+    """Bytes of ten images, broken ones among them, by name."""
+    chosen = sorted(images.truth, key=lambda name: (images.truth[name] is not None, name))[:10]
+    return {name.replace("/", "-"): (images.folder / name).read_bytes() for name in sorted(chosen)}
 
 
 @pytest.fixture(scope="module")

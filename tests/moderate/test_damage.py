@@ -95,12 +95,12 @@ def test_a_damaged_result_is_told(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def killed(pair, pictures, policy, tmp_path_factory) -> Path:
+def killed(pair, images, policy, tmp_path_factory) -> Path:
     """What a run leaves that is killed when it has three parts of ten rows, and rows of a fourth."""
     out = tmp_path_factory.mktemp("killed") / "out.parquet"
     ledger = out.with_name("out.parquet.run") / "ledger.sqlite3"
     query = "SELECT (SELECT count(*) FROM parts) >= 3 AND (SELECT count(*) FROM rows) >= 3"
-    with pair.moderating(pictures.folder, policy, out, "--part-rows", "10", "--under-way", "3") as run:
+    with pair.moderating(images.folder, policy, out, "--part-rows", "10", "--under-way", "3") as run:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and run.process.poll() is None:
             if ledger.exists():
@@ -116,22 +116,22 @@ def killed(pair, pictures, policy, tmp_path_factory) -> Path:
     return ledger.parent
 
 
-def test_what_is_damaged_is_made_again(pair, pictures, policy, results, killed, tmp_path):
+def test_what_is_damaged_is_made_again(pair, images, policy, results, killed, tmp_path):
     out = tmp_path / "out.parquet"
     run = shutil.copytree(killed, tmp_path / "out.parquet.run")
     for spoil in (swap("images"), swap("firsts", 2), swap("rows"), swap_files):
         spoil(run)
-    done = pair.moderate(pictures.folder, policy, out, "--part-rows", "10")
+    done = pair.moderate(images.folder, policy, out, "--part-rows", "10")
     assert done.returncode == 0, done.stderr
     assert "damaged entries of an earlier process were dropped" in done.stderr
     assert f"{COUNT} of {COUNT} images" in done.stderr and list(tmp_path.glob("out.*")) == [out]
     assert settled(out).equals(settled(results))
 
 
-def test_a_ledger_of_no_form_is_begun_again_with_restart(pair, pictures, policy, killed, tmp_path):
+def test_a_ledger_of_no_form_is_begun_again_with_restart(pair, images, policy, killed, tmp_path):
     out = tmp_path / "out.parquet"
     run = shutil.copytree(killed, tmp_path / "out.parquet.run")
     (run / "ledger.sqlite3").write_bytes(b"nothing" * 1000)
-    given = (pictures.folder / "0", policy, out, "--part-rows", "10")
+    given = (images.folder / "0", policy, out, "--part-rows", "10")
     done = pair.moderate(*given, "--restart")
     assert done.returncode == 0 and "results:" in done.stdout, done.stderr

@@ -1,4 +1,4 @@
-"""The whole of it: five thousand pictures, ten kills, restarts and pauses of everything. Minutes."""
+"""The whole of it: five thousand images, ten kills, restarts and pauses of everything. Minutes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(small, many, policy, tmp_path_factory):
-    """The result, and anonymous resident bytes of the command and of both services while pictures were judged (not
+    """The result, and anonymous resident bytes of the command and of both services while images were judged (not
     while the file was assembled). Pages of the store's file are none of a process's own memory."""
     out = tmp_path_factory.mktemp("full") / "results.parquet"
     with small.moderating(many.folder, policy, out) as run:

@@ -17,7 +17,7 @@ from tests.gateway.processes import GatewayProcess
 COUNT = 12
 
 
-def test_gateway_and_command_judge_alike(pair, pictures, policy, results, tmp_path):
+def test_gateway_and_command_judge_alike(pair, images, policy, results, tmp_path):
     rules = parse_policy(policy.read_text()).rules
     rows = {row["source"]: row for row in pq.read_table(results).to_pylist() if row["error"] is None}
     ranked = sorted(rows, key=lambda source: rows[source]["score_cross"])

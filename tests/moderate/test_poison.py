@@ -1,4 +1,4 @@
-"""Pictures that kill a service whenever it is asked about them: the run ends, and they alone are errors."""
+"""Images that kill a service whenever it is asked about them: the run ends, and they alone are errors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def source(pictures, tmp_path_factory) -> Path:
-    """Good pictures; one of them, in the middle, poisoned, and again near the end."""
+def source(images, tmp_path_factory) -> Path:
+    """Good images; one of them, in the middle, poisoned, and again near the end."""
     folder = tmp_path_factory.mktemp("poisoned")
-    good = [name for name, truth in sorted(pictures.truth.items()) if truth is not None and name not in pictures.copies]
+    good = [name for name, truth in sorted(images.truth.items()) if truth is not None and name not in images.copies]
     for number, name in enumerate(good[:COUNT]):
-        shutil.copyfile(pictures.folder / name, folder / f"{number:03}.png")
+        shutil.copyfile(images.folder / name, folder / f"{number:03}.png")
     for number in (20, 35):
-        (folder / f"{number:03}.png").write_bytes(poisoned(pictures.folder / good[20], MARKER))
+        (folder / f"{number:03}.png").write_bytes(poisoned(images.folder / good[20], MARKER))
     return folder
 
 
@@ -48,7 +48,7 @@ def rows_of(out: Path) -> list[dict]:
 
 
 def check(out: Path, expected: list[dict], service: str) -> None:
-    """The poisoned picture and its copy are errors that say so; all else is as it would have been."""
+    """The poisoned image and its copy are errors that say so; all else is as it would have been."""
     rows = rows_of(out)
     assert [row["source"] for row in rows] == [row["source"] for row in expected]
     for row, unharmed in zip(rows, expected, strict=True):
@@ -100,7 +100,7 @@ def test_a_service_that_dies_of_everything_is_no_images_fault(source, policy, tm
     assert not list(tmp_path.glob("out.parquet.run/parts/part-*"))
 
 
-def test_services_that_are_killed_again_and_again_are_no_images_fault(pictures, source, policy, expected, tmp_path):
+def test_services_that_are_killed_again_and_again_are_no_images_fault(images, source, policy, expected, tmp_path):
     store, out = f"file://{tmp_path}/store", tmp_path / "out.parquet"
     vision = ServiceProcess("vision_service", *ARGUMENTS, "--store", store)
     language = ServiceProcess("lm_service", *ARGUMENTS, "--store", store, "--vision", vision.address)

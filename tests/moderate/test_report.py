@@ -35,7 +35,7 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     flagged = [card for card in shown["gallery"] if card["scores"][0] >= 0.5]
     assert all(card["image"].startswith("data:image/jpeg;base64,") for card in flagged)
     assert flagged[0]["follow_ups"] == {"spoon": "a <i>silver</i> spoon"}
-    assert shown["repeated"] == [[str(tmp_path / "pictures/000.png"), 1]]
+    assert shown["repeated"] == [[str(tmp_path / "images/000.png"), 1]]
 
 
 @pytest.mark.parametrize("rows", [7, 25])  # of parts of ten
@@ -92,8 +92,8 @@ def test_the_gallery_is_bounded_and_best_first(tmp_path):
 
 def test_images_that_changed_or_went_are_left_out(tmp_path):
     results = write_results(tmp_path)
-    (tmp_path / "pictures/009.png").write_bytes((tmp_path / "pictures/008.png").read_bytes())
-    (tmp_path / "pictures/019.png").unlink()
+    (tmp_path / "images/009.png").write_bytes((tmp_path / "images/008.png").read_bytes())
+    (tmp_path / "images/019.png").unlink()
     invoke("report", results, "--out", tmp_path / "page.html")
     cards = {
         card["source"].rpartition("/")[2]: card for card in content((tmp_path / "page.html").read_text())["gallery"]

@@ -1,4 +1,4 @@
-"""Sources: what the user types becomes the same list of pictures every time; each entry is read, or says why not."""
+"""Sources: what the user types becomes the same list of images every time; each entry is read, or says why not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILES = {"a/1.png": b"one", "a/2.JPG": b"two", "b.webp": b"three", "a/z/3.gif": 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name, data in {**FILES, "notes.txt": b"no picture", ".hidden/4.png": b"hidden", "a/.5.png": b"hidden"}.items():
+    for name, data in {**FILES, "notes.txt": b"no image", ".hidden/4.png": b"hidden", "a/.5.png": b"hidden"}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
     return tmp_path
@@ -61,7 +61,7 @@ async def test_a_folder_is_its_images_in_order(folder):
 
 async def test_a_glob_takes_what_it_matches(folder):
     assert list((await read(f"{folder}/**/*.png")).values()) == [b"one"]
-    assert list((await read(f"{folder}/*.txt")).values()) == [b"no picture"]
+    assert list((await read(f"{folder}/*.txt")).values()) == [b"no image"]
     assert list((await read(folder / "b.webp")).values()) == [b"three"]
 
 
@@ -109,14 +109,14 @@ async def test_parquet_with_paths_bytes_and_structs(folder):
 async def test_tars_and_folders_of_them(tmp_path, suffix):
     for shard in range(2):
         with tarfile.open(tmp_path / f"s{shard}{suffix}", "w:gz" if suffix == ".tar.gz" else "w") as archive:
-            for name, data in {"1.jpg": b"picture", "1.json": b"{}", "2.png": b"x" * 2000}.items():
+            for name, data in {"1.jpg": b"image", "1.json": b"{}", "2.png": b"x" * 2000}.items():
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
     for source in (tmp_path, f"{tmp_path}/s*{suffix}"):
         found = await read(source)
         assert list(found) == [f"{tmp_path}/s{n}{suffix}#{name}" for n in (0, 1) for name in ("1.jpg", "2.png")]
-        assert list(found.values()) == [b"picture", ErrorKind.PAYLOAD_TOO_LARGE] * 2
+        assert list(found.values()) == [b"image", ErrorKind.PAYLOAD_TOO_LARGE] * 2
 
 
 async def test_file_systems_of_fsspec():

@@ -26,12 +26,12 @@ def checkpoint_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photographs():
-    return [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea())]
+    return [Image.fromarray(image) for image in (data.astronaut(), data.coffee(), data.chelsea())]
 
 
 @pytest.fixture(scope="session")
 def noise():
-    """A picture of random pixels of a size."""
+    """An image of random pixels of a size."""
 
     def make(width, height, seed=0):
         pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

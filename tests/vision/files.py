@@ -1,4 +1,4 @@
-"""Pictures as encoded files."""
+"""Images as encoded files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from io import BytesIO
 from PIL import Image
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     """The bytes of a file."""
     buffer = BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def small(colour=(10, 200, 30), size=(32, 32)):
-    """A plain picture as PNG: cheap, and another file for another colour."""
+    """A plain image as PNG: cheap, and another file for another colour."""
     return encoded(Image.new("RGB", size, colour))
 
 

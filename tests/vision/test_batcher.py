@@ -15,7 +15,7 @@ from lookonce.models.family import Patches
 from vision_service import metrics
 from vision_service.batcher import Batcher
 
-PICTURE = Patches(np.zeros((4, 3, 4), dtype=np.uint8), (1, 2, 2), 4, 4)
+IMAGE = Patches(np.zeros((4, 3, 4), dtype=np.uint8), (1, 2, 2), 4, 4)
 
 
 def batcher(expected=lambda: 0):
@@ -28,10 +28,10 @@ def batcher(expected=lambda: 0):
 async def test_after_the_end_nobody_waits():
     one = batcher()
     one.start()
-    assert (await one.encode(PICTURE)).rows.shape == (1, 8)
+    assert (await one.encode(IMAGE)).rows.shape == (1, 8)
     await one.close()
     with pytest.raises(LookonceError) as refused:
-        await asyncio.wait_for(one.encode(PICTURE), 10)
+        await asyncio.wait_for(one.encode(IMAGE), 10)
     assert refused.value.kind is ErrorKind.UNAVAILABLE
 
 
@@ -49,7 +49,7 @@ async def test_small_images_have_their_turns_in_the_pauses_of_a_large_one():
     one.start()
     work = asyncio.create_task(one.encode(large))
     for _ in range(3):
-        await asyncio.wait_for(one.encode(PICTURE), 10)
+        await asyncio.wait_for(one.encode(IMAGE), 10)
     await asyncio.wait_for(work, 10)
     assert ended == [4, 4, 4, 12]
     await one.close()
@@ -64,7 +64,7 @@ async def test_a_long_forward_is_given_up_when_the_service_ends():
     begun = threading.Event()
     one = Batcher(encode, max_patches=8, wait=0.001, queue_patches=64, expected=lambda: 0)
     one.start()
-    work = asyncio.create_task(one.encode(PICTURE))
+    work = asyncio.create_task(one.encode(IMAGE))
     await asyncio.to_thread(begun.wait, 10)
     await asyncio.wait_for(one.close(), 10)
     with pytest.raises(LookonceError) as refused:
@@ -77,7 +77,7 @@ async def test_a_fault_in_the_batching_itself_reaches_all_who_wait_and_those_who
     one.start()
     for _ in range(2):
         with pytest.raises(LookonceError) as refused:
-            await asyncio.wait_for(one.encode(PICTURE), 10)
+            await asyncio.wait_for(one.encode(IMAGE), 10)
         assert refused.value.kind is ErrorKind.UNAVAILABLE
     await one.close()
 

@@ -12,7 +12,7 @@ from PIL import Image
 from tests.vision.files import encoded
 
 WIDTH, HEIGHT = 2400, 2000
-STRIP_BYTES = 20 << 20  # what is worked on at once, whatever the picture's size
+STRIP_BYTES = 20 << 20  # what is worked on at once, whatever the image's size
 _SCRIPT = """
 import os, sys
 from pathlib import Path

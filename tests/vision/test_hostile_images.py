@@ -1,4 +1,4 @@
-"""Hostile files against the decoder: mutated pictures and decompression bombs. Refusals have fixed texts, memory stays
+"""Hostile files against the decoder: mutated images and decompression bombs. Refusals have fixed texts, memory stays
 bounded, nothing foreign escapes."""
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def _tiff(width: int, height: int) -> bytes:
 
 
 def attempt(decoder: Decoder, data: bytes) -> bool:
-    """Whether the file was a picture; a refusal must be ours."""
+    """Whether the file was an image; a refusal must be ours."""
     try:
         image = decoder.decode(data)
     except LookonceError as error:

@@ -1,4 +1,4 @@
-"""The canonical picture: what a person sees, whatever the file; and what is refused before it costs anything."""
+"""The canonical image: what a person sees, whatever the file; and what is refused before it costs anything."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def decoder():
 
 
 def pixels(decoder, data):
-    picture = decoder.decode(data)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = decoder.decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def gradient(width=40, height=24):
-    """A picture without symmetry, so that every turn of it differs."""
+    """An image without symmetry, so that every turn of it differs."""
     y, x = np.mgrid[0:height, 0:width]
     return Image.fromarray(np.stack([x * 6, y * 10, (x * y) % 256], axis=-1).astype(np.uint8))
 
@@ -41,7 +41,7 @@ def test_lossless_files_come_out_as_they_went_in(decoder, kind):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied(decoder, kind, orientation):
-    """The file is turned the inverse way and tagged; the picture must come out upright."""
+    """The file is turned the inverse way and tagged; the image must come out upright."""
     t = Image.Transpose
     undo = [None, None, t.FLIP_LEFT_RIGHT, t.ROTATE_180, t.FLIP_TOP_BOTTOM, t.TRANSPOSE, t.ROTATE_90, t.TRANSVERSE]
     undo.append(t.ROTATE_270)
@@ -255,7 +255,7 @@ def test_a_format_that_takes_more_memory_may_have_fewer_pixels():
 
 
 def test_images_decoded_at_once_share_one_budget():
-    """Eight threads, each picture over half the budget: never two at a time."""
+    """Eight threads, each image over half the budget: never two at a time."""
     decoder = Decoder(ImageLimits(max_pixels=10_000))
     peak, lock = [0], threading.Lock()
     space = decoder._space

@@ -1,4 +1,4 @@
-"""Int8 weights: close to the plain ones, the same for a picture alone and in company, and never taken for the plain."""
+"""Int8 weights: close to the plain ones, the same for an image alone and in company, and never taken for the plain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lm_service.peers import AcceptedEncoders
+from lm_service.prompt import AcceptedEncoders
 from lookonce.core.dtypes import ELSEWHERE, ON_CPU, ON_CUDA, SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
@@ -75,14 +75,14 @@ def test_cuda_without_the_library_is_refused_by_name(monkeypatch):
 def test_embeddings_are_close_and_an_image_alone_is_as_in_company(checkpoint_path):
     checkpoint = open_checkpoint(str(checkpoint_path), needs=Half.VISION)
     preprocess = Preprocessor(checkpoint.preprocessor)
-    pictures = [preprocess(photograph(name, (112, 84)).convert("RGB"), 3136, 1 << 20) for name in ("coffee", "chelsea")]
-    pictures.append(preprocess(Image.new("RGB", (56, 140), "red"), 3136, 1 << 20))
-    plain = Encoder.load(checkpoint, torch.float32, CPU).encode(pictures)
+    images = [preprocess(photograph(name, (112, 84)).convert("RGB"), 3136, 1 << 20) for name in ("coffee", "chelsea")]
+    images.append(preprocess(Image.new("RGB", (56, 140), "red"), 3136, 1 << 20))
+    plain = Encoder.load(checkpoint, torch.float32, CPU).encode(images)
     small = Encoder.load(checkpoint, torch.float32, CPU, quantization="int8")
-    together = small.encode(pictures)
-    for picture, exact, got in zip(pictures, plain, together, strict=True):
+    together = small.encode(images)
+    for image, exact, got in zip(images, plain, together, strict=True):
         assert 0 < (got - exact).norm() / exact.norm() < 0.1
-        torch.testing.assert_close(small.encode([picture])[0], got)  # the patch embedding and the merger round
+        torch.testing.assert_close(small.encode([image])[0], got)  # the patch embedding and the merger round
 
 
 def test_int8_is_another_encoder(checkpoint_path):

@@ -23,12 +23,12 @@ def preprocessor_settings(checkpoint_path):
     return open_checkpoint(str(checkpoint_path), needs=Half.VISION).preprocessor
 
 
-def same(settings, picture, bounds, **changes):
+def same(settings, image, bounds, **changes):
     ours = Preprocessor(settings | changes)
-    patches = ours(picture, *bounds)
+    patches = ours(image, *bounds)
     library = Qwen2VLImageProcessorPil(**changes)
     size = {"shortest_edge": bounds[0], "longest_edge": bounds[1]}
-    expected = library(images=[picture], size=size, return_tensors="np")
+    expected = library(images=[image], size=size, return_tensors="np")
     assert tuple(expected["image_grid_thw"][0]) == patches.grid_thw
     assert expected["pixel_values"].dtype == np.float32
     return np.array_equal(ours.pixel_values(patches), expected["pixel_values"])
@@ -36,8 +36,8 @@ def same(settings, picture, bounds, **changes):
 
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_photographs(preprocessor_settings, photographs, bounds):
-    for picture in photographs:
-        assert same(preprocessor_settings, picture, bounds)
+    for image in photographs:
+        assert same(preprocessor_settings, image, bounds)
 
 
 @pytest.mark.parametrize("bounds", BOUNDS)

@@ -13,7 +13,7 @@ import torch
 from lookonce.models.kernels.compiling import FUSED, LANES, Compiled, Task, compiled_or_none
 from lookonce.models.kernels.products import WIDTH, Product, write_products
 from lookonce.models.kernels.program import Kernel, run, threads
-from lookonce.models.kernels.structs import joined
+from lookonce.models.kernels.structs import address
 
 _SINGLE_THREADED = 1 << 19  # multiplications up to which other threads don't pay
 
@@ -36,7 +36,7 @@ class Panels:
             place[:whole] = weight[: whole * width].view(whole, width, self.depth).transpose(1, 2)
             place[whole:, :, : self.columns - whole * width] = weight[whole * width :].t()
         self.struct = Product.fill(
-            Product.zeros(1),
+            Product.one(),
             depth=self.depth,
             columns=self.columns,
             panels=len(self._laid_out),
@@ -48,7 +48,7 @@ class Panels:
         """One of the products of x [T, in] to `out` [T, out], for once."""
         sizes = {"depth": self.depth, "columns": self.columns}
         values = {"source": x, "out": out} if other is None else {"source": x, "out": out, "other": other}
-        return product_address(name), Product.fill(joined([self.struct]), sizes, rows=x.shape[0], **values)
+        return product_address(name), Product.fill(self.struct[:], sizes, rows=x.shape[0], **values)
 
     def product(self, name: str, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
         """One of the products, computed."""
@@ -56,7 +56,7 @@ class Panels:
         out = x.new_empty((x.shape[0], self.columns))
         _, struct = self.kernel(name, x, out, other)
         small = x.shape[0] * self.columns * self.depth <= _SINGLE_THREADED
-        run(_task(name), struct.ctypes.data, single_threaded=small)
+        run(_task(name), address(struct), single_threaded=small)
         return out
 
 

@@ -18,7 +18,7 @@ from llvmlite import ir
 
 from lookonce.models.kernels.code import POINTER, Code
 from lookonce.models.kernels.compiling import Compiled
-from lookonce.models.kernels.structs import Call, Struct, Structs, integer, pointer
+from lookonce.models.kernels.structs import Call, Struct, Structs, Words, address, integer, pointer
 
 _LIBRARY = ctypes.CDLL(None)  # with what torch brings along: libgomp, on Linux
 _PARALLEL = getattr(_LIBRARY, "GOMP_parallel", None)
@@ -48,8 +48,8 @@ def run(task: Any, struct: int, *, single_threaded: bool = False) -> None:
         task(struct)
 
 
-Kernel = tuple[int, Structs]
-"""The address of a function of a pointer to a struct, and the struct, an array of one."""
+Kernel = tuple[int, Words]
+"""The address of a function of a pointer to a struct, and the struct."""
 
 
 class Program(Struct):
@@ -63,15 +63,15 @@ class Program(Struct):
 def run_program(calls: Structs, *, single_threaded: bool) -> None:
     """Make `calls` [n], each when all threads have ended the one before."""
     wait = 0 if single_threaded else barrier()
-    program = Program.fill(Program.zeros(1), count=len(calls), calls=np.ascontiguousarray(calls), barrier=wait)
-    run(_program()[1], program.ctypes.data, single_threaded=single_threaded)
+    program = Program.fill(Program.one(), count=len(calls), calls=np.ascontiguousarray(calls), barrier=wait)
+    run(_program()[1], address(program), single_threaded=single_threaded)
 
 
 def run_kernels(kernels: Sequence[Kernel], *, single_threaded: bool) -> None:
     """The same of kernels."""
     calls = Call.zeros(len(kernels))
     calls["function"] = [function for function, _ in kernels]
-    calls["struct"] = [struct.ctypes.data for _, struct in kernels]
+    calls["struct"] = [address(struct) for _, struct in kernels]
     run_program(calls, single_threaded=single_threaded)
 
 

@@ -7,9 +7,11 @@ Every field is eight bytes: an integer, or a pointer to elements of one kind in 
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
+from ctypes import addressof, c_char
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,9 @@ import torch
 Ints = npt.NDArray[np.int64]
 Structs = npt.NDArray[Any]
 """Of a struct's dtype, any shape."""
-_BYTES = 8  # of a field
+Words: TypeAlias = "array[int]"
+"""One struct: its fields in their order. numpy takes ten times as long to copy or write one."""
+T = TypeVar("T", Structs, Words)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,21 +63,38 @@ class Field:
         self.name, self.place = "", 0
         self._constant = math.prod(size for size in shape if isinstance(size, int))
         self._names = [size for size in shape if isinstance(size, str)]
+        self._behind = list(enumerate(shape))[:0:-1]  # dimensions of a row, the last first
         kinds = element.numpy if isinstance(element, Element) else () if element is None else (element.dtype,)
         self._numpy, self._torch = kinds, element.torch if isinstance(element, Element) else ()
 
     def address(self, value: Pointee, sizes: Mapping[str, int]) -> int | Ints:
         """Of what the field shall point to. Raises ValueError for another kind of element, for elements that don't lie
         one behind the other (`step`: rows of them), and for too few."""
+        if isinstance(value, torch.Tensor):
+            if self._takes(value, sizes):
+                return value.data_ptr()
+        elif isinstance(value, Along):
+            if isinstance(value.first, torch.Tensor):
+                if self._takes(value.first, sizes):
+                    return value.addresses
+            elif self._takes_array(value.first, sizes):
+                return value.addresses
+        elif self._takes_array(value, sizes):
+            return address(value)
         one = value.first if isinstance(value, Along) else value
-        if isinstance(one, torch.Tensor):
-            if one.dtype in self._torch and one.is_cpu and self._lies_well(one, sizes):
-                return one.data_ptr() if one is value else value.addresses  # type: ignore[union-attr]
-        elif one.dtype in self._numpy and one.flags.c_contiguous and one.size >= self._count(sizes):
-            return one.ctypes.data if one is value else value.addresses  # type: ignore[union-attr]
         raise ValueError(
             f"{self.name} points to {self._kind} {self._shape(sizes)} one behind the other, not to {_told(one)}"
         )
+
+    def _takes(self, value: torch.Tensor, sizes: Mapping[str, int]) -> bool:
+        if value.dtype not in self._torch or not value.is_cpu:
+            return False
+        if self.step is not None:
+            return self._rows_lie_well(value, sizes)
+        return value.is_contiguous() and value.numel() >= self._count(sizes)
+
+    def _takes_array(self, value: npt.NDArray[Any], sizes: Mapping[str, int]) -> bool:
+        return value.dtype in self._numpy and value.flags.c_contiguous and value.size >= self._count(sizes)
 
     def _shape(self, sizes: Mapping[str, int]) -> list[int]:
         return [size if isinstance(size, int) else sizes[size] for size in self.shape]
@@ -84,16 +105,14 @@ class Field:
             count *= sizes[name]
         return count
 
-    def _lies_well(self, value: torch.Tensor, sizes: Mapping[str, int]) -> bool:
-        if self.step is None:
-            return value.is_contiguous() and value.numel() >= self._count(sizes)
-        needed, shape, steps = self._shape(sizes), value.shape, value.stride()
-        if len(shape) != len(needed) or shape[0] < needed[0]:
+    def _rows_lie_well(self, value: torch.Tensor, sizes: Mapping[str, int]) -> bool:
+        shape, steps, rows = value.shape, value.stride(), self.shape[0]
+        if len(shape) != len(self.shape) or shape[0] < (sizes[rows] if isinstance(rows, str) else rows):
             return False
         behind = 1
-        for place in range(len(needed) - 1, 0, -1):
+        for place, needed in self._behind:
             size = shape[place]
-            if size != needed[place] or (size != 1 and steps[place] != behind):
+            if size != (sizes[needed] if isinstance(needed, str) else needed) or (size != 1 and steps[place] != behind):
                 return False
             behind *= size
         return True
@@ -127,39 +146,52 @@ class Struct:
         cls.dtype = np.dtype([(name, np.int64) for name in cls.fields])
 
     @classmethod
+    def one(cls) -> Words:
+        """One, of which all fields are 0."""
+        return array("q", bytes(cls.dtype.itemsize))
+
+    @classmethod
     def zeros(cls, *shape: int) -> Structs:
         """So many, of which all fields are 0."""
         return np.zeros(shape, dtype=cls.dtype)
 
     @classmethod
-    def fill(cls, structs: Structs, sizes: Mapping[str, int] | None = None, **values: int | Ints | Pointee) -> Structs:
-        """Write fields of all `structs`, which are returned: integers first, since shapes go by them and by `sizes`.
-        Raises ValueError, before anything is read, for what a pointer may not point to."""
-        known = _Sizes(sizes or ())
-        known.structs = structs
-        pointers = []
+    def fill(cls, structs: T, sizes: Mapping[str, int] | None = None, **values: int | Ints | Pointee) -> T:
+        """Write fields of one struct, or of all `structs`, which are returned: integers first, since shapes go by them
+        and by `sizes`. Raises ValueError, before anything is read, for what a pointer may not point to."""
+        fields, known = cls.fields, _Sizes(sizes or ())
+        known.kind, known.structs, pointers = cls, structs, []
+        target: Any = structs
+        single = isinstance(structs, array)
         for name, value in values.items():
-            field = cls.fields[name]
-            if field.element is None:
-                structs[name] = value
-                if isinstance(value, int):
-                    known[name] = value
-            else:
+            field = fields[name]
+            if field.element is not None:
                 pointers.append((field, value))
-        for field, value in pointers:
-            structs[field.name] = field.address(value, known)  # type: ignore[arg-type]
+                continue
+            target[field.place if single else name] = value
+            if isinstance(value, int):
+                known[name] = value
+        for field, pointee in pointers:
+            target[field.place if single else field.name] = field.address(pointee, known)  # type: ignore[arg-type]
             if field.step is not None:
-                structs[field.step] = (value.first if isinstance(value, Along) else value).stride(0)  # type: ignore
+                one: Any = pointee.first if isinstance(pointee, Along) else pointee
+                target[fields[field.step].place if single else field.step] = one.stride()[0]
         return structs
 
 
 class _Sizes(dict[str, int]):
     """Sizes by name: those given, and what integer fields hold, the largest of several."""
 
-    structs: Structs
+    __slots__ = ("kind", "structs")
+    kind: type[Struct]
+    structs: Structs | Words
 
     def __missing__(self, name: str) -> int:
-        self[name] = found = int(self.structs[name].max(initial=0))
+        structs = self.structs
+        if isinstance(structs, array):
+            self[name] = found = structs[self.kind.fields[name].place]
+        else:
+            self[name] = found = int(structs[name].max(initial=0))
         return found
 
 
@@ -172,13 +204,31 @@ class Call(Struct):
 
 def joined(arrays: Sequence[Structs]) -> Structs:
     """Contiguous arrays of one struct behind each other along their last dimension. numpy does structs one by one."""
-    found: Structs = np.concatenate([array.view(np.int64) for array in arrays], axis=-1).view(arrays[0].dtype)
+    first = arrays[0]
+    if len(arrays) == 1:
+        return np.ndarray(first.shape, first.dtype, bytearray(first.tobytes()))
+    found: Structs = np.concatenate([array.view(np.int64) for array in arrays], axis=-1).view(first.dtype)
     return found
+
+
+def address(memory: npt.NDArray[Any] | Words) -> int:
+    """Where one struct or a contiguous array begins; 0 for an empty one. numpy's `ctypes` takes several times as
+    long."""
+    if isinstance(memory, array):
+        return memory.buffer_info()[0]
+    if not memory.size:
+        return 0
+    try:
+        return addressof(c_char.from_buffer(memory))
+    except TypeError:  # it is read-only
+        return memory.ctypes.data
 
 
 def addresses(whole: npt.NDArray[Any]) -> Ints:
     """Where each row of an array begins."""
-    return whole.ctypes.data + whole.strides[0] * np.arange(len(whole))
+    if len(whole) == 1:
+        return np.array([address(whole)])
+    return np.arange(len(whole)) * whole.strides[0] + address(whole)
 
 
 def _told(value: torch.Tensor | npt.NDArray[Any]) -> str:

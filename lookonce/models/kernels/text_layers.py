@@ -12,7 +12,19 @@ import torch
 from lookonce.models.kernels.panels import PanelGatedUnit, PanelLinear, Panels, product_address
 from lookonce.models.kernels.products import Product
 from lookonce.models.kernels.program import run_program
-from lookonce.models.kernels.structs import FLOAT32, INT64, Call, Field, Ints, Struct, Structs, integer, joined, pointer
+from lookonce.models.kernels.structs import (
+    FLOAT32,
+    INT64,
+    Call,
+    Field,
+    Ints,
+    Struct,
+    Words,
+    address,
+    integer,
+    joined,
+    pointer,
+)
 from lookonce.models.kernels.text_rows import Gather, Norm, Rotation, TextRows
 from lookonce.models.linear import LayerWeights
 from lookonce.models.text_adapter import AttentionCalls, ModelShape
@@ -46,13 +58,13 @@ class _Kernel:
 
     function: int
     kind: type[Struct]
-    struct: Structs
+    struct: Words
     step: Mapping[str, Field]  # of a field of the struct: the field of `Step`
 
     def check(self, sizes: Mapping[str, int]) -> None:
         """Raise ValueError where the struct would point to less than it declares."""
         known: dict[str | int, str | int] = {"tokens": "tokens", "wanted": "wanted"}
-        known |= {name: int(self.struct[name][0]) for name in self.kind.fields}
+        known |= dict(zip(self.kind.fields, self.struct, strict=True))
         known |= dict(sizes.items())
         known |= {name: field.name for name, field in self.step.items() if field.element is None}
         for name, held in self.step.items():
@@ -92,12 +104,12 @@ class TextLayers:
             kernel.check(self._sizes)
         self._calls = Call.zeros(len(kernels))
         self._calls["function"] = [kernel.function for kernel in kernels]
-        self._always: Ints = np.concatenate([kernel.struct.view(np.int64) for kernel in kernels])
+        self._always: Ints = np.concatenate([np.array(kernel.struct) for kernel in kernels])
         self._step: Ints = np.concatenate([_places(kernel) for kernel in kernels])
-        sizes = np.array([kernel.struct.nbytes for kernel in kernels])
+        sizes = np.array([kernel.kind.dtype.itemsize for kernel in kernels])
         self._offsets: Ints = sizes.cumsum() - sizes
         self._orders: dict[int, Ints] = {}
-        self._kept: tuple[tuple[int, int], Structs, dict[str, torch.Tensor]] | None = None
+        self._kept: tuple[tuple[int, int], Words, dict[str, torch.Tensor]] | None = None
 
     def __call__(
         self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attention: AttentionCalls, rows: torch.Tensor
@@ -109,23 +121,23 @@ class TextLayers:
             raise ValueError(f"{wanted} rows of {tokens} tokens")
         step, buffers = self._buffers(tokens, wanted)
         Step.fill(step, self._sizes, tokens=tokens, wanted=wanted, rows=rows, cos=cos, sin=sin, hidden=hidden)
-        structs = self._always + step.view(np.int64)[self._step]
+        structs = self._always + np.frombuffer(step, dtype=np.int64)[self._step]
         own = joined([self._calls])
-        own["struct"] = structs.ctypes.data + self._offsets
+        own["struct"] = address(structs) + self._offsets
         q, k, v = buffers["projected"].view(tokens, -1, self._shape.head_dim).split_with_sizes(self._heads, dim=1)
         attended = attention(q, k, v, buffers["mixed"])
         program = joined([own, attended.reshape(-1)])[self._order(attended.shape[1])]
         run_program(program, single_threaded=tokens * self._work <= _SINGLE_THREADED)
         return buffers["out"]
 
-    def _buffers(self, tokens: int, wanted: int) -> tuple[Structs, dict[str, torch.Tensor]]:
+    def _buffers(self, tokens: int, wanted: int) -> tuple[Words, dict[str, torch.Tensor]]:
         """What a step leaves between kernels, and a `Step` that points to it; those of few tokens are used again."""
         if self._kept is not None and (tokens, wanted) == self._kept[0]:
             return self._kept[1:]
         sizes = {**self._sizes, "tokens": tokens, "wanted": wanted}
         names = ("normed", "projected", "mixed", "inner", "last", "last_mixed", "out")
         buffers = {name: self._norm.new_empty([sizes[str(size)] for size in Step.fields[name].shape]) for name in names}
-        step = Step.fill(Step.zeros(1), sizes, tokens=tokens, wanted=wanted, **buffers)
+        step = Step.fill(Step.one(), sizes, tokens=tokens, wanted=wanted, **buffers)
         self._kept = ((tokens, wanted), step, buffers) if tokens <= _KEPT_TOKENS else None
         return step, buffers
 
@@ -139,7 +151,7 @@ class TextLayers:
     def _before(self, layer: LayerWeights) -> Iterator[_Kernel]:
         yield self._normed(layer.input_norm, Step.tokens, Step.hidden, Step.normed)
         yield _product("product", layer.qkv, Step.tokens, Step.normed, Step.projected)
-        struct = Rotation.fill(Rotation.zeros(1), step=self._sizes["projected"])
+        struct = Rotation.fill(Rotation.one(), step=self._sizes["projected"])
         step = {"rows": Step.tokens, "heads": Step.projected, "cos": Step.cos, "sin": Step.sin}
         yield _Kernel(self._rows.code.address("rotate"), Rotation, struct, step)
 
@@ -149,7 +161,7 @@ class TextLayers:
         if last:
             for source, out in ((Step.hidden, Step.last), (Step.mixed, Step.last_mixed)):
                 step = {"rows": Step.wanted, "source": source, "which": Step.rows, "out": out}
-                yield _Kernel(self._rows.code.address("gather"), Gather, Gather.zeros(1), step)
+                yield _Kernel(self._rows.code.address("gather"), Gather, Gather.one(), step)
             rows, hidden, mixed = Step.wanted, Step.last, Step.last_mixed
         yield _product("product_plus", layer.output, rows, mixed, hidden)
         yield self._normed(layer.mlp_norm, rows, hidden, Step.normed)
@@ -157,7 +169,7 @@ class TextLayers:
         yield _product("product_plus", layer.down, rows, Step.inner, hidden)
 
     def _normed(self, weight: torch.Tensor, rows: Field, source: Field, out: Field) -> _Kernel:
-        struct = Norm.fill(Norm.zeros(1), self._sizes, weight=weight)
+        struct = Norm.fill(Norm.one(), self._sizes, weight=weight)
         return _Kernel(self._rows.code.address("norm"), Norm, struct, {"rows": rows, "source": source, "out": out})
 
 

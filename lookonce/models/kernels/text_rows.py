@@ -11,7 +11,7 @@ from llvmlite import ir
 from lookonce.models.kernels.code import Code
 from lookonce.models.kernels.compiling import Compiled, compiled_or_none, lanes_for
 from lookonce.models.kernels.program import run
-from lookonce.models.kernels.structs import FLOAT32, INT64, Struct, integer, pointer
+from lookonce.models.kernels.structs import FLOAT32, INT64, Struct, address, integer, pointer
 
 _CHUNK = 8  # rows that a thread takes at once
 _SINGLE_THREADED = 1 << 14  # float32 up to which other threads don't pay
@@ -55,8 +55,8 @@ class TextRows:
         """Rows of `hidden` places are normed; of each token the first `rotated` heads of `head_dim` are rotated."""
         self.code = _compiled(hidden, head_dim, rotated, epsilon)
         self._norm, self._rotate = self.code.task("norm"), self.code.task("rotate")
-        self._norm_struct, self._rotation_struct = Norm.zeros(1), Rotation.zeros(1)
-        self._addresses = self._norm_struct.ctypes.data, self._rotation_struct.ctypes.data
+        self._norm_struct, self._rotation_struct = Norm.one(), Rotation.one()
+        self._addresses = address(self._norm_struct), address(self._rotation_struct)
         self.sizes = {"hidden": hidden, "rotated": rotated, "head_dim": head_dim, "half": head_dim // 2}
 
     def norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""Qwen2-VL (arXiv:2409.12191): names, shapes and defaults, as published and as newer saves write them."""
+"""Qwen2-VL (arXiv:2409.12191): names, shapes and defaults, as published and as newer saves write them; the sizes it
+resizes images to, and the positions of their tokens."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +15,6 @@ from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
-from lookonce.models.qwen2_vl.positions import mrope_positions
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ _DEFAULT_MAX_PIXELS = 28 * 28 * 1280
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_REMEMBERED, _REMEMBERED_LENGTH = 128, 2048
+"""Layouts whose positions are kept, and the longest such: the same questions are asked about many images."""
 
 
 class Qwen2VL:
@@ -268,6 +271,39 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
         rows = math.ceil(height * beta / factor) * factor
         columns = math.ceil(width * beta / factor) * factor
     return rows, columns
+
+
+def mrope_positions(length: int, images: Layout, merge_size: int) -> tuple[NDArray[np.int64], int]:
+    """M-RoPE positions of a prompt (arXiv:2409.12191, section 2.1), from its layout alone: [3, length] (temporal,
+    height, width), and the position of the first generated token.
+
+    Text counts up by one on all three rows. An image's tokens get frame, row and column of their cell, counted from the
+    position it starts at; what follows goes on after its longer side. `images` come in order and don't overlap. Treat
+    the result as read-only.
+    """
+    return (_remembered if length <= _REMEMBERED_LENGTH else _laid_out)(length, tuple(images), merge_size)
+
+
+def _laid_out(length: int, images: Layout, merge_size: int) -> tuple[NDArray[np.int64], int]:
+    positions = np.empty((3, length), dtype=np.int64)
+    at = position = 0
+    for start, (t, h, w) in images:
+        positions[:, at:start] = np.arange(position, position + start - at)
+        position += start - at
+        rows, columns = h // merge_size, w // merge_size
+        end = start + t * rows * columns
+        cells = positions[:, start:end].reshape(3, t, rows, columns)
+        # by frame, row, column: the order of the encoder's output
+        cells[0] = np.arange(position, position + t)[:, None, None]
+        cells[1] = np.arange(position, position + rows)[:, None]
+        cells[2] = np.arange(position, position + columns)
+        position += max(rows, columns)
+        at = end
+    positions[:, at:] = np.arange(position, position + length - at)
+    return positions, int(positions.max()) + 1 if length else 0
+
+
+_remembered = lru_cache(maxsize=_REMEMBERED)(_laid_out)
 
 
 def _section(config: dict[str, Any], key: str) -> dict[str, Any] | None:

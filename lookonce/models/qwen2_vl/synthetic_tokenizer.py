@@ -32,7 +32,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 CHAT_TEMPLATE = """\
-{%- set pictures = namespace(images=0, videos=0) -%}
+{%- set seen = namespace(images=0, videos=0) -%}
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
@@ -43,12 +43,12 @@ CHAT_TEMPLATE = """\
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- if part['type'] in ('image', 'image_url') or 'image' in part or 'image_url' in part -%}
-{%- set pictures.images = pictures.images + 1 -%}
-{%- if add_vision_id -%}{{- 'Picture ' ~ pictures.images ~ ': ' -}}{%- endif -%}
+{%- set seen.images = seen.images + 1 -%}
+{%- if add_vision_id -%}{{- 'Picture ' ~ seen.images ~ ': ' -}}{%- endif -%}
 {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
 {%- elif part['type'] == 'video' or 'video' in part -%}
-{%- set pictures.videos = pictures.videos + 1 -%}
-{%- if add_vision_id -%}{{- 'Video ' ~ pictures.videos ~ ': ' -}}{%- endif -%}
+{%- set seen.videos = seen.videos + 1 -%}
+{%- if add_vision_id -%}{{- 'Video ' ~ seen.videos ~ ': ' -}}{%- endif -%}
 {{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
 {%- elif 'text' in part -%}
 {{- part['text'] -}}

@@ -6,10 +6,10 @@ import { apiKey, baseURL, check, file, images, model, question, refused } from "
 
 const openai = createOpenAI({ baseURL, apiKey });
 const compatible = createOpenAICompatible({ name: "lookonce", baseURL, apiKey }).chatModel(model);
-const pictures = { bytes: file, data: images.data };
+const sources = { bytes: file, data: images.data };
 for (const [name, chat] of [["compatible", compatible], ["openai chat", openai.chat(model)]]) {
   let messages;
-  for (const [form, image] of Object.entries(pictures)) {
+  for (const [form, image] of Object.entries(sources)) {
     messages = [{ role: "user", content: [{ type: "text", text: question }, { type: "image", image }] }];
     const answer = await generateText({ model: chat, messages });
     check(`${name}, ${form}`, answer.text);

@@ -205,7 +205,7 @@ class Client:
         async with self._http.stream("POST", f"{gateway}/v1/chat/completions", json=body) as reply:
             if reply.status_code != 200:
                 content = await reply.aread()
-                self._succeeded(reply, content, start, None, "leave_in_mid_stream")
+                self._succeeded(reply, content, start, image if image.churned else None, "leave_in_mid_stream")
                 return str(reply.status_code)
             async for _ in reply.aiter_lines():
                 break
@@ -256,6 +256,11 @@ class Client:
             return False
         facts["request_id"] = reply.headers.get("x-request-id")
         if reply.status_code == 404 and image is not None:
+            facts |= {
+                "url": str(reply.url),
+                "started": round(start - self._verdicts.began, 2),
+                "certain": round(image.certain_from - self._verdicts.began, 2),
+            }
             self._verdicts.accuse("a kept image is not found", body=content[:200], **facts)
             return False
         try:

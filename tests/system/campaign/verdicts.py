@@ -131,6 +131,9 @@ class Verdicts:
             ("VIOLATIONS", self.violations),
         ):
             lines += [f"{title}:", *(f"  {count:6}  {name}" for name, count in sorted(counts.items()))]
+        if self.violations:
+            lines += ["faults in their order:"]
+            lines += [f"  {w.start - self.began:6.1f} to {w.end - self.began:6.1f}  {w.kind}" for w in self.windows]
         for violation, examples in sorted(self.examples.items()):
             lines += [violation, *(f"  {example}" for example in examples)]
         return "\n".join(lines)

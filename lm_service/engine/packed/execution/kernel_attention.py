@@ -274,7 +274,7 @@ class _Prefills:
     """Stores new keys and values of prefixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: PrefillPlan) -> None:
-        self._kernel, self._plan = own.kernels.prefill, plan
+        self._plan = plan
         self._sizes = {**own.sizes, "tokens": len(plan.places)}
         self._spans = own.spans([node for span in plan.spans for node in (*span.ancestors, span.node)])
         self._structs = PrefillAttention.fill(
@@ -288,6 +288,7 @@ class _Prefills:
             barrier=own.kernels.barrier(),
         )
         self._structs["item_count"][-1] = 0  # nothing of a prefill is read behind the last layer's keys and values
+        self._calls = _calls(own.kernels.prefill, [self._structs])
 
     def calls(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
@@ -296,14 +297,14 @@ class _Prefills:
         structs = self._structs[layers]
         structs["store_counter"] = structs["attend_counter"] = 0
         PrefillAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
-        return _calls(self._kernel, [structs])
+        return self._calls[layers]
 
 
 class _Suffixes:
     """Stores new keys and values of suffixes and attends from their tokens."""
 
     def __init__(self, own: KernelAttention, plan: SuffixPlan) -> None:
-        self._kernel, suffixes = own.kernels.attend, plan.suffixes
+        suffixes = plan.suffixes
         partial_count = max(split.partial for split in plan.splits)
         partial = own.partial(partial_count)
         self._sizes = {**own.sizes, "total": len(suffixes.visible)}
@@ -333,6 +334,7 @@ class _Suffixes:
         self._held = [plan, partial]  # what the structs point to
         self._splits = [self._split(own, joined([structs]), split) for split in plan.splits]
         self._splits[0]["stored"] = len(suffixes.visible)
+        self._calls = _calls(own.kernels.attend, self._splits)
 
     def _split(self, own: KernelAttention, structs: Structs, split: Split) -> Structs:
         spans = own.spans([span.node for span in split.spans])
@@ -356,11 +358,11 @@ class _Suffixes:
             structs = split[layers]
             structs["shared_counter"] = structs["own_counter"] = 0
             SuffixAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
-        return _calls(self._kernel, [split[layers] for split in self._splits])
+        return self._calls[layers]
 
 
 def _calls(kernel: int, structs: list[Structs]) -> Structs:
-    """Of a kernel with arrays of structs [layers]: Call [layers, arrays]. Each is for once."""
+    """Of a kernel with arrays of structs [layers]: Call [layers, arrays]."""
     calls = Call.zeros(len(structs[0]), len(structs))
     calls["function"] = kernel
     for number, each in enumerate(structs):

@@ -97,7 +97,7 @@ class Kernels:
         for some in np.split(np.arange(len(reach)), _cuts(operations, at_once)):
             blocks = packed.blocks[some[0] : some[-1] + 1]
             struct = Attention.fill(
-                Attention.zeros(1),
+                Attention.one(),
                 self._sizes,
                 patches=patches,
                 qkv=qkv,
@@ -118,7 +118,7 @@ class Kernels:
         """Values of pixels [patches, 3, places] by a table [3 * 256] -> [patches, 3 * places]."""
         patches, channels, places = pixels.shape
         out = table.new_empty((patches, channels * places))
-        struct = Lookup.fill(Lookup.zeros(1), rows=patches, places=places, pixels=pixels, table=table, out=out)
+        struct = Lookup.fill(Lookup.one(), rows=patches, places=places, pixels=pixels, table=table, out=out)
         run_kernels([(self._code.address("lookup"), struct)], single_threaded=out.numel() <= _SINGLE_THREADED)
         return out
 
@@ -135,7 +135,7 @@ class Kernels:
         values = {"source": x, "weight": norm.weight, "shift": norm.bias, "out": out}
         if added is not None:
             values["added"] = added
-        struct = LayerNorm.fill(LayerNorm.zeros(1), self._sizes, rows=x.shape[0], **values)
+        struct = LayerNorm.fill(LayerNorm.one(), self._sizes, rows=x.shape[0], **values)
         return self._code.address("norm" if added is None else "add_norm"), struct
 
     def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: nn.LayerNorm, out: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ class Kernels:
     def gelu(self, x: torch.Tensor) -> torch.Tensor:
         """x [patches, inner] * sigmoid(1.702 x), in place of x."""
         x = x.contiguous()
-        struct = Gelu.fill(Gelu.zeros(1), self._sizes, rows=x.shape[0], values=x)
+        struct = Gelu.fill(Gelu.one(), self._sizes, rows=x.shape[0], values=x)
         run_kernels([(self._code.address("gelu"), struct)], single_threaded=x.numel() <= _SINGLE_THREADED)
         return x
 
