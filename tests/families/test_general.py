@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.families.tiny_checkpoints import make
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.types import ScoreItem, Scoring
+from lm_service.prompt import Message, PromptBuilder
+from lm_service.template import load_template
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.checkpoint.check import open_checked
+from lookonce.models.family import Half
+from tests.engine.lab import Album, ask, generation
+from tests.families.tiny_checkpoints import FAMILIES, make
 from tests.families.unsplit_general import Unsplit
 from tests.images import photograph
 from tests.system.cluster import System, data_url, encoded, image_part, text_part
@@ -12,6 +22,7 @@ from tests.system.cluster import System, data_url, encoded, image_part, text_par
 IMAGE, OTHER = photograph("chelsea", (150, 100)), photograph("coffee", (64, 96))
 QUESTION, CHOICES = "what is on this image?", ["yes", "no", "a cat"]
 THROUGH_REST = "llava"
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +81,64 @@ def test_several_images_and_turns(system, unsplit):
     ]
     reply = system.chat(messages, max_tokens=12)
     assert reply["choices"][0]["message"]["content"] == unsplit.answer(turns)
+
+
+class Split:
+    """Both halves of a checkpoint in this process, each loaded as its service loads it."""
+
+    def __init__(self, path):
+        halves = {half: open_checked(str(path), half) for half in Half}
+        vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
+        self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
+        layers = language.family.dimensions(language.config).layers
+        self.model = language.family.load_text(language, torch.float32, lambda name: CPU, [CPU] * layers)
+        family = language.family
+        self.template = load_template(path, family, family.special_tokens(language.config).marker)
+        limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
+        self.prompts = PromptBuilder(self.template, family, language.config, **limits)
+
+    def encoded(self, image, number):
+        """A reference to an image, and its rows."""
+        (rows,) = self.encoder.encode([prepared := self.encoder.prepare(image, 1, 10**8)])
+        key = bytes([number]) * 32
+        return EmbeddingReference(key, "0" * 64, key, prepared.grid_thw, len(rows), *image.size), rows
+
+
+class Shelf(Album):
+    """An EmbeddingLoader of some images."""
+
+    def __init__(self, encoded):
+        super().__init__(encoded[0][1].shape[1])
+        by_key = {reference.key: rows for reference, rows in encoded}
+        self.rows = lambda reference: by_key[reference.key]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_every_family(family, tmp_path, monkeypatch):
+    path = make(family, tmp_path / family)
+    unsplit, split = Unsplit(path, monkeypatch), Split(path)
+    encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
+    shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary
+    options = PackedOptions(kv_bytes=8 << 20, prefix_bytes=8 << 20, step_tokens=37, burst_tokens=37)
+    engine = PackedEngine(split.model, split.template.table, frozenset(), options)
+    await engine.start(shelf)
+    try:
+        for image, (reference, rows) in zip((IMAGE, OTHER), encoded, strict=True):
+            for text in (QUESTION, "why?"):
+                prompt = split.prompts.build([Message("user", (reference, text))])
+                turns = user(image, text)
+                assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
+                (answer,) = await ask(engine, generation(prompt, 8, logprobs=vocabulary))
+                expected = unsplit.logprobs(turns, answer.tokens)[:-1]
+                for row, token, given in zip(expected, answer.tokens, answer.logprobs, strict=True):
+                    told = torch.tensor([value for _, value in sorted(given.top)])
+                    torch.testing.assert_close(told, row, atol=2e-4, rtol=0)
+                    assert token == int(row.argmax())
+            assert shelf.loads[reference.key] == 1
+        scored = await engine.score(Scoring("s", (ScoreItem(prompt, ((5,), (7, 9))),)))
+        for choice, given in zip(((5,), (7, 9)), scored.logprobs[0], strict=True):
+            told = unsplit.logprobs(turns, list(choice))
+            weight = sum(float(row[token]) for row, token in zip(told, choice, strict=False))
+            assert given == pytest.approx(weight, abs=4e-4)
+    finally:
+        await engine.close()

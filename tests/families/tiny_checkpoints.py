@@ -72,6 +72,8 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
             continue
         if parameter.abs().max() < 1e-3 or parameter.dim() > 1:  # so that what an image is decides an answer
             torch.nn.init.normal_(parameter, 0, 0.3 if parameter.dim() < 2 else 0.15)
+    with torch.no_grad():  # no answer has a special token, which the class would take for an image's
+        model.get_output_embeddings().weight[[ids[token] for token in tiny.tokens]] = 0
     model.generation_config.eos_token_id = ids["</s>"]
     generation = (path / "generation_config.json").read_bytes()
     stated = (path / "config.json").read_bytes()
@@ -163,18 +165,242 @@ def _llava(path: Path, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _smolvlm(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """HuggingFaceTB/SmolVLM2-2.2B-Instruct: SigLIP on tiles and the whole, pixel shuffle, and LLaMA (SmolLM2)."""
+    _tiles(path, "SmolVLM")
+    return _idefics(ids, "smolvlm", "SmolVLMForConditionalGeneration") | {"scale_factor": 2}
+
+
+def _idefics3(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """HuggingFaceM4/Idefics3-8B-Llama3."""
+    _tiles(path, "Idefics3")
+    return _idefics(ids, "idefics3", "Idefics3ForConditionalGeneration") | {"scale_factor": 2}
+
+
+def _tiles(path: Path, name: str) -> None:
+    image = {"image_processor_type": f"{name}ImageProcessor", "processor_class": f"{name}Processor", "do_pad": True}
+    image |= {"do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_rescale": True, **HALF}
+    image |= {"do_resize": True, "max_image_size": {"longest_edge": 56}, "resample": 1, "rescale_factor": 1 / 255}
+    write(path / "preprocessor_config.json", image | {"size": {"longest_edge": 112}})
+    write(path / "processor_config.json", {"image_seq_len": 4, "processor_class": f"{name}Processor"})
+
+
+def _idefics(ids: dict[str, int], model_type: str, architecture: str) -> dict[str, Any]:
+    vision = {"hidden_size": 32, "image_size": 56, "intermediate_size": 64, "num_attention_heads": 2}
+    vision |= {"num_hidden_layers": 2, "patch_size": 14, "max_image_size": {"longest_edge": 56}}
+    vision |= {"size": {"longest_edge": 112}, "model_type": f"{model_type}_vision"}
+    return {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "image_token_id": ids["<image>"],
+        "text_config": {"model_type": "llama", **TEXT},
+        "tie_word_embeddings": False,
+        "vision_config": vision,
+    }
+
+
+def _internvl(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """OpenGVLab/InternVL3-1B-hf: InternViT on tiles and a thumbnail, pixel shuffle, and Qwen2."""
+    side = {"height": 56, "width": 56}
+    image = {"image_processor_type": "GotOcr2ImageProcessorFast", "processor_class": "InternVLProcessor", "size": side}
+    image |= {"crop_size": None, "crop_to_patches": False, "min_patches": 1, "max_patches": 6, "resample": 3, **CLIP}
+    image |= {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True}
+    write(path / "preprocessor_config.json", image | {"rescale_factor": 1 / 255})
+    write(path / "processor_config.json", {"image_seq_length": 4, "processor_class": "InternVLProcessor"})
+    vision = {
+        "architectures": ["InternVLVisionModel"],
+        "attention_bias": True,
+        "hidden_size": 32,
+        "image_size": [56, 56],
+    }
+    vision |= {"intermediate_size": 64, "layer_scale_init_value": 0.1, "model_type": "internvl_vision"}
+    vision |= {"num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": [14, 14], "use_qk_norm": False}
+    return {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "downsample_ratio": 0.5,
+        "image_seq_length": 4,
+        "image_token_id": ids["<IMG_CONTEXT>"],
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "qwen2", **TEXT, "use_sliding_window": False, "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+        "vision_config": vision,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def _onevision(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """llava-hf/llava-onevision-qwen2-0.5b-ov-hf: SigLIP on tiles and the whole, padding cut off, newlines, Qwen2."""
+    pins = [[side, other] for side in (56, 112, 168) for other in (56, 112, 168)]
+    image = {"image_processor_type": "LlavaOnevisionImageProcessor", "processor_class": "LlavaOnevisionProcessor"}
+    image |= {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        **HALF,
+    }
+    image |= {
+        "image_grid_pinpoints": pins,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"height": 56, "width": 56},
+    }
+    write(path / "preprocessor_config.json", image)
+    stated = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "vision_aspect_ratio": "anyres_max_9"}
+    stated |= {"processor_class": "LlavaOnevisionProcessor", "image_token": "<image>", "video_token": "<video>"}
+    write(path / "processor_config.json", stated)
+    return {
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "model_type": "llava_onevision",
+        "image_grid_pinpoints": pins,
+        "image_token_index": ids["<image>"],
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "qwen2", **TEXT, "tie_word_embeddings": True},
+        "tie_word_embeddings": True,
+        "use_image_newline_parameter": True,
+        "video_token_index": ids["<video>"],
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_config": _siglip(),
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+def _siglip() -> dict[str, Any]:
+    vision = {"hidden_size": 32, "image_size": 56, "intermediate_size": 64, "model_type": "siglip_vision_model"}
+    return vision | {"num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 14, "vision_use_head": False}
+
+
+def _llava_next(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """llava-hf/llava-v1.6-mistral-7b-hf: CLIP on tiles and the whole, padding cut off, newlines, Mistral."""
+    pins = [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]]
+    image = {"image_processor_type": "LlavaNextImageProcessor", "processor_class": "LlavaNextProcessor", "do_pad": True}
+    image |= {
+        "aspect_ratio_setting": "anyres",
+        "crop_size": {"height": 56, "width": 56},
+        "do_center_crop": True,
+        **CLIP,
+    }
+    image |= {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3}
+    image |= {"image_grid_pinpoints": pins, "rescale_factor": 1 / 255, "size": {"shortest_edge": 56}}
+    write(path / "preprocessor_config.json", image)
+    stated = {"image_token": "<image>", "patch_size": 14, "vision_feature_select_strategy": "default"}
+    stated |= {"num_additional_image_tokens": 1, "processor_class": "LlavaNextProcessor"}
+    write(path / "processor_config.json", stated)
+    vision = {"hidden_size": 32, "image_size": 56, "intermediate_size": 64, "model_type": "clip_vision_model"}
+    vision |= {"num_attention_heads": 2, "num_hidden_layers": 3, "patch_size": 14, "projection_dim": 32}
+    return {
+        "architectures": ["LlavaNextForConditionalGeneration"],
+        "model_type": "llava_next",
+        "image_grid_pinpoints": pins,
+        "image_token_index": ids["<image>"],
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "mistral", **TEXT, "sliding_window": None},
+        "tie_word_embeddings": False,
+        "use_image_newline_parameter": True,
+        "vision_config": vision,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    }
+
+
+def _pixtral_tower(path: Path, merge: int) -> dict[str, Any]:
+    image = {"image_processor_type": "PixtralImageProcessor", "processor_class": "PixtralProcessor", **CLIP}
+    image |= {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3}
+    image |= {"patch_size": 14, "rescale_factor": 1 / 255, "size": {"longest_edge": 140}}
+    write(path / "preprocessor_config.json", image)
+    stated = {"image_break_token": "[IMG_BREAK]", "image_end_token": "[IMG_END]", "image_token": "[IMG]"}
+    stated |= {"patch_size": 14, "processor_class": "PixtralProcessor", "spatial_merge_size": merge}
+    write(path / "processor_config.json", stated)
+    vision = {"attention_dropout": 0.0, "head_dim": 16, "hidden_act": "gelu", "hidden_size": 32, "image_size": 140}
+    vision |= {"intermediate_size": 64, "model_type": "pixtral", "num_attention_heads": 2, "num_channels": 3}
+    return vision | {"num_hidden_layers": 2, "patch_size": 14, "rope_theta": 10000.0}
+
+
+def _mistral3(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """mistralai/Mistral-Small-3.1-24B-Instruct-2503: Pixtral's tower on images of any size, rows, Mistral."""
+    vision = _pixtral_tower(path, 2)
+    text = {"model_type": "mistral", **TEXT, "head_dim": 24, "rope_theta": 1000000000.0, "sliding_window": None}
+    return {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "image_token_index": ids["[IMG]"],
+        "model_type": "mistral3",
+        "multimodal_projector_bias": False,
+        "projector_hidden_act": "gelu",
+        "spatial_merge_size": 2,
+        "text_config": text,
+        "tie_word_embeddings": False,
+        "vision_config": vision,
+        "vision_feature_layer": -1,
+    }
+
+
+def _pixtral(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """mistral-community/pixtral-12b: LLaVA's class with Pixtral's tower."""
+    vision = _pixtral_tower(path, 1)
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "image_seq_length": 1,
+        "image_token_index": ids["[IMG]"],
+        "model_type": "llava",
+        "projector_hidden_act": "gelu",
+        "text_config": {"model_type": "mistral", **TEXT, "head_dim": 24, "sliding_window": None},
+        "vision_config": vision,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+
+
+IDEFICS = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] =="
+    " 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
+    "{{line['text']}}{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% for content in message['content'] |"
+    " selectattr('type', 'equalto', 'image') %}{{ 'IMAGE\n' }}{% endfor %}{% for content in message['content'] |"
+    " selectattr('type', 'equalto', 'text') %}{{ content['text'] }}{% endfor %}{{'<|im_end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{- bos_token }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% for block in message['content'] %}{{ block['text'] }}{% endfor %}{{ eos_token }}{% else %}[INST]"
+    "{% for block in message['content'] %}{% if block['type'] == 'text' %}{{ block['text'] }}{% else %}[IMG]{% endif %}"
+    "{% endfor %}[/INST]{% endif %}{% endfor %}"
+)
+LLAVA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+_ROWS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
+_TILED = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *_ROWS)
+_INTERN = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
+_INTERN_NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+_PIXTRAL = ("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 FAMILIES: dict[str, Tiny] = {
-    "llava": Tiny(
-        ("<image>",),
-        _llava,
-        "{% for message in messages %}{% if message['role'] != 'system' %}"
-        "{{ message['role'].upper() + ': '}}{% endif %}"
-        "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-        "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-        "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-        "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
-        sentencepiece=True,
+    "llava": Tiny(("<image>",), _llava, LLAVA, sentencepiece=True),
+    "smolvlm": Tiny(_TILED, _smolvlm, IDEFICS),
+    "idefics3": Tiny(_TILED, _idefics3, IDEFICS),
+    "internvl": Tiny(
+        _INTERN,
+        _internvl,
+        CHATML.replace("IMAGE", "<IMG_CONTEXT>"),
+        settings={"extra_special_tokens": _INTERN_NAMES | {"video_token": "<video>"}},
     ),
+    "llava_onevision": Tiny(
+        ("<|im_start|>", "<|im_end|>", "<image>", "<video>"), _onevision, CHATML.replace("IMAGE", "<image>")
+    ),
+    "llava_next": Tiny(("<image>",), _llava_next, LLAVA, sentencepiece=True),
+    "mistral3": Tiny(_PIXTRAL, _mistral3, MISTRAL),
+    "pixtral": Tiny(_PIXTRAL, _pixtral, MISTRAL),
 }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 
@@ -31,7 +33,7 @@ class Unsplit:
             }
             for role, parts in turns
         ]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
         images = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         made = self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not begins)
@@ -69,15 +71,15 @@ class Unsplit:
 
 def _processor(path: Path, monkeypatch: Any) -> Any:
     """The checkpoint's own. Where it wants a video processor, which needs torchvision, it is given none."""
-    config = AutoConfig.from_pretrained(path)
-    name = PROCESSOR_MAPPING_NAMES[config.model_type]
+    name = json.loads((path / "preprocessor_config.json").read_text())["processor_class"]
     for owner, each in PROCESSOR_MAPPING_NAMES.items():
         if each != name:
             continue
-        try:
-            module = importlib.import_module(f"transformers.models.{owner}.processing_{owner}")
-        except ImportError:
-            continue
+        folder = "pixtral" if name == "PixtralProcessor" else owner
+        if folder == "pixtral":  # its module imports a function from one that imports torchvision
+            plain = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+            monkeypatch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", plain)
+        module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
         break
     cls = getattr(module, name)
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)

@@ -69,6 +69,10 @@ def load_text(
     load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
     for buffered in (half.model, half.lm_head):
         buffered.to(devices[0])
+    for module in model.modules():  # classes ask their first parameter for a device
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = None
     half.model.set_attn_implementation(NAME)
     return GeneralText(model, architecture.decoder_name, half.lm_head, _shape(architecture, calls, dtype, devices))
 

@@ -8,8 +8,11 @@ second. Code of a repository is never run.
 from __future__ import annotations
 
 import importlib
+import re
+import sys
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -48,6 +51,8 @@ class _NoTokenizer:
 
     def add_tokens(self, *_: Any, **__: Any) -> int:
         return 0
+
+    add_special_tokens = add_tokens
 
 
 class Processor:
@@ -127,23 +132,35 @@ def _processor_class(path: Path, model_type: str) -> type[ProcessorMixin]:
     """That which the files name, else that of the model type. Raises CheckpointError."""
     stated = (files.read_json(path / name).get("processor_class") for name in _PREPARED if (path / name).is_file())
     name = next((each for each in stated if isinstance(each, str)), None) or PROCESSOR_MAPPING_NAMES.get(model_type)
-    owner = next((owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name), None)
-    if name is None or owner is None:
+    owners = [owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name]
+    if name is None or not owners:
         raise CheckpointError(
             f"{path}: processor_class {name!r} is none of transformers' own; the general path runs no code of a "
             "repository: use a checkpoint that was saved by transformers"
         )
-    owners = [model_type, *(owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name)]
-    for each in owners:
+    called = re.sub(r"(?<!^)(?=[A-Z])", "_", name.removesuffix("Processor")).lower()  # its folder, most often
+    for each in (model_type, *owners, called):
         folder = model_type_to_module_name(each)
-        try:
-            module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
-        except ModuleNotFoundError:
-            continue
-        if isinstance(getattr(module, name, None), type):
-            found: type[ProcessorMixin] = getattr(module, name)
+        found = getattr(_module(f"transformers.models.{folder}", folder), name, None)
+        if isinstance(found, type):
             return found
     raise CheckpointError(f"{path}: processor_class {name!r} isn't in this version of transformers; update it")
+
+
+def _module(package: str, folder: str) -> ModuleType | None:
+    """The module of a processor; None: there is none in this folder. Some import their image processor of torchvision
+    for a function that the one of PIL has too."""
+    try:
+        return importlib.import_module(f"{package}.processing_{folder}")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("torchvision"):
+            return None
+    twin = f"{package}.image_processing_{folder}"
+    sys.modules[twin] = importlib.import_module(f"{package}.image_processing_pil_{folder}")
+    try:
+        return importlib.import_module(f"{package}.processing_{folder}")
+    finally:
+        del sys.modules[twin]
 
 
 def refuse_foreign_code(path: Path) -> None:
