@@ -78,7 +78,7 @@ class ChatTemplate:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        lead = () if self.chat.begins(rendered) else self.chat.lead
+        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
         pieces = enumerate(self.chat.pieces(rendered))
         return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 

@@ -44,13 +44,14 @@ class Tiny:
     template: str
     sentencepiece: bool = False
     settings: dict[str, Any] | None = None  # of tokenizer_config.json
+    begins: bool = False  # whether the tokenizer puts <s> before a text
 
 
 def make(family: str, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
     tiny = FAMILIES[family]
     path.mkdir(parents=True)
-    tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens)
+    tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens, tiny.begins)
     tokenizer.save(str(path / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     config = tiny.write(path, ids)
@@ -63,7 +64,8 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     kind = "LlamaTokenizer" if tiny.sentencepiece else "PreTrainedTokenizerFast"
     write(path / "tokenizer_config.json", {**names, "tokenizer_class": kind, **(tiny.settings or {})})
-    (path / "chat_template.jinja").write_text(tiny.template)
+    if tiny.template:
+        (path / "chat_template.jinja").write_text(tiny.template)
     torch.manual_seed(seed)
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
@@ -88,8 +90,8 @@ def write(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1))
 
 
-def byte_level(special: tuple[str, ...]) -> Tokenizer:
-    """GPT-2's kind, as Qwen and SmolLM have it; no token is put before a text."""
+def byte_level(special: tuple[str, ...], begins: bool) -> Tokenizer:
+    """GPT-2's kind, as Qwen and SmolLM have it; OPT's puts a token before a text."""
     vocabulary = {symbol: at for at, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = _merges(vocabulary, [*WORDS, *("Ġ" + word for word in WORDS)])
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
@@ -97,7 +99,7 @@ def byte_level(special: tuple[str, ...]) -> Tokenizer:
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tokenizer.decoder = decoders.ByteLevel()
-    return _with_special(tokenizer, special)
+    return _begun(_with_special(tokenizer, special)) if begins else _with_special(tokenizer, special)
 
 
 def sentencepiece(special: tuple[str, ...]) -> Tokenizer:
@@ -111,7 +113,11 @@ def sentencepiece(special: tuple[str, ...]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer = _with_special(tokenizer, special)
+    return _begun(_with_special(tokenizer, special))
+
+
+def _begun(tokenizer: Tokenizer) -> Tokenizer:
+    """<s> is put before a text."""
     start = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)]
@@ -354,6 +360,35 @@ def _pixtral(path: Path, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _blip2(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """Salesforce/blip2-opt-2.7b: a ViT, a Q-Former of few rows, and OPT."""
+    image = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "Blip2Processor",
+        "do_resize": True,
+        **CLIP,
+    }
+    image |= {"do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "resample": 3}
+    write(path / "preprocessor_config.json", image | {"rescale_factor": 1 / 255, "size": {"height": 56, "width": 56}})
+    write(path / "processor_config.json", {"num_query_tokens": 8, "processor_class": "Blip2Processor"})
+    vision = {"hidden_size": 32, "image_size": 56, "intermediate_size": 64, "model_type": "blip_2_vision_model"}
+    vision |= {"num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 14, "qkv_bias": True}
+    former = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    former |= {"model_type": "blip_2_qformer", "encoder_hidden_size": 32, "cross_attention_frequency": 2}
+    text = {"model_type": "opt", "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    text |= {"max_position_embeddings": 2048, "word_embed_proj_dim": 64, "init_std": 0.2, "do_layer_norm_before": True}
+    return {
+        "architectures": ["Blip2ForConditionalGeneration"],
+        "model_type": "blip-2",
+        "image_token_index": ids["<image>"],
+        "num_query_tokens": 8,
+        "qformer_config": former,
+        "text_config": text,
+        "use_decoder_only_language_model": True,
+        "vision_config": vision,
+    }
+
+
 IDEFICS = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] =="
     " 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
@@ -403,4 +438,5 @@ FAMILIES: dict[str, Tiny] = {
     "llava_next": Tiny(("<image>",), _llava_next, LLAVA, sentencepiece=True),
     "mistral3": Tiny(_PIXTRAL, _mistral3, MISTRAL),
     "pixtral": Tiny(_PIXTRAL, _pixtral, MISTRAL),
+    "blip2": Tiny(("<image>",), _blip2, "", begins=True),
 }

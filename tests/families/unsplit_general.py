@@ -24,6 +24,9 @@ class Unsplit:
 
     def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
         """What the class is given for a conversation that ends where the assistant is to speak."""
+        if self.processor.chat_template is None and self.tokenizer.chat_template is None:
+            ((_, (image, text)),) = turns  # BLIP-2's own form of a question
+            return dict(self.processor(images=image, text=f"Question: {text} Answer:", return_tensors="pt"))
         messages = [
             {
                 "role": role,
@@ -75,7 +78,7 @@ def _processor(path: Path, monkeypatch: Any) -> Any:
     for owner, each in PROCESSOR_MAPPING_NAMES.items():
         if each != name:
             continue
-        folder = "pixtral" if name == "PixtralProcessor" else owner
+        folder = {"PixtralProcessor": "pixtral", "Blip2Processor": "blip_2"}.get(name, owner)
         if folder == "pixtral":  # its module imports a function from one that imports torchvision
             plain = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
             monkeypatch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", plain)

@@ -86,9 +86,10 @@ class ChatFormat:
         yield text[at:]
 
     def begins(self, text: str) -> bool:
-        """Whether a rendered text begins with <s> (`bos_token`) itself: then the tokenizer adds nothing before it."""
+        """Whether a rendered text begins with <s> (`bos_token`) itself, images apart: then the tokenizer adds nothing
+        before it."""
         begin = self._names.get("bos_token")
-        return begin is not None and text.startswith(begin)
+        return begin is not None and (text.replace(self._image, "") if self._image else text).startswith(begin)
 
     def _content(self, turn: Turn) -> Any:
         if turn.role in self._takes_strings:
@@ -127,7 +128,8 @@ def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     """The tokenizer and template of a checkpoint directory; `image` is as in ChatFormat. CheckpointError naming all
     that is missing."""
     problems = Problems()
-    tokenizer, template = problems.of(load_tokenizer, path, family.words), problems.of(stored_template, path)
+    tokenizer = problems.of(load_tokenizer, path, family.words)
+    template = problems.of(stored_template, path, getattr(family, "template", None))
     if tokenizer is None or template is None:
         raise CheckpointError(*problems.found)
     return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
@@ -189,8 +191,9 @@ def _rendering_problems(chat: ChatFormat, path: Path, family: Family, tokens: Sp
         yield f"{path}: the chat template leaves out the user's text; {remedy}"
 
 
-def stored_template(path: Path) -> str:
-    """The chat template: a file of its own or a field of tokenizer_config.json, one text or a list of named ones."""
+def stored_template(path: Path, default: str | None = None) -> str:
+    """The chat template: a file of its own or a field of tokenizer_config.json, one text or a list of named ones; the
+    `default` of a family whose checkpoints have none."""
     for name in _TEMPLATE_FILES:
         file = path / name
         if file.is_file():
@@ -198,7 +201,7 @@ def stored_template(path: Path) -> str:
                 return _text_of(file)
             return _chosen(read_json(file).get("chat_template"), file)
     file = path / "tokenizer_config.json"
-    return _chosen(tokenizer_settings(path).get("chat_template"), file)
+    return _chosen(tokenizer_settings(path).get("chat_template") or default, file)
 
 
 def _chosen(stored: Any, file: Path) -> str:

@@ -30,6 +30,15 @@ if TYPE_CHECKING:
 MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
+_TEMPLATES = {
+    # Q-Former's rows come before all else, even before the token that begins a text; arXiv:2301.12597, appendix.
+    "blip-2": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{% if message.role == 'user' %}Question: {{ part.text }} Answer:"
+    "{% elif message.role == 'assistant' %} {{ part.text }}. {% else %}{{ part.text }} {% endif %}{% endif %}"
+    "{% endfor %}{% endfor %}",
+}
+"""Of model types whose checkpoints have no chat template."""
 _UNSTATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "text_config")
 """Of config.json: what doesn't decide what the vision half computes."""
 
@@ -47,6 +56,7 @@ class GeneralFamily:
         self.model_type: str = config["model_type"]
         named = [name for name in _TOKEN_IDS if name in config]
         self.token_id_fields = (*named[:1],) or _TOKEN_IDS[:1]
+        self.template = _TEMPLATES.get(self.model_type)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -161,6 +171,11 @@ class GeneralFamily:
         return self.texts.of(grid_thw[2], grid_thw[1]).markers
 
     def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
+        if len(images) > 1 and not self.texts.each_alone:
+            raise invalid(
+                f"{self.label} cuts several images otherwise than each of them alone; ask about one image at a time",
+                param="messages",
+            )
         return np.arange(length, dtype=np.int64)[None], length
 
     def load_encoder(

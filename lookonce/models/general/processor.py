@@ -94,15 +94,34 @@ class Processor:
 
     def _text_of(self, width: int, height: int) -> str:
         """What an image of so many pixels is in a prompt: tokens of its rows, and between them."""
-        return self._prepared(Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8)))[1]
+        return self._prepared(_blank(width, height))[1][0]
 
-    def _prepared(self, image: Image.Image) -> tuple[Any, str]:
+    def each_alone(self) -> bool:
+        """Whether two images of a prompt are in it what each of them alone is."""
+        sizes = ((150, 60), (60, 150))
+        _, together = self._prepared(*(_blank(*size) for size in sizes))
+        return together == [self.text_of(*size) for size in sizes]
+
+    def _prepared(self, *images: Image.Image) -> tuple[Any, list[str]]:
         try:
-            inputs, (text,) = self._processor._process_images([image], **self._options)
+            if type(self._processor).replace_image_token is ProcessorMixin.replace_image_token:
+                return self._processor.image_processor(list(images), **self._options), [self._query_tokens] * len(
+                    images
+                )
+            inputs, texts = self._processor._process_images([list(images)], **self._options)
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-            width, height = image.size
+            width, height = images[0].size
             raise invalid(f"image: {width}x{height} pixels can't be prepared by this model's processor") from error
-        return inputs, text
+        return inputs, list(texts)
+
+    @property
+    def _query_tokens(self) -> str:
+        """Of a Q-Former, whose rows are as many for every image."""
+        return self.image_token * int(self._processor.num_query_tokens)
+
+
+def _blank(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8))
 
 
 def _without_video(cls: type[ProcessorMixin]) -> Any:

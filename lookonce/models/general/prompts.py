@@ -40,6 +40,7 @@ class ImageTexts:
                 f"{number!r} in config.json; take both from the same repository"
             )
         self.image_id = number
+        self.each_alone = self.processor.each_alone()
         self.of = lru_cache(maxsize=_REMEMBERED)(self._of)
 
     def _of(self, width: int, height: int) -> ImageText:

@@ -8,7 +8,6 @@ from typing import Any
 import structlog
 import torch
 from torch.nn import functional
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.attention import NAME
@@ -30,6 +29,16 @@ class _Causal:
         k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
         out = functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True)
         return out.transpose(0, 1).flatten(1)
+
+
+class _Features:
+    """What an encoder answers, of which nothing is there but the rows."""
+
+    def __init__(self, pooler_output: Any) -> None:
+        self.pooler_output = pooler_output
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 @torch.inference_mode()
@@ -72,9 +81,10 @@ def _own_logits(model: GeneralText, ids: torch.Tensor, rows: torch.Tensor) -> to
     failure: Exception | None = None
     try:
         for form in ([rows], rows[None], rows):
-            features = BaseModelOutputWithPooling(pooler_output=form)
+            features = _Features(form)
             try:
                 out = inner(
+                    pixel_values=None,
                     input_ids=ids[None],
                     attention_mask=torch.ones_like(ids)[None],
                     mm_encoder_outputs={"image": features},
