@@ -104,6 +104,7 @@ class PromptBuilder:
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
         self._positions = partial(family.positions, config)
+        self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
@@ -123,6 +124,11 @@ class PromptBuilder:
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
+
+    def is_short(self, messages: Sequence[Message]) -> bool:
+        """`is_short`, and no image is of a size that the family has yet to lay out by work."""
+        images = (part for message in messages for part in message.parts if isinstance(part, EmbeddingReference))
+        return is_short(messages) and all(self.has_laid_out(image.grid_thw) for image in images)
 
     def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
         if not messages:

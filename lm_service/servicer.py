@@ -12,7 +12,7 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.prompt import PromptBuilder, PromptThread, is_short
+from lm_service.prompt import PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
@@ -97,7 +97,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         deadline = self._deadline(request, context)
         sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
         messages = messages_of(request.messages)
-        if is_short(messages):
+        if self._builder.is_short(messages):
             prompt = self._builder.build(messages, salt=request.cache_salt)
         else:
             prompt = await self._prompt_thread.run(partial(self._builder.build, messages, salt=request.cache_salt))

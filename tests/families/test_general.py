@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
 
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
 from lm_service.prompt import Message, PromptBuilder
 from lm_service.template import load_template
+from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.models.checkpoint.check import open_checked
+from lookonce.models.checkpoint.check import check_checkpoint, open_checked
 from lookonce.models.family import Half
+from lookonce.models.general.decoder import GeneralText
+from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
 from tests.families.tiny_checkpoints import FAMILIES, make
 from tests.families.unsplit_general import Unsplit
@@ -42,8 +50,16 @@ def unsplit(checkpoint, patch):
 
 
 @pytest.fixture(scope="module")
-def system(checkpoint, tmp_path_factory):
-    with System(checkpoint, tmp_path_factory.mktemp("system")) as one:
+def halves(checkpoint):
+    out = checkpoint.with_name("halves")
+    done = invoke("split", checkpoint, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def system(halves, tmp_path_factory):
+    with System(halves, tmp_path_factory.mktemp("system")) as one:
         yield one
 
 
@@ -83,6 +99,66 @@ def test_several_images_and_turns(system, unsplit):
     assert reply["choices"][0]["message"]["content"] == unsplit.answer(turns)
 
 
+def test_each_half_holds_its_own_tensors(checkpoint, halves):
+    stored = load_file(checkpoint / "model.safetensors")
+    held = {half: set(load_file(next((halves / half).glob("*.safetensors")))) for half in Half}
+    assert held[Half.VISION] | held[Half.LANGUAGE] == set(stored)
+    assert not any("vision_tower" in name or "projector" in name for name in held[Half.LANGUAGE])
+    assert all("vision_tower" in name or "projector" in name for name in held[Half.VISION])
+
+
+def test_plan_and_doctor_know_it(checkpoint, tmp_path):
+    done = invoke("doctor", "--model", checkpoint, "--data-dir", tmp_path, "--port", "0", "--json")
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert found["checkpoint"]["status"] == "ok" and "whole, both halves" in found["checkpoint"]["detail"]
+    done = invoke("plan", "--model", checkpoint, "--ram", "4", "--image", "150x100")
+    assert done.returncode == 0 and "16 tokens (150x100)" in done.stdout, done.stdout + done.stderr
+
+
+NOT_SERVED = {
+    "gemma3": "attention or positions depend on which tokens are an image's",
+    "paligemma": "attention or positions depend on which tokens are an image's",
+    "instructblip": "its vision half reads the question",
+    "mllama": "it takes no image features computed elsewhere",
+    "idefics2": "its attention has sliding_window",
+    "lfm2_vl": "its text model can't be run packed",
+}
+
+
+@pytest.mark.parametrize("model_type", NOT_SERVED)
+def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
+    config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    told = check_checkpoint(str(tmp_path)).problems
+    assert sum("is not served by the general path" in problem for problem in told) == 1
+    assert any(NOT_SERVED[model_type] in problem for problem in told), told
+
+
+def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
+    forward = GeneralText.forward
+    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
+        Split(checkpoint)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer_config.json"])
+def test_code_of_a_repository_is_refused_by_name(file, checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    field = "image_processor_type" if file.startswith("pre") else "tokenizer_class"
+    settings = json.loads((path / file).read_text()) | {field: "OwnThing", "auto_map": {"AutoX": "own.OwnThing"}}
+    (path / file).write_text(json.dumps(settings))
+    told = check_checkpoint(str(path)).problems
+    assert any(f"{field} 'OwnThing' is code of the repository, which is never run" in each for each in told), told
+
+
+def test_several_images_where_each_is_cut_otherwise_are_refused(tmp_path):
+    split = Split(make("llava_onevision", tmp_path / "model"))
+    references = [split.encoded(image, number)[0] for number, image in enumerate((IMAGE, OTHER))]
+    with pytest.raises(LookonceError, match="ask about one image at a time"):
+        split.prompts.build([Message("user", (*references, QUESTION))])
+
+
 class Split:
     """Both halves of a checkpoint in this process, each loaded as its service loads it."""
 
@@ -113,7 +189,13 @@ class Shelf(Album):
         self.rows = lambda reference: by_key[reference.key]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+AT_ONCE = ("smolvlm",)
+"""Of tiles and markers; the others are for `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
 async def test_every_family(family, tmp_path, monkeypatch):
     path = make(family, tmp_path / family)
     unsplit, split = Unsplit(path, monkeypatch), Split(path)
@@ -123,7 +205,7 @@ async def test_every_family(family, tmp_path, monkeypatch):
     engine = PackedEngine(split.model, split.template.table, frozenset(), options)
     await engine.start(shelf)
     try:
-        for image, (reference, rows) in zip((IMAGE, OTHER), encoded, strict=True):
+        for image, (reference, _) in zip((IMAGE, OTHER), encoded, strict=True):
             for text in (QUESTION, "why?"):
                 prompt = split.prompts.build([Message("user", (reference, text))])
                 turns = user(image, text)

@@ -71,8 +71,15 @@ class GeneralEncoder:
         return rows
 
     def warm_up(self) -> None:
-        """Encode one small image."""
-        self.encode([self.prepare(Image.new("RGB", (64, 64)), 1, 64 * 64)])
+        """Encode one small image. Raises CheckpointError when it has other rows than it has tokens in a prompt."""
+        image = Image.effect_noise((96, 64), 100).convert("RGB")
+        (rows,) = self.encode([self.prepare(image, 1, 96 * 64)])
+        tokens = self._processor.rows_of(image)
+        if len(rows) != tokens:
+            raise CheckpointError(
+                f"{type(self.model).__name__} encodes an image to {len(rows)} rows, its processor writes {tokens} "
+                "tokens for it; take config.json and preprocessor_config.json from the same repository"
+            )
 
     def _one(self, prepared: Prepared) -> torch.Tensor:
         inputs = {name: self._placed(x) for name, x in prepared.inputs.items()}

@@ -158,6 +158,11 @@ class GeneralFamily:
             raise invalid(f"image.grid {frames}x{rows}x{columns} is no image's size", param="image.grid")
         return self.texts.of(columns, rows).tokens
 
+    def has_laid_out(self, config: dict[str, Any], grid_thw: Grid) -> bool:
+        """Whether the text of an image of this size is known: else its processor takes a blank one apart, which may
+        take some tenths of a second."""
+        return self.texts.has(grid_thw[2], grid_thw[1])
+
     def encode_flops(self, config: dict[str, Any], tokens: int) -> float:
         """Two for each weight and patch."""
         shapes = self.tensor_shapes(config, Half.VISION, head=False)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
-from transformers.models.auto.auto_mappings import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.configuration_auto import model_type_to_module_name
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lookonce.core.errors import CheckpointError, invalid
@@ -28,8 +28,8 @@ from lookonce.models.checkpoint import files
 
 _SETTINGS = (files.PREPROCESSOR, files.PROCESSOR, "tokenizer_config.json", files.CONFIG)
 _PREPARED = (files.PROCESSOR, files.PREPROCESSOR)
-_REMEMBERED = 256
-"""Sizes of images whose text is kept."""
+_CHEAP = {"do_rescale": False, "do_normalize": False, "resample": 0}
+"""Where an image's size is all that matters."""
 
 
 class _NoTokenizer:
@@ -80,7 +80,6 @@ class Processor:
             ) from error
         self.tokenizer = text
         self.name = type(image_processor).__name__
-        self.text_of = lru_cache(maxsize=_REMEMBERED)(self._text_of)
 
     @property
     def image_token(self) -> str:
@@ -90,25 +89,29 @@ class Processor:
 
     def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """What the image processor makes of an RGB image."""
-        return dict(self._prepared(image)[0])
+        return dict(self._prepared([image], self._options)[0])
 
-    def _text_of(self, width: int, height: int) -> str:
+    def text_of(self, width: int, height: int) -> str:
         """What an image of so many pixels is in a prompt: tokens of its rows, and between them."""
-        return self._prepared(_blank(width, height))[1][0]
+        return self._texts(_blank(width, height))[0]
 
     def each_alone(self) -> bool:
         """Whether two images of a prompt are in it what each of them alone is."""
         sizes = ((150, 60), (60, 150))
-        _, together = self._prepared(*(_blank(*size) for size in sizes))
-        return together == [self.text_of(*size) for size in sizes]
+        return self._texts(*(_blank(*size) for size in sizes)) == [self.text_of(*size) for size in sizes]
 
-    def _prepared(self, *images: Image.Image) -> tuple[Any, list[str]]:
+    def rows_of(self, image: Image.Image) -> int:
+        """Rows of its embedding, as its text says."""
+        return self._prepared([image], self._options)[1][0].count(self.image_token)
+
+    def _texts(self, *images: Image.Image) -> list[str]:
+        return self._prepared(list(images), self._options | _CHEAP)[1]
+
+    def _prepared(self, images: list[Image.Image], options: dict[str, Any]) -> tuple[Any, list[str]]:
         try:
             if type(self._processor).replace_image_token is ProcessorMixin.replace_image_token:
-                return self._processor.image_processor(list(images), **self._options), [self._query_tokens] * len(
-                    images
-                )
-            inputs, texts = self._processor._process_images([list(images)], **self._options)
+                return self._processor.image_processor(images, **options), [self._query_tokens] * len(images)
+            inputs, texts = self._processor._process_images([images] if len(images) > 1 else images, **options)
         except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
             width, height = images[0].size
             raise invalid(f"image: {width}x{height} pixels can't be prepared by this model's processor") from error
@@ -194,5 +197,11 @@ def refuse_foreign_code(path: Path) -> None:
         if settings.get("auto_map") and kind and base not in known and f"{base}Pil" not in known:
             raise CheckpointError(
                 f"{path / name}: image_processor_type {kind!r} is code of the repository, which is never run; "
+                "use a checkpoint that was saved by transformers"
+            )
+        kind = settings.get("tokenizer_class")
+        if settings.get("auto_map") and kind and not hasattr(transformers, kind):
+            raise CheckpointError(
+                f"{path / name}: tokenizer_class {kind!r} is code of the repository, which is never run; "
                 "use a checkpoint that was saved by transformers"
             )
