@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -42,15 +42,15 @@ class Architecture:
     def __init__(self, config: dict[str, Any]) -> None:
         self.raw = config
         self.config = parsed(config)
-        self.cls: type[PreTrainedModel] = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
+        self.cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
 
     @cached_property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> Any:
         """The whole class on the meta device."""
         with torch.device("meta"):
             return self._built()
 
-    def hollow(self, dtype: torch.dtype) -> PreTrainedModel:
+    def hollow(self, dtype: torch.dtype) -> Any:
         """The whole class in evaluation mode with parameters on the meta device and buffers as they are computed with,
         to be filled half by half."""
         with _parameters_on_meta():
@@ -59,7 +59,7 @@ class Architecture:
             config.dtype = dtype
         return model.eval()
 
-    def _built(self) -> PreTrainedModel:
+    def _built(self) -> Any:
         try:
             return self.cls(parsed(self.raw))
         except (ValueError, TypeError, KeyError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
@@ -139,7 +139,7 @@ def parsed(config: dict[str, Any]) -> PreTrainedConfig:
     return found
 
 
-def decoder_name(model: PreTrainedModel) -> str:
+def decoder_name(model: Any) -> str:
     """The module that has `embed_tokens` and `layers`. Raises CheckpointError."""
     module = model
     for _ in range(4):
@@ -156,7 +156,7 @@ def module_name(model: nn.Module, wanted: nn.Module | None) -> str:
     """A module's name within another. Raises CheckpointError when it isn't there."""
     for name, module in model.named_modules():
         if module is wanted and name:
-            return name
+            return str(name)
     raise CheckpointError(
         f"config.json: {type(model).__name__} has no output head of its own; the general path does not serve it"
     )
@@ -172,7 +172,7 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, hollow)
 
     with _building:
-        nn.Module.register_parameter = register_hollow  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_hollow  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

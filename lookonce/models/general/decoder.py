@@ -49,6 +49,13 @@ class GeneralText:
         return logits
 
 
+class Carrier(nn.Module):
+    """The language half under the names that every family's tensors have."""
+
+    model: Any
+    lm_head: nn.Module
+
+
 def load_text(
     architecture: Architecture,
     checkpoint: Checkpoint,
@@ -63,8 +70,7 @@ def load_text(
             "one device; leave out --device-map"
         )
     calls = attention_calls(architecture)
-    model = architecture.hollow(dtype)
-    half = nn.Module()
+    model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
     load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
     for buffered in (half.model, half.lm_head):

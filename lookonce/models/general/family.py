@@ -75,7 +75,7 @@ class GeneralFamily:
     @property
     def label(self) -> str:
         """The class's name, without what all of them end with."""
-        return self.architecture.cls.__name__.removesuffix("ForConditionalGeneration")
+        return str(self.architecture.cls.__name__).removesuffix("ForConditionalGeneration")
 
     def locate(self, name: str) -> tuple[Half, str] | None:
         place = self.architecture.locate(name)

@@ -18,14 +18,15 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoTokenizer, ProcessorMixin
+from transformers.models.auto import image_processing_auto, processing_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.checkpoint import files
 
+_images: Any = image_processing_auto
+_processors: Any = processing_auto
 _SETTINGS = (files.PREPROCESSOR, files.PROCESSOR, "tokenizer_config.json", files.CONFIG)
 _PREPARED = (files.PROCESSOR, files.PREPROCESSOR)
 _CHEAP = {"do_rescale": False, "do_normalize": False, "resample": 0}
@@ -62,8 +63,8 @@ class Processor:
         """`tokenizer`: the directory has one, and texts of images are asked for. Raises CheckpointError."""
         refuse_foreign_code(path)
         try:
-            image_processor = AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
-            text = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else _NoTokenizer()
+            image_processor = _images.AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
+            text: Any = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else _NoTokenizer()
             cls = _without_video(_processor_class(path, model_type))
             cls.parts = {"image_processor": image_processor, "tokenizer": text}
             self._processor = cls.from_pretrained(path, local_files_only=True)
@@ -127,10 +128,10 @@ def _blank(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.zeros((height, width, 3), dtype=np.uint8))
 
 
-def _without_video(cls: type[ProcessorMixin]) -> Any:
+def _without_video(cls: Any) -> Any:
     """The class with the parts it is given, and None for others such as a video processor."""
 
-    class Parts(cls):  # type: ignore[misc, valid-type]
+    class Parts(cls):  # type: ignore[misc]
         parts: dict[str, Any]
 
         @classmethod
@@ -144,7 +145,7 @@ def _without_video(cls: type[ProcessorMixin]) -> Any:
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return type(argument)
 
-    module = importlib.import_module(cls.__module__)
+    module: Any = importlib.import_module(cls.__module__)
     if getattr(module, "num2words", "") is None:  # asked for at construction, used for videos only
         module.num2words = str
     return Parts
@@ -152,9 +153,10 @@ def _without_video(cls: type[ProcessorMixin]) -> Any:
 
 def _processor_class(path: Path, model_type: str) -> type[ProcessorMixin]:
     """That which the files name, else that of the model type. Raises CheckpointError."""
+    known = _processors.PROCESSOR_MAPPING_NAMES
     stated = (files.read_json(path / name).get("processor_class") for name in _PREPARED if (path / name).is_file())
-    name = next((each for each in stated if isinstance(each, str)), None) or PROCESSOR_MAPPING_NAMES.get(model_type)
-    owners = [owner for owner, each in PROCESSOR_MAPPING_NAMES.items() if each == name]
+    name = next((each for each in stated if isinstance(each, str)), None) or known.get(model_type)
+    owners = [owner for owner, each in known.items() if each == name]
     if name is None or not owners:
         raise CheckpointError(
             f"{path}: processor_class {name!r} is none of transformers' own; the general path runs no code of a "
@@ -187,7 +189,7 @@ def _module(package: str, folder: str) -> ModuleType | None:
 
 def refuse_foreign_code(path: Path) -> None:
     """Raises CheckpointError for files that name classes of their repository only."""
-    known = {name for names in IMAGE_PROCESSOR_MAPPING_NAMES.values() for name in names.values()}
+    known = {name for names in _images.IMAGE_PROCESSOR_MAPPING_NAMES.values() for name in names.values()}
     for name in _SETTINGS:
         if not (path / name).is_file():
             continue
