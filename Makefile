@@ -9,7 +9,8 @@ DEV_STAMP := $(VENV)/.setup-dev-done
 SLOW_STAMP := $(VENV)/.setup-slow-done
 SETUP = PYTHON="$(PYTHON)" VENV="$(VENV)" scripts/setup.sh
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS)
+# With compiled tests and services kept, whatever the environment says: hundreds of processes would compile them again.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help

@@ -42,9 +42,8 @@ from lm_service.engine.packed.build import PackedBuilder
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scoring
-from lm_service.prompt import Message, PromptBuilder
+from lm_service.prompt import Message, PromptBuilder, load_template
 from lm_service.settings import LanguageSettings
-from lm_service.template import load_template
 from lookonce.core.identity import EmbeddingReference
 from lookonce.core.process import keep_freed_memory
 from lookonce.models.checkpoint import open_checkpoint

@@ -10,7 +10,7 @@ from lookonce.core.telemetry.logs import configure_logging
 
 def run(settings: GatewaySettings) -> int:
     """Serve until told to stop; the process's exit status."""
-    configure_logging("gateway", settings.log_level, settings.log_format)
+    configure_logging("gateway", settings.log_level, settings.log_format, lasting=True)
     # Here and not above: --help and a mistyped flag answer at once.
     import uvloop
 

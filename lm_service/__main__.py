@@ -10,7 +10,7 @@ from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 
 def run(settings: LanguageSettings) -> int:
     """Load the model and serve; the process's exit status."""
-    configure_logging("language", settings.log_level, settings.log_format)
+    configure_logging("language", settings.log_level, settings.log_format, lasting=True)
     wait_briefly()
     # Here and not above: --help and a mistyped flag answer before any of it is imported.
     import uvloop

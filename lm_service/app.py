@@ -15,10 +15,9 @@ from lm_service.engine.factory import builder_of
 from lm_service.engine.types import Engine
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
-from lm_service.prompt import AcceptedEncoders, PromptBuilder
+from lm_service.prompt import AcceptedEncoders, ChatTemplate, PromptBuilder, load_template
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
-from lm_service.template import ChatTemplate, load_template
 from lm_service.wire import Replies
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -28,6 +27,7 @@ from lookonce.core.rpc.server import Server
 from lookonce.core.stores import Store, open_store
 from lookonce.core.version import __version__
 from lookonce.models.chat.chat_format import end_token_ids
+from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults, sampling_defaults
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.omp_thread import run_in_omp_thread
@@ -44,6 +44,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     template: ChatTemplate
     engine: Engine
+    defaults: SamplingDefaults  # of the parameters that a request leaves out
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,24 @@ class LanguageService:
 def load(settings: LanguageSettings) -> LoadedModel:
     """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
     builder = builder_of(settings)
-    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
+    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision, settings.adapter)
     family, config = checkpoint.family, checkpoint.config
     template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     end_ids = end_token_ids(checkpoint.path, family, config, template.chat)
     context_length = _context_length(checkpoint, settings.context_length)
     engine = run_in_omp_thread(builder.build, checkpoint, template.table, end_ids, context_length)
-    return LoadedModel(checkpoint, template, engine)
+    defaults = sampling_defaults(checkpoint.path) if settings.generation_config == "auto" else GREEDY
+    return LoadedModel(checkpoint, template, engine, defaults)
 
 
 def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
     """Put the parts together. Call on the event loop they will run on."""
     checkpoint, template, engine = model.checkpoint, model.template, model.engine
-    accepted = AcceptedEncoders.of(checkpoint, settings.encoder_dtype, settings.encoder_quantization)
+    accepted = AcceptedEncoders.of(
+        checkpoint, settings.encoder_dtype, settings.encoder_quantization, settings.encoder_weights
+    )
+    if not accepted.are_known:
+        log.warning("no image is taken until a vision service of this checkpoint has told its weights")
     store = open_store(settings.store, max_bytes=settings.store_bytes, ttl=settings.store_ttl, strict=True)
     clients = [VisionClient(address, tls=settings.vision_tls) for address in settings.vision_addresses]
     peers = VisionPeers(clients, accepted, fetch_timeout=settings.fetch_timeout)
@@ -83,6 +89,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         peers=peers,
         hidden_size=checkpoint.hidden_size,
         accepted=accepted,
+        names=checkpoint.embedding_tensors,
     )
     prompts = PromptBuilder(
         template,
@@ -98,9 +105,11 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         resolver=resolver,
         replies=Replies(template.table, checkpoint.name),
         model=_description(model),
-        fingerprints=accepted.fingerprints,
+        accepted=accepted,
+        learn_encoders=peers.learn_encoders,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
+        defaults=model.defaults,
     )
     server = Server(settings.server)
     server.add(SERVICE_NAME, partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer))
@@ -154,6 +163,7 @@ def _description(model: LoadedModel) -> common_pb2.ModelDescription:
         instance=uuid.uuid4().hex,
         started_at=time.time(),
         quantization=facts.quantization,
+        vision_weights=checkpoint.vision_weights,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from functools import partial
 from typing import Any, cast
@@ -12,9 +12,10 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.prompt import PromptBuilder, PromptThread
+from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
+from lookonce.models.chat.generation_config import SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
 
@@ -29,10 +30,14 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         resolver: EmbeddingResolver,
         replies: Replies,
         model: common_pb2.ModelDescription,
-        fingerprints: tuple[str, ...],
+        accepted: AcceptedEncoders,
+        learn_encoders: Callable[[], Awaitable[None]],
         max_tokens: int,
         max_timeout: float,
+        defaults: SamplingDefaults,
     ) -> None:
+        """`learn_encoders` has vision services asked which encoders are `accepted`, where that is not known.
+        `defaults` are those of sampling parameters that a request leaves out."""
         self._engine = engine
         self._builder = builder
         self._resolver = resolver
@@ -40,9 +45,11 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._prompt_thread = PromptThread()
         self._scorer = Scorer(engine, builder, replies, self._prompt_thread)
         self._model = model
-        self._fingerprints = fingerprints
+        self._accepted = accepted
+        self._learn_encoders = learn_encoders
         self._max_tokens = min(max_tokens, builder.context_length)
         self._max_timeout = max_timeout
+        self._defaults = defaults
 
     def close(self) -> None:
         """Begin no prompt any more."""
@@ -68,6 +75,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     async def Score(self, request: language_pb2.ScoreRequest, context: Any) -> language_pb2.ScoreResponse:
         with counted("Score"):
             deadline = self._deadline(request, context)
+            await self._know_encoders(message for item in request.items for message in item.messages)
             return await self._scorer.score(request, deadline)
 
     async def Forget(self, request: common_pb2.ForgetRequest, context: Any) -> common_pb2.ForgetResponse:
@@ -80,10 +88,12 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             return common_pb2.ForgetResponse(forgotten=dropped, complete=complete)
 
     async def Describe(self, request: common_pb2.DescribeRequest, context: Any) -> language_pb2.LanguageDescription:
+        if not self._accepted.are_known:
+            await self._learn_encoders()
         state = self._engine.describe()
         return language_pb2.LanguageDescription(
             model=self._model,
-            fingerprints=self._fingerprints,
+            fingerprints=self._accepted.fingerprints,
             context_length=self._builder.context_length,
             max_tokens=self._max_tokens,
             max_running=state.max_running,
@@ -91,11 +101,13 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             running=state.running,
             waiting=state.waiting,
             generated_tokens=state.generated_tokens,
+            sampling_defaults=language_pb2.SamplingParameters(**self._defaults.stated),  # type: ignore[arg-type]
         )
 
     async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
         deadline = self._deadline(request, context)
-        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
+        await self._know_encoders(request.messages)
+        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults)
         messages = messages_of(request.messages)
         if self._builder.is_short(messages):
             prompt = self._builder.build(messages, salt=request.cache_salt)
@@ -105,6 +117,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt
         )
+
+    async def _know_encoders(self, messages: Iterable[language_pb2.Message]) -> None:
+        if not self._accepted.are_known and any(part.HasField("image") for each in messages for part in each.parts):
+            await self._learn_encoders()
 
     def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
         check_ids(request)

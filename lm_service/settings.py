@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
+from lookonce.core.identity import WEIGHTS_DIGEST
 from lookonce.core.rpc.server import ServerOptions
 from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings, formerly
@@ -22,6 +23,7 @@ class LanguageSettings(Settings):
 
     model: str = Field(description="Checkpoint: local directory (whole or language half) or hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: local directory or hub id.")
     listen: str = Field("127.0.0.1:50052", description="host:port (port 0: any free one) or unix:/path.")
     store: str = Field("memory://", description="Where the vision service puts embeddings: file:///path, redis://...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of memory and file stores.")
@@ -47,6 +49,12 @@ class LanguageSettings(Settings):
     encoder_quantization: Literal["none", "int8"] = Field(
         "none", description="Quantization of the encoders whose embeddings are accepted."
     )
+    encoder_weights: str | None = Field(
+        None,
+        pattern=f"^{WEIGHTS_DIGEST}$",
+        description="Digest of the weights of the encoders whose embeddings are accepted, as `lookonce split` shows "
+        "it: blake3:...; unset: those of this checkpoint.",
+    )
     kernels: Literal["auto", "torch"] = Field(
         "auto",
         description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own.",
@@ -67,6 +75,11 @@ class LanguageSettings(Settings):
         1.0, description="Longest a step should take: long prompts are cut so that others' tokens need not wait longer."
     )
     context_length: int | None = Field(None, ge=16, description="Most tokens of prompt and answer; unset: the model's.")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json), "
+        "none (greedy).",
+    )
     max_tokens: int = Field(8192, ge=1, description="Most tokens of one answer, and how many when none is asked for.")
     max_images: int = Field(64, ge=1, le=4096, description="Most images in one prompt.")
     max_timeout: Seconds = Field(600.0, description="Longest a request may take.")

@@ -20,8 +20,10 @@ settings.load_profile("suite")
 SHARED = ("gateway", "client", "cli", "moderate")
 """Folders whose tests share one system. In other folders the tests of a module stay together."""
 APART = ("cli/test_up.py",)
+ONE_SYSTEM = ("system/test_erasure.py", "system/test_faults.py", "system/test_once.py", "system/test_parity.py")
+"""Modules that share the systems of tests/system/conftest.py."""
 ONE_BY_ONE = ("", "fetching")
-LONGEST_FIRST = ("gateway", "moderate", "system/test_faults.py", "cli/test_up.py", "system", "client", "cli", "lm")
+LONGEST_FIRST = ("gateway", ONE_SYSTEM[0], "moderate", "cli/test_up.py", "system", "client", "cli", "lm")
 
 
 def group_of(nodeid: str) -> str:
@@ -30,6 +32,8 @@ def group_of(nodeid: str) -> str:
     folder = path.rpartition("/")[0]
     if folder in ONE_BY_ONE:
         return nodeid
+    if path in ONE_SYSTEM:
+        return ONE_SYSTEM[0]
     return folder if folder in SHARED and path not in APART else path
 
 

@@ -149,12 +149,12 @@ adapter = Qwen2VLAdapter(*load_language_model(language, torch.float32), native=n
 options = PackedOptions(native=native, kv_bytes=1 << 22, prefix_bytes=1 << 22)
 core = EngineCore(adapter, options, load=print)
 assert core.native is native and encoder.native is native
-print("llvmlite" in sys.modules)
+print("llvmlite" in sys.modules, "torch._dynamo" in sys.modules)
 """
 
 
 @pytest.mark.parametrize(("kernels", "imported"), [("torch", "False"), ("native", "True")])
-def test_llvm_stays_out_of_a_process_that_computes_by_torch(checkpoint_path, kernels, imported):
+def test_compilers_stay_out_of_a_process_that_does_not_use_them(checkpoint_path, kernels, imported):
     command = [sys.executable, "-c", TORCH_ONLY, str(checkpoint_path), kernels]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
-    assert done.stdout.split() == [imported]
+    assert done.stdout.split() == [imported, "False"]

@@ -12,7 +12,7 @@ from vision_service.settings import VisionSettings
 
 def run(settings: VisionSettings) -> int:
     """Load the model and serve; the process's exit status."""
-    configure_logging("vision", settings.log_level, settings.log_format)
+    configure_logging("vision", settings.log_level, settings.log_format, lasting=True)
     wait_briefly()
     # Here and not above: --help and a mistyped flag answer before torch is imported.
     import uvloop

@@ -64,7 +64,7 @@ class Encoder:
         return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
     async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
-        """The bound as the service takes it: a bound not below its own is none, one below its least is its least."""
+        """The bound as the service takes it: one not below its own is none, one that leaves no token is that of one."""
         now = time.monotonic()
         asked, description = self._bounds.get(client.address, (0.0, None))
         if description is None or now - asked >= DESCRIPTION_FRESH:
@@ -72,4 +72,4 @@ class Encoder:
             self._bounds[client.address] = (now, description)
         if max_pixels >= description.max_pixels:
             return None
-        return max(max_pixels, description.min_pixels, description.least_pixels)
+        return max(max_pixels, description.least_pixels)

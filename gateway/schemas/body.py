@@ -80,7 +80,7 @@ def by_field(name: str, *known: str, others: str) -> Discriminator:
 
 
 class Sampling(Body):
-    """What all doors share. Unset: the service's default (greedy)."""
+    """What all doors share. Unset: the model's own default (`sampling_defaults` in /v1/models), or greedy."""
 
     temperature: Temperature | None = None
     top_p: TopP | None = None

@@ -53,7 +53,7 @@ def plan(
     """Plan a placement."""
     from lookonce.cli import plan_report
     from lookonce.cli.capacity import Workload, placements
-    from lookonce.models.checkpoint.check import check_settings
+    from lookonce.models.checkpoint.check import check_settings, stored_halves
     from lookonce.models.sizing import DTYPE_BYTES, size_of
 
     try:
@@ -72,7 +72,7 @@ def plan(
         say(json.dumps([_as_json(item) for item in found], indent=2))
         raise typer.Exit(0 if best.fits else 1)
     sections = [
-        plan_report.needs(size, work, width, height, shown),
+        plan_report.needs(size, work, width, height, shown, stored_halves(model, revision)),
         plan_report.table(found, work, size),
         plan_report.economics(size, work, question_tokens),
     ]

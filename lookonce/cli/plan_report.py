@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from lookonce.cli.capacity import Choice, Placement, Workload
 from lookonce.core.units import format_size
@@ -15,12 +15,17 @@ _QUESTIONS = (1, 10, 100)
 _WARM = ((0.0, 0.0), (0.0, 0.9), (0.5, 0.9), (0.9, 0.99), (0.99, 0.99))
 
 
-def needs(size: ModelSize, work: Workload, width: int, height: int, dtype: str) -> Iterator[str]:
-    """What each part of the system needs, wherever it runs."""
+def needs(
+    size: ModelSize, work: Workload, width: int, height: int, dtype: str, stored: Mapping[Half, tuple[int, str]]
+) -> Iterator[str]:
+    """What each part of the system needs, wherever it runs. `stored` is bytes and form of the halves in the files."""
     vision, language = size.halves[Half.VISION], size.halves[Half.LANGUAGE]
     for name, half in (("vision weights", vision), ("language weights", language)):
         plain, small = format_size(half.weight_bytes(dtype)), format_size(half.weight_bytes(dtype, int8=True))
         yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}; in int8 {small}"
+    for kind, (nbytes, form) in sorted(stored.items()):
+        if " " in form:  # quantised
+            yield f"{f'{kind}, stored as':<20}{format_size(nbytes):>10}  {form}; dequantised when it is loaded"
     image = size.kv_bytes(work.image_tokens, dtype)
     yield f"{'KV per image':<20}{format_size(image):>10}  {work.image_tokens} tokens ({width}x{height})"
     question = size.kv_bytes(work.question_tokens, dtype)

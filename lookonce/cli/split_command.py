@@ -22,7 +22,8 @@ HELP = """Write OUT/vision and OUT/language, each a complete checkpoint director
   lookonce up --model ./halves
 
 Copy OUT/vision to the machines of the vision service and OUT/language to those of the language service. Embeddings are
-the same as from the whole checkpoint: the halves carry its identity. OUT appears only once it is whole.
+the same as from the whole checkpoint: the halves state its identity and the digest of the vision weights. OUT appears
+only once it is whole.
 """
 
 
@@ -60,3 +61,4 @@ def split(
     for half, path in report.paths.items():
         say(f"{half.value:<9} {format_size(report.weight_bytes[half]):>10}  {report.tensors[half]:>5} tensors  {path}")
     say(f"identity  {report.identity}")
+    say(f"weights   {report.vision_weights} (of the vision half: what --encoder-weights takes)")

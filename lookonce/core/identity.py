@@ -19,8 +19,11 @@ from blake3 import blake3
 from lookonce.core.errors import invalid
 
 DIGEST_BYTES = SEAL_BYTES = 32
+WEIGHTS_DIGEST = r"blake3:[0-9a-f]{64}"
+"""How a digest of weights looks: a regular expression."""
 RECORD_SCHEMA = 2
-PREPROCESSING_VERSION = 1
+CODE_VERSION = 2
+"""Of our preprocessing and encoding and of what a fingerprint covers: when one changes, so does every fingerprint."""
 SHARED_TENANT_KEY = bytes(DIGEST_BYTES)
 """The digest key of a deployment where tenants share embeddings (or where there is only one)."""
 
@@ -54,9 +57,12 @@ def digest_of_image_id(identifier: str) -> bytes:
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """All that decides the bytes of an embedding, apart from the image and its pixel bounds."""
+    """All that decides the bytes of an embedding, apart from the image and its pixel bounds.
 
-    checkpoint: str  # checkpoint identity: "hub:repo@commit" or "blake3:hex"
+    Checkpoints that share a vision half share it, whatever their language halves are.
+    """
+
+    vision_weights: str  # digest of the vision half's tensors: "blake3:hex" (`lookonce.models.checkpoint.digest`)
     family: str  # its model_type
     vision_config: dict[str, Any]
     preprocessor: dict[str, Any]  # resample, mean, std, rescale factor, EXIF and alpha handling
@@ -65,7 +71,7 @@ class EncoderSpec:
 
     def fingerprint(self) -> str:
         """Encoder fingerprint: 64 hexadecimal characters."""
-        fields = asdict(self) | {"record_schema": RECORD_SCHEMA, "preprocessing": PREPROCESSING_VERSION}
+        fields = _settled(asdict(self)) | {"record_schema": RECORD_SCHEMA, "code": CODE_VERSION}
         return _digest("lookonce 2026 encoder fingerprint", fields).hex()
 
 
@@ -107,6 +113,15 @@ def canonical_json(value: Any) -> bytes:
 
 def _digest(context: str, fields: dict[str, Any]) -> bytes:
     return blake3(canonical_json(fields), derive_key_context=context).digest()
+
+
+def _settled(value: Any) -> Any:
+    """4.0 is 4, and a tuple a list: files that say the same differ in that."""
+    if isinstance(value, dict):
+        return {key: _settled(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_settled(entry) for entry in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Sealer:

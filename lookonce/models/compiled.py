@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lookonce.models.kernels.text_layers import TextLayers
     from lookonce.models.kernels.text_rows import TextRows
     from lookonce.models.kernels.vision.blocks import VisionBlocks
+    from lookonce.models.kernels.vision.tower_kernels import Kernels
     from lookonce.models.linear import LayerWeights, VisionBlockWeights
 
 
@@ -52,8 +53,8 @@ def text_rows(hidden: int, head_dim: int, rotated: int, epsilon: float, like: to
 def text_layers(
     layers: Sequence[LayerWeights], norm: torch.Tensor, rows: TextRows | None, shape: ModelShape
 ) -> TextLayers | None:
-    """A decoder's layers and the norm [hidden] behind them as one program."""
-    if rows is None:
+    """A decoder's layers and the norm [hidden] behind them as one program. None for norms of queries and keys, too."""
+    if rows is None or any(layer.qk_norm is not None for layer in layers):
         return None
     from lookonce.models.kernels.text_layers import layers_for
 
@@ -76,6 +77,18 @@ def vision_blocks(blocks: Sequence[VisionBlockWeights], norm: torch.nn.LayerNorm
     from lookonce.models.kernels.vision.blocks import blocks_for
 
     return blocks_for(blocks, norm, heads)
+
+
+def tower_kernels(heads: int, head_width: int, inner: int, like: torch.Tensor) -> Kernels | None:
+    """Kernels of a vision tower whose blocks are none of `vision_blocks`: values of pixels, and attention. `inner` is
+    the width of its MLP, `like` one of its weights."""
+    if not _serves(like):
+        return None
+    from lookonce.models.kernels.compiling import compiled_or_none
+    from lookonce.models.kernels.vision.tower_kernels import Kernels, Shape
+
+    shape = Shape(head_width, heads, inner, epsilon=1e-6)
+    return compiled_or_none(lambda: Kernels(shape)) if shape.supported else None
 
 
 def _serves(like: torch.Tensor) -> bool:

@@ -18,7 +18,9 @@ from lookonce.models.family import Family, Half
 
 GROUP = "lookonce.families"
 BUILTIN = {
+    "qwen2_5_vl": "lookonce.models.qwen2_5_vl.config:FAMILY",
     "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
+    "qwen3_vl": "lookonce.models.qwen3_vl.config:FAMILY",
 }
 GENERAL = "lookonce.models.general.family:general_family"
 

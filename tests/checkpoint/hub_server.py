@@ -18,13 +18,13 @@ class Hub:
     """Serves `directory` as repository `acme/model` at one commit; `gated` refuses its files as the hub does.
 
     `stalls` and `cuts`: byte of a file (by name) behind which nothing more is sent, or the connection ends.
-    `sent` counts the bytes of each file's contents.
+    `sent` counts the bytes of each file's contents. Without `ranges` files are sent whole.
     """
 
     def __init__(self, directory: Path):
         self.directory, self.commit, self.gated, self.requests = directory, "c0ffee" + "0" * 34, False, []
         self.stalls, self.cuts, self.tags, self.sent, self.closing = {}, {}, {}, Counter(), threading.Event()
-        self.stalled = threading.Event()
+        self.stalled, self.ranges = threading.Event(), True
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
@@ -92,7 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
     def send(self, data, kind, body, name=None):
         whole, status, start = len(data), 200, 0
         tag = self.hub.tags.get(name) or blake3(data).hexdigest()[:40]
-        if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+        if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "") if self.hub.ranges else ""):
             start, status = int(ranged[1]), 206
             data = data[start : int(ranged[2]) + 1 if ranged[2] else whole]
         self.send_response(status)

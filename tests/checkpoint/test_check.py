@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from lm_service.app import load as load_language
+from lm_service.prompt import load_template
 from lm_service.settings import LanguageSettings
-from lm_service.template import Turn, load_template
 from lookonce.core.errors import CheckpointError
+from lookonce.models.chat.chat_format import Turn
 from lookonce.models.checkpoint import Half
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.split import split_checkpoint
@@ -86,7 +87,11 @@ def vision(path, **changes):
 BOTH, VISION, LANGUAGE = set(Half), {Half.VISION}, {Half.LANGUAGE}
 config, preprocessor = partial(partial, edit, "config.json"), partial(partial, edit, "preprocessor_config.json")
 SPOILED = {  # what is done to a good checkpoint, the halves that can't start, and what is said
-    "quantised": (config(quantization_config={"quant_method": "awq"}), BOTH, "quantization_config: pre-quantised"),
+    "quantised": (
+        config(quantization_config={"quant_method": "aqlm"}),
+        BOTH,
+        "quantization_config: weights quantised by aqlm are not supported",
+    ),
     "gptq": (partial(tensors, partial(quantise, (".qweight", ".scales", ".g_idx"))), LANGUAGE, "quantised by GPTQ"),
     "awq": (partial(tensors, partial(quantise, (".qweight", ".qzeros", ".scales"))), LANGUAGE, "quantised by AWQ"),
     "bnb": (partial(tensors, partial(quantise, (".weight", ".absmax"))), LANGUAGE, "quantised by bitsandbytes"),

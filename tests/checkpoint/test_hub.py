@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.checkpoint.hub_server import Hub
 
 OPEN = """
@@ -24,8 +25,10 @@ try:
 except CheckpointError as error:
     sys.exit(error.message)
 print(json.dumps({"name": checkpoint.name, "identity": checkpoint.identity, "halves": sorted(checkpoint.halves),
+    "path": str(checkpoint.path),
     "files": [f.name for f in checkpoint.files(Half(sys.argv[2] or "vision"))],
-    "fingerprint": checkpoint.encoder_spec("float32").fingerprint()}))
+    "weights": (weights := checkpoint.vision_weights),
+    "fingerprint": weights and checkpoint.encoder_spec("float32").fingerprint()}))
 """
 SHARED = {"config.json", "preprocessor_config.json", "model.safetensors.index.json"}
 TEXT = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
@@ -44,6 +47,7 @@ def hub(sharded, tmp_path):
 def environment(hub, tmp_path):
     keep = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
     quiet = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    quiet["LOOKONCE_CACHE_DIR"] = str(tmp_path / "digests")
     return keep | quiet | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
 
 
@@ -96,8 +100,10 @@ def test_planning_refuses_what_the_index_shows_to_be_quantised(hub, opened):
 
 
 def test_both_halves_agree_and_a_second_start_and_an_offline_one_download_nothing(hub, opened):
+    untold = json.loads(opened("language").stdout)
+    assert (untold["weights"], untold["fingerprint"]) == (None, None)
     vision, language = (json.loads(opened(half.value, revision=hub.commit).stdout) for half in Half)
-    assert vision["fingerprint"] == language["fingerprint"]
+    assert vision["fingerprint"] == language["fingerprint"] is not None, "this host has opened the vision half since"
     assert json.loads(opened("", revision="main").stdout)["halves"] == ["language", "vision"]
     hub.requests.clear()
     assert json.loads(opened("vision", revision="main").stdout)["identity"] == vision["identity"]
@@ -203,7 +209,75 @@ def test_a_snapshot_given_as_a_directory_is_the_hub_model(hub, environment, open
     content = config.read_bytes()
     config.unlink()
     config.write_bytes(content + b"\n")
-    assert json.loads(opened("", model=str(snapshot)).stdout)["identity"].startswith("blake3:")
+    other = json.loads(opened("", model=str(snapshot)).stdout)
+    assert other["identity"].startswith("blake3:") and other["fingerprint"] == by_id["fingerprint"]
+
+
+@pytest.fixture
+def mixed(hub):
+    """Name of the one file that holds both halves."""
+    shutil.rmtree(hub.directory)
+    make_random_checkpoint(hub.directory, size="small", vocab=40960)
+    return "model.safetensors"
+
+
+def test_of_a_file_that_holds_both_halves_one_half_alone_is_read(hub, environment, opened, mixed):
+    whole = open_checkpoint(str(hub.directory))
+    fingerprints = set()
+    for half in Half:
+        before = hub.sent[mixed]
+        done = opened(half.value)
+        assert done.returncode == 0, done.stderr
+        seen = json.loads(done.stdout)
+        fingerprints.add(seen["fingerprint"])
+        assert (seen["halves"], seen["identity"]) == ([half.value], f"hub:acme/model@{hub.commit}")
+        assert 0 <= hub.sent[mixed] - before - whole.weight_bytes(half) <= 200_000, "the half, and the header"
+        part = open_checkpoint(seen["path"], needs=half)
+        assert tensors(part, half) == tensors(whole, half)
+    assert len(fingerprints) == 1
+    hub.requests.clear()
+    before = hub.sent[mixed]
+    for half in Half:
+        assert opened(half.value).returncode == 0
+    assert hub.sent[mixed] == before, "a second start reads nothing"
+    hub.close()
+    assert opened("vision").returncode == 0
+
+
+def test_a_half_whose_download_was_killed_goes_on_where_it_ended(hub, environment, opened, mixed):
+    whole = open_checkpoint(str(hub.directory))
+    last = max(entry.offset + entry.nbytes for entry in whole.half_entries(Half.LANGUAGE).values())
+    hub.stalls[mixed] = last - (1 << 20)
+    process = subprocess.Popen([sys.executable, "-c", OPEN, "acme/model", "language", ""], env=environment)
+    assert hub.stalled.wait(60)
+    (partial,) = until(lambda: list(Path(environment["HF_HOME"]).rglob("halves/*/*/*.incomplete")))
+    until(lambda: size_of(partial) > 1 << 20)
+    process.kill()
+    process.wait()
+    hub.stalls.clear()
+    before, kept = hub.sent[mixed], size_of(partial)
+    done = opened("language")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent[mixed] - before <= whole.weight_bytes(Half.LANGUAGE) - kept + 400_000
+    assert tensors(open_checkpoint(json.loads(done.stdout)["path"]), Half.LANGUAGE) == tensors(whole, Half.LANGUAGE)
+
+
+def test_a_server_without_ranges_sends_the_file_whole(hub, opened, mixed):
+    hub.ranges = False
+    done = opened("vision")
+    assert done.returncode == 0, done.stderr
+    assert hub.sent[mixed] >= (hub.directory / mixed).stat().st_size
+    assert json.loads(done.stdout)["halves"] == ["language", "vision"]
+
+
+def tensors(checkpoint, half):
+    """Dtype, shape and bytes of every tensor of a half."""
+    found = {}
+    for name, entry in checkpoint.half_entries(half).items():
+        with open(entry.file, "rb") as stream:
+            stream.seek(entry.offset)
+            found[name] = (entry.dtype, entry.shape, stream.read(entry.nbytes))
+    return found
 
 
 def size_of(file):

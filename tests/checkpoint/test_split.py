@@ -121,7 +121,9 @@ def test_a_failure_midway_leaves_no_trace(tiny, tmp_path):
         {"half": "language"},
         {"identity": "blake3:00"},
         {"identity": "sha256:" + "0" * 64},
-        {"format": 2},
+        {"format": 3},
+        {"vision_weights": None},
+        {"vision_weights": "blake3:00"},
         {"name": None},
     ],
 )

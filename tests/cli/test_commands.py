@@ -202,10 +202,11 @@ def test_up_refuses_variables_that_would_move_its_private_doors(checkpoint, tmp_
             "the gateway service can't start: --host 0.0.0.0 is reachable from outside: "
             "set LOOKONCE_GATEWAY_API_KEYS or --api-keys-file first",
         ),
-        (
+        pytest.param(
             ["--vision-device", "warp"],
             {},
             "the vision service can't start: device 'warp' is not one of auto, cpu, cuda, cuda:N, mps",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             [],

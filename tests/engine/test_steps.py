@@ -12,7 +12,7 @@ import torch
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.engine_core import Admitted, EngineCore
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.scheduling.queue import StepBudget
+from lm_service.engine.packed.scheduling.batch import StepBudget
 from lm_service.engine.packed.scheduling.sequence import Request
 from lm_service.engine.types import EmbeddingSource, EngineState, ScoreItem, Scoring
 from lookonce.core.errors import ErrorKind, LookonceError

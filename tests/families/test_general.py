@@ -13,8 +13,7 @@ from transformers import CONFIG_MAPPING
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
-from lm_service.prompt import Message, PromptBuilder
-from lm_service.template import load_template
+from lm_service.prompt import Message, PromptBuilder, load_template
 from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint.check import check_checkpoint, open_checked

@@ -18,13 +18,12 @@ from torch.nn import functional
 
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.prompt import Message, PromptBuilder
-from lm_service.template import load_template
+from lm_service.prompt import Message, PromptBuilder, load_template
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.checkpoint.check import check_checkpoint
-from lookonce.models.registry import Half, family_of, supported_model_types
+from lookonce.models.registry import BUILTIN, Half, family_of, supported_model_types
 from tests import toy_family
 from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
@@ -288,10 +287,13 @@ def test_what_is_wrong_with_its_checkpoint_is_said_in_its_words(checkpoint, tmp_
     assert "instruction-tuned Toy" in told and "Qwen" not in told
 
 
-def test_nothing_but_its_folder_and_a_line_of_the_registry_names_our_own_family():
-    """What holds for the toy holds for Qwen2-VL."""
-    found = {str(path.relative_to(ROOT)) for package in PRODUCT for path in names_of(ROOT / package, "qwen2_vl")}
-    assert found == {"lookonce/models/registry.py"}
+@pytest.mark.parametrize("family", BUILTIN)
+def test_nothing_but_folders_of_families_and_a_line_of_the_registry_names_our_own(family):
+    """What holds for the toy holds for ours; a family may share what another one has."""
+    folders = [ROOT / "lookonce/models" / name for name in BUILTIN]
+    found = {path for package in PRODUCT for path in names_of(ROOT / package, family)}
+    outside = {str(path.relative_to(ROOT)) for path in found if path.parent not in folders}
+    assert outside == {"lookonce/models/registry.py"}
 
 
 def test_the_rule_sees_a_planted_fault(tmp_path):

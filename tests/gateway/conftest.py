@@ -71,7 +71,7 @@ def http(gateway: GatewayProcess) -> Iterator[httpx2.Client]:
         yield client
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def client(gateway: GatewayProcess) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
         yield client

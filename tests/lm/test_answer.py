@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lm_service.engine.answer import Answer, Detokenizer, StopMatcher, TokenTable
 from lm_service.engine.types import FinishReason, Sampling
-from lm_service.template import load_template
+from lm_service.prompt import load_template
 from lookonce.models.qwen2_vl.config import FAMILY
 
 BYTES = TokenTable(((number, bytes([number])) for number in range(256)), special=[256])

@@ -49,11 +49,10 @@ async def test_a_pair_of_processes_through_thick_and_thin(checkpoint_path, unspl
         assert await ask() == language_pb2.NOT_NEEDED, "cached images answer without a vision service"
 
         language.kill()
-        await asyncio.to_thread(language.restart)
-        assert await ask() == language_pb2.STORE, "what was fetched was written back, and outlives a kill"
-        await drains(language, words)
         await eyes.close()
         await words.close()
+    async with running(checkpoint_path, tmp_path, store=f"file://{tmp_path}/lm", vision=vision.address) as words:
+        assert await ask() == language_pb2.STORE, "what was fetched was written back, and outlives a kill"
 
 
 async def lost(client):
@@ -143,7 +142,7 @@ async def test_an_address_in_use_ends_the_start(checkpoint_path):
             await serve(settings, load(settings))
 
 
-async def test_a_fault_that_leaves_the_engine_unusable_ends_the_process_and_a_new_one_answers(
+async def test_a_fault_that_leaves_the_engine_unusable_ends_the_process_and_a_new_one_answers_and_drains(
     checkpoint_path, unsplit, tmp_path
 ):
     switch = tmp_path / "fault"
@@ -170,4 +169,5 @@ async def test_a_fault_that_leaves_the_engine_unusable_ends_the_process_and_a_ne
         await client.close()
         client = LanguageClient(language.address)
         assert (await answer(client, question)).ids == expected
+        await drains(language, client)
         await client.close()

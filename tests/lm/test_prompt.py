@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lm_service.prompt import AcceptedEncoders, Message, PromptBuilder
-from lm_service.template import Turn, load_template
+from lm_service.prompt import AcceptedEncoders, Message, PromptBuilder, load_template
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
+from lookonce.models.chat.chat_format import Turn
 from lookonce.models.qwen2_vl.config import FAMILY, mrope_positions
 from lookonce.models.qwen2_vl.synthetic_tokenizer import SPECIAL_TOKENS
 

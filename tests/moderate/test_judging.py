@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,6 +15,8 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.moderation import judging
 from lookonce.moderation.policy import Rule, parse_policy
 from tests.gateway.processes import GatewayProcess
+from tests.moderate.conftest import MODEL
+from tests.moderate.scenes import policy_text
 
 COUNT = 12
 
@@ -25,9 +29,7 @@ def test_gateway_and_command_judge_alike(pair, images, policy, results, tmp_path
     services = (*pair.arguments(), "--store", "memory://", "--data-dir", str(tmp_path))
     with GatewayProcess(*services, "--policy", str(policy)) as process, process.client() as http:
         for source in chosen:
-            url = "data:image/png;base64," + base64.b64encode(Path(source).read_bytes()).decode()
-            body = {"input": [{"type": "image_url", "image_url": {"url": url}}]}
-            (result,) = http.post("/v1/moderations", json=body).json()["results"]
+            (result,) = http.post("/v1/moderations", json=shown(source)).json()["results"]
             row = rows[source]
             assert result["category_scores"] == {rule.id: row[f"score_{rule.id}"] for rule in rules}
             assert result["categories"] == {rule.id: row[f"fired_{rule.id}"] for rule in rules}
@@ -35,6 +37,33 @@ def test_gateway_and_command_judge_alike(pair, images, policy, results, tmp_path
             follow_up = row["follow_up_cross"]
             assert result["follow_ups"] == ({} if follow_up is None else {"cross": [follow_up]})
     assert {rows[source]["fired_cross"] for source in chosen} == {True, False}
+
+
+def test_they_scale_images_alike_to_fewer_pixels_than_the_checkpoint_does(pair, pictures, tmp_path):
+    """Between the pixels of one token and the checkpoint's min_pixels."""
+    bounds = json.loads((MODEL / "preprocessor_config.json").read_text())
+    policy, out = tmp_path / "policy.yaml", tmp_path / "out.parquet"
+    policy.write_text(f"max_pixels: {bounds['min_pixels'] // 2}\n{policy_text()}")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in sorted(Path(pictures.folder).rglob("*.png"))[:4]:
+        shutil.copy(path, folder)
+    assert pair.moderate(folder, policy, out).returncode == 0
+    rows = [row for row in pq.read_table(out).to_pylist() if row["error"] is None]
+    assert len(rows) >= 2
+    services = (*pair.arguments(), "--store", "memory://", "--data-dir", str(tmp_path))
+    with GatewayProcess(*services, "--policy", str(policy)) as process, process.client() as http:
+        for row in rows:
+            (result,) = http.post("/v1/moderations", json=shown(row["source"])).json()["results"]
+            assert result["category_scores"] == {rule: row[f"score_{rule}"] for rule in result["category_scores"]}
+        tokens = [image["tokens"] for image in http.get("/v1/images").json()["data"]]
+    least = bounds["patch_size"] ** 2 * bounds["merge_size"] ** 2
+    assert len(tokens) == len(rows) and max(tokens) <= bounds["min_pixels"] // 2 // least
+
+
+def shown(source: str) -> dict:
+    url = "data:image/png;base64," + base64.b64encode(Path(source).read_bytes()).decode()
+    return {"input": [{"type": "image_url", "image_url": {"url": url}}]}
 
 
 def rule(**fields: object) -> Rule:

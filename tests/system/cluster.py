@@ -54,7 +54,7 @@ class GatewayProcess:
             if self.process.poll() is not None:
                 break
             try:
-                if httpx2.get(f"{self.url}/readyz", timeout=10).status_code == 200:
+                if httpx2.get(f"{self.url}/readyz", timeout=10, verify=False).status_code == 200:
                     return self
             except httpx2.TransportError:
                 pass

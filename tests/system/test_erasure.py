@@ -7,34 +7,15 @@ import time
 import httpx2
 import pytest
 
-from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.images import photograph, save
-from tests.system.cluster import System
-from tests.valkey import PATIENT, ValkeyServer
 
 RETRIES_SECONDS = 4.0
 """The background's first two tries have been made by then."""
 
 
-@pytest.fixture(scope="module")
-def valkey():
-    with ValkeyServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def system(valkey, tmp_path_factory):
-    """Two vision services and two gateways on one Redis; tests leave it whole."""
-    folder = tmp_path_factory.mktemp("erasure")
-    store = f"{valkey.url}?{PATIENT}"
-    model = make_random_checkpoint(folder / "model", max_pixels=100 * 28 * 28)
-    with System(model, folder, visions=2, gateways=2, store=store) as running:
-        yield running
-
-
 @pytest.fixture
-def gateways(system):
-    clients = [httpx2.Client(base_url=gateway.url, timeout=120) for gateway in system.gateways]
+def gateways(double):
+    clients = [httpx2.Client(base_url=gateway.url, timeout=120) for gateway in double.gateways]
     yield clients
     for client in clients:
         client.close()
@@ -61,14 +42,14 @@ def embeddings(valkey):
 @pytest.mark.parametrize(
     "elsewhere", [pytest.param(0, id="same gateway", marks=pytest.mark.slow), pytest.param(1, id="other gateway")]
 )
-def test_what_is_uploaded_again_outlives_the_erasure_before_it(system, gateways, valkey, elsewhere):
+def test_what_is_uploaded_again_outlives_the_erasure_before_it(double, gateways, valkey, elsewhere):
     before = embeddings(valkey)
     first, second = gateways[0], gateways[elsewhere]
     data, name = save(photograph("coffee", (90 + elsewhere, 60)), "PNG"), f"kept-{elsewhere}"
     image = upload(first, data, alias="gone")
     low = {"questions": ["What?"], "max_tokens": 1, "detail": "low"}
     assert first.post(f"/v1/images/{image}/questions", json=low).status_code == 200  # a second embedding
-    system.visions[1].kill()
+    double.visions[1].kill()
     assert first.delete(f"/v1/images/{image}").json()["complete"] is False
     assert upload(second, data, pinned="true", alias=name) == image
     time.sleep(RETRIES_SECONDS)
@@ -82,7 +63,7 @@ def test_what_is_uploaded_again_outlives_the_erasure_before_it(system, gateways,
         assert "text" in answer.json()["answers"][0], answer.text
     # A second erasure, beside what is left of the first: complete once the service is back, and nothing stays.
     assert second.delete(f"/v1/images/{image}").json()["complete"] is False
-    system.visions[1].restart()
+    double.visions[1].restart()
     eventually(lambda: second.delete(f"/v1/images/{image}").status_code == 404)
     for http in gateways:
         eventually(lambda http=http: http.get(f"/v1/images/{image}").status_code == 404)
@@ -92,3 +73,4 @@ def test_what_is_uploaded_again_outlives_the_erasure_before_it(system, gateways,
         left = [key for key in client.scan_iter("lookonce:images*", count=1000) if b"lease" not in key]
         values = [client.get(key) for key in left]
         assert not any(data in value for value in values), "the file is gone"
+    double.wait_whole()

@@ -17,25 +17,6 @@ from tests.valkey import ValkeyServer
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_random_checkpoint(tmp_path_factory.mktemp("faults") / "model", max_pixels=100 * 28 * 28)
-
-
-@pytest.fixture(scope="module")
-def single(model, tmp_path_factory):
-    """A system that tests share: each leaves it whole."""
-    with System(model, tmp_path_factory.mktemp("single")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def double(model, tmp_path_factory):
-    """One with two services of each kind; likewise."""
-    with System(model, tmp_path_factory.mktemp("double"), visions=2, languages=2) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def over_redis(model, tmp_path_factory):
     """One on a Redis, which is of any size until a test bounds it; likewise."""
     with (

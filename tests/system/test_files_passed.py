@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.files_passed import count
 
-MOST = 52
+MOST = 45
 
 
 @pytest.mark.slow

@@ -7,15 +7,8 @@ import asyncio
 import httpx2
 import pytest
 
-from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.images import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
-from tests.valkey import PATIENT, ValkeyServer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return make_random_checkpoint(tmp_path_factory.mktemp("once") / "model", layout="nested", tied=False, shards=2)
 
 
 def ten_questions(system, image, start):
@@ -28,41 +21,34 @@ def ten_questions(system, image, start):
     return receipts
 
 
-@pytest.fixture(scope="module")
-def system(model, tmp_path_factory):
-    """One that tests share: each leaves it whole."""
-    with System(model, tmp_path_factory.mktemp("once")) as running:
-        yield running
-
-
-def test_an_image_first_seen_in_a_chat_is_encoded_once_for_all(system):
-    before = system.encodes()
+def test_an_image_first_seen_in_a_chat_is_encoded_once_for_all(single):
+    before = single.encodes()
     data = save(photograph("coffee", (120, 90)), "PNG")
     url = data_url(data)
-    first = system.chat([{"role": "user", "content": [image_part(url), text_part("One?")]}], max_tokens=2)
-    again = system.chat([{"role": "user", "content": [image_part(url), text_part("Two?")]}], max_tokens=2)
+    first = single.chat([{"role": "user", "content": [image_part(url), text_part("One?")]}], max_tokens=2)
+    again = single.chat([{"role": "user", "content": [image_part(url), text_part("Two?")]}], max_tokens=2)
     assert [first["receipt"]["embedding"], again["receipt"]["embedding"]] == ["miss", "hit"]
-    assert system.upload(data)["cached"] is True
-    assert system.encodes() == before + 1
+    assert single.upload(data)["cached"] is True
+    assert single.encodes() == before + 1
 
 
-def test_thirty_questions_over_two_restarts_encode_once(system):
-    start = system.encodes()
-    image = system.upload(save(photograph("coffee", (300, 200)), "JPEG"))["id"]
-    receipts = ten_questions(system, image, 0)
-    system.languages[0].restart()
-    receipts += ten_questions(system, image, 10)
-    before = system.encodes() - start
-    system.visions[0].restart()
-    receipts += ten_questions(system, image, 20)
-    assert before + system.encodes() == 1
+def test_thirty_questions_over_two_restarts_encode_once(single):
+    start = single.encodes()
+    image = single.upload(save(photograph("coffee", (300, 200)), "JPEG"))["id"]
+    receipts = ten_questions(single, image, 0)
+    single.languages[0].restart()
+    receipts += ten_questions(single, image, 10)
+    before = single.encodes() - start
+    single.visions[0].restart()
+    receipts += ten_questions(single, image, 20)
+    assert before + single.encodes() == 1
     assert {receipt["embedding"] for receipt in receipts} == {"hit"}
-    system.wait_whole()
+    single.wait_whole()
 
 
-def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once(model, tmp_path):
-    async def burst(system, data):
-        urls = [gateway.url for gateway in system.gateways]
+def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once(double):
+    async def burst(data):
+        urls = [gateway.url for gateway in double.gateways]
         async with httpx2.AsyncClient(timeout=120, limits=httpx2.Limits(max_connections=100)) as client:
             posts = [
                 client.post(f"{urls[n % 2]}/v1/images", files={"file": ("a.png", data, "image/png")})
@@ -70,22 +56,11 @@ def test_a_hundred_first_requests_over_two_gateways_and_two_encoders_encode_once
             ]
             return await asyncio.gather(*posts)
 
-    with (
-        ValkeyServer() as valkey,
-        System(
-            model,
-            tmp_path,
-            visions=2,
-            gateways=2,
-            store=f"{valkey.url}?{PATIENT}",
-            gateway_args=("--max-concurrency", "200"),
-        ) as system,
-    ):
-        for n, size in enumerate([(333, 222), (57, 1000)]):
-            replies = asyncio.run(burst(system, save(photograph("astronaut", size), "PNG")))
-            assert {reply.status_code for reply in replies} <= {200, 201}, [r.text for r in replies if r.is_error][:1]
-            assert len({reply.json()["id"] for reply in replies}) == 1
-            assert system.encodes() == n + 1
+    before = double.encodes()
+    replies = asyncio.run(burst(save(photograph("astronaut", (333, 222)), "PNG")))
+    assert {reply.status_code for reply in replies} <= {200, 201}, [r.text for r in replies if r.is_error][:1]
+    assert len({reply.json()["id"] for reply in replies}) == 1
+    assert double.encodes() == before + 1
 
 
 @pytest.mark.slow  # test_wrong_values and gateway/test_retries hold the same way back, faster

@@ -14,20 +14,16 @@ from tests.unsplit import Unsplit
 from vision_service.images import Decoder, ImageLimits
 
 KINDS = {
-    "published-tied": {"layout": "published", "tied": True},
     "nested-untied": {"layout": "nested", "tied": False, "shards": 3},
     "published-untied-wide": {"layout": "published", "tied": False, "layers": 3, "seed": 5},
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "published-tied",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("nested-untied", "published-untied-wide")),
-    ],
-)
+@pytest.fixture(scope="module", params=["shared", *(pytest.param(name, marks=pytest.mark.slow) for name in KINDS)])
 def pair(request, tmp_path_factory):
+    if request.param == "shared":
+        yield request.getfixturevalue("single"), Unsplit(request.getfixturevalue("model"))
+        return
     folder = tmp_path_factory.mktemp(request.param)
     model = make_random_checkpoint(folder / "model", max_pixels=200 * 28 * 28, **KINDS[request.param])
     with System(model, folder) as system:

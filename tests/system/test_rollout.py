@@ -87,7 +87,7 @@ def isolated(model, files, tmp_path):
         gateway = GatewayProcess("--vision", pair.vision.address, "--lm", pair.language.address, "--store", store)
         gateway.wait_ready()
         said = {}
-        with httpx2.Client(base_url=gateway.url, timeout=120) as client:
+        with httpx2.Client(base_url=gateway.url, timeout=120, verify=False) as client:
             for data in files:
                 image = client.post("/v1/images", files={"file": data}).json()["id"]
                 answer = client.post(f"/v1/images/{image}/questions", json=QUESTION).json()["answers"][0]
@@ -215,7 +215,7 @@ def test_from_one_fine_tune_to_another_under_load(tmp_path):
         gateway = GatewayProcess("--variants-file", str(file), "--store", valkey.url)
         gateway.wait_ready()
         try:
-            with httpx2.Client(base_url=gateway.url, timeout=120) as client:
+            with httpx2.Client(base_url=gateway.url, timeout=120, verify=False) as client:
                 images = [client.post("/v1/images", files={"file": data}).json()["id"] for data in files]
             with Caller(gateway.url, images) as caller:
                 until(lambda: caller.count("old") > 20)

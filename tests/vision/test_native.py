@@ -9,7 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.kernels.program import run_kernels
+from lookonce.models.kernels.program import run_program
+from lookonce.models.kernels.structs import calls_of
 from lookonce.models.kernels.vision import tower_kernels as module
 from lookonce.models.kernels.vision.tower_kernels import Kernels, Shape
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
@@ -46,10 +47,10 @@ def test_attention_in_several_calls_has_the_same_bits():
     kernels = kernels_for(16, 3)
     qkv, angles = torch.randn(sum(COUNTS), 3 * 48), torch.randn(sum(COUNTS), 8)
     packed, out = kernels.pack(COUNTS, angles.cos(), angles.sin()), torch.empty(sum(COUNTS), 48)
-    calls = [call for call, _ in kernels.attend_kernels(qkv, packed, out, at_once=1e6)]
-    assert len(calls) > 3
-    for call in calls:
-        run_kernels([call], single_threaded=False)
+    parts = kernels.attend_kernels(qkv, packed, out, at_once=1e6)
+    assert len(parts) > 3
+    for function, structs, _ in parts:
+        run_program(calls_of([(function, structs)])[0], single_threaded=False)
     assert torch.equal(out, kernels.attend(qkv, packed))
 
 

@@ -209,6 +209,7 @@ async def test_forget_tells_when_a_store_could_not_be_reached(checkpoint_path):
         assert (await client.encode(request(small()))).outcome == "miss"
 
 
+@pytest.mark.slow  # system/test_faults holds it too, of a whole system
 async def test_an_embedded_store_outlives_a_killed_process(checkpoint_path, tmp_path):
     store = f"file://{tmp_path}/store"
     with ServiceProcess(
@@ -249,22 +250,34 @@ async def test_overload_is_told_at_once_and_hits_still_answer(checkpoint_path, d
     assert all(error.retry_after >= 1 for error in refused)
 
 
-def metrics_at(listen):
-    """Name and value of each sample."""
+def page_at(listen):
+    """What a process tells Prometheus."""
     with urllib.request.urlopen(f"http://{listen}/metrics", timeout=60) as reply:
-        families = text_string_to_metric_families(reply.read().decode())
-    return {sample.name: sample.value for family in families for sample in family.samples}
+        return reply.read().decode()
 
 
-async def test_sigterm_lets_accepted_work_end(checkpoint_path):
+def values(page):
+    """Name and value of each sample."""
+    return {sample.name: sample.value for family in text_string_to_metric_families(page) for sample in family.samples}
+
+
+async def test_metrics_over_http_and_sigterm_lets_accepted_work_end(checkpoint_path):
     listen = f"127.0.0.1:{free_port()}"
     with ServiceProcess("vision_service", "--model", str(checkpoint_path), "--metrics-listen", listen) as service:
         client = VisionClient(service.address)
+        for _ in range(2):
+            await client.encode(request(small()))
+        await refusal(client.encode(request(b"x")))
+        text = await asyncio.to_thread(page_at, listen)
+        for line in ("encodes_total 1.0", "hits_total 1.0", "batch_patches_count 1.0"):
+            assert f"lookonce_vision_{line}" in text
+        assert 'lookonce_vision_errors_total{kind="image_invalid"} 1.0' in text
+
         images = [small((number, 0, 0), size=(700, 700)) for number in range(3)]
         running = [asyncio.ensure_future(client.encode(request(image))) for image in images]
         arrived = 0
-        while arrived < 3:
-            told = await asyncio.to_thread(metrics_at, listen)
+        while arrived < 1 + 3:
+            told = values(await asyncio.to_thread(page_at, listen))
             arrived = told["lookonce_vision_images_under_way"] + told["lookonce_vision_encodes_total"]
         service.process.terminate()
         results = await asyncio.gather(*running)
@@ -286,22 +299,6 @@ async def test_a_client_that_goes_away_stops_its_work(checkpoint_path, decoding)
         decoding.set()
         assert (await client.encode(request(small()))).outcome == "miss"
         assert (await client.describe()).encodes == 1
-
-
-async def test_metrics_over_http(checkpoint_path):
-    listen = f"127.0.0.1:{free_port()}"
-    with ServiceProcess("vision_service", "--model", str(checkpoint_path), "--metrics-listen", listen) as service:
-        client = VisionClient(service.address)
-        for _ in range(2):
-            await client.encode(request(small()))
-        await refusal(client.encode(request(b"x")))
-        await client.close()
-        text = await asyncio.to_thread(
-            lambda: urllib.request.urlopen(f"http://{listen}/metrics", timeout=60).read().decode()
-        )
-    for line in ("encodes_total 1.0", "hits_total 1.0", "batch_patches_count 1.0"):
-        assert f"lookonce_vision_{line}" in text
-    assert 'lookonce_vision_errors_total{kind="image_invalid"} 1.0' in text
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.layer_split import AUTO, Share, layers_of, parse, spread
 from lookonce.core.units import format_size
-from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.checkpoint.quantised.matrix import StoredWeight
 from lookonce.models.devices import choose_device, free_memory
 from lookonce.models.sizing import SCALE_BYTES
 
@@ -76,7 +76,7 @@ def wanted(device: str, device_map: str | None) -> Wanted:
 
 def place(
     asked: Wanted,
-    entries: Mapping[str, TensorEntry],
+    entries: Mapping[str, StoredWeight],
     dtype: torch.dtype,
     quantization: str = "none",
     *,
@@ -110,7 +110,7 @@ class _Weights:
     layer: int  # the largest layer
 
     @classmethod
-    def of(cls, entries: Mapping[str, TensorEntry], dtype: torch.dtype, layers: int, *, int8: bool) -> _Weights:
+    def of(cls, entries: Mapping[str, StoredWeight], dtype: torch.dtype, layers: int, *, int8: bool) -> _Weights:
         first, last, each = 0, 0, [0] * layers
         for name, entry in entries.items():
             size = torch.Size(entry.shape).numel() * dtype.itemsize

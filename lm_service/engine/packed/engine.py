@@ -15,17 +15,15 @@ from functools import partial
 import structlog
 import torch
 
-from lm_service.engine.answer import Answer, TokenTable
+from lm_service.engine.answer import TokenTable
 from lm_service.engine.packed.engine_core import Admitted, EngineCore, Event, Scored, internal_error
 from lm_service.engine.packed.options import PackedOptions
-from lm_service.engine.packed.prefix_cache.content import prompt_contents
-from lm_service.engine.packed.request_checks import check_embedding, check_generation, check_scoring, rows_of
 from lm_service.engine.packed.scheduling import sequence as packed
 from lm_service.engine.packed.scheduling.batch import PrefixPrefill
 from lm_service.engine.packed.scheduling.scored_questions import score_sequences, scores_of
 from lm_service.engine.packed.self_check import is_batch_invariant
-from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import (
+    DamagedRecord,
     Delta,
     EmbeddingLoader,
     EmbeddingSource,
@@ -38,8 +36,11 @@ from lm_service.engine.types import (
 )
 from lm_service.metrics import METRICS
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
+from lookonce.core.record import TensorView
 from lookonce.core.tasks import gather_or_end, start_task
-from lookonce.models.text_adapter import ModelAdapter
+from lookonce.models.tensors import tensor_of
+from lookonce.models.text_adapter import ModelAdapter, ModelShape
 
 _HAND_OVER_SECONDS = 0.02
 RETRY_SECONDS = 1.0  # until who was refused may be let in
@@ -120,24 +121,8 @@ class PackedEngine:
         return replace(self._state, model=self._facts)
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
-        check_generation(request, self._context, self._shape, self.options)
-        inner = packed.Request(
-            request.id, request.client, kept=self.options.keep_answers, whole=request.whole, salt=request.salt
-        )
-        (content,) = prompt_contents([request.prompt], request.salt)
-        room = self._context - len(request.prompt.token_ids)
-        for index in range(request.sampling.n):
-            inner.sequences.append(
-                packed.Sequence(
-                    request=inner,
-                    index=index,
-                    prompt=request.prompt,
-                    content=content,
-                    tokens=list(request.prompt.token_ids),
-                    answer=Answer(index, request.sampling, self._table, self._end_ids, room),
-                    sampler=SamplerState(request.sampling, request.prompt.token_ids, index, self._end_ids),
-                )
-            )
+        packed.check_generation(request, self._context, self._shape, self.options)
+        inner = packed.answers_to(request, self._table, self._end_ids, self._context, kept=self.options.keep_answers)
         unfinished = request.sampling.n
         async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
             async for event in events:
@@ -151,7 +136,7 @@ class PackedEngine:
                     return
 
     async def score(self, request: Scoring) -> Scores:
-        check_scoring(request, self._context, self._shape, self.options)
+        packed.check_scoring(request, self._context, self._shape, self.options)
         exclusive = request.isolated and not self._core.batch_invariant
         sequences = score_sequences(
             request, exclusive=exclusive, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
@@ -331,8 +316,7 @@ class PackedEngine:
         try:
             for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
-                check_embedding(tensor, span.reference, self._shape)
-                rows.append(tensor)
+                rows.append(_checked_rows(tensor, span.reference, self._shape))
                 source = max(source, tier, key=list(EmbeddingSource).index)
         except LookonceError as error:
             failure = error
@@ -345,6 +329,29 @@ class PackedEngine:
             self._tell(lambda: self._core.scheduler.loaded(prefill, source, load_ms))
             return
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
+
+
+def _checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
+    """What `rows_of` made, as [1 + deepstack, tokens, hidden]. Raises EMBEDDING_INVALID for rows of another shape than
+    the prompt was laid out for."""
+    stacked = rows if rows.dim() == 3 else rows[None]
+    expected = [1 + shape.deepstack, reference.tokens, shape.hidden]
+    if list(stacked.shape) != expected:
+        raise LookonceError(
+            ErrorKind.EMBEDDING_INVALID,
+            f"the embedding is {list(rows.shape)}, expected {expected if shape.deepstack else expected[1:]}",
+        )
+    return stacked
+
+
+def rows_of(*views: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A record's rows in memory of their own: those of one tensor [tokens, hidden], of n [n, tokens, hidden]. Raises
+    DamagedRecord when they are not finite in this dtype."""
+    first, *further = (tensor_of(view).to(device=device, dtype=dtype, copy=len(views) == 1) for view in views)
+    rows = torch.stack([first, *further]) if further else first
+    if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
+        raise DamagedRecord("embedding holds numbers that are not finite")
+    return rows
 
 
 def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:

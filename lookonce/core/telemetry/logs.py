@@ -20,8 +20,11 @@ LogFormat = Literal["auto", "console", "json"]
 UNIX = "unix:"
 
 
-def configure_logging(service: str, level: str = "info", log_format: LogFormat = "auto") -> None:
-    """Set up structlog once per process; every line names its service."""
+def configure_logging(
+    service: str, level: str = "info", log_format: LogFormat = "auto", *, lasting: bool = False
+) -> None:
+    """Set up structlog; every line names its service. `lasting`: this process neither configures it again nor replaces
+    stderr, so that each logger is made once and not anew for each line."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
     renderer: structlog.types.Processor = (
         structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
@@ -37,7 +40,7 @@ def configure_logging(service: str, level: str = "info", log_format: LogFormat =
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),  # as it is then: programs may replace it
-        cache_logger_on_first_use=False,  # a cached logger would outlive a later configuration
+        cache_logger_on_first_use=lasting,  # a cached logger outlives a later configuration
     )
     structlog.contextvars.bind_contextvars(service=service)
     libraries = logging.StreamHandler(sys.stderr)

@@ -11,19 +11,22 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lookonce.core.errors import CheckpointError
-from lookonce.core.identity import EncoderSpec
-from lookonce.models.checkpoint import files, hub
-from lookonce.models.checkpoint.digest import content_identity
+from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
+from lookonce.core.record import tensor_names
+from lookonce.models.checkpoint import digest, files, hub
+from lookonce.models.checkpoint.adapter import Adapter
 from lookonce.models.checkpoint.headers import TensorEntry
+from lookonce.models.checkpoint.quantised.formats import OWN_FILE
+from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
 from lookonce.models.registry import Family, Half, family_of
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IDENTITY = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|blake3:[0-9a-f]{64}")
-_IDENTITY_FORMAT = 1
+_IDENTITY_FORMATS = (1, 2)  # the first says nothing of the vision half's weights
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Checkpoint:
     entries: dict[Half, dict[str, TensorEntry]] = field(repr=False)  # by module-relative name; opened halves only
     identity_files: tuple[Path, ...] = field(repr=False)
     known_identity: str | None = field(repr=False)
+    stated_vision_weights: str | None = field(repr=False)  # by `lookonce split`
+    format: Format | None = None  # how the weights are quantised that are
+    adapter: Adapter | None = None  # merged when a half is loaded
 
     @cached_property
     def identity(self) -> str:
@@ -55,28 +61,96 @@ class Checkpoint:
                 f"{self.path}: {', '.join(missing)} missing, so the checkpoint can't be identified; "
                 "copy every shard, or copy a half that `lookonce split` wrote"
             )
-        return content_identity(self.identity_files)
+        return digest.content_identity(self.identity_files)
 
-    def half_entries(self, half: Half) -> dict[str, TensorEntry]:
-        """Where each tensor of a half lies, by its name in the module; CheckpointError when the half isn't here."""
+    @cached_property
+    def vision_weights(self) -> str | None:
+        """Digest of the vision half's tensors (`digest.tensors_digest`): what makes checkpoints share embeddings.
+
+        Taken from the tensors wherever they are here. A language half by itself knows what `lookonce split` wrote
+        down, or what this host has found out of the same hub commit. None: not known here; vision services say it.
+        An adapter that changes the half makes it another one. Raises CheckpointError when the tensors are not those
+        that were split.
+        """
+        own = self._own_vision_weights()
+        return own if own is None else self._adapted(own)
+
+    @property
+    def encoder_identity(self) -> str:
+        """`identity`, or another one where an adapter changes the vision half."""
+        return self._adapted(self.identity)
+
+    def _adapted(self, identity: str) -> str:
+        return identity if self.adapter is None else digest.adapted(identity, self.adapter.digest(Half.VISION))
+
+    def _own_vision_weights(self) -> str | None:
+        if Half.VISION not in self.halves:
+            return self.stated_vision_weights or digest.vision_weights_of(self.known_identity or "")
+        entries = self.entries.get(Half.VISION)
+        if entries is None:  # opened for the language half
+            found = files.entries_of(self.path, self.family, files.weight_map_of(self.path), {Half.VISION})
+            entries = found[Half.VISION]
+        weights = digest.tensors_digest(entries)
+        if self.stated_vision_weights not in (None, weights):
+            raise _not_of_its_weights(self.path / files.IDENTITY)
+        if self.known_identity is not None and self.known_identity.startswith("hub:"):
+            digest.remember_vision_weights(self.known_identity, weights)
+        return weights
+
+    def known_vision_weights(self) -> str:
+        """`vision_weights`. Raises CheckpointError where they are not known."""
+        if self.vision_weights is None:
+            raise CheckpointError(
+                f"{self.name}: {self.path} has no vision weights, and nothing there says which they are; give a half "
+                "that `lookonce split` wrote, or name them with --encoder-weights"
+            )
+        return self.vision_weights
+
+    def stored_entries(self, half: Half) -> dict[str, TensorEntry]:
+        """Each tensor of a half as it is stored, by its module-relative name; CheckpointError when the half isn't
+        here."""
         if half not in self.entries:
             raise files.absent(self.path, half, self.halves)
         return self.entries[half]
 
+    def half_entries(self, half: Half) -> dict[str, StoredWeight]:
+        """Where each weight of a half lies, by its name in the module; CheckpointError when the half isn't here."""
+        self.stored_entries(half)
+        return self._weights[half]
+
+    @cached_property
+    def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
+        if self.adapter is None:
+            return self._own_weights
+        return {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+
+    @cached_property
+    def _own_weights(self) -> dict[Half, dict[str, StoredWeight]]:
+        return {half: assembled(self.format, entries) for half, entries in self.entries.items()}
+
     def files(self, half: Half) -> list[Path]:
         """The safetensors files that hold a half, sorted, and no others."""
-        return sorted({entry.file for entry in self.half_entries(half).values()})
+        return sorted({entry.file for entry in self.stored_entries(half).values()})
 
     def weight_bytes(self, half: Half) -> int:
         """Bytes of a half's tensors as stored."""
-        return sum(entry.nbytes for entry in self.half_entries(half).values())
+        return sum(entry.nbytes for entry in self.stored_entries(half).values())
 
-    def encoder_spec(self, dtype: str, quantization: str = "none") -> EncoderSpec:
-        """What identifies embeddings of this checkpoint's tower at a compute dtype (see `lookonce.core.identity`)."""
+    def storage(self, half: Half) -> str:
+        """What a half is stored as, for people: "bfloat16", or "GPTQ int4 and bfloat16"."""
+        weights = self.half_entries(half).values()
+        found = {f"{entry.format} {entry.matrix.label}" for entry in weights if isinstance(entry, QuantisedEntry)}
+        return " and ".join([*sorted(found), self.dtype])
+
+    def encoder_spec(self, dtype: str, quantization: str = "none", vision_weights: str | None = None) -> EncoderSpec:
+        """What identifies embeddings of this checkpoint's tower at a compute dtype (see `lookonce.core.identity`).
+
+        `vision_weights`: those of another place; None: this checkpoint's own. Raises CheckpointError.
+        """
         if dtype not in COMPUTE_DTYPES:
             raise CheckpointError(f"compute dtype {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         return EncoderSpec(
-            checkpoint=self.identity,
+            vision_weights=vision_weights or self.known_vision_weights(),
             family=self.family.model_type,
             vision_config=self.family.vision_config(self.config),
             preprocessor=self.family.fingerprint_preprocessor(self.preprocessor),
@@ -86,11 +160,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype most of the opened weights are stored in: float32, bfloat16 or float16."""
+        """The dtype most of the opened plain weights are stored in: float32, bfloat16 or float16."""
         sizes: Counter[str] = Counter()
-        for entries in self.entries.values():
-            for entry in entries.values():
-                sizes[entry.dtype] += entry.nbytes
+        for weights in self._own_weights.values():
+            for entry in weights.values():
+                if isinstance(entry, TensorEntry):
+                    sizes[entry.dtype] += entry.nbytes
         code = sizes.most_common(1)[0][0]
         return _STORED_DTYPES.get(code, code)
 
@@ -113,6 +188,11 @@ class Checkpoint:
     def hidden_size(self) -> int:
         """Width of an image embedding."""
         return self.family.hidden_size(self.config)
+
+    @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors [tokens, hidden] of an image embedding."""
+        return tensor_names(self.family.dimensions(self.config).deepstack)
 
     @property
     def merge_size(self) -> int:
@@ -186,7 +266,7 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
 def open_directory(path: Path, name: str, needs: Half | None, identity: str | None) -> Checkpoint:
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
     config = files.read_config(path)
-    files.refuse_quantised(path, config)
+    format = files.quantised_format(path, config)
     family = family_of(config, path)
     preprocessor = family.preprocessor(files.read_preprocessor(path))
     weight_map = files.weight_map_of(path)
@@ -195,12 +275,14 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
     if needs is not None and needs not in named:
         raise files.absent(path, needs, named)
     shards = sorted(set(weight_map.values()))
-    identity_files = (path / files.CONFIG, *(path / shard for shard in shards))
-    stated = _stated_identity(path, named)
+    settings = [file for file in (path / files.CONFIG, path / OWN_FILE) if file.is_file()]
+    identity_files = (*settings, *(path / shard for shard in shards))
+    stated = _statement(path, named)
     if stated is None and identity is None:
-        stated = hub.snapshot_source(path, identity_files)
+        source = hub.snapshot_source(path, identity_files)
+        stated = None if source is None else _Statement(*source, None)
     return Checkpoint(
-        name=stated[1] if stated else name,
+        name=stated.name if stated else name,
         path=path,
         family=family,
         config=config,
@@ -208,28 +290,45 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
         halves=present,
         entries=files.entries_of(path, family, weight_map, {needs} if needs is not None else named),
         identity_files=identity_files,
-        known_identity=stated[0] if stated else identity,
+        known_identity=stated.identity if stated else identity,
+        stated_vision_weights=stated.vision_weights if stated else None,
+        format=format,
     )
 
 
-def _stated_identity(path: Path, named: frozenset[Half]) -> tuple[str, str] | None:
-    """Source identity and name from the file that `lookonce split` writes, if there is one."""
+class _Statement(NamedTuple):
+    """What a checkpoint directory says of where it comes from."""
+
+    identity: str
+    name: str
+    vision_weights: str | None
+
+
+def _statement(path: Path, named: frozenset[Half]) -> _Statement | None:
+    """The contents of the file that `lookonce split` writes, if there is one."""
     file = path / files.IDENTITY
     if not file.is_file():
         return None
     stated = files.read_json(file)
     identity, name, half = stated.get("identity"), stated.get("name"), stated.get("half")
-    valid = stated.get("format") == _IDENTITY_FORMAT and isinstance(name, str) and isinstance(identity, str)
+    weights = stated.get("vision_weights") if stated.get("format") != 1 else None
+    valid = stated.get("format") in _IDENTITY_FORMATS and isinstance(name, str) and isinstance(identity, str)
+    valid = valid and (stated["format"] == 1 or re.fullmatch(WEIGHTS_DIGEST, str(weights)) is not None)
     if not valid or _IDENTITY.fullmatch(str(identity)) is None or {half} != {str(known) for known in named}:
-        raise CheckpointError(f"{file} doesn't describe the weights beside it; run `lookonce split` again")
-    return str(identity), str(name)
+        raise _not_of_its_weights(file)
+    return _Statement(str(identity), str(name), weights)
+
+
+def _not_of_its_weights(file: Path) -> CheckpointError:
+    return CheckpointError(f"{file} doesn't describe the weights beside it; run `lookonce split` again")
 
 
 def identity_record(checkpoint: Checkpoint, half: Half) -> dict[str, Any]:
     """The contents of a split half's lookonce.json."""
     return {
-        "format": _IDENTITY_FORMAT,
+        "format": _IDENTITY_FORMATS[-1],
         "identity": checkpoint.identity,
+        "vision_weights": checkpoint.known_vision_weights(),
         "name": checkpoint.name,
         "half": half.value,
     }

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.headers import TensorEntry, read_header
+from lookonce.models.checkpoint.quantised.formats import OWN_FILE, format_of
+from lookonce.models.checkpoint.quantised.matrix import Format
 from lookonce.models.registry import Family, Half
 
 CONFIG = "config.json"
@@ -21,7 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 IDENTITY = "lookonce.json"
 ADAPTER = "adapter_config.json"
-SHARED_FILES = (CONFIG, PREPROCESSOR, PROCESSOR, IDENTITY)
+SHARED_FILES = (CONFIG, PREPROCESSOR, PROCESSOR, IDENTITY, OWN_FILE)
 LANGUAGE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -134,8 +136,8 @@ def describe_strays(family: Family, names: Iterable[str]) -> str:
 def adapter_problem(names: Sequence[str]) -> str:
     """What to do about tensors of a LoRA adapter."""
     return (
-        f"tensors of a LoRA adapter: {some(names)}; merge it into its base model (PEFT's merge_and_unload) "
-        "and give the result"
+        f"tensors of a LoRA adapter: {some(names)}; give its base model with --model and the directory that PEFT "
+        "wrote with --adapter"
     )
 
 
@@ -152,13 +154,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return read_json(path / CONFIG)
 
 
-def refuse_quantised(path: Path, config: dict[str, Any]) -> None:
-    """CheckpointError when config.json says that the weights are quantised."""
-    if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path / CONFIG}: quantization_config: pre-quantised weights are not supported; "
-            "use the original checkpoint"
-        )
+def quantised_format(path: Path, config: dict[str, Any]) -> Format | None:
+    """How the settings say that weights are quantised; None: they are plain. CheckpointError for what isn't read."""
+    return format_of(path, config, read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else None)
 
 
 def read_preprocessor(path: Path) -> dict[str, Any]:
@@ -250,7 +248,7 @@ def _what_it_is(path: Path) -> str:
         return f"; it holds split halves: give one of {', '.join(halves)}"
     if (path / ADAPTER).is_file():
         base = read_json(path / ADAPTER).get("base_model_name_or_path")
-        return f" but a LoRA adapter of {base}; merge it into that model (PEFT's merge_and_unload) and give the result"
+        return f" but a LoRA adapter of {base}; give that model with --model {base} and this with --adapter {path}"
     return "; give the directory that holds the model's files"
 
 

@@ -1,4 +1,4 @@
-"""Reads the header of a safetensors file: which tensors it holds, and where. Reads no weights and needs no torch.
+"""Reads the header of a safetensors file: which tensors it holds, and where. Needs no torch.
 
 The format: 8 bytes little-endian header length, that many bytes of JSON, then the data (see the format's own
 page, huggingface.co/docs/safetensors). Every declared size is checked against the file's real one before anyone reads
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from lookonce.core.errors import CheckpointError
 
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 MAX_HEADER_BYTES = 100_000_000
+_PIECE_BYTES = 16 << 20
 _DOWNLOAD_AGAIN = "the file is damaged or was not copied whole: download it again"
 
 
@@ -34,6 +36,17 @@ class TensorEntry:
     shape: tuple[int, ...]
     offset: int  # bytes from the start of the file
     nbytes: int
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes as stored, 16 MiB at a time. Raises OSError, CheckpointError when the file has become shorter."""
+        with open(self.file, "rb", buffering=0) as stream:
+            offset, end = self.offset, self.offset + self.nbytes
+            while offset < end:
+                piece = os.pread(stream.fileno(), min(_PIECE_BYTES, end - offset), offset)
+                if not piece:
+                    raise CheckpointError(f"{self.file}: ends inside tensor {self.stored_name!r}; download it again")
+                yield piece
+                offset += len(piece)
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
@@ -76,3 +89,15 @@ def _entry(file: Path, name: str, info: dict[str, Any], base: int, size: int) ->
             f"{file}: truncated: tensor {name!r} ends at byte {base + end} but the file has {size}; {_DOWNLOAD_AGAIN}"
         )
     return TensorEntry(name, file, dtype, shape, base + begin, end - begin)
+
+
+def read_bytes(entry: TensorEntry) -> bytes:
+    """A small tensor's bytes: settings that a file keeps as a tensor. Raises CheckpointError."""
+    try:
+        with open(entry.file, "rb", buffering=0) as stream:
+            found = os.pread(stream.fileno(), entry.nbytes, entry.offset)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read ({error.strerror}); check its permissions") from None
+    if len(found) != entry.nbytes:
+        raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; {_DOWNLOAD_AGAIN}")
+    return found

@@ -12,13 +12,14 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import files
-from lookonce.models.registry import Half, family_of
+from lookonce.models.checkpoint.ranges import Part, fetch_part, part_of
+from lookonce.models.registry import Family, Half, family_of
 
 _log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -63,10 +64,13 @@ def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) 
     from huggingface_hub import snapshot_download
 
     halves = set(halves)
-    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX], revision)
+    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX, files.ADAPTER], revision)
     commit = snapshot.name
     with _translated(repository, revision):
         wanted = _weights(repository, snapshot, halves)
+        alone = _half_alone(repository, snapshot, wanted, *halves) if len(halves) == 1 else None
+        if alone is not None:
+            return alone, commit
         # Asked for by commit, so that a push between the calls can't mix two versions.
         _download_all(repository, commit, wanted)
         snapshot = Path(snapshot_download(repository, revision=commit, allow_patterns=wanted))
@@ -90,6 +94,12 @@ def fetch_files(repository: str, names: list[str], revision: str | None = None) 
 
 def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
     if not (snapshot / files.CONFIG).is_file():
+        if (snapshot / files.ADAPTER).is_file():
+            base = files.read_json(snapshot / files.ADAPTER).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{repository} is a LoRA adapter of {base}; give that model with --model {base} and this with "
+                f"--adapter {repository}"
+            )
         raise CheckpointError(f"{repository} has no {files.CONFIG}: it is not a model repository")
     index = snapshot / files.INDEX
     if not index.is_file():
@@ -153,6 +163,79 @@ def _translated(repository: str, revision: str | None) -> Iterator[None]:
         raise CheckpointError(
             f"{repository!r} is not a hub id (owner/name) and no local directory has that name"
         ) from None
+
+
+def _half_alone(repository: str, snapshot: Path, wanted: Sequence[str], half: Half) -> Path | None:
+    """A directory with one half alone, where shards hold much of the other one too; None if they don't, or if they are
+    here already. Raises what the hub library raises."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # exported at run time
+
+    if all((snapshot / name).is_file() for name in wanted):
+        return None
+    others = _weights(repository, snapshot, {half.other})
+    if not set(wanted) & set(others):
+        return None
+    folder = _cache_folder(repository) / "halves" / snapshot.name / half.value
+    if folder.is_dir() or constants.HF_HUB_OFFLINE:
+        return folder if folder.is_dir() else None
+    lock = _cache_folder(repository).parent / ".locks" / _cache_folder(repository).name / f"{snapshot.name}.{half}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        return folder if folder.is_dir() or _fill(folder, repository, snapshot, wanted, half, set(others)) else None
+
+
+def _fill(
+    folder: Path, repository: str, snapshot: Path, wanted: Sequence[str], half: Half, others: Collection[str]
+) -> bool:
+    """Make the directory of a half, which shares shards with `others`; whether that is worth it. It has its name once
+    it is whole."""
+    growing = folder.with_name(f"{half}.incomplete")
+    growing.mkdir(parents=True, exist_ok=True)
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
+    found = {name: _part(repository, snapshot, name, family, half, growing) for name in wanted if name in others}
+    parts = {name: pair for name, pair in found.items() if pair is not None and pair[1].worth}
+    if not parts:
+        return False
+    for name, (url, part) in parts.items():
+        if not (growing / name).is_file():
+            fetch_part(url, part, growing / name)
+    whole = [name for name in wanted if name not in parts]
+    _download_all(repository, snapshot.name, whole)
+    fetch_files(repository, whole, snapshot.name)
+    for file in snapshot.iterdir():
+        if (
+            file.name not in parts
+            and file.name != files.INDEX
+            and (file.suffix != ".safetensors" or file.name in whole)
+        ):
+            link = growing / file.name
+            link.unlink(missing_ok=True)
+            link.symlink_to(os.path.relpath(file, folder))
+    os.replace(growing, folder)
+    saved = sum(part.others for _, part in parts.values())
+    _log.info("fetched the %s half of %s alone: %d bytes less than its shards", half, repository, saved)
+    return True
+
+
+def _part(
+    repository: str, snapshot: Path, name: str, family: Family, half: Half, growing: Path
+) -> tuple[str, Part] | None:
+    """Where a shard is, and what it holds of a half; None if it is here, or can't be had in parts."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if (snapshot / name).is_file():
+        return None
+    url = hf_hub_url(repository, name, revision=snapshot.name)
+    try:
+        about = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except EntryNotFoundError:
+        return None  # found missing once everything is there that can be
+    if about.size is None or about.etag is None:
+        return None
+    part = part_of(url, about.size, about.etag, family, half, growing / f"{name}.header")
+    return None if part is None else (url, part)
 
 
 def _download_all(repository: str, commit: str, names: Sequence[str]) -> None:

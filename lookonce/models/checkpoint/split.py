@@ -14,11 +14,8 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import files
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.checkpoint import Checkpoint, identity_record
-from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.writing import DEFAULT_SHARD_BYTES, TensorSpec, plan_by_bytes, write_json, write_shards
 from lookonce.models.registry import Half
-
-_PIECE_BYTES = 16 << 20
 
 Progress = Callable[[Half, int, int], None]
 """Called with the half being written, its bytes written so far and its bytes in all."""
@@ -26,9 +23,10 @@ Progress = Callable[[Half, int, int], None]
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split wrote: per half its directory, bytes of weights, tensors and shards; and the shared identity."""
+    """What a split wrote: per half its directory, bytes of weights, tensors and shards; and what both halves state."""
 
-    identity: str
+    identity: str  # of the source
+    vision_weights: str  # digest of the vision half's tensors
     paths: dict[Half, Path]
     weight_bytes: dict[Half, int]
     tensors: dict[Half, int]
@@ -47,9 +45,10 @@ def split_checkpoint(
     """Write OUT/vision and OUT/language from a local directory or hub id that holds both halves.
 
     Everything is written beside `out` first and renamed into place when it is whole, so `out` never holds half a split.
-    Memory stays within one piece of one tensor. Each half carries the source's identity (lookonce.json): the
-    fingerprint is the same from the halves and from the whole. Raises CheckpointError when `out` exists and isn't
-    empty, unless `force` is given and it holds an earlier split; and when the source lacks a half.
+    Memory stays within one piece of one tensor. Each half states the source's identity and the digest of the vision
+    half's tensors (lookonce.json): the fingerprint is the same from the halves and from the whole. Raises
+    CheckpointError when `out` exists and isn't empty, unless `force` is given and it holds an earlier split; and when
+    the source lacks a half.
     """
     out = Path(out).expanduser().absolute()
     found = check_checkpoint(model, revision=revision).usable()
@@ -69,9 +68,10 @@ def split_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
     return SplitReport(
         identity=checkpoint.identity,
+        vision_weights=checkpoint.known_vision_weights(),
         paths={half: out / half for half in Half},
         weight_bytes={half: checkpoint.weight_bytes(half) for half in Half},
-        tensors={half: len(checkpoint.half_entries(half)) for half in Half},
+        tensors={half: len(checkpoint.stored_entries(half)) for half in Half},
         shards=shards,
     )
 
@@ -99,13 +99,13 @@ def _write_half(
     checkpoint: Checkpoint, half: Half, directory: Path, max_shard_bytes: int, progress: Progress | None
 ) -> int:
     directory.mkdir()
-    entries = {entry.stored_name: entry for entry in checkpoint.half_entries(half).values()}
+    entries = {entry.stored_name: entry for entry in checkpoint.stored_entries(half).values()}
     tensors = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in sorted(entries.items())]
     total, done = checkpoint.weight_bytes(half), 0
 
     def data(tensor: TensorSpec) -> Iterator[bytes]:
         nonlocal done
-        for piece in _pieces(entries[tensor.name]):
+        for piece in entries[tensor.name].pieces():
             yield piece
             done += len(piece)
             if progress is not None:
@@ -119,17 +119,6 @@ def _write_half(
             shutil.copyfile(checkpoint.path / name, directory / name)
     write_json(directory / files.IDENTITY, identity_record(checkpoint, half))
     return len(shards)
-
-
-def _pieces(entry: TensorEntry) -> Iterator[bytes]:
-    with open(entry.file, "rb", buffering=0) as stream:
-        offset, end = entry.offset, entry.offset + entry.nbytes
-        while offset < end:
-            piece = os.pread(stream.fileno(), min(_PIECE_BYTES, end - offset), offset)
-            if not piece:
-                raise CheckpointError(f"{entry.file}: ends inside tensor {entry.stored_name!r}; download it again")
-            yield piece
-            offset += len(piece)
 
 
 def _replace(out: Path, temporary: Path) -> None:

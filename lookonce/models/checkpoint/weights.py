@@ -9,20 +9,28 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.adapter import LowRank
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.files import some
 from lookonce.models.checkpoint.headers import TensorEntry
-from lookonce.models.checkpoint.inventory import STORED_DTYPES, tensor_problems
+from lookonce.models.checkpoint.inventory import STORED_DTYPES, spare_biases, tensor_problems
+from lookonce.models.checkpoint.quantised.matrix import QuantisedEntry, StoredWeight
 from lookonce.models.family import EMBEDDING, HEAD, Half
 
 STAGING_BYTES = 16 << 20
 _TORCH_DTYPES = dict(zip(STORED_DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
+_PART_DTYPES = _TORCH_DTYPES | {  # of what quantised matrices are stored as
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_ROWS = 64
+"""Of a quantised matrix, made at a time or a multiple of it: whole words of every format."""
 Where = Callable[[str], torch.device]
 """Says on which device a tensor belongs, by its name in the module."""
 
@@ -51,7 +59,10 @@ def load_weights(
     problems = tensor_problems({name: tuple(x.shape) for name, x in expected.items()}, entries, checkpoint.path)
     if problems:
         raise CheckpointError(*problems)
-    state = {name: tensor for file in _by_file(entries) for name, tensor in _read_file(*file, dtype, where)}
+    spare = spare_biases(expected, entries)
+    wanted = {name: entry for name, entry in entries.items() if name not in spare}
+    added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
+    state = {name: tensor for file in _by_file(wanted) for name, tensor in _read_file(*file, added, dtype, where)}
     if tied:
         state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
@@ -60,21 +71,44 @@ def load_weights(
     _check_nothing_on_meta(module)
 
 
-def _by_file(entries: dict[str, TensorEntry]) -> list[tuple[Path, list[tuple[str, TensorEntry]]]]:
-    groups: dict[Path, list[tuple[str, TensorEntry]]] = defaultdict(list)
+def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[str, StoredWeight]]]]:
+    groups: dict[Path, list[tuple[str, StoredWeight]]] = defaultdict(list)
     for name, entry in entries.items():
         groups[entry.file].append((name, entry))
     return [(file, sorted(group, key=lambda pair: pair[1].offset)) for file, group in sorted(groups.items())]
 
 
 def _read_file(
-    file: Path, group: list[tuple[str, TensorEntry]], dtype: torch.dtype, where: Where
+    file: Path,
+    group: list[tuple[str, StoredWeight]],
+    added: Mapping[str, LowRank],
+    dtype: torch.dtype,
+    where: Where,
 ) -> list[tuple[str, torch.Tensor]]:
     try:
         with open(file, "rb", buffering=0) as stream:
-            return [(name, _read_tensor(stream.fileno(), entry, dtype, where(name))) for name, entry in group]
+            number = stream.fileno()
+            return [(name, _weight(number, entry, added.get(name), dtype, where(name))) for name, entry in group]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); check the disk and its permissions") from None
+
+
+def _weight(
+    descriptor: int, entry: StoredWeight, added: LowRank | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if added is not None:
+        wide = _weight(descriptor, entry, None, torch.float32, torch.device("cpu"))
+        return _merged(wide, added).to(dtype).to(device)
+    if isinstance(entry, TensorEntry):
+        return _read_tensor(descriptor, entry, dtype, device)
+    return _dequantised(entry, dtype, device)
+
+
+def _merged(weight: torch.Tensor, added: LowRank) -> torch.Tensor:
+    """A float32 weight and what an adapter adds to it, in its place."""
+    a, b = (_read_part(entry).float() for entry in (added.a, added.b))
+    delta = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).mul_(added.scale)
+    return weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
 
 
 def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -90,6 +124,30 @@ def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device
         part = staging[: min(step, flat.numel() - start)]
         _read_into(descriptor, entry, part, entry.offset + start * stored.itemsize)
         flat[start : start + part.numel()].copy_(part)
+    return tensor
+
+
+def _dequantised(entry: QuantisedEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A quantised matrix in plain weights, some rows at a time: beside it, its parts as stored and those rows."""
+    parts = {ending: _read_part(part) for ending, part in entry.parts.items()}
+    outputs, inputs = entry.shape
+    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    step = max(1, STAGING_BYTES // (torch.float32.itemsize * inputs * _ROWS)) * _ROWS
+    try:
+        for start in range(0, outputs, step):
+            stop = min(outputs, start + step)
+            tensor[start:stop].copy_(entry.matrix.rows(parts, start, stop))
+    except (ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.stored_name!r} can't be dequantised ({error}); download it again"
+        ) from None
+    return tensor
+
+
+def _read_part(entry: TensorEntry) -> torch.Tensor:
+    tensor = torch.empty(entry.shape, dtype=_PART_DTYPES[entry.dtype])
+    with open(entry.file, "rb", buffering=0) as stream:
+        _read_into(stream.fileno(), entry, tensor.view(-1), entry.offset)
     return tensor
 
 

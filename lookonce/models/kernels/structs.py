@@ -202,6 +202,11 @@ class Call(Struct):
     struct = integer()
 
 
+def stacked(kind: type[Struct], structs: Sequence[Words]) -> Structs:
+    """[n] of so many single ones, copied."""
+    return np.array([tuple(struct) for struct in structs], dtype=kind.dtype)
+
+
 def joined(arrays: Sequence[Structs]) -> Structs:
     """Contiguous arrays of one struct behind each other along their last dimension. numpy does structs one by one."""
     first = arrays[0]
@@ -209,6 +214,14 @@ def joined(arrays: Sequence[Structs]) -> Structs:
         return np.ndarray(first.shape, first.dtype, bytearray(first.tobytes()))
     found: Structs = np.concatenate([array.view(np.int64) for array in arrays], axis=-1).view(first.dtype)
     return found
+
+
+def calls_of(kernels: Sequence[tuple[int, Structs]]) -> Structs:
+    """Of kernels, each a function with structs [n]: Call [n, kernels]."""
+    calls = Call.zeros(len(kernels[0][1]), len(kernels))
+    for number, (function, structs) in enumerate(kernels):
+        calls["function"][:, number], calls["struct"][:, number] = function, addresses(structs)
+    return calls
 
 
 def address(memory: npt.NDArray[Any] | Words) -> int:
@@ -219,7 +232,7 @@ def address(memory: npt.NDArray[Any] | Words) -> int:
     if not memory.size:
         return 0
     try:
-        return addressof(c_char.from_buffer(memory))
+        return addressof(c_char.from_buffer(memory))  # type: ignore[arg-type]
     except TypeError:  # it is read-only
         return memory.ctypes.data
 

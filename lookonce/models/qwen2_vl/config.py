@@ -6,14 +6,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
-from lookonce.models.qwen2_vl.architecture import Architecture, architecture_of, tensor_shapes
+from lookonce.models.qwen2_vl.architecture import Architecture, Qwen2VLArchitecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
 
 if TYPE_CHECKING:
@@ -32,17 +32,6 @@ _PREFIXES: tuple[tuple[str, Half, str], ...] = (
 )
 _BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 
-_VISION_DEFAULTS: dict[str, Any] = {
-    "depth": 32,
-    "embed_dim": 1280,
-    "hidden_size": 3584,
-    "hidden_act": "quick_gelu",
-    "mlp_ratio": 4,
-    "num_heads": 16,
-    "patch_size": 14,
-    "spatial_merge_size": 2,
-    "temporal_patch_size": 2,
-}
 _TOKEN_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 _OUTER_KEYS = ("vision_config", "architectures", "model_type", *_TOKEN_IDS, "transformers_version")
 # Those of transformers' Qwen2VLImageProcessor (mean and std are CLIP's).
@@ -70,10 +59,25 @@ _REMEMBERED, _REMEMBERED_LENGTH = 128, 2048
 
 
 class Qwen2VL:
-    """The family of Qwen2-VL 2B, 7B and 72B and their fine-tunes."""
+    """The family of Qwen2-VL 2B, 7B and 72B and their fine-tunes; its successors override what is their tower's."""
 
     model_type = "qwen2_vl"
     label = "Qwen2-VL"
+    kind: ClassVar[type[Architecture]] = Qwen2VLArchitecture
+    vision_defaults: ClassVar[dict[str, Any]] = {
+        "depth": 32,
+        "embed_dim": 1280,
+        "hidden_size": 3584,
+        "hidden_act": "quick_gelu",
+        "mlp_ratio": 4,
+        "num_heads": 16,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+    """Every setting of vision_config that decides what the tower computes."""
+    row_width = "hidden_size"
+    """What vision_config calls the width of an embedding's rows."""
     layouts = "visual.*, model.* and lm_head.*"
     token_id_fields = _TOKEN_IDS
     words = WORDS
@@ -99,7 +103,9 @@ class Qwen2VL:
 
     def architecture(self, config: dict[str, Any]) -> Architecture:
         """The dimensions that a config.json states. Raises CheckpointError naming what it lacks."""
-        return architecture_of(self.vision_config(config), self.text_config(config), self.hidden_size(config))
+        return architecture_of(
+            self.kind, self.vision_config(config), self.text_config(config), self.hidden_size(config)
+        )
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
         """At hand are two rows of the tower's width for each patch, and three of its MLP's."""
@@ -109,18 +115,18 @@ class Qwen2VL:
             hidden=arch.hidden,
             heads=arch.heads,
             kv_heads=arch.kv_heads,
-            head_dim=arch.hidden // arch.heads,
+            head_dim=arch.head_dim,
             ffn=arch.ffn,
             vocabulary=arch.vocab,
             patches_per_token=arch.merge**2,
-            patch_numbers=arch.vision_width * (2 + 3 * arch.mlp_ratio),
+            patch_numbers=2 * arch.vision_width + 3 * arch.vision_ffn,
         )
 
     def vision_config(self, config: dict[str, Any]) -> dict[str, Any]:
         stored = _section(config, "vision_config")
         if stored is None:
             raise CheckpointError("config.json: vision_config is missing; take config.json from the model's repository")
-        settings = {key: stored.get(key, default) for key, default in _VISION_DEFAULTS.items()}
+        settings = {key: stored.get(key, default) for key, default in self.vision_defaults.items()}
         # transformers never reads the published `in_chans`; 3 channels either way.
         settings["in_channels"] = stored.get("in_channels", 3)
         rope = _section(stored, "rope_parameters") or {}
@@ -144,13 +150,21 @@ class Qwen2VL:
     ) -> list[str]:
         wanted = set(halves)
         vision = self.vision_config(config)
-        found = list(model_problems(config))
+        found = list(model_problems(config, self.kind.model_class))
         if Half.VISION in wanted:
-            found += vision_problems(vision)
+            found += self.vision_problems(vision)
             found += preprocessor_problems(preprocessor, vision) if preprocessor is not None else ()
         if Half.LANGUAGE in wanted:
-            found += text_problems(self.text_config(config))
+            found += self.text_problems(self.text_config(config))
         return found
+
+    def vision_problems(self, vision: dict[str, Any]) -> Iterable[str]:
+        """Every setting of a filled-in vision config that can't be computed."""
+        return vision_problems(vision)
+
+    def text_problems(self, text: dict[str, Any]) -> Iterable[str]:
+        """Every setting of the language model that can't be computed."""
+        return text_problems(text, self.label)
 
     def tied_head(self, config: dict[str, Any]) -> bool:
         """Older nested saves put the switch inside text_config."""
@@ -188,10 +202,10 @@ class Qwen2VL:
     def hidden_size(self, config: dict[str, Any]) -> int:
         """The tower's output width must agree with the language model's input width."""
         text = self.text_config(config).get("hidden_size", 8192)
-        vision = self.vision_config(config)["hidden_size"]
+        vision = self.vision_config(config)[self.row_width]
         if text != vision or not isinstance(text, int):
             raise CheckpointError(
-                f"config.json: vision_config.hidden_size {vision} differs from the language model's {text}; "
+                f"config.json: vision_config.{self.row_width} {vision} differs from the language model's {text}; "
                 "take config.json from the model's repository"
             )
         return text

@@ -1,4 +1,5 @@
-"""Which of Qwen2-VL's settings the services can compute. Pure functions over parsed JSON; each answers all it finds.
+"""Which settings of Qwen2-VL and its successors the services can compute. Pure functions over parsed JSON; each answers
+all it finds.
 
 A problem is one sentence: the file, what is wrong, and after a semicolon what to do about it.
 """
@@ -6,10 +7,9 @@ A problem is one sentence: the file, what is wrong, and after a semicolon what t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 ROPE_TYPES = ("default", "mrope")
 _VISION_SIZES = (
     "depth",
@@ -27,59 +27,77 @@ _LAYERS = ("depth", "num_hidden_layers")
 MOST_LAYERS = 1000
 """Far beyond any model: layers are built before it is known whether there are weights to fill them."""
 _RESAMPLING = range(6)  # PIL's filters
-_FROM_REPOSITORY = "take config.json from the model's repository"
+FROM_REPOSITORY = "take config.json from the model's repository"
 _PREPROCESSOR = "preprocessor_config.json"
 _PREPROCESSOR_FROM_REPOSITORY = f"take {_PREPROCESSOR} from the model's repository"
 
 
-def model_problems(config: dict[str, Any]) -> Iterator[str]:
-    """What says that the checkpoint is another kind of model than one that answers."""
+def model_problems(config: dict[str, Any], model_class: str) -> Iterator[str]:
+    """What says that the checkpoint is another kind of model than `model_class`, which answers."""
     stated = config.get("architectures")
-    if isinstance(stated, list) and stated and not set(map(str, stated)) & set(ARCHITECTURES):
+    if isinstance(stated, list) and stated and model_class not in map(str, stated):
         yield (
             f"config.json: architectures is {', '.join(map(str, stated))}, a model with another head or none "
-            f"(embedding, reward, classification); use a checkpoint of {', '.join(ARCHITECTURES)}"
+            f"(embedding, reward, classification); use a checkpoint of {model_class}"
         )
 
 
 def vision_problems(vision: dict[str, Any]) -> Iterator[str]:
-    """Of a vision config with its defaults filled in."""
-    yield from _sizes(vision, _VISION_SIZES, "vision_config.")
-    if vision["hidden_act"] != "quick_gelu":
+    """Of Qwen2-VL's vision config with its defaults filled in."""
+    return tower_problems(vision, _VISION_SIZES, width="embed_dim", activation="quick_gelu", label="Qwen2-VL")
+
+
+def tower_problems(
+    vision: dict[str, Any], sizes: Iterable[str], *, width: str, activation: str, label: str
+) -> Iterator[str]:
+    """Of a vision config with its defaults filled in; `sizes` and `width` are names of its fields."""
+    yield from _sizes(vision, sizes, "vision_config.")
+    if vision["hidden_act"] != activation:
         yield (
-            f"config.json: vision_config.hidden_act {vision['hidden_act']!r} is not supported (quick_gelu); "
-            "use a checkpoint of Qwen2-VL"
+            f"config.json: vision_config.hidden_act {vision['hidden_act']!r} is not supported ({activation}); "
+            f"use a checkpoint of {label}"
         )
     if vision["in_channels"] != 3:
-        yield f"config.json: vision_config.in_channels must be 3, got {vision['in_channels']!r}; {_FROM_REPOSITORY}"
-    width, heads = vision["embed_dim"], vision["num_heads"]
-    if _is_size(width) and _is_size(heads) and (width % heads or width // heads % 4):
+        yield f"config.json: vision_config.in_channels must be 3, got {vision['in_channels']!r}; {FROM_REPOSITORY}"
+    patches, heads = vision[width], vision["num_heads"]
+    if is_size(patches) and is_size(heads) and (patches % heads or patches // heads % 4):
         yield (
-            f"config.json: vision_config.embed_dim {width} must be num_heads {heads} times a multiple of 4; "
-            f"{_FROM_REPOSITORY}"
+            f"config.json: vision_config.{width} {patches} must be num_heads {heads} times a multiple of 4; "
+            f"{FROM_REPOSITORY}"
         )
 
 
-def text_problems(text: dict[str, Any]) -> Iterator[str]:
-    """Of the language model's settings."""
+def text_problems(
+    text: dict[str, Any], label: str, *, head_dim: Any = None, section: Sequence[int] = (16, 24, 24)
+) -> Iterator[str]:
+    """Of the language model's settings; `label` is the family's. `head_dim`: where that is a setting of its own;
+    `section`: M-RoPE's unless it is stated."""
     yield from _sizes(text, _TEXT_SIZES, "")
     yield from _sizes(text, [name for name in _DEFAULTED_TEXT_SIZES if name in text], "")
     if not _is_number(text.get("rms_norm_eps", 1e-5)):
-        yield f"config.json: rms_norm_eps must be a number, got {text['rms_norm_eps']!r}; {_FROM_REPOSITORY}"
+        yield f"config.json: rms_norm_eps must be a number, got {text['rms_norm_eps']!r}; {FROM_REPOSITORY}"
     if text.get("hidden_act", "silu") != "silu":
-        yield (f"config.json: hidden_act {text['hidden_act']!r} is not supported (silu); use a checkpoint of Qwen2-VL")
+        yield f"config.json: hidden_act {text['hidden_act']!r} is not supported (silu); use a checkpoint of {label}"
     yield from _window_problems(text)
     hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
     keys = text.get("num_key_value_heads") or heads
-    if not (_is_size(hidden) and _is_size(heads) and _is_size(keys)):
+    if not (is_size(hidden) and is_size(heads) and is_size(keys)):
         return
-    if hidden % heads or heads % keys or hidden // heads % 2:
+    if head_dim is not None:
+        if not is_size(head_dim) or head_dim % 2 or heads % keys:
+            yield (
+                f"config.json: head_dim {head_dim!r} must be an even number, and num_attention_heads {heads} a "
+                f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
+            )
+        else:
+            yield from _rope_problems(text, head_dim, section)
+    elif hidden % heads or heads % keys or hidden // heads % 2:
         yield (
             f"config.json: hidden_size {hidden} must be num_attention_heads {heads} times an even width, and these a "
-            f"multiple of num_key_value_heads {keys}; {_FROM_REPOSITORY}"
+            f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
         )
     else:
-        yield from _rope_problems(text, hidden // heads)
+        yield from _rope_problems(text, hidden // heads, section)
 
 
 def preprocessor_problems(preprocessor: dict[str, Any], vision: dict[str, Any]) -> Iterator[str]:
@@ -126,11 +144,11 @@ def _window_problems(text: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
+def _rope_problems(text: dict[str, Any], head_width: int, default: Sequence[int]) -> Iterator[str]:
     name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
     rope = text.get(name) or {}
     if not isinstance(rope, dict):
-        yield f"config.json: {name} must be an object, got {rope!r}; {_FROM_REPOSITORY}"
+        yield f"config.json: {name} must be an object, got {rope!r}; {FROM_REPOSITORY}"
         return
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
@@ -138,31 +156,32 @@ def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
             f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)}); "
             f"remove the long-context extension from {name}"
         )
-    section = rope.get("mrope_section", [16, 24, 24])
-    whole = isinstance(section, list) and len(section) == 3 and all(map(_is_size, section))
+    section = rope.get("mrope_section", list(default))
+    whole = isinstance(section, list) and len(section) == 3 and all(map(is_size, section))
     if not whole or sum(section) != head_width // 2:
         yield (
             f"config.json: {name}: mrope_section must be three whole numbers that add up to half a head's width, "
-            f"{head_width // 2}, got {section!r}; {_FROM_REPOSITORY}"
+            f"{head_width // 2}, got {section!r}; {FROM_REPOSITORY}"
         )
     for holder in (rope, text):
         theta = holder.get("rope_theta")
         if theta is not None and not (_is_number(theta) and theta > 0):
-            yield f"config.json: rope_theta must be a number above 0, got {theta!r}; {_FROM_REPOSITORY}"
+            yield f"config.json: rope_theta must be a number above 0, got {theta!r}; {FROM_REPOSITORY}"
 
 
 def _sizes(settings: dict[str, Any], names: Iterable[str], section: str) -> Iterator[str]:
     for name in names:
         value = settings.get(name)
         if value is None:
-            yield f"config.json: {section}{name} missing; {_FROM_REPOSITORY}"
-        elif not _is_size(value):
-            yield f"config.json: {section}{name} must be a whole number above 0, got {value!r}; {_FROM_REPOSITORY}"
+            yield f"config.json: {section}{name} missing; {FROM_REPOSITORY}"
+        elif not is_size(value):
+            yield f"config.json: {section}{name} must be a whole number above 0, got {value!r}; {FROM_REPOSITORY}"
         elif name in _LAYERS and value > MOST_LAYERS:
-            yield f"config.json: {section}{name} must be at most {MOST_LAYERS}, got {value}; {_FROM_REPOSITORY}"
+            yield f"config.json: {section}{name} must be at most {MOST_LAYERS}, got {value}; {FROM_REPOSITORY}"
 
 
-def _is_size(value: Any) -> TypeGuard[int]:
+def is_size(value: Any) -> TypeGuard[int]:
+    """Whether a setting is a whole number above 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 

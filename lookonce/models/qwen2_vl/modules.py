@@ -1,4 +1,4 @@
-"""Each half of Qwen2-VL as bare torch modules that hold weights under the published names.
+"""Each half of Qwen2-VL as bare torch modules that hold weights under the published names; its successors share most.
 
 The services run their own packed forwards over these; importing transformers' modelling code would triple a service's
 start-up time and cost 150 MB. What the forwards compute is held equal to transformers' by the tests.
@@ -6,12 +6,13 @@ start-up time and cost 150 MB. What the forwards compute is held equal to transf
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from lookonce.models.qwen2_vl.limits import text_problems, vision_problems
 from lookonce.models.registry import Half
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_VISION_EPSILON = 1e-6
+VISION_EPSILON = 1e-6
 
 
 class PatchEmbed(nn.Module):
@@ -37,7 +38,6 @@ class VisionAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.num_heads = heads
-        self.scaling = (width // heads) ** -0.5
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -64,8 +64,8 @@ class VisionBlock(nn.Module):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         width = config["embed_dim"]
-        self.norm1 = nn.LayerNorm(width, eps=_VISION_EPSILON)
-        self.norm2 = nn.LayerNorm(width, eps=_VISION_EPSILON)
+        self.norm1 = nn.LayerNorm(width, eps=VISION_EPSILON)
+        self.norm2 = nn.LayerNorm(width, eps=VISION_EPSILON)
         self.attn = VisionAttention(width, config["num_heads"])
         self.mlp = VisionMlp(width, int(width * config["mlp_ratio"]))
 
@@ -73,13 +73,12 @@ class VisionBlock(nn.Module):
 class PatchMerger(nn.Module):
     """merge x merge patches to one token of the language model's width."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, norm: nn.Module, inner: int, hidden: int) -> None:
+        """`norm` is of a patch; `inner` is the width of all patches of a token."""
         super().__init__()
-        self.inner = config["embed_dim"] * config["spatial_merge_size"] ** 2
-        self.ln_q = nn.LayerNorm(config["embed_dim"], eps=_VISION_EPSILON)
-        self.mlp = nn.Sequential(
-            nn.Linear(self.inner, self.inner), nn.GELU(), nn.Linear(self.inner, config["hidden_size"])
-        )
+        self.inner = inner
+        self.ln_q: Any = norm
+        self.mlp = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, hidden))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[patches, width] -> [tokens, hidden]."""
@@ -87,30 +86,47 @@ class PatchMerger(nn.Module):
         return tokens
 
 
-class VisionTower(nn.Module):
-    """The vision half's weights; `rotary_frequencies` [head width / 4] is computed, not stored."""
+class Tower(nn.Module):
+    """A vision half's weights; `rotary_frequencies` [head width / 4] is computed, not stored."""
+
+    def __init__(
+        self, config: dict[str, Any], width: int, hidden: int, block: Callable[[], nn.Module], norm: nn.Module
+    ) -> None:
+        """Patches are `width` wide, tokens `hidden`; `norm` is the one behind the last block."""
+        super().__init__()
+        self.spatial_merge_size: int = config["spatial_merge_size"]
+        kernel = (config["temporal_patch_size"], config["patch_size"], config["patch_size"])
+        self.patch_embed = PatchEmbed(config["in_channels"], width, kernel)
+        self.blocks: Any = nn.ModuleList(block() for _ in range(config["depth"]))
+        self.merger: Any = PatchMerger(norm, width * self.spatial_merge_size**2, hidden)
+        self.rotary_frequencies = rope_frequencies(width // config["num_heads"] // 2, config["rope_theta"])
+
+
+class VisionTower(Tower):
+    """Qwen2-VL's."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        super().__init__()
-        _refuse(vision_problems(config))
-        kernel = (config["temporal_patch_size"], config["patch_size"], config["patch_size"])
-        self.spatial_merge_size: int = config["spatial_merge_size"]
-        self.patch_embed = PatchEmbed(config["in_channels"], config["embed_dim"], kernel)
-        self.blocks: Any = nn.ModuleList(VisionBlock(config) for _ in range(config["depth"]))
-        self.merger = PatchMerger(config)
-        half = config["embed_dim"] // config["num_heads"] // 2
-        self.rotary_frequencies = rope_frequencies(half, config["rope_theta"])
+        refuse(vision_problems(config))
+        width = config["embed_dim"]
+        norm = nn.LayerNorm(width, eps=VISION_EPSILON)
+        super().__init__(config, width, config["hidden_size"], lambda: VisionBlock(config), norm)
 
 
 class Rotary:
     """What turns M-RoPE positions to angles: `inv_freq` [head width / 2], float32."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    interleaved = False
+    """Whether the sections of M-RoPE are."""
+    default_section: tuple[int, ...] = (16, 24, 24)
+    default_theta = 1_000_000.0
+
+    def __init__(self, config: dict[str, Any], head_dim: int | None = None) -> None:
+        """`head_dim`: where that isn't hidden / heads."""
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         self.attention_scaling = 1.0
-        self.mrope_section: list[int] = list(rope.get("mrope_section", (16, 24, 24)))
-        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1_000_000.0)
-        self.inv_freq = rope_frequencies(config["hidden_size"] // config["num_attention_heads"], theta)
+        self.mrope_section: list[int] = list(rope.get("mrope_section", self.default_section))
+        theta = float(rope.get("rope_theta") or config.get("rope_theta") or self.default_theta)
+        self.inv_freq = rope_frequencies(head_dim or config["hidden_size"] // config["num_attention_heads"], theta)
 
 
 class TextAttention(nn.Module):
@@ -140,10 +156,10 @@ class TextMlp(nn.Module):
 class TextLayer(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], attention: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config["hidden_size"])
-        self.self_attn = TextAttention(config)
+        self.self_attn = attention
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"])
         self.mlp = TextMlp(config)
 
@@ -151,12 +167,21 @@ class TextLayer(nn.Module):
 class TextModel(nn.Module):
     """The language half's weights but for the output head, and the dimensions that a forward needs."""
 
+    rotary: type[Rotary] = Rotary
+    attention: type[nn.Module] = TextAttention
+    problems: Callable[[dict[str, Any], str], Iterable[str]] = staticmethod(text_problems)
+    """What of its settings, by a family of some label, can't be computed."""
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = SimpleNamespace(**config)
-        self.rotary_emb = Rotary(config)
-        self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.rotary_emb = self.rotary(config)
+        # From a tensor, as initialising one on the meta device imports torch's compiler: a second of every start.
+        rows = torch.empty(config["vocab_size"], config["hidden_size"])
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.layers = nn.ModuleList(
+            TextLayer(config, self.attention(config)) for _ in range(config["num_hidden_layers"])
+        )
         self.norm = nn.RMSNorm(config["hidden_size"])
 
 
@@ -166,41 +191,60 @@ def rope_frequencies(width: int, theta: float) -> torch.Tensor:
     return 1.0 / theta**steps
 
 
-def load_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> VisionTower:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """x [..., width] / sqrt(mean(x^2) + epsilon) * weight [width], or one for each row of the last two dimensions; the
+    norm in float32."""
+    if x.dtype == torch.float32 and weight.dim() == 1:
+        return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+def load_vision_tower(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    kind: Callable[[dict[str, Any]], Tower] = VisionTower,
+) -> Tower:
     """The vision half, in eval mode. Raises CheckpointError."""
     with torch.device("meta"):
-        tower = VisionTower(checkpoint.family.vision_config(checkpoint.config))
+        tower = kind(checkpoint.family.vision_config(checkpoint.config))
     load_weights(tower, checkpoint, Half.VISION, dtype=dtype, device=device)
     return _frozen(tower)
 
 
 def load_language_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str | Where = "cpu"
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str | Where = "cpu",
+    kind: type[TextModel] = TextModel,
 ) -> tuple[TextModel, nn.Linear]:
     """The language half and its output head, in eval mode; a tied head shares the embedding's parameter. `device` may
     differ from tensor to tensor.
 
     Raises CheckpointError."""
-    config = text_settings(checkpoint)
+    config = text_settings(checkpoint, kind)
     with torch.device("meta"):
-        model = TextModel(config)
+        model = kind(config)
         head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
     halves = nn.ModuleDict({"model": model, "lm_head": head})
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
     return _frozen(model), _frozen(head)
 
 
-def text_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def text_settings(checkpoint: Checkpoint, kind: type[TextModel] = TextModel) -> dict[str, Any]:
     """The language half's configuration with transformers' defaults filled in. CheckpointError for what has none."""
     config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
     config |= checkpoint.family.text_config(checkpoint.config)
-    _refuse(text_problems(config))
+    refuse(kind.problems(config, checkpoint.family.label))
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     return config
 
 
-def _refuse(problems: Iterable[str]) -> None:
+def refuse(problems: Iterable[str]) -> None:
+    """Raise CheckpointError with all problems, if there are any."""
     found = list(problems)
     if found:
         raise CheckpointError(*found)

@@ -1,4 +1,4 @@
-"""The vision tower over a packed batch: images of any sizes end to end in one sequence, no padding, no mask.
+"""A vision tower over a packed batch: images of any sizes end to end in one sequence, no padding, no mask.
 
 Attention runs per image; everything else runs over the whole batch. In float32 on the CPU compiled kernels do it
 (`native`); elsewhere torch's operations do, images with equally many patches attending together.
@@ -7,18 +7,21 @@ The patch embedding, a convolution whose kernel equals its stride, is computed a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional
 
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.compiled import panel_linear, vision_blocks
-from lookonce.models.family import Patches
+from lookonce.models.family import Grid, Patches
 from lookonce.models.linear import (
     Int8Linear,
     Linear,
@@ -32,25 +35,32 @@ from lookonce.models.linear import (
     rounded_up,
 )
 from lookonce.models.omp_thread import Pause
-from lookonce.models.qwen2_vl.modules import VisionAttention, VisionBlock, VisionTower, load_vision_tower
+from lookonce.models.qwen2_vl.modules import Tower, VisionBlock, load_vision_tower
 from lookonce.models.qwen2_vl.preprocessing import CHANNELS, Preprocessor
 
 Run = tuple[int, int]  # images in a row with equally many patches: how many images, how many patches each
+Lookup = Callable[[NDArray[np.uint8], torch.Tensor], torch.Tensor]
+"""Pixels [patches, 3, places] and the table of their values -> [patches, 3 * places]."""
 
 
-class Encoder:
-    """A loaded tower. `encode` is called from one thread at a time."""
+class PackedEncoder(ABC):
+    """A loaded tower; its blocks are the subclass's. `encode` is called from one thread at a time."""
+
+    load_tower: ClassVar[Callable[..., Tower]]
+    """(checkpoint, dtype, device) -> the vision half."""
 
     def __init__(
         self,
-        tower: VisionTower,
+        tower: Tower,
         preprocessor: Preprocessor,
         *,
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str = "none",
         native: bool = True,
     ) -> None:
-        """`native`: use compiled kernels where there are some for this tower."""
+        """`quantization` ("none", "int8") is that of the blocks' matrices; `native`: use compiled kernels where there
+        are some for this tower."""
         self.tower = tower
         self.dtype = dtype
         self.device = device
@@ -59,14 +69,10 @@ class Encoder:
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
-        self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
-        replace_linears(tower, lambda child: _linear(child.weight, child.bias, native=native))
-        matrices = [self._project, *(child.linear for child in tower.modules() if isinstance(child, LinearModule))]
+        self._frames, self._project = _projection(tower.patch_embed.proj, native=native)
+        self._lookup: Lookup | None = None  # of compiled kernels
+        matrices = [self._project, *self._prepare_blocks(quantization, native=native)]
         self._rounds = device.type == "cpu" and any(matrix.per_row_count for matrix in matrices)
-        self._blocks = None
-        if native:
-            heads = tower.blocks[0].attn.num_heads
-            self._blocks = vision_blocks([_weights(block) for block in tower.blocks], tower.merger.ln_q, heads)
 
     @classmethod
     def load(
@@ -77,27 +83,44 @@ class Encoder:
         *,
         quantization: str = "none",
         native: bool = True,
-    ) -> Encoder:
+    ) -> Self:
         """As `Family.load_encoder`."""
-        tower = load_vision_tower(checkpoint, dtype, device)
-        if quantization == "int8":
-            replace_linears(tower.blocks, lambda child: Int8Linear(child.weight, child.bias))
-        return cls(tower, Preprocessor(checkpoint.preprocessor), dtype=dtype, device=device, native=native)
+        tower, preprocessor = cls.load_tower(checkpoint, dtype, device), Preprocessor(checkpoint.preprocessor)
+        return cls(tower, preprocessor, dtype=dtype, device=device, quantization=quantization, native=native)
+
+    @abstractmethod
+    def _prepare_blocks(self, quantization: str, *, native: bool) -> list[Linear]:
+        """Lay the blocks and the merger out as they are computed; the products that they have then. Sets `_lookup`
+        where kernels serve."""
+
+    @abstractmethod
+    def _compute(
+        self,
+        hidden: torch.Tensor,
+        batch: list[Patches],
+        counts: list[int],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        pause: Pause,
+    ) -> torch.Tensor:
+        """Embedded patches [patches, width], `counts` of each image -> tokens [tokens, hidden], or one more for each
+        level of a deepstack. Behind those of `batch` there may be one more count."""
 
     @property
     def native(self) -> bool:
         """Whether compiled kernels serve."""
-        return self._blocks is not None
+        return self._lookup is not None
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
-        """Embeddings of each image, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
-        between the blocks of the tower, and within them where they take long; it may encode another batch."""
+        """Embeddings of each image, in order: [tokens, hidden], or with a deepstack [1 + deepstack, tokens, hidden], on
+        the CPU in the compute dtype. `pause` is called between the blocks of the tower, and within them where they take
+        long; it may encode another batch."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
         rows = self._forward(packed, pause).to("cpu")
         tokens = sum(patches.count for patches in packed) // self.merge_area
-        parts = torch.split(rows[:tokens], [patches.count // self.merge_area for patches in packed])
+        counts = [patches.count // self.merge_area for patches in packed]
+        parts = torch.split(rows.narrow(-2, 0, tokens), counts, dim=-2)
         results: list[torch.Tensor] = [rows] * len(batch)
         for index, part in zip(order, parts, strict=True):
             results[index] = part
@@ -112,30 +135,21 @@ class Encoder:
         self.encode([self.prepare(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
-        """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
-        more image, of as many patches as make their number a round one."""
-        tower, counts = self.tower, [patches.count for patches in batch]
+        """What `_compute` makes of all images, and further rows: where a product is compiled for each number of rows,
+        there is one more image, of as many patches as make their number a round one."""
+        counts = [patches.count for patches in batch]
         missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
         missing += -missing % self.merge_area
         counts += [missing] if missing else []
-        cos, sin = self._rotary(batch, missing)
-        hidden = self._embed(batch, missing)
-        if self._blocks is not None:
-            normed = self._blocks(hidden, counts, cos, sin, pause).view(-1, tower.merger.inner)
-            tokens: torch.Tensor = tower.merger.mlp(normed)
-            return tokens
-        runs: list[Run] = [(len(list(group)), count) for count, group in groupby(counts)]
-        for block in tower.blocks:
-            hidden = hidden + _attend(block.attn, block.norm1(hidden), cos, sin, runs)
-            hidden = hidden + block.mlp(block.norm2(hidden))
-            pause()
-        merged: torch.Tensor = tower.merger(hidden)
-        return merged
+        return self._compute(self._embed(batch, missing), batch, counts, self._rotary(batch, missing), pause)
+
+    def _positions(self, grid_thw: Grid) -> torch.Tensor:
+        """Row and column [patches, 2] of an image's patches, in the order they are in."""
+        return patch_positions(*grid_thw[1:], self.tower.spatial_merge_size)
 
     def _rotary(self, batch: list[Patches], missing: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [patches of all, 1, head width / 2], float32: of the row first, then of the column."""
-        merge = self.tower.spatial_merge_size
-        positions = torch.cat([patch_positions(*patches.grid_thw[1:], merge) for patches in batch]).to(self.device)
+        positions = torch.cat([self._positions(patches.grid_thw) for patches in batch]).to(self.device)
         positions = functional.pad(positions, (0, 0, 0, missing))
         angles = (positions[:, :, None].float() * self._frequencies).flatten(1)
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
@@ -146,8 +160,8 @@ class Encoder:
         if missing:
             parts.append(np.zeros_like(parts[0], shape=(missing, *parts[0].shape[1:])))
         pixels = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if self._blocks is not None:
-            values = self._blocks.kernels.lookup(pixels, self._table)
+        if self._lookup is not None:
+            values = self._lookup(pixels, self._table)
         else:
             index = torch.from_numpy(pixels).to(self.device).to(torch.int32) + self._offsets
             values = self._table.index_select(0, index.view(-1))
@@ -155,16 +169,58 @@ class Encoder:
         return self._project(values.expand(-1, -1, self._frames, -1).reshape(len(pixels), -1))
 
 
-def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Linear]:
+class Encoder(PackedEncoder):
+    """Qwen2-VL's."""
+
+    load_tower = staticmethod(load_vision_tower)
+
+    def _prepare_blocks(self, quantization: str, *, native: bool) -> list[Linear]:
+        tower = self.tower
+        if quantization == "int8":
+            replace_linears(tower.blocks, lambda child: Int8Linear(child.weight, child.bias))
+        replace_linears(tower, lambda child: row_linear(child.weight, child.bias, native=native))
+        self._blocks = None
+        if native:
+            heads = tower.blocks[0].attn.num_heads
+            self._blocks = vision_blocks([_weights(block) for block in tower.blocks], tower.merger.ln_q, heads)
+        self._lookup = self._blocks.kernels.lookup if self._blocks is not None else None
+        return [child.linear for child in tower.modules() if isinstance(child, LinearModule)]
+
+    def _compute(
+        self,
+        hidden: torch.Tensor,
+        batch: list[Patches],
+        counts: list[int],
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        pause: Pause,
+    ) -> torch.Tensor:
+        tower, (cos, sin) = self.tower, rotary
+        if self._blocks is not None:
+            normed = self._blocks(hidden, counts, cos, sin, pause).view(-1, tower.merger.inner)
+            tokens: torch.Tensor = tower.merger.mlp(normed)
+            return tokens
+        runs = runs_of(counts)
+        for block in tower.blocks:
+            attention = block.attn
+            mixed = attend_runs(attention.qkv(block.norm1(hidden)), attention.num_heads, cos, sin, runs)
+            hidden = hidden + attention.proj(mixed)
+            hidden = hidden + block.mlp(block.norm2(hidden))
+            pause()
+        merged: torch.Tensor = tower.merger(hidden)
+        return merged
+
+
+def _projection(convolution: torch.nn.Conv3d, *, native: bool) -> tuple[int, Linear]:
     """The product with a kernel [width, 3, frames, patch, patch], and how many frames of an image it takes. They are
     all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
+    kernel = convolution.weight.data
     frames = kernel.shape[2]
     if kernel.dtype == torch.float32:
         frames, kernel = 1, kernel.sum(2)
-    return frames, _linear(kernel.flatten(1), None, native=native)
+    return frames, row_linear(kernel.flatten(1), convolution.bias, native=native)
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, native: bool) -> Linear:
+def row_linear(weight: torch.Tensor, bias: torch.Tensor | None, *, native: bool) -> Linear:
     """The fastest for a matrix [out, in] in which a row's numbers do not depend on how many there are."""
     if native and (compiled := panel_linear(weight, bias)):
         return compiled
@@ -192,20 +248,23 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-def _attend(
-    attention: VisionAttention, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, runs: list[Run]
+def runs_of(counts: Iterable[int]) -> list[Run]:
+    """Of images, or of windows, with so many patches each."""
+    return [(len(list(group)), count) for count, group in groupby(counts)]
+
+
+def attend_runs(
+    qkv: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, runs: Iterable[Run]
 ) -> torch.Tensor:
-    length = hidden.shape[0]
-    heads = attention.num_heads
-    query, key, value = attention.qkv(hidden).view(length, 3, heads, -1).unbind(1)  # each [patches, heads, head width]
+    """[patches, 3 * width] -> [patches, width]: the patches of each image of a run attend to each other."""
+    query, key, value = qkv.view(len(qkv), 3, heads, -1).unbind(1)  # each [patches, heads, head width]
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
     outputs = []
     start = 0
     for images, patches in runs:
         end = start + images * patches
         q, k, v = (x[start:end].view(images, patches, heads, -1).transpose(1, 2) for x in (query, key, value))
-        mixed = functional.scaled_dot_product_attention(q, k, v, scale=attention.scaling)
+        mixed = functional.scaled_dot_product_attention(q, k, v)
         outputs.append(mixed.transpose(1, 2).reshape(images * patches, -1))
         start = end
-    projected: torch.Tensor = attention.proj(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
-    return projected
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

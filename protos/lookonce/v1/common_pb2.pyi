@@ -125,7 +125,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("name", "checkpoint", "family", "dtype", "device", "hidden_size", "merge_size", "weight_bytes", "version", "instance", "started_at", "quantization")
+    __slots__ = ("name", "checkpoint", "family", "dtype", "device", "hidden_size", "merge_size", "weight_bytes", "version", "instance", "started_at", "quantization", "vision_weights")
     NAME_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     FAMILY_FIELD_NUMBER: _ClassVar[int]
@@ -138,6 +138,7 @@ class ModelDescription(_message.Message):
     INSTANCE_FIELD_NUMBER: _ClassVar[int]
     STARTED_AT_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    VISION_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     checkpoint: str
     family: str
@@ -150,4 +151,5 @@ class ModelDescription(_message.Message):
     instance: str
     started_at: float
     quantization: str
-    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., version: _Optional[str] = ..., instance: _Optional[str] = ..., started_at: _Optional[float] = ..., quantization: _Optional[str] = ...) -> None: ...
+    vision_weights: str
+    def __init__(self, name: _Optional[str] = ..., checkpoint: _Optional[str] = ..., family: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., hidden_size: _Optional[int] = ..., merge_size: _Optional[int] = ..., weight_bytes: _Optional[int] = ..., version: _Optional[str] = ..., instance: _Optional[str] = ..., started_at: _Optional[float] = ..., quantization: _Optional[str] = ..., vision_weights: _Optional[str] = ...) -> None: ...

@@ -249,7 +249,7 @@ class ScoreResponse(_message.Message):
     def __init__(self, results: _Optional[_Iterable[_Union[ScoreResult, _Mapping]]] = ..., receipt: _Optional[_Union[LanguageReceipt, _Mapping]] = ...) -> None: ...
 
 class LanguageDescription(_message.Message):
-    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens")
+    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens", "sampling_defaults")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -259,6 +259,7 @@ class LanguageDescription(_message.Message):
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelDescription
     fingerprints: _containers.RepeatedScalarFieldContainer[str]
     context_length: int
@@ -268,4 +269,5 @@ class LanguageDescription(_message.Message):
     running: int
     waiting: int
     generated_tokens: int
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    sampling_defaults: SamplingParameters
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., sampling_defaults: _Optional[_Union[SamplingParameters, _Mapping]] = ...) -> None: ...

@@ -33,7 +33,7 @@ from lookonce.models.kernels.attention.step_structs import (
     SharedSplit,
     SuffixAttention,
 )
-from lookonce.models.kernels.structs import Along, Call, Ints, Structs, addresses, joined
+from lookonce.models.kernels.structs import Along, Ints, Structs, calls_of, joined
 from lookonce.models.text_adapter import ModelShape
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ class _Prefills:
             barrier=own.kernels.barrier(),
         )
         self._structs["item_count"][-1] = 0  # nothing of a prefill is read behind the last layer's keys and values
-        self._calls = _calls(own.kernels.prefill, [self._structs])
+        self._calls = calls_of([(own.kernels.prefill, self._structs)])
 
     def calls(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
@@ -334,7 +334,7 @@ class _Suffixes:
         self._held = [plan, partial]  # what the structs point to
         self._splits = [self._split(own, joined([structs]), split) for split in plan.splits]
         self._splits[0]["stored"] = len(suffixes.visible)
-        self._calls = _calls(own.kernels.attend, self._splits)
+        self._calls = calls_of([(own.kernels.attend, split) for split in self._splits])
 
     def _split(self, own: KernelAttention, structs: Structs, split: Split) -> Structs:
         spans = own.spans([span.node for span in split.spans])
@@ -359,12 +359,3 @@ class _Suffixes:
             structs["shared_counter"] = structs["own_counter"] = 0
             SuffixAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)
         return self._calls[layers]
-
-
-def _calls(kernel: int, structs: list[Structs]) -> Structs:
-    """Of a kernel with arrays of structs [layers]: Call [layers, arrays]."""
-    calls = Call.zeros(len(structs[0]), len(structs))
-    calls["function"] = kernel
-    for number, each in enumerate(structs):
-        calls["struct"][:, number] = addresses(each)
-    return calls

@@ -14,9 +14,17 @@ import numpy as np
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
-from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, Prefills, PrefixPrefill, SuffixChunk
+from lm_service.engine.packed.scheduling.batch import (
+    Batch,
+    Counters,
+    FairQueue,
+    PrefillChunk,
+    Prefills,
+    PrefixPrefill,
+    StepBudget,
+    SuffixChunk,
+)
 from lm_service.engine.packed.scheduling.prefix_policy import HEADROOM, PrefixPolicy, QuestionPrefixes
-from lm_service.engine.packed.scheduling.queue import Counters, FairQueue, StepBudget
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence, Status
 from lm_service.engine.types import EmbeddingSource
 from lookonce.core.errors import ErrorKind, LookonceError

@@ -1,8 +1,11 @@
-"""One answer in the making, or one question to be scored: its tokens, and where their KV lies."""
+"""One answer in the making, or one question to be scored: its tokens, and where their KV lies. Requests that can never
+fit, or contradict themselves, are refused before a sequence is made for them."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Sequences
+from collections.abc import Set
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -11,13 +14,22 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from lm_service.engine.answer import Answer
+from lm_service.engine.answer import Answer, TokenTable
 from lm_service.engine.packed.execution.choices import ChoiceTrie
-from lm_service.engine.packed.prefix_cache.content import POSITIONS, Content, PromptContent, text_content
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.prefix_cache.content import (
+    POSITIONS,
+    Content,
+    PromptContent,
+    prompt_contents,
+    text_content,
+)
 from lm_service.engine.packed.prefix_cache.pool import Slot
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.sampling import SamplerState
-from lm_service.engine.types import EmbeddingSource, Prompt, Timings
+from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Scoring, Timings
+from lookonce.core.errors import ErrorKind, LookonceError, invalid
+from lookonce.models.text_adapter import ModelShape
 
 
 class Status(Enum):
@@ -168,3 +180,72 @@ class Sequence:
         self.timings.prefix_hit = reused >= images[-1].end if images else reused > 0
         if images:
             self.timings.embedding = EmbeddingSource.NOT_NEEDED
+
+
+def answers_to(generation: Generation, table: TokenTable, end_ids: Set[int], context: int, *, kept: bool) -> Request:
+    """The request with a sequence for each of its n answers. See `PackedEngine` for `table` and `end_ids`."""
+    prompt, sampling = generation.prompt, generation.sampling
+    request = Request(generation.id, generation.client, kept=kept, whole=generation.whole, salt=generation.salt)
+    (content,) = prompt_contents([prompt], generation.salt)
+    room = context - len(prompt.token_ids)
+    for index in range(sampling.n):
+        answer = Answer(index, sampling, table, end_ids, room)
+        sampler = SamplerState(sampling, prompt.token_ids, index, end_ids)
+        tokens = list(prompt.token_ids)
+        request.sequences.append(Sequence(request, index, prompt, content, tokens, answer, sampler))
+    return request
+
+
+def check_generation(request: Generation, context: int, shape: ModelShape, options: PackedOptions) -> None:
+    """Raise INVALID_ARGUMENT or CONTEXT_LENGTH_EXCEEDED for what cannot be answered."""
+    check_prompt(request.prompt, context, shape)
+    for span in request.prompt.images:  # penalties count placeholders, too
+        _check_tokens(request.prompt.token_ids[span.start : span.end], shape)
+    if request.sampling.max_tokens < 1:
+        raise invalid(f"max_tokens must be at least 1, got {request.sampling.max_tokens}", param="max_tokens")
+    if not 1 <= request.sampling.n <= options.max_running:
+        raise invalid(f"n must be between 1 and {options.max_running}, got {request.sampling.n}", param="n")
+
+
+def check_scoring(request: Scoring, context: int, shape: ModelShape, options: PackedOptions) -> None:
+    """Raise INVALID_ARGUMENT or CONTEXT_LENGTH_EXCEEDED for what cannot be scored."""
+    for item in request.items:
+        longest = max(map(len, item.choices), default=0)
+        check_prompt(item.prompt, context - longest + 1, shape)
+    for choices in {item.choices for item in request.items}:
+        if not choices or not all(choices):
+            raise invalid("choices must be given, and none of them empty", param="choices")
+        if any(not 0 <= token < shape.vocabulary for choice in choices for token in choice):
+            raise invalid(f"choices: a token id is outside the vocabulary of {shape.vocabulary}", param="choices")
+        if sum(map(len, choices)) > options.slab_tokens // 4:
+            raise invalid(f"choices must not exceed {options.slab_tokens // 4} tokens in all", param="choices")
+
+
+def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
+    """Raise unless the prompt fits the context, its text the vocabulary, and its images agree with its tokens."""
+    length = len(prompt.token_ids)
+    if length >= context:
+        raise LookonceError(
+            ErrorKind.CONTEXT_LENGTH_EXCEEDED,
+            f"the prompt has {length} tokens; with an answer, no more than {context} fit",
+            param="prompt",
+        )
+    if not length:
+        raise invalid("the prompt is empty", param="prompt")
+    if prompt.positions.shape != (shape.position_rows, length):
+        raise invalid(
+            f"positions are {list(prompt.positions.shape)}, not [{shape.position_rows}, {length}]", param="prompt"
+        )
+    end = 0
+    for span in prompt.images:
+        if span.start < end or span.end >= length or span.reference.tokens < 1:
+            raise invalid("images must not overlap, nor end the prompt", param="prompt")
+        _check_tokens(prompt.token_ids[end : span.start], shape)
+        _check_tokens([token_id for _, token_id in span.markers], shape)
+        end = span.end
+    _check_tokens(prompt.token_ids[end:], shape)
+
+
+def _check_tokens(token_ids: Sequences[int], shape: ModelShape) -> None:
+    if token_ids and (min(token_ids) < 0 or max(token_ids) >= shape.vocabulary):
+        raise invalid(f"the prompt has a token id outside the vocabulary of {shape.vocabulary}", param="prompt")

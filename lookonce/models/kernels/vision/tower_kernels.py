@@ -14,13 +14,14 @@ from llvmlite import ir
 from torch import nn
 
 from lookonce.models.kernels.compiling import VECTORS, Compiled, lanes_for
-from lookonce.models.kernels.program import Kernel, barrier, run_kernels
-from lookonce.models.kernels.structs import Structs
+from lookonce.models.kernels.program import Kernel, barrier, run_kernels, run_program
+from lookonce.models.kernels.structs import Structs, calls_of, joined, stacked
 from lookonce.models.kernels.vision.rows import Gelu, LayerNorm, Lookup, write_gelu, write_lookup, write_norm
 from lookonce.models.kernels.vision.tower_attention import Attention, Block, Heads, write_attention
+from lookonce.models.omp_thread import Pause
 
-Counted = tuple[Kernel, float]
-"""A kernel, and about how many operations it is."""
+Counted = tuple[int, Structs, float]
+"""A kernel's function, its structs [blocks], and about how many operations each is."""
 _EXPONENTIAL = 128  # operations that one costs as much as
 _SINGLE_THREADED = 1 << 14  # float32 up to which other threads don't pay
 
@@ -79,25 +80,30 @@ class Kernels:
         heads = torch.empty(3 * self._heads.count * self._heads.size * patches)
         return Packed(patches, np.array(blocks, dtype=Block.dtype), cos.contiguous(), sin.contiguous(), heads)
 
-    def attend(self, qkv: torch.Tensor, packed: Packed) -> torch.Tensor:
-        """[patches, 3 * width] -> [patches, width]: each image's patches attend to each other."""
+    def attend(
+        self, qkv: torch.Tensor, packed: Packed, pause: Pause = lambda: None, *, at_once: float = math.inf
+    ) -> torch.Tensor:
+        """[patches, 3 * width] -> [patches, width]: each image's patches attend to each other. `pause` is called after
+        every `at_once` operations or so."""
         qkv = qkv.contiguous()
         out = qkv.new_empty((qkv.shape[0], self._shape.width))
-        run_kernels([kernel for kernel, _ in self.attend_kernels(qkv, packed, out)], single_threaded=False)
+        for function, structs, _ in self.attend_kernels(qkv, packed, out, at_once=at_once):
+            run_program(calls_of([(function, structs)])[0], single_threaded=False)
+            pause()
         return out
 
     def attend_kernels(
-        self, qkv: torch.Tensor, packed: Packed, out: torch.Tensor, *, at_once: float = math.inf
+        self, qkv: torch.Tensor, packed: Packed, out: torch.Tensor, *, at_once: float = math.inf, blocks: int = 1
     ) -> list[Counted]:
-        """What computes `attend`: several kernels when it is more than `at_once` operations."""
+        """What computes `attend` in so many blocks: several kernels when it is more than `at_once` operations."""
         patches, heads = packed.patches, self._heads
         reach = packed.blocks["end"] - packed.blocks["begin"]
         operations = heads.count * (4.0 * heads.size + _EXPONENTIAL) * packed.blocks["rows"] * reach
         kernels: list[Counted] = []
         for some in np.split(np.arange(len(reach)), _cuts(operations, at_once)):
-            blocks = packed.blocks[some[0] : some[-1] + 1]
-            struct = Attention.fill(
-                Attention.one(),
+            rows = packed.blocks[some[0] : some[-1] + 1]
+            structs = Attention.fill(
+                Attention.zeros(blocks),
                 self._sizes,
                 patches=patches,
                 qkv=qkv,
@@ -106,12 +112,12 @@ class Kernels:
                 packed=packed.heads,
                 plane=patches * heads.size,
                 out=out,
-                blocks=blocks,
-                count=len(blocks),
+                blocks=rows,
+                count=len(rows),
                 barrier=barrier(),
             )
-            kernel = self._code.address("attend_more" if kernels else "attend"), struct
-            kernels.append((kernel, float(operations[some].sum())))
+            function = self._code.address("attend_more" if kernels else "attend")
+            kernels.append((function, structs, float(operations[some].sum())))
         return kernels
 
     def lookup(self, pixels: npt.NDArray[np.uint8], table: torch.Tensor) -> torch.Tensor:
@@ -137,6 +143,16 @@ class Kernels:
             values["added"] = added
         struct = LayerNorm.fill(LayerNorm.one(), self._sizes, rows=x.shape[0], **values)
         return self._code.address("norm" if added is None else "add_norm"), struct
+
+    def norms(self, norms: Sequence[nn.LayerNorm]) -> Structs:
+        """LayerNorm [norms], told of their weights."""
+        told = [LayerNorm.fill(LayerNorm.one(), self._sizes, weight=one.weight, shift=one.bias) for one in norms]
+        return stacked(LayerNorm, told)
+
+    def norm_kernels(self, x: torch.Tensor, norms: Structs, out: torch.Tensor) -> Counted:
+        """What computes `norm` by each of `norms`."""
+        structs = LayerNorm.fill(joined([norms]), self._sizes, rows=x.shape[0], source=x, out=out)
+        return self._code.address("norm"), structs, 0.0
 
     def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: nn.LayerNorm, out: torch.Tensor) -> None:
         """x += added, and `out` becomes the layer norm of that; all [patches, width]."""
