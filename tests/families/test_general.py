@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 
@@ -21,6 +22,7 @@ from lookonce.models.family import Half
 from lookonce.models.general.decoder import GeneralText
 from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
+from tests.families.models_page import No, Served
 from tests.families.tiny_checkpoints import FAMILIES, make
 from tests.families.unsplit_general import Unsplit
 from tests.images import photograph
@@ -30,6 +32,32 @@ IMAGE, OTHER = photograph("chelsea", (150, 100)), photograph("coffee", (64, 96))
 QUESTION, CHOICES = "what is on this image?", ["yes", "no", "a cat"]
 THROUGH_REST = "llava"
 CPU = torch.device("cpu")
+
+
+def served(models, model_type):
+    """What `test_every_family` holds for each."""
+    return Served(
+        models,
+        model_type,
+        split="test_every_family",
+        packed="test_every_family",
+        prefix="test_every_family",
+        scores="test_every_family",
+        video=No("families/test_models_page.py::test_video_is_no_part_of_a_chat"),
+        quantised=No("test_int8_is_refused"),
+    )
+
+
+SERVED = (
+    served("BLIP-2 with OPT", "blip-2"),
+    served("Idefics3 8B", "idefics3"),
+    served("InternVL 2.5, 3 and 3.5 as transformers saves them", "internvl"),
+    served("LLaVA 1.5 7B, 13B; Pixtral 12B as transformers saves it", "llava"),
+    served("LLaVA-NeXT", "llava_next"),
+    served("LLaVA-OneVision 0.5B, 7B, 72B: one image a prompt", "llava_onevision"),
+    served("Mistral Small 3.1, 3.2", "mistral3"),
+    served("SmolVLM, SmolVLM2", "smolvlm"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +186,12 @@ def test_several_images_where_each_is_cut_otherwise_are_refused(tmp_path):
         split.prompts.build([Message("user", (*references, QUESTION))])
 
 
+def test_int8_is_refused(checkpoint):
+    vision = open_checked(str(checkpoint), Half.VISION)
+    with pytest.raises(CheckpointError, match="the general path, which has no int8 weights; leave out --quantization"):
+        vision.family.load_encoder(vision, torch.float32, CPU, quantization="int8")
+
+
 class Split:
     """Both halves of a checkpoint in this process, each loaded as its service loads it."""
 
@@ -202,23 +236,31 @@ async def test_every_family(family, tmp_path, monkeypatch):
     shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary
     options = PackedOptions(kv_bytes=8 << 20, prefix_bytes=8 << 20, step_tokens=37, burst_tokens=37)
     engine = PackedEngine(split.model, split.template.table, frozenset(), options)
+    pairs = list(zip((IMAGE, OTHER), [reference for reference, _ in encoded], strict=True))
+
+    async def check(image, reference, text):
+        """Every token's whole distribution is that of the unsplit model."""
+        prompt, turns = split.prompts.build([Message("user", (reference, text))]), user(image, text)
+        assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
+        (answer,) = await ask(engine, generation(prompt, 8, logprobs=vocabulary))
+        expected = unsplit.logprobs(turns, answer.tokens)[:-1]
+        for row, token, given in zip(expected, answer.tokens, answer.logprobs, strict=True):
+            told = torch.tensor([value for _, value in sorted(given.top)])
+            torch.testing.assert_close(told, row, atol=2e-4, rtol=0)
+            assert token == int(row.argmax())
+        return answer.finish.timings
+
     await engine.start(shelf)
     try:
-        for image, (reference, _) in zip((IMAGE, OTHER), encoded, strict=True):
-            for text in (QUESTION, "why?"):
-                prompt = split.prompts.build([Message("user", (reference, text))])
-                turns = user(image, text)
-                assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
-                (answer,) = await ask(engine, generation(prompt, 8, logprobs=vocabulary))
-                expected = unsplit.logprobs(turns, answer.tokens)[:-1]
-                for row, token, given in zip(expected, answer.tokens, answer.logprobs, strict=True):
-                    told = torch.tensor([value for _, value in sorted(given.top)])
-                    torch.testing.assert_close(told, row, atol=2e-4, rtol=0)
-                    assert token == int(row.argmax())
-            assert shelf.loads[reference.key] == 1
-        scored = await engine.score(Scoring("s", (ScoreItem(prompt, ((5,), (7, 9))),)))
-        for choice, given in zip(((5,), (7, 9)), scored.logprobs[0], strict=True):
-            told = unsplit.logprobs(turns, list(choice))
+        await asyncio.gather(*(check(*pair, text) for pair in pairs for text in (QUESTION, "why?")))
+        later = [await check(*pair, "how many cats are there?") for pair in pairs]
+        assert all(timings.prefix_hit for timings in later)
+        assert all(shelf.loads[reference.key] == 1 for _, reference in pairs)
+        (image, reference), choices = pairs[0], ((5,), (7, 9))
+        prompt = split.prompts.build([Message("user", (reference, QUESTION))])
+        scored = await engine.score(Scoring("s", (ScoreItem(prompt, choices),)))
+        for choice, given in zip(choices, scored.logprobs[0], strict=True):
+            told = unsplit.logprobs(user(image, QUESTION), list(choice))
             weight = sum(float(row[token]) for row, token in zip(told, choice, strict=False))
             assert given == pytest.approx(weight, abs=4e-4)
     finally:
