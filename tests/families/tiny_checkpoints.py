@@ -236,6 +236,20 @@ def _internvl(path: Path, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _internvl3_5(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """OpenGVLab/InternVL3_5-1B-HF: Qwen3, whose queries and keys are normed, and heads of their own width."""
+    config = _internvl(path, ids)
+    text = {"model_type": "qwen3", **TEXT, "head_dim": 32, "use_sliding_window": False, "tie_word_embeddings": True}
+    return config | {"text_config": text}
+
+
+def _vipllava(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """llava-hf/vip-llava-7b-hf: CLIP's layers joined, and LLaMA."""
+    config = _llava(path, ids)
+    config |= {"architectures": ["VipLlavaForConditionalGeneration"], "model_type": "vipllava"}
+    return config | {"vision_feature_layer": [-2, -3], "projector_layernorm_eps": 1e-5}
+
+
 def _onevision(path: Path, ids: dict[str, int]) -> dict[str, Any]:
     """llava-hf/llava-onevision-qwen2-0.5b-ov-hf: SigLIP on tiles and the whole, padding cut off, newlines, Qwen2."""
     pins = [[side, other] for side in (56, 112, 168) for other in (56, 112, 168)]
@@ -432,6 +446,13 @@ FAMILIES: dict[str, Tiny] = {
         CHATML.replace("IMAGE", "<IMG_CONTEXT>"),
         settings={"extra_special_tokens": _INTERN_NAMES | {"video_token": "<video>"}},
     ),
+    "internvl3_5": Tiny(
+        _INTERN,
+        _internvl3_5,
+        CHATML.replace("IMAGE", "<IMG_CONTEXT>"),
+        settings={"extra_special_tokens": _INTERN_NAMES | {"video_token": "<video>"}},
+    ),
+    "vipllava": Tiny(("<image>",), _vipllava, LLAVA, sentencepiece=True),
     "llava_onevision": Tiny(
         ("<|im_start|>", "<|im_end|>", "<image>", "<video>"), _onevision, CHATML.replace("IMAGE", "<image>")
     ),

@@ -62,6 +62,11 @@ class Architecture:
     def _built(self) -> Any:
         try:
             return self.cls(parsed(self.raw))
+        except ImportError as error:
+            raise CheckpointError(
+                f"config.json: transformers' {self.cls.__name__} wants a package that is not installed "
+                f"({' '.join(str(error).split())[:120]}); the general path does not serve it"
+            ) from None
         except (ValueError, TypeError, KeyError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
             raise CheckpointError(
                 f"config.json: transformers' {self.cls.__name__} can't be built of it ({type(error).__name__}); "

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
+_SMALL = (150, 60)
+"""Width and height of an image whose markers are checked at start."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
 _TEMPLATES = {
     # Q-Former's rows come before all else, even before the token that begins a text; arXiv:2301.12597, appendix.
@@ -212,7 +214,7 @@ class GeneralFamily:
 
         self._refuse_quantization(quantization)
         model = load_text(self.architecture, checkpoint, dtype, where, devices)
-        check_text(model, self.texts.image_id)
+        check_text(model, self.texts.image_id, [number for _, number in self.texts.of(*_SMALL).markers])
         return model
 
     def _refuse_quantization(self, quantization: str) -> None:

@@ -62,6 +62,7 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
         yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
     inner = inspect.signature(type(architecture.model.base_model).forward).parameters
     named = [name for name in _BY_TYPES if name in parameters or name in inner]
+    named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
     if named:
         yield (
             f"{subject}: attention or positions depend on which tokens are an image's ({named[0]}), which the packed "

@@ -49,7 +49,8 @@ class ImageTexts:
         if not isinstance(number, int) or spelt != number:
             raise CheckpointError(
                 f"{path}: the processor's image token {self.image_token!r} is {spelt!r} in the tokenizer and "
-                f"{number!r} in config.json; take both from the same repository"
+                f"{number!r} in config.json: the general path serves models where they are one; take both from the "
+                "same repository"
             )
         text = f"{self.image_token} what's on it? Zo\u00eb's 12\n{self.image_token}"
         plain = load_tokenizer(path, r"\s*\S+|\s+").encode(text).ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import structlog
@@ -14,7 +15,7 @@ from lookonce.models.general.attention import NAME
 from lookonce.models.general.decoder import GeneralText
 
 log = structlog.get_logger(__name__)
-_ROWS, _TEXT = 5, 7
+_ROWS, _TEXT, _MARKERS = 5, 7, 16
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
 
@@ -42,10 +43,10 @@ class _Features:
 
 
 @torch.inference_mode()
-def check_text(model: GeneralText, image_id: int) -> float:
+def check_text(model: GeneralText, image_id: int, markers: Iterable[int] = ()) -> float:
     """The greatest difference between log-probabilities of the packed step and of the class's own forward, over a
-    prompt with random rows for an image. Raises CheckpointError when it is beyond rounding."""
-    ids, rows = _prompt(model, image_id)
+    prompt with random rows for an image and some of its markers. Raises CheckpointError when it is beyond rounding."""
+    ids, rows = _prompt(model, image_id, sorted(set(markers))[:_MARKERS])
     expected = _own_logits(model, ids, rows).float().log_softmax(-1)
     hidden = model.embed(ids)
     hidden[ids == image_id] = rows
@@ -62,10 +63,11 @@ def check_text(model: GeneralText, image_id: int) -> float:
     return worst
 
 
-def _prompt(model: GeneralText, image_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _prompt(model: GeneralText, image_id: int, markers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids with a few of an image's among text, and its rows."""
     shape, generator = model.shape, torch.Generator().manual_seed(0)
-    ids = torch.randint(shape.vocabulary, (_TEXT + _ROWS,), generator=generator)
+    ids = torch.randint(shape.vocabulary, (_TEXT + _ROWS + len(markers),), generator=generator)
+    ids[_TEXT + _ROWS :] = torch.tensor(markers, dtype=torch.int64)
     ids[ids == image_id] = (image_id + 1) % shape.vocabulary
     ids[2 : 2 + _ROWS] = image_id
     ids = ids.to(shape.device)
