@@ -74,8 +74,8 @@ class Qwen25VLArchitecture(Architecture):
         }
 
 
-def _small(depth: int, width: int, heads: int, *, blocks: tuple[int, ...], **others: Any) -> Qwen25VLArchitecture:
-    return Qwen25VLArchitecture(depth, width, heads, full_blocks=blocks, **others)
+def _small(depth: int, width: int, count: int, *, blocks: tuple[int, ...], **others: Any) -> Qwen25VLArchitecture:
+    return Qwen25VLArchitecture(depth, width, count, full_blocks=blocks, **others)
 
 
 def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **others: Any) -> Qwen25VLArchitecture:
