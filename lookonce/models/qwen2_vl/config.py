@@ -15,6 +15,7 @@ from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 from lookonce.models.qwen2_vl.architecture import Architecture, Qwen2VLArchitecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import extended
 
 if TYPE_CHECKING:
     import torch
@@ -142,8 +143,8 @@ class Qwen2VL:
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         nested = _section(config, "text_config")
         if nested is not None:
-            return dict(nested)
-        return {key: value for key, value in config.items() if key not in _OUTER_KEYS}
+            return extended(dict(nested))
+        return extended({key: value for key, value in config.items() if key not in _OUTER_KEYS})
 
     def problems(
         self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
