@@ -72,7 +72,10 @@ class Qwen3VL(Qwen2VL):
         )
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        return replace(super().dimensions(config), deepstack=len(self.architecture(config).deepstack_blocks))
+        """At hand are the rows of the deepstack, too."""
+        found, deepstack = super().dimensions(config), len(self.architecture(config).deepstack_blocks)
+        rows = (1 + deepstack) * found.hidden // found.patches_per_token
+        return replace(found, deepstack=deepstack, patch_numbers=found.patch_numbers + rows)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """With transformers' defaults."""
