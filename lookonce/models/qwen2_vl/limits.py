@@ -166,8 +166,8 @@ def _stretch_problems(name: str, kind: str, rope: dict[str, Any]) -> Iterator[st
     trained = rope.get("original_max_position_embeddings")
     for field in _YARN_NUMBERS if kind == "yarn" else ("factor",):
         value, least = rope.get(field), 1 if field == "factor" else 0
-        unset = value is None and (field != "factor" or (kind == "yarn" and trained is not None))
-        if not unset and (not _is_number(value) or value < least):
+        optional = field != "factor" or (kind == "yarn" and trained is not None)
+        if (value is None and not optional) or (value is not None and not (_is_number(value) and value >= least)):
             yield f"config.json: {name}: {field} must be a number from {least} on, got {value!r}; {FROM_REPOSITORY}"
     if trained is not None and not is_size(trained):
         yield (
