@@ -89,6 +89,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         peers=peers,
         hidden_size=checkpoint.hidden_size,
         accepted=accepted,
+        names=checkpoint.embedding_tensors,
     )
     prompts = PromptBuilder(
         template,

@@ -61,6 +61,7 @@ def load(settings: VisionSettings) -> LoadedModel:
         least_pixels=checkpoint.family.least_pixels(checkpoint.config),
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint, device),
+        tensors=checkpoint.embedding_tensors,
     )
     return LoadedModel(checkpoint, run_in_omp_thread(_encoder, settings, checkpoint, dtype, device), model)
 

@@ -96,6 +96,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     stop: str | list[str]
+    skip_special_tokens: bool
 
 
 class QuestionOptions(SamplingOptions, total=False):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
+from lookonce.core.record import tensor_names
 from lookonce.models.checkpoint import digest, files, hub
 from lookonce.models.checkpoint.adapter import Adapter
 from lookonce.models.checkpoint.headers import TensorEntry
@@ -89,7 +90,9 @@ class Checkpoint:
         if entries is None:  # opened for the language half
             found = files.entries_of(self.path, self.family, files.weight_map_of(self.path), {Half.VISION})
             entries = found[Half.VISION]
-        weights = digest.tensors_digest(entries)
+        whole = assembled(self.format, entries)
+        matrices = {name: repr(one.matrix) for name, one in whole.items() if isinstance(one, QuantisedEntry)}
+        weights = digest.tensors_digest(entries, matrices)
         if self.stated_vision_weights not in (None, weights):
             raise _not_of_its_weights(self.path / files.IDENTITY)
         if self.known_identity is not None and self.known_identity.startswith("hub:"):
@@ -189,6 +192,11 @@ class Checkpoint:
         return self.family.hidden_size(self.config)
 
     @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors [tokens, hidden] of an image embedding."""
+        return tensor_names(self.family.dimensions(self.config).deepstack)
+
+    @property
     def merge_size(self) -> int:
         """Patches per side that are merged to one token."""
         return self.family.merge_size(self.config)
@@ -261,7 +269,7 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
     config = files.read_config(path)
     format = files.quantised_format(path, config)
-    family = family_of(config)
+    family = family_of(config, path)
     preprocessor = family.preprocessor(files.read_preprocessor(path))
     weight_map = files.weight_map_of(path)
     present = files.halves_present(path, family, weight_map)

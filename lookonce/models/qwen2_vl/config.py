@@ -116,7 +116,7 @@ class Qwen2VL:
             hidden=arch.hidden,
             heads=arch.heads,
             kv_heads=arch.kv_heads,
-            head_dim=arch.hidden // arch.heads,
+            head_dim=arch.head_dim,
             ffn=arch.ffn,
             vocabulary=arch.vocab,
             patches_per_token=arch.merge**2,
@@ -156,12 +156,16 @@ class Qwen2VL:
             found += self.vision_problems(vision)
             found += preprocessor_problems(preprocessor, vision) if preprocessor is not None else ()
         if Half.LANGUAGE in wanted:
-            found += text_problems(self.text_config(config), self.label)
+            found += self.text_problems(self.text_config(config))
         return found
 
     def vision_problems(self, vision: dict[str, Any]) -> Iterable[str]:
         """Every setting of a filled-in vision config that can't be computed."""
         return vision_problems(vision)
+
+    def text_problems(self, text: dict[str, Any]) -> Iterable[str]:
+        """Every setting of the language model that can't be computed."""
+        return text_problems(text, self.label)
 
     def tied_head(self, config: dict[str, Any]) -> bool:
         """Older nested saves put the switch inside text_config."""

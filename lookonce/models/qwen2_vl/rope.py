@@ -4,6 +4,7 @@ on, linearly or by YaRN (arXiv:2309.00071). Torch is imported when they are made
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 TYPES = ("default", "mrope", "linear", "yarn")
 STRETCHED = ("linear", "yarn")
-_THETA = 1_000_000.0
+THETA = 1_000_000.0
 SECTIONS = (16, 24, 24)
 _FAST, _SLOW = 32, 1
 
@@ -45,12 +46,12 @@ def rope_frequencies(width: int, theta: float) -> torch.Tensor:
     return 1.0 / theta**steps
 
 
-def frequencies(text: dict[str, Any], width: int) -> tuple[torch.Tensor, float]:
+def frequencies(text: dict[str, Any], width: int, default_theta: float = THETA) -> tuple[torch.Tensor, float]:
     """Float32 [width / 2] on the CPU, and what cosines and sines are multiplied by. The settings have no problems."""
     import torch
 
     rope = rope_of(text)
-    theta = float(rope.get("rope_theta") or text.get("rope_theta") or _THETA)
+    theta = float(rope.get("rope_theta") or text.get("rope_theta") or default_theta)
     plain = rope_frequencies(width, theta)
     kind = rope_type(rope)
     if kind not in STRETCHED:
@@ -70,9 +71,9 @@ def frequencies(text: dict[str, Any], width: int) -> tuple[torch.Tensor, float]:
     return plain / factor * (1 - kept) + plain * kept, _attention_factor(rope, factor)
 
 
-def mrope_section(text: dict[str, Any]) -> list[int]:
+def mrope_section(text: dict[str, Any], default: Sequence[int] = SECTIONS) -> list[int]:
     """How many frequencies follow time, height and width."""
-    return list(rope_of(text).get("mrope_section", SECTIONS))
+    return list(rope_of(text).get("mrope_section", default))
 
 
 def _frequency(count: float, width: int, theta: float, trained: int) -> float:
