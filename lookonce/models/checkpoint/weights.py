@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -67,6 +68,18 @@ def load_weights(
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
     _check_nothing_on_meta(module)
+
+
+def read_weight(entry: StoredWeight, dtype: torch.dtype, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """One weight, or the rows from one number up to another of a plain one, cast to `dtype`. Raises CheckpointError."""
+    if isinstance(entry, TensorEntry) and rows is not None:
+        start, stop = rows
+        row_bytes = entry.nbytes // entry.shape[0]
+        shape, offset = (stop - start, *entry.shape[1:]), entry.offset + start * row_bytes
+        entry = replace(entry, shape=shape, offset=offset, nbytes=(stop - start) * row_bytes)
+        rows = None
+    [(_, tensor)] = _read_file(entry.file, [("", entry)], dtype, _always(torch.device("cpu")))
+    return tensor if rows is None else tensor[slice(*rows)]
 
 
 def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[str, StoredWeight]]]]:
