@@ -31,7 +31,7 @@ class PlainPrompt:
 
     token_ids: tuple[int, ...]
     start: int  # where the image's tokens begin
-    rows: torch.Tensor  # [tokens, hidden], float32
+    rows: torch.Tensor  # [1 + deepstack, tokens, hidden], float32
     positions: torch.Tensor  # int64 [r, T]
     last: int  # how many of the last tokens' logits are wanted
 
@@ -40,7 +40,7 @@ class Plain(Protocol):
     """A family's plain form, over one checkpoint. Each call reads the half that it needs."""
 
     def rows(self, image: Image.Image) -> torch.Tensor:
-        """Float32 [tokens, hidden] of an RGB image that need not be resized."""
+        """Float32 [tokens, hidden] of an RGB image that need not be resized, or [1 + deepstack, tokens, hidden]."""
 
     def logits(self, prompts: Sequence[PlainPrompt]) -> list[torch.Tensor]:
         """Float32 [last, vocabulary] of each prompt."""
@@ -51,21 +51,23 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> None:
         """`dtype`: what they are rounded to first."""
-        self._entries, self._dtype = checkpoint.half_entries(half), dtype
+        self._checkpoint, self._half, self._dtype = checkpoint, half, dtype
+        self._entries = checkpoint.half_entries(half)
 
     def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """All of it, or some rows."""
-        return read_weight(self._entries[name], self._dtype, rows).float()
+        return read_weight(self._checkpoint, self._half, name, self._dtype, rows).float()
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b, b where there is one."""
         bias = self(f"{name}.bias") if f"{name}.bias" in self._entries else None
-        return functional.linear(x, self(f"{name}.weight"), bias)
+        return functional.linear(x, self(f"{name}.weight").flatten(1), bias)
 
     def embedded(self, prompt: PlainPrompt) -> torch.Tensor:
         """[T, hidden] of a prompt."""
         hidden = torch.cat([self(EMBEDDING, (number, number + 1)) for number in prompt.token_ids])
-        hidden[prompt.start : prompt.start + len(prompt.rows)] = prompt.rows.to(self._dtype).float()
+        rows = prompt.rows[0].to(self._dtype).float()
+        hidden[prompt.start : prompt.start + len(rows)] = rows
         return hidden
 
     def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -58,7 +58,7 @@ class Exam:
     """Two questions about an image whose rows are given."""
 
     grid_thw: tuple[int, int, int]
-    rows: torch.Tensor  # float32 [tokens, hidden]
+    rows: torch.Tensor  # float32 [1 + deepstack, tokens, hidden]
     questions: tuple[Question, ...]
 
 
@@ -74,8 +74,9 @@ def check_exam(checkpoint: Checkpoint, vocabulary: int) -> Exam:
     """The questions, the same on every machine: numbers by arithmetic, none drawn."""
     family, config, tokens = checkpoint.family, checkpoint.config, ROWS * COLUMNS
     grid = (1, ROWS * checkpoint.merge_size, COLUMNS * checkpoint.merge_size)
-    places = torch.arange(tokens * checkpoint.hidden_size, dtype=torch.float64)
-    rows = (math.sqrt(2) * torch.sin(places * places % 9973)).float().view(tokens, -1)
+    levels = 1 + family.dimensions(config).deepstack
+    places = torch.arange(levels * tokens * checkpoint.hidden_size, dtype=torch.float64)
+    rows = (math.sqrt(2) * torch.sin(places * places % 9973)).float().view(levels, tokens, -1)
     singles = tuple((number * vocabulary // _CHOICES,) for number in range(_CHOICES))
     pair = (3, vocabulary - 2) if vocabulary > 8 * _CHOICES else (1, 1)
     questions = []

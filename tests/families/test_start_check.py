@@ -20,6 +20,7 @@ from lookonce.models.qwen2_5_vl.synthetic import make_random_checkpoint as make_
 from lookonce.models.qwen2_vl import modules, text, vision
 from lookonce.models.qwen2_vl.preprocessing import Preprocessor
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen3_vl.synthetic import make_random_checkpoint as make_deepstack_checkpoint
 from lookonce.models.registry import Half
 from lookonce.models.self_check import SelfCheckFailed, check_exam, check_image, plain_scores
 from tests.modules import load_language_model, load_vision_tower
@@ -36,6 +37,11 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="module")
 def window_checkpoint(tmp_path_factory):
     return make_window_checkpoint(tmp_path_factory.mktemp("check") / "windows")
+
+
+@pytest.fixture(scope="module")
+def deepstack_checkpoint(tmp_path_factory):
+    return make_deepstack_checkpoint(tmp_path_factory.mktemp("check") / "deepstack")
 
 
 def vision_of(path, **settings):
@@ -128,8 +134,8 @@ def weights_of_two_layers(monkeypatch):
 
 
 def another_rope(monkeypatch):
-    rope = modules.rope_frequencies
-    monkeypatch.setattr(modules, "rope_frequencies", lambda width, theta: rope(width, theta / 2))
+    rope = modules.frequencies
+    monkeypatch.setattr(modules, "frequencies", lambda text, width, theta: rope({"rope_theta": 5e5}, width, theta))
 
 
 def rope_sections_in_another_order(monkeypatch):
@@ -184,13 +190,15 @@ def test_a_fault_of_the_language_half_is_found(checkpoint, monkeypatch, fault, k
 
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_nothing_is_found_where_nothing_is_wrong(checkpoint, window_checkpoint, dtype, quantization):
+def test_nothing_is_found_where_nothing_is_wrong(
+    checkpoint, window_checkpoint, deepstack_checkpoint, dtype, quantization
+):
     with structlog.testing.capture_logs() as logs:
-        for path in (checkpoint, window_checkpoint):
+        for path in (checkpoint, window_checkpoint, deepstack_checkpoint):
             vision_of(path, dtype=dtype, quantization=quantization)
             language_of(path, dtype=dtype, quantization=quantization)
     passed = [line for line in logs if line["event"] == "self-check passed"]
-    assert [line["half"] for line in passed] == ["vision", "language"] * 2
+    assert [line["half"] for line in passed] == ["vision", "language"] * 3
     assert all(float(line["difference"]) < line["bound"] / 3 for line in passed)
 
 
@@ -210,7 +218,7 @@ def test_the_plain_form_is_what_transformers_computes(checkpoint):
     for question in exam.questions:
         ids = torch.tensor([[*question.token_ids, question.choices[-1][0]]])
         hidden = model.embed_tokens(ids)
-        hidden[0, 1 : 1 + len(exam.rows)] = exam.rows
+        hidden[0, 1 : 1 + exam.rows.shape[1]] = exam.rows[0]
         places = np.concatenate([question.positions, np.full((3, 1), question.next_position)], axis=1)
         out = model(inputs_embeds=hidden, position_ids=torch.from_numpy(places)[:, None], use_cache=False)
         scores.append(head(out.last_hidden_state[0, -2:]))
@@ -260,6 +268,6 @@ def test_a_service_that_fails_ends_with_the_reason(checkpoint, tmp_path):
     service = ServiceProcess("vision_service", "--model", str(path), "--device", "cpu")
     assert service.process.wait(60) == 78
     last = service.log.strip().splitlines()[-1]
-    service.kill()
+    service.close()
     assert last.startswith("vision: error: self-check of the vision half failed: the rows of an image differ")
     assert "Nothing is served" in last and "lookonce verify" in last

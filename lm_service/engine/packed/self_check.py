@@ -43,7 +43,7 @@ def check_language_half(checkpoint: Checkpoint, model: ModelAdapter, options: Pa
 
 
 def _exam_scores(model: ModelAdapter, options: PackedOptions, exam: Exam) -> list[float]:
-    tokens = len(exam.rows)
+    tokens = exam.rows.shape[1]
     reference = EmbeddingReference(bytes(DIGEST_BYTES), "", bytes(DIGEST_BYTES), exam.grid_thw, tokens, 0, 0)
     items = [
         ScoreItem(
@@ -128,5 +128,5 @@ def _prompt(model: ModelAdapter, tokens: int, length: int) -> Prompt:
 
 def _rows(model: ModelAdapter, reference: EmbeddingReference) -> torch.Tensor:
     generator = torch.Generator().manual_seed(reference.tokens)
-    rows = torch.randn(reference.tokens, model.shape.hidden, generator=generator)
+    rows = torch.randn(1 + model.shape.deepstack, reference.tokens, model.shape.hidden, generator=generator)
     return rows.to(device=model.shape.device, dtype=model.shape.dtype)
