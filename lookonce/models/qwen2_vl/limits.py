@@ -178,7 +178,7 @@ def _stretch_problems(name: str, kind: str, rope: dict[str, Any]) -> Iterator[st
     for field in _YARN_NUMBERS if kind == "yarn" else ("factor",):
         value, least = rope.get(field), 1 if field == "factor" else 0
         unset = value is None and (field != "factor" or (kind == "yarn" and trained is not None))
-        if not unset and (not _is_number(value) or value < least):
+        if not unset and not (_is_number(value) and value >= least):
             yield f"config.json: {name}: {field} must be a number from {least} on, got {value!r}; {FROM_REPOSITORY}"
     if trained is not None and not is_size(trained):
         yield (
@@ -203,5 +203,5 @@ def is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

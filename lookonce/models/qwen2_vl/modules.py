@@ -177,7 +177,7 @@ class TextModel(nn.Module):
         self.rotary_emb = self.rotary(config)
         # From a tensor, as initialising one on the meta device imports torch's compiler: a second of every start.
         rows = torch.empty(config["vocab_size"], config["hidden_size"])
-        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(
             TextLayer(config, self.attention(config)) for _ in range(config["num_hidden_layers"])
         )
