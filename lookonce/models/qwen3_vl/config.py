@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.plain import Plain
     from lookonce.models.text_adapter import ModelAdapter
 
 _VISION_SIZES = (
@@ -119,6 +120,11 @@ class Qwen3VL(Qwen2VL):
         return Qwen2VLAdapter(
             model, head, quantization=quantization, devices=devices, native=native, deepstack=deepstack
         )
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain:
+        from lookonce.models.qwen3_vl.plain import PlainQwen3VL
+
+        return PlainQwen3VL(checkpoint, dtype)
 
 
 def vision_problems(vision: dict[str, Any]) -> Iterator[str]:
