@@ -88,7 +88,7 @@ def read_weight(
         row_bytes = entry.nbytes // entry.shape[0]
         shape, offset = (stop - start, *entry.shape[1:]), entry.offset + start * row_bytes
         entry, rows = replace(entry, shape=shape, offset=offset, nbytes=(stop - start) * row_bytes), None
-    [(_, tensor)] = _read_file(entry.file, [(name, entry)], added, dtype, _always(torch.device("cpu")))
+    [(_, tensor)] = _Reader(dtype, _always(torch.device("cpu")), added).read(entry.file, [(name, entry)])
     return tensor if rows is None else tensor[slice(*rows)]
 
 
