@@ -42,7 +42,15 @@ _TEMPLATES = {
     "{% endfor %}{% endfor %}",
 }
 """Of model types whose checkpoints have no chat template."""
-_UNSTATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "text_config")
+_UNSTATED = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "text_config",
+    "quantization_config",
+)
 """Of config.json: what doesn't decide what the vision half computes."""
 
 
