@@ -16,7 +16,8 @@ from gateway.http import examples
 from gateway.http.error_bodies import error_body
 from gateway.http.event_stream import EventStream
 from gateway.http.openapi import or_events
-from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of, until_disconnect
+from gateway.http.request_images import asked_bounds, detail_bounds
+from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.body import special_tokens, stop_list, to_sampling
@@ -58,7 +59,9 @@ def _runner(gateway: Gateway) -> Questions:
 async def _questions(record: ImageRecord, body: QuestionsRequest, gateway: Gateway) -> list[AnyQuestion]:
     _check(body, gateway.settings)
     await gateway.model.check(None)
-    image = ImagePart(record, pixels_of(body.detail, gateway.settings))
+    bounds = detail_bounds(body.detail, gateway.settings).joined(asked_bounds(body))
+    image = ImagePart(record, bounds.joined(asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")))
+    await gateway.images.check_bounds(record, image.bounds)
     return [_question(position, item, body, image) for position, item in enumerate(body.questions)]
 
 

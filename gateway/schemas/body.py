@@ -20,6 +20,7 @@ MEMBER = "member"
 """The type of an error whose context holds a `text` that follows the field's name."""
 MaxTokens = Annotated[int, Field(ge=1, lt=2**32)]
 MinTokens = Annotated[int, Field(ge=0, lt=2**32)]
+Pixels = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Temperature = Annotated[float, Field(ge=0.0, le=2.0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
@@ -80,6 +81,13 @@ def by_field(name: str, *known: str, others: str) -> Discriminator:
 
     listed = ", ".join(f"'{item}'" for item in known[:-1]) + f" or '{known[-1]}'"
     return Discriminator(tag, custom_error_type=f"{UNKNOWN}{name}", custom_error_message=f"must be {listed}: {others}")
+
+
+class PixelFields(Body):
+    """How many pixels an image has once it is resized. Unset: the service's own bounds."""
+
+    min_pixels: Annotated[Pixels, Field(description="fewest pixels of the resized image")] | None = None
+    max_pixels: Annotated[Pixels, Field(description="most pixels of the resized image")] | None = None
 
 
 class Sampling(Body):

@@ -20,6 +20,7 @@ from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint.check import check_checkpoint, open_checked
 from lookonce.models.family import Half
 from lookonce.models.general.decoder import GeneralText
+from lookonce.models.registry import family_of
 from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
 from tests.families.models_page import No, Served
@@ -147,7 +148,6 @@ NOT_SERVED = {
     "paligemma": "attention or positions depend on which tokens are an image's",
     "instructblip": "its vision half reads the question",
     "mllama": "it takes no image features computed elsewhere",
-    "idefics2": "its attention has sliding_window",
     "lfm2_vl": "its text model can't be run packed",
 }
 
@@ -160,6 +160,21 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
     told = check_checkpoint(str(tmp_path)).problems
     assert sum("is not served by the general path" in problem for problem in told) == 1
     assert any(NOT_SERVED[model_type] in problem for problem in told), told
+
+
+@pytest.mark.parametrize(("window", "context"), [(64, None), (1536, 1536), (4096, 2048)])
+def test_a_sliding_window_bounds_the_context(window, context, tmp_path):
+    path = make("mistral3", tmp_path / "model")
+    config = json.loads((path / "config.json").read_text())
+    config["text_config"]["sliding_window"] = window
+    (path / "config.json").write_text(json.dumps(config))
+    if context is None:
+        with pytest.raises(CheckpointError, match="its attention has a sliding window of 64 tokens"):
+            Split(path)
+    else:
+        split = Split(path)
+        assert split.model.shape.context == context
+        assert family_of(config, path).text_config(config)["max_position_embeddings"] == context
 
 
 def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):

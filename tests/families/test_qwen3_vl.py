@@ -123,7 +123,7 @@ def photographs():
     return [photograph("astronaut" if at % 2 else "coffee", size) for at, size in enumerate(SIDES)]
 
 
-@pytest.fixture(scope="module", params=["published", "nested"])
+@pytest.fixture(scope="module", params=["published", pytest.param("nested", marks=pytest.mark.slow)])
 def checkpoint(request, tmp_path_factory):
     """A tiny model with its own head or the embedding's, rotary settings where either kind of save has them."""
     path = tmp_path_factory.mktemp(request.param) / "model"
@@ -409,6 +409,7 @@ def test_several_images_over_several_turns(pair):
             assert found == pytest.approx(row.topk(20).values.tolist(), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_after_a_restart_the_store_has_all_of_an_embedding(pair):
     system, unsplit = pair
     file = save(photograph("chelsea", (250, 170)), "PNG")
@@ -442,9 +443,9 @@ def stored(path, image):
     "changes",
     [
         {"deepstack.2": lambda tokens: None},
-        {"deepstack.3": lambda tokens: torch.zeros(tokens, 64)},
+        pytest.param({"deepstack.3": lambda tokens: torch.zeros(tokens, 64)}, marks=pytest.mark.slow),
         {"deepstack.1": lambda tokens: torch.zeros(tokens, 32)},
-        {"deepstack.0": lambda tokens: torch.full((tokens, 64), torch.inf)},
+        pytest.param({"deepstack.0": lambda tokens: torch.full((tokens, 64), torch.inf)}, marks=pytest.mark.slow),
     ],
     ids=["missing", "surplus", "narrower", "not finite"],
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -74,6 +74,22 @@ def load_weights(
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
     _check_nothing_on_meta(module)
+
+
+def read_weight(
+    checkpoint: Checkpoint, half: Half, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """One weight as `load_weights` reads it, or its rows from one number up to another, on the CPU. Raises
+    CheckpointError."""
+    entry = checkpoint.half_entries(half)[name]
+    added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
+    if isinstance(entry, TensorEntry) and rows is not None and name not in added:
+        start, stop = rows
+        row_bytes = entry.nbytes // entry.shape[0]
+        shape, offset = (stop - start, *entry.shape[1:]), entry.offset + start * row_bytes
+        entry, rows = replace(entry, shape=shape, offset=offset, nbytes=(stop - start) * row_bytes), None
+    [(_, tensor)] = _Reader(dtype, _always(torch.device("cpu")), added).read(entry.file, [(name, entry)])
+    return tensor if rows is None else tensor[slice(*rows)]
 
 
 def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[str, StoredWeight]]]]:

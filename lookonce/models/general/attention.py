@@ -17,7 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from lookonce.models.text_adapter import Attend
 
 NAME = "lookonce"
-_UNKNOWN = ("sliding_window", "softcap", "s_aux", "position_bias")
+_UNKNOWN = ("softcap", "s_aux", "position_bias")
 _step = threading.local()
 
 
@@ -26,13 +26,14 @@ class Unpacked(Exception):
 
 
 @contextmanager
-def attending(attend: Attend) -> Iterator[None]:
-    """Text models that run in this thread meanwhile attend by it."""
-    _step.attend = attend
+def attending(attend: Attend, windows: set[int] | None = None) -> Iterator[None]:
+    """Text models that run in this thread meanwhile attend by it. `windows` is given the sliding windows that layers
+    ask for; `Attend` has none, so sequences must be no longer."""
+    _step.attend, _step.windows = attend, windows
     try:
         yield
     finally:
-        del _step.attend
+        del _step.attend, _step.windows
 
 
 def _attention(
@@ -54,6 +55,8 @@ def _attention(
         raise Unpacked("attention both ways")
     if key.shape != value.shape or key.shape[2] != query.shape[2]:
         raise Unpacked("keys of another size than values or queries")
+    if _step.windows is not None and options.get("sliding_window") is not None:
+        _step.windows.add(int(options["sliding_window"]))
     size = query.shape[-1]
     own = size**-0.5
     if scaling is not None and scaling != own:

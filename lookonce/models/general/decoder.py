@@ -89,7 +89,7 @@ def load_text(
 
 
 def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]) -> ModelShape:
-    text = architecture.config.get_text_config()
+    longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(
         layers=calls.layers,
         heads=calls.heads,
@@ -97,7 +97,7 @@ def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices
         head_dim=calls.head_dim,
         hidden=int(architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.shape[1]),
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
-        context=int(getattr(text, "max_position_embeddings", None) or 32768),
+        context=min(int(longest), calls.window or int(longest)),
         dtype=dtype,
         stages=(Stage(devices[0], calls.layers),),
     )

@@ -5,6 +5,7 @@ Every other module of this folder imports torch and transformers' modelling code
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +42,15 @@ _TEMPLATES = {
     "{% endfor %}{% endfor %}",
 }
 """Of model types whose checkpoints have no chat template."""
-_UNSTATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "text_config")
+_UNSTATED = (
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "text_config",
+    "quantization_config",
+)
 """Of config.json: what doesn't decide what the vision half computes."""
 
 
@@ -98,7 +107,15 @@ class GeneralFamily:
         return {"class": self.architecture.cls.__name__} | _stated(filled)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A sliding window bounds the context: within it, it changes nothing."""
+        from lookonce.models.general.limits import attention_calls
+
         filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
+        window = None
+        with contextlib.suppress(CheckpointError):  # `problems` says so
+            window = attention_calls(self.architecture).window
+        if window is not None:
+            filled["max_position_embeddings"] = min(window, filled.get("max_position_embeddings") or window)
         return filled
 
     def problems(

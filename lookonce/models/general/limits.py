@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lookonce.models.general.attention import NAME, Unpacked, attending
 _TOKENS = 3  # of the pass
 _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
 _READS_TEXT = ("input_ids", "qformer_input_ids")
+_LEAST_WINDOW = 1024
+"""Of attention: a longer one bounds the context instead."""
 _ELSEWHERE = "use vLLM or transformers for it"
 
 
@@ -31,6 +34,7 @@ class Calls:
     heads: int
     kv_heads: int
     head_dim: int
+    window: int | None = None  # tokens of the shortest sliding window: no sequence may be longer
 
 
 class _Recorder:
@@ -75,15 +79,16 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
         yield from error.problems
 
 
+@lru_cache(maxsize=8)
 def attention_calls(architecture: Architecture) -> Calls:
     """One pass of the text model on the meta device. Raises CheckpointError naming what is unknown."""
     model: Any = architecture.model.get_submodule(architecture.decoder_name)
     subject = f"config.json: {architecture.cls.__name__} is not served by the general path"
-    recorder = _Recorder()
+    recorder, windows = _Recorder(), set[int]()
     try:
         model.set_attn_implementation(NAME)
         width = model.embed_tokens.weight.shape[1]
-        with torch.inference_mode(), torch.device("meta"), attending(recorder):
+        with torch.inference_mode(), torch.device("meta"), attending(recorder, windows):
             hidden = torch.empty(1, _TOKENS, width, dtype=model.embed_tokens.weight.dtype)
             places, mask = torch.arange(_TOKENS)[None], torch.ones(1, _TOKENS, dtype=torch.int64)
             out = model(inputs_embeds=hidden, attention_mask=mask, position_ids=places, use_cache=False)
@@ -105,4 +110,8 @@ def attention_calls(architecture: Architecture) -> Calls:
     heads, kv_heads, head_dim = shapes.pop()
     if heads % kv_heads:
         raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
-    return Calls(layers, heads, kv_heads, head_dim)
+    window = min(windows, default=None)
+    context = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or _LEAST_WINDOW
+    if window is not None and window < min(_LEAST_WINDOW, context):
+        raise CheckpointError(f"{subject}: its attention has a sliding window of {window} tokens; {_ELSEWHERE}")
+    return Calls(layers, heads, kv_heads, head_dim, window)

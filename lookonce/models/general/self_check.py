@@ -18,6 +18,8 @@ log = structlog.get_logger(__name__)
 _ROWS, _TEXT, _MARKERS = 5, 7, 16
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
+_OWN = 4
+"""Times as much as the class's own ways of attending differ by is rounding too."""
 
 
 class _Causal:
@@ -47,15 +49,15 @@ def check_text(model: GeneralText, image_id: int, markers: Iterable[int] = ()) -
     """The greatest difference between log-probabilities of the packed step and of the class's own forward, over a
     prompt with random rows for an image and some of its markers. Raises CheckpointError when it is beyond rounding."""
     ids, rows = _prompt(model, image_id, sorted(set(markers))[:_MARKERS])
-    expected = _own_logits(model, ids, rows).float().log_softmax(-1)
+    expected, again = (_own_logits(model, ids, rows, how).float().log_softmax(-1) for how in ("eager", "sdpa"))
     hidden = model.embed(ids)
     hidden[ids == image_id] = rows
     places, everything = torch.arange(len(ids), device=ids.device)[None], torch.arange(len(ids), device=ids.device)
     found = model.forward(hidden, places, _Causal(), everything).float().log_softmax(-1)
-    apart = (found - expected).abs()
-    worst = float(apart.max() if model.shape.dtype == torch.float32 else apart.mean())
+    exact = model.shape.dtype == torch.float32
+    worst, own = (_apart(each, expected, exact=exact) for each in (found, again))
     log.info("language half checked against its class", family=type(model.model).__name__, difference=worst)
-    if not worst <= _TOLERANCE[model.shape.dtype] or not math.isfinite(worst):
+    if not worst <= max(_TOLERANCE[model.shape.dtype], _OWN * own) or not math.isfinite(worst):
         raise CheckpointError(
             f"{type(model.model).__name__}: the packed step of the general path differs from the class's own forward "
             f"by {worst:.2g} in a log-probability; it is not served: use vLLM or transformers for it"
@@ -76,13 +78,18 @@ def _prompt(model: GeneralText, image_id: int, markers: Sequence[int]) -> tuple[
     return ids, rows.to(shape.device, shape.dtype)
 
 
-def _own_logits(model: GeneralText, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def _apart(one: torch.Tensor, other: torch.Tensor, *, exact: bool) -> float:
+    apart = (one - other).abs()
+    return float(apart.max() if exact else apart.mean())
+
+
+def _own_logits(model: GeneralText, ids: torch.Tensor, rows: torch.Tensor, how: str) -> torch.Tensor:
     """[T, vocabulary] by the class, given features as if of an encoder; each class takes one of these forms."""
     inner: Any = model.model
     decoder = inner.get_submodule(model.decoder_name)
-    decoder.set_attn_implementation("eager")
     failure: Exception | None = None
     try:
+        decoder.set_attn_implementation(how)
         for form in ([rows], rows[None], rows):
             features = _Features(form)
             try:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.plain import Plain
     from lookonce.models.text_adapter import ModelAdapter
 
 # Longest first: the newer layout's names start with the older one's `model.`.
@@ -269,6 +270,12 @@ class Qwen2VL:
 
         model, head = load_language_model(checkpoint, dtype, where)
         return Qwen2VLAdapter(model, head, quantization=quantization, devices=devices, native=native)
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain | None:
+        """None for a successor that has none of its own."""
+        from lookonce.models.qwen2_vl.plain import PlainQwen2VL
+
+        return PlainQwen2VL(checkpoint, dtype) if self.kind is Qwen2VLArchitecture else None
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
