@@ -42,8 +42,9 @@ def lone_workers(most: int) -> Iterator[ThreadPoolExecutor]:
         begun.wait()
 
     with ThreadPoolExecutor(count, thread_name_prefix="lone") as pool:
-        for _ in range(count):
-            pool.submit(compute_alone)
+        alone = [pool.submit(compute_alone) for _ in range(count)]
         begun.wait()
+        for thread in alone:
+            thread.result()
         torch.set_num_threads(threads)
         yield pool

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lm_service.app import load as load_language
 from lm_service.peers import AcceptedEncoders
@@ -18,6 +18,7 @@ from lookonce.models.checkpoint.check import check_checkpoint, open_checked
 from lookonce.models.qwen2_vl.modules import load_language_model, load_vision_tower
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.checkpoint import quantisers
+from tests.checkpoint.loras import adapter
 from tests.checkpoint.test_quantised import FORMATS
 from tests.cli.commands import invoke
 from vision_service.app import load as load_vision
@@ -30,34 +31,6 @@ LANGUAGE = {
 }
 TOWER = {"visual.blocks.1.attn.qkv": (192, 64), "visual.merger.mlp.2": (64, 256)}
 CONVOLUTION = {"visual.patch_embed.proj": (64, 3, 2, 14, 14)}
-CONFIG = {
-    "peft_type": "LORA",
-    "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct",
-    "r": 4,
-    "lora_alpha": 6,
-    "target_modules": ["q_proj", "v_proj", "down_proj"],
-    "init_lora_weights": True,
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-}
-
-
-def adapter(path: Path, modules: dict[str, tuple[int, ...]], *, seed=0, r=4, whole=(), rename=str, **config) -> Path:
-    """As PEFT's save_pretrained writes it. `whole`: weights that were trained whole, by name."""
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for module, shape in modules.items():
-        a, b = (r, *shape[1:]), (shape[0], r, *(1 for _ in shape[2:]))
-        for letter, sides in (("A", a), ("B", b)):
-            values = torch.randn(sides, generator=generator) / 8
-            tensors[f"base_model.model.{rename(module)}.lora_{letter}.weight"] = values
-    tensors |= {f"base_model.model.{name}": tensor for name, tensor in dict(whole).items()}
-    path.mkdir(parents=True)
-    save_file(tensors, path / "adapter_model.safetensors")
-    (path / "adapter_config.json").write_text(json.dumps(CONFIG | config))
-    return path
 
 
 def merged(path: Path, base: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:

@@ -18,8 +18,10 @@ from lookonce.models.checkpoint.split import split_checkpoint
 from lookonce.models.qwen2_vl.modules import load_language_model, load_vision_tower
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.checkpoint import quantisers as q
+from tests.checkpoint.loras import adapter
 from tests.cli.commands import invoke
 from tests.engine.lab import Lab, an_image, ask, generation, prompt, words
+from tests.families.tiny_checkpoints import make
 
 
 def ct(kind="pack-quantized", **weights):
@@ -96,6 +98,7 @@ FORMATS = {
     "fp4": (q.four_bits("fp4", dtype="float32"), BNB | {"bnb_4bit_quant_type": "fp4"}),
     "int8": (q.int8(), BNB | {"load_in_4bit": False, "load_in_8bit": True, "llm_int8_skip_modules": ["visual"]}),
 }
+CPU = torch.device("cpu")
 ENGINES = ("gptq desc_act", "awq", "packed asym", "float", "fp8", "nf4", "int8")
 BIASED = r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.\w+_proj)\.weight"
 
@@ -310,3 +313,25 @@ def test_bitsandbytes_own_tensors(source, tmp_path, kind, nested):
     made = q.quantised(source, tmp_path / "made", quantise, BNB)
     plain = states(made / "plain")
     assert all(torch.equal(tensor, plain[name]) for name, tensor in states(made / "quantised").items())
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq with spare biases"])
+def test_a_family_of_the_general_path(tmp_path, name):
+    """Its names are those of its transformers class, which has none for packed tensors; its check at start passes."""
+    path = make("llava", tmp_path / "llava")
+    pattern = r"language_model\.model\.layers\..*_proj\.weight"
+    made = q.quantised(path, tmp_path / "made", *FORMATS[name], also=pattern)
+    if name != "awq":
+        file = made / "quantised" / "model.safetensors"
+        bias = {"language_model.model.layers.0.self_attn.o_proj.bias": torch.zeros(64)}
+        save_file(load_file(file) | bias, file)
+    lora = adapter(tmp_path / "lora", {"model.language_model.layers.0.self_attn.q_proj": (64, 64)})
+    states = []
+    for kind, source in (("quantised", str(lora)), ("plain", str(lora)), ("plain", None)):
+        checkpoint = open_checked(str(made / kind), Half.LANGUAGE, adapter=source)
+        model = checkpoint.family.load_text(checkpoint, torch.float32, lambda name: CPU, [CPU] * 3)
+        states.append(model._decoder.state_dict())
+    ours, plain, without = states
+    assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+    changed = {name for name, tensor in plain.items() if not torch.equal(tensor, without[name])}
+    assert changed == {"layers.0.self_attn.q_proj.weight"}

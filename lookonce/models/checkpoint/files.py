@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.headers import TensorEntry, read_header
-from lookonce.models.checkpoint.quantised.formats import OWN_FILE, format_of
-from lookonce.models.checkpoint.quantised.matrix import Format
+from lookonce.models.checkpoint.quantised.formats import OWN_FILE, format_of, part_endings
+from lookonce.models.checkpoint.quantised.matrix import BIAS, WEIGHT, Format, cut
 from lookonce.models.registry import Family, Half
 
 CONFIG = "config.json"
@@ -105,15 +105,29 @@ def places_and_strays(family: Family, names: Iterable[str]) -> tuple[dict[str, t
     """`located` for the tensors that have a place in the model, and the names of those that have none."""
     places: dict[str, tuple[Half, str]] = {}
     strays: list[str] = []
+    names = list(names)
+    quantised = {stem for stem, ending in (cut(name, part_endings()) for name in names) if ending}
     for name in names:
         try:
-            place = family.locate(name)
+            place = _place(family, name, quantised)
         except CheckpointError:
             strays.append(name)
         else:
             if place is not None:
                 places[name] = place
     return places, strays
+
+
+def _place(family: Family, name: str, quantised: Collection[str]) -> tuple[Half, str] | None:
+    """Where a tensor belongs: one of a quantised matrix where its weight does. `quantised` are the modules of these."""
+    try:
+        return family.locate(name)
+    except CheckpointError:
+        stem, ending = cut(name, {*part_endings(), BIAS})
+        if stem not in quantised:
+            raise
+        place = family.locate(f"{stem}.{WEIGHT}")
+        return place and (place[0], place[1].removesuffix(WEIGHT) + ending)
 
 
 def shards_of(family: Family, weight_map: dict[str, str], halves: Iterable[Half]) -> list[str]:

@@ -16,6 +16,7 @@ from lookonce.models.checkpoint.quantised.matrix import Parts, require
 if TYPE_CHECKING:
     import torch
 
+ENDINGS = frozenset({"qweight", "qzeros", "scales"})
 _PER_WORD = 8
 _FIELD_OF = (0, 4, 1, 5, 2, 6, 3, 7)
 """Which field of a word an output is in."""
@@ -45,7 +46,7 @@ class Awq:
     """See `Format`."""
 
     name = "AWQ"
-    endings = frozenset({"qweight", "qzeros", "scales"})
+    endings = ENDINGS
     unused = frozenset[str]()
 
     def matrix(self, parts: Parts) -> AwqMatrix:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _STATES = tuple(f"{WEIGHT}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 _ABSMAX, _MAP = f"{WEIGHT}.absmax", f"{WEIGHT}.quant_map"
 _NESTED_ABSMAX, _NESTED_MAP = f"{WEIGHT}.nested_absmax", f"{WEIGHT}.nested_quant_map"
+ENDINGS = frozenset({WEIGHT, _ABSMAX, _MAP, _NESTED_ABSMAX, _NESTED_MAP, *_STATES, "SCB", "weight_format"})
 _MOST_JSON = 1 << 16
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,7 +82,7 @@ class BitsAndBytes:
 
     name = "bitsandbytes"
     unused = frozenset[str]()
-    endings = frozenset({WEIGHT, _ABSMAX, _MAP, _NESTED_ABSMAX, _NESTED_MAP, *_STATES, "SCB", "weight_format"})
+    endings = ENDINGS
 
     def matrix(self, parts: Parts) -> Matrix:
         if "SCB" in parts or "weight_format" in parts:

@@ -25,6 +25,10 @@ _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantiz
 _BITS = {"int": (2, 4, 8), "float": (8,)}
 _SCALES = ("F32", "BF16", "F16")
 _PACKED, _SCALE, _ZERO, _GROUP = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+_UNUSED = frozenset(
+    {"input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale"}
+)
+ENDINGS = frozenset({WEIGHT, _PACKED, _SCALE, _ZERO, _GROUP, "weight_shape"}) | _UNUSED
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,8 @@ class CompressedTensors:
     """See `Format`."""
 
     name = "compressed-tensors"
-    unused = frozenset(
-        {"input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale"}
-    )
-    endings = frozenset({WEIGHT, _PACKED, _SCALE, _ZERO, _GROUP, "weight_shape"}) | unused
+    unused = _UNUSED
+    endings = ENDINGS
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """`groups` are the settings of weights in config_groups."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lookonce.core.errors import CheckpointError
-from lookonce.models.checkpoint.quantised.matrix import Format
+from lookonce.models.checkpoint.quantised.matrix import WEIGHT, Format
 
 STATED = "quantization_config"
 OWN_FILE = "quantize_config.json"
@@ -23,7 +24,14 @@ METHODS = {
     "bitsandbytes": f"{_HERE}.bitsandbytes",
 }
 """Each module has a function `format_of(settings)`: None for weights that are plain all the same, ValueError for
-settings that it doesn't know."""
+settings that it doesn't know; and ENDINGS, what the names of a matrix's tensors may end with."""
+
+
+@cache
+def part_endings() -> frozenset[str]:
+    """What the names of quantised matrices' tensors end with, in any format, but for the plain weight's own."""
+    found = (importlib.import_module(module).ENDINGS for module in METHODS.values())
+    return frozenset[str]().union(*found) - {WEIGHT}
 
 
 def format_of(path: Path, config: Mapping[str, Any], own_file: Mapping[str, Any] | None) -> Format | None:

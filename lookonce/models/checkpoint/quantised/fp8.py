@@ -15,6 +15,8 @@ from lookonce.models.checkpoint.quantised.scaled import Block, ScaledMatrix, blo
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+_UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale"})
+ENDINGS = frozenset({WEIGHT, *_SCALES}) | _UNUSED
 VALUES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 
 
@@ -22,8 +24,8 @@ class Fp8:
     """See `Format`."""
 
     name = "FP8"
-    unused = frozenset({"input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale"})
-    endings = frozenset({WEIGHT, *_SCALES}) | unused
+    unused = _UNUSED
+    endings = ENDINGS
 
     def __init__(self, block: Block) -> None:
         self._block = block

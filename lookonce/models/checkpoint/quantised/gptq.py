@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 _BITS = (2, 4, 8)
+ENDINGS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 _FLOATS = ("F16", "BF16", "F32")
 
 
@@ -64,7 +65,7 @@ class Gptq:
     size: int
     zeros: str
     name = "GPTQ"
-    endings = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+    endings = ENDINGS
     unused = frozenset[str]()
 
     def matrix(self, parts: Parts) -> GptqMatrix:

@@ -108,7 +108,7 @@ def assembled(format: Format | None, entries: Mapping[str, TensorEntry]) -> dict
         return dict(entries)
     groups: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in entries.items():
-        stem, ending = _cut(name, format.endings)
+        stem, ending = cut(name, format.endings)
         groups.setdefault(stem if ending else name, {})[ending] = entry
     weights: dict[str, StoredWeight] = {}
     for stem, parts in groups.items():
@@ -131,7 +131,7 @@ def require(parts: Parts, ending: str, dtypes: Iterable[str], dimensions: int | 
     return entry
 
 
-def _cut(name: str, endings: Collection[str]) -> tuple[str, str]:
+def cut(name: str, endings: Collection[str]) -> tuple[str, str]:
     """Stem and ending of a tensor's name; no ending for one that no matrix has."""
     found = max((ending for ending in endings if name.endswith(f".{ending}")), key=len, default="")
     return (name[: -len(found) - 1], found) if found else (name, "")
