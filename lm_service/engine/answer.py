@@ -24,7 +24,7 @@ class TokenTable:
     """The bytes of every token of a vocabulary, worked out once at start."""
 
     def __init__(self, tokens: Iterable[tuple[int, bytes]], special: Iterable[int] = ()) -> None:
-        """`special` tokens are left out of the text."""
+        """`special` tokens are left out of an answer's text unless it is asked for them."""
         self._bytes = dict(tokens)
         self.special = frozenset(special)
 
@@ -45,13 +45,15 @@ class TokenTable:
 class Detokenizer:
     """The text of one growing answer."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, table: TokenTable, *, special: bool = False) -> None:
+        """`special`: special tokens are part of the text."""
         self._table = table
+        self._hidden = frozenset() if special else table.special
         self._decoder = _DECODER(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """The characters this token completes; empty while one is incomplete and for special tokens."""
-        if token_id in self._table.special:
+        """The characters this token completes; empty while one is incomplete and for a token that is left out."""
+        if token_id in self._hidden:
             return ""
         return self._decoder.decode(self._table.piece(token_id))
 
@@ -124,7 +126,7 @@ class Answer:
         self._least = sampling.min_tokens
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
-        self._detokenizer = Detokenizer(table)
+        self._detokenizer = Detokenizer(table, special=sampling.special_tokens)
         self._matcher = StopMatcher(sampling.stop)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:

@@ -16,6 +16,7 @@ GROUP = "lookonce.families"
 BUILTIN = {
     "qwen2_5_vl": "lookonce.models.qwen2_5_vl.config:FAMILY",
     "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
+    "qwen3_vl": "lookonce.models.qwen3_vl.config:FAMILY",
 }
 
 
