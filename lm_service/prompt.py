@@ -24,6 +24,7 @@ from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.chat.tokenizer import is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
@@ -172,6 +173,7 @@ class PromptBuilder:
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
         self._positions = partial(family.positions, config)
+        self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
@@ -193,6 +195,11 @@ class PromptBuilder:
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
+
+    def is_short(self, messages: Sequence[Message]) -> bool:
+        """`is_short`, and no image is of a size that the family has yet to lay out by work."""
+        images = (part for message in messages for part in message.parts if isinstance(part, EmbeddingReference))
+        return is_short(messages) and all(self.has_laid_out(image.grid_thw) for image in images)
 
     def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
         if not messages:
@@ -272,10 +279,10 @@ class ChatTemplate:
         starts = "|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)"
         self._starts = re.compile(starts)
         typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
-        self._typed_or_starts = re.compile("|".join(f"(?:{re.escape(token)})" for token in typed) + f"|({starts})")
+        self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
         special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids)
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
@@ -315,7 +322,9 @@ class ChatTemplate:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        return tuple(chain.from_iterable(self._encode(piece, mark) for piece in self.chat.pieces(rendered)))
+        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
+        pieces = enumerate(self.chat.pieces(rendered))
+        return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -323,6 +332,12 @@ class ChatTemplate:
         if len(text) <= _BRIEF:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _continued_ids(self, text: str) -> list[int]:
+        """`text_ids` of text behind other text."""
+        if self.chat.continued is self._tokenizer:
+            return self.text_ids(text)
+        return self.chat.continued.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def choice_ids(self, text: str, salt: bytes = b"") -> tuple[int, ...]:
         """`text_ids` of a short text that is likely to be asked for again by callers of the same salt."""
@@ -342,8 +357,11 @@ class ChatTemplate:
             raise invalid("messages: the text uses every private-use character of Unicode", param="messages")
         return mark
 
-    def _encode(self, piece: str | int, mark: str) -> list[int]:
-        return [piece] if isinstance(piece, int) else self.text_ids(piece.replace(mark, ""))
+    def _encode(self, piece: str | int, mark: str, *, first: bool) -> list[int]:
+        if isinstance(piece, int):
+            return [piece]
+        text = piece.replace(mark, "")
+        return self.text_ids(text) if first else self._continued_ids(text)
 
 
 def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread, is_short
+from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lookonce.models.chat.generation_config import SamplingDefaults
@@ -110,7 +110,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults)
         messages = messages_of(request.messages)
         build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
-        prompt = build() if is_short(messages) else await self._prompt_thread.run(build)
+        prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt

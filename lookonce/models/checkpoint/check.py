@@ -99,10 +99,10 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     problems = settings_problems(path, config, Half)
     format = files.Problems().of(files.quantised_format, path, config)
     if (path / files.INDEX).is_file() and not problems:
-        problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX), format)
+        problems = _name_problems(path, family_of(config, path), files.read_index(path / files.INDEX), format)
     if problems:
         raise CheckpointError(*problems)
-    family = family_of(config)
+    family = family_of(config, path)
     return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
@@ -121,7 +121,7 @@ def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]
     """What config.json and preprocessor_config.json ask for that can't be computed."""
     problems = files.Problems()
     problems.of(files.quantised_format, path, config)
-    family = problems.of(family_of, config)
+    family = problems.of(family_of, config, path)
     if family is not None:
         preprocessor = problems.of(lambda: family.preprocessor(files.read_preprocessor(path)))
         problems.found += problems.of(family.problems, config, preprocessor, halves) or []
@@ -135,7 +135,7 @@ def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
     if config is None:
         return problems.found
     problems.found += settings_problems(path, config, halves)
-    family = files.Problems().of(family_of, config)
+    family = files.Problems().of(family_of, config, path)
     if family is None:
         return problems.found  # said above; without a family no tensor and no token has a meaning
     problems.found += _weight_problems(path, family, config, halves)

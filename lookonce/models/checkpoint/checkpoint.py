@@ -269,7 +269,7 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
     config = files.read_config(path)
     format = files.quantised_format(path, config)
-    family = family_of(config)
+    family = family_of(config, path)
     preprocessor = family.preprocessor(files.read_preprocessor(path))
     weight_map = files.weight_map_of(path)
     present = files.halves_present(path, family, weight_map)

@@ -104,7 +104,7 @@ def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
     index = snapshot / files.INDEX
     if not index.is_file():
         return [files.SINGLE]
-    family = family_of(files.read_json(snapshot / files.CONFIG))
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
     return files.shards_of(family, files.read_index(index), halves)
 
 
@@ -192,7 +192,7 @@ def _fill(
     it is whole."""
     growing = folder.with_name(f"{half}.incomplete")
     growing.mkdir(parents=True, exist_ok=True)
-    family = family_of(files.read_json(snapshot / files.CONFIG))
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
     found = {name: _part(repository, snapshot, name, family, half, growing) for name in wanted if name in others}
     parts = {name: pair for name, pair in found.items() if pair is not None and pair[1].worth}
     if not parts:
