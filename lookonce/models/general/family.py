@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
+_REMEMBERED = 128
+"""Layouts whose positions are kept."""
 _SMALL = (150, 60)
 """Width and height of an image whose markers are checked at start."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
@@ -60,6 +62,7 @@ class GeneralFamily:
         named = [name for name in _TOKEN_IDS if name in config]
         self.token_id_fields = (*named[:1],) or _TOKEN_IDS[:1]
         self.template = _TEMPLATES.get(self.model_type)
+        self._laid_out = lru_cache(maxsize=_REMEMBERED)(self._positions)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -192,7 +195,17 @@ class GeneralFamily:
                 f"{self.label} cuts several images otherwise than each of them alone; ask about one image at a time",
                 param="messages",
             )
-        return np.arange(length, dtype=np.int64)[None], length
+        return self._laid_out(length, tuple(images))
+
+    def _positions(self, length: int, images: tuple[tuple[int, Grid], ...]) -> tuple[NDArray[np.int64], int]:
+        from lookonce.models.general.positions import position_rows, rope_positions
+
+        if position_rows(self.architecture.model) == 1:
+            return np.arange(length, dtype=np.int64)[None], length
+        texts = [(start, self.texts.of(columns, rows)) for start, (_, rows, columns) in images]
+        runs = [((start + text.first, text.tokens), text.grid) for start, text in texts if text.grid is not None]
+        positions = rope_positions(self.architecture.model, length, runs)
+        return positions, int(positions.max()) + 1 if length else 0
 
     def load_encoder(
         self,
@@ -223,7 +236,7 @@ class GeneralFamily:
 
         self._refuse_quantization(quantization)
         model = load_text(self.architecture, checkpoint, dtype, where, devices)
-        check_text(model, self.texts.image_id, [number for _, number in self.texts.of(*_SMALL).markers])
+        check_text(model, self.texts.image_id, self.texts.of(*_SMALL))
         return model
 
     def _refuse_quantization(self, quantization: str) -> None:

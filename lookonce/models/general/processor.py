@@ -24,6 +24,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.checkpoint import files
+from lookonce.models.family import Grid
 
 _images: Any = image_processing_auto
 _processors: Any = processing_auto
@@ -92,21 +93,24 @@ class Processor:
         """What the image processor makes of an RGB image."""
         return dict(self._prepared([image], self._options)[0])
 
-    def text_of(self, width: int, height: int) -> str:
-        """What an image of so many pixels is in a prompt: tokens of its rows, and between them."""
-        return self._texts(_blank(width, height))[0]
+    def text_of(self, width: int, height: int) -> tuple[str, Grid | None]:
+        """What an image of so many pixels is in a prompt: tokens of its rows, and between them; and its grid, where the
+        processor counts one (`image_grid_thw`)."""
+        inputs, (text,) = self._prepared([_blank(width, height)], self._options | _CHEAP)
+        if "image_grid_thw" not in inputs:
+            return text, None
+        t, h, w = (int(number) for number in inputs["image_grid_thw"][0])
+        return text, (t, h, w)
 
     def each_alone(self) -> bool:
         """Whether two images of a prompt are in it what each of them alone is."""
         sizes = ((150, 60), (60, 150))
-        return self._texts(*(_blank(*size) for size in sizes)) == [self.text_of(*size) for size in sizes]
+        _, together = self._prepared([_blank(*size) for size in sizes], self._options | _CHEAP)
+        return together == [self.text_of(*size)[0] for size in sizes]
 
     def rows_of(self, image: Image.Image) -> int:
         """Rows of its embedding, as its text says."""
         return self._prepared([image], self._options)[1][0].count(self.image_token)
-
-    def _texts(self, *images: Image.Image) -> list[str]:
-        return self._prepared(list(images), self._options | _CHEAP)[1]
 
     def _prepared(self, images: list[Image.Image], options: dict[str, Any]) -> tuple[Any, list[str]]:
         try:
