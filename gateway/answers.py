@@ -138,7 +138,12 @@ class _Asking(Attempts[LanguageClient]):
         references = iter(self.resolved)
         for number, question in enumerate(questions):
             messages = _to_messages(question.turns, references)
-            request.items.add(id=str(number), messages=messages, choices=question.choices)
+            request.items.add(
+                id=str(number),
+                messages=messages,
+                choices=question.choices,
+                special_tokens=question.special_tokens,
+            )
         response = await client.score(request, timeout=left + GRACE_SECONDS)
         outcomes = [
             from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores
@@ -159,7 +164,7 @@ class _Asking(Attempts[LanguageClient]):
         async def one(part: ImagePart) -> Resolved:
             if part.resolved is not None and part.resolved.variant == self.served.name:
                 return part.resolved
-            return await library.resolve(part.record, tenant, part.max_pixels, served=self.served, data=part.data)
+            return await library.resolve(part.record, tenant, part.bounds, served=self.served, data=part.data)
 
         self.resolved[:] = await _each(self._images, one)
 
@@ -169,7 +174,7 @@ class _Asking(Attempts[LanguageClient]):
 
         async def one(part: ImagePart) -> Resolved:
             try:
-                return await library.renew(part.record, tenant, part.max_pixels, served=self.served, data=part.data)
+                return await library.renew(part.record, tenant, part.bounds, served=self.served, data=part.data)
             except LookonceError as failure:
                 if failure.kind is ErrorKind.NOT_FOUND and error.retry_after is not None:
                     raise error from failure
@@ -227,10 +232,10 @@ async def _each(images: Sequence[ImagePart], call: Callable[[ImagePart], Awaitab
     """`call` for each distinct image and variant, concurrently; results in the order of `images`."""
     if len(images) == 1:
         return [await call(images[0])]
-    distinct = {(part.record.digest, part.max_pixels): part for part in images}
+    distinct = {(part.record.digest, part.bounds): part for part in images}
     found = await asyncio.gather(*(call(part) for part in distinct.values()))
     by_key = dict(zip(distinct, found, strict=True))
-    return [by_key[part.record.digest, part.max_pixels] for part in images]
+    return [by_key[part.record.digest, part.bounds] for part in images]
 
 
 def _images_of(turns: Sequence[Turn]) -> list[ImagePart]:

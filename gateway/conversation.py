@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from gateway.auth import Tenant
 from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
+from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A kept image within a turn, resized within `max_pixels` (None: as the checkpoint does)."""
+    """A kept image within a turn, resized within `bounds`."""
 
     record: ImageRecord
-    max_pixels: int | None = None
+    bounds: PixelBounds = AS_SERVED
     resolved: Resolved | None = None  # when the image came with the request and has just been encoded
     data: bytes | None = field(default=None, repr=False)  # its file, when it came with the request
 
@@ -44,3 +45,4 @@ class ChoiceQuestion:
     id: str
     turns: tuple[Turn, ...]
     choices: tuple[str, ...]
+    special_tokens: bool = False  # that the turns spell are those tokens

@@ -177,18 +177,20 @@ class PromptBuilder:
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
-    def build(self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"") -> Prompt:
+    def build(
+        self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"", special_tokens: bool = False
+    ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context; `salt`: see `ChatTemplate.ids`. Raises INVALID_ARGUMENT,
-        FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`. Raises
+        INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
         self._check_text(messages)
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns, salt), images)
+        token_ids, spans = self._expand(self.template.ids(turns, salt, special_tokens=special_tokens), images)
         self._check_size(len(token_ids), reserve)
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
@@ -274,21 +276,26 @@ class ChatTemplate:
         self.chat = chat
         tokenizer = chat.tokenizer
         self._tokenizer = tokenizer
-        self._starts = re.compile("|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)")
+        starts = "|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)"
+        self._starts = re.compile(starts)
+        typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
+        self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
         special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         names = {number: content for content, number in chat.added.items()}
         self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
-    def ids(self, turns: Sequence[Turn], salt: bytes = b"") -> list[int]:
+    def ids(self, turns: Sequence[Turn], salt: bytes = b"", *, special_tokens: bool = False) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image. What is
         remembered from an earlier call is so among callers of one salt: the time it takes tells others nothing.
+        `special_tokens`: those that a text spells are tokens, unless they structure prompts (`ChatFormat.structure`).
 
         Raises INVALID_ARGUMENT when the checkpoint's template refuses the messages.
         """
         short = sum(len(part) for turn in turns for part in turn.parts if part is not None) <= _REMEMBERED_CHARACTERS
-        return list(self._remembered(tuple(turns), salt) if short else self._ids(turns))
+        ids = self._remembered if short else self._ids
+        return list(ids(tuple(turns), salt, special_tokens))
 
     def count(self, texts: Iterable[str], enough: int) -> int:
         """About how many tokens texts have, looked at in pieces until there are more than `enough`.
@@ -304,10 +311,11 @@ class ChatTemplate:
                     return total
         return total
 
-    def _ids(self, turns: Sequence[Turn], salt: bytes = b"") -> tuple[int, ...]:
+    def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool) -> tuple[int, ...]:
         mark = self._mark(turns)
         # Wherever a special token could begin, also one that goes on in the next part, the mark breaks it.
-        marked = [Turn(turn.role, tuple(part and self._marked(part, mark) for part in turn.parts)) for turn in turns]
+        breaks = self._typed_or_starts if special_tokens else self._starts
+        marked = [Turn(turn.role, tuple(part and _marked(part, breaks, mark) for part in turn.parts)) for turn in turns]
         try:
             rendered = self.chat.render(marked)
         except TemplateRefusal as error:
@@ -349,14 +357,16 @@ class ChatTemplate:
             raise invalid("messages: the text uses every private-use character of Unicode", param="messages")
         return mark
 
-    def _marked(self, text: str, mark: str) -> str:
-        return self._starts.sub(lambda match: match.group() + mark, text)
-
     def _encode(self, piece: str | int, mark: str, *, first: bool) -> list[int]:
         if isinstance(piece, int):
             return [piece]
         text = piece.replace(mark, "")
         return self.text_ids(text) if first else self._continued_ids(text)
+
+
+def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:
+    """With a mark behind each match; of a pattern with a group, behind those of the group."""
+    return breaks.sub(lambda match: match.group() + (mark if match.lastindex == (breaks.groups or None) else ""), text)
 
 
 def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:

@@ -102,7 +102,8 @@ class Scorer:
             choices = choices_of(item)
             tokens = tuple(self._builder.template.choice_ids(choice, salt) for choice in choices)
             messages = messages_of(item.messages, known=known)
-            prompt = self._builder.build(messages, reserve=max(map(len, tokens)), salt=salt)
+            reserve = max(map(len, tokens))
+            prompt = self._builder.build(messages, reserve=reserve, salt=salt, special_tokens=item.special_tokens)
         except LookonceError as error:
             result.error.CopyFrom(to_proto(error))
             return None

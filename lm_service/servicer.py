@@ -109,10 +109,8 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         await self._know_encoders(request.messages)
         sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults)
         messages = messages_of(request.messages)
-        if self._builder.is_short(messages):
-            prompt = self._builder.build(messages, salt=request.cache_salt)
-        else:
-            prompt = await self._prompt_thread.run(partial(self._builder.build, messages, salt=request.cache_salt))
+        build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
+        prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt

@@ -59,6 +59,9 @@ class LanguageSettings(Settings):
         "auto",
         description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own.",
     )
+    self_check: Literal["on", "off"] = Field(
+        "on", description="on: serve only what equals the weights' plain form, or their record, on a small question."
+    )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of the model; unset: torch's choice.")
     tensor_cache_bytes: Bytes = Field(
         256 << 20, description="Embeddings kept on the device.", json_schema_extra=formerly("l1_bytes")

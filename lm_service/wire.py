@@ -126,6 +126,7 @@ def sampling_of(
         logprobs=_whole(wanted, "logprobs", 0, MAX_LOGPROBS) if wanted.HasField("logprobs") else None,
         n=_whole(wanted, "n", 1, MAX_ANSWERS) if wanted.n else 1,
         min_tokens=wanted.min_tokens,
+        special_tokens=wanted.special_tokens,
     )
 
 

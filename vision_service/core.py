@@ -42,7 +42,7 @@ class Model:
     hidden_size: int
     least_pixels: int  # of the smallest image that has a token
     own_bounds: tuple[int, int]  # the checkpoint's min and max pixels
-    bounds: tuple[int, int]  # the service's, which requests may lower
+    bounds: tuple[int, int]  # the service's: requests may go below both, and raise the min up to the max
     tensors: tuple[str, ...] = (EMBEDDING,)  # of an embedding
 
 
@@ -220,12 +220,12 @@ class VisionCore:
         smallest = self.model.least_pixels
         if max_pixels is not None and not smallest <= max_pixels <= most:
             raise invalid(f"max_pixels must be from {smallest} to {most}, got {max_pixels}", param="max_pixels")
-        if min_pixels is not None and not 1 <= min_pixels <= least:
-            raise invalid(f"min_pixels must be from 1 to {least}, got {min_pixels}", param="min_pixels")
+        if min_pixels is not None and not 1 <= min_pixels <= most:
+            raise invalid(f"min_pixels must be from 1 to {most}, got {min_pixels}", param="min_pixels")
         high = most if max_pixels is None else max_pixels
         low = min(least, high) if min_pixels is None else min_pixels
         if low > high:
-            raise invalid(f"min_pixels {low} is above max_pixels {high}", param="min_pixels")
+            raise invalid(f"min_pixels {low} is above max_pixels {high}: lower it", param="min_pixels")
         return low, high
 
     async def _load(self, job: _Job) -> _Made | None:

@@ -44,6 +44,9 @@ class VisionSettings(Settings):
         "auto",
         description="auto: kernels compiled at start for this CPU, where it computes in float32; torch: its own",
     )
+    self_check: Literal["on", "off"] = Field(
+        "on", description="on: serve only what equals the weights' plain form, or their record, on a small image"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of the encoder (all cores)")
     min_pixels: int | None = Field(None, ge=1, description="Fewest pixels of a resized image (the checkpoint's own)")
     max_pixels: int | None = Field(

@@ -20,7 +20,7 @@ from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.event_stream import EventStream
 from gateway.http.openapi import or_events
-from gateway.http.request_images import RemoteImages, check_images, keep_all
+from gateway.http.request_images import RemoteImages, asked_bounds, check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
@@ -124,7 +124,9 @@ async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[T
     """Check the request, then fetch and keep its images."""
     remote = _check(body, gateway.settings)
     await gateway.model.check(body.model)
-    kept = await keep_all(_images(body), await remote.fetch(gateway.fetcher, tenant), gateway, tenant)
+    bounds = asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")
+    files = await remote.fetch(gateway.fetcher, tenant)
+    kept = await keep_all(_images(body), files, gateway, tenant, bounds=bounds)
     turns = []
     for number, message in enumerate(body.messages):
         role = "system" if message.role == "developer" else message.role

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -13,7 +14,7 @@ from starlette.responses import Response
 
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.openapi import upload_body
-from gateway.http.request_images import base64_of, check_size, decode, decoded_size
+from gateway.http.request_images import asked_bounds, base64_of, check_size, decode, decoded_size
 from gateway.http.route import (
     Route,
     gateway_of,
@@ -29,6 +30,7 @@ from gateway.images.encoder import Resolved
 from gateway.images.image_records import ImageRecord
 from gateway.images.index import check_alias
 from gateway.images.library import Retention
+from gateway.images.pixel_bounds import PixelBounds
 from gateway.schemas.requests import ImageChange, ImageUpload
 from gateway.schemas.responses import ErasedImage, ErrorBody, ImageList, ImageObject
 from gateway.settings import GatewaySettings
@@ -36,11 +38,15 @@ from lookonce.core.errors import ErrorKind, LookonceError, invalid
 
 router = APIRouter(tags=["images"], route_class=Route)
 MAX_PAGE = 100
+_WHOLE = "^[1-9][0-9]{0,9}$"
 FORM_FIELDS: Mapping[str, Any] = {
-    "ttl": {"type": "string", "pattern": "^[1-9][0-9]{0,9}$", "description": "seconds to keep the image"},
+    "ttl": {"type": "string", "pattern": _WHOLE, "description": "seconds to keep the image"},
     "pinned": {"type": "string", "enum": ["true", "false"], "description": "keep it until it is erased"},
     "alias": {"type": "string", "minLength": 1, "maxLength": 64, "description": "a name to use in place of the id"},
+    "min_pixels": {"type": "string", "pattern": _WHOLE, "description": "fewest pixels of the resized image"},
+    "max_pixels": {"type": "string", "pattern": _WHOLE, "description": "most pixels of the resized image"},
 }
+_NUMBERS = {"ttl": "seconds", "min_pixels": "pixels", "max_pixels": "pixels"}  # fields of whole numbers, their units
 _TRUTH = {"true": True, "false": False}
 
 
@@ -55,18 +61,20 @@ async def upload_image(request: Request) -> Response:
     """Keep an image and encode it. The same file has the same id; uploading it again keeps it for longer."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        data, param, retention = await _from_form(request)
+        upload = await _from_form(request)
     elif kind == "application/json":
-        data, param, retention = await _from_json(request)
+        upload = await _from_json(request)
     else:
         text = "send multipart/form-data with the field 'file', or application/json"
         raise HttpRefusal(415, "unsupported_media_type", text, param="content-type")
-    adding = gateway_of(request).images.add(data, tenant_of(request), verify=True, retention=retention)
+    adding = gateway_of(request).images.add(
+        upload.data, tenant_of(request), bounds=upload.bounds, verify=True, retention=upload.retention
+    )
     try:
         record, resolved = await until_disconnect(request, adding)
     except LookonceError as error:
         if error.kind in (ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE):
-            raise LookonceError(error.kind, error.message, param=param) from error
+            raise LookonceError(error.kind, error.message, param=upload.param) from error
         raise
     return json_response(image_object(record, resolved))
 
@@ -150,33 +158,43 @@ def image_object(record: ImageRecord, resolved: Resolved | None = None) -> dict[
     return fields
 
 
-async def _from_json(request: Request) -> tuple[bytes, str, Retention]:
-    """The file, the name of the field it came in, and how it is to be kept."""
+@dataclass(frozen=True)
+class _Upload:
+    """A file, the field it came in, how it is to be kept, and resized."""
+
+    data: bytes
+    param: str
+    retention: Retention
+    bounds: PixelBounds
+
+
+async def _from_json(request: Request) -> _Upload:
     gateway = gateway_of(request)
     limit = gateway.settings.max_image_bytes
     body = await read_json(request, ImageUpload)
     if (body.data is None) == (body.url is None):
         raise invalid("give exactly one of 'data' and 'url'", param="data")
-    retention = _retention(body, gateway.settings)
+    retention, bounds = _retention(body, gateway.settings), asked_bounds(body)
     if body.url is not None:
         tenant = tenant_of(request)
         fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit, owner=tenant.name)
-        return await until_disconnect(request, fetched), "url", retention
+        return _Upload(await until_disconnect(request, fetched), "url", retention, bounds)
     data = body.data or ""
     payload = base64_of(data, "data") if data[:5].lower() == "data:" else data
     check_size(decoded_size(payload), limit, "data")
-    return await decode(payload, "data"), "data", retention
+    return _Upload(await decode(payload, "data"), "data", retention, bounds)
 
 
-async def _from_form(request: Request) -> tuple[bytes, str, Retention]:
+async def _from_form(request: Request) -> _Upload:
     settings = gateway_of(request).settings
     async with request.form(max_files=1, max_fields=len(FORM_FIELDS), max_part_size=1024) as form:
-        retention = _retention(validate(_form_values(form), ImageChange), settings)
+        body = validate(_form_values(form), ImageUpload)
+        retention, bounds = _retention(body, settings), asked_bounds(body)
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise invalid("'file' is required, as a file", param="file")
         check_size(file.size or 0, settings.max_image_bytes, "file")
-        return await file.read(), "file", retention
+        return _Upload(await file.read(), "file", retention, bounds)
 
 
 def _form_values(form: FormData) -> dict[str, Any]:
@@ -190,11 +208,11 @@ def _form_values(form: FormData) -> dict[str, Any]:
         if isinstance(value, UploadFile) or name in values:
             raise invalid(f"'{name}' must be one text field", param=name)
         values[name] = value
-    if "ttl" in values:
-        text = values["ttl"]
+    for name in _NUMBERS.keys() & values.keys():
+        text = values[name]
         if not (text.isascii() and text.isdigit() and len(text) <= 10):
-            raise invalid("'ttl' must be a whole number of seconds", param="ttl")
-        values["ttl"] = int(text)
+            raise invalid(f"'{name}' must be a whole number of {_NUMBERS[name]}", param=name)
+        values[name] = int(text)
     if "pinned" in values:
         if values["pinned"] not in _TRUTH:
             raise invalid("'pinned' must be true or false", param="pinned")

@@ -13,6 +13,7 @@ from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http.request_images import check_images, keep_all
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
+from gateway.images.pixel_bounds import PixelBounds
 from gateway.moderations import Item, Moderations
 from gateway.schemas.requests import ImageUrlPart, ModerationRequest
 from gateway.schemas.responses import ModerationObject
@@ -46,7 +47,7 @@ async def moderate(body: ModerationRequest, gateway: Gateway, caller: Caller) ->
     remote = check_images([(name, image.url) for name, image in images.items()], settings, "input")
     await gateway.model.check(None if (body.model or "").startswith(OPENAI_MODELS) else body.model)
     files = await remote.fetch(gateway.fetcher, caller.tenant)
-    kept = await keep_all(images, files, gateway, caller.tenant, max_pixels=gateway.policy.max_pixels)
+    kept = await keep_all(images, files, gateway, caller.tenant, bounds=PixelBounds(max=gateway.policy.max_pixels))
     parts: list[Item] = [
         kept[_param(place, item)] if isinstance(item, ImageUrlPart) else item if isinstance(item, str) else item.text
         for place, item in enumerate(items)

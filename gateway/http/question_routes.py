@@ -16,10 +16,11 @@ from gateway.http import examples
 from gateway.http.error_bodies import error_body
 from gateway.http.event_stream import EventStream
 from gateway.http.openapi import or_events
-from gateway.http.route import Route, caller_of, gateway_of, json_response, pixels_of, until_disconnect
+from gateway.http.request_images import asked_bounds, detail_bounds
+from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.schemas.body import stop_list, to_sampling
+from gateway.schemas.body import special_tokens, stop_list, to_sampling
 from gateway.schemas.requests import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
 from gateway.settings import GatewaySettings
@@ -58,7 +59,9 @@ def _runner(gateway: Gateway) -> Questions:
 async def _questions(record: ImageRecord, body: QuestionsRequest, gateway: Gateway) -> list[AnyQuestion]:
     _check(body, gateway.settings)
     await gateway.model.check(None)
-    image = ImagePart(record, pixels_of(body.detail, gateway.settings))
+    bounds = detail_bounds(body.detail, gateway.settings).joined(asked_bounds(body))
+    image = ImagePart(record, bounds.joined(asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")))
+    await gateway.images.check_bounds(record, image.bounds)
     return [_question(position, item, body, image) for position, item in enumerate(body.questions)]
 
 
@@ -121,7 +124,7 @@ def _question(position: int, item: str | Question, body: QuestionsRequest, image
         return OpenQuestion(str(position), turns, _sampling(body, body))
     identifier = item.id if item.id is not None else str(position)
     if item.choices is not None:
-        return ChoiceQuestion(identifier, turns, tuple(item.choices))
+        return ChoiceQuestion(identifier, turns, tuple(item.choices), special_tokens(item, body))
     return OpenQuestion(identifier, turns, _sampling(item, body))
 
 

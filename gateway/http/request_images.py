@@ -14,11 +14,13 @@ import structlog
 from gateway.auth import Tenant
 from gateway.conversation import ImagePart
 from gateway.core import Gateway
-from gateway.http.route import aside, pixels_of
+from gateway.http.route import aside
 from gateway.images.image_records import ImageRecord
 from gateway.images.index import is_alias
 from gateway.images.library import Retention
+from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 from gateway.json_text import CHUNK, LONG_STRINGS
+from gateway.schemas.body import PixelFields
 from gateway.schemas.requests import REFERENCE, ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -82,11 +84,11 @@ async def keep_all(
     gateway: Gateway,
     tenant: Tenant,
     *,
-    max_pixels: int | None = None,
+    bounds: PixelBounds = AS_SERVED,
 ) -> dict[str, ImagePart]:
     """The images, by the fields that named them, as images of the tenant: found by their ids, or kept and encoded
-    now, several at a time. `files`: what was fetched for those at URLs; `max_pixels`: none is encoded larger. Raises
-    the first one's error, naming its field."""
+    now, several at a time. `files`: what was fetched for those at URLs; `bounds` hold for all of them. Raises the first
+    one's error, naming its field."""
     at_once = asyncio.Semaphore(ENCODED_AT_ONCE)
     same: dict[str, list[str]] = defaultdict(list)
     for param, image in images.items():
@@ -96,7 +98,7 @@ async def keep_all(
         """The variants of one image: they change one record."""
         async with at_once:
             return [
-                (name, await _kept(images[name], files.get(name), gateway, tenant, name, max_pixels)) for name in params
+                (name, await _kept(images[name], files.get(name), gateway, tenant, name, bounds)) for name in params
             ]
 
     async with asyncio.TaskGroup() as group:
@@ -112,20 +114,35 @@ async def keep_all(
 
 
 async def _kept(
-    image: ImageUrlPart, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, most: int | None
+    image: ImageUrlPart, file: bytes | None, gateway: Gateway, tenant: Tenant, param: str, bounds: PixelBounds
 ) -> ImagePart | LookonceError:
-    bounds = [bound for bound in (pixels_of(image.detail, gateway.settings), most) if bound is not None]
-    max_pixels = min(bounds, default=None)
     identifier = image_reference(image.url)
     try:
+        own = asked_bounds(image, param.removesuffix(image.field))
+        bounds = bounds.joined(detail_bounds(image.detail, gateway.settings)).joined(own)
         if identifier is not None:
-            return ImagePart(await gateway.images.get(identifier, tenant), max_pixels)
+            return ImagePart(await gateway.images.get(identifier, tenant), bounds)
         data = file if file is not None else await decode(base64_of(image.url, param), param)
-        record, resolved = await gateway.images.add(data, tenant, max_pixels=max_pixels)
+        record, resolved = await gateway.images.add(data, tenant, bounds=bounds)
         record = await _named(record, image.uuid, gateway, tenant)
     except LookonceError as error:
-        return LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after)
-    return ImagePart(record, max_pixels, resolved, data)
+        is_bound = error.param is not None and error.param.endswith(("min_pixels", "max_pixels"))
+        return LookonceError(
+            error.kind, error.message, param=error.param if is_bound else param, retry_after=error.retry_after
+        )
+    return ImagePart(record, bounds, resolved, data)
+
+
+def asked_bounds(fields: PixelFields | None, prefix: str = "") -> PixelBounds:
+    """What a request asks for in `fields`, which are at `prefix`. Raises INVALID_ARGUMENT for a min above the max."""
+    if fields is None:
+        return AS_SERVED
+    return PixelBounds(fields.min_pixels, fields.max_pixels, f"{prefix}min_pixels", f"{prefix}max_pixels")
+
+
+def detail_bounds(detail: str | None, settings: GatewaySettings) -> PixelBounds:
+    """The bounds of OpenAI's `detail`: only "low" is below the checkpoint's own."""
+    return PixelBounds(max=settings.low_detail_pixels) if detail == "low" else AS_SERVED
 
 
 async def _named(record: ImageRecord, uuid: str | None, gateway: Gateway, tenant: Tenant) -> ImageRecord:

@@ -24,7 +24,6 @@ from gateway.http.error_bodies import HttpRefusal, error_response
 from gateway.json_text import LONG_STRINGS, JsonLimits, LongString, parse_json
 from gateway.metrics import DISCONNECTS
 from gateway.schemas.body import MEMBER, UNKNOWN
-from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.tasks import end_tasks, start_task
 
@@ -254,8 +253,3 @@ def caller_of(request: Request, user: str | None = None) -> Caller:
     """For the core: tenant, a client for fairness (the tenant and OpenAI's `user`), and the time allowed."""
     tenant = tenant_of(request)
     return Caller(tenant, f"{tenant.name}/{user or ''}", gateway_of(request).settings.request_timeout)
-
-
-def pixels_of(detail: str | None, settings: GatewaySettings) -> int | None:
-    """The pixel bound of OpenAI's `detail`: only "low" is below the checkpoint's own."""
-    return settings.low_detail_pixels if detail == "low" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 from gateway.metrics import ENCODES, VARIANT_ENCODES
 from gateway.routing.retries import Attempts
 from gateway.routing.variants import DEFAULT, Variant
@@ -38,17 +39,19 @@ class Encoder:
             "--max-pixels of the vision service makes large images smaller"
         )
         self._reconnect_wait = reconnect_wait  # seconds
-        self._bounds: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address, with when it was asked
+        self._descriptions: dict[str, tuple[float, vision_pb2.VisionDescription]] = {}  # by address; since when
 
     async def encode(
-        self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, max_pixels: int | None
+        self, served: Variant, data: bytes, digest: bytes, embedding_key: bytes, bounds: PixelBounds
     ) -> Resolved:
         """Have the file's embedding in the store. Raises what the vision service says of the image, UNAVAILABLE
-        without one."""
+        without one, INVALID_ARGUMENT for bounds that were asked for and are out of its range."""
 
         async def call(client: VisionClient) -> Encoded:
-            bound = None if max_pixels is None else await self._within(client, max_pixels)
-            request = vision_pb2.EncodeRequest(image=data, tenant_key=embedding_key, max_pixels=bound)
+            fit = bounds if bounds == AS_SERVED else bounds.within(await self._described(client))
+            request = vision_pb2.EncodeRequest(
+                image=data, tenant_key=embedding_key, min_pixels=fit.min, max_pixels=fit.max
+            )
             return await client.encode(request, timeout=self._timeout)
 
         attempts = Attempts([served], lambda variant: variant.vision, digest, reconnect_wait=self._reconnect_wait)
@@ -57,19 +60,30 @@ class Encoder:
         except LookonceError as error:
             if error.kind is ErrorKind.DEADLINE_EXCEEDED:
                 raise LookonceError(error.kind, self._too_slow) from error
+            param = bounds.field_of(error.param)
+            if param is not None:
+                raise LookonceError(error.kind, error.message, param=param) from error
             raise
         ENCODES.labels(encoded.outcome).inc()
         VARIANT_ENCODES.labels(served.name, encoded.outcome).inc()
         encode_ms = encoded.timings.encode_ms if encoded.outcome != "hit" else 0.0
         return Resolved(encoded.reference, encoded.outcome, encode_ms, served.name, encoded.notice)
 
-    async def _within(self, client: VisionClient, max_pixels: int) -> int | None:
-        """The bound as the service takes it: one not below its own is none, one that leaves no token is that of one."""
+    async def check_bounds(self, served: Variant, bounds: PixelBounds) -> None:
+        """Raise INVALID_ARGUMENT for bounds that a service of that variant would refuse; nothing without one."""
+        for endpoint in sorted(served.vision.endpoints, key=lambda item: item.down_until):
+            try:
+                description = await self._described(endpoint.client)
+            except LookonceError:
+                continue  # encoding will tell
+            bounds.within(description)
+            return
+
+    async def _described(self, client: VisionClient) -> vision_pb2.VisionDescription:
+        """The service's description, with the bounds it takes."""
         now = time.monotonic()
-        asked, description = self._bounds.get(client.address, (0.0, None))
+        asked, description = self._descriptions.get(client.address, (0.0, None))
         if description is None or now - asked >= DESCRIPTION_FRESH:
             description = await client.describe()
-            self._bounds[client.address] = (now, description)
-        if max_pixels >= description.max_pixels:
-            return None
-        return max(max_pixels, description.least_pixels)
+            self._descriptions[client.address] = (now, description)
+        return description

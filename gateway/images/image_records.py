@@ -21,6 +21,7 @@ import orjson
 import structlog
 
 from gateway.images.image_store import FILE_KEY, StoreOutage, StoreWithSpare
+from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 from gateway.routing.variants import DEFAULT
 from lookonce.core.identity import EmbeddingReference, image_id
 from lookonce.core.stores.interface import leased
@@ -31,6 +32,8 @@ OUTLIVES_STORE = 600.0
 """Seconds since its last confirmation that a record lost by the store is believed."""
 TOMBSTONE_TTL = 3600.0  # longer than any cache believes a lost record
 CACHED_RECORDS = 16384
+MAX_REFERENCES = 32
+"""Embeddings of one image that its record names, the latest; the vision service knows them all when they are erased."""
 CLOCK_STEP = 1e-3  # seconds that a record's change is later than the one before, whatever the clocks say
 Change = Callable[["ImageRecord"], "ImageRecord"]
 _VERSION = 1
@@ -63,11 +66,13 @@ class ImageRecord:
     @property
     def reference(self) -> EmbeddingReference | None:
         """The embedding of the image in full, or else of any size."""
-        return self.references.get(resize_key(None)) or next(iter(self.references.values()), None)
+        return self.references.get(resize_key(AS_SERVED)) or next(iter(self.references.values()), None)
 
     def with_reference(self, name: str, reference: EmbeddingReference) -> ImageRecord:
-        """The record with the embedding of one resize key set."""
-        return replace(self, references=self.references | {name: reference})
+        """The record with the embedding of one resize key set, as the last."""
+        others = [item for item in self.references.items() if item[0] != name]
+        dropped = others[: max(0, len(others) + 1 - MAX_REFERENCES)]
+        return replace(self, references=dict(others[len(dropped) :]) | {name: reference})
 
     def with_alias(self, alias: str) -> ImageRecord:
         """The record with one name more, as the last."""
@@ -82,10 +87,9 @@ class ImageRecord:
         return orjson.dumps({"version": _VERSION, **asdict(self)}, default=bytes.hex)
 
 
-def resize_key(max_pixels: int | None, model: str = DEFAULT) -> str:
-    """What tells the embeddings of one image apart: the bound it was resized within, or "full", after the variant."""
-    bound = "full" if max_pixels is None else str(max_pixels)
-    return bound if model == DEFAULT else f"{model}/{bound}"
+def resize_key(bounds: PixelBounds, model: str = DEFAULT) -> str:
+    """What tells the embeddings of one image apart: the bounds it was resized within, after the variant."""
+    return bounds.name if model == DEFAULT else f"{model}/{bounds.name}"
 
 
 def _parsed(value: memoryview | None) -> ImageRecord | None:

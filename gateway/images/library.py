@@ -19,6 +19,7 @@ from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
+from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -72,25 +73,26 @@ class ImageLibrary:
         data: bytes,
         tenant: Tenant,
         *,
-        max_pixels: int | None = None,
+        bounds: PixelBounds = AS_SERVED,
         verify: bool = False,
         retention: Retention = AS_IT_IS,
     ) -> tuple[ImageRecord, Resolved]:
-        """Keep a file and have its embedding. A known file is not sent anywhere, unless `verify` (uploads: the vision
-        service is asked whether it still has the embedding).
+        """Keep a file and have its embedding within `bounds`. A known file is not sent anywhere, unless `verify`
+        (uploads: the vision service is asked whether it still has the embedding).
 
-        Raises IMAGE_INVALID or IMAGE_TOO_LARGE for what is no usable image, UNAVAILABLE without a vision service.
+        Raises IMAGE_INVALID or IMAGE_TOO_LARGE for what is no usable image, INVALID_ARGUMENT for bounds out of range,
+        UNAVAILABLE without a vision service.
         """
         digest = await _digest(data, tenant.digest_key)
         record = await self._known(digest)
         known, (served, *others) = None, self._variants.in_order(digest)
         if record is not None and not record.deleted:
-            known = record.references.get(resize_key(max_pixels, served.name))
+            known = record.references.get(resize_key(bounds, served.name))
             left = record.expires - time.time()
             if known is not None and not verify and left > self._lifetime(record) / 2:
                 return record, Resolved(known, "hit", 0.0, served.name)
         try:
-            resolved = await self._encode(served, digest, data, tenant, max_pixels)
+            resolved = await self._encode(served, digest, data, tenant, bounds)
         except LookonceError as error:
             if error.kind not in (ErrorKind.UNAVAILABLE, ErrorKind.OVERLOADED):
                 raise
@@ -98,7 +100,7 @@ class ImageLibrary:
                 resolved = Resolved(known, "hit", 0.0, served.name)  # it may well be there: answering will tell
             elif others and error.kind is ErrorKind.UNAVAILABLE:
                 resolved = await by_first_reachable(
-                    others, lambda other: self._encode(other, digest, data, tenant, max_pixels)
+                    others, lambda other: self._encode(other, digest, data, tenant, bounds)
                 )
             else:
                 raise
@@ -108,7 +110,7 @@ class ImageLibrary:
                 changed = 0.0 if old is None else old.changed
                 old = ImageRecord(digest, tenant.name, len(data), time.time(), 0, changed=changed)
             record = replace(self._kept_for(old, retention), upload=secrets.token_hex(8))
-            record = record.with_reference(resize_key(max_pixels, resolved.variant), resolved.reference)
+            record = record.with_reference(resize_key(bounds, resolved.variant), resolved.reference)
             await self._keep(record, data)
             await self._save(record)
             await self._listing.add(record)
@@ -159,22 +161,28 @@ class ImageLibrary:
         return await self._revise(record.digest, lambda one: one.without_alias(alias))
 
     async def resolve(
-        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
+        self, record: ImageRecord, tenant: Tenant, bounds: PixelBounds, *, served: Variant, data: bytes | None
     ) -> Resolved:
-        """A variant's embedding of the image within `max_pixels`; encoded when there is none yet, from `data` or the
+        """A variant's embedding of the image within `bounds`; encoded when there is none yet, from `data` or the
         kept file."""
-        known = record.references.get(resize_key(max_pixels, served.name))
+        known = record.references.get(resize_key(bounds, served.name))
         if known is not None:
             return Resolved(known, "hit", 0.0, served.name)
-        return await self.renew(record, tenant, max_pixels, served=served, data=data)
+        return await self.renew(record, tenant, bounds, served=served, data=data)
+
+    async def check_bounds(self, record: ImageRecord, bounds: PixelBounds) -> None:
+        """Raise INVALID_ARGUMENT when the image can't be encoded within what was asked, as far as can be told now."""
+        served = self._variants.in_order(record.digest)[0]
+        if bounds.are_asked and resize_key(bounds, served.name) not in record.references:
+            await self._encoder.check_bounds(served, bounds)
 
     async def renew(
-        self, record: ImageRecord, tenant: Tenant, max_pixels: int | None, *, served: Variant, data: bytes | None
+        self, record: ImageRecord, tenant: Tenant, bounds: PixelBounds, *, served: Variant, data: bytes | None
     ) -> Resolved:
         """Encode again, from `data` or the kept file: the embedding was lost, or is another encoder's."""
         data = await self._file(record, tenant) if data is None else data
-        resolved = await self._encode(served, record.digest, data, tenant, max_pixels)
-        name, reference = resize_key(max_pixels, served.name), resolved.reference
+        resolved = await self._encode(served, record.digest, data, tenant, bounds)
+        name, reference = resize_key(bounds, served.name), resolved.reference
         if await self._records.revise(record.digest, lambda current: current.with_reference(name, reference)) is None:
             # erased while it was encoded: leave nothing behind
             await self._eraser.forget([reference.key], [reference.image_digest])
@@ -233,12 +241,12 @@ class ImageLibrary:
         return replace(record, expires=time.time() + self._lifetime(record))
 
     async def _encode(
-        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, max_pixels: int | None
+        self, served: Variant, digest: bytes, data: bytes, tenant: Tenant, bounds: PixelBounds
     ) -> Resolved:
         """One call for all who want the same embedding at once; it lives on when they go away."""
-        key = (digest, resize_key(max_pixels, served.name))
+        key = (digest, resize_key(bounds, served.name))
         resolved, joined = await self._flights.run(
-            key, lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, max_pixels), keep=lambda: True
+            key, lambda: self._encoder.encode(served, data, digest, tenant.embedding_key, bounds), keep=lambda: True
         )
         return replace(resolved, outcome="coalesced") if joined and resolved.outcome == "miss" else resolved
 

@@ -97,12 +97,10 @@ class RequestFields(Body):
     include_stop_str_in_output: Annotated[Any, Neutral("keeping the stop string is", False)] = None
     length_penalty: Annotated[Any, Neutral("beam search is", 1.0)] = None
     logits_processors: Annotated[Any, Neutral(_TOKENS, [])] = None
-    mm_processor_kwargs: Annotated[Any, Neutral("another preprocessing is", {})] = None
     priority: Annotated[Any, Neutral("another priority is", 0)] = None
     prompt_logprobs: Annotated[Any, Neutral("logprobs of the prompt are")] = None
     return_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     return_tokens_as_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
-    skip_special_tokens: Annotated[Any, Neutral("showing special tokens is", True)] = None
     spaces_between_special_tokens: Annotated[Any, Neutral("showing special tokens is", True, False)] = None
     stop_token_ids: Annotated[Any, Neutral(_TOKENS, [])] = None
     structured_outputs: Annotated[Any, Neutral(_STRUCTURE)] = None

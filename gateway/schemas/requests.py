@@ -7,7 +7,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from gateway.schemas.body import Body, MaxTokens, Sampling, Stops, StopString, by_field, text_or_list, text_or_object
+from gateway.schemas.body import (
+    Body,
+    MaxTokens,
+    PixelFields,
+    Sampling,
+    Stops,
+    StopString,
+    by_field,
+    text_or_list,
+    text_or_object,
+)
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 
 Text = Annotated[str, Field(min_length=1)]
@@ -16,6 +26,7 @@ Detail = Literal["low", "high", "auto", "original"]
 Stop = Annotated[Annotated[StopString, Tag("(text)")] | Annotated[Stops, Tag("(list)")], Discriminator(text_or_list)]
 Alias = Annotated[str, Field(min_length=1, max_length=64, description="a name to use in place of the id")]
 ImageTtl = Annotated[int, Field(ge=1, le=2**31 - 1, description="seconds to keep the image")]
+ProcessorOptions = Annotated[PixelFields, Field(description="vLLM's and SGLang's name for bounds of all images")]
 REFERENCE = "lookonce:"
 """Begins the URL of an image that is kept: its id or an alias follows."""
 
@@ -28,8 +39,8 @@ class ImageChange(Body):
     alias: Alias | None = None
 
 
-class ImageUpload(ImageChange):
-    """An image as base64 (plain, or a data: URL) or by URL; exactly one of the two."""
+class ImageUpload(ImageChange, PixelFields):
+    """An image as base64 (plain, or a data: URL) or by URL; exactly one of the two. It is encoded within the bounds."""
 
     data: Text | None = None
     url: Text | None = None
@@ -50,7 +61,7 @@ class Question(Parameters):
     choices: Annotated[list[Text], Field(min_length=1)] | None = None
 
 
-class QuestionsRequest(Parameters, RequestFields):
+class QuestionsRequest(Parameters, RequestFields, PixelFields):
     """Questions on one image, answered concurrently."""
 
     questions: Annotated[
@@ -63,6 +74,7 @@ class QuestionsRequest(Parameters, RequestFields):
     ]
     system: Text | None = None
     detail: Detail | None = None
+    mm_processor_kwargs: ProcessorOptions | None = None
     stream: bool | None = None
     n: Annotated[Any, Neutral("several answers to one question are", 1)] = None
     logprobs: Annotated[Any, Neutral("logprobs of an answer's tokens are", False)] = None
@@ -83,8 +95,9 @@ class ImageUrl(Body):
     detail: Detail | None = None
 
 
-class ImageUrlPart(PartFields):
-    """An image. `uuid` is vLLM's: a name for the image by which a later request means it, without an `image_url`."""
+class ImageUrlPart(PartFields, PixelFields):
+    """An image, with bounds of its own as in Qwen's messages. `uuid` is vLLM's: a name for the image by which a later
+    request means it, without an `image_url`."""
 
     type: Literal["image_url"]
     image_url: (
@@ -178,6 +191,7 @@ class ChatRequest(Sampling, RequestFields):
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=1024)]
     max_tokens: MaxTokens | None = None
     max_completion_tokens: MaxTokens | None = None
+    mm_processor_kwargs: ProcessorOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     stop: Stop | None = None
     stream: bool | None = None

@@ -34,8 +34,8 @@ class TokenTable:
         single_bytes: Iterable[int] = (),
         spaced: bool = False,
     ) -> None:
-        """`special` tokens are left out of the text. Neighbouring `single_bytes` are text together, or unreadable each;
-        `spaced`: a space that begins the text is left out."""
+        """`special` tokens are left out of an answer's text unless it is asked for them. Neighbouring `single_bytes`
+        are text together, or unreadable each; `spaced`: a space that begins the text is left out."""
         self._bytes = dict(tokens)
         self.special = frozenset(special)
         self.single_bytes = frozenset(single_bytes)
@@ -63,16 +63,18 @@ class TokenTable:
 class Detokenizer:
     """The text of one growing answer."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, table: TokenTable, *, special: bool = False) -> None:
+        """`special`: special tokens are part of the text."""
         self._table = table
+        self._hidden = frozenset() if special else table.special
         self._decoder = _DECODER(errors="replace")
         self._run = b""  # of `single_bytes`, until another token follows
         self._at_start = table.spaced
 
     def push(self, token_id: int) -> str:
-        """The characters this token completes; empty while one is incomplete and for special tokens."""
+        """The characters this token completes; empty while one is incomplete and for a token that is left out."""
         piece = self._table.piece(token_id)
-        if not piece or token_id in self._table.special:
+        if not piece or token_id in self._hidden:
             return ""
         if token_id in self._table.single_bytes:
             self._run += piece
@@ -173,7 +175,7 @@ class Answer:
         self._least = sampling.min_tokens
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
-        self._detokenizer = Detokenizer(table)
+        self._detokenizer = Detokenizer(table, special=sampling.special_tokens)
         self._matcher = StopMatcher(sampling.stop)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:

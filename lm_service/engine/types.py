@@ -65,6 +65,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per token; None: none at all
     n: int = 1
+    special_tokens: bool = False  # part of the answer's text
     min_tokens: int = 0  # before so many are generated, no end token is drawn and no stop string ends the answer
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lookonce.client.calls import Call
 from lookonce.client.exceptions import AuthenticationError, PermissionDeniedError, api_error
+from lookonce.client.request_options import PixelOptions, upload_body
 from lookonce.client.sync import Client, events_of
 from lookonce.core.errors import LookonceError, invalid
 
@@ -21,13 +22,16 @@ class Api(Client):
         except LookonceError:
             raise invalid(f"--url={url!r} is not a URL such as http://127.0.0.1:8000", param="url") from None
 
-    def upload(self, data: bytes) -> dict[str, Any]:
+    def upload(self, data: bytes, bounds: PixelOptions | None = None) -> dict[str, Any]:
         """POST /v1/images."""
-        return self._json("POST", "/v1/images", files={"file": ("image", data, "application/octet-stream")})
+        return self._json("POST", "/v1/images", **upload_body(data, bounds or {}))
 
-    def ask(self, image_id: str, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def ask(
+        self, image_id: str, questions: list[dict[str, Any]], bounds: PixelOptions | None = None
+    ) -> list[dict[str, Any]]:
         """POST /v1/images/{id}/questions: the answers, in the order asked."""
-        reply = self._json("POST", f"/v1/images/{image_id}/questions", json={"questions": questions})
+        body = {"questions": questions, **(bounds or {})}
+        reply = self._json("POST", f"/v1/images/{image_id}/questions", json=body)
         return list(reply["answers"])
 
     def model(self) -> str:

@@ -40,6 +40,12 @@ def ask(
         str | None, typer.Option(metavar="A,B,...", help="Answer with the probability of each of these.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most tokens of one answer.")] = None,
+    min_pixels: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Enlarge the image to at least so many pixels.")
+    ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Reduce the image to at most so many pixels.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print answers, usage and receipts as JSON.")] = False,
     url: Annotated[str | None, typer.Option(envvar="LOOKONCE_URL", metavar="URL", help="Gateway to ask.")] = None,
     api_key: Annotated[
@@ -55,23 +61,29 @@ def ask(
 ) -> None:
     from lookonce.cli.api import Api
     from lookonce.cli.system import some_system
+    from lookonce.client.calls import image_part
+    from lookonce.client.request_options import without_none
 
     questions = question or []
     interactive = not questions and sys.stdin.isatty() and image != "-" and choices is None and not as_json
     try:
         data = read_image(image)
         options = _choices(choices)
+        bounds: Any = without_none({"min_pixels": min_pixels, "max_pixels": max_pixels})
         if not questions and not interactive:
             raise invalid("no question: give one with -q (a prompt needs a terminal)", param="question")
         up_arguments = ["--model", model] if model else []
         with some_system(url, data_dir or default_data_dir(), up_arguments) as gateway, Api(gateway, api_key) as api:
-            uploaded = api.upload(data)
+            uploaded = api.upload(data, bounds)
+            shown = image_part(uploaded["id"], bounds=bounds)
             if interactive:
-                converse(api, uploaded["id"], max_tokens)
+                converse(api, shown, max_tokens)
             elif len(questions) == 1 and options is None and not as_json:
-                _print_stream(_stream(api, uploaded["id"], [questions[0]], max_tokens))
+                _print_stream(_stream(api, shown, [questions[0]], max_tokens))
             else:
-                _answer_all(api, uploaded, questions, options, max_tokens, as_json)
+                extra = {"choices": options, "max_tokens": max_tokens, "temperature": None if options else 0}
+                asked = [{"text": text, **without_none(extra)} for text in questions]
+                _report(uploaded, questions, api.ask(uploaded["id"], asked, bounds), as_json)
     except LookonceError as error:
         fail(error.message)
 
@@ -94,7 +106,7 @@ def read_image(image: str) -> bytes:
     return data
 
 
-def converse(api: Api, image_id: str, max_tokens: int | None) -> None:
+def converse(api: Api, shown: dict[str, Any], max_tokens: int | None) -> None:
     """Questions from the terminal until an empty line or the end of input; earlier turns are remembered."""
     note("Ask about the image. An empty line or Ctrl-D ends.")
     turns: list[str] = []
@@ -106,14 +118,13 @@ def converse(api: Api, image_id: str, max_tokens: int | None) -> None:
         if not line:
             return
         try:
-            turns += [line, _print_stream(_stream(api, image_id, [*turns, line], max_tokens))]
+            turns += [line, _print_stream(_stream(api, shown, [*turns, line], max_tokens))]
         except LookonceError as error:
             note(f"lookonce: error: {error.message}")
 
 
-def _stream(api: Api, image_id: str, turns: list[str], max_tokens: int | None) -> Iterator[str]:
-    """Pieces of the answer to the last of `turns` (question, answer, question ...)."""
-    shown = {"type": "image_url", "image_url": {"url": f"lookonce:{image_id}"}}
+def _stream(api: Api, shown: dict[str, Any], turns: list[str], max_tokens: int | None) -> Iterator[str]:
+    """Pieces of the answer to the last of `turns` (question, answer, question ...) about the image `shown`."""
     messages: list[dict[str, Any]] = [{"role": "user", "content": [shown, {"type": "text", "text": turns[0]}]}]
     for number, text in enumerate(turns[1:], start=1):
         messages.append({"role": "assistant" if number % 2 else "user", "content": text})
@@ -131,17 +142,7 @@ def _print_stream(pieces: Iterator[str]) -> str:
     return text
 
 
-def _answer_all(
-    api: Api,
-    uploaded: dict[str, Any],
-    questions: list[str],
-    choices: list[str] | None,
-    max_tokens: int | None,
-    as_json: bool,
-) -> None:
-    extra = {"choices": choices, "max_tokens": max_tokens, "temperature": None if choices else 0}
-    given = {name: value for name, value in extra.items() if value is not None}
-    answers = api.ask(uploaded["id"], [{"text": text, **given} for text in questions])
+def _report(uploaded: dict[str, Any], questions: list[str], answers: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         together = [{"question": text, **answer} for text, answer in zip(questions, answers, strict=True)]
         say(json.dumps({"image": uploaded, "answers": together}, indent=2, ensure_ascii=False))

@@ -14,7 +14,16 @@ from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
-from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, given, reporting
+from lookonce.client.request_options import (
+    ChatOptions,
+    PixelOptions,
+    Progress,
+    Question,
+    QuestionOptions,
+    given,
+    reporting,
+    without_none,
+)
 from lookonce.client.response_types import Answer, Erasure, ImageBase, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
@@ -47,9 +56,17 @@ class AsyncClient:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.AsyncClient(**self._connection.http_options())
 
-    async def image(self, source: ImageSource | None = None, *, picture: ImageSource | None = None) -> AsyncImage:
+    async def image(
+        self,
+        source: ImageSource | None = None,
+        *,
+        picture: ImageSource | None = None,
+        **bounds: Unpack[PixelOptions],
+    ) -> AsyncImage:
         """See Client.image. Files are read in a thread."""
-        return AsyncImage(self, await self._send(await asyncio.to_thread(calls.upload, given(source, picture))))
+        said: Any = without_none(bounds)
+        call = await asyncio.to_thread(calls.upload, given(source, picture), said)
+        return AsyncImage(self, await self._send(call), said)
 
     async def models(self) -> list[Model]:
         return await self._send(calls.models())
@@ -64,7 +81,7 @@ class AsyncClient:
         *,
         model: str | None = None,
         stream: Literal[False] = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Answer: ...
 
     @overload
@@ -74,7 +91,7 @@ class AsyncClient:
         *,
         model: str | None = None,
         stream: Literal[True],
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> AsyncTextStream: ...
 
     async def chat(
@@ -83,7 +100,7 @@ class AsyncClient:
         *,
         model: str | None = None,
         stream: bool = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Answer | AsyncTextStream:
         call = calls.chat(messages, options, model, stream=stream)
         if stream:
@@ -121,8 +138,8 @@ class AsyncClient:
 class AsyncImage(ImageBase):
     """An image that the gateway has; made by `AsyncClient.image`."""
 
-    def __init__(self, client: AsyncClient, info: ImageInfo) -> None:
-        super().__init__(info)
+    def __init__(self, client: AsyncClient, info: ImageInfo, bounds: PixelOptions) -> None:
+        super().__init__(info, bounds)
         self._client = client
 
     @overload
@@ -139,8 +156,8 @@ class AsyncImage(ImageBase):
         self, question: str, *, stream: bool = False, **options: Unpack[QuestionOptions]
     ) -> Answer | AsyncTextStream:
         if stream:
-            return AsyncTextStream(await self._client._open(calls.ask_stream(self.id, question, options)))
-        return await self._client._send(calls.ask(self.id, question, options))
+            return AsyncTextStream(await self._client._open(calls.ask_stream(self.id, question, self._within(options))))
+        return await self._client._send(calls.ask(self.id, question, self._within(options)))
 
     async def ask_many(
         self, questions: Iterable[str | Question], *, progress: Progress = False, **options: Unpack[QuestionOptions]
@@ -168,7 +185,7 @@ class AsyncImage(ImageBase):
     async def score(
         self, question: str, choices: Sequence[str], **options: Unpack[QuestionOptions]
     ) -> dict[str, float]:
-        return calls.chosen(await self._client._send(calls.ask(self.id, question, options, choices)))
+        return calls.chosen(await self._client._send(calls.ask(self.id, question, self._within(options), choices)))
 
     async def score_many(
         self,
@@ -191,7 +208,7 @@ class AsyncImage(ImageBase):
     async def _answers(
         self, questions: Iterable[str | Question], options: QuestionOptions
     ) -> AsyncGenerator[tuple[int, Answer], None]:
-        for batch in calls.batches(self.id, questions, options):
+        for batch in calls.batches(self.id, questions, self._within(options)):
             seen = 0
             async with aclosing(await self._client._open(batch.call)) as reply, aclosing(events_of(reply)) as events:
                 async for event in events:

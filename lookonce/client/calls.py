@@ -10,9 +10,10 @@ from urllib.parse import quote
 
 from lookonce.client.exceptions import StreamInterrupted, api_error
 from lookonce.client.request_options import (
+    ChatOptions,
+    PixelOptions,
     Question,
     QuestionOptions,
-    SamplingOptions,
     as_question,
     image_id,
     upload_body,
@@ -41,12 +42,12 @@ class Call(Generic[T]):
     repeatable: bool = True
 
 
-def upload(source: ImageSource) -> Call[ImageInfo]:
-    """An image: uploaded, or looked up when it is an id. May block."""
+def upload(source: ImageSource, bounds: PixelOptions) -> Call[ImageInfo]:
+    """An image: uploaded and encoded within `bounds`, or looked up when it is an id. May block."""
     identifier = image_id(source)
     if identifier is not None:
         return look(identifier)
-    return Call("POST", "/v1/images", ImageInfo.of, upload_body(source))
+    return Call("POST", "/v1/images", ImageInfo.of, upload_body(source, bounds))
 
 
 def look(image: str) -> Call[ImageInfo]:
@@ -87,11 +88,15 @@ def moderate(content: Sequence[Any]) -> Call[Moderation]:
 
 
 def chat(
-    messages: str | Iterable[Mapping[str, Any]], options: SamplingOptions, model: str | None, *, stream: bool = False
+    messages: str | Iterable[Mapping[str, Any]], options: ChatOptions, model: str | None, *, stream: bool = False
 ) -> Call[Answer]:
     """A conversation, answered whole or, with `stream`, in events that TextAssembly takes."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    body = {**without_none({"model": model, **options}), "messages": [_message(turn) for turn in turns]}
+    given = without_none({"model": model, **options})
+    bounds = {name: given.pop(name) for name in PixelOptions.__annotations__ if name in given}
+    body = {**given, "messages": [_message(turn) for turn in turns]}
+    if bounds:
+        body["mm_processor_kwargs"] = bounds
     if stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return Call("POST", "/v1/chat/completions", completion_of, {"json": body})
@@ -108,9 +113,10 @@ def ask_stream(image: str, question: str, options: QuestionOptions) -> Call[Answ
     return chat(messages, sampling, None, stream=True)
 
 
-def image_part(image: str, detail: str | None = None) -> dict[str, Any]:
+def image_part(image: str, detail: str | None = None, bounds: PixelOptions | None = None) -> dict[str, Any]:
     """The message part that stands for an image of the gateway."""
-    return {"type": "image_url", "image_url": without_none({"url": f"lookonce:{image}", "detail": detail})}
+    shown = without_none({"url": f"lookonce:{image}", "detail": detail})
+    return {"type": "image_url", "image_url": shown, **(bounds or {})}
 
 
 @dataclass(frozen=True)
@@ -203,7 +209,7 @@ def _part(item: Any) -> Any:
     if not isinstance(identifier, str):
         kinds = "a string, an image of this client, or one of the API's parts"
         raise invalid(f"a part of a message must be {kinds}, not {type(item).__name__}", param="messages")
-    return image_part(identifier)
+    return image_part(identifier, bounds=getattr(item, "bounds", None))
 
 
 def _groups(questions: Sequence[Question], common_chars: int) -> Iterator[list[Question]]:

@@ -40,16 +40,17 @@ def image_id(source: ImageSource) -> str | None:
     return found[1] if found else None
 
 
-def upload_body(source: ImageSource) -> dict[str, Any]:
-    """The body of the upload: the file, or where it is. Reads the file, so it may block.
+def upload_body(source: ImageSource, bounds: PixelOptions) -> dict[str, Any]:
+    """The body of the upload: the file, or where it is, and its pixel bounds. Reads the file, so it may block.
 
     Raises INVALID_ARGUMENT when a file can't be read or the type is none of those above.
     """
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return {"json": {"data": source}}
+        return {"json": {"data": source, **bounds}}
     if isinstance(source, str) and re.match(r"https?://", source, re.IGNORECASE):
-        return {"json": {"url": source}}
-    return {"files": {"file": ("image", _file(source), "application/octet-stream")}}
+        return {"json": {"url": source, **bounds}}
+    form = {name: str(pixels) for name, pixels in bounds.items()}
+    return {"files": {"file": ("image", _file(source), "application/octet-stream")}, "data": form}
 
 
 def _file(source: ImageSource) -> bytes:
@@ -96,10 +97,22 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     stop: str | list[str]
+    skip_special_tokens: bool
 
 
-class QuestionOptions(SamplingOptions, total=False):
-    """What else holds for questions on an image: instructions, and how many pixels are looked at."""
+class PixelOptions(TypedDict, total=False):
+    """How many pixels an image has once it is resized; what is left out is the service's own bound."""
+
+    min_pixels: int
+    max_pixels: int
+
+
+class ChatOptions(SamplingOptions, PixelOptions, total=False):
+    """What holds for a conversation; the pixel bounds for all of its images."""
+
+
+class QuestionOptions(ChatOptions, total=False):
+    """What else holds for questions on an image: instructions, and how closely it is looked at."""
 
     system: str
     detail: Literal["low", "high", "auto"]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar, cast
 
 from lookonce.client.exceptions import ApiError, api_error
+from lookonce.client.request_options import PixelOptions, QuestionOptions
 
 Json = Mapping[str, Any]
 T = TypeVar("T")
@@ -180,8 +181,14 @@ def _time(seconds: float | None) -> datetime | None:
 class ImageBase:
     """What the gateway told of the image last."""
 
-    def __init__(self, info: ImageInfo) -> None:
+    def __init__(self, info: ImageInfo, bounds: PixelOptions) -> None:
         self._info = info
+        self.bounds = bounds
+        """Within which it is looked at, unless a question has others."""
+
+    def _within(self, options: QuestionOptions) -> QuestionOptions:
+        """The options of a question, within the bounds where it has none."""
+        return {**self.bounds, **options}
 
     def __repr__(self) -> str:
         size = f"{self.width}x{self.height}, {self.tokens} tokens"

@@ -13,7 +13,16 @@ from lookonce.client import calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
-from lookonce.client.request_options import Progress, Question, QuestionOptions, SamplingOptions, given, reporting
+from lookonce.client.request_options import (
+    ChatOptions,
+    PixelOptions,
+    Progress,
+    Question,
+    QuestionOptions,
+    given,
+    reporting,
+    without_none,
+)
 from lookonce.client.response_types import Answer, Erasure, ImageBase, ImageInfo, Model, Moderation
 
 if TYPE_CHECKING:
@@ -50,15 +59,23 @@ class Client:
         self._connection = Connection.of(base_url, api_key, timeout, retries)
         self._http = http_client or httpx2.Client(**self._connection.http_options())
 
-    def image(self, source: ImageSource | None = None, *, picture: ImageSource | None = None) -> Image:
-        """Upload an image once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead.
+    def image(
+        self,
+        source: ImageSource | None = None,
+        *,
+        picture: ImageSource | None = None,
+        **bounds: Unpack[PixelOptions],
+    ) -> Image:
+        """Upload an image once: a path, bytes, PIL image, http(s) or data: URL. An id is looked up instead. With
+        `min_pixels` or `max_pixels` it is resized within them now, and for whatever is asked of this object.
 
         >>> client.image("photo.jpg").tokens
         391
 
         Raises ImageError for what is no image, NotFoundError for an unknown id.
         """
-        return Image(self, self._send(calls.upload(given(source, picture))))
+        said: Any = without_none(bounds)
+        return Image(self, self._send(calls.upload(given(source, picture), said)), said)
 
     def models(self) -> list[Model]:
         """The models served."""
@@ -83,7 +100,7 @@ class Client:
         *,
         model: str | None = None,
         stream: Literal[False] = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Answer: ...
 
     @overload
@@ -93,7 +110,7 @@ class Client:
         *,
         model: str | None = None,
         stream: Literal[True],
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> TextStream: ...
 
     def chat(
@@ -102,9 +119,10 @@ class Client:
         *,
         model: str | None = None,
         stream: bool = False,
-        **options: Unpack[SamplingOptions],
+        **options: Unpack[ChatOptions],
     ) -> Answer | TextStream:
-        """Answer a conversation, OpenAI's messages. Strings and images may stand in `content` as they are.
+        """Answer a conversation, OpenAI's messages. Strings and images may stand in `content` as they are. Pixel bounds
+        hold for all images, beside those that an image has.
 
         >>> client.chat([{"role": "user", "content": [left, right, "What differs?"]}]).text
         'The right one has a red door.'
@@ -143,8 +161,8 @@ class Client:
 class Image(ImageBase):
     """An image that the gateway has; made by `Client.image`."""
 
-    def __init__(self, client: Client, info: ImageInfo) -> None:
-        super().__init__(info)
+    def __init__(self, client: Client, info: ImageInfo, bounds: PixelOptions) -> None:
+        super().__init__(info, bounds)
         self._client = client
 
     @overload
@@ -163,8 +181,8 @@ class Image(ImageBase):
         ...     print(piece, end="", flush=True)
         """
         if stream:
-            return TextStream(self._client._open(calls.ask_stream(self.id, question, options)))
-        return self._client._send(calls.ask(self.id, question, options))
+            return TextStream(self._client._open(calls.ask_stream(self.id, question, self._within(options))))
+        return self._client._send(calls.ask(self.id, question, self._within(options)))
 
     def ask_many(
         self, questions: Iterable[str | Question], *, progress: Progress = False, **options: Unpack[QuestionOptions]
@@ -200,13 +218,13 @@ class Image(ImageBase):
                 yield answer
 
     def score(self, question: str, choices: Sequence[str], **options: Unpack[QuestionOptions]) -> dict[str, float]:
-        """The probability of each choice as the answer; they sum to 1. `system` and `detail` are the only options
-        that matter.
+        """The probability of each choice as the answer; they sum to 1. `system`, `detail` and the pixel bounds
+        are the only options that matter.
 
         >>> image.score("Is it red?", ["yes", "no"])
         {'yes': 0.97, 'no': 0.03}
         """
-        return calls.chosen(self._client._send(calls.ask(self.id, question, options, choices)))
+        return calls.chosen(self._client._send(calls.ask(self.id, question, self._within(options), choices)))
 
     def score_many(
         self,
@@ -233,7 +251,7 @@ class Image(ImageBase):
     def _answers(
         self, questions: Iterable[str | Question], options: QuestionOptions
     ) -> Generator[tuple[int, Answer], None, None]:
-        for batch in calls.batches(self.id, questions, options):
+        for batch in calls.batches(self.id, questions, self._within(options)):
             seen = 0
             with closing(self._client._open(batch.call)) as reply, closing(events_of(reply)) as events:
                 for event in events:

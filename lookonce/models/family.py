@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
     from lookonce.models.omp_thread import Pause
+    from lookonce.models.plain import Plain
     from lookonce.models.text_adapter import ModelAdapter
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -241,3 +242,11 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
+
+
+class ProvenFamily(Family, Protocol):
+    """A family whose halves can be held to their weights when a service starts. Others are, where `lookonce verify
+    --record` has written down what to expect."""
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain | None:
+        """What the weights, rounded to `dtype`, compute in the plainest form; None: no such form of this checkpoint."""

@@ -68,6 +68,21 @@ def test_ask_finds_it_and_answers(up, data_dir, image_path):
     assert up.output.count("starting") == 3, "no second system was started"
 
 
+def test_ask_within_pixel_bounds(up, data_dir, image_path):
+    sizes = []
+    for bounds in (["--min-pixels", "200000"], ["--max-pixels", "8000"]):
+        streamed = ask(data_dir, image_path, "-q", "What is it?", *bounds)
+        whole = json.loads(ask(data_dir, image_path, "-q", "What is it?", "--json", *bounds).stdout)
+        assert whole["answers"][0]["receipt"]["embedding"] == "hit"
+        assert whole["answers"][0]["text"].strip()[:4] == streamed.stdout.strip()[:4]
+        size = whole["image"]["tokens"]
+        assert size == whole["answers"][0]["usage"]["prompt_tokens_details"]["image_tokens"]
+        sizes.append(size)
+    assert sizes[0] >= 200_000 // 784 and sizes[1] <= 8000 // 784
+    wrong = ask(data_dir, image_path, "-q", "What is it?", "--min-pixels", "9000", "--max-pixels", "8000")
+    assert wrong.returncode == 1 and "'min_pixels' is 9000" in wrong.stderr
+
+
 def test_ask_choices_by_url(up, data_dir, image_path):
     done = ask("/nonexistent", image_path, "-q", "Is it red?", "--choices", "yes,no", LOOKONCE_URL=up.system.url)
     assert done.returncode == 0, done.stderr

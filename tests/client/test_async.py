@@ -49,6 +49,8 @@ async def test_everything_the_blocking_client_does(url, client, file):
         scores = await image.score("Red?", ["yes", "no"])
         assert scores == pytest.approx(twin.score("Red?", ["yes", "no"]), rel=1e-4)
         assert (await image.score_many(["Red?"], ["yes", "no"]))[0] == pytest.approx(scores, rel=1e-4)
+        small = await gateway.image(file, max_pixels=784)
+        assert small.id == image.id and small.tokens == (await small.ask("?", max_tokens=1)).usage.image_tokens == 1
         chat = await gateway.chat([{"role": "user", "content": [image, "What is it?"]}], max_tokens=12)
         assert chat.text == whole.text
         async with await gateway.chat("Hello", stream=True, max_tokens=50) as unread:

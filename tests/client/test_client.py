@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import lookonce
-from lookonce.client import Answer, Image, NotFoundError, Question
+from lookonce.client import Answer, BadRequestError, Image, NotFoundError, Question
 from tests.processes import ROOT
 from tests.system.cluster import encoded
 
@@ -171,6 +171,28 @@ def test_chat_takes_strings_images_and_parts(client, new_image):
     assert answer.usage.image_tokens == left.tokens + right.tokens
     assert "".join(client.chat(both, stream=True, max_tokens=5)) == answer.text
     assert client.chat("Hello", max_tokens=3).receipt.embedding is None
+
+
+def test_an_image_is_looked_at_within_its_bounds(client, new_image):
+    drawn = new_image(140, 140)
+    small, large = client.image(drawn, max_pixels=9 * 784), client.image(drawn, min_pixels=64 * 784)
+    own = client.image(small.id)
+    assert small.id == large.id and (small.tokens, own.ask("?", max_tokens=1).usage.image_tokens, large.tokens) == (
+        9,
+        25,
+        64,
+    )
+    url = client.image("data:image/png;base64," + base64.b64encode(encoded(drawn)).decode(), max_pixels=9 * 784)
+    assert (url.tokens, url.cached) == (9, True)
+    for image, size in ((small, 9), (large, 64)):
+        answers = [image.ask("?", max_tokens=1), image.ask("?", max_tokens=1, stream=True).answer()]
+        answers += image.ask_many(["?", Question("?", choices=["a", "b"])], max_tokens=1)
+        answers.append(client.chat([{"role": "user", "content": [image, "?"]}], max_tokens=1))
+        assert [answer.usage.image_tokens for answer in answers] == [size] * len(answers)
+    assert large.ask("?", max_tokens=1, min_pixels=36 * 784).usage.image_tokens == 36
+    assert client.chat([{"role": "user", "content": [own, "?"]}], max_pixels=9 * 784).usage.image_tokens == 9
+    with pytest.raises(BadRequestError, match="'min_pixels' is 9000, above 'max_pixels'"):
+        small.ask("?", min_pixels=9000)
 
 
 def test_models(client, system):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import EmbeddingSource
@@ -28,13 +30,16 @@ from lookonce.models.qwen3_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen3_vl.vision import DeepstackEncoder
 from lookonce.models.sizing import RECORD_BYTES, size_of
 from lookonce.models.tensors import view_of, views_of
+from tests import standin
 from tests.cli.commands import invoke
 from tests.engine.lab import ask, generation
 from tests.images import odd_files, photograph, save
 from tests.lm.split import answer, asking, encoded, running, user
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.unsplit import Unsplit
+from vision_service.app import build, load
 from vision_service.images import Decoder, ImageLimits
+from vision_service.settings import VisionSettings
 
 CPU = torch.device("cpu")
 SIDES = [(57, 200), (64, 64), (300, 200), (33, 31), (200, 300), (448, 336), (1000, 64), (256, 128)]
@@ -118,7 +123,7 @@ def photographs():
     return [photograph("astronaut" if at % 2 else "coffee", size) for at, size in enumerate(SIDES)]
 
 
-@pytest.fixture(scope="module", params=["published", "nested"])
+@pytest.fixture(scope="module", params=["published", pytest.param("nested", marks=pytest.mark.slow)])
 def checkpoint(request, tmp_path_factory):
     """A tiny model with its own head or the embedding's, rotary settings where either kind of save has them."""
     path = tmp_path_factory.mktemp(request.param) / "model"
@@ -204,7 +209,7 @@ class Album:
             key = bytes([number]) * 32
             tokens = rows.shape[1]
             self.references.append(EmbeddingReference(key, "0" * 64, key, one.grid_thw, tokens, one.width, one.height))
-            self.rows[key] = rows
+            self.rows[key] = rows.clone()  # to be changed outside of inference mode
 
     async def load(self, reference, rows_of=None):
         return self.rows[reference.key], EmbeddingSource.STORE
@@ -225,42 +230,89 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{}, {"step_tokens": 7, "burst_tokens": 7}, {"native": False}], ids=str)
-async def test_packed_answers_are_the_unsplit_models(checkpoint, unsplit, options):
-    """All at once, in steps that hold everything and in prefills cut into chunks of a few tokens."""
-    album = Album(checkpoint, IMAGES)
-    opened = open_checkpoint(str(checkpoint), needs=Half.LANGUAGE)
-    model = opened.family.load_text(
-        opened, torch.float32, lambda name: CPU, [CPU] * 4, native=options.get("native", True)
-    )
-    template = load_template(checkpoint, opened.family)
+@contextlib.asynccontextmanager
+async def engine_over(path, home=None, *, native=True, quantization="none", **options):
+    """A started engine over an album, and the prompts of CONVERSATIONS."""
+    home = home or Home((CPU,), (range(4),))
+    opened, album = open_checkpoint(str(path), needs=Half.LANGUAGE), Album(path, IMAGES)
+    how = {"native": native, "quantization": quantization}
+    where = home.of if quantization == "none" else home.of_unquantized
+    model = opened.family.load_text(opened, torch.float32, where, home.of_layers, **how)
+    template = load_template(path, opened.family)
     limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
     builder = PromptBuilder(template, opened.family, opened.config, **limits)
-    end = unsplit.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    options = PackedOptions(**{"kv_bytes": 8 << 20, "prefix_bytes": 8 << 20} | options)
-    engine = PackedEngine(model, template.table, frozenset({end}), options)
+    options = PackedOptions(**{"kv_bytes": 8 << 20, "prefix_bytes": 8 << 20, "native": native} | options)
+    engine = PackedEngine(model, template.table, frozenset({SIZES["tiny"].vocab - 12}), options)
     await engine.start(album)
     try:
-        prompts = [
-            builder.build(
-                [
-                    Message(role, tuple(album.references[part] if isinstance(part, int) else part for part in parts))
-                    for role, parts in turns
-                ]
-            )
-            for turns in CONVERSATIONS
-        ]
-        made = await asyncio.gather(*(ask(engine, generation(prompt, 10)) for prompt in prompts))
+        yield engine, [builder.build(messages(turns, album)) for turns in CONVERSATIONS]
     finally:
         await engine.close()
-    for turns, prompt, (told,) in zip(CONVERSATIONS, prompts, made, strict=True):
-        turns = [(role, [IMAGES[part] if isinstance(part, int) else part for part in parts]) for role, parts in turns]
-        unsplit.processor.size = {"shortest_edge": 3136, "longest_edge": MAX_PIXELS}
+
+
+def messages(turns, album):
+    return [
+        Message(role, tuple(album.references[part] if isinstance(part, int) else part for part in parts))
+        for role, parts in turns
+    ]
+
+
+def with_images(turns):
+    return [(role, [IMAGES[part] if isinstance(part, int) else part for part in parts]) for role, parts in turns]
+
+
+SPREAD = Home(tuple(standin.device(index) for index in range(3)), (range(1), range(1, 3), range(3, 4)))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"step_tokens": 7, "burst_tokens": 7}, {"native": False}, {"home": SPREAD, "step_tokens": 24}],
+    ids=["all at once", "chunks", "torch", "three devices"],
+)
+async def test_packed_answers_are_the_unsplit_models(checkpoint, unsplit, how):
+    """Of several conversations together: in steps that hold everything, and in prefills cut to a few tokens."""
+    async with engine_over(checkpoint, **how) as (engine, prompts):
+        made = await asyncio.gather(*(ask(engine, generation(prompt, 10)) for prompt in prompts))
+    unsplit.processor.size = {"shortest_edge": 3136, "longest_edge": MAX_PIXELS}
+    assert unsplit.tokenizer.convert_tokens_to_ids("<|im_end|>") == SIZES["tiny"].vocab - 12
+    for turns, prompt, (told,) in zip(map(with_images, CONVERSATIONS), prompts, made, strict=True):
         assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
         assert told.tokens == unsplit.answer_ids(turns, 10)
         for item, row in zip(told.logprobs, unsplit.told(turns, told.tokens), strict=True):
             found = torch.tensor([logprob for _, logprob in sorted(item.top)])
             torch.testing.assert_close(found, row[[token for token, _ in sorted(item.top)]], atol=2e-4, rtol=0)
+
+
+async def test_every_level_of_the_deepstack_is_seen(checkpoint):
+    """Without one of them, another distribution."""
+    async with engine_over(checkpoint) as (engine, prompts):
+        ((right,),) = [await ask(engine, generation(prompts[1], 1))]
+    for level in range(1, 4):
+        async with engine_over(checkpoint) as (engine, prompts):
+            for rows in engine._loader.rows.values():
+                rows[level] = 0
+            ((told,),) = [await ask(engine, generation(prompts[1], 1))]
+        assert distance(told, right) > 1e-3
+
+
+async def test_int8_layers_are_near_the_exact_ones(checkpoint):
+    async with engine_over(checkpoint) as (engine, prompts):
+        right = [(await ask(engine, generation(prompt, 1)))[0] for prompt in prompts]
+    async with engine_over(checkpoint, quantization="int8") as (engine, prompts):
+        for prompt, exact in zip(prompts, right, strict=True):
+            assert 1e-4 < distance((await ask(engine, generation(prompt, 1)))[0], exact) < 0.3
+
+
+def distance(told, other):
+    """Mean difference of the first token's log-probabilities."""
+    one, two = (dict(answer.logprobs[0].top) for answer in (told, other))
+    return sum(abs(one[token] - two[token]) for token in one) / len(one)
+
+
+async def test_batches_change_no_bit(checkpoint):
+    """Where the engine's products are its own kernels', the norm of queries and keys keeps rows apart, too."""
+    async with engine_over(checkpoint) as (engine, _):
+        assert engine.describe().batch_invariant
 
 
 def test_positions_are_those_of_transformers(unsplit):
@@ -357,6 +409,7 @@ def test_several_images_over_several_turns(pair):
             assert found == pytest.approx(row.topk(20).values.tolist(), abs=2e-4)
 
 
+@pytest.mark.slow
 def test_after_a_restart_the_store_has_all_of_an_embedding(pair):
     system, unsplit = pair
     file = save(photograph("chelsea", (250, 170)), "PNG")
@@ -390,9 +443,9 @@ def stored(path, image):
     "changes",
     [
         {"deepstack.2": lambda tokens: None},
-        {"deepstack.3": lambda tokens: torch.zeros(tokens, 64)},
+        pytest.param({"deepstack.3": lambda tokens: torch.zeros(tokens, 64)}, marks=pytest.mark.slow),
         {"deepstack.1": lambda tokens: torch.zeros(tokens, 32)},
-        {"deepstack.0": lambda tokens: torch.full((tokens, 64), torch.inf)},
+        pytest.param({"deepstack.0": lambda tokens: torch.full((tokens, 64), torch.inf)}, marks=pytest.mark.slow),
     ],
     ids=["missing", "surplus", "narrower", "not finite"],
 )
@@ -414,6 +467,38 @@ async def test_a_record_that_is_not_all_of_the_deepstack_is_refused(halves, tmp_
         reply = await answer(client, asking(user(reference, QUESTION)))
     await store.close()
     assert reply.text == halves[1].answer([("user", [IMAGES[0], QUESTION])], 8)
+
+
+async def test_a_stored_embedding_without_its_deepstack_is_made_again(halves, tmp_path):
+    settings = VisionSettings(
+        model=str(halves[1].path),
+        listen=f"unix:{tmp_path}/vision.sock",
+        store=f"file://{tmp_path}/store",
+        device="cpu",
+        dtype="float32",
+        tensor_cache_bytes=0,
+    )
+    _, core = build(settings, load(settings))
+    core.start()
+    file, store = encoded(IMAGES[0]), core._store
+    try:
+        made = await core.encode(file)
+        again = await core.encode(file)
+        assert (made.outcome, again.outcome) == ("miss", "hit")
+        assert set(again.record.tensors) == set(tensor_names(3))
+        assert again.reference.record_bytes == len(made.record.serialize()) > 4 * 4 * 64 * made.reference.tokens
+        (key, tensors) = made.reference.key, dict(made.record.tensors)
+        del tensors["deepstack.1"]
+        await store.put(key, replace(made.record, tensors=tensors).serialize())
+        with pytest.raises(LookonceError) as caught:
+            await core.fetch(key)
+        assert caught.value.kind is ErrorKind.EMBEDDING_MISSING
+        assert (await core.encode(file)).outcome == "miss"
+        assert set((await core.encode(file)).record.tensors) == set(tensor_names(3))
+        assert await core.forget([], [made.reference.image_digest]) == (1, True)
+        assert not await store.contains(key)
+    finally:
+        await core.close()
 
 
 # Settings

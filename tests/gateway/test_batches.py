@@ -135,7 +135,7 @@ def test_lines_for_the_other_endpoints(red: httpx2.Client, image_file: ImageFile
         {"custom_id": name, "method": "POST", "url": "/v1/moderations", "body": {"input": what}}
         for name, what in (("text", "a star"), ("image", [part]))
     ]
-    asked = {"questions": ["What?", {"text": "Star?", "choices": ["yes", "no"]}], "max_tokens": 2}
+    asked = {"questions": ["What?", {"text": "Star?", "choices": ["yes", "no"]}], "max_tokens": 2, "max_pixels": 1600}
     url = f"/v1/images/{image}/questions"
     moderated = begin(red, jsonl(*verdicts), "/v1/moderations")
     answered = begin(
@@ -152,6 +152,7 @@ def test_lines_for_the_other_endpoints(red: httpx2.Client, image_file: ImageFile
     prompts = first["usage"]["prompt_tokens"] + second["usage"]["prompt_tokens"]
     assert ended(red, answered)["usage"]["input_tokens"] == prompts
     assert "text" in first and second["choices"].keys() == {"yes", "no"}
+    assert first["usage"]["prompt_tokens_details"]["image_tokens"] == 1  # of 6
 
 
 def test_a_line_that_is_wrong_fails_alone(red: httpx2.Client) -> None:

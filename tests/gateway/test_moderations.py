@@ -130,6 +130,9 @@ def test_a_new_image_is_encoded_once_at_the_size_of_the_policy(
         assert again["category_scores"] == first["category_scores"]
         (large,) = (image for image in http.get("/v1/images").json()["data"] if image["width"] == 336)
         assert large["tokens"] <= 12544 // 28**2  # of 96
+        body["input"][0]["min_pixels"] = 20_000
+        error = http.post("/v1/moderations", json=body).json()["error"]
+        assert error["param"] == "input.0.min_pixels" and "12544" in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from gateway.auth import Tenant
 from gateway.http.request_images import ENCODED_AT_ONCE, keep_all
+from gateway.images.pixel_bounds import PixelBounds
 from gateway.schemas.requests import ImageUrlPart
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError
@@ -30,7 +31,7 @@ class Library:
     def __post_init__(self) -> None:
         self.full = asyncio.Event()
 
-    async def add(self, data: bytes, tenant: Tenant, *, max_pixels: int | None) -> tuple[Any, Any]:
+    async def add(self, data: bytes, tenant: Tenant, *, bounds: PixelBounds) -> tuple[Any, Any]:
         self.at_once += 1
         self.most = max(self.most, self.at_once)
         if self.at_once >= self.seats:

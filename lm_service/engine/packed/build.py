@@ -10,6 +10,7 @@ from lm_service.engine.answer import TokenTable
 from lm_service.engine.packed.device_map import place, wanted
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.self_check import check_language_half
 from lm_service.engine.types import ModelFacts
 from lm_service.settings import LanguageSettings
 from lookonce.models.checkpoint import Checkpoint, Half
@@ -65,4 +66,7 @@ class PackedBuilder:
             step_seconds=settings.step_seconds,
             native=settings.kernels == "auto",
         )
-        return PackedEngine(adapter, table, end_ids, options, facts)
+        engine = PackedEngine(adapter, table, end_ids, options, facts)
+        if settings.self_check == "on":
+            check_language_half(checkpoint, adapter, options, settings.quantization)
+        return engine

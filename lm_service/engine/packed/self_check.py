@@ -1,9 +1,10 @@
-"""The check at start: whether a row of the engine's products depends on how many rows there are."""
+"""The checks at start: whether the packed step computes what the half's weights say, and whether a row of the engine's
+products depends on how many rows there are."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,8 @@ from lm_service.engine.packed.scheduling.scored_questions import score_sequences
 from lm_service.engine.types import EmbeddingSource, ImageSpan, Prompt, ScoreItem, Scoring
 from lookonce.core.errors import LookonceError
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
+from lookonce.models.checkpoint import Checkpoint, Half
+from lookonce.models.self_check import Exam, check_exam, check_half, plain_scores
 from lookonce.models.text_adapter import ModelAdapter
 
 _ASKED = ((4, 17), (33, 6), (4, 1))
@@ -25,22 +28,47 @@ _POOL_TOKENS, _SLAB_TOKENS = 1024, 128
 _log = structlog.get_logger(__name__)
 
 
+def check_language_half(checkpoint: Checkpoint, model: ModelAdapter, options: PackedOptions, quantization: str) -> None:
+    """Hold the packed step, two questions behind one image prefix, to the checkpoint's weights. Blocking. Raises
+    SelfCheckFailed, and RuntimeError for a question that can't be computed."""
+    exam = check_exam(checkpoint, model.shape.vocabulary)
+    check_half(
+        checkpoint,
+        Half.LANGUAGE,
+        model.shape.dtype,
+        quantization,
+        found=lambda: _exam_scores(model, options, exam),
+        by_plain=lambda plain: plain_scores(plain, exam),
+    )
+
+
+def _exam_scores(model: ModelAdapter, options: PackedOptions, exam: Exam) -> list[float]:
+    tokens = exam.rows.shape[1]
+    reference = EmbeddingReference(bytes(DIGEST_BYTES), "", bytes(DIGEST_BYTES), exam.grid_thw, tokens, 0, 0)
+    items = [
+        ScoreItem(
+            Prompt(question.token_ids, (ImageSpan(1, reference),), question.positions, question.next_position),
+            question.choices,
+        )
+        for question in exam.questions
+    ]
+    rows = exam.rows.to(device=model.shape.device, dtype=model.shape.dtype)
+    with torch.inference_mode():
+        return _scored(model, _small(model, options), [items], lambda _: rows)
+
+
 def is_batch_invariant(model: ModelAdapter, options: PackedOptions) -> bool:
     """Whether questions about random embedding rows have the same log-probabilities, to the last bit, in one step and
     in steps of their own. Blocking: a few short forwards."""
     began = time.perf_counter()
-    token = model.shape.token_bytes
-    small = replace(
-        options,
-        kv_bytes=_POOL_TOKENS * token,
-        prefix_bytes=_POOL_TOKENS * token,
-        slab_tokens=_SLAB_TOKENS,
-        batch_invariant=True,
-    )
-    items = _items(model)
+    small, items = _small(model, options), _items(model)
+
+    def rows_of(reference: EmbeddingReference) -> torch.Tensor:
+        return _rows(model, reference)
+
     try:
-        together = _scored(model, small, [items])
-        invariant = together == _scored(model, small, [[item] for item in items])
+        together = _scored(model, small, [items], rows_of)
+        invariant = together == _scored(model, small, [[item] for item in items], rows_of)
     except Exception:  # noqa: BLE001 - a model that can't compute this says so again when it is asked
         _log.exception("the check of the engine's products failed")
         invariant = False
@@ -48,7 +76,18 @@ def is_batch_invariant(model: ModelAdapter, options: PackedOptions) -> bool:
     return invariant
 
 
-def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequence[ScoreItem]]) -> list[float]:
+def _small(model: ModelAdapter, options: PackedOptions) -> PackedOptions:
+    """The same engine with little memory."""
+    pool = _POOL_TOKENS * model.shape.token_bytes
+    return replace(options, kv_bytes=pool, prefix_bytes=pool, slab_tokens=_SLAB_TOKENS, batch_invariant=True)
+
+
+def _scored(
+    model: ModelAdapter,
+    options: PackedOptions,
+    calls: Sequence[Sequence[ScoreItem]],
+    rows_of: Callable[[EmbeddingReference], torch.Tensor],
+) -> list[float]:
     """The sums of all choices, each call a request that begins when the one before it has ended."""
     wanted: list[PrefixPrefill] = []
     core = EngineCore(model, options, wanted.append)
@@ -60,7 +99,7 @@ def _scored(model: ModelAdapter, options: PackedOptions, calls: Sequence[Sequenc
         core.enqueue(request)
         while core.step() or wanted:
             for prefill in wanted:
-                prefill.rows = [(span, _rows(model, span.reference)) for span in prefill.node.images]
+                prefill.rows = [(span, rows_of(span.reference)) for span in prefill.node.images]
                 core.scheduler.loaded(prefill, EmbeddingSource.NONE, 0.0)
             wanted.clear()
         if request.unfinished or any(isinstance(event, LookonceError) for _, event in core.events):

@@ -18,7 +18,7 @@ from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 
-MAX_RECORD_BYTES = 1 << 30
+MAX_RECORD_BYTES = 2 << 30  # 16,384 tokens of a 32B with a deepstack in float32 are 1.3 GB
 _OUTCOMES = {vision_pb2.HIT: "hit", vision_pb2.MISS: "miss", vision_pb2.COALESCED: "coalesced"}
 
 

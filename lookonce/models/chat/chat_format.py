@@ -6,10 +6,12 @@ rendering a probe for each role: a text is never given to a template in a form t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import continued, leading_ids, load_tokenizer, tokenizer_settings
-from lookonce.models.checkpoint.files import Problems, read_json
+from lookonce.models.checkpoint.files import CONFIG, Problems, read_json
 from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -48,14 +50,22 @@ _NEIGHBOUR = Turn("user", ("Hm?",))
 class ChatFormat:
     """Tokenizer and template of one checkpoint. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, names: dict[str, str], image: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        names: dict[str, str],
+        image: str = "",
+        reserved: Collection[int] = (),
+    ) -> None:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
-        image in a message that the template takes as one string."""
+        image in a message that the template takes as one string; `reserved` ids stand for images and their like."""
         self.tokenizer = tokenizer
         self._source = template
         self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
         self._image = image
+        self._reserved = frozenset(reserved)
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
         self.added: dict[str, int] = {
             token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
@@ -74,6 +84,20 @@ class ChatFormat:
     def render(self, turns: Sequence[Turn]) -> str:
         """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
         return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+
+    @cached_property
+    def structure(self) -> frozenset[str]:
+        """Added tokens that structure prompts: what the template writes around any message, what begins, ends or fills
+        a text, what stands for images. They are never read out of a message."""
+        ids = set(self._reserved)
+        for turns in (
+            [Turn("user", (None, _PROBE))],
+            [Turn("system", (_PROBE,)), _NEIGHBOUR, Turn("assistant", ("",))],
+        ):
+            with contextlib.suppress(TemplateRefusal):
+                ids.update(piece for piece in self.pieces(self.render(turns)) if isinstance(piece, int))
+        named = {token for token in self._names.values() if token in self.added}
+        return frozenset(token for token, number in self.added.items() if number in ids or token in named)
 
     def pieces(self, text: str) -> Iterator[str | int]:
         """Spans of plain text, and the ids of the special tokens between them."""
@@ -132,7 +156,9 @@ def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     template = problems.of(stored_template, path, getattr(family, "template", None))
     if tokenizer is None or template is None:
         raise CheckpointError(*problems.found)
-    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    reserved = [number for name in family.token_id_fields if isinstance(number := config.get(name), int)]
+    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved)
 
 
 def end_token_ids(path: Path, family: Family, config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:

@@ -90,7 +90,9 @@ class Checkpoint:
         if entries is None:  # opened for the language half
             found = files.entries_of(self.path, self.family, files.weight_map_of(self.path), {Half.VISION})
             entries = found[Half.VISION]
-        weights = digest.tensors_digest(entries)
+        whole = assembled(self.format, entries)
+        matrices = {name: repr(one.matrix) for name, one in whole.items() if isinstance(one, QuantisedEntry)}
+        weights = digest.tensors_digest(entries, matrices)
         if self.stated_vision_weights not in (None, weights):
             raise _not_of_its_weights(self.path / files.IDENTITY)
         if self.known_identity is not None and self.known_identity.startswith("hub:"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.inventory import STORED_DTYPES, spare_biases, tensor_problems
 from lookonce.models.checkpoint.quantised.matrix import QuantisedEntry, StoredWeight
 from lookonce.models.family import EMBEDDING, HEAD, Half
+from lookonce.models.omp_thread import lone_workers
 
 STAGING_BYTES = 16 << 20
 _TORCH_DTYPES = dict(zip(STORED_DTYPES, (torch.float64, torch.float32, torch.float16, torch.bfloat16), strict=True))
@@ -31,6 +33,8 @@ _PART_DTYPES = _TORCH_DTYPES | {  # of what quantised matrices are stored as
 }  # fmt: skip
 _ROWS = 64
 """Of a quantised matrix, made at a time or a multiple of it: whole words of every format."""
+_BLOCK_BYTES = 1 << 20
+"""Of such rows in float32, about: what is made of them step by step stays in a core's cache."""
 Where = Callable[[str], torch.device]
 """Says on which device a tensor belongs, by its name in the module."""
 
@@ -62,13 +66,30 @@ def load_weights(
     spare = spare_biases(expected, entries)
     wanted = {name: entry for name, entry in entries.items() if name not in spare}
     added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
-    state = {name: tensor for file in _by_file(wanted) for name, tensor in _read_file(*file, added, dtype, where)}
+    reader = _Reader(dtype, where, added)
+    state = {name: tensor for file in _by_file(wanted) for name, tensor in reader.read(*file)}
     if tied:
         state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
     if tied:
         module.get_submodule("lm_head").weight = module.get_submodule("model.embed_tokens").weight
     _check_nothing_on_meta(module)
+
+
+def read_weight(
+    checkpoint: Checkpoint, half: Half, name: str, dtype: torch.dtype, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """One weight as `load_weights` reads it, or its rows from one number up to another, on the CPU. Raises
+    CheckpointError."""
+    entry = checkpoint.half_entries(half)[name]
+    added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
+    if isinstance(entry, TensorEntry) and rows is not None and name not in added:
+        start, stop = rows
+        row_bytes = entry.nbytes // entry.shape[0]
+        shape, offset = (stop - start, *entry.shape[1:]), entry.offset + start * row_bytes
+        entry, rows = replace(entry, shape=shape, offset=offset, nbytes=(stop - start) * row_bytes), None
+    [(_, tensor)] = _Reader(dtype, _always(torch.device("cpu")), added).read(entry.file, [(name, entry)])
+    return tensor if rows is None else tensor[slice(*rows)]
 
 
 def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[str, StoredWeight]]]]:
@@ -78,30 +99,35 @@ def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[st
     return [(file, sorted(group, key=lambda pair: pair[1].offset)) for file, group in sorted(groups.items())]
 
 
-def _read_file(
-    file: Path,
-    group: list[tuple[str, StoredWeight]],
-    added: Mapping[str, LowRank],
-    dtype: torch.dtype,
-    where: Where,
-) -> list[tuple[str, torch.Tensor]]:
-    try:
-        with open(file, "rb", buffering=0) as stream:
-            number = stream.fileno()
-            return [(name, _weight(number, entry, added.get(name), dtype, where(name))) for name, entry in group]
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check the disk and its permissions") from None
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a half's weights as they are wanted."""
 
+    dtype: torch.dtype
+    where: Where
+    added: Mapping[str, LowRank]  # by an adapter
 
-def _weight(
-    descriptor: int, entry: StoredWeight, added: LowRank | None, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    if added is not None:
-        wide = _weight(descriptor, entry, None, torch.float32, torch.device("cpu"))
-        return _merged(wide, added).to(dtype).to(device)
-    if isinstance(entry, TensorEntry):
-        return _read_tensor(descriptor, entry, dtype, device)
-    return _dequantised(entry, dtype, device)
+    def read(self, file: Path, group: list[tuple[str, StoredWeight]]) -> list[tuple[str, torch.Tensor]]:
+        """Those of one file, in the order they lie in."""
+        try:
+            with open(file, "rb", buffering=0) as stream:
+                return [(name, self._weight(stream.fileno(), name, entry)) for name, entry in group]
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error.strerror}); check the disk and its permissions"
+            ) from None
+
+    def _weight(self, descriptor: int, name: str, entry: StoredWeight) -> torch.Tensor:
+        added, device = self.added.get(name), self.where(name)
+        if added is None:
+            return self._stored(descriptor, entry, self.dtype, device)
+        wide = self._stored(descriptor, entry, torch.float32, torch.device("cpu"))
+        return _merged(wide, added).to(self.dtype).to(device)
+
+    def _stored(self, descriptor: int, entry: StoredWeight, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if isinstance(entry, TensorEntry):
+            return _read_tensor(descriptor, entry, dtype, device)
+        return _dequantised(entry, dtype, device)
 
 
 def _merged(weight: torch.Tensor, added: LowRank) -> torch.Tensor:
@@ -132,11 +158,16 @@ def _dequantised(entry: QuantisedEntry, dtype: torch.dtype, device: torch.device
     parts = {ending: _read_part(part) for ending, part in entry.parts.items()}
     outputs, inputs = entry.shape
     tensor = torch.empty(entry.shape, dtype=dtype, device=device)
-    step = max(1, STAGING_BYTES // (torch.float32.itemsize * inputs * _ROWS)) * _ROWS
+    step = max(1, _BLOCK_BYTES // (torch.float32.itemsize * inputs * _ROWS)) * _ROWS
+
+    def fill(start: int) -> None:
+        stop = min(outputs, start + step)
+        tensor[start:stop].copy_(entry.matrix.rows(parts, start, stop))
+
     try:
-        for start in range(0, outputs, step):
-            stop = min(outputs, start + step)
-            tensor[start:stop].copy_(entry.matrix.rows(parts, start, stop))
+        with lone_workers(-(-outputs // step)) as workers:
+            for _ in workers.map(fill, range(0, outputs, step)):
+                pass
     except (ValueError, IndexError) as error:
         raise CheckpointError(
             f"{entry.file}: tensor {entry.stored_name!r} can't be dequantised ({error}); download it again"

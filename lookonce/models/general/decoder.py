@@ -16,7 +16,7 @@ from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
 from lookonce.models.general.limits import Calls, attention_calls
 from lookonce.models.general.positions import position_rows
-from lookonce.models.text_adapter import Attend, ModelShape, Stage
+from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
 
 
 class GeneralText:
@@ -38,7 +38,12 @@ class GeneralText:
         return rows
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor,
+        deepstack: Sequence[Deepstack] = (),
     ) -> torch.Tensor:
         """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
         everything = torch.ones_like(positions[:1])  # a mask given is not searched for in the positions

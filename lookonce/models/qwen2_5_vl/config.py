@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.plain import Plain
 
 _SIZES = (
     "depth",
@@ -70,6 +71,11 @@ class Qwen25VL(Qwen2VL):
         from lookonce.models.qwen2_5_vl.vision import WindowEncoder
 
         return WindowEncoder.load(checkpoint, dtype, device, quantization=quantization, native=native)
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain:
+        from lookonce.models.qwen2_5_vl.plain import PlainQwen25VL
+
+        return PlainQwen25VL(checkpoint, dtype)
 
 
 def vision_problems(vision: dict[str, Any]) -> Iterator[str]:

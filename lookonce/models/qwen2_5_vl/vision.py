@@ -112,7 +112,7 @@ class WindowEncoder(PackedEncoder):
             pause()
             mixed = (whole if block.full else within)(projected)
             hidden = block.proj.plus(mixed, hidden)
-            for rows in hidden.split(self._piece):
+            for rows in torch.split(hidden, self._piece):
                 rows.copy_(block.mlp(self._norm(rows, block.norm2), rows))
                 pause()
         merger = self.tower.merger
@@ -159,8 +159,16 @@ def _block(block: Any, full: bool, make: Callable[[nn.Linear], Linear], missing:
             child.weight.data = functional.pad(child.weight.data, places)
             child.bias.data = functional.pad(child.bias.data, places[2:])
         setattr(mlp, name, LinearModule(make(child)))
-    matrices = (attention.qkv, attention.proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    return BlockWeights(block.norm1.weight.data, block.norm2.weight.data, *map(linear_of, matrices), full)
+    return BlockWeights(
+        norm1=block.norm1.weight.data,
+        norm2=block.norm2.weight.data,
+        qkv=linear_of(attention.qkv),
+        proj=linear_of(attention.proj),
+        gate=linear_of(mlp.gate_proj),
+        up=linear_of(mlp.up_proj),
+        down=linear_of(mlp.down_proj),
+        full=full,
+    )
 
 
 @lru_cache(maxsize=64)

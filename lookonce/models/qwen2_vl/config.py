@@ -15,11 +15,13 @@ from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 from lookonce.models.qwen2_vl.architecture import Architecture, Qwen2VLArchitecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import extended
 
 if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.plain import Plain
     from lookonce.models.text_adapter import ModelAdapter
 
 # Longest first: the newer layout's names start with the older one's `model.`.
@@ -142,8 +144,8 @@ class Qwen2VL:
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         nested = _section(config, "text_config")
         if nested is not None:
-            return dict(nested)
-        return {key: value for key, value in config.items() if key not in _OUTER_KEYS}
+            return extended(dict(nested))
+        return extended({key: value for key, value in config.items() if key not in _OUTER_KEYS})
 
     def problems(
         self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
@@ -268,6 +270,12 @@ class Qwen2VL:
 
         model, head = load_language_model(checkpoint, dtype, where)
         return Qwen2VLAdapter(model, head, quantization=quantization, devices=devices, native=native)
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain | None:
+        """None for a successor that has none of its own."""
+        from lookonce.models.qwen2_vl.plain import PlainQwen2VL
+
+        return PlainQwen2VL(checkpoint, dtype) if self.kind is Qwen2VLArchitecture else None
 
 
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-ROPE_TYPES = ("default", "mrope")
+from lookonce.models.qwen2_vl.rope import STRETCHED, TYPES, rope_type
+
+_YARN_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _VISION_SIZES = (
     "depth",
     "embed_dim",
@@ -145,17 +147,19 @@ def _window_problems(text: dict[str, Any]) -> Iterator[str]:
 
 
 def _rope_problems(text: dict[str, Any], head_width: int, default: Sequence[int]) -> Iterator[str]:
-    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = text.get(name) or {}
     if not isinstance(rope, dict):
         yield f"config.json: {name} must be an object, got {rope!r}; {FROM_REPOSITORY}"
         return
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    kind = rope_type(rope)
+    if kind not in TYPES:
         yield (
-            f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)}); "
+            f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(TYPES)}); "
             f"remove the long-context extension from {name}"
         )
+    elif kind in STRETCHED:
+        yield from _stretch_problems(name, kind, rope)
     section = rope.get("mrope_section", list(default))
     whole = isinstance(section, list) and len(section) == 3 and all(map(is_size, section))
     if not whole or sum(section) != head_width // 2:
@@ -167,6 +171,20 @@ def _rope_problems(text: dict[str, Any], head_width: int, default: Sequence[int]
         theta = holder.get("rope_theta")
         if theta is not None and not (_is_number(theta) and theta > 0):
             yield f"config.json: rope_theta must be a number above 0, got {theta!r}; {FROM_REPOSITORY}"
+
+
+def _stretch_problems(name: str, kind: str, rope: dict[str, Any]) -> Iterator[str]:
+    trained = rope.get("original_max_position_embeddings")
+    for field in _YARN_NUMBERS if kind == "yarn" else ("factor",):
+        value, least = rope.get(field), 1 if field == "factor" else 0
+        unset = value is None and (field != "factor" or (kind == "yarn" and trained is not None))
+        if not unset and not (_is_number(value) and value >= least):
+            yield f"config.json: {name}: {field} must be a number from {least} on, got {value!r}; {FROM_REPOSITORY}"
+    if trained is not None and not is_size(trained):
+        yield (
+            f"config.json: {name}: original_max_position_embeddings must be a whole number above 0, got {trained!r}; "
+            f"{FROM_REPOSITORY}"
+        )
 
 
 def _sizes(settings: dict[str, Any], names: Iterable[str], section: str) -> Iterator[str]:
@@ -185,5 +203,5 @@ def is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -18,6 +18,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import Where, load_weights
 from lookonce.models.qwen2_vl.limits import text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import SECTIONS, THETA, frequencies, mrope_section, rope_frequencies
 from lookonce.models.registry import Half
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -117,16 +118,14 @@ class Rotary:
 
     interleaved = False
     """Whether the sections of M-RoPE are."""
-    default_section: tuple[int, ...] = (16, 24, 24)
-    default_theta = 1_000_000.0
+    default_section: tuple[int, ...] = SECTIONS
+    default_theta = THETA
 
     def __init__(self, config: dict[str, Any], head_dim: int | None = None) -> None:
         """`head_dim`: where that isn't hidden / heads."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        self.attention_scaling = 1.0
-        self.mrope_section: list[int] = list(rope.get("mrope_section", self.default_section))
-        theta = float(rope.get("rope_theta") or config.get("rope_theta") or self.default_theta)
-        self.inv_freq = rope_frequencies(head_dim or config["hidden_size"] // config["num_attention_heads"], theta)
+        self.mrope_section = mrope_section(config, self.default_section)
+        head_width = head_dim or config["hidden_size"] // config["num_attention_heads"]
+        self.inv_freq, self.attention_scaling = frequencies(config, head_width, self.default_theta)
 
 
 class TextAttention(nn.Module):
@@ -178,17 +177,11 @@ class TextModel(nn.Module):
         self.rotary_emb = self.rotary(config)
         # From a tensor, as initialising one on the meta device imports torch's compiler: a second of every start.
         rows = torch.empty(config["vocab_size"], config["hidden_size"])
-        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(
             TextLayer(config, self.attention(config)) for _ in range(config["num_hidden_layers"])
         )
         self.norm = nn.RMSNorm(config["hidden_size"])
-
-
-def rope_frequencies(width: int, theta: float) -> torch.Tensor:
-    """Float32 [width / 2] on the CPU, whatever the default device: theta^(-2i / width) (RoFormer, arXiv:2104.09864)."""
-    steps = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
-    return 1.0 / theta**steps
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

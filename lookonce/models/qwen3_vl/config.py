@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.plain import Plain
     from lookonce.models.text_adapter import ModelAdapter
 
 _VISION_SIZES = (
@@ -72,7 +73,10 @@ class Qwen3VL(Qwen2VL):
         )
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        return replace(super().dimensions(config), deepstack=len(self.architecture(config).deepstack_blocks))
+        """At hand are the rows of the deepstack, too."""
+        found, deepstack = super().dimensions(config), len(self.architecture(config).deepstack_blocks)
+        rows = (1 + deepstack) * found.hidden // found.patches_per_token
+        return replace(found, deepstack=deepstack, patch_numbers=found.patch_numbers + rows)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """With transformers' defaults."""
@@ -116,6 +120,11 @@ class Qwen3VL(Qwen2VL):
         return Qwen2VLAdapter(
             model, head, quantization=quantization, devices=devices, native=native, deepstack=deepstack
         )
+
+    def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain:
+        from lookonce.models.qwen3_vl.plain import PlainQwen3VL
+
+        return PlainQwen3VL(checkpoint, dtype)
 
 
 def vision_problems(vision: dict[str, Any]) -> Iterator[str]:

@@ -54,11 +54,11 @@ class Merger(nn.Module):
     def __init__(self, config: dict[str, Any], *, normed_together: bool) -> None:
         """`normed_together`: a token's patches are normed as one row, not each by itself."""
         super().__init__()
-        self.merged = config["hidden_size"] * config["spatial_merge_size"] ** 2
+        self.merged, self.hidden = config["hidden_size"] * config["spatial_merge_size"] ** 2, config["out_hidden_size"]
         self.normed = self.merged if normed_together else config["hidden_size"]
         self.norm = nn.LayerNorm(self.normed, eps=VISION_EPSILON)
         self.linear_fc1 = nn.Linear(self.merged, self.merged)
-        self.linear_fc2 = nn.Linear(self.merged, config["out_hidden_size"])
+        self.linear_fc2 = nn.Linear(self.merged, self.hidden)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[patches, width] -> [tokens, hidden]."""

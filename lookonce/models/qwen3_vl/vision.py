@@ -49,7 +49,8 @@ class DeepstackEncoder(PackedEncoder):
         rotary: tuple[torch.Tensor, torch.Tensor],
         pause: Pause,
     ) -> torch.Tensor:
-        tower, levels = self.tower, list[torch.Tensor]()
+        tower, levels = self.tower, 0
+        made = hidden.new_empty(1 + len(self._levels), len(hidden) // self.merge_area, tower.merger.hidden)
         self._add_positions(hidden, batch)
         runs = runs_of(counts)
         packed = self._kernels.pack(counts, *rotary) if self._kernels is not None else None
@@ -65,8 +66,10 @@ class DeepstackEncoder(PackedEncoder):
                 rows += block.mlp(block.norm2(rows))
                 pause()
             if number in self._levels:
-                levels.append(self._levels[number](hidden))
-        return torch.stack([tower.merger(hidden), *levels])
+                levels += 1
+                made[levels] = self._levels[number](hidden)
+        made[0] = tower.merger(hidden)
+        return made
 
     def _add_positions(self, hidden: torch.Tensor, batch: list[Patches]) -> None:
         """Add to each patch what the learned positions have at its place: they span every image."""

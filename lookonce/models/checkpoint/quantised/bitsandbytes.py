@@ -46,9 +46,13 @@ class FourBitMatrix:
         first, last = start * inputs, stop * inputs
         packed = parts[WEIGHT].reshape(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
         index = torch.stack([packed >> 4, packed & 15], 1).reshape(-1)[: last - first]
-        scales = self._scales(parts, first // self.block, -(-last // self.block))
-        block = torch.arange(first, last) // self.block - first // self.block
-        values = parts[_MAP].float()[index.int()].mul_(scales[block])
+        begun = first // self.block
+        scales = self._scales(parts, begun, -(-last // self.block))
+        values = parts[_MAP].float()[index.int()]
+        if first % self.block or last % self.block:
+            values *= scales[torch.arange(first, last) // self.block - begun]
+        else:
+            values.view(-1, self.block).mul_(scales[:, None])
         return values.to(getattr(torch, self.dtype)).float().view(stop - start, inputs)
 
     def _scales(self, parts: Mapping[str, torch.Tensor], start: int, stop: int) -> torch.Tensor:

@@ -1,0 +1,182 @@
+"""The check at start: that a loaded half computes what its weights say, on one small image.
+
+What is expected is either recorded (`lookonce verify --record` has the checkpoint's own classes compute it, and writes
+it beside the half) or computed from the weights in their plain form (`lookonce.models.plain`). `lookonce.models` knows
+the image and the questions about it; each service asks its own half and hands the numbers over. Imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import structlog
+import torch
+from PIL import Image
+
+from lookonce.core.errors import CheckpointError
+from lookonce.core.units import format_size
+from lookonce.models.checkpoint import recorded
+from lookonce.models.devices import dtype_name
+from lookonce.models.family import Half
+from lookonce.models.plain import Plain, PlainPrompt
+from lookonce.models.tolerance import bound_of, difference
+
+if TYPE_CHECKING:
+    from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.family import VisionEncoder
+
+ROWS, COLUMNS = 2, 3
+"""Tokens of the image, where a token is a cell of patches."""
+MOST_BYTES = 20 << 30
+"""Weights of a half, as stored, up to which its plain form is computed at every start: it reads all of them again."""
+_QUESTIONS = (9, 4)  # tokens each
+_CHOICES = 32  # of one token
+_log = structlog.get_logger(__name__)
+
+
+class SelfCheckFailed(CheckpointError):
+    """A half that computes something else than its weights say."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Tokens: one of text, the image's, a question; and choices whose log-probabilities are asked for."""
+
+    token_ids: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]  # single tokens, and one of two tokens at the end
+    positions: np.ndarray  # int64 [r, T]
+    next_position: int
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Two questions about an image whose rows are given."""
+
+    grid_thw: tuple[int, int, int]
+    rows: torch.Tensor  # float32 [1 + deepstack, tokens, hidden]
+    questions: tuple[Question, ...]
+
+
+def check_image(checkpoint: Checkpoint) -> Image.Image:
+    """The image, of a size that need not be changed: every pixel another colour than its neighbours."""
+    side = math.isqrt(max(checkpoint.family.least_pixels(checkpoint.config), 16**2))
+    y, x = np.mgrid[: ROWS * side, : COLUMNS * side]
+    channels = [(x * a + y * b + x * y * c) % 256 for a, b, c in ((3, 5, 1), (7, 2, 2), (1, 9, 3))]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def check_exam(checkpoint: Checkpoint, vocabulary: int) -> Exam:
+    """The questions, the same on every machine: numbers by arithmetic, none drawn."""
+    family, config, tokens = checkpoint.family, checkpoint.config, ROWS * COLUMNS
+    grid = (1, ROWS * checkpoint.merge_size, COLUMNS * checkpoint.merge_size)
+    levels = 1 + family.dimensions(config).deepstack
+    places = torch.arange(levels * tokens * checkpoint.hidden_size, dtype=torch.float64)
+    rows = (math.sqrt(2) * torch.sin(places * places % 9973)).float().view(levels, tokens, -1)
+    singles = tuple((number * vocabulary // _CHOICES,) for number in range(_CHOICES))
+    pair = (3, vocabulary - 2) if vocabulary > 8 * _CHOICES else (1, 1)
+    questions = []
+    for length in _QUESTIONS:
+        total = 1 + tokens + length
+        ids = tuple(7919 * (place + length) % vocabulary for place in range(1, total))
+        positions, following = family.positions(config, total, [(1, grid)])
+        questions.append(Question((0, *ids), (*singles, pair), positions, following))
+    return Exam(grid, rows, tuple(questions))
+
+
+def plain_scores(plain: Plain, exam: Exam) -> list[float]:
+    """Log-probabilities of all choices of all questions, by a half's plain form."""
+    prompts = []
+    for question in exam.questions:
+        first = question.choices[-1][0]
+        positions = torch.from_numpy(np.array(question.positions))
+        further = torch.full((len(positions), 1), question.next_position)
+        ids = (*question.token_ids, first)
+        prompts.append(PlainPrompt(ids, 1, exam.rows, torch.cat([positions, further], dim=1), last=2))
+    return scores_of(plain.logits(prompts), exam)
+
+
+def scores_of(logits: Sequence[torch.Tensor], exam: Exam) -> list[float]:
+    """From the logits [2, vocabulary] of each question's last token, and of the pair's first after it."""
+    found: list[float] = []
+    for each, question in zip(logits, exam.questions, strict=True):
+        asked, then = each.double().log_softmax(-1)
+        *singles, (first, second) = question.choices
+        found += [float(asked[number]) for (number,) in singles]
+        found.append(float(asked[first] + then[second]))
+    return found
+
+
+def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: str) -> None:
+    """Hold a loaded vision half to its weights. Raises SelfCheckFailed."""
+    image = check_image(checkpoint)
+
+    def found() -> Sequence[float]:
+        pixels = image.width * image.height
+        [rows] = encoder.encode([encoder.prepare(image, pixels, pixels)])
+        return rows.float().flatten().tolist()
+
+    check_half(
+        checkpoint,
+        Half.VISION,
+        encoder.dtype,
+        quantization,
+        found=found,
+        by_plain=lambda plain: plain.rows(image).flatten().tolist(),
+    )
+
+
+def check_half(
+    checkpoint: Checkpoint,
+    half: Half,
+    dtype: torch.dtype,
+    quantization: str,
+    *,
+    found: Callable[[], Sequence[float]],
+    by_plain: Callable[[Plain], Sequence[float]],
+) -> None:
+    """Compare what a half computes with what is recorded of it, or else with its plain form; log what came of it.
+
+    Raises SelfCheckFailed naming the check, the difference and the bound."""
+    began = time.perf_counter()
+    expected: Sequence[float] | None = recorded.read(checkpoint, half)
+    against: Literal["its record", "its plain form"] = "its record"
+    if expected is None:
+        against, plain = "its plain form", _plain(checkpoint, half, dtype)
+        if plain is None:
+            return
+        expected = by_plain(plain)
+    worst, bound = difference(found(), expected), bound_of(dtype_name(dtype), quantization)
+    taken = round((time.perf_counter() - began) * 1000, 1)
+    if not worst <= bound:
+        raise SelfCheckFailed(failure(half, against, worst, bound, dtype))
+    _log.info("self-check passed", half=half.value, against=against, difference=f"{worst:.2g}", bound=bound, ms=taken)
+
+
+def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype) -> str:
+    """What an operator is told."""
+    what = "the rows of an image" if half is Half.VISION else "log-probabilities of two questions about one image"
+    return (
+        f"self-check of the {half.value} half failed: {what} differ from {against} by {worst:.2g}, "
+        f"the bound in {dtype_name(dtype)} is {bound:g}. Nothing is served. "
+        "Try --kernels torch, which leaves out kernels compiled for this machine; `lookonce verify MODEL` says more, "
+        "--self-check off serves it all the same"
+    )
+
+
+def _plain(checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> Plain | None:
+    """None, with the reason logged: the family has none, or it would take too long."""
+    stored, make = checkpoint.weight_bytes(half), getattr(checkpoint.family, "plain", None)
+    plain: Plain | None = make(checkpoint, dtype) if make is not None else None
+    if plain is None:
+        reason = f"{checkpoint.family.model_type} has no plain form of it"
+    elif stored > MOST_BYTES:
+        reason = f"its plain form would read {format_size(stored)} again"
+    else:
+        return plain
+    _log.warning("self-check left out: `lookonce verify MODEL --record` makes one", half=half.value, reason=reason)
+    return None

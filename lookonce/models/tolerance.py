@@ -1,0 +1,30 @@
+"""How far two computations of the same numbers may lie apart: one table, for the check at start and `lookonce verify`.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+BOUNDS = {"float32": 2e-4, "float16": 0.02, "bfloat16": 0.1}
+"""Greatest difference by compute dtype."""
+INT8_BOUND = 0.3
+"""The same where a half's matrices are int8, and what is expected is computed from the weights as they were before."""
+
+
+def bound_of(dtype: str, quantization: str = "none") -> float:
+    """The greatest difference that is rounding."""
+    return BOUNDS[dtype] if quantization == "none" else INT8_BOUND
+
+
+def difference(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The greatest, as a share of the largest number expected, or of 1; infinite where there are more or fewer, NaN
+    where one is not a number."""
+    if len(found) != len(expected):
+        return math.inf
+    ours, theirs = (np.asarray(numbers, dtype=np.float64) for numbers in (found, expected))
+    return float(np.abs(ours - theirs).max(initial=0.0) / np.abs(theirs).max(initial=1.0))
