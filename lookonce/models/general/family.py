@@ -32,6 +32,8 @@ MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
 _REMEMBERED = 128
 """Layouts whose positions are kept."""
+_LEAST_PIXELS = 64
+"""Of an image that a service takes. Smaller ones are made up by checks, and laid out as text."""
 _SMALL = (150, 60)
 """Width and height of an image whose markers are checked at start."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
@@ -51,6 +53,8 @@ _UNSTATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_
 class GeneralFamily:
     """A family of one checkpoint: its class is made for its config.json, its prompts by its processor."""
 
+    checks_itself = True
+    """Loading compares the language half with its class, and the vision half's rows with what its processor writes."""
     words = r"\s*\S+|\s+"
     cpu_max_pixels = MOST_PIXELS
     layouts = "those that its transformers class saves"
@@ -202,6 +206,7 @@ class GeneralFamily:
 
         if position_rows(self.architecture.model) == 1:
             return np.arange(length, dtype=np.int64)[None], length
+        images = tuple(image for image in images if min(image[1]) >= 1 and image[1][1] * image[1][2] >= _LEAST_PIXELS)
         texts = [(start, self.texts.of(columns, rows)) for start, (_, rows, columns) in images]
         runs = [((start + text.first, text.tokens), text.grid) for start, text in texts if text.grid is not None]
         positions = rope_positions(self.architecture.model, length, runs)
