@@ -15,7 +15,7 @@ from lm_service.engine.answer import Detokenizer
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
-from lm_service.prompt import Message, PromptBuilder, load_template
+from lm_service.prompt import Message, PromptBuilder, Turn, load_template
 from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint.check import check_checkpoint, open_checked
@@ -217,6 +217,21 @@ def test_sentencepiece_is_read_as_its_library_reads_it(ids, checkpoint, unsplit)
     detokenizer = Detokenizer(table)
     text = "".join(detokenizer.push(number) for number in ids) + detokenizer.flush()
     assert text == unsplit.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_tokens_of_llamas_older_files_are_the_same(checkpoint, unsplit, tmp_path, monkeypatch):
+    """Where a normaliser, and no pre-tokeniser, writes the space before a text: before every piece between tokens."""
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    stated = json.loads((path / "tokenizer.json").read_text())
+    steps = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    stated |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    (path / "tokenizer.json").write_text(json.dumps(stated))
+    family = family_of(json.loads((path / "config.json").read_text()), path)
+    ids = load_template(path, family).ids([Turn("user", (None, "Zoë, why? 12"))])
+    at = ids.index(family.texts.image_id)
+    older = Unsplit(path, monkeypatch).inputs(user(IMAGE, "Zoë, why? 12"))["input_ids"][0].tolist()
+    assert ids[:at] + [family.texts.image_id] * 16 + ids[at + 1 :] == older
+    assert older != unsplit.inputs(user(IMAGE, "Zoë, why? 12"))["input_ids"][0].tolist()
 
 
 class Split:
