@@ -234,6 +234,19 @@ def test_tokens_of_llamas_older_files_are_the_same(checkpoint, unsplit, tmp_path
     assert older != unsplit.inputs(user(IMAGE, "Zoë, why? 12"))["input_ids"][0].tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["llava", "smolvlm", "internvl", "llava_onevision", "llava_next", "mistral3", "blip2"]
+)
+def test_what_a_processor_config_leaves_out_follows_from_config_json(family, tmp_path):
+    path = make(family, tmp_path / family)
+    stated = Split(path).encoded(IMAGE, 1)[0]
+    (path / "processor_config.json").unlink()
+    split = Split(path)  # whose rows are held to its tokens
+    reference, _ = split.encoded(IMAGE, 1)
+    assert reference == stated and split.prompts.build([Message("user", (reference, QUESTION))])
+
+
 class Split:
     """Both halves of a checkpoint in this process, each loaded as its service loads it."""
 

@@ -36,7 +36,7 @@ class ImageTexts:
     def __init__(self, path: Path, architecture: Architecture) -> None:
         """Raises CheckpointError."""
         self.has_tokens = any((path / name).is_file() for name in (TOKENIZER, VOCABULARY))
-        self.processor = Processor(path, architecture.config.model_type, tokenizer=self.has_tokens)
+        self.processor = Processor(path, architecture.config, tokenizer=self.has_tokens)
         self.image_token = self.processor.image_token
         try:
             self.each_alone = self.processor.each_alone()
