@@ -169,7 +169,10 @@ def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.d
 
 
 def _plain(checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> Plain | None:
-    """None, with the reason logged: the family has none, or it would take too long."""
+    """None, with the reason logged: the family has none, or it would take too long. One that checks its halves as it
+    loads them has none either."""
+    if getattr(checkpoint.family, "checks_itself", False):
+        return None
     stored, make = checkpoint.weight_bytes(half), getattr(checkpoint.family, "plain", None)
     plain: Plain | None = make(checkpoint, dtype) if make is not None else None
     if plain is None:
