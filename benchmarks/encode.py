@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -23,10 +24,7 @@ from PIL import Image
 
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.family import Patches
-from lookonce.models.qwen2_vl.preprocessing import Preprocessor
-from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from lookonce.models.qwen2_vl.vision import Encoder
+from lookonce.models.family import Patches, VisionEncoder
 from protos.lookonce.v1 import vision_pb2
 from tests.processes import ServiceProcess
 
@@ -45,7 +43,7 @@ def photographs(count: int, side: int, seed: int) -> list[bytes]:
     return files
 
 
-def bare(encoder: Encoder, patches: list[Patches]) -> float:
+def bare(encoder: VisionEncoder, patches: list[Patches]) -> float:
     """Seconds of the forwards alone, in batches of CONCURRENCY."""
     started = time.perf_counter()
     for start in range(0, len(patches), CONCURRENCY):
@@ -68,13 +66,15 @@ async def through_grpc(client: VisionClient, files: list[bytes]) -> float:
     return time.perf_counter() - started
 
 
-async def measure(size: str, images: int, side: int, rounds: int, threads: int) -> dict[str, float | str | int]:
+async def measure(
+    family: str, size: str, images: int, side: int, rounds: int, threads: int
+) -> dict[str, float | str | int]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as directory:
-        path = make_random_checkpoint(Path(directory) / "model", size=size)
+        maker = import_module(f"lookonce.models.{family}.synthetic")
+        path = maker.make_random_checkpoint(Path(directory) / "model", size=size)
         checkpoint = open_checkpoint(str(path), needs=Half.VISION)
-        encoder = Encoder.load(checkpoint, torch.float32, torch.device("cpu"))
-        preprocessor = Preprocessor(checkpoint.preprocessor)
+        encoder = checkpoint.family.load_encoder(checkpoint, torch.float32, torch.device("cpu"))
         encoder.warm_up()
         args = ("--model", str(path), "--dtype", "float32", "--device", "cpu", "--threads", str(threads))
         floors, times = [], []
@@ -83,7 +83,7 @@ async def measure(size: str, images: int, side: int, rounds: int, threads: int) 
             for number in range(rounds + 1):
                 files = photographs(images, side, seed=number)
                 patches = [
-                    preprocessor(Image.open(BytesIO(data)), checkpoint.min_pixels, checkpoint.max_pixels)
+                    encoder.prepare(Image.open(BytesIO(data)), checkpoint.min_pixels, checkpoint.max_pixels)
                     for data in files
                 ]
                 floor, seconds = bare(encoder, patches), await through_grpc(client, files)
@@ -93,6 +93,7 @@ async def measure(size: str, images: int, side: int, rounds: int, threads: int) 
             await client.close()
     floor, seconds = statistics.median(floors), statistics.median(times)
     return {
+        "family": family,
         "size": size,
         "images": images,
         "patches": patches[0].count,
@@ -105,6 +106,7 @@ async def measure(size: str, images: int, side: int, rounds: int, threads: int) 
 def main() -> int:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__.splitlines()[0])
+    parser.add_argument("--family", default="qwen2_vl", help="model_type of the checkpoints (default: qwen2_vl)")
     parser.add_argument("--sizes", nargs="+", default=["tiny", "50m"], help="random checkpoints (tiny 50m)")
     parser.add_argument("--images", type=int, default=16, help="images a round")
     parser.add_argument("--side", type=int, default=448, help="pixels a side")
@@ -114,7 +116,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
-        asyncio.run(measure(size, options.images, options.side, options.rounds, options.threads))
+        asyncio.run(measure(options.family, size, options.images, options.side, options.rounds, options.threads))
         for size in options.sizes
     ]
     text = json.dumps(rows, indent=2)

@@ -1,8 +1,8 @@
-"""What each service holds and reads, at real Qwen2-VL-2B dimensions, against the unsplit model.
+"""What each service holds and reads, at real Qwen2-VL-2B dimensions (or another family's), against the unsplit model.
 
-A random-weight checkpoint (bfloat16, 4.4 GB) is written once. Each subject then starts in a fresh process, with the
-checkpoint's pages dropped from the page cache; its resident memory comes from /proc/PID/smaps_rollup once it is ready,
-the bytes it read from /proc/PID/io. Linux only.
+A random-weight checkpoint (bfloat16; 4.4 GB, Qwen2.5-VL-3B 7.5 GB) is written once. Each subject then starts in a
+fresh process, with the checkpoint's pages dropped from the page cache; its resident memory comes from
+/proc/PID/smaps_rollup once it is ready, the bytes it read from /proc/PID/io. Linux only.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.models.checkpoint import Half, open_checkpoint
-from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 
 UNSPLIT = """
 import sys, time, torch
-from transformers import Qwen2VLForConditionalGeneration
-model = Qwen2VLForConditionalGeneration.from_pretrained(sys.argv[1], dtype="auto")
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="auto")
 for parameter in model.parameters():  # mapped until used: touch every page, as the first forward does
     parameter.data.view(-1)[::1024].sum()
 print("ready", flush=True)
@@ -37,15 +37,17 @@ MIB = 1 << 20
 def main() -> int:
     """Measure the three subjects and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="2b", help="size of the random checkpoint (default: 2b)")
+    parser.add_argument("--family", default="qwen2_vl", help="model_type of the random checkpoint (default: qwen2_vl)")
+    parser.add_argument("--size", default="2b", help="its size (default: 2b; 3b of qwen2_5_vl)")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--model", help="an existing checkpoint instead of a random one")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lookonce-memory-") as folder:
         os.environ.setdefault("LOOKONCE_CACHE_DIR", f"{folder}/cache")
+        maker = import_module(f"lookonce.models.{options.family}.synthetic")
         model = options.model or str(
-            make_random_checkpoint(Path(folder, "model"), size=options.size, dtype=options.dtype, shards=2)
+            maker.make_random_checkpoint(Path(folder, "model"), size=options.size, dtype=options.dtype, shards=2)
         )
         checkpoint = open_checkpoint(
             model

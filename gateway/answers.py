@@ -138,7 +138,12 @@ class _Asking(Attempts[LanguageClient]):
         references = iter(self.resolved)
         for number, question in enumerate(questions):
             messages = _to_messages(question.turns, references)
-            request.items.add(id=str(number), messages=messages, choices=question.choices)
+            request.items.add(
+                id=str(number),
+                messages=messages,
+                choices=question.choices,
+                special_tokens=question.special_tokens,
+            )
         response = await client.score(request, timeout=left + GRACE_SECONDS)
         outcomes = [
             from_proto(result.error) if result.WhichOneof("outcome") == "error" else result.scores

@@ -45,3 +45,4 @@ class ChoiceQuestion:
     id: str
     turns: tuple[Turn, ...]
     choices: tuple[str, ...]
+    special_tokens: bool = False  # that the turns spell are those tokens

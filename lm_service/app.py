@@ -27,6 +27,7 @@ from lookonce.core.rpc.server import Server
 from lookonce.core.stores import Store, open_store
 from lookonce.core.version import __version__
 from lookonce.models.chat.chat_format import end_token_ids
+from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults, sampling_defaults
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.omp_thread import run_in_omp_thread
@@ -43,6 +44,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     template: ChatTemplate
     engine: Engine
+    defaults: SamplingDefaults  # of the parameters that a request leaves out
 
 
 @dataclass(frozen=True)
@@ -60,13 +62,14 @@ class LanguageService:
 def load(settings: LanguageSettings) -> LoadedModel:
     """Read the checkpoint's language half (blocking). Raises CheckpointError or INVALID_ARGUMENT."""
     builder = builder_of(settings)
-    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision)
+    checkpoint = open_checked(settings.model, Half.LANGUAGE, settings.revision, settings.adapter)
     family, config = checkpoint.family, checkpoint.config
     template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     end_ids = end_token_ids(checkpoint.path, family, config, template.chat)
     context_length = _context_length(checkpoint, settings.context_length)
     engine = run_in_omp_thread(builder.build, checkpoint, template.table, end_ids, context_length)
-    return LoadedModel(checkpoint, template, engine)
+    defaults = sampling_defaults(checkpoint.path) if settings.generation_config == "auto" else GREEDY
+    return LoadedModel(checkpoint, template, engine, defaults)
 
 
 def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
@@ -86,6 +89,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         peers=peers,
         hidden_size=checkpoint.hidden_size,
         accepted=accepted,
+        names=checkpoint.embedding_tensors,
     )
     prompts = PromptBuilder(
         template,
@@ -105,6 +109,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         learn_encoders=peers.learn_encoders,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
+        defaults=model.defaults,
     )
     server = Server(settings.server)
     server.add(SERVICE_NAME, partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer))

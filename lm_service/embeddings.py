@@ -76,8 +76,11 @@ def _same(one: EmbeddingReference, other: EmbeddingReference) -> bool:
     return all(getattr(one, field) == getattr(other, field) for field in fields)
 
 
-def rows_of_record(record: EmbeddingRecord, reference: EmbeddingReference, hidden_size: int) -> TensorView:
-    """The rows [tokens, hidden] as they are stored, once the record is the one referred to and fits the model.
+def rows_of_record(
+    record: EmbeddingRecord, reference: EmbeddingReference, hidden_size: int, names: Sequence[str]
+) -> list[TensorView]:
+    """The tensors [tokens, hidden] of these names as they are stored, once the record is the one referred to and fits
+    the model.
 
     Raises DamagedRecord, EMBEDDING_INVALID for another image's record, FINGERPRINT_MISMATCH.
     """
@@ -91,12 +94,15 @@ def rows_of_record(record: EmbeddingRecord, reference: EmbeddingReference, hidde
         raise RecordError("the embedding under this key is of another image")
     if record.grid_thw != reference.grid_thw or record.tokens != reference.tokens:
         raise RecordError("the embedding's grid or token count differs from the reference's")
-    view = record.tensors[EMBEDDING]
-    if view.shape[0] != reference.tokens:
-        raise DamagedRecord(f"embedding has {view.shape[0]} rows, its grid makes {reference.tokens} tokens")
-    if view.shape[1] != hidden_size:
-        raise DamagedRecord(f"embedding has width {view.shape[1]}, the model takes {hidden_size}")
-    return view
+    if set(record.tensors) != set(names):
+        raise DamagedRecord(f"embedding has other tensors than the model takes, {', '.join(names)}")
+    views = [record.tensors[name] for name in names]
+    for name, view in zip(names, views, strict=True):
+        if view.shape[0] != reference.tokens:
+            raise DamagedRecord(f"embedding has {view.shape[0]} rows, its grid makes {reference.tokens} tokens")
+        if view.shape[1] != hidden_size:
+            raise DamagedRecord(f"embedding has width {view.shape[1]} in {name}, the model takes {hidden_size}")
+    return views
 
 
 class EmbeddingResolver:
@@ -110,18 +116,17 @@ class EmbeddingResolver:
         peers: VisionPeers,
         hidden_size: int,
         accepted: AcceptedEncoders,
+        names: Sequence[str] = (EMBEDDING,),
     ) -> None:
-        """`hidden_size` is the width of the model's rows."""
+        """`hidden_size` is the width of the model's rows; `names` are those of an embedding's tensors."""
         self.tensors = tensors
         self._cache = cache
         self._peers = peers
-        self._hidden_size = hidden_size
+        self._hidden_size, self._names = hidden_size, names
         self._accepted = accepted
         self._flights: Flights[tuple[Rows, EmbeddingSource]] = Flights()
 
-    async def load(
-        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
-    ) -> tuple[R, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Callable[..., R]) -> tuple[R, EmbeddingSource]:
         """See `EmbeddingLoader.load`; also raises FINGERPRINT_MISMATCH."""
         self._accepted.check(reference)
         rows, source = self.tensors.get(reference), EmbeddingSource.TENSOR_CACHE
@@ -150,9 +155,7 @@ class EmbeddingResolver:
         METRICS.tensor_cache_holds(self.tensors.bytes)
         return dropped, await self._cache.forget(doomed)
 
-    async def _load(
-        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], Rows]
-    ) -> tuple[Rows, EmbeddingSource]:
+    async def _load(self, reference: EmbeddingReference, rows_of: Callable[..., Rows]) -> tuple[Rows, EmbeddingSource]:
         refusal: LookonceError | None = None
         record, asked = None, True
         try:
@@ -176,12 +179,12 @@ class EmbeddingResolver:
         return rows, EmbeddingSource.FETCHED
 
     async def _admit(
-        self, record: EmbeddingRecord, reference: EmbeddingReference, rows_of: Callable[[TensorView], Rows]
+        self, record: EmbeddingRecord, reference: EmbeddingReference, rows_of: Callable[..., Rows]
     ) -> Rows:
         try:
-            view = rows_of_record(record, reference, self._hidden_size)
-            inline = view.data.nbytes <= INLINE_BYTES
-            rows = rows_of(view) if inline else await asyncio.to_thread(run_in_omp_thread, rows_of, view)
+            views = rows_of_record(record, reference, self._hidden_size, self._names)
+            inline = sum(view.data.nbytes for view in views) <= INLINE_BYTES
+            rows = rows_of(*views) if inline else await asyncio.to_thread(run_in_omp_thread, rows_of, *views)
         except LookonceError:
             METRICS.invalid.inc()
             raise

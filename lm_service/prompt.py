@@ -24,6 +24,7 @@ from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.chat.tokenizer import is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
@@ -111,7 +112,7 @@ class AcceptedEncoders:
             return tuple(checkpoint.encoder_spec(dtype, way, weights).fingerprint() for dtype in dtypes for way in ways)
 
         weights = encoder_weights or checkpoint.vision_weights
-        return cls((), _Untold(checkpoint.identity, derive)) if weights is None else cls(derive(weights))
+        return cls((), _Untold(checkpoint.encoder_identity, derive)) if weights is None else cls(derive(weights))
 
     @property
     def are_known(self) -> bool:
@@ -172,25 +173,33 @@ class PromptBuilder:
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
         self._positions = partial(family.positions, config)
+        self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
-    def build(self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"") -> Prompt:
+    def build(
+        self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"", special_tokens: bool = False
+    ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context; `salt`: see `ChatTemplate.ids`. Raises INVALID_ARGUMENT,
-        FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`. Raises
+        INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
         self._check_text(messages)
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns, salt), images)
+        token_ids, spans = self._expand(self.template.ids(turns, salt, special_tokens=special_tokens), images)
         self._check_size(len(token_ids), reserve)
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
         return Prompt(tuple(token_ids), tuple(spans), positions, following)
+
+    def is_short(self, messages: Sequence[Message]) -> bool:
+        """`is_short`, and no image is of a size that the family has yet to lay out by work."""
+        images = (part for message in messages for part in message.parts if isinstance(part, EmbeddingReference))
+        return is_short(messages) and all(self.has_laid_out(image.grid_thw) for image in images)
 
     def _check(self, messages: Sequence[Message]) -> list[EmbeddingReference]:
         if not messages:
@@ -267,21 +276,26 @@ class ChatTemplate:
         self.chat = chat
         tokenizer = chat.tokenizer
         self._tokenizer = tokenizer
-        self._starts = re.compile("|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)")
+        starts = "|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)"
+        self._starts = re.compile(starts)
+        typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
+        self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
         special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids)
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
-    def ids(self, turns: Sequence[Turn], salt: bytes = b"") -> list[int]:
+    def ids(self, turns: Sequence[Turn], salt: bytes = b"", *, special_tokens: bool = False) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image. What is
         remembered from an earlier call is so among callers of one salt: the time it takes tells others nothing.
+        `special_tokens`: those that a text spells are tokens, unless they structure prompts (`ChatFormat.structure`).
 
         Raises INVALID_ARGUMENT when the checkpoint's template refuses the messages.
         """
         short = sum(len(part) for turn in turns for part in turn.parts if part is not None) <= _REMEMBERED_CHARACTERS
-        return list(self._remembered(tuple(turns), salt) if short else self._ids(turns))
+        ids = self._remembered if short else self._ids
+        return list(ids(tuple(turns), salt, special_tokens))
 
     def count(self, texts: Iterable[str], enough: int) -> int:
         """About how many tokens texts have, looked at in pieces until there are more than `enough`.
@@ -297,17 +311,20 @@ class ChatTemplate:
                     return total
         return total
 
-    def _ids(self, turns: Sequence[Turn], salt: bytes = b"") -> tuple[int, ...]:
+    def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool) -> tuple[int, ...]:
         mark = self._mark(turns)
         # Wherever a special token could begin, also one that goes on in the next part, the mark breaks it.
-        marked = [Turn(turn.role, tuple(part and self._marked(part, mark) for part in turn.parts)) for turn in turns]
+        breaks = self._typed_or_starts if special_tokens else self._starts
+        marked = [Turn(turn.role, tuple(part and _marked(part, breaks, mark) for part in turn.parts)) for turn in turns]
         try:
             rendered = self.chat.render(marked)
         except TemplateRefusal as error:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        return tuple(chain.from_iterable(self._encode(piece, mark) for piece in self.chat.pieces(rendered)))
+        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
+        pieces = enumerate(self.chat.pieces(rendered))
+        return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -315,6 +332,12 @@ class ChatTemplate:
         if len(text) <= _BRIEF:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def _continued_ids(self, text: str) -> list[int]:
+        """`text_ids` of text behind other text."""
+        if self.chat.continued is self._tokenizer:
+            return self.text_ids(text)
+        return self.chat.continued.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def choice_ids(self, text: str, salt: bytes = b"") -> tuple[int, ...]:
         """`text_ids` of a short text that is likely to be asked for again by callers of the same salt."""
@@ -334,11 +357,16 @@ class ChatTemplate:
             raise invalid("messages: the text uses every private-use character of Unicode", param="messages")
         return mark
 
-    def _marked(self, text: str, mark: str) -> str:
-        return self._starts.sub(lambda match: match.group() + mark, text)
+    def _encode(self, piece: str | int, mark: str, *, first: bool) -> list[int]:
+        if isinstance(piece, int):
+            return [piece]
+        text = piece.replace(mark, "")
+        return self.text_ids(text) if first else self._continued_ids(text)
 
-    def _encode(self, piece: str | int, mark: str) -> list[int]:
-        return [piece] if isinstance(piece, int) else self.text_ids(piece.replace(mark, ""))
+
+def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:
+    """With a mark behind each match; of a pattern with a group, behind those of the group."""
+    return breaks.sub(lambda match: match.group() + (mark if match.lastindex == (breaks.groups or None) else ""), text)
 
 
 def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:

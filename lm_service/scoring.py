@@ -77,11 +77,18 @@ class Scorer:
 
         asked: list[_Asked | None] = []
         until = time.perf_counter() + _INLINE_SECONDS
-        while len(asked) < len(items) and _is_short(items[len(asked)]) and time.perf_counter() < until:
+        while len(asked) < len(items) and self._is_short(items[len(asked)]) and time.perf_counter() < until:
             asked += prepare(range(len(asked), len(asked) + 1))
         if len(asked) < len(items):
             asked += await self._prompt_thread.run(prepare, range(len(asked), len(items)))
         return [entry for entry in asked if entry is not None]
+
+    def _is_short(self, item: language_pb2.ScoreItem) -> bool:
+        parts = [part for message in item.messages for part in message.parts]
+        size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
+        grids = (part.image.grid for part in parts if part.HasField("image"))
+        known = all(self._builder.has_laid_out((grid.t, grid.h, grid.w)) for grid in grids)
+        return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT and known
 
     def _prepare(
         self,
@@ -95,7 +102,8 @@ class Scorer:
             choices = choices_of(item)
             tokens = tuple(self._builder.template.choice_ids(choice, salt) for choice in choices)
             messages = messages_of(item.messages, known=known)
-            prompt = self._builder.build(messages, reserve=max(map(len, tokens)), salt=salt)
+            reserve = max(map(len, tokens))
+            prompt = self._builder.build(messages, reserve=reserve, salt=salt, special_tokens=item.special_tokens)
         except LookonceError as error:
             result.error.CopyFrom(to_proto(error))
             return None
@@ -147,12 +155,6 @@ class Scorer:
         for timings in await gather_or_end([run(group) for group in groups]):
             _add(total, timings)
         return total
-
-
-def _is_short(item: language_pb2.ScoreItem) -> bool:
-    parts = [part for message in item.messages for part in message.parts]
-    size = sum(map(len, item.choices)) + sum(len(part.text) + part.image.tokens for part in parts)
-    return len(parts) <= 16 and len(item.choices) <= 16 and size <= SHORT
 
 
 def _add(total: Timings, more: Timings) -> None:

@@ -12,9 +12,10 @@ from typing import Any, cast
 from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread, is_short
+from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
+from lookonce.models.chat.generation_config import SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
 
@@ -33,8 +34,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         learn_encoders: Callable[[], Awaitable[None]],
         max_tokens: int,
         max_timeout: float,
+        defaults: SamplingDefaults,
     ) -> None:
-        """`learn_encoders` has vision services asked which encoders are `accepted`, where that is not known."""
+        """`learn_encoders` has vision services asked which encoders are `accepted`, where that is not known.
+        `defaults` are those of sampling parameters that a request leaves out."""
         self._engine = engine
         self._builder = builder
         self._resolver = resolver
@@ -46,6 +49,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._learn_encoders = learn_encoders
         self._max_tokens = min(max_tokens, builder.context_length)
         self._max_timeout = max_timeout
+        self._defaults = defaults
 
     def close(self) -> None:
         """Begin no prompt any more."""
@@ -97,17 +101,16 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             running=state.running,
             waiting=state.waiting,
             generated_tokens=state.generated_tokens,
+            sampling_defaults=language_pb2.SamplingParameters(**self._defaults.stated),  # type: ignore[arg-type]
         )
 
     async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
         deadline = self._deadline(request, context)
         await self._know_encoders(request.messages)
-        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens)
+        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults)
         messages = messages_of(request.messages)
-        if is_short(messages):
-            prompt = self._builder.build(messages, salt=request.cache_salt)
-        else:
-            prompt = await self._prompt_thread.run(partial(self._builder.build, messages, salt=request.cache_salt))
+        build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
+        prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt

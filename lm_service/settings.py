@@ -23,6 +23,7 @@ class LanguageSettings(Settings):
 
     model: str = Field(description="Checkpoint: local directory (whole or language half) or hub id.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: local directory or hub id.")
     listen: str = Field("127.0.0.1:50052", description="host:port (port 0: any free one) or unix:/path.")
     store: str = Field("memory://", description="Where the vision service puts embeddings: file:///path, redis://...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of memory and file stores.")
@@ -74,6 +75,11 @@ class LanguageSettings(Settings):
         1.0, description="Longest a step should take: long prompts are cut so that others' tokens need not wait longer."
     )
     context_length: int | None = Field(None, ge=16, description="Most tokens of prompt and answer; unset: the model's.")
+    generation_config: Literal["auto", "none"] = Field(
+        "auto",
+        description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json), "
+        "none (greedy).",
+    )
     max_tokens: int = Field(8192, ge=1, description="Most tokens of one answer, and how many when none is asked for.")
     max_images: int = Field(64, ge=1, le=4096, description="Most images in one prompt.")
     max_timeout: Seconds = Field(600.0, description="Longest a request may take.")

@@ -20,6 +20,7 @@ from lm_service.prompt import Message
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.core.rpc.messages import reference_from_proto
+from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2
 
 MAX_MESSAGES = 1024
@@ -85,9 +86,11 @@ def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingRef
     return found
 
 
-def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> Sampling:
+def sampling_of(
+    wanted: language_pb2.SamplingParameters, *, max_tokens: int, defaults: SamplingDefaults = GREEDY
+) -> Sampling:
     """Sampling parameters within their bounds. `max_tokens` is the service's bound and default: who asks for more gets
-    so many, as whoever asks for more than the context leaves."""
+    so many, as whoever asks for more than the context leaves. `defaults` are what is taken for those left out."""
 
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
         if not wanted.HasField(name):
@@ -106,13 +109,15 @@ def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> 
             raise invalid(text, param="min_tokens")
         max_tokens = min(wanted.max_tokens, max_tokens)
 
+    top_k = wanted.top_k if wanted.HasField("top_k") else defaults.top_k
+    temperature = number("temperature", defaults.temperature, 0.0, 2.0)
     return Sampling(
         max_tokens=max_tokens,
-        temperature=number("temperature", 0.0, 0.0, 2.0),
-        top_p=number("top_p", 1.0, 0.0, 1.0, above=True),
-        top_k=wanted.top_k,
-        min_p=number("min_p", 0.0, 0.0, 1.0),
-        repetition_penalty=number("repetition_penalty", 1.0, 0.0, 10.0, above=True),
+        temperature=0.0 if top_k == 1 else temperature,  # the most probable token, without a draw
+        top_p=number("top_p", defaults.top_p, 0.0, 1.0, above=True),
+        top_k=top_k,
+        min_p=number("min_p", defaults.min_p, 0.0, 1.0),
+        repetition_penalty=number("repetition_penalty", defaults.repetition_penalty, 0.0, 10.0, above=True),
         presence_penalty=number("presence_penalty", 0.0, -2.0, 2.0),
         frequency_penalty=number("frequency_penalty", 0.0, -2.0, 2.0),
         seed=wanted.seed if wanted.HasField("seed") else None,
@@ -121,6 +126,7 @@ def sampling_of(wanted: language_pb2.SamplingParameters, *, max_tokens: int) -> 
         logprobs=_whole(wanted, "logprobs", 0, MAX_LOGPROBS) if wanted.HasField("logprobs") else None,
         n=_whole(wanted, "n", 1, MAX_ANSWERS) if wanted.n else 1,
         min_tokens=wanted.min_tokens,
+        special_tokens=wanted.special_tokens,
     )
 
 

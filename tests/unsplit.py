@@ -23,10 +23,11 @@ Turn = tuple[str, Sequence[Any]]
 class Unsplit:
     """A checkpoint directory as transformers' class for it runs it, in float32: one of Qwen2-VL's kind."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, system: str | None = DEFAULT_SYSTEM) -> None:
+        """`system`: what the chat template says where a conversation has no such message."""
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(path)
-        self.path = path
+        self.path, self._system = path, system
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -34,8 +35,8 @@ class Unsplit:
 
     def inputs(self, turns: Sequence[Turn]) -> dict[str, torch.Tensor]:
         """Model inputs of a conversation that ends where the assistant is to speak."""
-        if turns[0][0] != "system":
-            turns = [("system", [DEFAULT_SYSTEM]), *turns]
+        if turns[0][0] != "system" and self._system is not None:
+            turns = [("system", [self._system]), *turns]
         images = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
         inputs: dict[str, torch.Tensor] = {}
         counts = iter(())
@@ -77,6 +78,24 @@ class Unsplit:
     def logits(self, turns: Sequence[Turn]) -> torch.Tensor:
         """[vocabulary] logits of the first token of the answer."""
         return self.model(**self.inputs(turns)).logits[0, -1]
+
+    @torch.inference_mode()
+    def told(self, turns: Sequence[Turn], tokens: Sequence[int]) -> torch.Tensor:
+        """[tokens, vocabulary] log-probabilities at the places of an answer's tokens, in one forward."""
+        inputs = self.inputs(turns)
+        length, more = inputs["input_ids"].shape[1], torch.tensor([list(tokens)])
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
+        return self.model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
+
+    def weighed(self, turns: Sequence[Turn], choices: Sequence[str]) -> dict[str, float]:
+        """The probability of each choice among them."""
+        sums = []
+        for choice in choices:
+            ids = self.tokenizer(choice, add_special_tokens=False)["input_ids"]
+            sums.append(self.told(turns, ids)[range(len(ids)), ids].sum())
+        return dict(zip(choices, torch.stack(sums).softmax(0).tolist(), strict=True))
 
     @torch.inference_mode()
     def features(self, image: Image.Image) -> torch.Tensor:

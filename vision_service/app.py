@@ -53,7 +53,7 @@ def load(settings: VisionSettings) -> LoadedModel:
     check_usable(settings.quantization, [device])
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    checkpoint = open_checked(settings.model, Half.VISION, settings.revision)
+    checkpoint = open_checked(settings.model, Half.VISION, settings.revision, settings.adapter)
     dtype = choose_dtype(settings.dtype, [device], checkpoint.dtype)
     model = Model(
         fingerprint=checkpoint.encoder_spec(dtype_name(dtype), scheme(settings.quantization, device)).fingerprint(),
@@ -61,6 +61,7 @@ def load(settings: VisionSettings) -> LoadedModel:
         least_pixels=checkpoint.family.least_pixels(checkpoint.config),
         own_bounds=(checkpoint.min_pixels, checkpoint.max_pixels),
         bounds=_bounds(settings, checkpoint, device),
+        tensors=checkpoint.embedding_tensors,
     )
     return LoadedModel(checkpoint, run_in_omp_thread(_encoder, settings, checkpoint, dtype, device), model)
 
@@ -141,7 +142,7 @@ def _description(settings: VisionSettings, loaded: LoadedModel) -> vision_pb2.Vi
     return vision_pb2.VisionDescription(
         model=common_pb2.ModelDescription(
             name=checkpoint.name,
-            checkpoint=checkpoint.identity,
+            checkpoint=checkpoint.encoder_identity,
             family=checkpoint.family.model_type,
             dtype=dtype_name(encoder.dtype),
             device=str(encoder.device),

@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 class Encoded:
     """Rows of one image, and how long it waited and its batch took (milliseconds)."""
 
-    rows: torch.Tensor  # [tokens, hidden], CPU, compute dtype
+    rows: torch.Tensor  # as of `VisionEncoder.encode`: CPU, compute dtype
     queue_ms: float
     encode_ms: float
 

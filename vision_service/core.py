@@ -21,7 +21,7 @@ from lookonce.core.stores import Store
 from lookonce.core.stores.wrappers import SealedStore
 from lookonce.core.telemetry import tracing
 from lookonce.models.family import Patches, VisionEncoder
-from lookonce.models.tensors import view_of
+from lookonce.models.tensors import views_of
 from vision_service import metrics
 from vision_service.batcher import Batcher, Encoded
 from vision_service.image_index import ImageIndex
@@ -43,6 +43,7 @@ class Model:
     least_pixels: int  # of the smallest image that has a token
     own_bounds: tuple[int, int]  # the checkpoint's min and max pixels
     bounds: tuple[int, int]  # the service's: requests may go below both, and raise the min up to the max
+    tensors: tuple[str, ...] = (EMBEDDING,)  # of an embedding
 
 
 @dataclass
@@ -247,8 +248,9 @@ class VisionCore:
         return not await self._shared.contains(key)
 
     def _is_ours(self, record: EmbeddingRecord) -> bool:
-        view = record.tensors[EMBEDDING]
-        return record.fingerprint == self.model.fingerprint and view.shape[1] == self.model.hidden_size
+        widths = {name: view.shape[1] for name, view in record.tensors.items()}
+        expected = dict.fromkeys(self.model.tensors, self.model.hidden_size)
+        return record.fingerprint == self.model.fingerprint and widths == expected
 
     async def _make(self, job: _Job) -> _Made:
         if job.near is not None:
@@ -296,8 +298,8 @@ class VisionCore:
             grid_thw=patches.grid_thw,
             width=patches.width,
             height=patches.height,
-            tokens=len(encoded.rows),
-            tensors={EMBEDDING: view_of(encoded.rows)},
+            tokens=encoded.rows.shape[-2],
+            tensors=views_of(encoded.rows, self.model.tensors),
         )
 
     def _prepare(self, job: _Job) -> Patches:

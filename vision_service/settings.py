@@ -21,6 +21,7 @@ class VisionSettings(Settings):
 
     model: str = Field(description="Checkpoint: a directory (whole or its vision half) or a hub id")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: a directory or a hub id")
     listen: str = Field("127.0.0.1:50051", description="host:port or unix:/path")
     store: str = Field("memory://", description="Store URL: memory://, file:///path, redis://host:port, ...")
     store_bytes: Bytes | None = Field(None, description="Byte budget of a memory or file store (its own default)")

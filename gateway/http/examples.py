@@ -108,6 +108,7 @@ MODEL = {
     "owned_by": "lookonce",
     "context_length": 32768,
     "max_tokens": 4096,
+    "sampling_defaults": {"temperature": 0.01, "top_p": 0.001},
 }
 READINESS = {
     "status": "ready",

@@ -20,7 +20,7 @@ from gateway.http.request_images import asked_bounds, detail_bounds
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.schemas.body import stop_list, to_sampling
+from gateway.schemas.body import special_tokens, stop_list, to_sampling
 from gateway.schemas.requests import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
 from gateway.settings import GatewaySettings
@@ -124,7 +124,7 @@ def _question(position: int, item: str | Question, body: QuestionsRequest, image
         return OpenQuestion(str(position), turns, _sampling(body, body))
     identifier = item.id if item.id is not None else str(position)
     if item.choices is not None:
-        return ChoiceQuestion(identifier, turns, tuple(item.choices))
+        return ChoiceQuestion(identifier, turns, tuple(item.choices), special_tokens(item, body))
     return OpenQuestion(identifier, turns, _sampling(item, body))
 
 

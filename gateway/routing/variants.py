@@ -258,6 +258,9 @@ class ModelCard:
             "owned_by": "lookonce",
             "context_length": self.description.context_length,
             "max_tokens": self.description.max_tokens,
+            "sampling_defaults": {
+                field.name: round(value, 7) for field, value in self.description.sampling_defaults.ListFields()
+            },
         }
 
 

@@ -27,6 +27,9 @@ TopP = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
 TopK = Annotated[int, Field(ge=-1, le=1_000_000, description="0 or -1: all")]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0, allow_inf_nan=False)]
 RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0, allow_inf_nan=False)]
+SkipSpecial = Annotated[
+    bool, Field(description="false: special tokens that messages spell are tokens, and the answer's are in its text")
+]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[StopString], Field(max_length=16)]
@@ -88,7 +91,7 @@ class PixelFields(Body):
 
 
 class Sampling(Body):
-    """What all doors share. Unset: the service's default (greedy)."""
+    """What all doors share. Unset: the model's own default (`sampling_defaults` in /v1/models), or greedy."""
 
     temperature: Temperature | None = None
     top_p: TopP | None = None
@@ -100,6 +103,7 @@ class Sampling(Body):
     seed: Seed | None = None
     ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
     min_tokens: MinTokens | None = None
+    skip_special_tokens: SkipSpecial | None = None
 
 
 def to_sampling(
@@ -113,7 +117,7 @@ def to_sampling(
 ) -> language_pb2.SamplingParameters:
     """The wire form; a parameter that `params` leaves out comes from `defaults`."""
     fields: dict[str, float | int] = {}
-    for name in Sampling.model_fields:
+    for name in Sampling.model_fields.keys() - {"skip_special_tokens"}:
         value = getattr(params, name)
         if value is None and defaults is not None:
             value = getattr(defaults, name)
@@ -126,6 +130,7 @@ def to_sampling(
         fields["top_k"] = max(fields["top_k"], 0)
     if "seed" in fields:
         fields["seed"] = int(fields["seed"]) % 2**64
+    fields["special_tokens"] = special_tokens(params, defaults)
     return language_pb2.SamplingParameters(
         **fields,  # type: ignore[arg-type]
         max_tokens=max_tokens,
@@ -133,6 +138,14 @@ def to_sampling(
         logprobs=logprobs,
         n=n,
     )
+
+
+def special_tokens(params: Sampling, defaults: Sampling | None = None) -> bool:
+    """Whether special tokens are let through."""
+    wished = params.skip_special_tokens
+    if wished is None and defaults is not None:
+        wished = defaults.skip_special_tokens
+    return wished is False
 
 
 def stop_list(stop: str | list[str] | None) -> list[str]:

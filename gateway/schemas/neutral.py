@@ -101,7 +101,6 @@ class RequestFields(Body):
     prompt_logprobs: Annotated[Any, Neutral("logprobs of the prompt are")] = None
     return_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     return_tokens_as_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
-    skip_special_tokens: Annotated[Any, Neutral("showing special tokens is", True)] = None
     spaces_between_special_tokens: Annotated[Any, Neutral("showing special tokens is", True, False)] = None
     stop_token_ids: Annotated[Any, Neutral(_TOKENS, [])] = None
     structured_outputs: Annotated[Any, Neutral(_STRUCTURE)] = None

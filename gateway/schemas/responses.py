@@ -242,6 +242,9 @@ class Model(Answered):
     owned_by: str
     context_length: int = Field(description="tokens of prompt and answer together")
     max_tokens: int = Field(description="most tokens of an answer")
+    sampling_defaults: dict[str, float] = Field(
+        default={}, description="sampling parameters of a request that leaves them out, as the model's files say"
+    )
 
 
 class ModelList(Answered):

@@ -1,15 +1,18 @@
 """One answer taking shape: tokens in, deltas out, and the reason it ends. For all engines; knows nothing of models.
 
-Tokens become text as they come, for byte-level BPE: whole characters only, the same text as decoding all at once.
+Tokens become text as they come, for byte-level BPE and sentencepiece: whole characters only, the same text as decoding
+all at once.
 """
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence, Set
 
 from lm_service.engine.types import Delta, FinishReason, Sampling, TokenLogprob
 
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 _DECODER = codecs.getincrementaldecoder("utf-8")
 
 
@@ -23,15 +26,30 @@ def byte_level_alphabet() -> dict[str, int]:
 class TokenTable:
     """The bytes of every token of a vocabulary, worked out once at start."""
 
-    def __init__(self, tokens: Iterable[tuple[int, bytes]], special: Iterable[int] = ()) -> None:
-        """`special` tokens are left out of the text."""
+    def __init__(
+        self,
+        tokens: Iterable[tuple[int, bytes]],
+        special: Iterable[int] = (),
+        *,
+        single_bytes: Iterable[int] = (),
+        spaced: bool = False,
+    ) -> None:
+        """`special` tokens are left out of an answer's text unless it is asked for them. Neighbouring `single_bytes`
+        are text together, or unreadable each; `spaced`: a space that begins the text is left out."""
         self._bytes = dict(tokens)
         self.special = frozenset(special)
+        self.single_bytes = frozenset(single_bytes)
+        self.spaced = spaced
 
     @classmethod
-    def of(cls, vocabulary: dict[str, int], added: dict[int, str], special: Iterable[int]) -> TokenTable:
-        """The table of a byte-level BPE vocabulary; `added` tokens stand for themselves."""
-        return cls(_tokens(vocabulary, added), special)
+    def of(
+        cls, vocabulary: dict[str, int], added: dict[int, str], special: Iterable[int], *, byte_level: bool = True
+    ) -> TokenTable:
+        """The table of a byte-level BPE vocabulary, or of sentencepiece's; `added` tokens stand for themselves."""
+        if byte_level:
+            return cls(_tokens(vocabulary, added), special)
+        bytes_alone = (number for token, number in vocabulary.items() if _BYTE.fullmatch(token) and number not in added)
+        return cls(_pieces(vocabulary, added), special, single_bytes=bytes_alone, spaced=True)
 
     def piece(self, token_id: int) -> bytes:
         """A token's bytes, those of special tokens included; empty for an id that stands for nothing."""
@@ -45,19 +63,39 @@ class TokenTable:
 class Detokenizer:
     """The text of one growing answer."""
 
-    def __init__(self, table: TokenTable) -> None:
+    def __init__(self, table: TokenTable, *, special: bool = False) -> None:
+        """`special`: special tokens are part of the text."""
         self._table = table
+        self._hidden = frozenset() if special else table.special
         self._decoder = _DECODER(errors="replace")
+        self._run = b""  # of `single_bytes`, until another token follows
+        self._at_start = table.spaced
 
     def push(self, token_id: int) -> str:
-        """The characters this token completes; empty while one is incomplete and for special tokens."""
-        if token_id in self._table.special:
+        """The characters this token completes; empty while one is incomplete and for a token that is left out."""
+        if token_id in self._hidden:
             return ""
-        return self._decoder.decode(self._table.piece(token_id))
+        if token_id in self._table.single_bytes:
+            self._run += self._table.piece(token_id)
+            return ""
+        return self._begun(self._ended_run() + self._decoder.decode(self._table.piece(token_id)))
 
     def flush(self) -> str:
         """What is left at the end: a replacement character where a character stayed incomplete."""
-        return self._decoder.decode(b"", final=True)
+        return self._begun(self._ended_run() + self._decoder.decode(b"", final=True))
+
+    def _ended_run(self) -> str:
+        run, self._run = self._run, b""
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _begun(self, text: str) -> str:
+        if not self._at_start or not text:
+            return text
+        self._at_start = False
+        return text.removeprefix(" ")
 
 
 def _tokens(vocabulary: dict[str, int], added: dict[int, str]) -> Iterator[tuple[int, bytes]]:
@@ -69,6 +107,18 @@ def _tokens(vocabulary: dict[str, int], added: dict[int, str]) -> Iterator[tuple
             yield number, bytes(alphabet[character] for character in token)
         else:
             yield number, token.encode()
+
+
+def _pieces(vocabulary: dict[str, int], added: dict[int, str]) -> Iterator[tuple[int, bytes]]:
+    """Of sentencepiece: a space is ▁, and a token such as <0x0A> one byte."""
+    for token, number in vocabulary.items():
+        byte = _BYTE.fullmatch(token)
+        if number in added:
+            yield number, added[number].encode()
+        elif byte is not None:
+            yield number, bytes([int(byte[1], 16)])
+        else:
+            yield number, token.replace("▁", " ").encode()
 
 
 class StopMatcher:
@@ -124,7 +174,7 @@ class Answer:
         self._least = sampling.min_tokens
         self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
-        self._detokenizer = Detokenizer(table)
+        self._detokenizer = Detokenizer(table, special=sampling.special_tokens)
         self._matcher = StopMatcher(sampling.stop)
 
     def push(self, token_id: int, logprob: TokenLogprob | None = None) -> None:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from lookonce.core.errors import RecordError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.record import TensorView
 from lookonce.models.family import Marker
 
 
@@ -66,6 +65,7 @@ class Sampling:
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per token; None: none at all
     n: int = 1
+    special_tokens: bool = False  # part of the answer's text
     min_tokens: int = 0  # before so many are generated, no end token is drawn and no stop string ends the answer
 
 
@@ -242,12 +242,11 @@ R = TypeVar("R", bound=Rows)
 class EmbeddingLoader(Protocol):
     """How an engine gets an image's embedding, once it needs it."""
 
-    async def load(
-        self, reference: EmbeddingReference, rows_of: Callable[[TensorView], R]
-    ) -> tuple[R, EmbeddingSource]:
-        """The validated rows [tokens, hidden], not to be written to. `rows_of` makes them of a record's bytes: the
-        engine's own dtype and device. It is called in any thread, once, and raises DamagedRecord for numbers that are
-        not finite. All calls of one engine pass the same function.
+    async def load(self, reference: EmbeddingReference, rows_of: Callable[..., R]) -> tuple[R, EmbeddingSource]:
+        """The validated rows, not to be written to. `rows_of(view, *deepstack)` makes them of the bytes of a record's
+        tensors, `TensorView`s [tokens, hidden] of which most families have one: the engine's own dtype and device. It
+        is called in any thread, once, and raises DamagedRecord for numbers that are not finite. All calls of one engine
+        pass the same function.
 
         Raises EMBEDDING_MISSING when no tier has it, EMBEDDING_INVALID when it cannot be used.
         """

@@ -159,7 +159,7 @@ def available_memory() -> int:
 
 
 def check_checkpoint(
-    model: str | None, revision: str | None, report: dict[str, Any] | None = None
+    model: str | None, revision: str | None, report: dict[str, Any] | None = None, adapter: str | None = None
 ) -> tuple[list[Finding], dict[str, int]]:
     """All that keeps a model from being served, and the bytes of each half's weights once loaded. A hub id is looked
     for in the cache, never fetched."""
@@ -170,7 +170,7 @@ def check_checkpoint(
 
     try:
         source = model or default_model()
-        halves = check.check_checkpoint(source, revision=revision).usable()
+        halves = check.check_checkpoint(source, revision=revision, adapter=adapter).usable()
         resolved = identify(source, halves)
     except LookonceError as error:
         if model is None:
@@ -188,6 +188,8 @@ def check_checkpoint(
         dequantised = "" if storage == checkpoint.dtype else f", {format_size(sizes[half.value])} in memory"
         shown.append(f"{half.value} {stored} in {storage}, computes in {dtype}{dequantised}")
     detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
+    if resolved.adapter is not None:
+        detail += f"; adapter {resolved.adapter} merged into it"
     return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())), report)], sizes
 
 

@@ -34,6 +34,9 @@ def doctor(
     revision: Annotated[
         str | None, typer.Option(envvar="LOOKONCE_REVISION", metavar="VALUE", help="Of a hub id.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(envvar="LOOKONCE_ADAPTER", metavar="ADAPTER", help="LoRA adapter merged into it.")
+    ] = None,
     store: Annotated[str | None, typer.Option(envvar="LOOKONCE_STORE", metavar="URL", help="Store to reach.")] = None,
     host: Annotated[str, typer.Option(envvar="LOOKONCE_HOST", metavar="HOST", help="Gateway's address.")] = "127.0.0.1",
     port: Annotated[
@@ -45,7 +48,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check this machine."""
-    findings = examine(model, revision, store, host, port, data_dir or default_data_dir())
+    findings = examine(model, revision, adapter, store, host, port, data_dir or default_data_dir())
     if as_json:
         say(json.dumps([vars(finding) for finding in findings], indent=2, ensure_ascii=False))
     for finding in findings if not as_json else ():
@@ -57,7 +60,13 @@ def doctor(
 
 
 def examine(
-    model: str | None, revision: str | None, store: str | None, host: str, port: int, directory: Path
+    model: str | None,
+    revision: str | None,
+    adapter: str | None,
+    store: str | None,
+    host: str,
+    port: int,
+    directory: Path,
 ) -> list[Finding]:
     """All findings, in the order of the report."""
     from lookonce.cli import checks
@@ -65,7 +74,7 @@ def examine(
 
     configure_logging("doctor", "error")  # a store's own warnings say no more than the finding
     torch = checks.torch_report()
-    checkpoint, sizes = checks.check_checkpoint(model, revision, torch)
+    checkpoint, sizes = checks.check_checkpoint(model, revision, torch, adapter)
     store_findings = asyncio.run(checks.check_store(store)) if store else [checks.embedded_store(directory)]
     return [
         *checks.check_python(),

@@ -28,6 +28,7 @@ class Model:
     name: str
     identity: str
     weight_bytes: int
+    adapter: str | None = None  # --adapter of the services: a directory
 
 
 def default_model() -> str:
@@ -39,10 +40,10 @@ def default_model() -> str:
     return str(BUNDLED)
 
 
-def resolve_model(source: str | None, revision: str | None = None) -> Model:
+def resolve_model(source: str | None, revision: str | None = None, adapter: str | None = None) -> Model:
     """Check both halves (fetching them from the hub if need be) and identify them. Raises CheckpointError."""
     source = source or default_model()
-    return identify(source, check_checkpoint(source, revision=revision).usable())
+    return identify(source, check_checkpoint(source, revision=revision, adapter=adapter).usable())
 
 
 def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
@@ -58,8 +59,9 @@ def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
         )
     halves[Half.VISION].known_vision_weights()  # remembered: the services find it there
     checkpoint = halves[Half.LANGUAGE]
+    adapter = str(checkpoint.adapter.path.absolute()) if checkpoint.adapter is not None else None
     identity, local = checkpoint.identity, Path(source).expanduser()
     if local.is_dir():
-        return Model(str(local.absolute()), None, checkpoint.name, identity, total)
+        return Model(str(local.absolute()), None, checkpoint.name, identity, total, adapter)
     commit = identity.rpartition("@")[2] if identity.startswith("hub:") else None
-    return Model(source, commit, checkpoint.name, identity, total)
+    return Model(source, commit, checkpoint.name, identity, total, adapter)

@@ -89,6 +89,8 @@ def plan_system(
         built.always("model", model.source)
         if model.revision is not None:
             built.always("revision", model.revision)
+        if model.adapter is not None:
+            built.always("adapter", model.adapter)
         built.always("listen", address)
         if part == "lm" and settings.lm_device_map is not None and "lm_device" not in given:
             built.always("device", "auto")  # what is said of both is the vision service's alone
@@ -113,6 +115,7 @@ def plan_system(
     encoders = vision_arguments.own("quantization")  # what the vision service goes by when no flag says otherwise
     language_arguments.offer("encoder_quantization", "vision_quantization", default=encoders)
     language_arguments.offer("device_map", "lm_device_map")
+    language_arguments.offer("generation_config", "generation_config")
     language_arguments.offer("kv_bytes", "lm_kv_bytes")
     language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)

@@ -43,6 +43,7 @@ class UpSettings(Settings):
 
     model: str | None = Field(None, description="Checkpoint: local directory or hub id; unset: the bundled one.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    adapter: str | None = Field(None, description="LoRA adapter merged into it at start: local directory or hub id.")
     host: str = Field("127.0.0.1", description="Address the gateway listens on; a public one needs API keys.")
     port: int = Field(8000, ge=0, le=65535, description="Port the gateway listens on; 0: any free one.")
     data_dir: Path | None = Field(
@@ -70,6 +71,11 @@ class UpSettings(Settings):
     )
     lm_quantization: Literal["none", "int8"] | None = Field(
         None, description="Weights of the language service: none or int8; unset: none."
+    )
+    generation_config: Literal["auto", "none"] | None = Field(
+        None,
+        description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json) or "
+        "none (greedy); unset: auto.",
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
     vision_threads: int | None = Field(
@@ -120,7 +126,7 @@ def up(flags: dict[str, Any]) -> int:
     given = {name for name, value in flags.items() if value is not None}
     try:
         with DataDirectory(settings.directory) as directory:
-            model = resolve_model(settings.model, settings.revision)
+            model = resolve_model(settings.model, settings.revision, settings.adapter)
             check_port_free(settings.host, settings.port)
             return asyncio.run(_supervise(settings, given, directory, model))
     except LookonceError as error:

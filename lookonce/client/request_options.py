@@ -84,7 +84,7 @@ def _encode(source: Image.Image) -> bytes:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """How an answer is written; what is left out is the service's default (greedy)."""
+    """How an answer is written; what is left out is the model's own default, or greedy."""
 
     max_tokens: int
     min_tokens: int
@@ -97,6 +97,7 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     seed: int
     stop: str | list[str]
+    skip_special_tokens: bool
 
 
 class PixelOptions(TypedDict, total=False):

@@ -21,9 +21,15 @@ from lookonce.core.identity import RECORD_SCHEMA, canonical_json
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 """Allowed dtypes, by their safetensors names, and bytes an element."""
 EMBEDDING = "image_embeds"
-"""The tensor [tokens, hidden] that every record holds. Deepstack features come beside it under their own names."""
+"""The tensor [tokens, hidden] that every record holds: the rows that stand in a prompt."""
 MAX_HEADER_BYTES = 64 * 1024
 MAX_TENSORS = 16
+
+
+def tensor_names(deepstack: int = 0) -> tuple[str, ...]:
+    """Names of a record's tensors, all [tokens, hidden]: EMBEDDING, and what is added to its tokens behind each of so
+    many first layers of the language model (DeepStack, arXiv:2406.04334)."""
+    return (EMBEDDING, *(f"deepstack.{layer}" for layer in range(deepstack)))
 
 
 @dataclass(frozen=True)

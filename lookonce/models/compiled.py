@@ -53,8 +53,8 @@ def text_rows(hidden: int, head_dim: int, rotated: int, epsilon: float, like: to
 def text_layers(
     layers: Sequence[LayerWeights], norm: torch.Tensor, rows: TextRows | None, shape: ModelShape
 ) -> TextLayers | None:
-    """A decoder's layers and the norm [hidden] behind them as one program."""
-    if rows is None:
+    """A decoder's layers and the norm [hidden] behind them as one program. None for norms of queries and keys, too."""
+    if rows is None or any(layer.qk_norm is not None for layer in layers):
         return None
     from lookonce.models.kernels.text_layers import layers_for
 

@@ -69,6 +69,7 @@ class Dimensions:
     vocabulary: int
     patches_per_token: int
     patch_numbers: int  # at hand for each patch while a batch is encoded
+    deepstack: int = 0  # first layers behind which further rows are added to an image's tokens
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ class VisionEncoder(Protocol):
         """An RGB image, resized to between the bounds and cut. Called from several threads."""
 
     def encode(self, batch: Sequence[Patches], pause: Pause = ...) -> list[torch.Tensor]:
-        """Rows [tokens, hidden] of each image on the CPU. Called from one thread; `pause` is called now and then, and
-        may encode another batch."""
+        """Rows [tokens, hidden] of each image on the CPU; [1 + deepstack, tokens, hidden] where the family's dimensions
+        have a deepstack. Called from one thread; `pause` is called now and then, and may encode another batch."""
 
     def warm_up(self) -> None:
         """Encode something small, so that the first request doesn't pay for lazy initialisation."""

@@ -56,6 +56,7 @@ class LayerWeights:
     mlp_norm: torch.Tensor  # [hidden]
     gate_up: GatedUnit  # hidden -> intermediate
     down: Linear  # intermediate -> hidden
+    qk_norm: torch.Tensor | None = None  # [heads + kv_heads, d] of queries and keys, where they are normed
 
     @property
     def matrices(self) -> tuple[Linear | GatedUnit, ...]:

@@ -1,11 +1,15 @@
 """The model families, by the `model_type` of a checkpoint's config.json. Each is imported when it is asked for.
 
 Ours stand here, one a line. Others come with an installed package whose entry point in the group `lookonce.families` is
-named after the `model_type` and leads to its `Family`.
+named after the `model_type` and leads to its `Family`. A model type that has none is served by the general path
+(`lookonce/models/general/`), where transformers has a class for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 from lookonce.core import plugins
@@ -16,7 +20,9 @@ GROUP = "lookonce.families"
 BUILTIN = {
     "qwen2_5_vl": "lookonce.models.qwen2_5_vl.config:FAMILY",
     "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
+    "qwen3_vl": "lookonce.models.qwen3_vl.config:FAMILY",
 }
+GENERAL = "lookonce.models.general.family:general_family"
 
 
 def supported_model_types() -> list[str]:
@@ -24,8 +30,9 @@ def supported_model_types() -> list[str]:
     return plugins.names(GROUP, BUILTIN)
 
 
-def family_of(config: dict[str, Any]) -> Family:
-    """The family of a checkpoint's config.json; CheckpointError (listing the supported ones) when there is none."""
+def family_of(config: dict[str, Any], path: Path | None = None) -> Family:
+    """The family of a checkpoint's config.json, whose directory is `path`; CheckpointError (listing the supported ones)
+    when there is none."""
     model_type = config.get("model_type")
     family: Family | None = None
     if isinstance(model_type, str):
@@ -36,11 +43,18 @@ def family_of(config: dict[str, Any]) -> Family:
                 f"config.json: model_type {model_type!r}: its family is installed, but can't be imported; "
                 "install its package again"
             ) from error
+        family = family or _general(config, path)
     if family is None:
         raise CheckpointError(
             f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(supported_model_types())}"
+            ", and those that transformers has an image-text-to-text class for"
         )
     return family
+
+
+def _general(config: dict[str, Any], path: Path | None) -> Family | None:
+    find: Callable[..., Family | None] = EntryPoint("general", GENERAL, GROUP).load()
+    return find(config, path)
 
 
 __all__ = ["Family", "Half", "family_of", "supported_model_types"]

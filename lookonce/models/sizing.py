@@ -78,7 +78,8 @@ class ModelSize:
 
     def embedding_bytes(self, tokens: int, dtype: str) -> int:
         """Of an image's record in the store."""
-        return tokens * self.dimensions.hidden * DTYPE_BYTES[dtype] + RECORD_BYTES
+        rows = tokens * (1 + self.dimensions.deepstack)
+        return rows * self.dimensions.hidden * DTYPE_BYTES[dtype] + RECORD_BYTES
 
     def patches(self, tokens: int) -> int:
         """Patches of so many image tokens."""

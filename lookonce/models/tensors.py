@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,13 @@ def view_of(tensor: torch.Tensor) -> TensorView:
     flat = tensor.detach().to("cpu").contiguous()
     data = flat.view(torch.uint8).numpy().data.cast("B") if flat.numel() else memoryview(b"")
     return TensorView(NAMES[flat.dtype], tuple(flat.shape), data)
+
+
+def views_of(rows: torch.Tensor, names: Sequence[str]) -> dict[str, TensorView]:
+    """A record's tensors by name: rows [tokens, hidden] are one, [n, tokens, hidden] are n. Raises ValueError for other
+    numbers than that of the names."""
+    parts = rows.unbind() if rows.dim() == 3 else (rows,)
+    return {name: view_of(part) for name, part in zip(names, parts, strict=True)}
 
 
 def tensor_of(view: TensorView) -> torch.Tensor:

@@ -5,7 +5,7 @@ Another family is another adapter. The engine never sees modules; an adapter nev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -36,6 +36,7 @@ class ModelShape:
     dtype: torch.dtype
     stages: tuple[Stage, ...]  # where the layers are, in order
     position_rows: int = 1  # r of the positions [r, T]: 3 for M-RoPE
+    deepstack: int = 0  # first layers behind which rows are added to an image's tokens
 
     @cached_property
     def device(self) -> torch.device:
@@ -68,6 +69,14 @@ class Attend(Protocol):
         """q [T, heads, d], k and v [T, kv_heads, d], rotated, each head contiguous -> [T, heads * d]."""
 
 
+@dataclass(frozen=True)
+class Deepstack:
+    """What is added to some neighbouring tokens of a step (DeepStack, arXiv:2406.04334)."""
+
+    first: int  # token of the step
+    rows: torch.Tensor  # [layers, tokens, hidden], as many layers as the model's shape says; not to be written to
+
+
 class ModelAdapter(Protocol):
     """A decoder-only language model over packed tokens."""
 
@@ -79,6 +88,12 @@ class ModelAdapter(Protocol):
         """int64 [T] -> [T, hidden]."""
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor,
+        deepstack: Sequence[Deepstack] = (),
     ) -> torch.Tensor:
-        """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for. Row i of
+        `deepstack` is added behind layer i; where the shape has none, it is not passed."""

@@ -81,6 +81,6 @@ def test_tokens_of_a_grid():
 
 
 def test_unsupported_model_types_are_refused_with_the_supported_ones():
-    for config in ({"model_type": "llava"}, {"model_type": ["x"]}, {}):
+    for config in ({"model_type": "llama"}, {"model_type": ["x"]}, {}):
         with pytest.raises(CheckpointError, match=r"not supported; supported: .*qwen2_vl"):
             family_of(config)

@@ -124,10 +124,15 @@ SPOILED = {  # what is done to a good checkpoint, the halves that can't start, a
         "tensors of a LoRA adapter",
     ),
     "architectures": (config(architectures=["GmeQwen2VL"]), BOTH, "architectures is GmeQwen2VL"),
-    "yarn": (
-        config(rope_scaling={"type": "yarn", "factor": 4.0, "mrope_section": [2, 3, 3]}),
+    "dynamic": (
+        config(rope_scaling={"type": "dynamic", "factor": 4.0, "mrope_section": [2, 3, 3]}),
         LANGUAGE,
-        "rope_scaling: rope type 'yarn' is not supported",
+        "rope_scaling: rope type 'dynamic' is not supported",
+    ),
+    "yarn": (
+        config(rope_scaling={"type": "yarn", "factor": "4", "mrope_section": [2, 3, 3]}),
+        LANGUAGE,
+        "rope_scaling: factor must be a number from 1 on, got '4'",
     ),
     "sections": (
         config(rope_scaling={"type": "mrope", "mrope_section": [1, 1]}),

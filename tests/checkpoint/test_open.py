@@ -177,8 +177,8 @@ def test_config_that_is_not_a_json_object(own, content):
 
 
 def test_unsupported_model_type(own):
-    edit(own / "config.json", model_type="llava")
-    broken(own, "model_type 'llava' is not supported; supported: .*qwen2_vl")
+    edit(own / "config.json", model_type="llama")
+    broken(own, "model_type 'llama' is not supported; supported: .*qwen2_vl")
 
 
 def test_prequantised_weights(own):

@@ -19,7 +19,7 @@ from lookonce.models.qwen2_vl.modules import load_language_model, load_vision_to
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.checkpoint import quantisers as q
 from tests.cli.commands import invoke
-from tests.engine.lab import Lab, ask, generation, picture, prompt, words
+from tests.engine.lab import Lab, an_image, ask, generation, prompt, words
 
 
 def ct(kind="pack-quantized", **weights):
@@ -133,7 +133,7 @@ def test_the_weights_are_those_that_were_quantised(made):
 @pytest.mark.parametrize("made", ENGINES, indirect=True)
 async def test_answers_are_those_of_the_plain_model(made):
     ours, plain = Lab(made / "quantised"), Lab(made / "plain")
-    wanted = prompt(words(5, 1), picture(1), words(9, 2))
+    wanted = prompt(words(5, 1), an_image(1), words(9, 2))
     async with ours.engine() as engine:
         (answer,) = await ask(engine, generation(wanted, 6))
     plain.album = ours.album

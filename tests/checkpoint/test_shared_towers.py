@@ -11,7 +11,8 @@ from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.checkpoint.digest import remember_vision_weights, tensors_digest, vision_weights_of
 from lookonce.models.checkpoint.headers import read_header
 from lookonce.models.checkpoint.split import split_checkpoint
-from tests.checkpoint.towers import copy_with, edit, one_weight_changed, sharing, weights_of
+from tests.checkpoint.quantisers import gptq, quantised
+from tests.checkpoint.towers import GPTQ, copy_with, edit, one_weight_changed, sharing, weights_of
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def fingerprint(path, needs=None):
 
 def test_checkpoints_that_share_a_vision_half_have_one_fingerprint_and_identities_of_their_own(towers):
     opened = {name: open_checkpoint(str(path)) for name, path in towers.items()}
-    assert len({one.identity for one in opened.values()}) == len(opened) == 6
+    assert len({one.identity for one in opened.values()}) == len(opened) == 7
     assert len({one.vision_weights for one in opened.values()}) == 1
     assert len({fingerprint(path, half) for path in towers.values() for half in (None, *Half)}) == 1
 
@@ -54,6 +55,18 @@ def test_a_tensor_is_its_name_shape_and_dtype_too(towers, tmp_path, change):
     }[change]
     changed = copy_with(towers["plain"], tmp_path / "changed", **new)
     assert open_checkpoint(str(changed)).vision_weights != open_checkpoint(str(towers["plain"])).vision_weights
+
+
+def test_how_a_quantised_tower_is_read_is_part_of_it(towers, tmp_path):
+    """The same tensors, of which one version of GPTQ's format takes zeros as they are and the other adds one."""
+    also, settings = r"visual\.blocks\.\d+\.mlp\.fc[12]\.weight", GPTQ | {"sym": False}
+    path = quantised(towers["plain"], tmp_path / "made", gptq(sym=False), settings, also=also) / "quantised"
+    first = open_checkpoint(str(path)).vision_weights
+    assert first != open_checkpoint(str(towers["quantised"])).vision_weights
+    edit(path / "config.json", quantization_config=settings | {"checkpoint_format": "gptq_v2"})
+    assert open_checkpoint(str(path)).vision_weights != first
+    edit(path / "config.json", quantization_config=settings | {"damp_percent": 0.1})
+    assert open_checkpoint(str(path)).vision_weights == first
 
 
 def test_how_images_are_prepared_makes_another(plain):

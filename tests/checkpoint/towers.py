@@ -10,8 +10,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from tests.checkpoint.quantisers import gptq, quantised
 
 PIXELS = {"max_pixels": 100 * 28 * 28}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
 
 
 def edit(file: Path, **changes) -> None:
@@ -59,7 +61,13 @@ def sharing(folder: Path) -> dict[str, Path]:
         "re-saved": resaved(plain, folder / "re-saved"),
         "rope": rope,
         "fine-tuned": copy_with(plain, folder / "fine-tuned", **language),
+        "quantised": quantised(plain, folder / "gptq", gptq(), GPTQ) / "quantised",
     }
+
+
+def unsplit_of(path: Path) -> Path:
+    """The same model as transformers can load it."""
+    return path.parent / "plain" if path.name == "quantised" else path
 
 
 def one_weight_changed(source: Path, path: Path) -> Path:

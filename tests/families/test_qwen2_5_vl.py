@@ -21,6 +21,7 @@ from lookonce.models.qwen2_5_vl.windows import windows_of
 from lookonce.models.qwen2_vl.architecture import model_config, tensor_shapes
 from lookonce.models.sizing import size_of
 from tests.cli.commands import invoke
+from tests.families.models_page import No, Served
 from tests.images import odd_files, photograph, save
 from tests.system.cluster import System, data_url, image_part, text_part
 from tests.unsplit import Unsplit
@@ -31,6 +32,16 @@ SIDES = [(57, 200), (56, 56), (300, 200), (29, 31), (200, 300), (448, 336), (100
 """Of images; a window is 112 pixels wide."""
 BOUNDS = 3136, 200_000
 LAYOUTS = {"published": {"layout": "published", "tied": True}, "nested": {"layout": "nested", "tied": False}}
+SERVED = Served(
+    "Qwen2.5-VL 3B, 7B, 32B, 72B",
+    "qwen2_5_vl",
+    split="test_one_image_of_every_kind",
+    packed="test_questions_at_once_are_answered_as_alone",
+    prefix="test_one_image_of_every_kind",
+    scores="test_choices_are_weighed_as_by_the_unsplit_model",
+    video=No("families/test_models_page.py::test_video_is_no_part_of_a_chat"),
+    quantised="test_halves_in_int8_answer_together",
+)
 QUESTION, CHOICES = "What is on it?", ["yes", "no", "a cat"]
 
 VISION = {
@@ -210,6 +221,16 @@ def test_one_image_of_every_kind(pair):
     assert system.encodes() - before == len(odd_files())
 
 
+def test_questions_at_once_are_answered_as_alone(pair):
+    """By the unsplit model, which is asked one by one."""
+    system, unsplit = pair
+    file = save(photograph("coffee", (120, 300)), "PNG")
+    questions = [f"What is {'very ' * number}large?" for number in range(8)]
+    answers = system.ask(system.upload(file)["id"], questions, max_tokens=6, temperature=0)
+    for answer, question in zip(answers, questions, strict=True):
+        assert answer["text"] == unsplit.answer([("user", [canonical(file), question])], 6)
+
+
 def test_three_images_over_several_turns(pair):
     system, unsplit = pair
     files = [save(photograph(name, size), "PNG") for name, size in (("coffee", (90, 120)), ("chelsea", (200, 260)))]
@@ -279,6 +300,16 @@ def weighed(unsplit, turns):
         logits = unsplit.model(**inputs | longer).logits[0, length - 1 : -1].log_softmax(-1)
         sums.append(logits.gather(1, tokens.t()).sum())
     return dict(zip(CHOICES, torch.stack(sums).softmax(0).tolist(), strict=True))
+
+
+@pytest.mark.slow
+def test_halves_in_int8_answer_together(tmp_path):
+    model, int8 = make_random_checkpoint(tmp_path / "model"), ("--quantization", "int8")
+    told = (*int8, "--encoder-quantization", "int8")
+    with System(model, tmp_path, vision_args=int8, language_args=told) as system:
+        image = system.upload(save(photograph("coffee", (150, 100)), "PNG"))["id"]
+        (answer,) = system.ask(image, [QUESTION], max_tokens=4, temperature=0)
+        assert answer["text"] and answer["receipt"]["fingerprint"] == system.describe(system.visions[0]).fingerprint
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

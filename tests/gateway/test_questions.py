@@ -42,6 +42,22 @@ def test_choices_get_probabilities_beside_open_answers(http: httpx2.Client, imag
     assert chosen["text"] == max(chosen["choices"], key=chosen["choices"].get)
 
 
+def test_special_tokens_are_let_through_on_request_alone(http: httpx2.Client, image: str) -> None:
+    text = "Is <|object_ref_start|>the cat<|object_ref_end|> here?"
+    drawn = {"max_tokens": 100, "ignore_eos": True, "temperature": 2.0, "seed": 7}
+    questions = [{"id": "open", "text": text, **drawn}, {"id": "weighed", "text": text, "choices": ["yes", "no"]}]
+    path, tokens = f"/v1/images/{image}/questions", []
+    for own, whole in ((None, None), (None, True), (True, False), (False, None), (None, False), (False, True)):
+        body = {"questions": [item | {"skip_special_tokens": own} for item in questions], "skip_special_tokens": whole}
+        opened, weighed = http.post(path, json=body).json()["answers"]
+        let_through = own is False or (own is None and whole is False)
+        assert ("<|" in opened["text"]) == let_through
+        tokens.append((let_through, opened["usage"]["prompt_tokens"], weighed["usage"]["prompt_tokens"]))
+    assert len(set(tokens)) == 2 and {one[0] for one in tokens} == {True, False}
+    told, apart = min(tokens), max(tokens)
+    assert told[1] == told[2] > apart[1] == apart[2]
+
+
 def test_a_question_that_fails_fails_alone(http: httpx2.Client, image: str) -> None:
     body = {"questions": ["short?", {"id": "long", "text": "word " * 40_000}], "max_tokens": 1}
     good, bad = http.post(f"/v1/images/{image}/questions", json=body).json()["answers"]

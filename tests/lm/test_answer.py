@@ -69,6 +69,14 @@ def test_special_tokens_and_unknown_ids_have_no_text():
     assert shown == ["A", "", "", "B"]
 
 
+def test_special_tokens_are_shown_on_request():
+    table = TokenTable([(65, b"A"), (256, b"<|box_start|>")], special=[256])
+    one = Answer(0, Sampling(8, special_tokens=True), table, {END}, 100)
+    for token in (65, 256, 999, 65, END):
+        one.push(token)
+    assert one.take().text == "A<|box_start|>A"
+
+
 def test_the_end_token_ends_it_unless_told_to_go_on():
     one, shown = answer("", tokens=[65, END, 66])
     assert (one.reason, shown, one.tokens) == (FinishReason.STOP, ["A", ""], [65, END])

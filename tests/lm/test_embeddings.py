@@ -18,7 +18,7 @@ from lm_service.prompt import AcceptedEncoders
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.record import EMBEDDING
+from lookonce.core.record import EMBEDDING, tensor_names
 from lookonce.core.rpc.client import VisionClient
 from lookonce.core.rpc.messages import chunks
 from lookonce.core.rpc.server import Server, ServerOptions
@@ -83,7 +83,9 @@ async def serving(*peers):
 
 
 @contextlib.asynccontextmanager
-async def resolving(directory, *peers, dtype=torch.float32, cache_bytes=1 << 20, addresses=(), url=""):
+async def resolving(
+    directory, *peers, dtype=torch.float32, cache_bytes=1 << 20, addresses=(), url="", names=(EMBEDDING,)
+):
     store = open_store(url or f"file://{directory}/store", strict=True)
     async with serving(*peers) as live:
         accepted = AcceptedEncoders([MINE, ALSO_MINE])
@@ -95,6 +97,7 @@ async def resolving(directory, *peers, dtype=torch.float32, cache_bytes=1 << 20,
             peers=watch,
             hidden_size=HIDDEN,
             accepted=accepted,
+            names=names,
         )
         resolver.store = store
         load = resolver.load
@@ -243,6 +246,50 @@ async def test_half_precision_records_are_cast(tmp_path):
     async with resolving(tmp_path) as resolver:
         await resolver.store.put(wanted.key, half.serialize())
         assert torch.equal((await resolver.load(wanted))[0], rows(wanted).bfloat16().float())
+
+
+def stacked(wanted, **changes):
+    """A record whose tensors are `image_embeds` and two of a deepstack, but for the changes; None leaves one out."""
+    tensors = {name: rows(wanted) + number for number, name in enumerate(tensor_names(2))} | changes
+    views = {name: view_of(tensor) for name, tensor in tensors.items() if tensor is not None}
+    return replace(good(wanted), tensors=views)
+
+
+async def test_the_tensors_of_a_deepstack_are_one_entry(tmp_path):
+    wanted, other = reference(), reference(2)
+    size = 3 * rows(wanted).nbytes
+    async with resolving(tmp_path, names=tensor_names(2), cache_bytes=2 * size - 1) as resolver:
+        for image in (wanted, other):
+            await resolver.store.put(image.key, stacked(image).serialize())
+        loaded, _ = await resolver.load(wanted)
+        assert torch.equal(loaded, torch.stack([rows(wanted) + number for number in range(3)]))
+        assert resolver.tensors.bytes == size
+        await resolver.load(other)
+        assert (len(resolver.tensors), resolver.tensors.bytes) == (1, size), "all tensors count"
+        assert await resolver.forget([other.key], []) == (1, True)
+        assert (await refused(resolver, other)).kind is ErrorKind.EMBEDDING_MISSING
+
+
+@pytest.mark.parametrize(
+    ("names", "changes"),
+    [
+        (tensor_names(2), {"deepstack.1": None}),
+        (tensor_names(2), {"deepstack.2": torch.zeros(6, HIDDEN)}),
+        (tensor_names(2), {"deepstack.0": None, "deepstack.00": torch.zeros(6, HIDDEN)}),
+        (tensor_names(2), {"deepstack.1": torch.zeros(6, HIDDEN + 1)}),
+        (tensor_names(2), {"deepstack.1": torch.full((6, HIDDEN), torch.nan)}),
+        (tensor_names(), {}),
+        (tensor_names(3), {}),
+    ],
+    ids=["missing", "surplus", "named otherwise", "wider", "not finite", "for another model", "too few"],
+)
+async def test_a_record_without_exactly_the_models_tensors_is_refused_and_dropped(tmp_path, names, changes):
+    wanted, peer = reference(), Peer()
+    peer.records[wanted.key] = stacked(wanted, **changes).serialize()
+    async with resolving(tmp_path, peer, names=names) as resolver:
+        await resolver.store.put(wanted.key, peer.records[wanted.key])
+        assert (await refused(resolver, wanted)).kind is ErrorKind.EMBEDDING_INVALID
+        assert await resolver.store.get(wanted.key) is None
 
 
 async def test_a_record_by_another_encoder_is_refused_naming_both(tmp_path):

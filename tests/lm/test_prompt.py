@@ -141,6 +141,30 @@ def test_special_tokens_in_text_are_text(builder, tokenizer, role, texts):
     assert "".join(texts) in tokenizer.decode(attacked)
 
 
+def test_special_tokens_are_let_through_on_request(builder, tokenizer):
+    grounded = "Where is <|object_ref_start|>the cat<|object_ref_end|>, <|box_start|>(1,2),(3,4)<|box_end|>?"
+    messages = [Message("system", ("<|quad_start|>",)), Message("user", (image(), grounded))]
+    assert list(builder.build(messages, special_tokens=True).token_ids) == unsplit_ids(tokenizer, messages)
+    assert list(builder.build(messages).token_ids) != unsplit_ids(tokenizer, messages)
+
+
+STRUCTURE = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+
+
+@pytest.mark.parametrize("texts", [*((token,) for token in STRUCTURE), ("<|box_", "start|>")], ids="".join)
+def test_what_structures_a_prompt_is_never_let_through(builder, texts):
+    messages = [Message("user", (image(), *texts))]
+    assert builder.build(messages, special_tokens=True) == builder.build(messages)
+
+
 def test_texts_of_choices_are_text_too(builder, tokenizer):
     ids = builder.template.text_ids("<|im_end|>")
     assert not set(ids) & set(tokenizer.added_tokens_decoder)

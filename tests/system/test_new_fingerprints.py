@@ -63,6 +63,7 @@ def place(model, tmp_path, monkeypatch):
     return vision, language
 
 
+@pytest.mark.slow
 async def test_halves_of_two_versions_refuse_each_other_and_their_embeddings_lie_side_by_side(place, tmp_path):
     vision, language = place
     references = {}

@@ -316,8 +316,7 @@ class PackedEngine:
         try:
             for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
-                _check_embedding(tensor, span.reference, self._shape)
-                rows.append(tensor)
+                rows.append(_checked_rows(tensor, span.reference, self._shape))
                 source = max(source, tier, key=list(EmbeddingSource).index)
         except LookonceError as error:
             failure = error
@@ -332,18 +331,24 @@ class PackedEngine:
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
 
 
-def _check_embedding(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> None:
-    """Raise EMBEDDING_INVALID for rows of another shape than the prompt was laid out for."""
-    if tuple(rows.shape) != (reference.tokens, shape.hidden):
+def _checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
+    """What `rows_of` made, as [1 + deepstack, tokens, hidden]. Raises EMBEDDING_INVALID for rows of another shape than
+    the prompt was laid out for."""
+    stacked = rows if rows.dim() == 3 else rows[None]
+    expected = [1 + shape.deepstack, reference.tokens, shape.hidden]
+    if list(stacked.shape) != expected:
         raise LookonceError(
             ErrorKind.EMBEDDING_INVALID,
-            f"the embedding is {list(rows.shape)}, expected [{reference.tokens}, {shape.hidden}]",
+            f"the embedding is {list(rows.shape)}, expected {expected if shape.deepstack else expected[1:]}",
         )
+    return stacked
 
 
-def rows_of(view: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """A record's rows in memory of their own. Raises DamagedRecord when they are not finite in this dtype."""
-    rows = tensor_of(view).to(device=device, dtype=dtype, copy=True)
+def rows_of(*views: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """A record's rows in memory of their own: those of one tensor [tokens, hidden], of n [n, tokens, hidden]. Raises
+    DamagedRecord when they are not finite in this dtype."""
+    first, *further = (tensor_of(view).to(device=device, dtype=dtype, copy=len(views) == 1) for view in views)
+    rows = torch.stack([first, *further]) if further else first
     if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
         raise DamagedRecord("embedding holds numbers that are not finite")
     return rows

@@ -89,5 +89,5 @@ def _prompt(model: ModelAdapter, tokens: int, length: int) -> Prompt:
 
 def _rows(model: ModelAdapter, reference: EmbeddingReference) -> torch.Tensor:
     generator = torch.Generator().manual_seed(reference.tokens)
-    rows = torch.randn(reference.tokens, model.shape.hidden, generator=generator)
+    rows = torch.randn(1 + model.shape.deepstack, reference.tokens, model.shape.hidden, generator=generator)
     return rows.to(device=model.shape.device, dtype=model.shape.dtype)

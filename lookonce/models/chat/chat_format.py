@@ -6,20 +6,22 @@ rendering a probe for each role: a text is never given to a template in a form t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
-from lookonce.models.chat.tokenizer import load_tokenizer, tokenizer_settings
-from lookonce.models.checkpoint.files import Problems, read_json
+from lookonce.models.chat.tokenizer import continued, leading_ids, load_tokenizer, tokenizer_settings
+from lookonce.models.checkpoint.files import CONFIG, Problems, read_json
 from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -48,20 +50,32 @@ _NEIGHBOUR = Turn("user", ("Hm?",))
 class ChatFormat:
     """Tokenizer and template of one checkpoint. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, template: str, names: dict[str, str], image: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: str,
+        names: dict[str, str],
+        image: str = "",
+        reserved: Collection[int] = (),
+    ) -> None:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
-        image in a message that the template takes as one string."""
+        image in a message that the template takes as one string; `reserved` ids stand for images and their like."""
         self.tokenizer = tokenizer
         self._source = template
         self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
         self._image = image
+        self._reserved = frozenset(reserved)
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
         self.added: dict[str, int] = {
             token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
         }
-        longest_first = sorted(self.added, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self.lead = leading_ids(tokenizer)
+        self.continued = continued(tokenizer)
+        tokens = sorted(
+            tokenizer.get_added_tokens_decoder().values(), key=lambda token: len(token.content), reverse=True
+        )
+        self._special = re.compile("|".join(map(_spelt, tokens)) or "(?!)")
         self._takes_strings: set[str] = set()
         for role in _ROLES:
             if self._takes_only_strings(role):
@@ -71,14 +85,35 @@ class ChatFormat:
         """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
         return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
 
+    @cached_property
+    def structure(self) -> frozenset[str]:
+        """Added tokens that structure prompts: what the template writes around any message, what begins, ends or fills
+        a text, what stands for images. They are never read out of a message."""
+        ids = set(self._reserved)
+        for turns in (
+            [Turn("user", (None, _PROBE))],
+            [Turn("system", (_PROBE,)), _NEIGHBOUR, Turn("assistant", ("",))],
+        ):
+            with contextlib.suppress(TemplateRefusal):
+                ids.update(piece for piece in self.pieces(self.render(turns)) if isinstance(piece, int))
+        named = {token for token in self._names.values() if token in self.added}
+        return frozenset(token for token, number in self.added.items() if number in ids or token in named)
+
     def pieces(self, text: str) -> Iterator[str | int]:
         """Spans of plain text, and the ids of the special tokens between them."""
         at = 0
         for match in self._special.finditer(text):
             yield text[at : match.start()]
-            yield self.added[match.group()]
+            spelt = match.group()
+            yield self.added[spelt if spelt in self.added else spelt.strip()]
             at = match.end()
         yield text[at:]
+
+    def begins(self, text: str) -> bool:
+        """Whether a rendered text begins with <s> (`bos_token`) itself, images apart: then the tokenizer adds nothing
+        before it."""
+        begin = self._names.get("bos_token")
+        return begin is not None and (text.replace(self._image, "") if self._image else text).startswith(begin)
 
     def _content(self, turn: Turn) -> Any:
         if turn.role in self._takes_strings:
@@ -108,14 +143,22 @@ class ChatFormat:
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
 
+def _spelt(token: AddedToken) -> str:
+    """A pattern of a token and of the white space beside it that belongs to it."""
+    return r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
+
+
 def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     """The tokenizer and template of a checkpoint directory; `image` is as in ChatFormat. CheckpointError naming all
     that is missing."""
     problems = Problems()
-    tokenizer, template = problems.of(load_tokenizer, path, family.words), problems.of(stored_template, path)
+    tokenizer = problems.of(load_tokenizer, path, family.words)
+    template = problems.of(stored_template, path, getattr(family, "template", None))
     if tokenizer is None or template is None:
         raise CheckpointError(*problems.found)
-    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image)
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    reserved = [number for name in family.token_id_fields if isinstance(number := config.get(name), int)]
+    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved)
 
 
 def end_token_ids(path: Path, family: Family, config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
@@ -174,8 +217,9 @@ def _rendering_problems(chat: ChatFormat, path: Path, family: Family, tokens: Sp
         yield f"{path}: the chat template leaves out the user's text; {remedy}"
 
 
-def stored_template(path: Path) -> str:
-    """The chat template: a file of its own or a field of tokenizer_config.json, one text or a list of named ones."""
+def stored_template(path: Path, default: str | None = None) -> str:
+    """The chat template: a file of its own or a field of tokenizer_config.json, one text or a list of named ones; the
+    `default` of a family whose checkpoints have none."""
     for name in _TEMPLATE_FILES:
         file = path / name
         if file.is_file():
@@ -183,7 +227,7 @@ def stored_template(path: Path) -> str:
                 return _text_of(file)
             return _chosen(read_json(file).get("chat_template"), file)
     file = path / "tokenizer_config.json"
-    return _chosen(tokenizer_settings(path).get("chat_template"), file)
+    return _chosen(tokenizer_settings(path).get("chat_template") or default, file)
 
 
 def _chosen(stored: Any, file: Path) -> str:

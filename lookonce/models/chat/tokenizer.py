@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,35 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
     """tokenizer_config.json, empty when there is none."""
     file = path / SETTINGS
     return read_json(file) if file.is_file() else {}
+
+
+def leading_ids(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer itself puts before a text, such as <s>."""
+    plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
+    return whole[: len(whole) - len(plain)]
+
+
+def continued(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer of text that comes behind other text: one that begins a text with a space (▁) doesn't here."""
+    before = tokenizer.pre_tokenizer
+    if before is None or b'"first"' not in before.__getstate__():
+        return tokenizer
+    state = json.loads(tokenizer.to_str())
+    state["pre_tokenizer"] = _never_first(state["pre_tokenizer"])
+    other = Tokenizer.from_str(json.dumps(state))
+    other.encode_special_tokens = tokenizer.encode_special_tokens
+    return other
+
+
+def _never_first(step: dict[str, Any]) -> dict[str, Any]:
+    if step.get("prepend_scheme") == "first":
+        return step | {"prepend_scheme": "never"}
+    return step | {"pretokenizers": [_never_first(each) for each in step.get("pretokenizers", [])]}
+
+
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether its tokens are bytes as GPT-2 writes them; else they are sentencepiece's, text with ▁ for a space."""
+    return tokenizer.decoder is None or b"ByteLevel" in tokenizer.decoder.__getstate__()
 
 
 def _stored(path: Path, words: str) -> Tokenizer:

@@ -7,12 +7,13 @@ everywhere. It reads settings, safetensors headers and the tokenizer, no weights
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import files
+from lookonce.models.checkpoint.adapter import open_adapter
 from lookonce.models.checkpoint.checkpoint import Checkpoint, open_directory, places_of, settings_directory
 from lookonce.models.checkpoint.inventory import quantisation_problem, tensor_problems, unquantised_problem
 from lookonce.models.checkpoint.quantised.matrix import Format, assembled
@@ -36,10 +37,13 @@ class CheckpointReport:
         return self.halves
 
 
-def check_checkpoint(model: str, *, needs: Half | None = None, revision: str | None = None) -> CheckpointReport:
+def check_checkpoint(
+    model: str, *, needs: Half | None = None, revision: str | None = None, adapter: str | None = None
+) -> CheckpointReport:
     """Check one half, or both (None), of a local directory or a hub id, whose needed files are fetched first.
 
-    A directory that `lookonce split` wrote both halves under is one model. Never raises CheckpointError.
+    A directory that `lookonce split` wrote both halves under is one model. `adapter` is a LoRA adapter, likewise, to be
+    merged when the halves are loaded. Never raises CheckpointError.
     """
     wanted = (needs,) if needs is not None else tuple(Half)
     problems = files.Problems()
@@ -53,13 +57,32 @@ def check_checkpoint(model: str, *, needs: Half | None = None, revision: str | N
         only = next(iter(place.halves)) if len(place.halves) == 1 else None
         checkpoint = problems.of(open_directory, place.path, place.name, only, place.identity)
         if checkpoint is not None:
+            if adapter is not None:
+                checkpoint = problems.of(_with_adapter, checkpoint, adapter, place.halves) or checkpoint
             opened |= dict.fromkeys(place.halves, checkpoint)
     return CheckpointReport({} if problems.found else opened, tuple(problems.found))
 
 
-def open_checked(model: str, half: Half, revision: str | None = None) -> Checkpoint:
+def open_checked(model: str, half: Half, revision: str | None = None, adapter: str | None = None) -> Checkpoint:
     """One half of a model, checked. Raises CheckpointError with every problem."""
-    return check_checkpoint(model, needs=half, revision=revision).usable()[half]
+    return check_checkpoint(model, needs=half, revision=revision, adapter=adapter).usable()[half]
+
+
+def _with_adapter(checkpoint: Checkpoint, source: str, halves: Iterable[Half]) -> Checkpoint:
+    """The checkpoint with an adapter to be merged into these halves. Raises CheckpointError."""
+    adapter = open_adapter(source, checkpoint.family)
+    adapted = replace(checkpoint, adapter=adapter)
+    problems: list[str] = []
+    for half in sorted(halves):
+        weights = adapted.half_entries(half)
+        tied = half is Half.LANGUAGE and checkpoint.tied_head and HEAD not in weights
+        problems += adapter.problems(half, weights, tied=tied)
+        head = HEAD in weights or not checkpoint.tied_head
+        expected = checkpoint.family.tensor_shapes(checkpoint.config, half, head=head)
+        problems += tensor_problems(expected, weights, adapter.path)
+    if problems:
+        raise CheckpointError(*problems)
+    return adapted
 
 
 def check_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
@@ -76,10 +99,10 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     problems = settings_problems(path, config, Half)
     format = files.Problems().of(files.quantised_format, path, config)
     if (path / files.INDEX).is_file() and not problems:
-        problems = _name_problems(path, family_of(config), files.read_index(path / files.INDEX), format)
+        problems = _name_problems(path, family_of(config, path), files.read_index(path / files.INDEX), format)
     if problems:
         raise CheckpointError(*problems)
-    family = family_of(config)
+    family = family_of(config, path)
     return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
@@ -98,7 +121,7 @@ def settings_problems(path: Path, config: dict[str, Any], halves: Iterable[Half]
     """What config.json and preprocessor_config.json ask for that can't be computed."""
     problems = files.Problems()
     problems.of(files.quantised_format, path, config)
-    family = problems.of(family_of, config)
+    family = problems.of(family_of, config, path)
     if family is not None:
         preprocessor = problems.of(lambda: family.preprocessor(files.read_preprocessor(path)))
         problems.found += problems.of(family.problems, config, preprocessor, halves) or []
@@ -112,7 +135,7 @@ def _directory_problems(path: Path, halves: frozenset[Half]) -> list[str]:
     if config is None:
         return problems.found
     problems.found += settings_problems(path, config, halves)
-    family = files.Problems().of(family_of, config)
+    family = files.Problems().of(family_of, config, path)
     if family is None:
         return problems.found  # said above; without a family no tensor and no token has a meaning
     problems.found += _weight_problems(path, family, config, halves)
@@ -165,6 +188,7 @@ def _name_problems(path: Path, family: Family, names: Collection[str], format: F
 
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
     from lookonce.models.chat.chat_format import end_token_ids, open_chat, prompt_problems
+    from lookonce.models.chat.generation_config import sampling_defaults
 
     problems = files.Problems()
     rows = family.text_config(config).get("vocab_size")
@@ -176,6 +200,7 @@ def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[s
     if chat is not None:
         problems.of(end_token_ids, path, family, config, chat)
         problems.found += prompt_problems(chat, path, family, tokens, rows)
+    problems.of(sampling_defaults, path)
     return problems.found
 
 

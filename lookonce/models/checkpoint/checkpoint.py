@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
+from lookonce.core.record import tensor_names
 from lookonce.models.checkpoint import digest, files, hub
+from lookonce.models.checkpoint.adapter import Adapter
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE
 from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
@@ -42,6 +44,7 @@ class Checkpoint:
     known_identity: str | None = field(repr=False)
     stated_vision_weights: str | None = field(repr=False)  # by `lookonce split`
     format: Format | None = None  # how the weights are quantised that are
+    adapter: Adapter | None = None  # merged when a half is loaded
 
     @cached_property
     def identity(self) -> str:
@@ -66,15 +69,30 @@ class Checkpoint:
 
         Taken from the tensors wherever they are here. A language half by itself knows what `lookonce split` wrote
         down, or what this host has found out of the same hub commit. None: not known here; vision services say it.
-        Raises CheckpointError when the tensors are not those that were split.
+        An adapter that changes the half makes it another one. Raises CheckpointError when the tensors are not those
+        that were split.
         """
+        own = self._own_vision_weights()
+        return own if own is None else self._adapted(own)
+
+    @property
+    def encoder_identity(self) -> str:
+        """`identity`, or another one where an adapter changes the vision half."""
+        return self._adapted(self.identity)
+
+    def _adapted(self, identity: str) -> str:
+        return identity if self.adapter is None else digest.adapted(identity, self.adapter.digest(Half.VISION))
+
+    def _own_vision_weights(self) -> str | None:
         if Half.VISION not in self.halves:
             return self.stated_vision_weights or digest.vision_weights_of(self.known_identity or "")
         entries = self.entries.get(Half.VISION)
         if entries is None:  # opened for the language half
             found = files.entries_of(self.path, self.family, files.weight_map_of(self.path), {Half.VISION})
             entries = found[Half.VISION]
-        weights = digest.tensors_digest(entries)
+        whole = assembled(self.format, entries)
+        matrices = {name: repr(one.matrix) for name, one in whole.items() if isinstance(one, QuantisedEntry)}
+        weights = digest.tensors_digest(entries, matrices)
         if self.stated_vision_weights not in (None, weights):
             raise _not_of_its_weights(self.path / files.IDENTITY)
         if self.known_identity is not None and self.known_identity.startswith("hub:"):
@@ -104,6 +122,12 @@ class Checkpoint:
 
     @cached_property
     def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
+        if self.adapter is None:
+            return self._own_weights
+        return {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+
+    @cached_property
+    def _own_weights(self) -> dict[Half, dict[str, StoredWeight]]:
         return {half: assembled(self.format, entries) for half, entries in self.entries.items()}
 
     def files(self, half: Half) -> list[Path]:
@@ -140,7 +164,7 @@ class Checkpoint:
     def dtype(self) -> str:
         """The dtype most of the opened plain weights are stored in: float32, bfloat16 or float16."""
         sizes: Counter[str] = Counter()
-        for weights in self._weights.values():
+        for weights in self._own_weights.values():
             for entry in weights.values():
                 if isinstance(entry, TensorEntry):
                     sizes[entry.dtype] += entry.nbytes
@@ -166,6 +190,11 @@ class Checkpoint:
     def hidden_size(self) -> int:
         """Width of an image embedding."""
         return self.family.hidden_size(self.config)
+
+    @property
+    def embedding_tensors(self) -> tuple[str, ...]:
+        """Names of the tensors [tokens, hidden] of an image embedding."""
+        return tensor_names(self.family.dimensions(self.config).deepstack)
 
     @property
     def merge_size(self) -> int:
@@ -240,7 +269,7 @@ def open_directory(path: Path, name: str, needs: Half | None, identity: str | No
     """Open one directory for the half that it is needed for (None: all that it holds). Raises CheckpointError."""
     config = files.read_config(path)
     format = files.quantised_format(path, config)
-    family = family_of(config)
+    family = family_of(config, path)
     preprocessor = family.preprocessor(files.read_preprocessor(path))
     weight_map = files.weight_map_of(path)
     present = files.halves_present(path, family, weight_map)

@@ -36,6 +36,14 @@ def content_identity(files: Iterable[Path]) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
+def adapted(weights: str, adapter: str | None) -> str:
+    """What identifies weights that an adapter was merged into; None: it changes none of them."""
+    if adapter is None:
+        return weights
+    hasher = blake3(canonical_json([weights, adapter]), derive_key_context="lookonce 2026 adapted weights")
+    return f"blake3:{hasher.hexdigest()}"
+
+
 def file_digest(file: Path) -> str:
     """BLAKE3-256 of a file's contents in hexadecimal, from memory when the file hasn't changed since."""
     try:
@@ -47,11 +55,12 @@ def file_digest(file: Path) -> str:
         ) from None
 
 
-def tensors_digest(entries: Mapping[str, TensorEntry]) -> str:
+def tensors_digest(entries: Mapping[str, TensorEntry], read_as: Mapping[str, str] | None = None) -> str:
     """`blake3:` and 64 hexadecimal characters over name in the module, stored dtype, shape and bytes of each tensor.
 
-    In which files they lie, in which order and under which names there, doesn't matter; nor does what lies beside
-    them. From memory when those files haven't changed since. Raises CheckpointError.
+    `read_as` says of matrices that are stored quantised what else decides their values. In which files the tensors
+    lie, in which order and under which names there, doesn't matter; nor does what lies beside them. From memory when
+    those files haven't changed since. Raises CheckpointError.
     """
     files = sorted({entry.file for entry in entries.values()})
     try:
@@ -61,7 +70,8 @@ def tensors_digest(entries: Mapping[str, TensorEntry]) -> str:
             for name, entry in entries.items()
         }
         place = canonical_json(["tensors", [state["path"] for state in states], sorted(entries)]).decode()
-        return _remembered(place, canonical_json([states, layout]), lambda: _hash_tensors(entries))
+        key = canonical_json([states, layout, read_as])
+        return _remembered(place, key, lambda: _hash_tensors(entries, read_as))
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read ({error.strerror}); its tensors identify it") from None
 
@@ -90,7 +100,7 @@ def _hash(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def _hash_tensors(entries: Mapping[str, TensorEntry]) -> str:
+def _hash_tensors(entries: Mapping[str, TensorEntry], read_as: Mapping[str, str] | None) -> str:
     """Each tensor has a digest of its own, so that they can be read in the order in which they lie."""
     digests = {}
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].file, item[1].offset)):
@@ -98,7 +108,8 @@ def _hash_tensors(entries: Mapping[str, TensorEntry]) -> str:
         for piece in entry.pieces():
             hasher.update(piece)
         digests[name] = [entry.dtype, list(entry.shape), hasher.hexdigest()]
-    return f"blake3:{blake3(canonical_json(digests), derive_key_context='lookonce 2026 tensors').hexdigest()}"
+    text = canonical_json([digests, read_as] if read_as else digests)
+    return f"blake3:{blake3(text, derive_key_context='lookonce 2026 tensors').hexdigest()}"
 
 
 def _state(path: Path) -> dict[str, str | int]:

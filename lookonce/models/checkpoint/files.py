@@ -136,8 +136,8 @@ def describe_strays(family: Family, names: Iterable[str]) -> str:
 def adapter_problem(names: Sequence[str]) -> str:
     """What to do about tensors of a LoRA adapter."""
     return (
-        f"tensors of a LoRA adapter: {some(names)}; merge it into its base model (PEFT's merge_and_unload) "
-        "and give the result"
+        f"tensors of a LoRA adapter: {some(names)}; give its base model with --model and the directory that PEFT "
+        "wrote with --adapter"
     )
 
 
@@ -248,7 +248,7 @@ def _what_it_is(path: Path) -> str:
         return f"; it holds split halves: give one of {', '.join(halves)}"
     if (path / ADAPTER).is_file():
         base = read_json(path / ADAPTER).get("base_model_name_or_path")
-        return f" but a LoRA adapter of {base}; merge it into that model (PEFT's merge_and_unload) and give the result"
+        return f" but a LoRA adapter of {base}; give that model with --model {base} and this with --adapter {path}"
     return "; give the directory that holds the model's files"
 
 

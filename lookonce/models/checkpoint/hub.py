@@ -64,7 +64,7 @@ def fetch(repository: str, halves: Iterable[Half], revision: str | None = None) 
     from huggingface_hub import snapshot_download
 
     halves = set(halves)
-    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX], revision)
+    snapshot = fetch_files(repository, [*files.small_files(halves), files.INDEX, files.ADAPTER], revision)
     commit = snapshot.name
     with _translated(repository, revision):
         wanted = _weights(repository, snapshot, halves)
@@ -94,11 +94,17 @@ def fetch_files(repository: str, names: list[str], revision: str | None = None) 
 
 def _weights(repository: str, snapshot: Path, halves: set[Half]) -> list[str]:
     if not (snapshot / files.CONFIG).is_file():
+        if (snapshot / files.ADAPTER).is_file():
+            base = files.read_json(snapshot / files.ADAPTER).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{repository} is a LoRA adapter of {base}; give that model with --model {base} and this with "
+                f"--adapter {repository}"
+            )
         raise CheckpointError(f"{repository} has no {files.CONFIG}: it is not a model repository")
     index = snapshot / files.INDEX
     if not index.is_file():
         return [files.SINGLE]
-    family = family_of(files.read_json(snapshot / files.CONFIG))
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
     return files.shards_of(family, files.read_index(index), halves)
 
 
@@ -186,7 +192,7 @@ def _fill(
     it is whole."""
     growing = folder.with_name(f"{half}.incomplete")
     growing.mkdir(parents=True, exist_ok=True)
-    family = family_of(files.read_json(snapshot / files.CONFIG))
+    family = family_of(files.read_json(snapshot / files.CONFIG), snapshot)
     found = {name: _part(repository, snapshot, name, family, half, growing) for name in wanted if name in others}
     parts = {name: pair for name, pair in found.items() if pair is not None and pair[1].worth}
     if not parts:

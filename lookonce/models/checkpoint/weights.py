@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.adapter import LowRank
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.files import some
 from lookonce.models.checkpoint.headers import TensorEntry
@@ -60,7 +61,8 @@ def load_weights(
         raise CheckpointError(*problems)
     spare = spare_biases(expected, entries)
     wanted = {name: entry for name, entry in entries.items() if name not in spare}
-    state = {name: tensor for file in _by_file(wanted) for name, tensor in _read_file(*file, dtype, where)}
+    added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
+    state = {name: tensor for file in _by_file(wanted) for name, tensor in _read_file(*file, added, dtype, where)}
     if tied:
         state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
@@ -77,21 +79,36 @@ def _by_file(entries: dict[str, StoredWeight]) -> list[tuple[Path, list[tuple[st
 
 
 def _read_file(
-    file: Path, group: list[tuple[str, StoredWeight]], dtype: torch.dtype, where: Where
+    file: Path,
+    group: list[tuple[str, StoredWeight]],
+    added: Mapping[str, LowRank],
+    dtype: torch.dtype,
+    where: Where,
 ) -> list[tuple[str, torch.Tensor]]:
     try:
         with open(file, "rb", buffering=0) as stream:
-            return [
-                (
-                    name,
-                    _read_tensor(stream.fileno(), entry, dtype, where(name))
-                    if isinstance(entry, TensorEntry)
-                    else _dequantised(entry, dtype, where(name)),
-                )
-                for name, entry in group
-            ]
+            number = stream.fileno()
+            return [(name, _weight(number, entry, added.get(name), dtype, where(name))) for name, entry in group]
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); check the disk and its permissions") from None
+
+
+def _weight(
+    descriptor: int, entry: StoredWeight, added: LowRank | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if added is not None:
+        wide = _weight(descriptor, entry, None, torch.float32, torch.device("cpu"))
+        return _merged(wide, added).to(dtype).to(device)
+    if isinstance(entry, TensorEntry):
+        return _read_tensor(descriptor, entry, dtype, device)
+    return _dequantised(entry, dtype, device)
+
+
+def _merged(weight: torch.Tensor, added: LowRank) -> torch.Tensor:
+    """A float32 weight and what an adapter adds to it, in its place."""
+    a, b = (_read_part(entry).float() for entry in (added.a, added.b))
+    delta = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).mul_(added.scale)
+    return weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
 
 
 def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -74,12 +74,12 @@ class Qwen25VLArchitecture(Architecture):
         }
 
 
-def _small(*tower: int, blocks: tuple[int, ...], vision_ffn: int, **text: int) -> Qwen25VLArchitecture:
-    return Qwen25VLArchitecture(*tower, vision_ffn=vision_ffn, full_blocks=blocks, **text)
+def _small(depth: int, width: int, count: int, *, blocks: tuple[int, ...], **others: Any) -> Qwen25VLArchitecture:
+    return Qwen25VLArchitecture(depth, width, count, full_blocks=blocks, **others)
 
 
-def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **other: int) -> Qwen25VLArchitecture:
-    return Qwen25VLArchitecture(32, 1280, 16, layers, hidden, heads, kv_heads, ffn, **{"vocab": 152064, **other})
+def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **others: Any) -> Qwen25VLArchitecture:
+    return Qwen25VLArchitecture(32, 1280, 16, layers, hidden, heads, kv_heads, ffn, **{"vocab": 152064} | others)
 
 
 SIZES: dict[str, Qwen25VLArchitecture] = {

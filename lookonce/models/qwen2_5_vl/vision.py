@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional
 
 from lookonce.models.compiled import text_rows, tower_kernels
 from lookonce.models.family import Grid, Patches
-from lookonce.models.linear import GatedUnit, Int8Linear, JoinedGatedUnit, Linear
+from lookonce.models.linear import Int8Linear, Linear, LinearModule, linear_of, replace_linears
 from lookonce.models.omp_thread import Pause
 from lookonce.models.qwen2_5_vl.modules import WindowTower, load_window_tower
 from lookonce.models.qwen2_5_vl.windows import Windows, windows_of
@@ -38,12 +39,17 @@ class BlockWeights:
     """Those of a pre-norm block."""
 
     norm1: torch.Tensor  # [width]
+    norm2: torch.Tensor  # [width]
     qkv: Linear  # width -> 3 * width
     proj: Linear  # width -> width
-    norm2: torch.Tensor  # [width]
-    gate_up: GatedUnit  # width -> inner
+    gate: Linear  # width -> inner
+    up: Linear  # width -> inner
     down: Linear  # inner -> width
     full: bool  # its patches attend to the whole image
+
+    def mlp(self, normed: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of [T, width], and a residual."""
+        return self.down.plus(functional.silu(self.gate(normed)).mul_(self.up(normed)), residual)
 
 
 class WindowEncoder(PackedEncoder):
@@ -77,19 +83,19 @@ class WindowEncoder(PackedEncoder):
         self._lookup = self._kernels.lookup if self._kernels is not None else None
         rows = text_rows(width, head_width, 2 * self._heads, VISION_EPSILON, first.norm1.weight) if native else None
         self._norm = rows.norm if rows is not None else lambda x, weight: rms_norm(x, weight, VISION_EPSILON)
-        self._blocks: list[BlockWeights] = []
-        products: list[Linear] = []
-        for number in range(len(blocks)):  # one at a time: no more than one is there in both forms
-            block = blocks[0]
-            del blocks[0]
-            made = _block(block, number in tower.full_blocks, quantization, native=native)
-            self._blocks.append(made[0])
-            products += made[1]
-        before, _, behind = tower.merger.mlp
-        self._merge = [row_linear(one.weight, one.bias, native=native) for one in (before, behind)]
-        self._merger_norm = tower.merger.ln_q.weight.data
-        del tower.merger.mlp
-        return [*products, *self._merge]
+        missing = -inner % _LANES if self._kernels is not None and quantization == "none" else 0
+
+        def make(child: nn.Linear) -> Linear:
+            return row_linear(child.weight, child.bias, native=native)
+
+        def quantised(child: nn.Linear) -> Linear:
+            return Int8Linear(child.weight, child.bias) if quantization == "int8" else make(child)
+
+        self._blocks = [
+            _block(block, number in tower.full_blocks, quantised, missing) for number, block in enumerate(blocks)
+        ]
+        replace_linears(tower.merger, make)
+        return [child.linear for child in tower.modules() if isinstance(child, LinearModule)]
 
     def _compute(
         self,
@@ -106,12 +112,12 @@ class WindowEncoder(PackedEncoder):
             pause()
             mixed = (whole if block.full else within)(projected)
             hidden = block.proj.plus(mixed, hidden)
-            for rows in hidden.split(self._piece):
-                rows.copy_(block.down.plus(block.gate_up(self._norm(rows, block.norm2)), rows))
+            for rows in torch.split(hidden, self._piece):
+                rows.copy_(block.mlp(self._norm(rows, block.norm2), rows))
                 pause()
-        before, behind = self._merge
-        merged = before(self._norm(hidden, self._merger_norm).view(-1, self.tower.merger.inner))
-        return behind(functional.gelu(merged)).index_select(0, _back(windows).to(hidden.device))
+        merger = self.tower.merger
+        tokens: torch.Tensor = merger.mlp(self._norm(hidden, merger.ln_q.weight).view(-1, merger.inner))
+        return tokens.index_select(0, _back(windows).to(hidden.device))
 
     def _attention(
         self,
@@ -128,35 +134,41 @@ class WindowEncoder(PackedEncoder):
         missing = sum(counts) - sum(sizes)
         sizes += [min(piece, missing - begin) for begin in range(0, missing, piece)]
         if self._kernels is None:
-            runs = runs_of(sizes), runs_of(counts)
-            return tuple(lambda qkv, run=run: attend_runs(qkv, self._heads, cos, sin, run) for run in runs)  # type: ignore[return-value,misc]
-        kernels = self._kernels
-        packed = kernels.pack(counts, cos, sin)
-        in_windows = replace(kernels.pack(sizes, cos, sin), heads=packed.heads)
+            in_windows, in_images = runs_of(sizes), runs_of(counts)
+            return (
+                lambda qkv: attend_runs(qkv, self._heads, cos, sin, in_windows),
+                lambda qkv: attend_runs(qkv, self._heads, cos, sin, in_images),
+            )
+        kernels, images = self._kernels, self._kernels.pack(counts, cos, sin)
+        packed = replace(kernels.pack(sizes, cos, sin), heads=images.heads)
         return (
-            lambda qkv: kernels.attend(qkv, in_windows, pause, at_once=_AT_ONCE),
             lambda qkv: kernels.attend(qkv, packed, pause, at_once=_AT_ONCE),
+            lambda qkv: kernels.attend(qkv, images, pause, at_once=_AT_ONCE),
         )
 
 
-def _block(block: Any, full: bool, quantization: str, *, native: bool) -> tuple[BlockWeights, list[Linear]]:
-    """A block's weights, and its products."""
-
-    def product(weight: torch.Tensor, bias: torch.Tensor) -> Linear:
-        return Int8Linear(weight, bias) if quantization == "int8" else row_linear(weight, bias, native=native)
-
+def _block(block: Any, full: bool, make: Callable[[nn.Linear], Linear], missing: int) -> BlockWeights:
+    """A block's weights, its products as `make` makes them. `missing` places of its MLP, all zeros, are added; one
+    matrix at a time, so that little more is in memory than what stays."""
     attention, mlp = block.attn, block.mlp
-    missing = 0 if quantization == "int8" else -mlp.down_proj.weight.shape[1] % _LANES
-    gates = (mlp.gate_proj, mlp.up_proj)
-    both = product(
-        torch.cat([functional.pad(one.weight.data, (0, 0, 0, missing)) for one in gates]),
-        torch.cat([functional.pad(one.bias.data, (0, missing)) for one in gates]),
+    replace_linears(attention, make)
+    padding = {"gate_proj": (0, 0, 0, missing), "up_proj": (0, 0, 0, missing), "down_proj": (0, missing)}
+    for name, places in padding.items():
+        child = getattr(mlp, name)
+        if missing:
+            child.weight.data = functional.pad(child.weight.data, places)
+            child.bias.data = functional.pad(child.bias.data, places[2:])
+        setattr(mlp, name, LinearModule(make(child)))
+    return BlockWeights(
+        norm1=block.norm1.weight.data,
+        norm2=block.norm2.weight.data,
+        qkv=linear_of(attention.qkv),
+        proj=linear_of(attention.proj),
+        gate=linear_of(mlp.gate_proj),
+        up=linear_of(mlp.up_proj),
+        down=linear_of(mlp.down_proj),
+        full=full,
     )
-    qkv, proj = (product(one.weight.data, one.bias.data) for one in (attention.qkv, attention.proj))
-    down = product(functional.pad(mlp.down_proj.weight.data, (0, missing)), mlp.down_proj.bias.data)
-    norms = block.norm1.weight.data, block.norm2.weight.data
-    weights = BlockWeights(norms[0], qkv, proj, norms[1], JoinedGatedUnit(both), down, full)
-    return weights, [qkv, proj, both, down]
 
 
 @lru_cache(maxsize=64)

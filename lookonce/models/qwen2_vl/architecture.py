@@ -30,6 +30,15 @@ class Architecture(ABC):
     activation: ClassVar[str]  # of the tower's MLP
     mlp_matrices: ClassVar[int]  # of the tower's MLP
     tower_fields: ClassVar[dict[str, str]]  # dimensions of the tower, and what vision_config calls them
+    prefixes: ClassVar[dict[Layout, tuple[str, str]]] = {
+        "published": ("visual.", "model."),
+        "nested": ("model.visual.", "model.language_model."),
+    }
+    """How names of tensors begin: the tower's, and the language model's."""
+    pixel_mean: ClassVar[list[float]] = [0.48145466, 0.4578275, 0.40821073]
+    pixel_std: ClassVar[list[float]] = [0.26862954, 0.26130258, 0.27577711]
+    default_system: ClassVar[bool] = True
+    """Whether the chat template begins with a system message of its own where there is none."""
 
     vision_depth: int
     vision_width: int
@@ -54,6 +63,11 @@ class Architecture(ABC):
             raise CheckpointError(f"vision head width {self.vision_width}/{self.vision_heads} must be a multiple of 4")
 
     @property
+    def head_dim(self) -> int:
+        """Width of a head of the language model."""
+        return self.hidden // self.heads
+
+    @property
     def mrope_section(self) -> list[int]:
         """Rotary frequencies given to time, height and width; [16, 24, 24] in every published model."""
         half = self.hidden // self.heads // 2
@@ -76,6 +90,18 @@ class Architecture(ABC):
     @abstractmethod
     def mlp(self, name: str) -> Shapes:
         """An MLP of the tower."""
+
+    def tower(self) -> Shapes:
+        """The vision half."""
+        return _vision(self)
+
+    def text(self) -> Shapes:
+        """The language half, but for a head of its own."""
+        return _language(self)
+
+    def config(self, tokens: dict[str, int], *, layout: Layout, tied: bool, dtype: str) -> dict[str, Any]:
+        """config.json."""
+        return model_config(self, tokens, layout=layout, tied=tied, dtype=dtype)
 
     @abstractmethod
     def vision_config(self) -> dict[str, Any]:
@@ -173,9 +199,9 @@ def architecture_of(kind: type[Kind], vision: dict[str, Any], text: dict[str, An
 
 def tensor_shapes(arch: Architecture, *, layout: Layout = "published", tied: bool = True) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a checkpoint, vision first, as the published files have them."""
-    visual, model = ("visual.", "model.") if layout == "published" else ("model.visual.", "model.language_model.")
-    shapes = {visual + name: shape for name, shape in _vision(arch)}
-    shapes |= {model + name: shape for name, shape in _language(arch)}
+    visual, model = arch.prefixes[layout]
+    shapes = {visual + name: shape for name, shape in arch.tower()}
+    shapes |= {model + name: shape for name, shape in arch.text()}
     return shapes if tied else shapes | {"lm_head.weight": (arch.vocab, arch.hidden)}
 
 

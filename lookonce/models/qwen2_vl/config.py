@@ -15,6 +15,7 @@ from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 from lookonce.models.qwen2_vl.architecture import Architecture, Qwen2VLArchitecture, architecture_of, tensor_shapes
 from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import extended
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +116,7 @@ class Qwen2VL:
             hidden=arch.hidden,
             heads=arch.heads,
             kv_heads=arch.kv_heads,
-            head_dim=arch.hidden // arch.heads,
+            head_dim=arch.head_dim,
             ffn=arch.ffn,
             vocabulary=arch.vocab,
             patches_per_token=arch.merge**2,
@@ -142,8 +143,8 @@ class Qwen2VL:
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         nested = _section(config, "text_config")
         if nested is not None:
-            return dict(nested)
-        return {key: value for key, value in config.items() if key not in _OUTER_KEYS}
+            return extended(dict(nested))
+        return extended({key: value for key, value in config.items() if key not in _OUTER_KEYS})
 
     def problems(
         self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
@@ -155,12 +156,16 @@ class Qwen2VL:
             found += self.vision_problems(vision)
             found += preprocessor_problems(preprocessor, vision) if preprocessor is not None else ()
         if Half.LANGUAGE in wanted:
-            found += text_problems(self.text_config(config), self.label)
+            found += self.text_problems(self.text_config(config))
         return found
 
     def vision_problems(self, vision: dict[str, Any]) -> Iterable[str]:
         """Every setting of a filled-in vision config that can't be computed."""
         return vision_problems(vision)
+
+    def text_problems(self, text: dict[str, Any]) -> Iterable[str]:
+        """Every setting of the language model that can't be computed."""
+        return text_problems(text, self.label)
 
     def tied_head(self, config: dict[str, Any]) -> bool:
         """Older nested saves put the switch inside text_config."""

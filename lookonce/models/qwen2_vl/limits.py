@@ -7,10 +7,12 @@ A problem is one sentence: the file, what is wrong, and after a semicolon what t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeGuard
 
-ROPE_TYPES = ("default", "mrope")
+from lookonce.models.qwen2_vl.rope import STRETCHED, TYPES, rope_type
+
+_YARN_NUMBERS = ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _VISION_SIZES = (
     "depth",
     "embed_dim",
@@ -67,8 +69,11 @@ def tower_problems(
         )
 
 
-def text_problems(text: dict[str, Any], label: str) -> Iterator[str]:
-    """Of the language model's settings; `label` is the family's."""
+def text_problems(
+    text: dict[str, Any], label: str, *, head_dim: Any = None, section: Sequence[int] = (16, 24, 24)
+) -> Iterator[str]:
+    """Of the language model's settings; `label` is the family's. `head_dim`: where that is a setting of its own;
+    `section`: M-RoPE's unless it is stated."""
     yield from _sizes(text, _TEXT_SIZES, "")
     yield from _sizes(text, [name for name in _DEFAULTED_TEXT_SIZES if name in text], "")
     if not _is_number(text.get("rms_norm_eps", 1e-5)):
@@ -80,13 +85,21 @@ def text_problems(text: dict[str, Any], label: str) -> Iterator[str]:
     keys = text.get("num_key_value_heads") or heads
     if not (is_size(hidden) and is_size(heads) and is_size(keys)):
         return
-    if hidden % heads or heads % keys or hidden // heads % 2:
+    if head_dim is not None:
+        if not is_size(head_dim) or head_dim % 2 or heads % keys:
+            yield (
+                f"config.json: head_dim {head_dim!r} must be an even number, and num_attention_heads {heads} a "
+                f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
+            )
+        else:
+            yield from _rope_problems(text, head_dim, section)
+    elif hidden % heads or heads % keys or hidden // heads % 2:
         yield (
             f"config.json: hidden_size {hidden} must be num_attention_heads {heads} times an even width, and these a "
             f"multiple of num_key_value_heads {keys}; {FROM_REPOSITORY}"
         )
     else:
-        yield from _rope_problems(text, hidden // heads)
+        yield from _rope_problems(text, hidden // heads, section)
 
 
 def preprocessor_problems(preprocessor: dict[str, Any], vision: dict[str, Any]) -> Iterator[str]:
@@ -133,19 +146,21 @@ def _window_problems(text: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
-    name = "rope_parameters" if text.get("rope_parameters") else "rope_scaling"
+def _rope_problems(text: dict[str, Any], head_width: int, default: Sequence[int]) -> Iterator[str]:
+    name = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = text.get(name) or {}
     if not isinstance(rope, dict):
         yield f"config.json: {name} must be an object, got {rope!r}; {FROM_REPOSITORY}"
         return
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE_TYPES:
+    kind = rope_type(rope)
+    if kind not in TYPES:
         yield (
-            f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(ROPE_TYPES)}); "
+            f"config.json: {name}: rope type {kind!r} is not supported ({', '.join(TYPES)}); "
             f"remove the long-context extension from {name}"
         )
-    section = rope.get("mrope_section", [16, 24, 24])
+    elif kind in STRETCHED:
+        yield from _stretch_problems(name, kind, rope)
+    section = rope.get("mrope_section", list(default))
     whole = isinstance(section, list) and len(section) == 3 and all(map(is_size, section))
     if not whole or sum(section) != head_width // 2:
         yield (
@@ -156,6 +171,20 @@ def _rope_problems(text: dict[str, Any], head_width: int) -> Iterator[str]:
         theta = holder.get("rope_theta")
         if theta is not None and not (_is_number(theta) and theta > 0):
             yield f"config.json: rope_theta must be a number above 0, got {theta!r}; {FROM_REPOSITORY}"
+
+
+def _stretch_problems(name: str, kind: str, rope: dict[str, Any]) -> Iterator[str]:
+    trained = rope.get("original_max_position_embeddings")
+    for field in _YARN_NUMBERS if kind == "yarn" else ("factor",):
+        value, least = rope.get(field), 1 if field == "factor" else 0
+        unset = value is None and (field != "factor" or (kind == "yarn" and trained is not None))
+        if not unset and not (_is_number(value) and value >= least):
+            yield f"config.json: {name}: {field} must be a number from {least} on, got {value!r}; {FROM_REPOSITORY}"
+    if trained is not None and not is_size(trained):
+        yield (
+            f"config.json: {name}: original_max_position_embeddings must be a whole number above 0, got {trained!r}; "
+            f"{FROM_REPOSITORY}"
+        )
 
 
 def _sizes(settings: dict[str, Any], names: Iterable[str], section: str) -> Iterator[str]:
@@ -174,5 +203,5 @@ def is_size(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

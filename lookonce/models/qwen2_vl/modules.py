@@ -18,6 +18,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import Where, load_weights
 from lookonce.models.qwen2_vl.limits import text_problems, vision_problems
+from lookonce.models.qwen2_vl.rope import SECTIONS, THETA, frequencies, mrope_section, rope_frequencies
 from lookonce.models.registry import Half
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -98,7 +99,7 @@ class Tower(nn.Module):
         kernel = (config["temporal_patch_size"], config["patch_size"], config["patch_size"])
         self.patch_embed = PatchEmbed(config["in_channels"], width, kernel)
         self.blocks: Any = nn.ModuleList(block() for _ in range(config["depth"]))
-        self.merger = PatchMerger(norm, width * self.spatial_merge_size**2, hidden)
+        self.merger: Any = PatchMerger(norm, width * self.spatial_merge_size**2, hidden)
         self.rotary_frequencies = rope_frequencies(width // config["num_heads"] // 2, config["rope_theta"])
 
 
@@ -115,12 +116,16 @@ class VisionTower(Tower):
 class Rotary:
     """What turns M-RoPE positions to angles: `inv_freq` [head width / 2], float32."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        self.attention_scaling = 1.0
-        self.mrope_section: list[int] = list(rope.get("mrope_section", (16, 24, 24)))
-        theta = float(rope.get("rope_theta") or config.get("rope_theta") or 1_000_000.0)
-        self.inv_freq = rope_frequencies(config["hidden_size"] // config["num_attention_heads"], theta)
+    interleaved = False
+    """Whether the sections of M-RoPE are."""
+    default_section: tuple[int, ...] = SECTIONS
+    default_theta = THETA
+
+    def __init__(self, config: dict[str, Any], head_dim: int | None = None) -> None:
+        """`head_dim`: where that isn't hidden / heads."""
+        self.mrope_section = mrope_section(config, self.default_section)
+        head_width = head_dim or config["hidden_size"] // config["num_attention_heads"]
+        self.inv_freq, self.attention_scaling = frequencies(config, head_width, self.default_theta)
 
 
 class TextAttention(nn.Module):
@@ -150,10 +155,10 @@ class TextMlp(nn.Module):
 class TextLayer(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], attention: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config["hidden_size"])
-        self.self_attn = TextAttention(config)
+        self.self_attn = attention
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"])
         self.mlp = TextMlp(config)
 
@@ -161,26 +166,28 @@ class TextLayer(nn.Module):
 class TextModel(nn.Module):
     """The language half's weights but for the output head, and the dimensions that a forward needs."""
 
+    rotary: type[Rotary] = Rotary
+    attention: type[nn.Module] = TextAttention
+    problems: Callable[[dict[str, Any], str], Iterable[str]] = staticmethod(text_problems)
+    """What of its settings, by a family of some label, can't be computed."""
+
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
         self.config = SimpleNamespace(**config)
-        self.rotary_emb = Rotary(config)
+        self.rotary_emb = self.rotary(config)
         # From a tensor, as initialising one on the meta device imports torch's compiler: a second of every start.
         rows = torch.empty(config["vocab_size"], config["hidden_size"])
-        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)
-        self.layers = nn.ModuleList(TextLayer(config) for _ in range(config["num_hidden_layers"]))
+        self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
+        self.layers = nn.ModuleList(
+            TextLayer(config, self.attention(config)) for _ in range(config["num_hidden_layers"])
+        )
         self.norm = nn.RMSNorm(config["hidden_size"])
 
 
-def rope_frequencies(width: int, theta: float) -> torch.Tensor:
-    """Float32 [width / 2] on the CPU, whatever the default device: theta^(-2i / width) (RoFormer, arXiv:2104.09864)."""
-    steps = torch.arange(0, width, 2, dtype=torch.float, device="cpu") / width
-    return 1.0 / theta**steps
-
-
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """x [T, width] / sqrt(mean(x^2) + epsilon) * weight [width], the norm in float32."""
-    if x.dtype == torch.float32:
+    """x [..., width] / sqrt(mean(x^2) + epsilon) * weight [width], or one for each row of the last two dimensions; the
+    norm in float32."""
+    if x.dtype == torch.float32 and weight.dim() == 1:
         return functional.rms_norm(x, (x.shape[-1],), weight, epsilon)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
@@ -201,26 +208,29 @@ def load_vision_tower(
 
 
 def load_language_model(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str | Where = "cpu"
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str | Where = "cpu",
+    kind: type[TextModel] = TextModel,
 ) -> tuple[TextModel, nn.Linear]:
     """The language half and its output head, in eval mode; a tied head shares the embedding's parameter. `device` may
     differ from tensor to tensor.
 
     Raises CheckpointError."""
-    config = text_settings(checkpoint)
+    config = text_settings(checkpoint, kind)
     with torch.device("meta"):
-        model = TextModel(config)
+        model = kind(config)
         head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
     halves = nn.ModuleDict({"model": model, "lm_head": head})
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
     return _frozen(model), _frozen(head)
 
 
-def text_settings(checkpoint: Checkpoint) -> dict[str, Any]:
+def text_settings(checkpoint: Checkpoint, kind: type[TextModel] = TextModel) -> dict[str, Any]:
     """The language half's configuration with transformers' defaults filled in. CheckpointError for what has none."""
     config = {"rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
     config |= checkpoint.family.text_config(checkpoint.config)
-    refuse(text_problems(config, checkpoint.family.label))
+    refuse(kind.problems(config, checkpoint.family.label))
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config["num_attention_heads"]
     return config

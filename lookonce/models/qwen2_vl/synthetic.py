@@ -21,7 +21,7 @@ from blake3 import blake3
 from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import files
 from lookonce.models.checkpoint.writing import TensorSpec, plan_by_count, write_json, write_shards
-from lookonce.models.qwen2_vl.architecture import SIZES, Architecture, Layout, model_config, tensor_shapes
+from lookonce.models.qwen2_vl.architecture import SIZES, Architecture, Layout, tensor_shapes
 from lookonce.models.qwen2_vl.synthetic_tokenizer import write_tokenizer
 from lookonce.models.registry import Half, family_of
 
@@ -30,7 +30,8 @@ _PIECE = 1 << 22  # values drawn at once
 _BIAS_SPREAD = 0.05
 _NORM_SPREAD = 0.05
 _LOGIT_SPREAD = 2.0
-_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight", "o_proj.weight", "down_proj.weight")
+_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight", "mlp.linear_fc2.weight", "o_proj.weight", "down_proj.weight")
+_QK_NORMS = ("q_norm.weight", "k_norm.weight")
 _GAINS = (
     ("q_proj.weight", 1.7),
     ("k_proj.weight", 1.7),
@@ -38,6 +39,7 @@ _GAINS = (
     ("down_proj.weight", 4.0),
     ("attn.proj.weight", 2.0),
     ("mlp.fc2.weight", 2.0),
+    ("mlp.linear_fc2.weight", 2.0),
 )
 
 
@@ -70,8 +72,9 @@ def make_random_checkpoint(
     if (path / files.CONFIG).exists():
         raise CheckpointError(f"{path} already holds a checkpoint; choose an empty directory")
     path.mkdir(parents=True, exist_ok=True)
-    tokens = write_tokenizer(path, arch.vocab, template_in_config=layout == "published")
-    config = model_config(arch, tokens, layout=layout, tied=tied, dtype=dtype)
+    in_config = layout == "published"
+    tokens = write_tokenizer(path, arch.vocab, template_in_config=in_config, default_system=arch.default_system)
+    config = arch.config(tokens, layout=layout, tied=tied, dtype=dtype)
     shapes = tensor_shapes(arch, layout=layout, tied=tied)
     tensors = [TensorSpec(name, _CODES[dtype], shape) for name, shape in shapes.items()]
     places = files.located(family_of(config), shapes)
@@ -95,8 +98,8 @@ def _architecture(sizes: Mapping[str, Architecture], size: str, dimensions: dict
 def _write_settings(path: Path, arch: Architecture, tokens: dict[str, int], min_pixels: int, max_pixels: int) -> None:
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "image_mean": arch.pixel_mean,
+        "image_std": arch.pixel_std,
         "min_pixels": min_pixels,
         "max_pixels": max_pixels,
         "patch_size": arch.patch,
@@ -135,7 +138,7 @@ def _scale(arch: Architecture, half: Half, name: str, shape: tuple[int, ...]) ->
     if name.endswith(".bias"):
         return 0.0, _BIAS_SPREAD
     if len(shape) == 1:
-        return 1.0, _NORM_SPREAD
+        return 1.7 if name.endswith(_QK_NORMS) else 1.0, _NORM_SPREAD
     if name in ("model.embed_tokens.weight", "lm_head.weight"):
         return 0.0, _LOGIT_SPREAD / math.sqrt(arch.hidden)
     depth = arch.vision_depth if half is Half.VISION else arch.layers

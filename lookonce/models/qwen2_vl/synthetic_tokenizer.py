@@ -31,11 +31,13 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-CHAT_TEMPLATE = """\
-{%- set seen = namespace(images=0, videos=0) -%}
+_DEFAULT_SYSTEM = """\
 {%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
 {%- endif -%}
+"""
+_PLAIN_TEMPLATE = """\
+{%- set seen = namespace(images=0, videos=0) -%}
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
 {%- if message['content'] is string -%}
@@ -61,14 +63,18 @@ CHAT_TEMPLATE = """\
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
 """
+CHAT_TEMPLATE = _DEFAULT_SYSTEM + _PLAIN_TEMPLATE
 _LETTERS = "etaoinshrdlucmwfgypbvkjxqz"
 _SPACE = "Ġ"  # how byte-level BPE writes a space
 
 
-def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: bool) -> dict[str, int]:
+def write_tokenizer(
+    directory: Path, vocab_size: int, *, template_in_config: bool, default_system: bool = True
+) -> dict[str, int]:
     """Write tokenizer.json, tokenizer_config.json and the chat template; returns the special tokens' ids.
 
-    Special tokens have the last ids. The template stands in tokenizer_config.json or in chat_template.jinja.
+    Special tokens have the last ids. The template stands in tokenizer_config.json or in chat_template.jinja;
+    `default_system`: it begins with a system message of its own where there is none.
     """
     from tokenizers import AddedToken, models, pre_tokenizers
 
@@ -86,10 +92,11 @@ def write_tokenizer(directory: Path, vocab_size: int, *, template_in_config: boo
     tokenizer.save(str(directory / "tokenizer.json"))
     ids = {token: len(vocab) + place for place, token in enumerate(SPECIAL_TOKENS)}
     config = _tokenizer_config(ids)
+    template = CHAT_TEMPLATE if default_system else _PLAIN_TEMPLATE
     if template_in_config:
-        config["chat_template"] = CHAT_TEMPLATE
+        config["chat_template"] = template
     else:
-        (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
     write_json(directory / "tokenizer_config.json", config)
     return ids
 

@@ -1,4 +1,5 @@
-"""Qwen2-VL's text model as a packed adapter: the modules' weights, without module overhead.
+"""Qwen2-VL's text model as a packed adapter: the modules' weights, without module overhead. Its successors' may norm
+queries and keys, interleave the sections of M-RoPE, and have a deepstack.
 
 Projections that read the same input are one product. The adapter takes the projections' weights out of the modules, so
 that each exists once, in the form it is computed with. Layers may lie on several devices, one after the other: what
@@ -18,7 +19,7 @@ from torch.nn import functional
 from lookonce.models.compiled import text_layers, text_rows
 from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear, rounded_up
 from lookonce.models.qwen2_vl.modules import rms_norm
-from lookonce.models.text_adapter import Attend, ModelShape, Stage
+from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
@@ -34,10 +35,12 @@ class Qwen2VLAdapter:
         quantization: str = "none",
         devices: Sequence[torch.device] | None = None,
         native: bool = True,
+        deepstack: int = 0,
     ) -> None:
         """`model` is a Qwen2VLTextModel, whose projections lose their weights to the adapter. `quantization` ("none",
         "int8") is that of the layers' matrices; embedding and head stay as they are. Layers are brought to their
-        `devices` one at a time, before they are quantised; None: they are there. `native`: use compiled kernels."""
+        `devices` one at a time, before they are quantised; None: they are there. `native`: use compiled kernels.
+        `deepstack`: see `ModelShape`."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
         vocabulary = head.weight.shape[0]
@@ -55,21 +58,21 @@ class Qwen2VLAdapter:
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
-        sections = list(rotary.mrope_section)
-        rows = [row % 3 for row, width in enumerate(sections) for _ in range(width)]
+        rows = _section_rows(rotary.mrope_section, interleaved=getattr(rotary, "interleaved", False))
         device = self._embedding.device
         self._section_row = torch.tensor(rows, device=device)  # [d / 2]: which position row each frequency follows
         self._shape = ModelShape(
             layers=len(self._layers),
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
+            head_dim=2 * len(self._frequencies),
             hidden=config.hidden_size,
             vocabulary=vocabulary,
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
             position_rows=3,
+            deepstack=deepstack,
         )
         shape, rotated = self._shape, self._shape.heads + self._shape.kv_heads
         self._rows = None
@@ -88,13 +91,18 @@ class Qwen2VLAdapter:
         return functional.embedding(token_ids, self._embedding)
 
     def forward(
-        self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attend, rows: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor,
+        deepstack: Sequence[Deepstack] = (),
     ) -> torch.Tensor:
         """Logits [len(rows), vocabulary]; `hidden` may be overwritten. What follows the last layer's attention runs for
         those rows only. Where products are compiled for a number of rows, there are rows of zeros behind them, up to a
         round number."""
         cos, sin = self._rotary(positions)
-        if self._compiled is not None and attend.calls is not None:
+        if self._compiled is not None and attend.calls is not None and not deepstack:
             return self._head(self._compiled(hidden, cos, sin, attend.calls, rows))
         tokens, wanted = hidden.shape[0], rows.shape[0]
         hidden, rows = self._padded(hidden), self._repeated(rows)
@@ -109,6 +117,9 @@ class Qwen2VLAdapter:
                 mixed = self._padded(mixed)
             hidden = layer.output.plus(mixed, hidden)
             hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
+            if index < min(last, self._shape.deepstack):  # behind the last layer are no image's rows
+                for added in deepstack:
+                    hidden[added.first : added.first + added.rows.shape[1]] += added.rows[index].to(hidden.device)
         return self._head(self._rms(hidden, self._norm).to(self._head_device))[:wanted]
 
     def _padded(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,6 +147,8 @@ class Qwen2VLAdapter:
         projected = layer.qkv(self._rms(hidden, layer.input_norm))[:tokens]
         heads = projected.reshape(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         rotated, values = heads[:, : shape.heads + shape.kv_heads], heads[:, shape.heads + shape.kv_heads :]
+        if layer.qk_norm is not None:
+            rotated = rms_norm(rotated, layer.qk_norm, self._epsilon)
         if self._rows is not None:
             self._rows.rotate(rotated, cos, sin)
         else:
@@ -154,6 +167,14 @@ class Qwen2VLAdapter:
         dtype = self._shape.dtype
         cos, sin = angles.cos().mul_(self._rope_scale), angles.sin().mul_(self._rope_scale)
         return cos.to(dtype).unsqueeze(1), sin.to(dtype).unsqueeze(1)
+
+
+def _section_rows(sections: Sequence[int], *, interleaved: bool) -> list[int]:
+    """Which of the three position rows (time, height, width) each frequency follows. Interleaved, height and width have
+    every third of as many as their sections say, from the second and the third on, and time all others."""
+    if not interleaved:
+        return [row % 3 for row, width in enumerate(sections) for _ in range(width)]
+    return [at % 3 if at < 3 * sections[at % 3] else 0 for at in range(sum(sections))]
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -179,7 +200,17 @@ def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool)
         mlp_norm=layer.post_attention_layernorm.weight.data.to(device),
         gate_up=gated_unit(gate, up, quantization=quantization, native=native),
         down=matrix([_taken(mlp.down_proj).to(device)]),
+        qk_norm=_qk_norm(attention, device),
     )
+
+
+def _qk_norm(attention: Any, device: torch.device) -> torch.Tensor | None:
+    """[heads + kv_heads, d]: the norm of queries for each of their heads, then that of keys."""
+    if getattr(attention, "q_norm", None) is None:
+        return None
+    weights = [module.weight.data.to(device) for module in (attention.q_norm, attention.k_norm)]
+    heads = (module.out_features // len(weights[0]) for module in (attention.q_proj, attention.k_proj))
+    return torch.cat([weight.expand(count, -1) for weight, count in zip(weights, heads, strict=True)])
 
 
 def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool, native: bool) -> Linear:

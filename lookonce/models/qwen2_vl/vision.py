@@ -69,7 +69,7 @@ class PackedEncoder(ABC):
         self._table = torch.from_numpy(preprocessor.table).reshape(-1).to(device, dtype)  # [3 * 256]
         self._offsets = (256 * torch.arange(CHANNELS, dtype=torch.int32, device=device))[:, None]
         self._frequencies = tower.rotary_frequencies.to(device)
-        self._frames, self._project = _projection(tower.patch_embed.proj.weight, native=native)
+        self._frames, self._project = _projection(tower.patch_embed.proj, native=native)
         self._lookup: Lookup | None = None  # of compiled kernels
         matrices = [self._project, *self._prepare_blocks(quantization, native=native)]
         self._rounds = device.type == "cpu" and any(matrix.per_row_count for matrix in matrices)
@@ -102,8 +102,8 @@ class PackedEncoder(ABC):
         rotary: tuple[torch.Tensor, torch.Tensor],
         pause: Pause,
     ) -> torch.Tensor:
-        """Embedded patches [patches, width], `counts` of each image -> tokens [tokens, hidden]. Behind those of `batch`
-        there may be one more count."""
+        """Embedded patches [patches, width], `counts` of each image -> tokens [tokens, hidden], or one more for each
+        level of a deepstack. Behind those of `batch` there may be one more count."""
 
     @property
     def native(self) -> bool:
@@ -112,13 +112,15 @@ class PackedEncoder(ABC):
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
-        """Embeddings of each image, in order: [tokens, hidden] on the CPU in the compute dtype. `pause` is called
-        between the blocks of the tower, and within them where they take long; it may encode another batch."""
+        """Embeddings of each image, in order: [tokens, hidden], or with a deepstack [1 + deepstack, tokens, hidden], on
+        the CPU in the compute dtype. `pause` is called between the blocks of the tower, and within them where they take
+        long; it may encode another batch."""
         order = sorted(range(len(batch)), key=lambda index: batch[index].count)
         packed = [batch[index] for index in order]
         rows = self._forward(packed, pause).to("cpu")
         tokens = sum(patches.count for patches in packed) // self.merge_area
-        parts = torch.split(rows[:tokens], [patches.count // self.merge_area for patches in packed])
+        counts = [patches.count // self.merge_area for patches in packed]
+        parts = torch.split(rows.narrow(-2, 0, tokens), counts, dim=-2)
         results: list[torch.Tensor] = [rows] * len(batch)
         for index, part in zip(order, parts, strict=True):
             results[index] = part
@@ -133,8 +135,8 @@ class PackedEncoder(ABC):
         self.encode([self.prepare(Image.new("RGB", (side, side)), side**2, side**2)])
 
     def _forward(self, batch: list[Patches], pause: Pause) -> torch.Tensor:
-        """[tokens of all, hidden], and further rows: where a product is compiled for each number of rows, there is one
-        more image, of as many patches as make their number a round one."""
+        """What `_compute` makes of all images, and further rows: where a product is compiled for each number of rows,
+        there is one more image, of as many patches as make their number a round one."""
         counts = [patches.count for patches in batch]
         missing = rounded_up(sum(counts)) - sum(counts) if self._rounds else 0
         missing += -missing % self.merge_area
@@ -208,13 +210,14 @@ class Encoder(PackedEncoder):
         return merged
 
 
-def _projection(kernel: torch.Tensor, *, native: bool) -> tuple[int, Linear]:
+def _projection(convolution: torch.nn.Conv3d, *, native: bool) -> tuple[int, Linear]:
     """The product with a kernel [width, 3, frames, patch, patch], and how many frames of an image it takes. They are
     all the same: in float32 their weights are added up; narrower ones would be rounded by that."""
+    kernel = convolution.weight.data
     frames = kernel.shape[2]
     if kernel.dtype == torch.float32:
         frames, kernel = 1, kernel.sum(2)
-    return frames, row_linear(kernel.flatten(1), None, native=native)
+    return frames, row_linear(kernel.flatten(1), convolution.bias, native=native)
 
 
 def row_linear(weight: torch.Tensor, bias: torch.Tensor | None, *, native: bool) -> Linear:

@@ -3,7 +3,7 @@ longer, and scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, Suffi
 from lm_service.engine.packed.scheduling.sequence import Sequence
 from lm_service.engine.sampling import finite_rows, sample, token_logprobs
 from lookonce.models.compiled import attention_kernels
-from lookonce.models.text_adapter import Attend, ModelAdapter
+from lookonce.models.text_adapter import Attend, Deepstack, ModelAdapter
 
 
 class Runner:
@@ -48,13 +48,14 @@ class Runner:
         ids, positions, rows = _inputs(batch, self._model.shape.position_rows)
         token_ids = torch.from_numpy(ids).to(device)
         hidden = self._model.embed(token_ids.clamp_(min=0))
-        begin = 0
+        begin, deepstack = 0, list[Deepstack]()
         for chunk in batch.prefills:
-            _place_images(hidden[begin : begin + chunk.count], chunk)
+            deepstack += _place_images(hidden, begin, chunk)
             begin += chunk.count
         attention = self._attention(batch)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
-        logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted)
+        further = (deepstack,) if deepstack else ()
+        logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted, *further)
         return logits if rows else None
 
 
@@ -91,15 +92,19 @@ def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], np
     return ids, positions, rows
 
 
-def _place_images(hidden: torch.Tensor, chunk: PrefillChunk) -> None:
-    """Write the embeddings' rows over the placeholders of a chunk."""
+def _place_images(hidden: torch.Tensor, begin: int, chunk: PrefillChunk) -> Iterator[Deepstack]:
+    """Write the embeddings' rows over the placeholders of a chunk, whose first token is row `begin` of the step's; what
+    is to be added behind the first layers."""
     start = chunk.prefill.node.filled
     end = start + chunk.count
     for span, rows in chunk.prefill.rows:
         for place, row, count in span.runs:
             first, last = max(place, start), min(place + count, end)
             if first < last:
-                hidden[first - start : last - start] = rows[row + first - place : row + last - place]
+                part, at = rows[:, row + first - place : row + last - place], begin + first - start
+                hidden[at : at + last - first] = part[0]
+                if len(part) > 1:
+                    yield Deepstack(at, part[1:])
 
 
 def _place_markers(ids: npt.NDArray[np.int64], chunk: PrefillChunk) -> None:

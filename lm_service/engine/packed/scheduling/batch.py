@@ -130,7 +130,8 @@ class StepBudget:
 
 @dataclass(eq=False)
 class PrefixPrefill:
-    """A prefix node on its way; `rows` holds its images' embeddings [tokens, hidden] once they are loaded."""
+    """A prefix node on its way; `rows` holds its images' embeddings [1 + deepstack, tokens, hidden] once they are
+    loaded."""
 
     node: Node
     loading: bool

@@ -1,0 +1,103 @@
+"""The language half: transformers' text model and output head as a packed adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.checkpoint.checkpoint import Checkpoint
+from lookonce.models.checkpoint.weights import load_weights
+from lookonce.models.family import Half
+from lookonce.models.general.architecture import Architecture
+from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.limits import Calls, attention_calls
+from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
+
+
+class GeneralText:
+    """A `ModelAdapter` over a class whose vision half has no weights. Called from one thread at a time."""
+
+    def __init__(self, model: Any, decoder_name: str, head: nn.Module, shape: ModelShape) -> None:
+        """The module of that name and `head` are modules of `model`, filled."""
+        self.model, self.decoder_name = model, decoder_name
+        self._decoder, self._head, self._shape = model.get_submodule(decoder_name), head, shape
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's dimensions."""
+        return self._shape
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, hidden]."""
+        rows: torch.Tensor = self._decoder.embed_tokens(token_ids)
+        return rows
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        positions: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor,
+        deepstack: Sequence[Deepstack] = (),
+    ) -> torch.Tensor:
+        """[T, hidden] at positions int64 [1, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        everything = torch.ones_like(positions)  # a mask given is not searched for in the positions
+        with attending(attend):
+            out = self._decoder(
+                inputs_embeds=hidden[None], attention_mask=everything, position_ids=positions, use_cache=False
+            )
+        logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
+        return logits
+
+
+class Carrier(nn.Module):
+    """The language half under the names that every family's tensors have."""
+
+    model: Any
+    lm_head: nn.Module
+
+
+def load_text(
+    architecture: Architecture,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    where: Callable[[str], torch.device],
+    devices: Sequence[torch.device],
+) -> GeneralText:
+    """Read the language half. Raises CheckpointError."""
+    if len(set(devices)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.cls.__name__} is served by the general path, which keeps the layers on "
+            "one device; leave out --device-map"
+        )
+    calls = attention_calls(architecture)
+    model, half = architecture.hollow(dtype), Carrier()
+    half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
+    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    for buffered in (half.model, half.lm_head):
+        buffered.to(devices[0])
+    for module in model.modules():  # classes ask their first parameter for a device
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = None
+    half.model.set_attn_implementation(NAME)
+    return GeneralText(model, architecture.decoder_name, half.lm_head, _shape(architecture, calls, dtype, devices))
+
+
+def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]) -> ModelShape:
+    text = architecture.config.get_text_config()
+    return ModelShape(
+        layers=calls.layers,
+        heads=calls.heads,
+        kv_heads=calls.kv_heads,
+        head_dim=calls.head_dim,
+        hidden=int(architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.shape[1]),
+        vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
+        context=int(getattr(text, "max_position_embeddings", None) or 32768),
+        dtype=dtype,
+        stages=(Stage(devices[0], calls.layers),),
+    )

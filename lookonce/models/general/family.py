@@ -1,0 +1,260 @@
+"""`GeneralFamily`: what any family answers, for one checkpoint of a class that transformers knows.
+
+Every other module of this folder imports torch and transformers' modelling code; they are imported when asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lookonce.core.errors import CheckpointError, invalid
+from lookonce.core.identity import canonical_json
+from lookonce.models.family import Dimensions, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from lookonce.models.checkpoint.checkpoint import Checkpoint
+    from lookonce.models.general.architecture import Architecture
+    from lookonce.models.general.prompts import ImageTexts
+    from lookonce.models.text_adapter import ModelAdapter
+
+MOST_PIXELS = 100_000_000
+"""No image that a service takes has more: the checkpoint's processor is given images as they are."""
+_SMALL = (150, 60)
+"""Width and height of an image whose markers are checked at start."""
+_TOKEN_IDS = ("image_token_id", "image_token_index")
+_TEMPLATES = {
+    # Q-Former's rows come before all else, even before the token that begins a text; arXiv:2301.12597, appendix.
+    "blip-2": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{% if message.role == 'user' %}Question: {{ part.text }} Answer:"
+    "{% elif message.role == 'assistant' %} {{ part.text }}. {% else %}{{ part.text }} {% endif %}{% endif %}"
+    "{% endfor %}{% endfor %}",
+}
+"""Of model types whose checkpoints have no chat template."""
+_UNSTATED = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "text_config")
+"""Of config.json: what doesn't decide what the vision half computes."""
+
+
+class GeneralFamily:
+    """A family of one checkpoint: its class is made for its config.json, its prompts by its processor."""
+
+    words = r"\s*\S+|\s+"
+    cpu_max_pixels = MOST_PIXELS
+    layouts = "those that its transformers class saves"
+
+    def __init__(self, config: dict[str, Any], path: Path | None) -> None:
+        """`path`: the directory of its files, where there are some."""
+        self._config, self._path = config, path
+        self.model_type: str = config["model_type"]
+        named = [name for name in _TOKEN_IDS if name in config]
+        self.token_id_fields = (*named[:1],) or _TOKEN_IDS[:1]
+        self.template = _TEMPLATES.get(self.model_type)
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """The class. Raises CheckpointError."""
+        return _architecture(canonical_json(self._config))
+
+    @cached_property
+    def texts(self) -> ImageTexts:
+        """What images are in prompts. Raises CheckpointError."""
+        from lookonce.models.general.prompts import ImageTexts
+
+        if self._path is None:
+            raise CheckpointError(f"{self.model_type}: the general path needs a directory with the processor's files")
+        return ImageTexts(self._path, self.architecture)
+
+    @property
+    def label(self) -> str:
+        """The class's name, without what all of them end with."""
+        return str(self.architecture.cls.__name__).removesuffix("ForConditionalGeneration")
+
+    def locate(self, name: str) -> tuple[Half, str] | None:
+        place = self.architecture.locate(name)
+        return None if place is None else (place.half, place.name)
+
+    def tensor_shapes(self, config: dict[str, Any], half: Half, *, head: bool) -> dict[str, tuple[int, ...]]:
+        from lookonce.models.family import HEAD
+
+        shapes = {place.name: place.shape for place in self.architecture.places.values() if place.half is half}
+        return {name: shape for name, shape in shapes.items() if head or name != HEAD}
+
+    def tied_head(self, config: dict[str, Any]) -> bool:
+        return self.architecture.tied
+
+    def vision_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """All but the language model's settings."""
+        filled = self.architecture.config.to_dict()
+        return {"class": self.architecture.cls.__name__} | _stated(filled)
+
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
+        return filled
+
+    def problems(
+        self, config: dict[str, Any], preprocessor: dict[str, Any] | None, halves: Iterable[Half]
+    ) -> list[str]:
+        from lookonce.models.general.limits import class_problems
+
+        try:
+            return list(class_problems(self.architecture))
+        except CheckpointError as error:
+            return list(error.problems)
+
+    def hidden_size(self, config: dict[str, Any]) -> int:
+        from lookonce.models.family import EMBEDDING
+
+        return self.tensor_shapes(config, Half.LANGUAGE, head=False)[EMBEDDING][1]
+
+    def dimensions(self, config: dict[str, Any]) -> Dimensions:
+        """Those of the tower are estimates: about as many patches a token, six rows of its width a patch."""
+        from lookonce.models.general.limits import attention_calls
+
+        calls, text = attention_calls(self.architecture), self.text_config(config)
+        vision = getattr(self.architecture.config, "vision_config", None)
+        hidden = self.hidden_size(config)
+        return Dimensions(
+            layers=calls.layers,
+            hidden=hidden,
+            heads=calls.heads,
+            kv_heads=calls.kv_heads,
+            head_dim=calls.head_dim,
+            ffn=int(text.get("intermediate_size") or text.get("ffn_dim") or 4 * hidden),
+            vocabulary=int(text["vocab_size"]),
+            patches_per_token=4,
+            patch_numbers=6 * int(getattr(vision, "hidden_size", None) or 1024),
+        )
+
+    def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """The stored settings apart from bounds of ours: they hold for the image that the processor is given."""
+        return {"processor": stored, "min_pixels": 1, "max_pixels": MOST_PIXELS}
+
+    def fingerprint_preprocessor(self, preprocessor: dict[str, Any]) -> dict[str, Any]:
+        return {"processor": preprocessor["processor"], "exif_orientation": "applied", "alpha": "white"}
+
+    def merge_size(self, config: dict[str, Any]) -> int:
+        """A grid counts pixels."""
+        return 1
+
+    def least_pixels(self, config: dict[str, Any]) -> int:
+        return 1
+
+    def image_grid(self, config: dict[str, Any], width: int, height: int, min_pixels: int, max_pixels: int) -> Grid:
+        """The image's size in pixels, as its processor is given it: height and width."""
+        columns, rows = bounded(width, height, min_pixels, max_pixels)
+        return 1, rows, columns
+
+    def tokens_per_grid(self, config: dict[str, Any], grid_thw: Grid) -> int:
+        frames, rows, columns = grid_thw
+        if frames != 1 or min(rows, columns) < 1 or rows * columns > MOST_PIXELS:
+            raise invalid(f"image.grid {frames}x{rows}x{columns} is no image's size", param="image.grid")
+        return self.texts.of(columns, rows).tokens
+
+    def has_laid_out(self, config: dict[str, Any], grid_thw: Grid) -> bool:
+        """Whether the text of an image of this size is known: else its processor takes a blank one apart, which may
+        take some tenths of a second."""
+        return self.texts.has(grid_thw[2], grid_thw[1])
+
+    def encode_flops(self, config: dict[str, Any], tokens: int) -> float:
+        """Two for each weight and patch."""
+        shapes = self.tensor_shapes(config, Half.VISION, head=False)
+        return 2.0 * sum(math.prod(shape) for shape in shapes.values()) * 4 * tokens
+
+    def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
+        token, number = self.texts.image_token, self.texts.image_id
+        return SpecialTokens(image_id=number, image=token, marker=token, turn_end="")
+
+    def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
+        return self.texts.of(grid_thw[2], grid_thw[1]).markers
+
+    def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
+        if len(images) > 1 and not self.texts.each_alone:
+            raise invalid(
+                f"{self.label} cuts several images otherwise than each of them alone; ask about one image at a time",
+                param="messages",
+            )
+        return np.arange(length, dtype=np.int64)[None], length
+
+    def load_encoder(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> VisionEncoder:
+        from lookonce.models.general.encoder import load_encoder
+
+        self._refuse_quantization(quantization)
+        return load_encoder(self.architecture, checkpoint, dtype, device)
+
+    def load_text(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        from lookonce.models.general.decoder import load_text
+        from lookonce.models.general.self_check import check_text
+
+        self._refuse_quantization(quantization)
+        model = load_text(self.architecture, checkpoint, dtype, where, devices)
+        check_text(model, self.texts.image_id, [number for _, number in self.texts.of(*_SMALL).markers])
+        return model
+
+    def _refuse_quantization(self, quantization: str) -> None:
+        if quantization != "none":
+            raise CheckpointError(
+                f"{self.label} is served by the general path, which has no {quantization} weights; "
+                "leave out --quantization"
+            )
+
+
+def general_family(config: dict[str, Any], path: Path | None = None) -> GeneralFamily | None:
+    """The family of a checkpoint whose class transformers has; None: it has none for this model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    known = config.get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return GeneralFamily(config, path) if known else None
+
+
+@lru_cache(maxsize=4)
+def _architecture(config: bytes) -> Architecture:
+    """Built once for all who ask about a checkpoint."""
+    from lookonce.models.general.architecture import Architecture
+
+    return Architecture(json.loads(config))
+
+
+def bounded(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height of an image resized to between the bounds, its ratio kept as far as whole pixels do."""
+    pixels = width * height
+    bound = min(max(pixels, min_pixels), max_pixels)
+    if bound == pixels:
+        return width, height
+    scale = math.sqrt(bound / pixels)
+    down = math.floor if bound < pixels else math.ceil
+    return max(1, down(width * scale)), max(1, down(height * scale))
+
+
+def _stated(settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _stated(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if key not in _UNSTATED
+    }

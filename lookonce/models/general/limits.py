@@ -1,0 +1,108 @@
+"""What of a class the general path can't compute, found without weights: by names, and by one pass on the meta device.
+
+The pass runs the text model with an `Attend` that records who calls it: a layer that keeps state of another kind than
+keys and values doesn't call it, and a window, a soft cap or a sink comes with the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lookonce.core.errors import CheckpointError
+from lookonce.models.general.architecture import Architecture
+from lookonce.models.general.attention import NAME, Unpacked, attending
+
+_TOKENS = 3  # of the pass
+_BY_TYPES = ("token_type_ids", "mm_token_type_ids")
+_READS_TEXT = ("input_ids", "qformer_input_ids")
+_ELSEWHERE = "use vLLM or transformers for it"
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How the text model calls attention: the same in every layer."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class _Recorder:
+    """An `Attend` that answers nothing."""
+
+    calls = None
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, int, int]] = []
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.seen.append((layer, q.shape[1], k.shape[1], q.shape[2]))
+        return q.flatten(1)
+
+
+def class_problems(architecture: Architecture) -> Iterator[str]:
+    """Why the class isn't served, one sentence each."""
+    cls = architecture.cls
+    subject = f"config.json: {cls.__name__} is not served by the general path"
+    parameters = inspect.signature(cls.forward).parameters
+    if "mm_encoder_outputs" not in parameters or not hasattr(cls, "get_image_features"):
+        yield f"{subject}: it takes no image features computed elsewhere; {_ELSEWHERE}"
+        return
+    if architecture.config.get_text_config().is_encoder_decoder or architecture.config.is_encoder_decoder:
+        yield f"{subject}: its language model is an encoder and a decoder; {_ELSEWHERE}"
+        return
+    named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
+    if named:
+        yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
+    inner = inspect.signature(type(architecture.model.base_model).forward).parameters
+    named = [name for name in _BY_TYPES if name in parameters or name in inner]
+    named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
+    if named:
+        yield (
+            f"{subject}: attention or positions depend on which tokens are an image's ({named[0]}), which the packed "
+            f"step doesn't know; {_ELSEWHERE}"
+        )
+        return
+    try:
+        attention_calls(architecture)
+    except CheckpointError as error:
+        yield from error.problems
+
+
+def attention_calls(architecture: Architecture) -> Calls:
+    """One pass of the text model on the meta device. Raises CheckpointError naming what is unknown."""
+    model: Any = architecture.model.get_submodule(architecture.decoder_name)
+    subject = f"config.json: {architecture.cls.__name__} is not served by the general path"
+    recorder = _Recorder()
+    try:
+        model.set_attn_implementation(NAME)
+        width = model.embed_tokens.weight.shape[1]
+        with torch.inference_mode(), torch.device("meta"), attending(recorder):
+            hidden = torch.empty(1, _TOKENS, width, dtype=model.embed_tokens.weight.dtype)
+            places, mask = torch.arange(_TOKENS)[None], torch.ones(1, _TOKENS, dtype=torch.int64)
+            out = model(inputs_embeds=hidden, attention_mask=mask, position_ids=places, use_cache=False)
+    except Unpacked as error:
+        raise CheckpointError(f"{subject}: its attention has {error}; {_ELSEWHERE}") from None
+    except Exception as error:
+        raise CheckpointError(
+            f"{subject}: its text model can't be run packed ({type(error).__name__}); {_ELSEWHERE}"
+        ) from error
+    layers = len(model.layers)
+    shapes = {seen[1:] for seen in recorder.seen}
+    if [seen[0] for seen in recorder.seen] != list(range(layers)) or len(shapes) != 1:
+        raise CheckpointError(
+            f"{subject}: not every layer attends once over keys and values of one size (recurrent state, "
+            f"cross-attention or mixed layers); {_ELSEWHERE}"
+        )
+    if tuple(out.last_hidden_state.shape) != (1, _TOKENS, width):
+        raise CheckpointError(f"{subject}: its text model answers rows of another width; {_ELSEWHERE}")
+    heads, kv_heads, head_dim = shapes.pop()
+    if heads % kv_heads:
+        raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
+    return Calls(layers, heads, kv_heads, head_dim)

@@ -1,0 +1,84 @@
+"""What images are in prompts: the checkpoint's processor writes it for a size, its tokenizer says which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lookonce.core.errors import CheckpointError, LookonceError
+from lookonce.models.chat.tokenizer import TOKENIZER, VOCABULARY, load_tokenizer
+from lookonce.models.family import Marker
+from lookonce.models.general.architecture import Architecture
+from lookonce.models.general.processor import Processor
+
+_REMEMBERED = 1024
+"""Sizes of images."""
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """An image of one size in a prompt."""
+
+    tokens: int  # rows of its embedding
+    markers: tuple[Marker, ...]  # tokens among and around them
+
+
+class ImageTexts:
+    """Of one checkpoint directory. Safe to use from several threads."""
+
+    def __init__(self, path: Path, architecture: Architecture) -> None:
+        """Raises CheckpointError."""
+        self.has_tokens = any((path / name).is_file() for name in (TOKENIZER, VOCABULARY))
+        self.processor = Processor(path, architecture.config.model_type, tokenizer=self.has_tokens)
+        self.image_token = self.processor.image_token
+        try:
+            self.each_alone = self.processor.each_alone()
+        except LookonceError as error:
+            raise CheckpointError(
+                f"{path}: its processor can't prepare images ({error.message}); copy preprocessor_config.json and "
+                "processor_config.json from the model's repository"
+            ) from error
+        self.image_id = self._image_id(path, architecture) if self.has_tokens else -1
+        self._kept: dict[tuple[int, int], ImageText] = {}
+
+    def _image_id(self, path: Path, architecture: Architecture) -> int:
+        number = getattr(architecture.config, "image_token_id", None)
+        if number is None:
+            number = getattr(architecture.config, "image_token_index", None)
+        spelt = self.processor.tokenizer.convert_tokens_to_ids(self.image_token)
+        if not isinstance(number, int) or spelt != number:
+            raise CheckpointError(
+                f"{path}: the processor's image token {self.image_token!r} is {spelt!r} in the tokenizer and "
+                f"{number!r} in config.json: the general path serves models where they are one; take both from the "
+                "same repository"
+            )
+        text = f"{self.image_token} what's on it? Zo\u00eb's 12\n{self.image_token}"
+        plain = load_tokenizer(path, r"\s*\S+|\s+").encode(text).ids
+        if plain != self.processor.tokenizer(text).input_ids:
+            raise CheckpointError(
+                f"{path}: transformers reads the tokenizer's files otherwise than tokenizer.json says (a text has "
+                "other tokens); save the tokenizer anew with transformers' save_pretrained"
+            )
+        return number
+
+    def has(self, width: int, height: int) -> bool:
+        """Whether `of` knows the answer."""
+        return (width, height) in self._kept
+
+    def of(self, width: int, height: int) -> ImageText:
+        """An image of so many pixels. Where there is no tokenizer, its markers are left out."""
+        found = self._kept.get((width, height))
+        if found is None:
+            found = self._of(width, height)
+            if len(self._kept) >= _REMEMBERED:
+                self._kept.pop(next(iter(self._kept)), None)
+            self._kept[width, height] = found
+        return found
+
+    def _of(self, width: int, height: int) -> ImageText:
+        text = self.processor.text_of(width, height)
+        if not self.has_tokens:
+            return ImageText(text.count(self.image_token), ())
+        ids = self.processor.tokenizer.encode(text, add_special_tokens=False)
+        markers = tuple((at, number) for at, number in enumerate(ids) if number != self.image_id)
+        return ImageText(len(ids) - len(markers), markers)

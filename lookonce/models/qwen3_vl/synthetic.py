@@ -1,0 +1,16 @@
+"""Random-weight checkpoints of Qwen3-VL's true architecture: `lookonce.models.qwen2_vl.synthetic` with its sizes.
+
+`python -m lookonce.models.qwen3_vl.synthetic OUT --size tiny` writes one.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from lookonce.models.qwen2_vl import synthetic
+from lookonce.models.qwen3_vl.architecture import SIZES
+
+make_random_checkpoint = partial(synthetic.make_random_checkpoint, sizes=SIZES)
+
+if __name__ == "__main__":
+    synthetic.main(sizes=SIZES)

@@ -1,0 +1,104 @@
+"""docs/models.md: what each family has, as its tests declare it. `python -m tests.families` writes it.
+
+A module of this folder that tests a family has a `SERVED`, one `Served` or several: for each column the test that holds
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from tests.processes import ROOT
+
+FOLDER = Path(__file__).resolve().parent
+PAGE = ROOT / "docs" / "models.md"
+
+
+@dataclass(frozen=True)
+class No:
+    """What a family doesn't have, and the test that holds how it is refused."""
+
+    test: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """A family. Tests are "file::name", the file below tests/, or a name of the declaring module."""
+
+    models: str
+    model_type: str
+    split: str
+    packed: str
+    prefix: str
+    scores: str
+    video: str | No
+    quantised: str | No
+
+    @property
+    def cells(self) -> list[str | No]:
+        """What the columns of `COLUMNS` hold."""
+        return [getattr(self, name) for name in COLUMNS]
+
+
+COLUMNS = {
+    "split": "split exact",
+    "packed": "packed exact",
+    "prefix": "prefix reused",
+    "scores": "scores",
+    "video": "video",
+    "quantised": "int8",
+}
+QWEN2_VL = Served(  # the tests of everything else are its tests
+    "Qwen2-VL 2B, 7B, 72B",
+    "qwen2_vl",
+    split="system/test_parity.py::test_one_image_of_every_kind",
+    packed="engine/test_exactness.py::test_32_neighbours",
+    prefix="engine/test_exactness.py::test_one_image",
+    scores="lm/test_service.py::test_scores_are_the_unsplit_models",
+    video=No("families/test_models_page.py::test_video_is_no_part_of_a_chat"),
+    quantised="system/test_int8.py::test_halves_in_int8_answer_together",
+)
+HEAD = """\
+# Models
+
+Checkpoints of these families are served, and their fine-tunes. Tests hold every cell of the table, with random weights
+of true architecture. This page is made from them: `python -m tests.families`.
+
+"""
+FOOT = """
+- **Split exact**: the two services answer greedily as the unsplit model of transformers does, in float32.
+- **Packed exact**: questions that are computed in one step are answered as they are alone.
+- **Prefix reused**: a further question about an image computes its own text only.
+- **Scores**: choices have the probabilities that the unsplit model gives them.
+- **Int8**: `--quantization int8` for either half.
+
+All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
+processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
+image features computed elsewhere (`mm_encoder_outputs`) and every layer attends causally over keys and values. At start
+the language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
+refused is said by `lookonce doctor`, `plan` and `up` alike: sliding windows, soft caps, recurrent state,
+cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
+(InstructBLIP), and an encoder and decoder (Flan-T5). Such a model has its layers on one device and its vision half
+encodes one image at a time. An image's `max_pixels` bounds what its processor is given.
+"""
+
+
+def declared() -> Iterator[tuple[str, Served]]:
+    """Every family, and the file below tests/ that declares it."""
+    yield "families/models_page.py", QWEN2_VL
+    for path in sorted(FOLDER.glob("test_*.py")):
+        served = getattr(import_module(f"tests.families.{path.stem}"), "SERVED", ())
+        for one in (served,) if isinstance(served, Served) else served:
+            yield f"families/{path.name}", one
+
+
+def page() -> str:
+    """The page."""
+    rows = [["models", "`model_type`", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
+    for _, one in declared():
+        said = ["no" if isinstance(cell, No) else "yes" for cell in one.cells]
+        rows.append([one.models, f"`{one.model_type}`", *said])
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT

@@ -1,0 +1,267 @@
+"""Checkpoints without a family of their own are served by the general path, and answer as their unsplit models do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING
+
+from lm_service.engine.packed.engine import PackedEngine
+from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.types import ScoreItem, Scoring
+from lm_service.prompt import Message, PromptBuilder, load_template
+from lookonce.core.errors import CheckpointError, LookonceError
+from lookonce.core.identity import EmbeddingReference
+from lookonce.models.checkpoint.check import check_checkpoint, open_checked
+from lookonce.models.family import Half
+from lookonce.models.general.decoder import GeneralText
+from tests.cli.commands import invoke
+from tests.engine.lab import Album, ask, generation
+from tests.families.models_page import No, Served
+from tests.families.tiny_checkpoints import FAMILIES, make
+from tests.families.unsplit_general import Unsplit
+from tests.images import photograph
+from tests.system.cluster import System, data_url, encoded, image_part, text_part
+
+IMAGE, OTHER = photograph("chelsea", (150, 100)), photograph("coffee", (64, 96))
+QUESTION, CHOICES = "what is on this image?", ["yes", "no", "a cat"]
+THROUGH_REST = "llava"
+CPU = torch.device("cpu")
+
+
+def served(models, model_type):
+    """What `test_every_family` holds for each."""
+    return Served(
+        models,
+        model_type,
+        split="test_every_family",
+        packed="test_every_family",
+        prefix="test_every_family",
+        scores="test_every_family",
+        video=No("families/test_models_page.py::test_video_is_no_part_of_a_chat"),
+        quantised=No("test_int8_is_refused"),
+    )
+
+
+SERVED = (
+    served("BLIP-2 with OPT", "blip-2"),
+    served("Idefics3 8B", "idefics3"),
+    served("InternVL 2.5, 3 and 3.5 as transformers saves them", "internvl"),
+    served("LLaVA 1.5 7B, 13B; Pixtral 12B as transformers saves it", "llava"),
+    served("LLaVA-NeXT", "llava_next"),
+    served("LLaVA-OneVision 0.5B, 7B, 72B: one image a prompt", "llava_onevision"),
+    served("Mistral Small 3.1, 3.2", "mistral3"),
+    served("SmolVLM, SmolVLM2", "smolvlm"),
+)
+
+
+@pytest.fixture(scope="module")
+def patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make(THROUGH_REST, tmp_path_factory.mktemp("general") / THROUGH_REST)
+
+
+@pytest.fixture(scope="module")
+def unsplit(checkpoint, patch):
+    return Unsplit(checkpoint, patch)
+
+
+@pytest.fixture(scope="module")
+def halves(checkpoint):
+    out = checkpoint.with_name("halves")
+    done = invoke("split", checkpoint, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def system(halves, tmp_path_factory):
+    with System(halves, tmp_path_factory.mktemp("system")) as one:
+        yield one
+
+
+def user(*parts):
+    return [("user", list(parts))]
+
+
+def test_questions_and_choices_about_one_encode(system, unsplit):
+    image = system.upload(encoded(IMAGE))
+    asked = [QUESTION, "how many cats are there?", {"text": QUESTION, "choices": CHOICES}]
+    first, second, weighed = system.ask(image["id"], asked, temperature=0, max_tokens=12)
+    assert [first["text"], second["text"]] == [unsplit.answer(user(IMAGE, text)) for text in asked[:2]]
+    assert weighed["choices"] == pytest.approx(unsplit.weighed(CHOICES, user(IMAGE, QUESTION)), abs=1e-4)
+    assert first["usage"]["prompt_tokens"] == unsplit.inputs(user(IMAGE, QUESTION))["input_ids"].shape[1]
+    (again,) = system.ask(image["id"], ["why?"], temperature=0, max_tokens=12)
+    assert again["text"] == unsplit.answer(user(IMAGE, "why?")) and again["receipt"]["prefix"] == "hit"
+    assert system.encodes() == 1
+
+
+def test_several_images_and_turns(system, unsplit):
+    turns = [
+        ("system", ["answer the question"]),
+        ("user", ["what is on this image?", IMAGE]),
+        ("assistant", ["a cat"]),
+        ("user", [OTHER, "and on this?"]),
+    ]
+    messages = [
+        {
+            "role": role,
+            "content": [
+                text_part(part) if isinstance(part, str) else image_part(data_url(encoded(part))) for part in parts
+            ],
+        }
+        for role, parts in turns
+    ]
+    reply = system.chat(messages, max_tokens=12)
+    assert reply["choices"][0]["message"]["content"] == unsplit.answer(turns)
+
+
+def test_each_half_holds_its_own_tensors(checkpoint, halves):
+    stored = load_file(checkpoint / "model.safetensors")
+    held = {half: set(load_file(next((halves / half).glob("*.safetensors")))) for half in Half}
+    assert held[Half.VISION] | held[Half.LANGUAGE] == set(stored)
+    assert not any("vision_tower" in name or "projector" in name for name in held[Half.LANGUAGE])
+    assert all("vision_tower" in name or "projector" in name for name in held[Half.VISION])
+
+
+def test_plan_and_doctor_know_it(checkpoint, tmp_path):
+    done = invoke("doctor", "--model", checkpoint, "--data-dir", tmp_path, "--port", "0", "--json")
+    found = {finding["check"]: finding for finding in json.loads(done.stdout)}
+    assert found["checkpoint"]["status"] == "ok" and "whole, both halves" in found["checkpoint"]["detail"]
+    done = invoke("plan", "--model", checkpoint, "--ram", "4", "--image", "150x100")
+    assert done.returncode == 0 and "16 tokens (150x100)" in done.stdout, done.stdout + done.stderr
+
+
+NOT_SERVED = {
+    "gemma3": "attention or positions depend on which tokens are an image's",
+    "paligemma": "attention or positions depend on which tokens are an image's",
+    "instructblip": "its vision half reads the question",
+    "mllama": "it takes no image features computed elsewhere",
+    "idefics2": "its attention has sliding_window",
+    "lfm2_vl": "its text model can't be run packed",
+}
+
+
+@pytest.mark.parametrize("model_type", NOT_SERVED)
+def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
+    config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    told = check_checkpoint(str(tmp_path)).problems
+    assert sum("is not served by the general path" in problem for problem in told) == 1
+    assert any(NOT_SERVED[model_type] in problem for problem in told), told
+
+
+def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
+    forward = GeneralText.forward
+    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
+        Split(checkpoint)
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "tokenizer_config.json"])
+def test_code_of_a_repository_is_refused_by_name(file, checkpoint, tmp_path):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    field = "image_processor_type" if file.startswith("pre") else "tokenizer_class"
+    settings = json.loads((path / file).read_text()) | {field: "OwnThing", "auto_map": {"AutoX": "own.OwnThing"}}
+    (path / file).write_text(json.dumps(settings))
+    told = check_checkpoint(str(path)).problems
+    assert any(f"{field} 'OwnThing' is code of the repository, which is never run" in each for each in told), told
+
+
+def test_several_images_where_each_is_cut_otherwise_are_refused(tmp_path):
+    split = Split(make("llava_onevision", tmp_path / "model"))
+    references = [split.encoded(image, number)[0] for number, image in enumerate((IMAGE, OTHER))]
+    with pytest.raises(LookonceError, match="ask about one image at a time"):
+        split.prompts.build([Message("user", (*references, QUESTION))])
+
+
+def test_int8_is_refused(checkpoint):
+    vision = open_checked(str(checkpoint), Half.VISION)
+    with pytest.raises(CheckpointError, match="the general path, which has no int8 weights; leave out --quantization"):
+        vision.family.load_encoder(vision, torch.float32, CPU, quantization="int8")
+
+
+class Split:
+    """Both halves of a checkpoint in this process, each loaded as its service loads it."""
+
+    def __init__(self, path):
+        halves = {half: open_checked(str(path), half) for half in Half}
+        vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
+        self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
+        layers = language.family.dimensions(language.config).layers
+        self.model = language.family.load_text(language, torch.float32, lambda name: CPU, [CPU] * layers)
+        family = language.family
+        self.template = load_template(path, family, family.special_tokens(language.config).marker)
+        limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
+        self.prompts = PromptBuilder(self.template, family, language.config, **limits)
+
+    def encoded(self, image, number):
+        """A reference to an image, and its rows."""
+        (rows,) = self.encoder.encode([prepared := self.encoder.prepare(image, 1, 10**8)])
+        key = bytes([number]) * 32
+        return EmbeddingReference(key, "0" * 64, key, prepared.grid_thw, len(rows), *image.size), rows
+
+
+class Shelf(Album):
+    """An EmbeddingLoader of some images."""
+
+    def __init__(self, encoded):
+        super().__init__(encoded[0][1].shape[1])
+        by_key = {reference.key: rows for reference, rows in encoded}
+        self.rows = lambda reference: by_key[reference.key]
+
+
+AT_ONCE = ("smolvlm",)
+"""Of tiles and markers; the others are for `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+async def test_every_family(family, tmp_path, monkeypatch):
+    path = make(family, tmp_path / family)
+    unsplit, split = Unsplit(path, monkeypatch), Split(path)
+    encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
+    shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary
+    options = PackedOptions(kv_bytes=8 << 20, prefix_bytes=8 << 20, step_tokens=37, burst_tokens=37)
+    engine = PackedEngine(split.model, split.template.table, frozenset(), options)
+    pairs = list(zip((IMAGE, OTHER), [reference for reference, _ in encoded], strict=True))
+
+    async def check(image, reference, text):
+        """Every token's whole distribution is that of the unsplit model."""
+        prompt, turns = split.prompts.build([Message("user", (reference, text))]), user(image, text)
+        assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
+        (answer,) = await ask(engine, generation(prompt, 8, logprobs=vocabulary))
+        expected = unsplit.logprobs(turns, answer.tokens)[:-1]
+        for row, token, given in zip(expected, answer.tokens, answer.logprobs, strict=True):
+            told = torch.tensor([value for _, value in sorted(given.top)])
+            torch.testing.assert_close(told, row, atol=2e-4, rtol=0)
+            assert token == int(row.argmax())
+        return answer.finish.timings
+
+    await engine.start(shelf)
+    try:
+        await asyncio.gather(*(check(*pair, text) for pair in pairs for text in (QUESTION, "why?")))
+        later = [await check(*pair, "how many cats are there?") for pair in pairs]
+        assert all(timings.prefix_hit for timings in later)
+        assert all(shelf.loads[reference.key] == 1 for _, reference in pairs)
+        (image, reference), choices = pairs[0], ((5,), (7, 9))
+        prompt = split.prompts.build([Message("user", (reference, QUESTION))])
+        scored = await engine.score(Scoring("s", (ScoreItem(prompt, choices),)))
+        for choice, given in zip(choices, scored.logprobs[0], strict=True):
+            told = unsplit.logprobs(user(image, QUESTION), list(choice))
+            weight = sum(float(row[token]) for row, token in zip(told, choice, strict=False))
+            assert given == pytest.approx(weight, abs=4e-4)
+    finally:
+        await engine.close()

@@ -1,0 +1,94 @@
+"""The unsplit reference of the general path: transformers' own class, processor, template and generate."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+
+class Unsplit:
+    """A checkpoint directory in float32; a conversation is a list of (role, parts), a part a text or an image."""
+
+    def __init__(self, path: Path, monkeypatch: Any) -> None:
+        self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
+        self.processor = _processor(path, monkeypatch)
+        self.tokenizer = self.processor.tokenizer
+
+    def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
+        """What the class is given for a conversation that ends where the assistant is to speak."""
+        if self.processor.chat_template is None and self.tokenizer.chat_template is None:
+            ((_, (image, text)),) = turns  # BLIP-2's own form of a question
+            return dict(self.processor(images=image, text=f"Question: {text} Answer:", return_tensors="pt"))
+        messages = [
+            {
+                "role": role,
+                "content": [
+                    {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts
+                ],
+            }
+            for role, parts in turns
+        ]
+        text = ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
+        images = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        made = self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not begins)
+        return {name: value for name, value in made.items() if name not in ("num_patches",)}
+
+    @torch.inference_mode()
+    def answer_ids(self, turns: list[tuple[str, list[Any]]], length: int = 12) -> list[int]:
+        """The greedy answer's tokens, that which ends it included."""
+        inputs = self.inputs(turns)
+        out = self.model.generate(**inputs, max_new_tokens=length, do_sample=False)
+        return out[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def answer(self, turns: list[tuple[str, list[Any]]], length: int = 12) -> str:
+        """The greedy answer."""
+        return self.tokenizer.decode(self.answer_ids(turns, length), skip_special_tokens=True)
+
+    @torch.inference_mode()
+    def logprobs(self, turns: list[tuple[str, list[Any]]], further: list[int] = []) -> torch.Tensor:  # noqa: B006
+        """[1 + len(further), vocabulary] behind the prompt and each further token."""
+        inputs = self.inputs(turns)
+        more = torch.tensor([further], dtype=torch.int64)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return self.model(**inputs).logits[0, -1 - len(further) :].log_softmax(-1)
+
+    def weighed(self, choices: list[str], turns: list[tuple[str, list[Any]]]) -> dict[str, float]:
+        """The probability of each choice among them."""
+        sums = []
+        for choice in choices:
+            ids = self.tokenizer(choice, add_special_tokens=False).input_ids
+            told = self.logprobs(turns, ids)
+            sums.append(sum(float(row[token]) for row, token in zip(told, ids, strict=False)))
+        return dict(zip(choices, torch.tensor(sums).softmax(0).tolist(), strict=True))
+
+
+def _processor(path: Path, monkeypatch: Any) -> Any:
+    """The checkpoint's own. Where it wants a video processor, which needs torchvision, it is given none."""
+    name = json.loads((path / "preprocessor_config.json").read_text())["processor_class"]
+    for owner, each in PROCESSOR_MAPPING_NAMES.items():
+        if each != name:
+            continue
+        folder = {"PixtralProcessor": "pixtral", "Blip2Processor": "blip_2"}.get(name, owner)
+        if folder == "pixtral":  # its module imports a function from one that imports torchvision
+            plain = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
+            monkeypatch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", plain)
+        module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
+        break
+    cls = getattr(module, name)
+    monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
+    if getattr(module, "num2words", "") is None:
+        monkeypatch.setattr(module, "num2words", str)
+    parts = {"image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
+    parts["tokenizer"] = AutoTokenizer.from_pretrained(path)
+    settings, _ = cls.get_processor_dict(path)
+    return cls.from_args_and_dict([parts.get(each) for each in cls.get_attributes()], settings)
