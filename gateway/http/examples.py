@@ -224,7 +224,7 @@ ANSWERS: dict[str, Any] = {
     "health": {"status": "ok"},
     "readiness": READINESS,
     "healthOfAll": READINESS,
-    "version": {"version": "0.3.0"},
+    "version": {"version": "0.4.0"},
 }
 """Of answers in JSON, by the id of the operation."""
 
