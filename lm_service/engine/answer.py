@@ -73,12 +73,13 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The characters this token completes; empty while one is incomplete and for a token that is left out."""
-        if token_id in self._hidden:
+        piece = self._table.piece(token_id)
+        if not piece or token_id in self._hidden:
             return ""
         if token_id in self._table.single_bytes:
-            self._run += self._table.piece(token_id)
+            self._run += piece
             return ""
-        return self._begun(self._ended_run() + self._decoder.decode(self._table.piece(token_id)))
+        return self._begun(self._ended_run() + self._decoder.decode(piece))
 
     def flush(self) -> str:
         """What is left at the end: a replacement character where a character stayed incomplete."""

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split_command, top, up
+from lookonce.cli import ask, demo, doctor, moderate, plan_command, report, split_command, top, up, verify_command
 from lookonce.cli.console import say
 from lookonce.core.settings import with_options
 from lookonce.core.version import __version__
@@ -72,6 +72,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None]], ...] = (
     ("moderate", moderate.HELP, with_options(ModerateSettings, moderate.moderate, source=moderate.Source)),
     ("report", report.HELP, report.report),
     ("split", split_command.HELP, split_command.split),
+    ("verify", verify_command.HELP, verify_command.verify),
     ("plan", plan_command.HELP, plan_command.plan),
     ("top", top.HELP, top.top),
     ("doctor", doctor.HELP, doctor.doctor),

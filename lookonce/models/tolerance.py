@@ -21,10 +21,12 @@ def bound_of(dtype: str, quantization: str = "none") -> float:
     return BOUNDS[dtype] if quantization == "none" else INT8_BOUND
 
 
-def difference(found: Sequence[float], expected: Sequence[float]) -> float:
-    """The greatest, as a share of the largest number expected, or of 1; infinite where there are more or fewer, NaN
-    where one is not a number."""
+def difference(found: Sequence[float], expected: Sequence[float], scale: float | None = None) -> float:
+    """The greatest, divided by `scale`; None: by the largest number expected, or by 1 where that is less.
+
+    Infinite where there are more or fewer numbers, NaN where one is not a number."""
     if len(found) != len(expected):
         return math.inf
     ours, theirs = (np.asarray(numbers, dtype=np.float64) for numbers in (found, expected))
-    return float(np.abs(ours - theirs).max(initial=0.0) / np.abs(theirs).max(initial=1.0))
+    whole = np.abs(theirs).max(initial=1.0) if scale is None else scale
+    return float(np.abs(ours - theirs).max(initial=0.0) / whole)

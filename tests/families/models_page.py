@@ -79,10 +79,11 @@ All but the Qwen lines are served by the general path, which runs transformers' 
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
 image features computed elsewhere (`mm_encoder_outputs`) and every layer attends causally over keys and values. At start
 the language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
-refused is said by `lookonce doctor`, `plan` and `up` alike: sliding windows, soft caps, recurrent state,
+refused is said by `lookonce doctor`, `plan` and `up` alike: soft caps, attention sinks, recurrent state,
 cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
-(InstructBLIP), and an encoder and decoder (Flan-T5). Such a model has its layers on one device and its vision half
-encodes one image at a time. An image's `max_pixels` bounds what its processor is given.
+(InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
+refused. Such a model has its layers on one device and its vision half encodes one image at a time. An image's
+`max_pixels` bounds what its processor is given.
 
 ## As they are published
 

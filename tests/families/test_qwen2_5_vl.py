@@ -262,17 +262,9 @@ def test_logits_are_those_of_the_unsplit_model(pair):
     reply = system.chat([{"role": "user", "content": content}], max_tokens=12, logprobs=True, top_logprobs=20)
     turns = [("user", [canonical(file), QUESTION])]
     answer = unsplit.answer_ids(turns, 12)
-    inputs = unsplit.inputs(turns)
-    length = inputs["input_ids"].shape[1]
-    more = torch.tensor([answer])
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
-    with torch.inference_mode():
-        expected = unsplit.model(**inputs).logits[0, length - 1 : -1].log_softmax(-1)
     told = reply["choices"][0]["logprobs"]["content"]
     assert len(told) == len(answer) > 3
-    for item, row in zip(told, expected, strict=True):
+    for item, row in zip(told, unsplit.told(turns, answer), strict=True):
         found = [one["logprob"] for one in item["top_logprobs"]]
         assert found == pytest.approx(row.topk(20).values.tolist(), abs=2e-4)
 
@@ -283,23 +275,8 @@ def test_choices_are_weighed_as_by_the_unsplit_model(pair):
     image = system.upload(file)["id"]
     asked = [{"text": text, "choices": CHOICES} for text in (QUESTION, "Well?")]
     for answer, question in zip(system.ask(image, asked), asked, strict=True):
-        expected = weighed(unsplit, [("user", [canonical(file), question["text"]])])
+        expected = unsplit.weighed([("user", [canonical(file), question["text"]])], CHOICES)
         assert answer["choices"] == pytest.approx(expected, abs=1e-4)
-
-
-@torch.inference_mode()
-def weighed(unsplit, turns):
-    """The probability of each choice among them."""
-    sums, inputs = [], unsplit.inputs(turns)
-    length = inputs["input_ids"].shape[1]
-    for choice in CHOICES:
-        tokens = torch.tensor([unsplit.tokenizer(choice, add_special_tokens=False)["input_ids"]])
-        ids = torch.cat([inputs["input_ids"], tokens], 1)
-        marks = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(tokens)], 1)
-        longer = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": marks}
-        logits = unsplit.model(**inputs | longer).logits[0, length - 1 : -1].log_softmax(-1)
-        sums.append(logits.gather(1, tokens.t()).sum())
-    return dict(zip(CHOICES, torch.stack(sums).softmax(0).tolist(), strict=True))
 
 
 @pytest.mark.slow

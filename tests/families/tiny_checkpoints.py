@@ -403,6 +403,36 @@ def _blip2(path: Path, ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def _glm4v(path: Path, ids: dict[str, int]) -> dict[str, Any]:
+    """zai-org/GLM-4.1V-9B-Thinking: a tower for images of any size, M-RoPE on pairs of numbers, GLM-4."""
+    image = {"image_processor_type": "Glm4vImageProcessor", "processor_class": "Glm4vProcessor", "do_rescale": True}
+    image |= {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, **CLIP}
+    write(path / "preprocessor_config.json", image | {"size": {"shortest_edge": 3136, "longest_edge": 50176}})
+    write(path / "processor_config.json", {"processor_class": "Glm4vProcessor"})
+    vision = {"model_type": "glm4v_vision", "depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64}
+    vision |= {"out_hidden_size": 64, "patch_size": 14, "image_size": 56, "spatial_merge_size": 2}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+    return {
+        "architectures": ["Glm4vForConditionalGeneration"],
+        "model_type": "glm4v",
+        "image_token_id": ids["<|image|>"],
+        "video_token_id": ids["<|video|>"],
+        "image_start_token_id": ids["<|begin_of_image|>"],
+        "image_end_token_id": ids["<|end_of_image|>"],
+        "video_start_token_id": ids["<|begin_of_video|>"],
+        "video_end_token_id": ids["<|end_of_video|>"],
+        "text_config": {"model_type": "glm4v_text", **TEXT, "rope_parameters": rope},
+        "tie_word_embeddings": False,
+        "vision_config": vision | {"temporal_patch_size": 2},
+    }
+
+
+GLM = (
+    "[gMASK]<sop>{% for message in messages %}<|{{ message.role }}|>\n{% if message.content is string %}"
+    "{{ message.content }}{% else %}{% for part in message.content %}{% if part.type == 'image' %}"
+    "<|begin_of_image|><|image|><|end_of_image|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 IDEFICS = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}{% if message['content'][0]['type'] =="
     " 'image' %}{{':'}}{% else %}{{': '}}{% endif %}{% for line in message['content'] %}{% if line['type'] == 'text' %}"
@@ -435,6 +465,8 @@ _ROWS = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in r
 _TILED = ("<image>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>", *_ROWS)
 _INTERN = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 _INTERN_NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+_GLM = ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|system|>", "<|image|>", "<|video|>")
+_GLM += ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 _PIXTRAL = ("[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]", "[IMG_END]")
 FAMILIES: dict[str, Tiny] = {
     "llava": Tiny(("<image>",), _llava, LLAVA, sentencepiece=True),
@@ -452,6 +484,7 @@ FAMILIES: dict[str, Tiny] = {
         CHATML.replace("IMAGE", "<IMG_CONTEXT>"),
         settings={"extra_special_tokens": _INTERN_NAMES | {"video_token": "<video>"}},
     ),
+    "glm4v": Tiny(_GLM, _glm4v, GLM),
     "vipllava": Tiny(("<image>",), _vipllava, LLAVA, sentencepiece=True),
     "llava_onevision": Tiny(
         ("<|im_start|>", "<|im_end|>", "<image>", "<video>"), _onevision, CHATML.replace("IMAGE", "<image>")

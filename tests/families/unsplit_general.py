@@ -60,6 +60,8 @@ class Unsplit:
         more = torch.tensor([further], dtype=torch.int64)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
         return self.model(**inputs).logits[0, -1 - len(further) :].log_softmax(-1)
 
     def weighed(self, choices: list[str], turns: list[tuple[str, list[Any]]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
 from lookonce.models.general.limits import Calls, attention_calls
+from lookonce.models.general.positions import position_rows
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
 
 
@@ -44,11 +45,12 @@ class GeneralText:
         rows: torch.Tensor,
         deepstack: Sequence[Deepstack] = (),
     ) -> torch.Tensor:
-        """[T, hidden] at positions int64 [1, T] -> logits [len(rows), vocabulary] of the rows asked for."""
-        everything = torch.ones_like(positions)  # a mask given is not searched for in the positions
+        """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        everything = torch.ones_like(positions[:1])  # a mask given is not searched for in the positions
+        places = positions if len(positions) == 1 else positions[:, None]
         with attending(attend):
             out = self._decoder(
-                inputs_embeds=hidden[None], attention_mask=everything, position_ids=positions, use_cache=False
+                inputs_embeds=hidden[None], attention_mask=everything, position_ids=places, use_cache=False
             )
         logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
         return logits
@@ -100,4 +102,5 @@ def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices
         context=min(int(longest), calls.window or int(longest)),
         dtype=dtype,
         stages=(Stage(devices[0], calls.layers),),
+        position_rows=position_rows(architecture.model),
     )

@@ -106,5 +106,5 @@ def load_encoder(
         setattr(model.get_submodule(parent), last, nn.Module())
     load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
     model.to(device)
-    processor = Processor(checkpoint.path, architecture.config.model_type, tokenizer=False)
+    processor = Processor(checkpoint.path, architecture.config, tokenizer=False)
     return GeneralEncoder(model, processor, dtype, device)

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
+_REMEMBERED = 128
+"""Layouts whose positions are kept."""
+_LEAST_PIXELS = 64
+"""Of an image that a service takes. Smaller ones are made up by checks, and laid out as text."""
 _SMALL = (150, 60)
 """Width and height of an image whose markers are checked at start."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
@@ -57,6 +61,8 @@ _UNSTATED = (
 class GeneralFamily:
     """A family of one checkpoint: its class is made for its config.json, its prompts by its processor."""
 
+    checks_itself = True
+    """Loading compares the language half with its class, and the vision half's rows with what its processor writes."""
     words = r"\s*\S+|\s+"
     cpu_max_pixels = MOST_PIXELS
     layouts = "those that its transformers class saves"
@@ -68,6 +74,7 @@ class GeneralFamily:
         named = [name for name in _TOKEN_IDS if name in config]
         self.token_id_fields = (*named[:1],) or _TOKEN_IDS[:1]
         self.template = _TEMPLATES.get(self.model_type)
+        self._laid_out = lru_cache(maxsize=_REMEMBERED)(self._positions)
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -200,7 +207,18 @@ class GeneralFamily:
                 f"{self.label} cuts several images otherwise than each of them alone; ask about one image at a time",
                 param="messages",
             )
-        return np.arange(length, dtype=np.int64)[None], length
+        return self._laid_out(length, tuple(images))
+
+    def _positions(self, length: int, images: tuple[tuple[int, Grid], ...]) -> tuple[NDArray[np.int64], int]:
+        from lookonce.models.general.positions import position_rows, rope_positions
+
+        if position_rows(self.architecture.model) == 1:
+            return np.arange(length, dtype=np.int64)[None], length
+        images = tuple(image for image in images if min(image[1]) >= 1 and image[1][1] * image[1][2] >= _LEAST_PIXELS)
+        texts = [(start, self.texts.of(columns, rows)) for start, (_, rows, columns) in images]
+        runs = [((start + text.first, text.tokens), text.grid) for start, text in texts if text.grid is not None]
+        positions = rope_positions(self.architecture.model, length, runs)
+        return positions, int(positions.max()) + 1 if length else 0
 
     def load_encoder(
         self,
@@ -231,7 +249,7 @@ class GeneralFamily:
 
         self._refuse_quantization(quantization)
         model = load_text(self.architecture, checkpoint, dtype, where, devices)
-        check_text(model, self.texts.image_id, [number for _, number in self.texts.of(*_SMALL).markers])
+        check_text(model, self.texts.image_id, self.texts.of(*_SMALL))
         return model
 
     def _refuse_quantization(self, quantization: str) -> None:

@@ -17,6 +17,7 @@ import torch
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, Unpacked, attending
+from lookonce.models.general.positions import position_rows
 
 _TOKENS = 3  # of the pass
 _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -67,12 +68,14 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     inner = inspect.signature(type(architecture.model.base_model).forward).parameters
     named = [name for name in _BY_TYPES if name in parameters or name in inner]
     named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
-    if named:
+    if named and position_rows(architecture.model) == 1:
         yield (
             f"{subject}: attention or positions depend on which tokens are an image's ({named[0]}), which the packed "
             f"step doesn't know; {_ELSEWHERE}"
         )
         return
+    if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
+        yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
     try:
         attention_calls(architecture)
     except CheckpointError as error:

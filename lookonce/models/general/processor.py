@@ -8,6 +8,7 @@ second. Code of a repository is never run.
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.checkpoint import files
+from lookonce.models.family import Grid
 
 _images: Any = image_processing_auto
 _processors: Any = processing_auto
@@ -59,14 +61,17 @@ class _NoTokenizer:
 class Processor:
     """Prepares images of one checkpoint directory. Safe to use from several threads."""
 
-    def __init__(self, path: Path, model_type: str, *, tokenizer: bool) -> None:
-        """`tokenizer`: the directory has one, and texts of images are asked for. Raises CheckpointError."""
+    def __init__(self, path: Path, config: Any, *, tokenizer: bool) -> None:
+        """`config` is config.json as transformers reads it; `tokenizer`: the directory has one, and texts of images are
+        asked for. Raises CheckpointError."""
+        model_type = config.model_type
         refuse_foreign_code(path)
         try:
             image_processor = _images.AutoImageProcessor.from_pretrained(path, local_files_only=True, backend="pil")
             text: Any = AutoTokenizer.from_pretrained(path, local_files_only=True) if tokenizer else _NoTokenizer()
             cls = _without_video(_processor_class(path, model_type))
             cls.parts = {"image_processor": image_processor, "tokenizer": text}
+            cls.derived = _derived(config)
             self._processor = cls.from_pretrained(path, local_files_only=True)
             self._options = self._processor._merge_kwargs(tokenizer_init_kwargs=text.init_kwargs, return_tensors="pt")[
                 "images_kwargs"
@@ -92,21 +97,24 @@ class Processor:
         """What the image processor makes of an RGB image."""
         return dict(self._prepared([image], self._options)[0])
 
-    def text_of(self, width: int, height: int) -> str:
-        """What an image of so many pixels is in a prompt: tokens of its rows, and between them."""
-        return self._texts(_blank(width, height))[0]
+    def text_of(self, width: int, height: int) -> tuple[str, Grid | None]:
+        """What an image of so many pixels is in a prompt: tokens of its rows, and between them; and its grid, where the
+        processor counts one (`image_grid_thw`)."""
+        inputs, (text,) = self._prepared([_blank(width, height)], self._options | _CHEAP)
+        if "image_grid_thw" not in inputs:
+            return text, None
+        t, h, w = (int(number) for number in inputs["image_grid_thw"][0])
+        return text, (t, h, w)
 
     def each_alone(self) -> bool:
         """Whether two images of a prompt are in it what each of them alone is."""
         sizes = ((150, 60), (60, 150))
-        return self._texts(*(_blank(*size) for size in sizes)) == [self.text_of(*size) for size in sizes]
+        _, together = self._prepared([_blank(*size) for size in sizes], self._options | _CHEAP)
+        return together == [self.text_of(*size)[0] for size in sizes]
 
     def rows_of(self, image: Image.Image) -> int:
         """Rows of its embedding, as its text says."""
         return self._prepared([image], self._options)[1][0].count(self.image_token)
-
-    def _texts(self, *images: Image.Image) -> list[str]:
-        return self._prepared(list(images), self._options | _CHEAP)[1]
 
     def _prepared(self, images: list[Image.Image], options: dict[str, Any]) -> tuple[Any, list[str]]:
         try:
@@ -133,6 +141,7 @@ def _without_video(cls: Any) -> Any:
 
     class Parts(cls):  # type: ignore[misc]
         parts: dict[str, Any]
+        derived: dict[str, Any]
 
         @classmethod
         def get_attributes(own) -> list[str]:
@@ -142,6 +151,12 @@ def _without_video(cls: Any) -> Any:
         def _get_arguments_from_pretrained(own, *_: Any, **__: Any) -> list[Any]:
             return [own.parts.get(name) for name in own.get_attributes()]
 
+        @classmethod
+        def get_processor_dict(own, *arguments: Any, **named: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+            settings, rest = super().get_processor_dict(*arguments, **named)
+            taken = inspect.signature(cls.__init__).parameters
+            return {name: x for name, x in own.derived.items() if name in taken} | settings, rest
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             return type(argument)
 
@@ -149,6 +164,31 @@ def _without_video(cls: Any) -> Any:
     if getattr(module, "num2words", "") is None:  # asked for at construction, used for videos only
         module.num2words = str
     return Parts
+
+
+def _derived(config: Any) -> dict[str, Any]:
+    """Settings of processors that follow from config.json, for directories without a processor_config.json. What they
+    make is held to the rows that the vision half makes."""
+    vision = getattr(config, "vision_config", None)
+    patch, side = (_side(getattr(vision, name, None)) for name in ("patch_size", "image_size"))
+    strategy = getattr(config, "vision_feature_select_strategy", None)
+    shrunk = getattr(config, "scale_factor", None) or (1 / getattr(config, "downsample_ratio", 1.0))
+    found = {
+        "patch_size": patch,
+        "vision_feature_select_strategy": strategy,
+        "spatial_merge_size": getattr(config, "spatial_merge_size", None),
+        "num_query_tokens": getattr(config, "num_query_tokens", None),
+        "num_additional_image_tokens": 1 if getattr(vision, "model_type", "") == "clip_vision_model" else None,
+    }
+    if patch and side:
+        found["num_image_tokens"] = (side // patch) ** 2
+        found |= dict.fromkeys(("image_seq_len", "image_seq_length"), int((side // patch / shrunk) ** 2))
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _side(size: Any) -> int | None:
+    number = size[0] if isinstance(size, list | tuple) and size else size
+    return number if isinstance(number, int) else None
 
 
 def _processor_class(path: Path, model_type: str) -> type[ProcessorMixin]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.models.chat.tokenizer import TOKENIZER, VOCABULARY, load_tokenizer
-from lookonce.models.family import Marker
+from lookonce.models.family import Grid, Marker
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.processor import Processor
 
@@ -21,6 +21,13 @@ class ImageText:
 
     tokens: int  # rows of its embedding
     markers: tuple[Marker, ...]  # tokens among and around them
+    grid: Grid | None  # its patches, where M-RoPE needs them
+
+    @property
+    def first(self) -> int:
+        """Place of the first row among the image's tokens."""
+        taken = {at for at, _ in self.markers}
+        return next(at for at in range(len(taken) + 1) if at not in taken)
 
 
 class ImageTexts:
@@ -29,7 +36,7 @@ class ImageTexts:
     def __init__(self, path: Path, architecture: Architecture) -> None:
         """Raises CheckpointError."""
         self.has_tokens = any((path / name).is_file() for name in (TOKENIZER, VOCABULARY))
-        self.processor = Processor(path, architecture.config.model_type, tokenizer=self.has_tokens)
+        self.processor = Processor(path, architecture.config, tokenizer=self.has_tokens)
         self.image_token = self.processor.image_token
         try:
             self.each_alone = self.processor.each_alone()
@@ -76,9 +83,9 @@ class ImageTexts:
         return found
 
     def _of(self, width: int, height: int) -> ImageText:
-        text = self.processor.text_of(width, height)
+        text, grid = self.processor.text_of(width, height)
         if not self.has_tokens:
-            return ImageText(text.count(self.image_token), ())
+            return ImageText(text.count(self.image_token), (), grid)
         ids = self.processor.tokenizer.encode(text, add_special_tokens=False)
         markers = tuple((at, number) for at, number in enumerate(ids) if number != self.image_id)
-        return ImageText(len(ids) - len(markers), markers)
+        return ImageText(len(ids) - len(markers), markers, grid)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import structlog
@@ -13,9 +13,11 @@ from torch.nn import functional
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.attention import NAME
 from lookonce.models.general.decoder import GeneralText
+from lookonce.models.general.positions import image_types, rope_positions
+from lookonce.models.general.prompts import ImageText
 
 log = structlog.get_logger(__name__)
-_ROWS, _TEXT, _MARKERS = 5, 7, 16
+_ROWS, _TEXT, _MARKERS, _BEFORE = 5, 7, 16, 2
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
 _OWN = 4
@@ -45,19 +47,26 @@ class _Features:
 
 
 @torch.inference_mode()
-def check_text(model: GeneralText, image_id: int, markers: Iterable[int] = ()) -> float:
+def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
     """The greatest difference between log-probabilities of the packed step and of the class's own forward, over a
-    prompt with random rows for an image and some of its markers. Raises CheckpointError when it is beyond rounding."""
-    ids, rows = _prompt(model, image_id, sorted(set(markers))[:_MARKERS])
-    expected, again = (_own_logits(model, ids, rows, how).float().log_softmax(-1) for how in ("eager", "sdpa"))
+    prompt with random rows for an image, whole where its positions follow its grid, and some of the markers of
+    `image`. Raises CheckpointError when it is beyond rounding."""
+    count = image.tokens if image.grid is not None and model.shape.position_rows > 1 else _ROWS
+    ids, rows = _prompt(model, image_id, count, sorted({number for _, number in image.markers})[:_MARKERS])
+    own: dict[str, Any] = {}
+    places, everything = torch.arange(len(ids), device=ids.device)[None], torch.arange(len(ids), device=ids.device)
+    if count is not _ROWS and image.grid is not None:
+        run = (_BEFORE, count)
+        places = torch.from_numpy(rope_positions(model.model, len(ids), [(run, image.grid)])).to(ids.device)
+        own = {"mm_token_type_ids": image_types(len(ids), [run]), "image_grid_thw": torch.tensor([image.grid])}
+    expected, again = (_own_logits(model, ids, rows, how, own).float().log_softmax(-1) for how in ("eager", "sdpa"))
     hidden = model.embed(ids)
     hidden[ids == image_id] = rows
-    places, everything = torch.arange(len(ids), device=ids.device)[None], torch.arange(len(ids), device=ids.device)
     found = model.forward(hidden, places, _Causal(), everything).float().log_softmax(-1)
     exact = model.shape.dtype == torch.float32
-    worst, own = (_apart(each, expected, exact=exact) for each in (found, again))
+    worst, rounding = (_apart(each, expected, exact=exact) for each in (found, again))
     log.info("language half checked against its class", family=type(model.model).__name__, difference=worst)
-    if not worst <= max(_TOLERANCE[model.shape.dtype], _OWN * own) or not math.isfinite(worst):
+    if not worst <= max(_TOLERANCE[model.shape.dtype], _OWN * rounding) or not math.isfinite(worst):
         raise CheckpointError(
             f"{type(model.model).__name__}: the packed step of the general path differs from the class's own forward "
             f"by {worst:.2g} in a log-probability; it is not served: use vLLM or transformers for it"
@@ -65,16 +74,16 @@ def check_text(model: GeneralText, image_id: int, markers: Iterable[int] = ()) -
     return worst
 
 
-def _prompt(model: GeneralText, image_id: int, markers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _prompt(model: GeneralText, image_id: int, count: int, markers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids with a few of an image's among text, and its rows."""
     shape, generator = model.shape, torch.Generator().manual_seed(0)
-    ids = torch.randint(shape.vocabulary, (_TEXT + _ROWS + len(markers),), generator=generator)
-    ids[_TEXT + _ROWS :] = torch.tensor(markers, dtype=torch.int64)
+    ids = torch.randint(shape.vocabulary, (_TEXT + count + len(markers),), generator=generator)
+    ids[_TEXT + count :] = torch.tensor(markers, dtype=torch.int64)
     ids[ids == image_id] = (image_id + 1) % shape.vocabulary
-    ids[2 : 2 + _ROWS] = image_id
+    ids[_BEFORE : _BEFORE + count] = image_id
     ids = ids.to(shape.device)
     spread = model.embed(ids[:1]).float().std().item() or 1.0
-    rows = spread * torch.randn(_ROWS, shape.hidden, generator=generator)
+    rows = spread * torch.randn(count, shape.hidden, generator=generator)
     return ids, rows.to(shape.device, shape.dtype)
 
 
@@ -83,7 +92,9 @@ def _apart(one: torch.Tensor, other: torch.Tensor, *, exact: bool) -> float:
     return float(apart.max() if exact else apart.mean())
 
 
-def _own_logits(model: GeneralText, ids: torch.Tensor, rows: torch.Tensor, how: str) -> torch.Tensor:
+def _own_logits(
+    model: GeneralText, ids: torch.Tensor, rows: torch.Tensor, how: str, further: dict[str, Any]
+) -> torch.Tensor:
     """[T, vocabulary] by the class, given features as if of an encoder; each class takes one of these forms."""
     inner: Any = model.model
     decoder = inner.get_submodule(model.decoder_name)
@@ -99,6 +110,7 @@ def _own_logits(model: GeneralText, ids: torch.Tensor, rows: torch.Tensor, how: 
                     attention_mask=torch.ones_like(ids)[None],
                     mm_encoder_outputs={"image": features},
                     use_cache=False,
+                    **{name: x.to(ids.device) for name, x in further.items()},
                 )
             except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
                 failure = failure or error

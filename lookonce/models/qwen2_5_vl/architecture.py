@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from lookonce.core.errors import CheckpointError
@@ -74,24 +74,16 @@ class Qwen25VLArchitecture(Architecture):
         }
 
 
-def _small(depth: int, width: int, count: int, *, blocks: tuple[int, ...], **others: Any) -> Qwen25VLArchitecture:
-    return Qwen25VLArchitecture(depth, width, count, full_blocks=blocks, **others)
-
-
-def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **others: Any) -> Qwen25VLArchitecture:
-    return Qwen25VLArchitecture(32, 1280, 16, layers, hidden, heads, kv_heads, ffn, **{"vocab": 152064} | others)
+def _published(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int) -> Qwen25VLArchitecture:
+    return Qwen25VLArchitecture(32, 1280, 16, layers, hidden, heads, kv_heads, ffn, vocab=152064)
 
 
 SIZES: dict[str, Qwen25VLArchitecture] = {
-    "tiny": _small(3, 64, 2, blocks=(1,), vision_ffn=84, layers=2, hidden=64, heads=4, kv_heads=2, ffn=128, vocab=512),
-    "small": _small(
-        4, 128, 4, blocks=(1, 3), vision_ffn=340, layers=4, hidden=128, heads=4, kv_heads=2, ffn=384, vocab=2048
-    ),
-    "50m": _small(
-        8, 384, 6, blocks=(3, 7), vision_ffn=1028, layers=8, hidden=512, heads=8, kv_heads=2, ffn=2048, vocab=8192
-    ),
-    "3b": _published(36, 2048, 16, 2, 11008, vocab=151936),
+    "tiny": Qwen25VLArchitecture(3, 64, 2, 2, 64, 4, 2, ffn=128, vocab=512, vision_ffn=84, full_blocks=(1,)),
+    "small": Qwen25VLArchitecture(4, 128, 4, 4, 128, 4, 2, ffn=384, vocab=2048, vision_ffn=340, full_blocks=(1, 3)),
+    "50m": Qwen25VLArchitecture(8, 384, 6, 8, 512, 8, 2, ffn=2048, vocab=8192, vision_ffn=1028, full_blocks=(3, 7)),
+    "3b": replace(_published(36, 2048, 16, 2, 11008), vocab=151936),
     "7b": _published(28, 3584, 28, 4, 18944),
-    "32b": _published(64, 5120, 40, 8, 27648, vision_ffn=3456),
-    "72b": _published(80, 8192, 64, 8, 29568, vision_ffn=3456),
+    "32b": replace(_published(64, 5120, 40, 8, 27648), vision_ffn=3456),
+    "72b": replace(_published(80, 8192, 64, 8, 29568), vision_ffn=3456),
 }

@@ -1,0 +1,224 @@
+"""`python -m lookonce.cli.unsplit`: what transformers' own class over the whole checkpoint makes of a split model's
+answers.
+
+Reads a job from standard input and writes lines of JSON: {"note": text} while it works, then {"result": ...}, or
+{"error": sentence}. The answers' tokens are given to the model as they are, so one forward says for each of them what
+else could have stood there. Apart from `--record`, it shares no model code with the services.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from lookonce.core.process import wait_briefly
+
+
+class Unsplit:
+    """A whole checkpoint as transformers runs it."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+        torch.set_num_threads(job["threads"])
+        self.path = job["model"]
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, job["dtype"]))
+        device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.model.to(device).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self._processor: Any = None
+
+    def cut(self, image: Any) -> dict[str, Any]:
+        """What the vision tower takes of an image."""
+        from transformers import AutoImageProcessor
+
+        if self._processor is None:
+            processors: Any = AutoImageProcessor
+            self._processor = processors.from_pretrained(self.path, backend="pil")
+        return dict(self._processor(images=[image], return_tensors="pt"))
+
+    def inputs(self, image: Any, question: str) -> dict[str, Any]:
+        """Of a prompt that ends where the assistant is to speak."""
+        import torch
+
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        cut = self.cut(image)
+        if "image_grid_thw" not in cut:
+            return self._by_processor([{"role": "user", "content": content}])
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, content[1]]}], tokenize=False, add_generation_prompt=True
+        )
+        number = self.model.config.image_token_id
+        pad = self.tokenizer.convert_ids_to_tokens(number)
+        pads = int(cut["image_grid_thw"].prod()) // self._processor.merge_size**2
+        ids = self.tokenizer(prompt.replace(pad, pad * pads, 1), return_tensors="pt")["input_ids"]
+        return cut | {
+            "input_ids": ids,
+            "mm_token_type_ids": (ids == number).long(),
+            "attention_mask": torch.ones_like(ids),
+        }
+
+    def _by_processor(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        from transformers import AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(self.path)
+        return dict(
+            processor.apply_chat_template(
+                messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        )
+
+    def rows(self, image: Any) -> Any:
+        """Float32 [tokens, hidden] of the tower."""
+        import torch
+
+        out = self.model.get_image_features(**self._placed(self.cut(image)), return_dict=True).pooler_output
+        parts = [out] if torch.is_tensor(out) else list(out)
+        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().cpu()
+
+    def logprobs(self, inputs: dict[str, Any], answer: list[int]) -> Any:
+        """Float64 [1 + len(answer), vocabulary]: after the prompt, and after each token of the answer."""
+        import torch
+
+        grown = dict(inputs)
+        for name, filler in (
+            ("input_ids", None),
+            ("attention_mask", 1),
+            ("mm_token_type_ids", 0),
+            ("token_type_ids", 0),
+        ):
+            if name in grown:
+                more = torch.tensor([answer if filler is None else [filler] * len(answer)], dtype=grown[name].dtype)
+                grown[name] = torch.cat([grown[name], more], dim=1)
+        logits = self.model(**self._placed(grown), use_cache=False).logits[0, -len(answer) - 1 :]
+        return logits.double().log_softmax(-1).cpu()
+
+    def exam_scores(self, exam: Any) -> list[float]:
+        """Log-probabilities of the start check's choices, by the text model alone."""
+        import numpy as np
+        import torch
+
+        from lookonce.models.self_check import scores_of
+
+        text, head = self.model.model.language_model, self.model.get_output_embeddings()
+        logits = []
+        for question in exam.questions:
+            ids = torch.tensor([[*question.token_ids, question.choices[-1][0]]])
+            hidden = text.get_input_embeddings()(ids.to(self.model.device))
+            hidden[0, 1 : 1 + exam.rows.shape[1]] = exam.rows[0].to(hidden)
+            last = np.full((len(question.positions), 1), question.next_position)
+            places = torch.from_numpy(np.concatenate([question.positions, last], axis=1)).to(hidden.device)
+            places = places[:, None] if len(places) > 1 else places
+            out = text(inputs_embeds=hidden, position_ids=places, use_cache=False).last_hidden_state
+            logits.append(head(out[0, -2:]).float().cpu())
+        return scores_of(logits, exam)
+
+    def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device, dtype = self.model.device, self.model.dtype
+        return {
+            name: x.to(device, dtype if x.is_floating_point() else x.dtype) if hasattr(x, "to") else x
+            for name, x in inputs.items()
+        }
+
+
+def class_name(model: str) -> str | None:
+    """Of transformers' class for a checkpoint's config.json; None: it has none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    kind = json.loads((Path(model) / "config.json").read_text()).get("model_type")
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind)
+    return name if isinstance(name, str) or name is None else str(name[0])
+
+
+def examined(job: dict[str, Any]) -> dict[str, Any]:
+    """What the unsplit model says to each item: its image's rows go to a file, numbers into the result."""
+    import torch
+
+    tell("loading the unsplit model")
+    with torch.inference_mode():
+        unsplit, items = Unsplit(job), job["items"]
+        rows = {name: unsplit.rows(opened(name)) for name in dict.fromkeys(item["image"] for item in items)}
+        for number, name in enumerate(rows):
+            rows[name].numpy().tofile(Path(job["rows"]) / f"{number}.f32")
+        answers = []
+        for number, item in enumerate(items, 1):
+            tell(f"the unsplit model: question {number} of {len(items)}")
+            answers.append(_examined(unsplit, item))
+        recorded = _recorded(unsplit, job["record"]) if job.get("record") else {}
+    return {"answers": answers, "recorded": recorded}
+
+
+def _examined(unsplit: Unsplit, item: dict[str, Any]) -> dict[str, Any]:
+    inputs = unsplit.inputs(opened(item["image"]), item["question"])
+    tokens = item["tokens"]
+    steps = unsplit.logprobs(inputs, tokens)[: len(tokens)]
+    scores = []
+    for choice in item["choices"]:
+        ids = unsplit.tokenizer(choice, add_special_tokens=False)["input_ids"]
+        found = unsplit.logprobs(inputs, ids)
+        scores.append(math.fsum(float(found[at, token]) for at, token in enumerate(ids)))
+    return {
+        "best": [int(step.argmax()) for step in steps],
+        "best_logprobs": [float(step.max()) for step in steps],
+        "token_logprobs": [float(step[token]) for step, token in zip(steps, tokens, strict=True)],
+        "top": [[float(step[token]) for token in ids] for step, ids in zip(steps, item["top"], strict=True)],
+        "scores": scores,
+    }
+
+
+def _recorded(unsplit: Unsplit, model: str) -> dict[str, list[float]]:
+    """What the check at start is to find, by half."""
+    from lookonce.models.checkpoint.check import check_checkpoint
+    from lookonce.models.registry import Half
+    from lookonce.models.self_check import check_exam, check_image
+
+    tell("recording what the check at start is to find")
+    checkpoint = check_checkpoint(model).usable()[Half.LANGUAGE]
+    exam = check_exam(checkpoint, unsplit.model.get_output_embeddings().weight.shape[0])
+    return {
+        "vision": unsplit.rows(check_image(checkpoint)).flatten().tolist(),
+        "language": unsplit.exam_scores(exam),
+    }
+
+
+def opened(name: str) -> Any:
+    """An image file as RGB: turned as its EXIF says, what is transparent white."""
+    from PIL import Image, ImageOps
+
+    with Image.open(name) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def tell(text: str) -> None:
+    """A line for whoever waits."""
+    print(json.dumps({"note": text}), flush=True)
+
+
+def main() -> None:
+    """One job."""
+    wait_briefly()
+    job = json.load(sys.stdin)
+    try:
+        name = class_name(job["model"])
+        if name is None:
+            kind = json.loads((Path(job["model"]) / "config.json").read_text()).get("model_type")
+            print(json.dumps({"error": f"transformers has no class for model_type {kind!r}: nothing to compare with"}))
+            return
+        result = {"class": name} | (examined(job) if "items" in job else {})
+    except Exception as error:  # noqa: BLE001 - whatever a library raises, the command says it in one sentence
+        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        print(json.dumps({"error": f"transformers could not run the unsplit model ({type(error).__name__}: {first})"}))
+        return
+    print(json.dumps({"result": result}))
+
+
+if __name__ == "__main__":
+    main()
