@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.checkpoint.adapter import open_adapter
+from lookonce.models.qwen2_vl.config import FAMILY
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from tests.checkpoint.hub_server import Hub
+from tests.checkpoint.loras import adapter
 
 OPEN = """
 import json, sys
@@ -97,6 +100,41 @@ def test_planning_refuses_what_the_index_shows_to_be_quantised(hub, opened):
     index.write_text(json.dumps({"weight_map": {"model.layers.0.mlp.up_proj.qweight": "model.safetensors"}}))
     done = opened("", command=("-m", "lookonce", "plan", "--model", "acme/model", "--gpus", "24"))
     assert done.returncode == 1 and "the weights are quantised by AWQ" in done.stderr
+
+
+def test_planning_takes_quantised_tensors_by_their_names(hub, opened):
+    index, config = (hub.directory / name for name in ("model.safetensors.index.json", "config.json"))
+    places = json.loads(index.read_text())["weight_map"]
+    for name in [name for name in places if name.endswith("_proj.weight") and "layers" in name]:
+        shard = places.pop(name)
+        places |= {name.removesuffix("weight") + ending: shard for ending in ("qweight", "qzeros", "scales")}
+    index.write_text(json.dumps({"weight_map": places}))
+    stated = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": stated}))
+    done = opened("", command=("-m", "lookonce", "plan", "--model", "acme/model", "--gpus", "24"))
+    assert done.returncode == 0, done.stderr
+    assert hub.fetched() == SHARED
+
+
+OPEN_ADAPTER = """
+import sys
+from lookonce.models.checkpoint import Half
+from lookonce.models.checkpoint.adapter import open_adapter
+from lookonce.models.qwen2_vl.config import FAMILY
+print(open_adapter(sys.argv[1], FAMILY).digest(Half.LANGUAGE))
+"""
+
+
+def test_an_adapter_of_the_hub(hub, opened):
+    shutil.rmtree(hub.directory)
+    adapter(hub.directory, {"model.layers.0.self_attn.q_proj": (64, 64)})
+    here = open_adapter(str(hub.directory), FAMILY)
+    done = opened("", command=("-c", OPEN_ADAPTER, "acme/model"))
+    assert done.stdout.strip() == here.digest(Half.LANGUAGE), done.stderr
+    assert hub.fetched() == {"adapter_config.json", "adapter_model.safetensors"}
+    refused = opened("language")
+    assert "acme/model is a LoRA adapter of Qwen/Qwen2-VL-2B-Instruct" in refused.stderr
+    assert "--model Qwen/Qwen2-VL-2B-Instruct and this with --adapter acme/model" in refused.stderr
 
 
 def test_both_halves_agree_and_a_second_start_and_an_offline_one_download_nothing(hub, opened):

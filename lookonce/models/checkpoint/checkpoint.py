@@ -259,7 +259,9 @@ def settings_directory(model: str, revision: str | None = None) -> Path:
     Raises CheckpointError."""
     path = _local_directory(model)
     if path is None:
-        return hub.fetch_files(model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, files.INDEX], revision)
+        return hub.fetch_files(
+            model, [files.CONFIG, files.PREPROCESSOR, files.PROCESSOR, OWN_FILE, files.INDEX], revision
+        )
     if not (path / files.CONFIG).is_file() and (path / Half.LANGUAGE / files.CONFIG).is_file():
         return path / Half.LANGUAGE  # split: either half has both files
     return path
