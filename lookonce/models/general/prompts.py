@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class ImageTexts:
             ) from error
         self.image_id = self._image_id(path, architecture) if self.has_tokens else -1
         self._kept: dict[tuple[int, int], ImageText] = {}
+        self._one = threading.Lock()
 
     def _image_id(self, path: Path, architecture: Architecture) -> int:
         number = getattr(architecture.config, "image_token_id", None)
@@ -75,7 +77,9 @@ class ImageTexts:
     def of(self, width: int, height: int) -> ImageText:
         """An image of so many pixels. Where there is no tokenizer, its markers are left out."""
         found = self._kept.get((width, height))
-        if found is None:
+        if found is not None:
+            return found
+        with self._one:  # transformers' tokenizers are for one thread at a time
             found = self._of(width, height)
             if len(self._kept) >= _REMEMBERED:
                 self._kept.pop(next(iter(self._kept)), None)
