@@ -141,8 +141,8 @@ def test_import_contracts_hold_and_each_catches_a_planted_violation(tmp_path):
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_transformers_models_stay_out(package):
-    """Its modelling code costs a process seconds and 150 MB. The unsplit model that `demo` and `verify` show beside ours
-    is it, and the general path runs it, in its own folder."""
+    """Its modelling code costs a process seconds and 150 MB. The unsplit model that `demo` and `verify` hold ours to is
+    it, and the general path runs it, in its own folder."""
     found = {
         f"{path.relative_to(ROOT)}"
         for path in sources(package)

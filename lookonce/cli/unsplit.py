@@ -3,7 +3,8 @@ answers.
 
 Reads a job from standard input and writes lines of JSON: {"note": text} while it works, then {"result": ...}, or
 {"error": sentence}. The answers' tokens are given to the model as they are, so one forward says for each of them what
-else could have stood there. Apart from `--record`, it shares no model code with the services.
+else could have stood there. The model and its inputs are transformers' own; where its
+processors want torchvision, those of the general path stand in.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 from lookonce.core.process import wait_briefly
 
+_OF_TEXT = {"input_ids": None, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
+"""Inputs that are as long as the prompt, and what each further token adds; None: itself."""
+
 
 class Unsplit:
     """A whole checkpoint as transformers runs it."""
@@ -26,10 +30,11 @@ class Unsplit:
 
         torch.set_num_threads(job["threads"])
         self.path = job["model"]
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, job["dtype"]))
+        model: Any = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, job["dtype"]))
         device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(device).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        model.to(device).eval()
+        self.model = model
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
         self._processor: Any = None
 
     def cut(self, image: Any) -> dict[str, Any]:
@@ -45,12 +50,12 @@ class Unsplit:
         """Of a prompt that ends where the assistant is to speak."""
         import torch
 
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": question}]
         cut = self.cut(image)
         if "image_grid_thw" not in cut:
-            return self._by_processor([{"role": "user", "content": content}])
+            return self._by_processor(image, question)
         prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, content[1]]}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
         number = self.model.config.image_token_id
         pad = self.tokenizer.convert_ids_to_tokens(number)
@@ -62,21 +67,45 @@ class Unsplit:
             "attention_mask": torch.ones_like(ids),
         }
 
-    def _by_processor(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    def _by_processor(self, image: Any, question: str) -> dict[str, Any]:
+        """By the checkpoint's own processor, or, where that wants torchvision for videos, by the general path's."""
         from transformers import AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(self.path)
-        return dict(
-            processor.apply_chat_template(
-                messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )
-        )
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        chat: dict[str, Any] = {"conversation": [{"role": "user", "content": content}], "add_generation_prompt": True}
+        try:
+            processors: Any = AutoProcessor
+            processor = processors.from_pretrained(self.path)
+        except (ImportError, ValueError):
+            return self._by_general_processor(image, self.tokenizer.apply_chat_template(**chat, tokenize=False))
+        if processor.chat_template is None and self.tokenizer.chat_template is None:  # BLIP-2's form of a question
+            return dict(processor(images=image, text=f"Question: {question} Answer:", return_tensors="pt"))
+        text = processor.apply_chat_template(**chat, tokenize=False)
+        whole = {"add_special_tokens": not self._begun(text), "return_tensors": "pt"}
+        return dict(processor(images=[image], text=[text], **whole))
+
+    def _by_general_processor(self, image: Any, text: str) -> dict[str, Any]:
+        import torch
+
+        from lookonce.models.general.processor import Processor
+
+        processor = Processor(Path(self.path), self.model.config.model_type, tokenizer=True)
+        text = text.replace(processor.image_token, processor.text_of(*image.size), 1)
+        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._begun(text))["input_ids"]
+        return processor.inputs(image) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def _begun(self, text: str) -> bool:
+        """Whether the template has written the first token already."""
+        return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 
     def rows(self, image: Any) -> Any:
         """Float32 [tokens, hidden] of the tower."""
         import torch
 
-        out = self.model.get_image_features(**self._placed(self.cut(image)), return_dict=True).pooler_output
+        cut = self.cut(image)
+        if "image_grid_thw" not in cut:  # a processor may ask its image processor for more, such as tiles
+            cut = {name: x for name, x in self.inputs(image, "?").items() if name not in _OF_TEXT}
+        out = self.model.get_image_features(**self._placed(cut), return_dict=True).pooler_output
         parts = [out] if torch.is_tensor(out) else list(out)
         return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().cpu()
 
@@ -85,12 +114,7 @@ class Unsplit:
         import torch
 
         grown = dict(inputs)
-        for name, filler in (
-            ("input_ids", None),
-            ("attention_mask", 1),
-            ("mm_token_type_ids", 0),
-            ("token_type_ids", 0),
-        ):
+        for name, filler in _OF_TEXT.items():
             if name in grown:
                 more = torch.tensor([answer if filler is None else [filler] * len(answer)], dtype=grown[name].dtype)
                 grown[name] = torch.cat([grown[name], more], dim=1)
@@ -104,7 +128,9 @@ class Unsplit:
 
         from lookonce.models.self_check import scores_of
 
-        text, head = self.model.model.language_model, self.model.get_output_embeddings()
+        inner, head = getattr(self.model, "model", self.model), self.model.get_output_embeddings()
+        text = getattr(inner, "language_model", None) or inner.text_model
+        text = getattr(text, "model", text)  # without a head of its own
         logits = []
         for question in exam.questions:
             ids = torch.tensor([[*question.token_ids, question.choices[-1][0]]])
@@ -214,7 +240,7 @@ def main() -> None:
             return
         result = {"class": name} | (examined(job) if "items" in job else {})
     except Exception as error:  # noqa: BLE001 - whatever a library raises, the command says it in one sentence
-        first = (str(error).strip().splitlines() or ["no reason given"])[0]
+        first = next(iter(str(error).strip().splitlines()), "no reason given")
         print(json.dumps({"error": f"transformers could not run the unsplit model ({type(error).__name__}: {first})"}))
         return
     print(json.dumps({"result": result}))

@@ -87,7 +87,7 @@ class PlainQwen2VL:
         for number in range(self.text["num_hidden_layers"]):
             name = f"model.layers.{number}"
             normed = rms_normed(x, weights(f"{name}.input_layernorm.weight"), epsilon)
-            q, k, v = (weights.linear(f"{name}.self_attn.{part}_proj", normed).split(lengths) for part in "qkv")
+            q, k, v = (torch.split(weights.linear(f"{name}.self_attn.{part}_proj", normed), lengths) for part in "qkv")
             mixed = [
                 self.self_attended(weights, f"{name}.self_attn", *each) for each in zip(q, k, v, turns, strict=True)
             ]
@@ -95,18 +95,18 @@ class PlainQwen2VL:
             normed = rms_normed(x, weights(f"{name}.post_attention_layernorm.weight"), epsilon)
             gate, up = (weights.linear(f"{name}.mlp.{part}_proj", normed) for part in ("gate", "up"))
             x = x + weights.linear(f"{name}.mlp.down_proj", functional.silu(gate) * up)
-            for part, prompt in zip(x.split(lengths), prompts, strict=True):
+            for part, prompt in zip(torch.split(x, lengths), prompts, strict=True):
                 if number + 1 < len(prompt.rows):  # a level of the deepstack
                     level = prompt.rows[number + 1].to(self._dtype).float()
                     part[prompt.start : prompt.start + len(level)] += level
-        wanted = torch.cat([x[-prompt.last :] for x, prompt in zip(x.split(lengths), prompts, strict=True)])
+        wanted = torch.cat([x[-prompt.last :] for x, prompt in zip(torch.split(x, lengths), prompts, strict=True)])
         found = weights.vocabulary_logits(rms_normed(wanted, weights("model.norm.weight"), epsilon))
-        return list(found.split([prompt.last for prompt in prompts]))
+        return list(torch.split(found, [prompt.last for prompt in prompts]))
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """Each section of the frequencies follows its own row of the positions [3, T]."""
         found, scale = self.frequencies(self.text["hidden_size"] // self.text["num_attention_heads"], 1e6)
-        parts = found.split(mrope_section(self.text))
+        parts = torch.split(found, mrope_section(self.text))
         return torch.cat([positions[row % 3, :, None] * part for row, part in enumerate(parts)], dim=-1), scale
 
     def frequencies(self, width: int, theta: float) -> tuple[torch.Tensor, float]:
