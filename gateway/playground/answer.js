@@ -28,6 +28,15 @@ export class AnswerCard {
     this.node.append(badges(answer.receipt), ...timing(answer.receipt, answer.usage, decodeMs, prices));
   }
 
+  // Draws its boxes now, and again at a click.
+  offer(boxes, draw) {
+    const text = boxes.length === 1 ? "Show the box" : `Show ${boxes.length} boxes`;
+    const button = el("button", { type: "button", className: "quiet show-boxes" }, text);
+    button.addEventListener("click", draw);
+    this.text.after(button);
+    draw();
+  }
+
   fail(error) {
     this.#settle();
     if (!this.text.hasChildNodes()) this.text.remove();

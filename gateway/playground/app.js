@@ -27,7 +27,8 @@ const tabs = new Tabs([["tab-one", "question"], ["tab-many", "questions"], ["tab
 let edited = false;
 
 function options() {
-  return { max_tokens: $("max-tokens").valueAsNumber || 128, temperature: $("temperature").valueAsNumber || 0 };
+  const chosen = { max_tokens: $("max-tokens").valueAsNumber || 128, temperature: $("temperature").valueAsNumber || 0 };
+  return $("with-boxes").checked ? { ...chosen, skip_special_tokens: false } : chosen;
 }
 
 // Runs `ask` if there are an image and a question; otherwise says what is missing, and goes there.

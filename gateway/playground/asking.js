@@ -3,6 +3,7 @@
 import { $, announce, showError } from "./dom.js";
 import { AnswerCard } from "./answer.js";
 import { ApiError } from "./api.js";
+import { boxesIn } from "./boxes.js";
 
 export class Asking {
   #api;
@@ -70,6 +71,8 @@ export class Asking {
   #finish(card, answer, decodeMs) {
     if (answer.receipt) this.#panel.prices.learn(answer.receipt);
     card.finish(answer, decodeMs, this.#panel.prices);
+    const boxes = boxesIn(card.text.textContent, this.#panel.image, answer.receipt?.model ?? "");
+    if (boxes.length) card.offer(boxes, () => this.#panel.showBoxes(boxes));
   }
 
   // Shows a card for each question, does the work, and settles whatever it left unfinished.

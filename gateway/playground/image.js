@@ -1,5 +1,6 @@
 // The image: chosen, dropped, pasted or a sample; uploaded once; erased everywhere.
 
+import { drawBoxes } from "./boxes.js";
 import { $, announce, el, ms, showError } from "./dom.js";
 import { Prices } from "./timing.js";
 
@@ -28,6 +29,10 @@ export class ImagePanel extends EventTarget {
   choose() {
     $("file").value = "";
     $("file").click();
+  }
+
+  showBoxes(boxes) {
+    drawBoxes($("boxes"), boxes, this.image);
   }
 
   disarm() {
@@ -144,6 +149,7 @@ export class ImagePanel extends EventTarget {
   }
 
   #forget() {
+    this.showBoxes([]);
     this.image = null;
     this.prices = new Prices();
     this.disarm();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -138,6 +139,73 @@ def test_ten_questions_at_once(page, image_path, system):
         expect(cards.nth(number).locator(".timing")).to_be_visible()
     for number in (0, 9):
         same_text(cards.nth(number), api_text(system, image, questions[number], max_tokens=8))
+
+
+GROUNDED = [
+    (
+        "tiny",
+        "<|object_ref_start|>a cat<|object_ref_end|><|box_start|>(100,200),(600,1000)<|box_end|>, and "
+        "<|object_ref_start|>cups<|object_ref_end|><|box_start|>(0,0),(250,500)<|box_end|>"
+        "<|box_start|>(5,6)<|box_end|><|box_start|>(900,900),(500,750)<|box_end|>",
+        [("a cat", 0.1, 0.2, 0.5, 0.8), ("cups", 0, 0, 0.25, 0.5), ("cups", 0.5, 0.75, 0.4, 0.15)],
+    ),
+    (
+        "Qwen2.5-VL-3B",  # 4 by 3 tokens of 28 pixels
+        '```json\n[{"bbox_2d": [28, 21, 84, 63], "label": "the \\"sign\\""}, {"bbox_2d": [0, 0, 9',
+        [('the "sign"', 0.25, 0.25, 0.5, 0.5)],
+    ),
+    ("qwen3-vl-2b", '{"label": "sign", "bbox_2d": [250, 500, 2000, 750]}', [("sign", 0.25, 0.5, 0.75, 0.25)]),
+    ("tiny", "The box <|box_start|> is (1,2),(3,4) and <b>bold</b>.", []),
+]
+
+
+@pytest.mark.parametrize(("model", "text", "boxes"), GROUNDED)
+def test_boxes_of_an_answer_are_drawn_over_the_image(page, image_path, model, text, boxes):
+    asked: list[dict[str, Any]] = []
+
+    def answer(route: Any) -> None:
+        asked.append(route.request.post_data_json)
+        receipt = {"embedding": "hit", "prefix": "hit", "encode_ms": 0, "prefill_tokens": 1, "cached_tokens": 1}
+        receipt |= {"queue_ms": 0, "ttft_ms": 1, "model": model, "fingerprint": ""}
+        usage = {"prompt_tokens": 2, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
+        chunks = [{"choices": [{"delta": {"content": text}}]}, {"choices": [], "receipt": receipt, "usage": usage}]
+        lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
+        route.fulfill(content_type="text/event-stream", body="".join(lines) + "data: [DONE]\n\n")
+
+    load(page, image_path)
+    layer = page.locator("#boxes")
+    page.get_by_text("Options").click()
+    page.get_by_label("Boxes").check()
+    page.route("**/v1/chat/completions", answer)
+    card = ask(page, "Where?")
+    assert [body["skip_special_tokens"] for body in asked] == [False]
+    same_text(card, text)
+    expect(layer.locator("text")).to_have_text([label for label, *_ in boxes])
+    frame = page.locator("#preview").bounding_box()
+    for number, (_, *shares) in enumerate(boxes):
+        left, top, width, height = shares
+        drawn = layer.locator("rect").nth(number).bounding_box()
+        wanted = {"x": frame["x"] + left * frame["width"], "y": frame["y"] + top * frame["height"]}
+        wanted |= {"width": width * frame["width"], "height": height * frame["height"]}
+        assert drawn == pytest.approx(wanted, abs=4)
+    expect(card.locator(".show-boxes")).to_have_count(1 if boxes else 0)
+    if boxes:
+        page.locator("#boxes").evaluate("node => node.replaceChildren()")
+        card.locator(".show-boxes").click()
+        expect(layer.locator("rect")).to_have_count(len(boxes))
+    page.get_by_role("button", name="Sample coffee").click()
+    expect(layer.locator("rect")).to_have_count(0)
+
+
+def test_a_model_is_asked_for_its_special_tokens(page, image_path, system):
+    image = load(page, image_path)
+    page.get_by_text("Options").click()
+    page.get_by_label("Boxes").check()
+    card = ask(page, "Where?")
+    content: list[Any] = [image_part(f"lookonce:{image}"), text_part("Where?")]
+    turns = [{"role": "user", "content": content}]
+    reply = system.chat(turns, max_tokens=128, skip_special_tokens=False)
+    same_text(card, reply["choices"][0]["message"]["content"])
 
 
 def test_scores_are_bars(page, image_path, system):
