@@ -24,7 +24,7 @@ from lookonce.models.checkpoint import recorded
 from lookonce.models.devices import dtype_name
 from lookonce.models.family import Half
 from lookonce.models.plain import Plain, PlainPrompt
-from lookonce.models.tolerance import bound_of, difference
+from lookonce.models.tolerance import bound_of, difference, spread
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint.checkpoint import Checkpoint
@@ -150,8 +150,7 @@ def check_half(
         if plain is None:
             return
         expected = by_plain(plain)
-    # rows as a share of the largest; log-probabilities of that by which they differ among themselves
-    scale = max(1.0, float(np.std(expected))) if half is Half.LANGUAGE else None
+    scale = spread(expected) if half is Half.LANGUAGE else None
     worst, bound = difference(found(), expected, scale), bound_of(dtype_name(dtype), quantization)
     taken = round((time.perf_counter() - began) * 1000, 1)
     if not worst <= bound:
