@@ -89,8 +89,8 @@ class Unsplit:
 
         from lookonce.models.general.processor import Processor
 
-        processor = Processor(Path(self.path), self.model.config.model_type, tokenizer=True)
-        text = text.replace(processor.image_token, processor.text_of(*image.size), 1)
+        processor = Processor(Path(self.path), self.model.config, tokenizer=True)
+        text = text.replace(processor.image_token, processor.text_of(*image.size)[0], 1)
         ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._begun(text))["input_ids"]
         return processor.inputs(image) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
