@@ -46,6 +46,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     encoder: VisionEncoder
     model: Model
+    self_check: str = "off"  # what came of it
 
 
 def load(settings: VisionSettings) -> LoadedModel:
@@ -64,20 +65,21 @@ def load(settings: VisionSettings) -> LoadedModel:
         bounds=_bounds(settings, checkpoint, device),
         tensors=checkpoint.embedding_tensors,
     )
-    return LoadedModel(checkpoint, run_in_omp_thread(_encoder, settings, checkpoint, dtype, device), model)
+    encoder, self_check = run_in_omp_thread(_encoder, settings, checkpoint, dtype, device)
+    return LoadedModel(checkpoint, encoder, model, self_check)
 
 
 def _encoder(
     settings: VisionSettings, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
-) -> VisionEncoder:
+) -> tuple[VisionEncoder, str]:
     native = settings.kernels == "auto"
     encoder = checkpoint.family.load_encoder(
         checkpoint, dtype, device, quantization=settings.quantization, native=native
     )
     encoder.warm_up()
-    if settings.self_check == "on":
-        check_encoder(checkpoint, encoder, settings.quantization)
-    return encoder
+    if settings.self_check == "off":
+        return encoder, "off"
+    return encoder, check_encoder(checkpoint, encoder, settings.quantization)
 
 
 def build(settings: VisionSettings, loaded: LoadedModel) -> tuple[Server, VisionCore]:
@@ -110,6 +112,7 @@ async def running(settings: VisionSettings, loaded: LoadedModel) -> AsyncIterato
                 weights=format_size(loaded.checkpoint.weight_bytes(Half.VISION)),
                 fingerprint=loaded.model.fingerprint[:16],
                 vision_weights=loaded.checkpoint.vision_weights,
+                self_check=loaded.self_check,
             )
             if _shrunk(settings, loaded) is not None:
                 log.info(

@@ -212,7 +212,7 @@ def _compared(
 ) -> list[Check]:
     import numpy as np
 
-    from lookonce.models.tolerance import bound_of, difference
+    from lookonce.models.tolerance import bound_of, difference, spread
 
     bound = bound_of(dtype)
 
@@ -229,11 +229,12 @@ def _compared(
     likeliest = [pair for item, answer in both for pair in zip(item.top_logprobs, answer["top"], strict=True)]
     greedy = [(answer["token_logprobs"], answer["best_logprobs"]) for _, answer in both]
     scores = [(item.scores, answer["scores"]) for item, answer in both]
+    scale = 1.0 if dtype == "float32" else spread([logprob for _, expected in likeliest for logprob in expected])
     return [
         check("rows of the vision tower", towers, None),
-        check("log-probabilities of tokens", likeliest, 1.0),
-        check("greedy tokens", greedy, 1.0),
-        check("scores of choices", scores, 1.0),
+        check("log-probabilities of tokens", likeliest, scale),
+        check("greedy tokens", greedy, scale),
+        check("scores of choices", scores, scale),
     ]
 
 

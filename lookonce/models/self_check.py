@@ -24,7 +24,7 @@ from lookonce.models.checkpoint import recorded
 from lookonce.models.devices import dtype_name
 from lookonce.models.family import Half
 from lookonce.models.plain import Plain, PlainPrompt
-from lookonce.models.tolerance import bound_of, difference
+from lookonce.models.tolerance import bound_of, difference, spread
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint.checkpoint import Checkpoint
@@ -111,8 +111,8 @@ def scores_of(logits: Sequence[torch.Tensor], exam: Exam) -> list[float]:
     return found
 
 
-def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: str) -> None:
-    """Hold a loaded vision half to its weights. Raises SelfCheckFailed."""
+def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: str) -> str:
+    """Hold a loaded vision half to its weights; what came of it, as `check_half`. Raises SelfCheckFailed."""
     image = check_image(checkpoint)
 
     def found() -> Sequence[float]:
@@ -120,7 +120,7 @@ def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: 
         [rows] = encoder.encode([encoder.prepare(image, pixels, pixels)])
         return rows.float().flatten().tolist()
 
-    check_half(
+    return check_half(
         checkpoint,
         Half.VISION,
         encoder.dtype,
@@ -138,25 +138,24 @@ def check_half(
     *,
     found: Callable[[], Sequence[float]],
     by_plain: Callable[[Plain], Sequence[float]],
-) -> None:
-    """Compare what a half computes with what is recorded of it, or else with its plain form; log what came of it.
-
-    Raises SelfCheckFailed naming the check, the difference and the bound."""
+) -> str:
+    """Compare what a half computes with what is recorded of it, or else with its plain form; what came of it, for the
+    log's line of a service that is ready. Raises SelfCheckFailed naming the check, the difference and the bound."""
     began = time.perf_counter()
     expected: Sequence[float] | None = recorded.read(checkpoint, half)
     against: Literal["its record", "its plain form"] = "its record"
     if expected is None:
         against, plain = "its plain form", _plain(checkpoint, half, dtype)
         if plain is None:
-            return
+            return "left out"
         expected = by_plain(plain)
-    # rows as a share of the largest; log-probabilities of that by which they differ among themselves
-    scale = max(1.0, float(np.std(expected))) if half is Half.LANGUAGE else None
+    scale = spread(expected) if half is Half.LANGUAGE else None
     worst, bound = difference(found(), expected, scale), bound_of(dtype_name(dtype), quantization)
     taken = round((time.perf_counter() - began) * 1000, 1)
     if not worst <= bound:
         raise SelfCheckFailed(failure(half, against, worst, bound, dtype))
-    _log.info("self-check passed", half=half.value, against=against, difference=f"{worst:.2g}", bound=bound, ms=taken)
+    _log.debug("self-check passed", half=half.value, against=against, difference=f"{worst:.2g}", bound=bound, ms=taken)
+    return f"{worst:.2g} from {against} (bound {bound:g}), {taken:g} ms"
 
 
 def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype) -> str:

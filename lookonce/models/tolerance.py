@@ -30,3 +30,8 @@ def difference(found: Sequence[float], expected: Sequence[float], scale: float |
     ours, theirs = (np.asarray(numbers, dtype=np.float64) for numbers in (found, expected))
     whole = np.abs(theirs).max(initial=1.0) if scale is None else scale
     return float(np.abs(ours - theirs).max(initial=0.0) / whole)
+
+
+def spread(logprobs: Sequence[float]) -> float:
+    """What log-probabilities' differences are measured by: twice their standard deviation, or 1 if that is less."""
+    return max(1.0, 2 * float(np.std(logprobs)))

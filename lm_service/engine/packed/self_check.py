@@ -32,7 +32,7 @@ def check_language_half(checkpoint: Checkpoint, model: ModelAdapter, options: Pa
     """Hold the packed step, two questions behind one image prefix, to the checkpoint's weights. Blocking. Raises
     SelfCheckFailed, and RuntimeError for a question that can't be computed."""
     exam = check_exam(checkpoint, model.shape.vocabulary)
-    check_half(
+    found = check_half(
         checkpoint,
         Half.LANGUAGE,
         model.shape.dtype,
@@ -40,6 +40,7 @@ def check_language_half(checkpoint: Checkpoint, model: ModelAdapter, options: Pa
         found=lambda: _exam_scores(model, options, exam),
         by_plain=lambda plain: plain_scores(plain, exam),
     )
+    _log.info("language half checked", self_check=found)
 
 
 def _exam_scores(model: ModelAdapter, options: PackedOptions, exam: Exam) -> list[float]:
