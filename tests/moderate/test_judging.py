@@ -39,14 +39,14 @@ def test_gateway_and_command_judge_alike(pair, images, policy, results, tmp_path
     assert {rows[source]["fired_cross"] for source in chosen} == {True, False}
 
 
-def test_they_scale_images_alike_to_fewer_pixels_than_the_checkpoint_does(pair, pictures, tmp_path):
+def test_they_scale_images_alike_to_fewer_pixels_than_the_checkpoint_does(pair, images, tmp_path):
     """Between the pixels of one token and the checkpoint's min_pixels."""
     bounds = json.loads((MODEL / "preprocessor_config.json").read_text())
     policy, out = tmp_path / "policy.yaml", tmp_path / "out.parquet"
     policy.write_text(f"max_pixels: {bounds['min_pixels'] // 2}\n{policy_text()}")
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    for path in sorted(Path(pictures.folder).rglob("*.png"))[:4]:
+    for path in sorted(Path(images.folder).rglob("*.png"))[:4]:
         shutil.copy(path, folder)
     assert pair.moderate(folder, policy, out).returncode == 0
     rows = [row for row in pq.read_table(out).to_pylist() if row["error"] is None]

@@ -155,9 +155,10 @@ def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device
 
 def _dequantised(entry: QuantisedEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A quantised matrix in plain weights, some rows at a time: beside it, its parts as stored and those rows."""
-    parts = {ending: _read_part(part) for ending, part in entry.parts.items()}
     outputs, inputs = entry.shape
-    tensor = torch.empty(entry.shape, dtype=dtype, device=device)
+    with torch.inference_mode(mode=False):  # workers' threads may not write to a tensor of this mode
+        parts = {ending: _read_part(part) for ending, part in entry.parts.items()}
+        tensor = torch.empty(entry.shape, dtype=dtype, device=device)
     step = max(1, _BLOCK_BYTES // (torch.float32.itemsize * inputs * _ROWS)) * _ROWS
 
     def fill(start: int) -> None:
