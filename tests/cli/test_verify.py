@@ -109,7 +109,7 @@ def test_each_check_has_its_bound(tmp_path, apart, fails):
 def test_one_table_of_bounds():
     assert difference([1.0], [1.0, 2.0]) == float("inf")
     assert difference([-19.0], [-20.0]) == pytest.approx(0.05)
-    assert [bound_of(dtype) for dtype in BOUNDS] == [2e-4, 0.02, 0.1]
+    assert [bound_of(dtype) for dtype in BOUNDS] == [2e-4, 0.05, 0.25]
     assert bound_of("float32", "int8") == INT8_BOUND
 
 
