@@ -20,13 +20,15 @@ from gateway.http.request_images import asked_bounds, detail_bounds
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
-from gateway.schemas.body import special_tokens, stop_list, to_sampling
+from gateway.schemas.body import PixelFields, special_tokens, stop_list, to_sampling
 from gateway.schemas.requests import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
 
 router = APIRouter(tags=["images"], route_class=Route)
+_BOUNDED_BY = ("detail", "mm_processor_kwargs", *PixelFields.model_fields)
+"""Fields of a request that ask for other pixel bounds than the service's own."""
 
 
 @router.post(
@@ -59,9 +61,11 @@ def _runner(gateway: Gateway) -> Questions:
 async def _questions(record: ImageRecord, body: QuestionsRequest, gateway: Gateway) -> list[AnyQuestion]:
     _check(body, gateway.settings)
     await gateway.model.check(None)
-    bounds = detail_bounds(body.detail, gateway.settings).joined(asked_bounds(body))
-    image = ImagePart(record, bounds.joined(asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")))
-    await gateway.images.check_bounds(record, image.bounds)
+    image = ImagePart(record)
+    if any(getattr(body, name) is not None for name in _BOUNDED_BY):
+        bounds = detail_bounds(body.detail, gateway.settings).joined(asked_bounds(body))
+        image = ImagePart(record, bounds.joined(asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")))
+        await gateway.images.check_bounds(record, image.bounds)
     return [_question(position, item, body, image) for position, item in enumerate(body.questions)]
 
 

@@ -24,18 +24,16 @@ class PixelBounds:
     max: int | None = None
     min_field: str = field(default="", compare=False)
     max_field: str = field(default="", compare=False)
+    name: str = field(init=False, compare=False)
+    """What tells the embeddings of one image apart: "full", the most pixels, or "FEWEST-MOST"."""
 
     def __post_init__(self) -> None:
         if self.min is not None and self.max is not None and self.min > self.max:
             bound = f"'{self.max_field}'" if self.max_field else "the bound of detail 'low' or of the policy"
             text = f"'{self.min_field}' is {self.min}, above {bound}, {self.max}: ask for at most that"
             raise invalid(text, param=self.min_field)
-
-    @property
-    def name(self) -> str:
-        """What tells the embeddings of one image apart: "full", the most pixels, or "FEWEST-MOST"."""
         most = "full" if self.max is None else str(self.max)
-        return most if self.min is None else f"{self.min}-{most}"
+        object.__setattr__(self, "name", most if self.min is None else f"{self.min}-{most}")
 
     @property
     def are_asked(self) -> bool:
