@@ -14,6 +14,7 @@ from lookonce.core.rpc.tls import Tls
 from lookonce.core.settings import Bytes, Seconds, Settings, formerly
 from lookonce.core.telemetry.logs import LogFormat
 from lookonce.core.units import split_list
+from lookonce.models.vector_layout import Task
 
 
 class LanguageSettings(Settings):
@@ -29,6 +30,10 @@ class LanguageSettings(Settings):
     store_bytes: Bytes | None = Field(None, description="Byte budget of memory and file stores.")
     store_ttl: Seconds | None = Field(None, description="How long the store keeps an embedding it is given back.")
     vision: str = Field("", description="Vision services, comma separated, asked for what the store has lost.")
+    task: Task = Field(
+        "auto",
+        description="generate: write text; embed: make vectors for /v1/embeddings; auto: as its files say.",
+    )
     encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )

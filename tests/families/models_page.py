@@ -32,8 +32,8 @@ class Served:
     model_type: str
     split: str
     packed: str
-    prefix: str
-    scores: str
+    prefix: str | No
+    scores: str | No
     video: str | No
     quantised: str | No
 
@@ -84,6 +84,14 @@ cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma)
 (InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
 refused. Such a model has its layers on one device and its vision half encodes one image at a time. An image's
 `max_pixels` bounds what its processor is given.
+
+## Embedding models
+
+A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
+others that sentence-transformers lays out (`modules.json`) pool one row of a chat prompt; ColQwen2 and ColQwen2.5, as
+transformers or colpali-engine saves them, make a vector of each token. `--task embed` takes any checkpoint of a Qwen
+line for a pooled one. Such a service answers `/v1/embeddings`, `/v1/rerank` and `/v1/images/search`. It writes no
+text.
 
 ## As they are published
 
