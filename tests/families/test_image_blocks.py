@@ -1,4 +1,4 @@
-"""Gemma 3, whose images see themselves both ways, and PaliGemma, whose prompts do, answer as their unsplit models do."""
+"""Gemma 3, whose images see themselves both ways, and PaliGemma, whose prompts do, answer as when they are not split."""
 
 from __future__ import annotations
 
