@@ -286,7 +286,12 @@ AT_ONCE = ("smolvlm",)
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within GLM's own processor
 async def test_every_family(family, tmp_path, monkeypatch):
-    path = make(family, tmp_path / family)
+    await holds(make(family, tmp_path / family), monkeypatch)
+
+
+async def holds(path, monkeypatch):
+    """Questions about two images in one step, and about one of them again, are answered and scored as by the unsplit
+    model, each image loaded once."""
     unsplit, split = Unsplit(path, monkeypatch), Split(path)
     encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
     shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary

@@ -47,9 +47,9 @@ class Tiny:
     begins: bool = False  # whether the tokenizer puts <s> before a text
 
 
-def make(family: str, path: Path, seed: int = 0) -> Path:
+def make(family: str | Tiny, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
-    tiny = FAMILIES[family]
+    tiny = FAMILIES[family] if isinstance(family, str) else family
     path.mkdir(parents=True)
     tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens, tiny.begins)
     tokenizer.save(str(path / "tokenizer.json"))
@@ -70,6 +70,8 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
     for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # so that a gated delta rule remembers
+            torch.nn.init.normal_(parameter, -3, 0.5)
         if (parameter.dim() > 1 and "language" in name) or "text_model" in name:
             continue
         if parameter.abs().max() < 1e-3 or parameter.dim() > 1:  # so that what an image is decides an answer

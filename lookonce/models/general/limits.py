@@ -1,7 +1,7 @@
 """What of a class the general path can't compute, found without weights: by names, and by one pass on the meta device.
 
-The pass runs the text model with an `Attend` that records who calls it: a layer that keeps state of another kind than
-keys and values doesn't call it, and a window, a soft cap or a sink comes with the call.
+The pass runs the text model with an `Attend` that records who calls it, and records the states of layers that keep
+one instead of keys and values; a window, a soft cap or a sink comes with the call.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, Unpacked, attending
 from lookonce.models.general.positions import position_rows
+from lookonce.models.general.recurrent import STATES, intercept, recording
+from lookonce.models.text_adapter import StateTensor
 
 _TOKENS = 3  # of the pass
 _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
+_ATTENTION = "attention"
 _READS_TEXT = ("input_ids", "qformer_input_ids")
 _LEAST_WINDOW = 1024
 """Of attention: a longer one bounds the context instead."""
@@ -29,13 +32,20 @@ _ELSEWHERE = "use vLLM or transformers for it"
 
 @dataclass(frozen=True)
 class Calls:
-    """How the text model calls attention: the same in every layer."""
+    """How the text model calls attention: the same in every layer that does. What the others keep."""
 
-    layers: int
+    attending: tuple[int, ...]  # layers that keep keys and values
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None  # tokens of the shortest sliding window: no sequence may be longer
+    states: tuple[StateTensor, ...] = ()  # of the layers between them, in order
+    attends_last: bool = True  # the last layer is one of those
+
+    @property
+    def layers(self) -> int:
+        """How many keep keys and values."""
+        return len(self.attending)
 
 
 class _Recorder:
@@ -45,9 +55,21 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, int, int]] = []
+        self.states: list[StateTensor] = []
+        self.calls_of: list[list[str]] = []  # of each layer: what it calls
+
+    def begin(self, *_: Any) -> None:
+        """A layer begins."""
+        self.calls_of.append([])
+
+    def keep(self, function: str, state: StateTensor) -> None:
+        """A function of this name would keep a state."""
+        self.calls_of[-1].append(function)
+        self.states.append(state)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         self.seen.append((layer, q.shape[1], k.shape[1], q.shape[2]))
+        self.calls_of[-1].append(_ATTENTION)
         return q.flatten(1)
 
 
@@ -88,12 +110,22 @@ def attention_calls(architecture: Architecture) -> Calls:
     model: Any = architecture.model.get_submodule(architecture.decoder_name)
     subject = f"config.json: {architecture.cls.__name__} is not served by the general path"
     recorder, windows = _Recorder(), set[int]()
+    intercept(model.layers)
+    hooks = [layer.register_forward_pre_hook(recorder.begin) for layer in model.layers]
     try:
         model.set_attn_implementation(NAME)
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("batched_mm")  # reads no values
         width = model.embed_tokens.weight.shape[1]
-        with torch.inference_mode(), torch.device("meta"), attending(recorder, windows):
+        with (
+            torch.inference_mode(),
+            torch.device("meta"),
+            attending(recorder, windows),
+            recording(recorder.keep),
+        ):
             hidden = torch.empty(1, _TOKENS, width, dtype=model.embed_tokens.weight.dtype)
-            places, mask = torch.arange(_TOKENS)[None], torch.ones(1, _TOKENS, dtype=torch.int64)
+            places = torch.arange(_TOKENS)[None]
+            mask = torch.ones(1, _TOKENS, dtype=torch.int64, device="cpu")  # of which some models read the values
             out = model(inputs_embeds=hidden, attention_mask=mask, position_ids=places, use_cache=False)
     except Unpacked as error:
         raise CheckpointError(f"{subject}: its attention has {error}; {_ELSEWHERE}") from None
@@ -101,12 +133,17 @@ def attention_calls(architecture: Architecture) -> Calls:
         raise CheckpointError(
             f"{subject}: its text model can't be run packed ({type(error).__name__}); {_ELSEWHERE}"
         ) from error
-    layers = len(model.layers)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     shapes = {seen[1:] for seen in recorder.seen}
-    if [seen[0] for seen in recorder.seen] != list(range(layers)) or len(shapes) != 1:
+    expected = [list(STATES.get(kind, (_ATTENTION,))) for kind in kinds]
+    places = tuple(number for number, calls in enumerate(expected) if calls == [_ATTENTION])
+    if recorder.calls_of != expected or tuple(seen[0] for seen in recorder.seen) != places or len(shapes) != 1:
         raise CheckpointError(
-            f"{subject}: not every layer attends once over keys and values of one size (recurrent state, "
-            f"cross-attention or mixed layers); {_ELSEWHERE}"
+            f"{subject}: not every layer attends once over keys and values of one size, or keeps a state that is known "
+            f"here (short convolutions, gated delta rules); {_ELSEWHERE}"
         )
     if tuple(out.last_hidden_state.shape) != (1, _TOKENS, width):
         raise CheckpointError(f"{subject}: its text model answers rows of another width; {_ELSEWHERE}")
@@ -117,4 +154,5 @@ def attention_calls(architecture: Architecture) -> Calls:
     context = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or _LEAST_WINDOW
     if window is not None and window < min(_LEAST_WINDOW, context):
         raise CheckpointError(f"{subject}: its attention has a sliding window of {window} tokens; {_ELSEWHERE}")
-    return Calls(layers, heads, kv_heads, head_dim, window)
+    last = places[-1] == len(kinds) - 1
+    return Calls(places, heads, kv_heads, head_dim, window, tuple(recorder.states), last)

@@ -130,7 +130,8 @@ class PackedAttention:
         return out
 
     def _prefill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        final = layer == self._shape.layers - 1  # no row of a prefill is read after the last layer's keys and values
+        # no row of a prefill is read after the last layer's keys and values
+        final = layer == self._shape.layers - 1 and self._shape.attends_last
         for span in self._plan.prefills:
             rows = slice(span.begin, span.end)
             self._prefill(span, layer, q[rows], k[rows], v[rows], None if final else out[rows])
