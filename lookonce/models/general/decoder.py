@@ -98,11 +98,14 @@ def load_text(
                 module._parameters[name] = None
     half.model.set_attn_implementation(NAME)
     intercept(half.model.layers)
-    shape = _shape(architecture, calls, dtype, devices)
+    shape = shape_of(architecture, calls, dtype, devices)
     return GeneralText(model, architecture.decoder_name, half.lm_head, shape, calls.attending)
 
 
-def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]) -> ModelShape:
+def shape_of(
+    architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]
+) -> ModelShape:
+    """What the engine is told of a class in this dtype."""
     own = architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.dtype  # of the pass
     longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(

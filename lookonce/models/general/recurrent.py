@@ -1,9 +1,9 @@
 """Recurrent layers in a packed step: transformers' modules project all tokens of a step together, and what goes from
 token to token goes run by run, from and to a `Recur`'s states.
 
-The modules call two functions of their modelling module: a causal convolution, and a gated delta rule (arXiv:2412.06464)
-where they have one. Within `recurring` they are called once for each group of runs, padded to its longest; elsewhere as
-they are.
+The modules call two functions of their modelling module: a causal convolution, and a gated delta rule where they have
+one (arXiv:2412.06464). Within `recurring` they are called once for each group of runs, padded to its longest; elsewhere
+as they are.
 """
 
 from __future__ import annotations

@@ -49,14 +49,14 @@ class StatePool:
     """States of running sequences: never more than `limit`, and none where the model has no recurrent layers."""
 
     def __init__(self, shape: ModelShape, budget: int, most: int) -> None:
-        """As many as `budget` bytes hold, no more than `most`. Raises INVALID_ARGUMENT for a budget of less than one."""
+        """As many as `budget` bytes hold, no more than `most`. Raises INVALID_ARGUMENT where that is none."""
         self._shape = shape
         self._each = COPIES * shape.state_bytes
         self.limit = min(most, budget // self._each) if self._each else 0
         if self._each and not self.limit:
             raise invalid(
-                f"kv_bytes is {2 * budget}; this model keeps {self._each} bytes of recurrent state for a sequence, which "
-                f"may be half of it: give at least {2 * self._each}",
+                f"kv_bytes is {2 * budget}, of which recurrent states take half; this model has {self._each} bytes of "
+                f"them for a sequence: give at least {2 * self._each}",
                 param="kv_bytes",
             )
         self._free: list[RecurrentState] = []

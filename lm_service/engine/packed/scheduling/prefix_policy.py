@@ -75,9 +75,8 @@ class PrefixPolicy:
         if images and images[0].start > found.end and alone:
             ends.append((images[0].start, True))  # a node of its own, whoever asks first: it is the same for all images
         # what goes on otherwise behind one of several images finds a recurrent state only where a node ends
-        for span in images if self._shape.states else images[-1:]:
-            if span.end > found.end:
-                ends.append((span.end, True))
+        spans = images if self._shape.states else images[-1:]
+        ends += [(span.end, True) for span in spans if span.end > found.end]
         rest = end - 1 - (ends[-1][0] if ends else found.end)
         if self._has_own_node(sequence, rest, end):
             ends.append((end - 1, self._is_too_long(sequence, rest, end)))
