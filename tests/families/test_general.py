@@ -151,7 +151,8 @@ NOT_SERVED = {
     "paligemma": "attention or positions depend on which tokens are an image's",
     "instructblip": "its vision half reads the question",
     "mllama": "it takes no image features computed elsewhere",
-    "lfm2_vl": "its text model can't be run packed",
+    "lfm2_vl": "transformers has its image processor for torchvision only",
+    "lfm3_vl": "its attention has a sliding window of 256 tokens",
 }
 
 

@@ -10,9 +10,11 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.architecture import Architecture
@@ -96,6 +98,12 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
             f"step doesn't know; {_ELSEWHERE}"
         )
         return
+    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
+    if "pil" not in backends and find_spec("torchvision") is None:
+        yield (
+            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install the "
+            "torchvision that belongs to this torch"
+        )
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
     try:
