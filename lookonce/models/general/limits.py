@@ -101,8 +101,8 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
     if "pil" not in backends and find_spec("torchvision") is None:
         yield (
-            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install the "
-            "torchvision that belongs to this torch"
+            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
+            "the torchvision that belongs to this torch"
         )
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"

@@ -8,32 +8,20 @@ from typing import Any
 
 import structlog
 import torch
-from torch.nn import functional
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.attention import NAME
 from lookonce.models.general.decoder import GeneralText
+from lookonce.models.general.one_sequence import OneSequence
 from lookonce.models.general.positions import image_types, rope_positions
 from lookonce.models.general.prompts import ImageText
 
 log = structlog.get_logger(__name__)
-_ROWS, _TEXT, _MARKERS, _BEFORE = 5, 7, 16, 2
+_ROWS, _TEXT, _MARKERS, _BEFORE, _LAST = 5, 7, 16, 2, 4
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
 _OWN = 4
 """Times as much as the class's own ways of attending differ by is rounding too."""
-
-
-class _Causal:
-    """An `Attend` over one sequence: plain causal attention."""
-
-    calls = None
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-        out = functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True)
-        return out.transpose(0, 1).flatten(1)
 
 
 class _Features:
@@ -48,13 +36,13 @@ class _Features:
 
 @torch.inference_mode()
 def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
-    """The greatest difference between log-probabilities of the packed step and of the class's own forward, over a
+    """The greatest difference between log-probabilities of packed steps and of the class's own forward, over a
     prompt with random rows for an image, whole where its positions follow its grid, and some of the markers of
     `image`. Raises CheckpointError when it is beyond rounding."""
     count = image.tokens if image.grid is not None and model.shape.position_rows > 1 else _ROWS
     ids, rows = _prompt(model, image_id, count, sorted({number for _, number in image.markers})[:_MARKERS])
     own: dict[str, Any] = {}
-    places, everything = torch.arange(len(ids), device=ids.device)[None], torch.arange(len(ids), device=ids.device)
+    places = torch.arange(len(ids), device=ids.device)[None]
     if count is not _ROWS and image.grid is not None:
         run = (_BEFORE, count)
         places = torch.from_numpy(rope_positions(model.model, len(ids), [(run, image.grid)])).to(ids.device)
@@ -62,7 +50,7 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
     expected, again = (_own_logits(model, ids, rows, how, own).float().log_softmax(-1) for how in ("eager", "sdpa"))
     hidden = model.embed(ids)
     hidden[ids == image_id] = rows
-    found = model.forward(hidden, places, _Causal(), everything).float().log_softmax(-1)
+    found = _in_parts(model, hidden, places).float().log_softmax(-1)
     exact = model.shape.dtype == torch.float32
     worst, rounding = (_apart(each, expected, exact=exact) for each in (found, again))
     log.info("language half checked against its class", family=type(model.model).__name__, difference=worst)
@@ -72,6 +60,21 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
             f"by {worst:.2g} in a log-probability; it is not served: use vLLM or transformers for it"
         )
     return worst
+
+
+def _in_parts(model: GeneralText, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[T, vocabulary] by packed steps: all but the last tokens, one further, and the others, each part going on from
+    the keys, values and states of the one before it."""
+    sequence, logits = OneSequence(model.shape), []
+    for part, at in zip(hidden.split(_parts(len(hidden))), places.split(_parts(len(hidden)), 1), strict=True):
+        sequence.begin(len(part))
+        rows = torch.arange(len(part), device=part.device)
+        logits.append(model.forward(part, at, sequence, rows, recur=sequence if model.shape.states else None))
+    return torch.cat(logits)
+
+
+def _parts(length: int) -> list[int]:
+    return [length - _LAST, 1, _LAST - 1]
 
 
 def _prompt(model: GeneralText, image_id: int, count: int, markers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
