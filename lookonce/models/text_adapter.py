@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,6 +23,28 @@ class Stage:
 
     device: torch.device
     layers: int
+
+
+class BothWays(StrEnum):
+    """Which tokens of a prompt see those behind them, too."""
+
+    IMAGES = "images"  # neighbouring rows of an image see one another
+    PROMPT = "prompt"  # the whole prompt sees itself
+
+
+@dataclass(frozen=True)
+class AttentionRules:
+    """What attention does that is more than each token seeing itself and all before it."""
+
+    windows: tuple[int | None, ...]  # of each layer: how many tokens back are seen, itself included; None: all
+    both_ways: BothWays | None = None
+    within_window: bool = True  # a window also hides what lies before it from tokens that see one another
+    softcap: float | None = None  # scores are held to between its negative and it by tanh
+
+    @property
+    def prefix_reuse(self) -> bool:
+        """Whether the KV of what prompts begin with alike is the same for all of them."""
+        return self.both_ways is not BothWays.PROMPT
 
 
 @dataclass(frozen=True)
@@ -52,8 +75,14 @@ class ModelShape:
     stages: tuple[Stage, ...]  # where the layers are, in order
     position_rows: int = 1  # r of the positions [r, T]: 3 for M-RoPE
     deepstack: int = 0  # first layers behind which rows are added to an image's tokens
+    rules: AttentionRules | None = None  # of attention; None: causal, over everything
     states: tuple[StateTensor, ...] = ()  # of the recurrent layers, in the order in which a step reads them
     attends_last: bool = True  # behind the last attention no layer reads another token's row
+
+    @property
+    def prefix_reuse(self) -> bool:
+        """Whether the KV of what prompts begin with alike is the same for all of them."""
+        return self.rules is None or self.rules.prefix_reuse
 
     @cached_property
     def device(self) -> torch.device:

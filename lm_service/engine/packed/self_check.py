@@ -101,7 +101,10 @@ def _scored(
     sums: list[float] = []
     for items in calls:
         scoring = Scoring("self-check", tuple(items), isolated=True)
-        sequences = score_sequences(scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        reuse = model.shape.prefix_reuse
+        sequences = score_sequences(
+            scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS, prefix_reuse=reuse
+        )
         request = sequences[0].request
         core.enqueue(request)
         while core.step() or wanted:

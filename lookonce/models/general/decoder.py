@@ -33,6 +33,7 @@ class GeneralText:
         self._numbers = {place: number for number, place in enumerate(places)}
         self._renumber = list(places) != list(range(len(places)))
         self._decoder, self._head, self._shape = model.get_submodule(decoder_name), head, shape
+        self._softcap: float | None = getattr(self._decoder.config, "final_logit_softcapping", None)
 
     @property
     def shape(self) -> ModelShape:
@@ -63,7 +64,7 @@ class GeneralText:
                 inputs_embeds=hidden[None], attention_mask=everything, position_ids=places, use_cache=False
             )
         logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
-        return logits
+        return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
 class Carrier(nn.Module):
@@ -115,10 +116,11 @@ def shape_of(
         head_dim=calls.head_dim,
         hidden=int(architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.shape[1]),
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
-        context=min(int(longest), calls.window or int(longest)),
+        context=int(longest),
         dtype=dtype,
         stages=(Stage(devices[0], calls.layers),),
         position_rows=position_rows(architecture.model),
         states=tuple(replace(x, dtype=dtype) if x.dtype == own else x for x in calls.states),
         attends_last=calls.attends_last,
+        rules=calls.rules,
     )

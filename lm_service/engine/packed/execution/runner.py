@@ -13,7 +13,7 @@ import torch
 from lm_service.engine.packed.execution.attention import attention_over
 from lm_service.engine.packed.execution.choices import gather_logprobs
 from lm_service.engine.packed.execution.kernel_attention import KernelAttention
-from lm_service.engine.packed.execution.plan import make_plan, suffix_order
+from lm_service.engine.packed.execution.plan import plans_of, suffix_order
 from lm_service.engine.packed.execution.recurrence import Recurrence
 from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
@@ -38,7 +38,7 @@ class Runner:
         if kernels is not None:
             self._attention = KernelAttention(kernels, model.shape, pool)
         else:
-            self._attention = lambda batch: attention_over(model.shape, pool, make_plan(model.shape, pool, batch))
+            self._attention = lambda batch: attention_over(model.shape, pool, plans_of(model.shape, pool, batch))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
@@ -55,7 +55,7 @@ class Runner:
         begin, deepstack = 0, list[Deepstack]()
         for chunk in batch.prefills:
             deepstack += _place_images(hidden, begin, chunk)
-            begin += chunk.count
+            begin += chunk.rows
         attention = self._attention(batch)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
         places = torch.from_numpy(positions).to(device)
@@ -87,7 +87,9 @@ def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], np
         span = node.content[:, node.filled : node.filled + prefill.count]
         ids[begin:end], positions[:, begin:end] = span[0], span[POSITIONS:]
         _place_markers(ids[begin:end], prefill)
-        begin = end
+        begin += prefill.rows
+        if (beyond := prefill.prefill.beyond) is not None:
+            ids[end:begin], positions[:, end:begin] = beyond[0], beyond[POSITIONS:]
     for suffix in batch.suffixes:
         sequence, end = suffix.sequence, begin + suffix.count
         computed = sequence.computed

@@ -51,13 +51,13 @@ class Scheduler:
         `native`: compiled kernels attend, to which a short prefix more or less is nothing."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.prefills = Prefills(cache)
+        self.prefills = Prefills(cache, shape.rules.both_ways if shape.rules is not None else None)
         self.admitted: list[Sequence] = []  # since somebody last looked
         self.counters = Counters()
         self.budget = StepBudget(options)
         self._shape, self._pool, self._states = shape, pool, states
         self._cache, self._options = cache, options
-        self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native)
+        self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native, rules=shape.rules)
         self._question_prefixes = QuestionPrefixes(cache)
         self._load, self._fail = load, fail
         self._was_exclusive = False  # the last step was one request's
@@ -146,8 +146,7 @@ class Scheduler:
         self.prefills.drop_unwanted()  # of those who stepped back
         turn = self._whose_turn([*decodes, *prefilling])
         if turn is not None and (shared := self.prefills.first_shared(turn)) is not None:
-            left = shared.node.length - shared.node.filled
-            return Batch(prefills=[PrefillChunk(shared, min(left, self._options.burst_tokens))])
+            return Batch(prefills=[PrefillChunk.of(shared, self._options.burst_tokens)])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
         prefilling = [sequence for sequence in prefilling if sequence.owner is turn]
         budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens

@@ -192,11 +192,21 @@ class Sequence:
             self.timings.embedding = EmbeddingSource.NOT_NEEDED
 
 
-def answers_to(generation: Generation, table: TokenTable, end_ids: Set[int], context: int, *, kept: bool) -> Request:
-    """The request with a sequence for each of its n answers. See `PackedEngine` for `table` and `end_ids`."""
+def answers_to(
+    generation: Generation,
+    table: TokenTable,
+    end_ids: Set[int],
+    context: int,
+    *,
+    kept: bool,
+    prefix_reuse: bool = True,
+) -> Request:
+    """The request with a sequence for each of its n answers. See `PackedEngine` for `table` and `end_ids`,
+    `prompt_contents` for `prefix_reuse`."""
     prompt, sampling = generation.prompt, generation.sampling
+    kept = kept and prefix_reuse
     request = Request(generation.id, generation.client, kept=kept, whole=generation.whole, salt=generation.salt)
-    (content,) = prompt_contents([prompt], generation.salt)
+    (content,) = prompt_contents([prompt], generation.salt, prefix_reuse=prefix_reuse)
     room = context - len(prompt.token_ids)
     for index in range(sampling.n):
         answer = Answer(index, sampling, table, end_ids, room)
