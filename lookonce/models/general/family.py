@@ -5,7 +5,6 @@ Every other module of this folder imports torch and transformers' modelling code
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +43,10 @@ _TEMPLATES = {
     "{% if part.type == 'text' %}{% if message.role == 'user' %}Question: {{ part.text }} Answer:"
     "{% elif message.role == 'assistant' %} {{ part.text }}. {% else %}{{ part.text }} {% endif %}{% endif %}"
     "{% endfor %}{% endfor %}",
+    # Images come before the token that begins a text, and a line's end closes it; arXiv:2407.07726, section 3.
+    "paligemma": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}",
 }
 """Of model types whose checkpoints have no chat template."""
 _UNSTATED = (
@@ -114,15 +117,7 @@ class GeneralFamily:
         return {"class": self.architecture.cls.__name__} | _stated(filled)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A sliding window bounds the context: within it, it changes nothing."""
-        from lookonce.models.general.limits import attention_calls
-
         filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
-        window = None
-        with contextlib.suppress(CheckpointError):  # `problems` says so
-            window = attention_calls(self.architecture).window
-        if window is not None:
-            filled["max_position_embeddings"] = min(window, filled.get("max_position_embeddings") or window)
         return filled
 
     def problems(
@@ -195,8 +190,13 @@ class GeneralFamily:
         return 2.0 * sum(math.prod(shape) for shape in shapes.values()) * 4 * tokens
 
     def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
-        token, number = self.texts.image_token, self.texts.image_id
-        return SpecialTokens(image_id=number, image=token, marker=token, turn_end="")
+        texts, token = self.texts, self.texts.image_token
+        return SpecialTokens(texts.image_id, image=token, marker=token, turn_end="", written_id=texts.placeholder_id)
+
+    @property
+    def around_images(self) -> tuple[str, str]:
+        """Plain text that stands before and behind an image: it is tokenised together with what is beside it."""
+        return self.texts.around
 
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
         return self.texts.of(grid_thw[2], grid_thw[1]).markers
