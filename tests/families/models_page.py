@@ -87,10 +87,12 @@ refused. Such a model has its layers on one device and its vision half encodes o
 
 ## As they are published
 
-- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 4 and 8 bits, both forms of zeros,
-  `desc_act`), AWQ (`gemm`), compressed-tensors (packed integers, int8, FP8), FP8 (blocks, rows or one scale),
+- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 3, 4 and 8 bits, both forms of
+  zeros, `desc_act`), AWQ (`gemm`, `gemv`, `gemv_fast`), AutoRound (in GPTQ's and AWQ's layouts), compressed-tensors
+  (packed integers, int8, FP8, NVFP4, MXFP4, MXFP8), ModelOpt (FP8, NVFP4), FP8 (blocks, rows or one scale),
   bitsandbytes (NF4, FP4, int8). Memory is that of plain weights; `lookonce doctor` and `plan` say both sizes. A matrix
-  is what its tensors are: modules that a config leaves alone are read as they are. Other methods are refused by name.
+  is what its tensors are: modules that a config leaves alone are read as they are. A vision half may be quantised too:
+  its fingerprint is of what is stored and how it is read. Other methods are refused by name.
 - **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start. One
   that was trained on the vision half makes other embeddings; all others share the base model's. DoRA is refused.
 - **generation_config.json**: its temperature, top_p, top_k, min_p and repetition_penalty are what a request is given
