@@ -82,8 +82,8 @@ the language service compares its packed step with the class's own forward, and 
 refused is said by `lookonce doctor`, `plan` and `up` alike: soft caps, attention sinks, recurrent state,
 cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
 (InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
-refused. Such a model has its layers on one device and its vision half encodes one image at a time. An image's
-`max_pixels` bounds what its processor is given.
+refused. The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a
+time. An image's `max_pixels` bounds what its processor is given.
 
 ## As they are published
 
