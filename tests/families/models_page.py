@@ -93,8 +93,10 @@ time. An image's `max_pixels` bounds what its processor is given.
   bitsandbytes (NF4, FP4, int8). Memory is that of plain weights; `lookonce doctor` and `plan` say both sizes. A matrix
   is what its tensors are: modules that a config leaves alone are read as they are. A vision half may be quantised too:
   its fingerprint is of what is stored and how it is read. Other methods are refused by name.
-- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start. One
-  that was trained on the vision half makes other embeddings; all others share the base model's. DoRA is refused.
+- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start:
+  rsLoRA, DoRA, ranks and factors by pattern, embeddings and heads, `modules_to_save`, biases. One that was trained on
+  the vision half makes other embeddings; all others share the base model's. One on an embedding or on the head that is
+  tied to it unties them, as PEFT's own forward does. Other methods are refused by name.
 - **generation_config.json**: its temperature, top_p, top_k, min_p and repetition_penalty are what a request is given
   that leaves them out, as in vLLM; `/v1/models` shows them. `--generation-config none` decodes greedily instead.
 - **Long context**: YaRN and linear scaling of the Qwen lines' positions (`rope_scaling`). YaRN's context is the trained
