@@ -1,22 +1,23 @@
-"""The language half: transformers' text model and output head as a packed adapter."""
+"""The language half: transformers' text model and output head as a packed adapter, on one device or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
-from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
 from lookonce.models.general.limits import Calls, attention_calls
+from lookonce.models.general.placing import bring_together
 from lookonce.models.general.positions import position_rows
 from lookonce.models.general.recurrent import Renumbered, intercept, recurring
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Recur, Stage
@@ -63,7 +64,8 @@ class GeneralText:
             out = self._decoder(
                 inputs_embeds=hidden[None], attention_mask=everything, position_ids=places, use_cache=False
             )
-        logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
+        found = out.last_hidden_state[0]
+        logits: torch.Tensor = self._head(found.index_select(0, rows.to(found.device)))
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
@@ -81,18 +83,12 @@ def load_text(
     where: Callable[[str], torch.device],
     devices: Sequence[torch.device],
 ) -> GeneralText:
-    """Read the language half. Raises CheckpointError."""
-    if len(set(devices)) > 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: {architecture.cls.__name__} is served by the general path, which keeps the layers on "
-            "one device; leave out --device-map"
-        )
+    """Read the language half, each tensor to `where` it belongs; `devices` are the layers'. Raises CheckpointError."""
     calls = attention_calls(architecture)
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
     load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
-    for buffered in (half.model, half.lm_head):
-        buffered.to(devices[0])
+    bring_together(half.model, half.lm_head, devices)
     for module in model.modules():  # classes ask their first parameter for a device
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -118,7 +114,7 @@ def shape_of(
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
         context=int(longest),
         dtype=dtype,
-        stages=(Stage(devices[0], calls.layers),),
+        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(devices)),
         position_rows=position_rows(architecture.model),
         states=tuple(replace(x, dtype=dtype) if x.dtype == own else x for x in calls.states),
         attends_last=calls.attends_last,
