@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 from lm_service.engine.answer import Detokenizer
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
@@ -150,7 +151,7 @@ NOT_SERVED = {
     "gemma4_unified": "not every layer attends once over keys and values of one size",
     "instructblip": "its vision half reads the question",
     "mllama": "it takes no image features computed elsewhere",
-    "lfm2_vl": "its text model can't be run packed",
+    "lfm2_vl": "transformers has its image processor for torchvision only",
 }
 
 
@@ -234,12 +235,14 @@ def test_what_a_processor_config_leaves_out_follows_from_config_json(family, tmp
 class Split:
     """Both halves of a checkpoint in this process, each loaded as its service loads it."""
 
-    def __init__(self, path):
+    def __init__(self, path, home=None):
+        """`home` (device_map.Home) of the language half's layers; None: the CPU."""
         halves = {half: open_checked(str(path), half) for half in Half}
         vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
         self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
         layers = language.family.dimensions(language.config).layers
-        self.model = language.family.load_text(language, torch.float32, lambda name: CPU, [CPU] * layers)
+        home = home or Home((CPU,), (range(layers),))
+        self.model = language.family.load_text(language, torch.float32, home.of, home.of_layers)
         family = language.family
         self.template = load_template(path, family, family.special_tokens(language.config).marker)
         limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}

@@ -48,7 +48,7 @@ class Tiny:
     tokenizer: Callable[[tuple[str, ...]], Tokenizer] | None = None  # of another kind, by the special tokens
 
 
-def make(family: str, path: Path, seed: int = 0) -> Path:
+def make(family: str | Tiny, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
     return make_tiny(FAMILIES[family], path, seed)
 
@@ -78,6 +78,8 @@ def make_tiny(tiny: Tiny, path: Path, seed: int = 0) -> Path:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
     for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):  # so that a gated delta rule remembers
+            torch.nn.init.normal_(parameter, -3, 0.5)
         if (parameter.dim() > 1 and "language" in name) or "text_model" in name:
             continue
         if parameter.abs().max() < 1e-3 or parameter.dim() > 1:  # so that what an image is decides an answer

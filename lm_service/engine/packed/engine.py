@@ -247,7 +247,7 @@ class PackedEngine:
 
     def _work(self, ready: asyncio.Event) -> None:
         busy = False
-        if self.options.batch_invariant is None and self._core.native:
+        if self.options.batch_invariant is None and self._core.may_be_invariant:
             self._core.batch_invariant = is_batch_invariant(self._model, self.options)
             self._state = self._core.state()
         self._call_loop(ready.set)

@@ -9,48 +9,22 @@ from typing import Any
 
 import structlog
 import torch
-from torch.nn import functional
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.attention import NAME
-from lookonce.models.general.blocks import type_name, visible
+from lookonce.models.general.blocks import type_name
 from lookonce.models.general.decoder import GeneralText
+from lookonce.models.general.one_sequence import OneSequence
 from lookonce.models.general.positions import Run, image_types, rope_positions
 from lookonce.models.general.prompts import ImageText
-from lookonce.models.text_adapter import AttentionRules, BothWays, ModelShape
+from lookonce.models.text_adapter import BothWays
 
 log = structlog.get_logger(__name__)
-_ROWS, _TEXT, _MARKERS, _BEFORE, _WINDOW = 5, 7, 16, 2, 3
+_ROWS, _TEXT, _MARKERS, _BEFORE, _WINDOW, _LAST = 5, 7, 16, 2, 3, 4
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
 _OWN = 4
 """Times as much as the class's own ways of attending differ by is rounding too."""
-
-
-class _Plain:
-    """An `Attend` over one prompt, plainly by the rules of its model; `blocks` see one another both ways."""
-
-    calls = None
-
-    def __init__(self, shape: ModelShape, blocks: Sequence[Run], length: int, window: int | None) -> None:
-        """`window` stands for those of the model."""
-        rules = shape.rules or AttentionRules((None,) * shape.layers)
-        self._softcap, device = rules.softcap, shape.device
-        seen = {
-            wanted: visible(length, wanted, blocks, within_window=rules.within_window).to(device)
-            for wanted in (None, window)
-        }
-        self._seen = [seen[None if each is None else window] for each in rules.windows]
-
-    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
-        if self._softcap is None:
-            out = functional.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=self._seen[layer])
-            return out.transpose(0, 1).flatten(1)
-        scores = torch.matmul(q.transpose(0, 1), k.transpose(1, 2)) * q.shape[-1] ** -0.5
-        scores = (self._softcap * torch.tanh(scores / self._softcap)).masked_fill(~self._seen[layer], -torch.inf)
-        return torch.matmul(scores.float().softmax(-1).to(q.dtype), v).transpose(0, 1).flatten(1)
 
 
 class _Features:
@@ -65,14 +39,14 @@ class _Features:
 
 @torch.inference_mode()
 def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
-    """The greatest difference between log-probabilities of the packed step and of the class's own forward, over a
+    """The greatest difference between log-probabilities of packed steps and of the class's own forward, over a
     prompt with random rows for an image, whole where its positions follow its grid, and some of the markers of
     `image`. Raises CheckpointError when it is beyond rounding."""
     count = image.tokens if image.grid is not None and model.shape.position_rows > 1 else _ROWS
     ids, rows = _prompt(model, image_id, count, sorted({number for _, number in image.markers})[:_MARKERS])
     run = (_BEFORE, count)
     own, blocks = _kinds(model, len(ids), run)
-    places, everything = torch.arange(len(ids), device=ids.device)[None], torch.arange(len(ids), device=ids.device)
+    places = torch.arange(len(ids), device=ids.device)[None]
     if count is not _ROWS and image.grid is not None:
         places = torch.from_numpy(rope_positions(model.model, len(ids), [(run, image.grid)])).to(ids.device)
         own = {"mm_token_type_ids": image_types(len(ids), [run]), "image_grid_thw": torch.tensor([image.grid])}
@@ -83,8 +57,8 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
         if rules is not None and any(rules.windows):
             window = _WINDOW
             stack.enter_context(_window_of(model, window))
-        attend = _Plain(model.shape, blocks, len(ids), window)
-        found = model.forward(hidden, places, attend, everything).float().log_softmax(-1)
+        sequence = OneSequence(model.shape, blocks, len(ids), window)
+        found = _in_parts(model, hidden, places, sequence).float().log_softmax(-1)
         ways = ("eager",) if rules is not None and rules.softcap is not None else ("eager", "sdpa")
         told = [_own_logits(model, ids, rows, how, own).float().log_softmax(-1) for how in ways]
     expected, again = told[0], told[-1]
@@ -97,6 +71,18 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
             f"by {worst:.2g} in a log-probability; it is not served: use vLLM or transformers for it"
         )
     return worst
+
+
+def _in_parts(model: GeneralText, hidden: torch.Tensor, places: torch.Tensor, sequence: OneSequence) -> torch.Tensor:
+    """[T, vocabulary] by packed steps. Where the model keeps states: of all but the last tokens, one further, and the
+    others, each part going on from the keys, values and states of the one before it."""
+    logits, recurrent, length = [], bool(model.shape.states), len(hidden)
+    parts = [length - _LAST, 1, _LAST - 1] if recurrent else [length]
+    for part, at in zip(hidden.split(parts), places.split(parts, 1), strict=True):
+        sequence.begin(len(part))
+        rows = torch.arange(len(part), device=part.device)
+        logits.append(model.forward(part, at, sequence, rows, recur=sequence if recurrent else None))
+    return torch.cat(logits)
 
 
 def _kinds(model: GeneralText, length: int, run: Run) -> tuple[dict[str, Any], list[Run]]:

@@ -268,7 +268,10 @@ class Prefills:
         """Count a chunk as done."""
         node = chunk.prefill.node
         node.filled += chunk.count
-        if not node.building and chunk.prefill in self._prefills:
+        if node.building:
+            return
+        self._cache.complete(node)
+        if chunk.prefill in self._prefills:
             self._prefills.remove(chunk.prefill)
 
     def drop_unwanted(self) -> None:
