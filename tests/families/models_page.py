@@ -77,13 +77,19 @@ FOOT = """
 
 All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
-image features computed elsewhere (`mm_encoder_outputs`) and every layer attends causally over keys and values. At start
-the language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
-refused is said by `lookonce doctor`, `plan` and `up` alike: soft caps, attention sinks, recurrent state,
-cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
-(InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
-refused. The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a
-time. An image's `max_pixels` bounds what its processor is given.
+image features computed elsewhere (`mm_encoder_outputs`) and every layer attends over keys and values. At start the
+language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
+refused is said by `lookonce doctor`, `plan` and `up` alike: attention sinks, recurrent state, cross-attention, masks of
+other kinds than those below, a vision half that reads the question (InstructBLIP), and an encoder and decoder
+(Flan-T5). The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at
+a time. An image's `max_pixels` bounds what its processor is given.
+
+Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
+(Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the
+model's own, however short its windows are, and KV is kept for all of it. Tokens that see each other are prefilled in
+one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
+and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
+kernels.
 
 ## As they are published
 
