@@ -169,9 +169,12 @@ class PromptBuilder:
         isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = family.special_tokens(config).image_id
+        tokens = family.special_tokens(config)
+        self._image_token_id = tokens.image_id
+        self._row_id = tokens.image_id if tokens.row_id is None else tokens.row_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
+        self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
@@ -259,8 +262,9 @@ class PromptBuilder:
         for image in images:
             place = ids.index(self._image_token_id, begin)
             expanded += ids[begin:place]
-            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
-            expanded += [self._image_token_id] * (span.end - span.start)
+            rows, markers = self._taken(image.grid_thw, len(images)) or (None, self._markers(image.grid_thw))
+            span = ImageSpan(len(expanded), image, markers, rows)
+            expanded += [self._row_id] * (span.end - span.start)
             for at, token_id in span.markers:
                 expanded[span.start + at] = token_id
             spans.append(span)

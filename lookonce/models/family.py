@@ -55,6 +55,7 @@ class SpecialTokens:
     image: str  # its text
     marker: str  # what stands for an image in a message that the template takes as one string
     turn_end: str  # what ends a turn where no file of the checkpoint says so
+    row_id: int | None = None  # of the token that stands for each row, where that is another
 
 
 @dataclass(frozen=True)

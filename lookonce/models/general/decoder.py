@@ -14,6 +14,7 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.joined import apart
 from lookonce.models.general.limits import Calls, attention_calls
 from lookonce.models.general.positions import position_rows
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
@@ -79,7 +80,8 @@ def load_text(
     calls = attention_calls(architecture)
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
     for buffered in (half.model, half.lm_head):
         buffered.to(devices[0])
     for module in model.modules():  # classes ask their first parameter for a device

@@ -24,6 +24,8 @@ _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
 _READS_TEXT = ("input_ids", "qformer_input_ids")
 _LEAST_WINDOW = 1024
 """Of attention: a longer one bounds the context instead."""
+_BY_SHAPE = "batched_mm"
+"""How experts are computed where there are no values to choose them by."""
 _ELSEWHERE = "use vLLM or transformers for it"
 
 
@@ -67,6 +69,10 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
         yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
     inner = inspect.signature(type(architecture.model.base_model).forward).parameters
     named = [name for name in _BY_TYPES if name in parameters or name in inner]
+    told = [name for name in (*parameters, *inner) if name.endswith("token_type_ids") and name not in _BY_TYPES]
+    if told:
+        yield f"{subject}: its layers compute an image's tokens otherwise than text ({told[0]}); {_ELSEWHERE}"
+        return
     named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
     if named and position_rows(architecture.model) == 1:
         yield (
@@ -90,6 +96,7 @@ def attention_calls(architecture: Architecture) -> Calls:
     recorder, windows = _Recorder(), set[int]()
     try:
         model.set_attn_implementation(NAME)
+        model.set_experts_implementation(_BY_SHAPE)
         width = model.embed_tokens.weight.shape[1]
         with torch.inference_mode(), torch.device("meta"), attending(recorder, windows):
             hidden = torch.empty(1, _TOKENS, width, dtype=model.embed_tokens.weight.dtype)

@@ -24,7 +24,7 @@ _OWN = 4
 """Times as much as the class's own ways of attending differ by is rounding too."""
 
 
-class _Causal:
+class Causal:
     """An `Attend` over one sequence: plain causal attention."""
 
     calls = None
@@ -62,7 +62,7 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
     expected, again = (_own_logits(model, ids, rows, how, own).float().log_softmax(-1) for how in ("eager", "sdpa"))
     hidden = model.embed(ids)
     hidden[ids == image_id] = rows
-    found = model.forward(hidden, places, _Causal(), everything).float().log_softmax(-1)
+    found = model.forward(hidden, places, Causal(), everything).float().log_softmax(-1)
     exact = model.shape.dtype == torch.float32
     worst, rounding = (_apart(each, expected, exact=exact) for each in (found, again))
     log.info("language half checked against its class", family=type(model.model).__name__, difference=worst)
