@@ -11,14 +11,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.core.identity import canonical_json
-from lookonce.models.family import Dimensions, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
+from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,10 @@ _TEMPLATES = {
     "{% if part.type == 'text' %}{% if message.role == 'user' %}Question: {{ part.text }} Answer:"
     "{% elif message.role == 'assistant' %} {{ part.text }}. {% else %}{{ part.text }} {% endif %}{% endif %}"
     "{% endfor %}{% endfor %}",
+    # Images come before the token that begins a text, and a line's end closes it; arXiv:2407.07726, section 3.
+    "paligemma": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}",
 }
 """Of model types whose checkpoints have no chat template."""
 _UNSTATED = (
@@ -101,12 +106,14 @@ class GeneralFamily:
         return ImageTexts(self._path, self.architecture, self._chat)
 
     def _chat(self, image: str) -> ChatFormat | None:
+        """As a file of the checkpoint says. What is missing doctor says."""
         from lookonce.models.chat.chat_format import open_chat
 
-        try:
-            return None if self._path is None else open_chat(self._path, self, image)
-        except CheckpointError:  # doctor says so
-            return None
+        plain = SimpleNamespace(words=self.words, token_id_fields=self.token_id_fields)
+        if self.template is None and self._path is not None:
+            with contextlib.suppress(CheckpointError):
+                return open_chat(self._path, cast("Family", plain), image)
+        return None
 
     @property
     def label(self) -> str:
@@ -132,15 +139,7 @@ class GeneralFamily:
         return {"class": self.architecture.cls.__name__} | _stated(filled)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A sliding window bounds the context: within it, it changes nothing."""
-        from lookonce.models.general.limits import attention_calls
-
         filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
-        window = None
-        with contextlib.suppress(CheckpointError):  # `problems` says so
-            window = attention_calls(self.architecture).window
-        if window is not None:
-            filled["max_position_embeddings"] = min(window, filled.get("max_position_embeddings") or window)
         return filled
 
     def problems(
@@ -214,8 +213,13 @@ class GeneralFamily:
         return 2.0 * sum(math.prod(shape) for shape in shapes.values()) * 4 * tokens
 
     def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
-        token, number = self.texts.image_token, self.texts.image_id
-        return SpecialTokens(image_id=number, image=token, marker=token, turn_end="", row_id=self.texts.row_id)
+        texts, token = self.texts, self.texts.image_token
+        return SpecialTokens(texts.image_id, image=token, marker=token, turn_end="", written_id=texts.placeholder_id)
+
+    @property
+    def around_images(self) -> tuple[str, str]:
+        """Plain text that stands before and behind an image: it is tokenised together with what is beside it."""
+        return self.texts.around
 
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
         return self.texts.of(grid_thw[2], grid_thw[1]).markers
@@ -284,7 +288,7 @@ class GeneralFamily:
 
         self._refuse_quantization(quantization)
         model = load_text(self.architecture, checkpoint, dtype, where, devices)
-        check_text(model, self.texts.row_id, self.texts.of(*_SMALL))
+        check_text(model, self.texts.image_id, self.texts.of(*_SMALL))
         return model
 
     def _refuse_quantization(self, quantization: str) -> None:

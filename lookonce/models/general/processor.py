@@ -147,16 +147,21 @@ class Processor:
     def inputs_among_others(self, image: Image.Image) -> tuple[dict[str, Any], int]:
         """The same where the image is the first of several; and how many of the rows are its own."""
         inputs, texts = self._apart([image, _blank(*image.size)], self._options)
-        return inputs, self._rows_in(texts[0])
+        return inputs, self.rows_in(texts[0])
 
     def rows_of(self, image: Image.Image) -> int:
         """Rows of its embedding, as its text says."""
-        alone = self._rows_in(self._apart([image], self._options | _CHEAP)[1][0])
+        alone = self.rows_in(self._apart([image], self._options | _CHEAP)[1][0])
         return alone + (self.inputs_among_others(image)[1] if self.among_others else 0)
 
-    def _rows_in(self, text: str) -> int:
-        """Of the image token, or of the token that is written most, where rows have one of their own."""
-        return text.count(self.image_token) or max(Counter(_SPELT.findall(text)).values(), default=0)
+    def rows_in(self, text: str) -> int:
+        """How many rows the text of an image has: of the token that is written most."""
+        return max(text.count(self.image_token), max(Counter(_SPELT.findall(text)).values(), default=0))
+
+    def text_of(self, size: Size) -> tuple[str, Grid | None]:
+        """What an image of so many pixels is in a prompt; and its grid, where the processor counts one."""
+        made, (text,) = self._apart([_blank(*size)], self._options | _CHEAP)
+        return text, _grid(made)
 
     def text_among_others(self, size: Size) -> str:
         """What an image of so many pixels is in a prompt with several."""
@@ -180,10 +185,7 @@ class Processor:
         (`image_grid_thw`)."""
         made = self.whole([_blank(*size) for size in sizes], text, **_CHEAP)
         ids: list[int] = made["input_ids"][0].tolist()
-        if "image_grid_thw" not in made:
-            return ids, None
-        t, h, w = (int(number) for number in made["image_grid_thw"][0])
-        return ids, (t, h, w)
+        return ids, _grid(made)
 
     def _is_another_among_others(self, path: Path) -> bool:
         try:
@@ -210,6 +212,13 @@ class Processor:
         except _FAILURES as error:
             raise _unprepared(images) from error
         return made, [self.image_token * (count // len(images))] * len(images)
+
+
+def _grid(made: dict[str, Any]) -> Grid | None:
+    if "image_grid_thw" not in made:
+        return None
+    t, h, w = (int(number) for number in made["image_grid_thw"][0])
+    return t, h, w
 
 
 def _unprepared(images: Sequence[Image.Image]) -> LookonceError:
