@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,7 +106,6 @@ def shape_of(
     architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> ModelShape:
     """What the engine is told of a class in this dtype."""
-    own = architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.dtype  # of the pass
     longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(
         layers=calls.layers,
@@ -120,7 +118,7 @@ def shape_of(
         dtype=dtype,
         stages=(Stage(devices[0], calls.layers),),
         position_rows=position_rows(architecture.model),
-        states=tuple(replace(x, dtype=dtype) if x.dtype == own else x for x in calls.states),
+        states=tuple(state.tensor(dtype) for state in calls.states),
         attends_last=calls.attends_last,
         rules=calls.rules,
     )
