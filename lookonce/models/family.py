@@ -80,6 +80,7 @@ class Dimensions:
     kv_layers: int = 0  # layers that keep keys and values, where others have recurrent state; 0: all
     state_numbers: int = 0  # of one sequence's recurrent state, in the dtype of the weights
     state_floats: int = 0  # and in float32, whatever that is
+    idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
 
 
 @dataclass(frozen=True)

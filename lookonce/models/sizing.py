@@ -99,7 +99,7 @@ class ModelSize:
     def prefill_flops(self, tokens: int, context: int = 0) -> float:
         """Work of the language model on `tokens` after `context` others whose KV is there."""
         dims = self.dimensions
-        matrices = self.halves[Half.LANGUAGE].matrix_parameters
+        matrices = self.halves[Half.LANGUAGE].matrix_parameters - dims.idle_parameters
         attention = 4 * self.kv_layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
         return 2 * tokens * matrices + attention + 2 * dims.vocabulary * dims.hidden
 
@@ -132,10 +132,11 @@ def question_flops(
     return size.prefill_flops(question_tokens, image_tokens) + (1 - prefix_hits) * missed
 
 
-def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any]) -> ModelSize:
-    """Count a checkpoint's weights. Raises CheckpointError for a config that lacks a dimension."""
+def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any], *, untied: bool = False) -> ModelSize:
+    """Count a checkpoint's weights; `untied`: an adapter makes a head of its own of one that is tied. Raises
+    CheckpointError for a config that lacks a dimension."""
     bounds = int(preprocessor["min_pixels"]), int(preprocessor["max_pixels"])
-    text, tied = family.text_config(config), family.tied_head(config)
+    text, tied = family.text_config(config), family.tied_head(config) and not untied
     return ModelSize(
         family.dimensions(config),
         {half: _count(family.tensor_shapes(config, half, head=not tied)) for half in Half},
@@ -153,9 +154,11 @@ def _stored_dtype(*configs: dict[str, Any]) -> str:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> HalfSize:
-    matrices = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS)) and len(shape) == 2]
+    blocks = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS))]
+    matrices = [shape for shape in blocks if len(shape) == 2]
+    stacks = [shape for shape in blocks if len(shape) == 3]  # of experts: [experts, in, out]
     return HalfSize(
         sum(math.prod(shape) for shape in shapes.values()),
-        sum(math.prod(shape) for shape in matrices),
-        sum(shape[0] for shape in matrices),
+        sum(math.prod(shape) for shape in matrices + stacks),
+        sum(shape[0] for shape in matrices) + sum(shape[0] * shape[2] for shape in stacks),
     )

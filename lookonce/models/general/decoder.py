@@ -1,9 +1,10 @@
-"""The language half: transformers' text model and output head as a packed adapter."""
+"""The language half: transformers' text model and output head as a packed adapter, on one device or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.joined import apart
 from lookonce.models.general.limits import Calls, attention_calls
+from lookonce.models.general.placing import bring_together
 from lookonce.models.general.positions import position_rows
 from lookonce.models.general.recurrent import Renumbered, intercept, recurring
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Recur, Stage
@@ -62,7 +65,8 @@ class GeneralText:
             out = self._decoder(
                 inputs_embeds=hidden[None], attention_mask=everything, position_ids=places, use_cache=False
             )
-        logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
+        found = out.last_hidden_state[0]
+        logits: torch.Tensor = self._head(found.index_select(0, rows.to(found.device)))
         return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
@@ -80,18 +84,18 @@ def load_text(
     where: Callable[[str], torch.device],
     devices: Sequence[torch.device],
 ) -> GeneralText:
-    """Read the language half. Raises CheckpointError."""
-    if len(set(devices)) > 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: {architecture.cls.__name__} is served by the general path, which keeps the layers on "
-            "one device; leave out --device-map"
-        )
+    """Read the language half, each tensor to `where` it belongs; `devices` are the layers'. Raises CheckpointError."""
     calls = attention_calls(architecture)
+    if calls.states and len(set(devices)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave "
+            "out --device-map"
+        )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
-    for buffered in (half.model, half.lm_head):
-        buffered.to(devices[0])
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    bring_together(half.model, half.lm_head, devices)
     for module in model.modules():  # classes ask their first parameter for a device
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
@@ -105,7 +109,8 @@ def load_text(
 def shape_of(
     architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> ModelShape:
-    """What the engine is told of a class in this dtype."""
+    """What the engine is told of a class in this dtype, each layer on its device."""
+    homes = (devices[place] for place in calls.attending)
     longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(
         layers=calls.layers,
@@ -116,7 +121,7 @@ def shape_of(
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
         context=int(longest),
         dtype=dtype,
-        stages=(Stage(devices[0], calls.layers),),
+        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(homes)),
         position_rows=position_rows(architecture.model),
         states=tuple(state.tensor(dtype) for state in calls.states),
         attends_last=calls.attends_last,
