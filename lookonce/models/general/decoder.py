@@ -120,7 +120,7 @@ def shape_of(
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
         context=int(longest),
         dtype=dtype,
-        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(devices)),
+        stages=tuple(Stage(device, len(list(at))) for device, at in groupby(calls.attending, devices.__getitem__)),
         position_rows=position_rows(architecture.model),
         states=tuple(replace(x, dtype=dtype) if x.dtype == own else x for x in calls.states),
         attends_last=calls.attends_last,

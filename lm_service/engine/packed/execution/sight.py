@@ -6,7 +6,7 @@ Tokens are counted from the first one of a sequence: whatever its positions are,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,10 @@ class Sight:
     """What the tokens of a span see."""
 
     rows: list[Rows]
+
+    def to(self, device: torch.device) -> Sight:
+        """The same with its masks on another device."""
+        return Sight([replace(rows, mask=rows.mask.to(device)) for rows in self.rows])
 
     def attend(
         self, q: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor]], softcap: float | None
