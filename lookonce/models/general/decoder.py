@@ -88,8 +88,8 @@ def load_text(
     calls = attention_calls(architecture)
     if calls.states and len(set(devices)) > 1:
         raise CheckpointError(
-            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave out "
-            "--device-map"
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; "
+            "leave out --device-map"
         )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
