@@ -17,6 +17,7 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.joined import apart
 from lookonce.models.general.limits import Calls, attention_calls
 from lookonce.models.general.placing import bring_together
 from lookonce.models.general.positions import position_rows
@@ -93,7 +94,8 @@ def load_text(
         )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
     bring_together(half.model, half.lm_head, devices)
     for module in model.modules():  # classes ask their first parameter for a device
         for name, parameter in module._parameters.items():
