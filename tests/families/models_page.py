@@ -35,8 +35,8 @@ class Served:
     model_type: str
     split: str
     packed: str
-    prefix: str
-    scores: str
+    prefix: str | No
+    scores: str | No
     video: str | No
     quantised: str | No
 
@@ -88,6 +88,13 @@ a time. An image's `max_pixels` bounds what its processor is given. Where an ima
 several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold in parts are joined when they
 are read.
 
+Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
+(Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the
+model's own, however short its windows are, and KV is kept for all of it. Tokens that see each other are prefilled in
+one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
+and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
+kernels.
+
 """
 TRIED = """\
 ## Every class of transformers, tried
@@ -97,6 +104,14 @@ image, of two, and of two turns to the unsplit model: tokens equal, log-probabil
 
 """
 PUBLISHED = """\
+## Embedding models
+
+A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
+others that sentence-transformers lays out (`modules.json`) pool one row of a chat prompt; ColQwen2 and ColQwen2.5, as
+transformers or colpali-engine saves them, make a vector of each token. `--task embed` takes any checkpoint of a Qwen
+line for a pooled one. Such a service answers `/v1/embeddings`, `/v1/rerank` and `/v1/images/search`. It writes no
+text.
+
 ## As they are published
 
 - **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 3, 4 and 8 bits, both forms of

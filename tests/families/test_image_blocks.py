@@ -1,4 +1,4 @@
-"""Gemma 3, whose images see themselves both ways, and PaliGemma, whose prompts do, answer as their unsplit models do."""
+"""Gemma 3, whose images see themselves both ways, and PaliGemma, whose prompts do, answer as the unsplit class does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SERVED = (
 )
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SLOW = pytest.mark.slow
-TEXTS = ("why?", "how many cats are there?", "what is on this image?", "is a cat on this image? yes no " * 8)
+TEXTS = ("why?", "how many\n\ncats are there?\n", "\nwhat is on this image?", "is a cat on this image? yes no " * 8)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,11 @@ async def test_the_packed_engine_is_exact(family, checkpoint_of, monkeypatch):
     await check_packed(checkpoint_of(family), monkeypatch, prefix_reuse=family == "gemma3")
 
 
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("paligemma", marks=SLOW), "paligemma2"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=SLOW) for name in ("paligemma", "paligemma2"))]
+)
 async def test_many_at_once_are_as_each_alone(family, checkpoint_of):
-    """32 questions, each of them with an answer that outgrows a window; steps are shorter than an image."""
+    """32 questions, in steps of all of them and in steps that are shorter than an image."""
     split = Split(checkpoint_of(family))
     encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
     prompts = [prompt(split, encoded[at % 2][0], f"{TEXTS[at % 4]} {at}") for at in range(32)]
@@ -99,7 +101,7 @@ async def test_many_at_once_are_as_each_alone(family, checkpoint_of):
         engine = engine_of(split, **options)
         await engine.start(Shelf(encoded))
         try:
-            asked = [ask(engine, generation(each, 12)) for each in prompts]
+            asked = [ask(engine, generation(each, 6)) for each in prompts]
             return await asyncio.gather(*asked) if together else [await each for each in asked]
         finally:
             await engine.close()
@@ -110,6 +112,16 @@ async def test_many_at_once_are_as_each_alone(family, checkpoint_of):
             assert one.tokens == other.tokens
             for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
                 assert mine.logprob == pytest.approx(theirs.logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_newlines_beside_images_are_read_as_by_the_processor(family, checkpoint_of, patch):
+    """The processor writes some around an image, and the tokenizer joins them with those of the text."""
+    split, unsplit = Split(checkpoint_of(family)), Unsplit(checkpoint_of(family), patch)
+    reference, _ = split.encoded(IMAGE, 1)
+    for text in ("a\n\nb", "\nwhy?", "\n\n\nwhy?\n\n", "why?\n", "a \n\n b", "<b>\nwhy?"):
+        expected = unsplit.inputs(user(IMAGE, text))["input_ids"][0].tolist()
+        assert list(prompt(split, reference, text).token_ids) == expected
 
 
 async def test_a_whole_prompt_is_reused_and_no_part_of_one(checkpoint_of):

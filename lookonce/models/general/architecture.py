@@ -6,6 +6,7 @@ Nothing is read and nothing computed here: parameters on the meta device have a 
 from __future__ import annotations
 
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,7 +109,10 @@ class Architecture:
         return [each for each in found if not isinstance(each, WeightConverter)], joins
 
     def locate(self, stored: str) -> Place | None:
-        """The place of a stored tensor; None for a buffer that older files hold. Raises CheckpointError for others."""
+        """The place of a stored tensor; None for a buffer that older files hold, and for what the class leaves out.
+        Raises CheckpointError for others."""
+        if any(re.match(pattern, stored) for pattern in self.cls._keys_to_ignore_on_load_unexpected or ()):
+            return None
         renamings, joins = self._conversions
         name, joined = rename_source_key(
             stored, renamings, [] if self.in_parts else joins, self.model.base_model_prefix, self._meta_state

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
@@ -86,6 +87,11 @@ def load_text(
 ) -> GeneralText:
     """Read the language half, each tensor to `where` it belongs; `devices` are the layers'. Raises CheckpointError."""
     calls = attention_calls(architecture)
+    if calls.states and len(set(devices)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave out "
+            "--device-map"
+        )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
     with apart(model, architecture.groups_in(Half.LANGUAGE)):
