@@ -24,7 +24,7 @@ from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
-from lookonce.models.chat.tokenizer import is_byte_level
+from lookonce.models.chat.tokenizer import drops_first_space, is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
@@ -169,28 +169,43 @@ class PromptBuilder:
         isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = family.special_tokens(config).image_id
+        tokens = family.special_tokens(config)
+        self._image_token_id, self._placeholder_id = tokens.image_id, tokens.placeholder_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
+        self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
     def build(
-        self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"", special_tokens: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        reserve: int = 1,
+        salt: bytes = b"",
+        special_tokens: bool = False,
+        ending: Sequence[int] = (),
     ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`. Raises
-        INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`; `ending` are
+        tokens behind the header. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the
+        field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
-        self._check_text(messages)
+        self.check_text([part for message in messages for part in message.parts if isinstance(part, str)])
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns, salt, special_tokens=special_tokens), images)
+        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens)
+        return self.laid_out([*token_ids, *ending], images, reserve)
+
+    def laid_out(self, ids: Sequence[int], images: Sequence[EmbeddingReference], reserve: int = 0) -> Prompt:
+        """The prompt of these tokens, with a placeholder for each of the images. Raises INVALID_ARGUMENT or
+        CONTEXT_LENGTH_EXCEEDED."""
+        token_ids, spans = self._expand(ids, images)
         self._check_size(len(token_ids), reserve)
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
@@ -214,12 +229,16 @@ class PromptBuilder:
             if not message.parts:
                 raise invalid(f"messages[{i}] has no parts", param=f"messages[{i}].parts")
             images += [part for part in message.parts if isinstance(part, EmbeddingReference)]
+        self.check_images(images)
+        return images
+
+    def check_images(self, images: Sequence[EmbeddingReference]) -> None:
+        """Raise for too many, and for those that are not of this model."""
         if len(images) > self._max_images:
             raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
         for image in images:
             image.check(self._tokens_of)
             self._check_fingerprint(image)
-        return images
 
     def _check_size(self, tokens: int, reserve: int) -> None:
         if tokens + reserve > self.context_length:
@@ -230,9 +249,8 @@ class PromptBuilder:
                 param="messages",
             )
 
-    def _check_text(self, messages: Sequence[Message]) -> None:
+    def check_text(self, texts: Sequence[str]) -> None:
         """Raise for text that is far beyond the context, before all of it is tokenised."""
-        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
         characters = sum(map(len, texts))
         if characters <= self.context_length:  # not worth looking at twice
             return
@@ -246,7 +264,7 @@ class PromptBuilder:
             )
 
     def _expand(self, ids: Sequence[int], images: Sequence[EmbeddingReference]) -> tuple[list[int], list[ImageSpan]]:
-        places = ids.count(self._image_token_id)
+        places = ids.count(self._placeholder_id)
         if places != len(images):
             raise invalid(
                 f"the model's chat template made {places} placeholders for {len(images)} images; it takes images "
@@ -257,9 +275,10 @@ class PromptBuilder:
         spans: list[ImageSpan] = []
         begin = 0
         for image in images:
-            place = ids.index(self._image_token_id, begin)
+            place = ids.index(self._placeholder_id, begin)
             expanded += ids[begin:place]
-            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            rows, markers = self._taken(image.grid_thw, len(images)) or (None, self._markers(image.grid_thw))
+            span = ImageSpan(len(expanded), image, markers, rows)
             expanded += [self._image_token_id] * (span.end - span.start)
             for at, token_id in span.markers:
                 expanded[span.start + at] = token_id
@@ -280,9 +299,11 @@ class ChatTemplate:
         self._starts = re.compile(starts)
         typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
         self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
-        special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
+        added = tokenizer.get_added_tokens_decoder()
+        special_ids = [number for number, token in added.items() if token.special]
+        names = {number: token.content for number, token in added.items()}
+        kind = {"byte_level": is_byte_level(tokenizer), "spaced": drops_first_space(tokenizer)}
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, **kind)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 

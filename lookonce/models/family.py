@@ -51,10 +51,16 @@ class Half(StrEnum):
 class SpecialTokens:
     """Tokens that prompts are made with."""
 
-    image_id: int  # of the token that the chat template writes for an image, and that stands for each of its rows
-    image: str  # its text
+    image_id: int  # of the token that stands for each row of an image
+    image: str  # text of the token that the chat template writes for an image
     marker: str  # what stands for an image in a message that the template takes as one string
     turn_end: str  # what ends a turn where no file of the checkpoint says so
+    written_id: int = -1  # of the token that the chat template writes for an image; -1: `image_id`
+
+    @property
+    def placeholder_id(self) -> int:
+        """Of the token that the chat template writes for an image."""
+        return self.image_id if self.written_id < 0 else self.written_id
 
 
 @dataclass(frozen=True)
@@ -243,6 +249,28 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
+
+
+class EmbeddingFamily(Family, Protocol):
+    """A family some of whose checkpoints make vectors of texts and images (`lookonce.models.vector_layout`)."""
+
+    @property
+    def vector_prompt(self) -> tuple[str, str]:
+        """The system message of a prompt that a vector is made of, and the special token behind it ("": none), where
+        neither the checkpoint's files nor the request say otherwise."""
+
+    def load_vectors(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """As `load_text`. What the adapter's `forward` answers are not logits, but the rows [n, width] that vectors are
+        made of. Raises CheckpointError."""
 
 
 class ProvenFamily(Family, Protocol):

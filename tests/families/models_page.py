@@ -32,8 +32,8 @@ class Served:
     model_type: str
     split: str
     packed: str
-    prefix: str
-    scores: str
+    prefix: str | No
+    scores: str | No
     video: str | No
     quantised: str | No
 
@@ -77,22 +77,40 @@ FOOT = """
 
 All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
-image features computed elsewhere (`mm_encoder_outputs`) and every layer attends causally over keys and values. At start
-the language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
-refused is said by `lookonce doctor`, `plan` and `up` alike: soft caps, attention sinks, recurrent state,
-cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
-(InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
-refused. Such a model has its layers on one device and its vision half encodes one image at a time. An image's
-`max_pixels` bounds what its processor is given.
+image features computed elsewhere (`mm_encoder_outputs`) and every layer attends over keys and values. At start the
+language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
+refused is said by `lookonce doctor`, `plan` and `up` alike: attention sinks, recurrent state, cross-attention, masks of
+other kinds than those below, a vision half that reads the question (InstructBLIP), and an encoder and decoder
+(Flan-T5). The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at
+a time. An image's `max_pixels` bounds what its processor is given.
+
+Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
+(Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the
+model's own, however short its windows are, and KV is kept for all of it. Tokens that see each other are prefilled in
+one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
+and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
+kernels.
+
+## Embedding models
+
+A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
+others that sentence-transformers lays out (`modules.json`) pool one row of a chat prompt; ColQwen2 and ColQwen2.5, as
+transformers or colpali-engine saves them, make a vector of each token. `--task embed` takes any checkpoint of a Qwen
+line for a pooled one. Such a service answers `/v1/embeddings`, `/v1/rerank` and `/v1/images/search`. It writes no
+text.
 
 ## As they are published
 
-- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 4 and 8 bits, both forms of zeros,
-  `desc_act`), AWQ (`gemm`), compressed-tensors (packed integers, int8, FP8), FP8 (blocks, rows or one scale),
+- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 3, 4 and 8 bits, both forms of
+  zeros, `desc_act`), AWQ (`gemm`, `gemv`, `gemv_fast`), AutoRound (in GPTQ's and AWQ's layouts), compressed-tensors
+  (packed integers, int8, FP8, NVFP4, MXFP4, MXFP8), ModelOpt (FP8, NVFP4), FP8 (blocks, rows or one scale),
   bitsandbytes (NF4, FP4, int8). Memory is that of plain weights; `lookonce doctor` and `plan` say both sizes. A matrix
-  is what its tensors are: modules that a config leaves alone are read as they are. Other methods are refused by name.
-- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start. One
-  that was trained on the vision half makes other embeddings; all others share the base model's. DoRA is refused.
+  is what its tensors are: modules that a config leaves alone are read as they are. A vision half may be quantised too:
+  its fingerprint is of what is stored and how it is read. Other methods are refused by name.
+- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start:
+  rsLoRA, DoRA, ranks and factors by pattern, embeddings and heads, `modules_to_save`, biases. One that was trained on
+  the vision half makes other embeddings; all others share the base model's. One on an embedding or on the head that is
+  tied to it unties them, as PEFT's own forward does. Other methods are refused by name.
 - **generation_config.json**: its temperature, top_p, top_k, min_p and repetition_penalty are what a request is given
   that leaves them out, as in vLLM; `/v1/models` shows them. `--generation-config none` decodes greedily instead.
 - **Long context**: YaRN and linear scaling of the Qwen lines' positions (`rope_scaling`). YaRN's context is the trained
