@@ -173,25 +173,39 @@ class PromptBuilder:
         self._image_token_id, self._placeholder_id = tokens.image_id, tokens.placeholder_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
+        self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
     def build(
-        self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"", special_tokens: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        reserve: int = 1,
+        salt: bytes = b"",
+        special_tokens: bool = False,
+        ending: Sequence[int] = (),
     ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`. Raises
-        INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`; `ending` are
+        tokens behind the header. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the
+        field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
-        self._check_text(messages)
+        self.check_text([part for message in messages for part in message.parts if isinstance(part, str)])
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns, salt, special_tokens=special_tokens), images)
+        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens)
+        return self.laid_out([*token_ids, *ending], images, reserve)
+
+    def laid_out(self, ids: Sequence[int], images: Sequence[EmbeddingReference], reserve: int = 0) -> Prompt:
+        """The prompt of these tokens, with a placeholder for each of the images. Raises INVALID_ARGUMENT or
+        CONTEXT_LENGTH_EXCEEDED."""
+        token_ids, spans = self._expand(ids, images)
         self._check_size(len(token_ids), reserve)
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
@@ -215,12 +229,16 @@ class PromptBuilder:
             if not message.parts:
                 raise invalid(f"messages[{i}] has no parts", param=f"messages[{i}].parts")
             images += [part for part in message.parts if isinstance(part, EmbeddingReference)]
+        self.check_images(images)
+        return images
+
+    def check_images(self, images: Sequence[EmbeddingReference]) -> None:
+        """Raise for too many, and for those that are not of this model."""
         if len(images) > self._max_images:
             raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
         for image in images:
             image.check(self._tokens_of)
             self._check_fingerprint(image)
-        return images
 
     def _check_size(self, tokens: int, reserve: int) -> None:
         if tokens + reserve > self.context_length:
@@ -231,9 +249,8 @@ class PromptBuilder:
                 param="messages",
             )
 
-    def _check_text(self, messages: Sequence[Message]) -> None:
+    def check_text(self, texts: Sequence[str]) -> None:
         """Raise for text that is far beyond the context, before all of it is tokenised."""
-        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
         characters = sum(map(len, texts))
         if characters <= self.context_length:  # not worth looking at twice
             return
@@ -260,7 +277,8 @@ class PromptBuilder:
         for image in images:
             place = ids.index(self._placeholder_id, begin)
             expanded += ids[begin:place]
-            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            rows, markers = self._taken(image.grid_thw, len(images)) or (None, self._markers(image.grid_thw))
+            span = ImageSpan(len(expanded), image, markers, rows)
             expanded += [self._image_token_id] * (span.end - span.start)
             for at, token_id in span.markers:
                 expanded[span.start + at] = token_id

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.core.errors import RecordError
+from lookonce.core.errors import LookonceError, RecordError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Marker
 
@@ -21,17 +21,28 @@ class ImageSpan:
 
     start: int
     reference: EmbeddingReference
-    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family and grid
+    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family, grid and how many images there are
+    rows: tuple[int, int] | None = None  # first and one past the last of the embedding's, where not all are taken
+
+    @property
+    def first(self) -> int:
+        """Number of the first row in the embedding."""
+        return self.rows[0] if self.rows else 0
+
+    @property
+    def tokens(self) -> int:
+        """How many rows."""
+        return self.rows[1] - self.rows[0] if self.rows else self.reference.tokens
 
     @property
     def end(self) -> int:
         """One past its last token."""
-        return self.start + self.reference.tokens + len(self.markers)
+        return self.start + self.tokens + len(self.markers)
 
     @property
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Neighbouring rows: the place of the first in the prompt, its number in the embedding, and how many."""
-        place = row = 0
+        place, row = 0, self.first
         for at, _ in (*self.markers, (self.end - self.start, 0)):
             if at > place:
                 yield self.start + place, row, at - place
@@ -110,6 +121,16 @@ class Scoring:
     salt: bytes = b""  # as in Generation
 
 
+@dataclass(frozen=True)
+class VectorRequest:
+    """Prompts of which an embedding model makes vectors."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    client: str = ""
+    deadline: float | None = None
+
+
 class EmbeddingSource(StrEnum):
     """Where an image's embedding came from; later is slower, but for NOT_NEEDED (its prefix KV was still there)."""
 
@@ -183,6 +204,14 @@ class Scores:
 
     logprobs: tuple[tuple[float, ...], ...]
     cached_tokens: tuple[int, ...]  # reused prompt tokens of each item
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Float32 [rows, width] of each prompt, rows of length 1, or why there are none; in the order asked."""
+
+    found: tuple[NDArray[np.float32] | LookonceError, ...]
     timings: Timings = field(default_factory=Timings)
 
 
@@ -282,4 +311,15 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End all requests as UNAVAILABLE; free everything."""
+        ...
+
+
+class VectorEngine(Engine, Protocol):
+    """An engine over an embedding model, which writes no text: `generate` and `score` raise UNSUPPORTED."""
+
+    async def embed(self, request: VectorRequest) -> Vectors:
+        """The vectors of all prompts. What keeps one from having vectors is told in its place.
+
+        Raises OVERLOADED at once when too many wait, DEADLINE_EXCEEDED.
+        """
         ...

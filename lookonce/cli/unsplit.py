@@ -98,9 +98,11 @@ class Unsplit:
         from lookonce.models.general.processor import Processor
 
         processor = Processor(Path(self.path), self.model.config, tokenizer=True)
-        text = text.replace(processor.image_token, processor.text_of(*image.size)[0], 1)
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._begun(text))["input_ids"]
-        return processor.inputs(image) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = processor.whole([image], text)
+        if not self._begun(text):
+            before = self.tokenizer("")["input_ids"]
+            inputs["input_ids"] = torch.tensor([before + inputs["input_ids"][0].tolist()])
+        return inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
 
     def _begun(self, text: str) -> bool:
         """Whether the template has written the first token already."""

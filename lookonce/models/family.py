@@ -77,6 +77,7 @@ class Dimensions:
     patches_per_token: int
     patch_numbers: int  # at hand for each patch while a batch is encoded
     deepstack: int = 0  # first layers behind which further rows are added to an image's tokens
+    idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,28 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
+
+
+class EmbeddingFamily(Family, Protocol):
+    """A family some of whose checkpoints make vectors of texts and images (`lookonce.models.vector_layout`)."""
+
+    @property
+    def vector_prompt(self) -> tuple[str, str]:
+        """The system message of a prompt that a vector is made of, and the special token behind it ("": none), where
+        neither the checkpoint's files nor the request say otherwise."""
+
+    def load_vectors(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """As `load_text`. What the adapter's `forward` answers are not logits, but the rows [n, width] that vectors are
+        made of. Raises CheckpointError."""
 
 
 class ProvenFamily(Family, Protocol):

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import continued, leading_ids, load_tokenizer, tokenizer_settings
-from lookonce.models.checkpoint.files import CONFIG, Problems, read_json
+from lookonce.models.checkpoint.files import CONFIG, Problems, read_config, read_json
 from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     template = problems.of(stored_template, path, getattr(family, "template", None))
     if tokenizer is None or template is None:
         raise CheckpointError(*problems.found)
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_config(path) if (path / CONFIG).is_file() else {}
     reserved = [number for name in family.token_id_fields if isinstance(number := config.get(name), int)]
     around = getattr(family, "around_images", ("", "")) if image else ("", "")
     return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved, around)
