@@ -58,14 +58,11 @@ def suffix_order(chunk: SuffixChunk) -> tuple[tuple[int, ...], int, int]:
 
 def plans_of(shape: ModelShape, pool: SuffixPool, batch: Batch) -> dict[int | None, AttentionPlan]:
     """The plan of a batch, whose suffixes are in `suffix_order`, for the layers of each window (None: without one)."""
-    plans = {None: make_plan(shape, pool, batch)}
+    plans: dict[int | None, AttentionPlan] = {None: make_plan(shape, pool, batch)}
     if shape.rules is not None:
-        longest = max(
-            *(chunk.prefill.node.start + chunk.prefill.node.filled + chunk.rows for chunk in batch.prefills),
-            *(chunk.sequence.computed + chunk.count for chunk in batch.suffixes),
-            0,
-            0,
-        )
+        prefixes = (chunk.prefill.node.start + chunk.prefill.node.filled + chunk.rows for chunk in batch.prefills)
+        suffixes = (chunk.sequence.computed + chunk.count for chunk in batch.suffixes)
+        longest = max(itertools.chain(prefixes, suffixes), default=0)
         for window in {window for window in shape.rules.windows if window is not None}:
             plans[window] = plans[None] if longest <= window else make_plan(shape, pool, batch, window)
     return plans
