@@ -8,18 +8,15 @@ import json
 import pytest
 import torch
 
-from lm_service.engine.packed.device_map import Home
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
 from lm_service.prompt import Message
 from lookonce.core.errors import CheckpointError
-from lookonce.core.layer_split import consecutive
 from lookonce.models.checkpoint.check import check_checkpoint
-from lookonce.models.general import limits, self_check
+from lookonce.models.general import limits
 from lookonce.models.general.blocks import UnknownMask, visible
 from lookonce.models.text_adapter import BothWays
-from tests import standin
 from tests.cli.commands import invoke
 from tests.engine.lab import ask, generation
 from tests.families.models_page import No, Served
@@ -125,28 +122,6 @@ def test_newlines_beside_images_are_read_as_by_the_processor(family, checkpoint_
     for text in ("a\n\nb", "\nwhy?", "\n\n\nwhy?\n\n", "why?\n", "a \n\n b", "<b>\nwhy?"):
         expected = unsplit.inputs(user(IMAGE, text))["input_ids"][0].tolist()
         assert list(prompt(split, reference, text).token_ids) == expected
-
-
-@pytest.mark.parametrize("family", ["gemma3", pytest.param("paligemma2", marks=SLOW)])
-async def test_layers_on_several_devices(family, checkpoint_of, patch, monkeypatch):
-    """Each device has its masks. There is no GPU: the devices are stand-ins, on which the class makes none of its own
-    masks (vmap), so that the check at start is left out."""
-    monkeypatch.setattr(self_check, "check_text", lambda *_: 0.0)
-    home = Home(tuple(standin.device(index) for index in range(2)), tuple(consecutive((1, 3))))
-    split, unsplit = Split(checkpoint_of(family), home), Unsplit(checkpoint_of(family), patch)
-    encoded = [split.encoded(IMAGE, 1)]
-    engine = engine_of(split, step_tokens=9, burst_tokens=9)
-    await engine.start(Shelf(encoded))
-    try:
-        asked = [ask(engine, generation(prompt(split, encoded[0][0], text), 6)) for text in TEXTS]
-        for text, (answer,) in zip(TEXTS, await asyncio.gather(*asked), strict=True):
-            for row, token, given in zip(
-                unsplit.logprobs(user(IMAGE, text), answer.tokens), answer.tokens, answer.logprobs, strict=False
-            ):
-                assert token == int(row.argmax())
-                assert given.logprob == pytest.approx(float(row[token]), abs=2e-4)
-    finally:
-        await engine.close()
 
 
 async def test_a_whole_prompt_is_reused_and_no_part_of_one(checkpoint_of):
