@@ -32,7 +32,11 @@ class LanguageSettings(Settings):
     encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )
-    engine: str = Field("packed", description="packed, or the name of an installed engine.")
+    engine: str = Field(
+        "auto",
+        description="auto (packed; plain for a model that can't be run packed), packed, plain (one request at a time), "
+        "or the name of an installed engine.",
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1 ...")
     device_map: str | None = Field(
         None,

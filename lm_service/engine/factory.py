@@ -16,7 +16,11 @@ from lookonce.core.errors import invalid
 from lookonce.models.checkpoint import Checkpoint
 
 GROUP = "lookonce.engines"
-BUILTIN = {"packed": "lm_service.engine.packed.build:PackedBuilder"}
+BUILTIN = {
+    "auto": "lm_service.engine.auto:AutoBuilder",
+    "packed": "lm_service.engine.packed.build:PackedBuilder",
+    "plain": "lm_service.engine.plain.build:PlainBuilder",
+}
 
 
 class EngineBuilder(Protocol):

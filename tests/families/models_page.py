@@ -25,20 +25,27 @@ class No:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """What the plain engine gives instead, and the test that holds it."""
+
+    test: str
+
+
+@dataclass(frozen=True)
 class Served:
     """A family. Tests are "file::name", the file below tests/, or a name of the declaring module."""
 
     models: str
     model_type: str
     split: str
-    packed: str
-    prefix: str
+    packed: str | Plain
+    prefix: str | No
     scores: str
     video: str | No
     quantised: str | No
 
     @property
-    def cells(self) -> list[str | No]:
+    def cells(self) -> list[str | No | Plain]:
         """What the columns of `COLUMNS` hold."""
         return [getattr(self, name) for name in COLUMNS]
 
@@ -73,17 +80,27 @@ FOOT = """
 - **Packed exact**: questions that are computed in one step are answered as they are alone.
 - **Prefix reused**: a further question about an image computes its own text only.
 - **Scores**: choices have the probabilities that the unsplit model gives them.
+- **Plain** instead of packed: the plain engine serves it exactly, by transformers' own way of generating. That costs:
+  one request at a time, and no shared prefix, so every question computes its image's tokens again. An image is still
+  encoded once. Sampling, scores, streams and deadlines are those of the packed engine.
 - **Int8**: `--quantization int8` for either half.
 
 All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
-image features computed elsewhere (`mm_encoder_outputs`) and every layer attends causally over keys and values. At start
-the language service compares its packed step with the class's own forward, and refuses to serve what differs. What is
-refused is said by `lookonce doctor`, `plan` and `up` alike: soft caps, attention sinks, recurrent state,
-cross-attention, image tokens that see each other both ways (Gemma 3, PaliGemma), a vision half that reads the question
-(InstructBLIP), and an encoder and decoder (Flan-T5). A sliding window bounds the context; one under 1,024 tokens is
-refused. Such a model has its layers on one device and its vision half encodes one image at a time. An image's
-`max_pixels` bounds what its processor is given.
+image features computed elsewhere (`mm_encoder_outputs`). Where every layer attends causally over keys and values, the
+packed engine runs it. At start the language service compares its packed step with the class's own forward. What differs
+there, and what can't be run packed, is served by the plain engine: soft caps, attention sinks, sliding windows under
+1,024 tokens (longer ones bound the context), recurrent state, image tokens that see each other both ways (Gemma 3,
+PaliGemma), a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5). Its steps are
+compared with the class's own forward too, and nothing is served that differs. `--engine packed` refuses such a model,
+`--engine plain` takes the plain engine for any of the general path. Which engine it is and why is said at start, by
+`lookonce doctor`, `plan` and `up`, and in `/v1/models`. Refused by name are cross-attention (Llama 3.2 Vision),
+deepstack features, and code of a repository. A model of the general path has its layers on one device, and its vision
+half encodes one image at a time. An image's `max_pixels` bounds what its processor is given.
+
+**InstructBLIP**: what is stored of an image is its tower's rows, which no question changes; the Q-Former runs in the
+language service, once for each question. The other way, a key that includes the question, would encode the image again
+for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million, arXiv:2301.12597).
 
 ## As they are published
 
@@ -113,6 +130,6 @@ def page() -> str:
     """The page."""
     rows = [["models", "`model_type`", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
     for _, one in declared():
-        said = ["no" if isinstance(cell, No) else "yes" for cell in one.cells]
+        said = [{No: "no", Plain: "plain"}.get(type(cell), "yes") for cell in one.cells]
         rows.append([one.models, f"`{one.model_type}`", *said])
     return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT

@@ -146,13 +146,7 @@ def test_plan_and_doctor_know_it(checkpoint, tmp_path):
     assert done.returncode == 0 and "16 tokens (150x100)" in done.stdout, done.stdout + done.stderr
 
 
-NOT_SERVED = {
-    "gemma3": "attention or positions depend on which tokens are an image's",
-    "paligemma": "attention or positions depend on which tokens are an image's",
-    "instructblip": "its vision half reads the question",
-    "mllama": "it takes no image features computed elsewhere",
-    "lfm2_vl": "its text model can't be run packed",
-}
+NOT_SERVED = {"mllama": "it takes no image features computed elsewhere"}
 
 
 @pytest.mark.parametrize("model_type", NOT_SERVED)
@@ -163,6 +157,21 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
     told = check_checkpoint(str(tmp_path)).problems
     assert sum("is not served by the general path" in problem for problem in told) == 1
     assert any(NOT_SERVED[model_type] in problem for problem in told), told
+
+
+UNPACKED = {
+    "gemma3": "attention or positions depend on which tokens are an image's",
+    "paligemma": "attention or positions depend on which tokens are an image's",
+    "instructblip": "its Q-Former reads the question",
+    "lfm2_vl": "its text model can't be run packed",
+}
+
+
+@pytest.mark.parametrize("model_type", UNPACKED)
+def test_what_can_not_be_run_packed_is_said_by_name(model_type):
+    """The plain engine serves it (test_plain.py)."""
+    config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    assert UNPACKED[model_type] in family_of(config).unpacked(config)
 
 
 @pytest.mark.parametrize(("window", "context"), [(64, None), (1536, 1536), (4096, 2048)])

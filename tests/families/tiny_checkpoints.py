@@ -45,23 +45,28 @@ class Tiny:
     sentencepiece: bool = False
     settings: dict[str, Any] | None = None  # of tokenizer_config.json
     begins: bool = False  # whether the tokenizer puts <s> before a text
+    tokenizer: Callable[[tuple[str, ...]], Tokenizer] | None = None  # of another kind
 
 
-def make(family: str, path: Path, seed: int = 0) -> Path:
+def make(family: str | Tiny, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
-    tiny = FAMILIES[family]
+    tiny = FAMILIES[family] if isinstance(family, str) else family
     path.mkdir(parents=True)
     tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens, tiny.begins)
+    if tiny.tokenizer is not None:
+        tokenizer = tiny.tokenizer(tiny.tokens)
     tokenizer.save(str(path / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     config = tiny.write(path, ids)
     text = config["text_config"]
-    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    begin = ids.get("<s>", ids["</s>"])
+    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": begin, "eos_token_id": ids["</s>"]}
     text["pad_token_id"] = ids["<pad>"]
     config = {"torch_dtype": "float32", **config}
     write(path / "config.json", config)
-    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": ids["<s>"]})
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": begin})
+    names = {"bos_token": "<s>"} if "<s>" in ids else {}
+    names |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     kind = "LlamaTokenizer" if tiny.sentencepiece else "PreTrainedTokenizerFast"
     write(path / "tokenizer_config.json", {**names, "tokenizer_class": kind, **(tiny.settings or {})})
     if tiny.template:
@@ -70,6 +75,8 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
     for name, parameter in model.named_parameters():
+        if name.endswith("shared.weight"):  # T5's head too: else a token would be followed by itself
+            torch.nn.init.normal_(parameter, 0, 0.3)
         if (parameter.dim() > 1 and "language" in name) or "text_model" in name:
             continue
         if parameter.abs().max() < 1e-3 or parameter.dim() > 1:  # so that what an image is decides an answer

@@ -116,6 +116,7 @@ def _write_half(
         sync(shard)
     for name in files.small_files({half}):
         if name != files.IDENTITY and (checkpoint.path / name).is_file():
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, directory / name)
     write_json(directory / files.IDENTITY, identity_record(checkpoint, half))
     return len(shards)

@@ -52,34 +52,45 @@ class _Recorder:
 
 
 def class_problems(architecture: Architecture) -> Iterator[str]:
-    """Why the class isn't served, one sentence each."""
+    """Why no engine serves the class, one sentence each."""
     cls = architecture.cls
     subject = f"config.json: {cls.__name__} is not served by the general path"
-    parameters = inspect.signature(cls.forward).parameters
-    if "mm_encoder_outputs" not in parameters or not hasattr(cls, "get_image_features"):
+    if "mm_encoder_outputs" not in inspect.signature(cls.forward).parameters or not hasattr(cls, "get_image_features"):
         yield f"{subject}: it takes no image features computed elsewhere; {_ELSEWHERE}"
-        return
-    if architecture.config.get_text_config().is_encoder_decoder or architecture.config.is_encoder_decoder:
-        yield f"{subject}: its language model is an encoder and a decoder; {_ELSEWHERE}"
-        return
-    named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
-    if named:
-        yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
-    inner = inspect.signature(type(architecture.model.base_model).forward).parameters
-    named = [name for name in _BY_TYPES if name in parameters or name in inner]
-    named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
-    if named and position_rows(architecture.model) == 1:
-        yield (
-            f"{subject}: attention or positions depend on which tokens are an image's ({named[0]}), which the packed "
-            f"step doesn't know; {_ELSEWHERE}"
-        )
         return
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
+    named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
+    if named and not architecture.reads_text:
+        yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
+    try:
+        _ = architecture.language
+    except CheckpointError as error:
+        yield from error.problems
+
+
+@lru_cache(maxsize=8)
+def unpacked(architecture: Architecture) -> str | None:
+    """Why the packed engine can't run a class that has no problems, a clause after its name; None: it can. The plain
+    engine serves such a class."""
+    cls = architecture.cls
+    if architecture.is_encoder_decoder:
+        return "its language model is an encoder and a decoder"
+    if architecture.reads_text:
+        return "its Q-Former reads the question"
+    inner = inspect.signature(type(architecture.model.base_model).forward).parameters
+    named = [name for name in _BY_TYPES if name in inspect.signature(cls.forward).parameters or name in inner]
+    named += [name for name in ("get_rope_index",) if hasattr(architecture.model.base_model, name)]
+    if named and position_rows(architecture.model) == 1:
+        return (
+            f"attention or positions depend on which tokens are an image's ({named[0]}), which the packed step doesn't "
+            "know"
+        )
     try:
         attention_calls(architecture)
     except CheckpointError as error:
-        yield from error.problems
+        return error.problems[0].partition("general path: ")[2].removesuffix(f"; {_ELSEWHERE}") or error.problems[0]
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -118,3 +129,16 @@ def attention_calls(architecture: Architecture) -> Calls:
     if window is not None and window < min(_LEAST_WINDOW, context):
         raise CheckpointError(f"{subject}: its attention has a sliding window of {window} tokens; {_ELSEWHERE}")
     return Calls(layers, heads, kv_heads, head_dim, window)
+
+
+def calls_of(architecture: Architecture) -> Calls:
+    """`attention_calls`, or about the same by the settings of a text model that can't be run packed."""
+    try:
+        if not architecture.is_encoder_decoder:
+            return attention_calls(architecture)
+    except CheckpointError:
+        pass
+    text = architecture.config.get_text_config()
+    layers, heads = (int(getattr(text, name)) for name in ("num_hidden_layers", "num_attention_heads"))
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    return Calls(layers, heads, int(getattr(text, "num_key_value_heads", None) or heads), int(size))
