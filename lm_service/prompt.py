@@ -24,7 +24,7 @@ from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
-from lookonce.models.chat.tokenizer import is_byte_level
+from lookonce.models.chat.tokenizer import drops_first_space, is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
@@ -169,7 +169,8 @@ class PromptBuilder:
         isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = family.special_tokens(config).image_id
+        tokens = family.special_tokens(config)
+        self._image_token_id, self._placeholder_id = tokens.image_id, tokens.placeholder_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
         self._positions = partial(family.positions, config)
@@ -248,7 +249,7 @@ class PromptBuilder:
             )
 
     def _expand(self, ids: Sequence[int], images: Sequence[EmbeddingReference]) -> tuple[list[int], list[ImageSpan]]:
-        places = ids.count(self._image_token_id)
+        places = ids.count(self._placeholder_id)
         if places != len(images):
             raise invalid(
                 f"the model's chat template made {places} placeholders for {len(images)} images; it takes images "
@@ -259,7 +260,7 @@ class PromptBuilder:
         spans: list[ImageSpan] = []
         begin = 0
         for image in images:
-            place = ids.index(self._image_token_id, begin)
+            place = ids.index(self._placeholder_id, begin)
             expanded += ids[begin:place]
             span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
             expanded += [self._image_token_id] * (span.end - span.start)
@@ -286,7 +287,8 @@ class ChatTemplate:
         self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
         special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
         names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
+        kind = {"byte_level": is_byte_level(tokenizer), "spaced": drops_first_space(tokenizer)}
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, **kind)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 

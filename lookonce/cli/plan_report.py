@@ -66,11 +66,14 @@ def economics(size: ModelSize, work: Workload, prompt_tokens: int) -> Iterator[s
         yield f"{prefix_hits:>10.0%}   {embedding_hits:>26.0%}   {cost / 1e12:>13.2f} TFLOP"
 
 
-def commands(item: Placement, model: str, revision: str | None, store: str | None) -> Iterator[str]:
+def commands(
+    item: Placement, model: str, revision: str | None, adapter: str | None, store: str | None
+) -> Iterator[str]:
     """How to start it: on one machine, and service by service."""
     prefixes = int(item.kv_bytes * PREFIX_SHARE)
     running = item.kv_bytes - prefixes
-    which = f"--model {model}" + (f" --revision {revision}" if revision else "")
+    further = {"revision": revision, "adapter": adapter}
+    which = " ".join([f"--model {model}", *(f"--{name} {value}" for name, value in further.items() if value)])
     memory = f"kv-bytes {_mib(running)}", f"prefix-bytes {_mib(prefixes)}"
     yield "# on one machine"
     parts = [f"lookonce up {which}"]

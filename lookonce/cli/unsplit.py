@@ -19,6 +19,8 @@ from lookonce.core.process import wait_briefly
 
 _OF_TEXT = {"input_ids": None, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs that are as long as the prompt, and what each further token adds; None: itself."""
+_SAMPLED = 64
+"""Tokens of the vocabulary, at equal distances, whose log-probabilities tell how far these are spread."""
 
 
 class Unsplit:
@@ -32,6 +34,8 @@ class Unsplit:
         self.path = job["model"]
         model: Any = AutoModelForImageTextToText.from_pretrained(self.path, dtype=getattr(torch, job["dtype"]))
         device = job["device"] if job["device"] != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if job.get("adapter"):
+            merge(model, job["adapter"])
         model.to(device).eval()
         self.model = model
         self.tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
@@ -100,7 +104,7 @@ class Unsplit:
         return self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
 
     def rows(self, image: Any) -> Any:
-        """Float32 [tokens, hidden] of the tower."""
+        """Float32 [1 + deepstack, tokens, hidden] of the tower."""
         import torch
 
         cut = self.cut(image)
@@ -108,9 +112,9 @@ class Unsplit:
             cut = {name: x for name, x in self.inputs(image, "?").items() if name not in _OF_TEXT}
         if self._reads_text:
             return self._folded(self.model.vision_model(**self._placed(cut)).last_hidden_state[0]).float().cpu()
-        out = self.model.get_image_features(**self._placed(cut), return_dict=True).pooler_output
-        parts = [out] if torch.is_tensor(out) else list(out)
-        return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().cpu()
+        out = self.model.get_image_features(**self._placed(cut), return_dict=True)
+        levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
+        return torch.stack([_joined(level) for level in levels])
 
     def logprobs(self, inputs: dict[str, Any], answer: list[int]) -> Any:
         """Float64 [1 + len(answer), vocabulary]: after the prompt, and after each token of the answer."""
@@ -144,11 +148,14 @@ class Unsplit:
         for question in exam.questions:
             ids = torch.tensor([[*question.token_ids, question.choices[-1][0]]])
             hidden = text.get_input_embeddings()(ids.to(self.model.device))
-            hidden[0, 1 : 1 + exam.rows.shape[1]] = exam.rows[0].to(hidden)
+            rows, seen = exam.rows.to(hidden), torch.zeros(ids.shape, dtype=torch.bool, device=hidden.device)
+            seen[0, 1 : 1 + rows.shape[1]] = True
+            hidden[seen] = rows[0]
+            further = {"visual_pos_masks": seen, "deepstack_visual_embeds": [*rows[1:]]} if len(rows) > 1 else {}
             last = np.full((len(question.positions), 1), question.next_position)
             places = torch.from_numpy(np.concatenate([question.positions, last], axis=1)).to(hidden.device)
             places = places[:, None] if len(places) > 1 else places
-            out = text(inputs_embeds=hidden, position_ids=places, use_cache=False).last_hidden_state
+            out = text(inputs_embeds=hidden, position_ids=places, use_cache=False, **further).last_hidden_state
             logits.append(head(out[0, -2:]).float().cpu())
         return scores_of(logits, exam)
 
@@ -170,6 +177,45 @@ class Unsplit:
             name: x.to(device, dtype if x.is_floating_point() else x.dtype) if hasattr(x, "to") else x
             for name, x in inputs.items()
         }
+
+
+def _joined(rows: Any) -> Any:
+    """Float32 [tokens, hidden] of an image, which a class may answer with in parts."""
+    import torch
+
+    parts = [rows] if torch.is_tensor(rows) else list(rows)
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts]).float().cpu()
+
+
+def merge(model: Any, source: str) -> None:
+    """Add a LoRA adapter to the model's own weights, W + scale * B A, in float64; what it brings whole takes a weight's
+    place."""
+    import torch
+    from safetensors import safe_open
+
+    from lookonce.models.checkpoint.adapter import WEIGHTS, open_adapter
+    from lookonce.models.registry import family_of
+
+    family = family_of(model.config.to_dict(), Path(model.name_or_path))
+    adapter = open_adapter(source, family)
+    changed = 0
+    with safe_open(adapter.path / WEIGHTS, framework="pt") as stored, torch.no_grad():
+        for name, weight in model.named_parameters():
+            place = family.locate(name)
+            if place is None:
+                continue
+            half, own = place
+            if (pair := adapter.added[half].get(own)) is not None:
+                a, b = (stored.get_tensor(part.stored_name).double() for part in (pair.a, pair.b))
+                delta = pair.scale * (b.flatten(1) @ a.flatten(1))
+                weight.copy_(weight.double() + (delta.t() if pair.embedding else delta).reshape(weight.shape))
+                changed += 1
+            if (whole := adapter.replaced[half].get(own)) is not None:
+                weight.copy_(stored.get_tensor(whole.stored_name))
+                changed += 1
+    wanted = sum(len(found[half]) for found in (adapter.added, adapter.replaced) for half in found)
+    if changed != wanted:
+        raise ValueError(f"{wanted - changed} of the adapter's weights are none of the class's")
 
 
 def class_name(model: str) -> str | None:
@@ -214,6 +260,7 @@ def _examined(unsplit: Unsplit, item: dict[str, Any]) -> dict[str, Any]:
         "token_logprobs": [float(step[token]) for step, token in zip(steps, tokens, strict=True)],
         "top": [[float(step[token]) for token in ids] for step, ids in zip(steps, item["top"], strict=True)],
         "scores": scores,
+        "sample": [float(each) for step in steps for each in step[:: -(-len(step) // _SAMPLED)]],
     }
 
 

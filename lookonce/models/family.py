@@ -51,10 +51,16 @@ class Half(StrEnum):
 class SpecialTokens:
     """Tokens that prompts are made with."""
 
-    image_id: int  # of the token that the chat template writes for an image, and that stands for each of its rows
-    image: str  # its text
+    image_id: int  # of the token that stands for each row of an image
+    image: str  # text of the token that the chat template writes for an image
     marker: str  # what stands for an image in a message that the template takes as one string
     turn_end: str  # what ends a turn where no file of the checkpoint says so
+    written_id: int = -1  # of the token that the chat template writes for an image; -1: `image_id`
+
+    @property
+    def placeholder_id(self) -> int:
+        """Of the token that the chat template writes for an image."""
+        return self.image_id if self.written_id < 0 else self.written_id
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,11 @@ def question_flops(
     return size.prefill_flops(question_tokens, image_tokens) + (1 - prefix_hits) * missed
 
 
-def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any]) -> ModelSize:
-    """Count a checkpoint's weights. Raises CheckpointError for a config that lacks a dimension."""
+def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any], *, untied: bool = False) -> ModelSize:
+    """Count a checkpoint's weights; `untied`: an adapter makes a head of its own of one that is tied. Raises
+    CheckpointError for a config that lacks a dimension."""
     bounds = int(preprocessor["min_pixels"]), int(preprocessor["max_pixels"])
-    text, tied = family.text_config(config), family.tied_head(config)
+    text, tied = family.text_config(config), family.tied_head(config) and not untied
     return ModelSize(
         family.dimensions(config),
         {half: _count(family.tensor_shapes(config, half, head=not tied)) for half in Half},

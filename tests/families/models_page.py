@@ -86,30 +86,35 @@ FOOT = """
 - **Int8**: `--quantization int8` for either half.
 
 All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
-processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
-image features computed elsewhere (`mm_encoder_outputs`). Where every layer attends causally over keys and values, the
-packed engine runs it. At start the language service compares its packed step with the class's own forward. What differs
-there, and what can't be run packed, is served by the plain engine: soft caps, attention sinks, sliding windows under
-1,024 tokens (longer ones bound the context), recurrent state, image tokens that see each other both ways (Gemma 3,
-PaliGemma), a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5). Its steps are
-compared with the class's own forward too, and nothing is served that differs. `--engine packed` refuses such a model,
+processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it
+takes image features computed elsewhere (`mm_encoder_outputs`). At start the language service compares its packed step
+with the class's own forward. What differs there, and what can't be run packed, is served by the plain engine:
+attention sinks, keys of another size than values, layers of several sizes, recurrent state of kinds that aren't known
+here, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5). Its steps are compared
+with the class's own forward too, and nothing is served that differs. `--engine packed` refuses such a model,
 `--engine plain` takes the plain engine for any of the general path. Which engine it is and why is said at start, by
 `lookonce doctor`, `plan` and `up`, and in `/v1/models`. Refused by name are cross-attention (Llama 3.2 Vision),
-deepstack features, and code of a repository. A model of the general path has its layers on one device, and its vision
-half encodes one image at a time. An image's `max_pixels` bounds what its processor is given.
+deepstack features, positions that depend on more than an image's grid, and code of a repository. In the packed engine
+the layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a time.
+An image's `max_pixels` bounds what its processor is given.
 
 **InstructBLIP**: what is stored of an image is its tower's rows, which no question changes; the Q-Former runs in the
-language service, once for each question. The other way, a key that includes the question, would encode the image again
-for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million, arXiv:2301.12597).
+language service, once for each question. The other way, a key that includes the question, would encode the image
+again for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million,
+arXiv:2301.12597).
 
 ## As they are published
 
-- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 4 and 8 bits, both forms of zeros,
-  `desc_act`), AWQ (`gemm`), compressed-tensors (packed integers, int8, FP8), FP8 (blocks, rows or one scale),
+- **Quantised weights** are dequantised as they are read, matrix by matrix: GPTQ (2, 3, 4 and 8 bits, both forms of
+  zeros, `desc_act`), AWQ (`gemm`, `gemv`, `gemv_fast`), AutoRound (in GPTQ's and AWQ's layouts), compressed-tensors
+  (packed integers, int8, FP8, NVFP4, MXFP4, MXFP8), ModelOpt (FP8, NVFP4), FP8 (blocks, rows or one scale),
   bitsandbytes (NF4, FP4, int8). Memory is that of plain weights; `lookonce doctor` and `plan` say both sizes. A matrix
-  is what its tensors are: modules that a config leaves alone are read as they are. Other methods are refused by name.
-- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start. One
-  that was trained on the vision half makes other embeddings; all others share the base model's. DoRA is refused.
+  is what its tensors are: modules that a config leaves alone are read as they are. A vision half may be quantised too:
+  its fingerprint is of what is stored and how it is read. Other methods are refused by name.
+- **LoRA adapters**: `--adapter` with a directory or a hub id, for both services or `lookonce up`, merged at start:
+  rsLoRA, DoRA, ranks and factors by pattern, embeddings and heads, `modules_to_save`, biases. One that was trained on
+  the vision half makes other embeddings; all others share the base model's. One on an embedding or on the head that is
+  tied to it unties them, as PEFT's own forward does. Other methods are refused by name.
 - **generation_config.json**: its temperature, top_p, top_k, min_p and repetition_penalty are what a request is given
   that leaves them out, as in vLLM; `/v1/models` shows them. `--generation-config none` decodes greedily instead.
 - **Long context**: YaRN and linear scaling of the Qwen lines' positions (`rope_scaling`). YaRN's context is the trained

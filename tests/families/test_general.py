@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING
 
 from lm_service.engine.answer import Detokenizer
+from lm_service.engine.packed.device_map import Home
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
@@ -146,7 +147,10 @@ def test_plan_and_doctor_know_it(checkpoint, tmp_path):
     assert done.returncode == 0 and "16 tokens (150x100)" in done.stdout, done.stdout + done.stderr
 
 
-NOT_SERVED = {"mllama": "it takes no image features computed elsewhere"}
+NOT_SERVED = {
+    "mllama": "it takes no image features computed elsewhere",
+    "lfm2_vl": "transformers has its image processor for torchvision only",
+}
 
 
 @pytest.mark.parametrize("model_type", NOT_SERVED)
@@ -160,10 +164,8 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
 
 
 UNPACKED = {
-    "gemma3": "attention or positions depend on which tokens are an image's",
-    "paligemma": "attention or positions depend on which tokens are an image's",
+    "gemma4_unified": "not every layer attends once over keys and values of one size",
     "instructblip": "its Q-Former reads the question",
-    "lfm2_vl": "its text model can't be run packed",
 }
 
 
@@ -174,24 +176,11 @@ def test_what_can_not_be_run_packed_is_said_by_name(model_type):
     assert UNPACKED[model_type] in family_of(config).unpacked(config)
 
 
-@pytest.mark.parametrize(("window", "context"), [(64, None), (1536, 1536), (4096, 2048)])
-def test_a_sliding_window_bounds_the_context(window, context, tmp_path):
-    path = make("mistral3", tmp_path / "model")
-    config = json.loads((path / "config.json").read_text())
-    config["text_config"]["sliding_window"] = window
-    (path / "config.json").write_text(json.dumps(config))
-    if context is None:
-        with pytest.raises(CheckpointError, match="its attention has a sliding window of 64 tokens"):
-            Split(path)
-    else:
-        split = Split(path)
-        assert split.model.shape.context == context
-        assert family_of(config, path).text_config(config)["max_position_embeddings"] == context
-
-
 def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
     forward = GeneralText.forward
-    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    monkeypatch.setattr(
+        GeneralText, "forward", lambda self, x, at, *rest, **named: forward(self, x, at // 2, *rest, **named)
+    )
     with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
         Split(checkpoint)
 
@@ -259,12 +248,14 @@ def test_what_a_processor_config_leaves_out_follows_from_config_json(family, tmp
 class Split:
     """Both halves of a checkpoint in this process, each loaded as its service loads it."""
 
-    def __init__(self, path):
+    def __init__(self, path, home=None):
+        """`home` (device_map.Home) of the language half's layers; None: the CPU."""
         halves = {half: open_checked(str(path), half) for half in Half}
         vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
         self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
         layers = language.family.dimensions(language.config).layers
-        self.model = language.family.load_text(language, torch.float32, lambda name: CPU, [CPU] * layers)
+        home = home or Home((CPU,), (range(layers),))
+        self.model = language.family.load_text(language, torch.float32, home.of, home.of_layers)
         family = language.family
         self.template = load_template(path, family, family.special_tokens(language.config).marker)
         limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
@@ -295,7 +286,11 @@ AT_ONCE = ("smolvlm",)
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within GLM's own processor
 async def test_every_family(family, tmp_path, monkeypatch):
-    path = make(family, tmp_path / family)
+    await check_packed(make(family, tmp_path / family), monkeypatch)
+
+
+async def check_packed(path, monkeypatch, *, prefix_reuse=True):
+    """Answers and scores of the packed engine, several questions at once, are those of the unsplit model."""
     unsplit, split = Unsplit(path, monkeypatch), Split(path)
     encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
     shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary
@@ -319,8 +314,8 @@ async def test_every_family(family, tmp_path, monkeypatch):
     try:
         await asyncio.gather(*(check(*pair, text) for pair in pairs for text in (QUESTION, "why?")))
         later = [await check(*pair, "how many cats are there?") for pair in pairs]
-        assert all(timings.prefix_hit for timings in later)
-        assert all(shelf.loads[reference.key] == 1 for _, reference in pairs)
+        assert all(timings.prefix_hit is prefix_reuse for timings in later)
+        assert not prefix_reuse or all(shelf.loads[reference.key] == 1 for _, reference in pairs)
         (image, reference), choices = pairs[0], ((5,), (7, 9))
         prompt = split.prompts.build([Message("user", (reference, QUESTION))])
         scored = await engine.score(Scoring("s", (ScoreItem(prompt, choices),)))

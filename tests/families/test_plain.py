@@ -31,7 +31,7 @@ from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
 from tests.families.models_page import No, Plain, Served
 from tests.families.plain_checkpoints import PLAIN
-from tests.families.tiny_checkpoints import make
+from tests.families.tiny_checkpoints import make, make_tiny
 from tests.families.unsplit_general import Unsplit
 from tests.families.unsplit_plain import UnsplitBlip
 from tests.images import photograph
@@ -90,7 +90,7 @@ def checkpoints(tmp_path_factory):
 
     def of(family):
         if family not in made:
-            made[family] = make(PLAIN[family], tmp_path_factory.mktemp("plain") / family)
+            made[family] = make_tiny(PLAIN[family], tmp_path_factory.mktemp("plain") / family)
         return made[family]
 
     return of
@@ -271,11 +271,11 @@ async def test_a_text_that_the_qformer_can_not_read_is_refused(checkpoints):
 
 
 def test_the_engine_is_chosen_at_start_and_says_why(checkpoints, monkeypatch, capsys):
-    path = str(checkpoints("soft_caps"))
+    path = str(checkpoints("sinks"))
     told = load(LanguageSettings(model=path, device="cpu")).engine.describe().model
-    assert (told.engine, told.engine_note) == ("plain", "its attention has softcap")
+    assert (told.engine, told.engine_note) == ("plain", "its attention has s_aux")
     assert "served by the plain engine, one request at a time" in capsys.readouterr().out
-    with pytest.raises(CheckpointError, match="can't be served by the packed engine: its attention has softcap"):
+    with pytest.raises(CheckpointError, match="can't be served by the packed engine: its attention has s_aux"):
         load(LanguageSettings(model=path, device="cpu", engine="packed"))
     with pytest.raises(LookonceError, match="the plain engine has no int8 weights: leave out --quantization"):
         load(LanguageSettings(model=path, device="cpu", quantization="int8"))
@@ -285,7 +285,9 @@ def test_a_packed_step_that_differs_is_served_by_the_plain_engine(tmp_path, monk
     path = str(make("llava", tmp_path / "llava"))
     assert load(LanguageSettings(model=path, device="cpu")).engine.describe().model.engine == "packed"
     forward = GeneralText.forward
-    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    monkeypatch.setattr(
+        GeneralText, "forward", lambda self, x, at, *rest, **named: forward(self, x, at // 2, *rest, **named)
+    )
     told = load(LanguageSettings(model=path, device="cpu")).engine.describe().model
     assert told.engine == "plain" and "the packed step of the general path differs" in told.engine_note
     monkeypatch.setattr(GeneralUnbatched, "whole", lambda self, prompt, answer: torch.zeros(4, 408))

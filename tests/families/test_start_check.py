@@ -12,9 +12,11 @@ import torch
 
 from lm_service.app import load as load_language
 from lm_service.settings import LanguageSettings
+from lookonce.cli import unsplit
 from lookonce.core.errors import CheckpointError
 from lookonce.models import self_check
 from lookonce.models.checkpoint import open_checkpoint, recorded
+from lookonce.models.checkpoint.split import split_checkpoint
 from lookonce.models.qwen2_5_vl import vision as window_vision
 from lookonce.models.qwen2_5_vl.synthetic import make_random_checkpoint as make_window_checkpoint
 from lookonce.models.qwen2_vl import modules, text, vision
@@ -23,6 +25,8 @@ from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen3_vl.synthetic import make_random_checkpoint as make_deepstack_checkpoint
 from lookonce.models.registry import Half
 from lookonce.models.self_check import SelfCheckFailed, check_exam, check_image, plain_scores
+from lookonce.models.tolerance import difference
+from tests.checkpoint.loras import adapter
 from tests.modules import load_language_model, load_vision_tower
 from tests.processes import ServiceProcess
 from vision_service.app import load as load_vision
@@ -223,6 +227,42 @@ def test_the_plain_form_is_what_transformers_computes(checkpoint):
         out = model(inputs_embeds=hidden, position_ids=torch.from_numpy(places)[:, None], use_cache=False)
         scores.append(head(out.last_hidden_state[0, -2:]))
     torch.testing.assert_close(plain_scores(plain, exam), self_check.scores_of(scores, exam), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "window_checkpoint", "deepstack_checkpoint"])
+def test_what_verify_records_is_what_the_halves_compute(kind, request, tmp_path):
+    """Of the class itself, rows of a deepstack with it; taken along by a split, it is what the halves compare with."""
+    path = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    opened = open_checkpoint(str(path))
+    job = {"model": str(path), "dtype": "float32", "device": "cpu", "threads": 1}
+    with torch.inference_mode():
+        numbers = unsplit._recorded(unsplit.Unsplit(job), str(path))
+    plain, image = opened.family.plain(opened, torch.float32), check_image(opened)
+    assert difference(numbers["vision"], plain.rows(image).flatten().tolist()) < 2e-5
+    assert difference(numbers["language"], plain_scores(plain, check_exam(opened, 512))) < 2e-5
+    for half in Half:
+        recorded.write(opened, half, numbers[half.value])
+    split_checkpoint(str(path), tmp_path / "halves")
+    with structlog.testing.capture_logs() as logs:
+        vision_of(tmp_path / "halves" / "vision")
+        language_of(tmp_path / "halves" / "language")
+    passed = [line for line in logs if line["event"] == "self-check passed"]
+    assert [line["against"] for line in passed] == ["its record"] * 2
+
+
+def test_a_record_is_of_the_weights_without_an_adapter(checkpoint, tmp_path):
+    """With one that changes the half, its plain form counts; a damaged record is not taken along."""
+    path, _ = recorded_copy(checkpoint, tmp_path)
+    lora = adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": (64, 64)})
+    with structlog.testing.capture_logs() as logs:
+        vision_of(path, adapter=str(lora))
+        language_of(path, adapter=str(lora))
+    passed = [line["against"] for line in logs if line["event"] == "self-check passed"]
+    assert passed == ["its record", "its plain form"]
+    file = path / recorded.FILES[Half.LANGUAGE]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "0"}))
+    with pytest.raises(CheckpointError, match=r"lookonce-check-language.json is damaged"):
+        split_checkpoint(str(path), tmp_path / "halves")
 
 
 def recorded_copy(checkpoint, directory):

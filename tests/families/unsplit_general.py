@@ -28,7 +28,11 @@ class Unsplit:
     def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
         """What the class is given for a conversation that ends where the assistant is to speak."""
         if self.processor.chat_template is None and self.tokenizer.chat_template is None:
-            ((_, (image, text)),) = turns  # BLIP-2's own form of a question
+            ((_, (*images, text)),) = turns
+            if self.model.config.model_type == "paligemma":
+                made = self.processor(images=[images], text=["<image>" * len(images) + text], return_tensors="pt")
+                return {name: value for name, value in made.items() if name != "labels"}
+            (image,) = images  # BLIP-2's own form of a question
             return dict(self.processor(images=image, text=f"Question: {text} Answer:", return_tensors="pt"))
         messages = [
             {
@@ -63,8 +67,9 @@ class Unsplit:
         more = torch.tensor([further], dtype=torch.int64)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
+        for name in inputs.keys() & {"mm_token_type_ids", "token_type_ids"}:  # PaliGemma's 0 is a prompt's
+            kinds = torch.full_like(more, int(self.model.config.model_type == "paligemma"))
+            inputs[name] = torch.cat([inputs[name], kinds], 1)
         return self.model(**inputs).logits[0, -1 - len(further) :].log_softmax(-1)
 
     def weighed(self, choices: list[str], turns: list[tuple[str, list[Any]]]) -> dict[str, float]:

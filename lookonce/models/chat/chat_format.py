@@ -57,14 +57,16 @@ class ChatFormat:
         names: dict[str, str],
         image: str = "",
         reserved: Collection[int] = (),
+        around: tuple[str, str] = ("", ""),
     ) -> None:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
-        image in a message that the template takes as one string; `reserved` ids stand for images and their like."""
+        image in a message that the template takes as one string; `reserved` ids stand for images and their like;
+        `around` is what is written before and behind each image."""
         self.tokenizer = tokenizer
         self._source = template
         self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
-        self._image = image
+        self._image, self._around = image, around
         self._reserved = frozenset(reserved)
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
         self.added: dict[str, int] = {
@@ -83,7 +85,8 @@ class ChatFormat:
 
     def render(self, turns: Sequence[Turn]) -> str:
         """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
-        return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+        text = self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+        return text.replace(self._image, self._image.join(self._around)) if any(self._around) else text
 
     @cached_property
     def structure(self) -> frozenset[str]:
@@ -158,7 +161,8 @@ def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
         raise CheckpointError(*problems.found)
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
     reserved = [number for name in family.token_id_fields if isinstance(number := config.get(name), int)]
-    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved)
+    around = getattr(family, "around_images", ("", "")) if image else ("", "")
+    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved, around)
 
 
 def end_token_ids(path: Path, family: Family, config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
@@ -210,7 +214,7 @@ def _rendering_problems(chat: ChatFormat, path: Path, family: Family, tokens: Sp
         _log.info("the chat template of %s fails: %r", path, refusal.__cause__)
         yield f"{path}: the chat template can't be rendered for a user's message with an image; {remedy}"
         return
-    count = list(chat.pieces(text)).count(tokens.image_id)
+    count = list(chat.pieces(text)).count(tokens.placeholder_id)
     if count != 1:
         yield f"{path}: the chat template writes {count} placeholders ({tokens.image}) for one image; {remedy}"
     if _PROBE not in text:

@@ -80,6 +80,12 @@ def is_byte_level(tokenizer: Tokenizer) -> bool:
     return tokenizer.decoder is None or b"ByteLevel" in tokenizer.decoder.__getstate__()
 
 
+def drops_first_space(tokenizer: Tokenizer) -> bool:
+    """Whether a space that begins a text is not part of it (LLaMA's), or is (Gemma's)."""
+    state = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+    return b'"Strip"' in state or (b'"Metaspace"' in state and b'"never"' not in state)
+
+
 def _stored(path: Path, words: str) -> Tokenizer:
     file = path / TOKENIZER
     if file.is_file():

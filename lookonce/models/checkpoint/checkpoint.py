@@ -21,6 +21,7 @@ from lookonce.models.checkpoint.adapter import Adapter
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE
 from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
+from lookonce.models.family import EMBEDDING, HEAD
 from lookonce.models.registry import Family, Half, family_of
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -124,7 +125,11 @@ class Checkpoint:
     def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
         if self.adapter is None:
             return self._own_weights
-        return {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+        found = {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+        own = self._own_weights.get(Half.LANGUAGE)
+        if own is not None and self.tied_head and self.adapter.unties:  # each from what was the weight of both
+            found[Half.LANGUAGE] = {HEAD: own[EMBEDDING]} | found[Half.LANGUAGE]
+        return found
 
     @cached_property
     def _own_weights(self) -> dict[Half, dict[str, StoredWeight]]:

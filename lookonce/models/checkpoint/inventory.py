@@ -15,7 +15,8 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _QUANTISED = (  # method, and what its tensors' names end with; the first that is found
     ("GPTQ", (".g_idx",)),
     ("AWQ", (".qweight", ".qzeros")),
-    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point")),
+    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_global_scale")),
+    ("ModelOpt", (".weight_scale_2",)),
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".weight_format")),
     ("bitsandbytes", (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")),
     ("FP8", (".weight_scale_inv", ".weight_scale", ".input_scale")),

@@ -134,7 +134,12 @@ def _merged(weight: torch.Tensor, added: LowRank) -> torch.Tensor:
     """A float32 weight and what an adapter adds to it, in its place."""
     a, b = (_read_part(entry).float() for entry in (added.a, added.b))
     delta = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).mul_(added.scale)
-    return weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
+    weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
+    if added.magnitude is None:
+        return weight
+    outputs = weight.t() if added.embedding else weight.reshape(weight.shape[0], -1)
+    outputs.mul_((_read_part(added.magnitude).float().reshape(-1) / outputs.norm(dim=1))[:, None])
+    return weight
 
 
 def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

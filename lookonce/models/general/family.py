@@ -5,7 +5,6 @@ Every other module of this folder imports torch and transformers' modelling code
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -44,9 +43,12 @@ _TEXTS = {
     "blip-2": "{% if message.role == 'user' %}Question: {{ part.text }} Answer:{% elif message.role == 'assistant' %}"
     " {{ part.text }}. {% else %}{{ part.text }} {% endif %}",
     "instructblip": "{% if message.role == 'user' %}{{ part.text }}{% else %} {{ part.text }} {% endif %}",
+    "paligemma": "{{ part.text }}",
 }
 """Of model types whose checkpoints have no chat template: how a text stands in a prompt. Questions of BLIP-2 are those
-of arXiv:2301.12597 (appendix), InstructBLIP was trained on instructions as they are."""
+of arXiv:2301.12597 (appendix), InstructBLIP and PaliGemma were trained on texts as they are."""
+_CLOSING = {"paligemma": "{{ '\\n' }}"}
+"""What ends a message; arXiv:2407.07726, section 3."""
 _UNSTATED = (
     "architectures",
     "dtype",
@@ -83,19 +85,20 @@ class GeneralFamily:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template where the checkpoint has none. A Q-Former's rows come before all else, even before the
-        token that begins a text; an encoder's text ends with one."""
+        """The chat template where the checkpoint has none. Images come before all else, even before the token that
+        begins a text; an encoder's text ends with one."""
         text = _TEXTS.get(self.model_type)
         if text is None:
             return None
         begin, end = ("", "{{ eos_token }}") if self.architecture.is_encoder_decoder else ("{{ bos_token }}", "")
-        part = "{% if part.type == 'text' %}" + text + "{% endif %}{% endfor %}{% endfor %}"
+        closing = _CLOSING.get(self.model_type, "")
+        part = "{% if part.type == 'text' %}" + text + "{% endif %}{% endfor %}" + closing + "{% endfor %}"
         return _IMAGES + begin + _ALL_PARTS + part + end
 
     @property
     def begins_anew(self) -> bool:
         """Whether the processor tokenises a prompt's text apart from the images and the token before it."""
-        return self.model_type in _TEXTS
+        return self.model_type in ("blip-2", "instructblip")
 
     @property
     def reads_text(self) -> bool:
@@ -135,17 +138,9 @@ class GeneralFamily:
         return {"class": self.architecture.cls.__name__} | _stated(filled)
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A sliding window bounds the context: within it, it changes nothing."""
-        from lookonce.models.general.limits import attention_calls
-
         filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
         if "max_position_embeddings" not in filled and filled.get("n_positions"):
             filled["max_position_embeddings"] = filled["n_positions"]
-        window = None
-        with contextlib.suppress(CheckpointError):  # `problems` says so
-            window = attention_calls(self.architecture).window
-        if window is not None:
-            filled["max_position_embeddings"] = min(window, filled.get("max_position_embeddings") or window)
         return filled
 
     def problems(
@@ -232,8 +227,13 @@ class GeneralFamily:
         return 2.0 * sum(math.prod(shape) for shape in shapes.values()) * 4 * tokens
 
     def special_tokens(self, config: dict[str, Any]) -> SpecialTokens:
-        token, number = self.texts.image_token, self.texts.image_id
-        return SpecialTokens(image_id=number, image=token, marker=token, turn_end="")
+        texts, token = self.texts, self.texts.image_token
+        return SpecialTokens(texts.image_id, image=token, marker=token, turn_end="", written_id=texts.placeholder_id)
+
+    @property
+    def around_images(self) -> tuple[str, str]:
+        """Plain text that stands before and behind an image: it is tokenised together with what is beside it."""
+        return self.texts.around
 
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
         return self.texts.of(grid_thw[2], grid_thw[1]).markers

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import sys
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ _images: Any = image_processing_auto
 _processors: Any = processing_auto
 _SETTINGS = (files.PREPROCESSOR, files.PROCESSOR, "tokenizer_config.json", files.CONFIG)
 _PREPARED = (files.PROCESSOR, files.PREPROCESSOR)
+_SMALL = (150, 60)
 _CHEAP = {"do_rescale": False, "do_normalize": False, "resample": 0}
 """Where an image's size is all that matters."""
 
@@ -90,8 +92,14 @@ class Processor:
     @property
     def image_token(self) -> str:
         """What stands for an image in a prompt before it is expanded."""
-        token = self._processor.image_token
-        return str(getattr(token, "content", token))
+        return _spelt(self._processor.image_token)
+
+    @cached_property
+    def row_token(self) -> str:
+        """What stands for each row of an image when it is expanded: that token, or the tokenizer's own."""
+        text, _ = self.text_of(*_SMALL)
+        own = getattr(self.tokenizer, "image_token", None)
+        return max((self.image_token, *([] if own is None else [_spelt(own)])), key=text.count)
 
     def inputs(self, image: Image.Image) -> dict[str, torch.Tensor]:
         """What the image processor makes of an RGB image."""
@@ -114,7 +122,7 @@ class Processor:
 
     def rows_of(self, image: Image.Image) -> int:
         """Rows of its embedding, as its text says."""
-        return self._prepared([image], self._options)[1][0].count(self.image_token)
+        return self._prepared([image], self._options)[1][0].count(self.row_token)
 
     def _prepared(self, images: list[Image.Image], options: dict[str, Any]) -> tuple[Any, list[str]]:
         try:
@@ -130,6 +138,10 @@ class Processor:
     def _query_tokens(self) -> str:
         """Of a Q-Former, whose rows are as many for every image."""
         return self.image_token * int(self._processor.num_query_tokens)
+
+
+def _spelt(token: Any) -> str:
+    return str(getattr(token, "content", token))
 
 
 def _blank(width: int, height: int) -> Image.Image:

@@ -7,6 +7,7 @@ which tokens are an image's, an encoder and a decoder. The class makes its own c
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,14 +20,14 @@ from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Dimensions, Grid, Half
 from lookonce.models.general.architecture import Architecture
+from lookonce.models.general.blocks import TYPES, UnknownMask, blocks_of_class
 from lookonce.models.general.positions import position_rows
 from lookonce.models.general.qformer import QuestionReader, StoredRows
-from lookonce.models.text_adapter import ModelShape, Stage
+from lookonce.models.text_adapter import BothWays, ModelShape, Stage
 from lookonce.models.unbatched import Choose, UnbatchedPrompt
 
 GridOf = Callable[[Grid], Grid | None]
 """Patches of an image by its size, where the class counts them."""
-_TYPES = ("token_type_ids", "mm_token_type_ids")
 FORMS: tuple[Callable[[Sequence[torch.Tensor]], Any], ...] = (
     list,
     lambda rows: torch.cat(list(rows))[None],
@@ -72,10 +73,17 @@ class GeneralUnbatched:
     """An `UnbatchedModel` over a class whose vision half has no weights. Called from one thread at a time."""
 
     def __init__(
-        self, model: Any, shape: ModelShape, image_id: int, grid_of: GridOf, reader: QuestionReader | None = None
+        self,
+        model: Any,
+        shape: ModelShape,
+        image_id: int,
+        grid_of: GridOf,
+        *,
+        alike: bool = False,
+        reader: QuestionReader | None = None,
     ) -> None:
-        """`model` is filled; `image_id` stands for an image's rows in a prompt; `reader`: its Q-Former's, if that reads
-        the question."""
+        """`model` is filled; `image_id` stands for an image's rows in a prompt. `alike`: all tokens of a prompt are of
+        one kind; `reader`: its Q-Former's, if that reads the question."""
         self._model, self._shape, self._image_id, self._grid_of = model, shape, image_id, grid_of
         self._reader = reader
         # BLIP-2 and its like embed images themselves, and have their language model generate
@@ -83,7 +91,7 @@ class GeneralUnbatched:
         self._generator: Any = model.language_model if self._embeds else model
         inner = inspect.signature(type(model.base_model).forward).parameters
         takes = {*inspect.signature(type(model).forward).parameters, *inner}
-        self._types = [name for name in _TYPES if name in takes]
+        self._types, self._alike = [name for name in TYPES if name in takes], alike
         self._counts_patches = "image_grid_thw" in takes
         self.form: Callable[[Sequence[torch.Tensor]], Any] = FORMS[0]
         own = self._generator.generation_config
@@ -152,7 +160,8 @@ class GeneralUnbatched:
 
     def _inputs(self, ids: torch.Tensor, rows: Sequence[torch.Tensor], prompt: UnbatchedPrompt) -> dict[str, Any]:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        inputs |= dict.fromkeys(self._types, (ids == self._image_id).long())
+        kinds = torch.zeros_like(ids) if self._alike else (ids == self._image_id).long()
+        inputs |= dict.fromkeys(self._types, kinds)
         grids = [grid for image in prompt.images if (grid := self._grid_of(image.grid)) is not None]
         if grids and self._counts_patches:
             inputs["image_grid_thw"] = torch.tensor(grids, device=ids.device)
@@ -216,7 +225,14 @@ def load_unbatched(
         stages=(Stage(device, dimensions.layers),),
         position_rows=position_rows(architecture.model),
     )
-    return GeneralUnbatched(model, shape, image_id, grid_of, reader)
+    return GeneralUnbatched(model, shape, image_id, grid_of, alike=_alike(architecture), reader=reader)
+
+
+def _alike(architecture: Architecture) -> bool:
+    """Whether a prompt's tokens all see one another, whatever their kind (PaliGemma)."""
+    with contextlib.suppress(UnknownMask):
+        return blocks_of_class(architecture)[0] is BothWays.PROMPT
+    return False
 
 
 def _fill(
