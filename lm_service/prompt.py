@@ -173,6 +173,7 @@ class PromptBuilder:
         self._image_token_id, self._placeholder_id = tokens.image_id, tokens.placeholder_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
+        self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
         self._reads_text = bool(getattr(family, "reads_text", False))
@@ -262,7 +263,8 @@ class PromptBuilder:
         for image in images:
             place = ids.index(self._placeholder_id, begin)
             expanded += ids[begin:place]
-            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            rows, markers = self._taken(image.grid_thw, len(images)) or (None, self._markers(image.grid_thw))
+            span = ImageSpan(len(expanded), image, markers, rows)
             expanded += [self._image_token_id] * (span.end - span.start)
             for at, token_id in span.markers:
                 expanded[span.start + at] = token_id

@@ -286,7 +286,7 @@ def usage(prompt: Prompt, completion_tokens: int, cached_tokens: int) -> languag
         prompt_tokens=len(prompt.token_ids),
         completion_tokens=completion_tokens,
         cached_tokens=cached_tokens,
-        image_tokens=sum(span.reference.tokens for span in prompt.images),
+        image_tokens=sum(span.tokens for span in prompt.images),
     )
 
 

@@ -21,17 +21,28 @@ class ImageSpan:
 
     start: int
     reference: EmbeddingReference
-    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family and grid
+    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family, grid and how many images there are
+    rows: tuple[int, int] | None = None  # first and one past the last of the embedding's, where not all are taken
+
+    @property
+    def first(self) -> int:
+        """Number of the first row in the embedding."""
+        return self.rows[0] if self.rows else 0
+
+    @property
+    def tokens(self) -> int:
+        """How many rows."""
+        return self.rows[1] - self.rows[0] if self.rows else self.reference.tokens
 
     @property
     def end(self) -> int:
         """One past its last token."""
-        return self.start + self.reference.tokens + len(self.markers)
+        return self.start + self.tokens + len(self.markers)
 
     @property
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Neighbouring rows: the place of the first in the prompt, its number in the embedding, and how many."""
-        place = row = 0
+        place, row = 0, self.first
         for at, _ in (*self.markers, (self.end - self.start, 0)):
             if at > place:
                 yield self.start + place, row, at - place

@@ -19,6 +19,8 @@ from lookonce.core.process import wait_briefly
 
 _OF_TEXT = {"input_ids": None, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs that are as long as the prompt, and what each further token adds; None: itself."""
+_FORMS = {"blip-2": "Question: {} Answer:", "instructblip": "{}", "paligemma": "<image>{}"}
+"""Of a question, for model types without a chat template."""
 _SAMPLED = 64
 """Tokens of the vocabulary, at equal distances, whose log-probabilities tell how far these are spread."""
 
@@ -82,9 +84,10 @@ class Unsplit:
             processor = processors.from_pretrained(self.path)
         except (ImportError, ValueError):
             return self._by_general_processor(image, self.tokenizer.apply_chat_template(**chat, tokenize=False))
-        if processor.chat_template is None and self.tokenizer.chat_template is None:  # InstructBLIP takes it as it is
-            asked = question if self._reads_text else f"Question: {question} Answer:"  # BLIP-2's form of a question
-            return dict(processor(images=image, text=asked, return_tensors="pt"))
+        if processor.chat_template is None and self.tokenizer.chat_template is None:
+            form = _FORMS.get(self.model.config.model_type, _FORMS["blip-2"])
+            made = dict(processor(images=image, text=form.format(question), return_tensors="pt"))
+            return {name: x for name, x in made.items() if name != "labels"}
         text = processor.apply_chat_template(**chat, tokenize=False)
         whole = {"add_special_tokens": not self._begun(text), "return_tensors": "pt"}
         return dict(processor(images=[image], text=[text], **whole))
@@ -95,9 +98,11 @@ class Unsplit:
         from lookonce.models.general.processor import Processor
 
         processor = Processor(Path(self.path), self.model.config, tokenizer=True)
-        text = text.replace(processor.image_token, processor.text_of(*image.size)[0], 1)
-        ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=not self._begun(text))["input_ids"]
-        return processor.inputs(image) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs = processor.whole([image], text)
+        if not self._begun(text):
+            before = self.tokenizer("")["input_ids"]
+            inputs["input_ids"] = torch.tensor([before + inputs["input_ids"][0].tolist()])
+        return inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])}
 
     def _begun(self, text: str) -> bool:
         """Whether the template has written the first token already."""
@@ -129,6 +134,8 @@ class Unsplit:
             length = len(answer)
         for name, filler in _OF_TEXT.items():
             if name in grown:
+                if name == "token_type_ids":  # PaliGemma's 0 is a prompt's
+                    filler = int(self.model.config.model_type == "paligemma")
                 more = torch.tensor([answer if filler is None else [filler] * len(answer)], dtype=grown[name].dtype)
                 grown[name] = torch.cat([grown[name], more], dim=1)
         logits = self.model(**self._placed(grown), use_cache=False).logits[0, -length - 1 :]

@@ -77,6 +77,7 @@ class Dimensions:
     patches_per_token: int
     patch_numbers: int  # at hand for each patch while a batch is encoded
     deepstack: int = 0  # first layers behind which further rows are added to an image's tokens
+    idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What a half's weights compute, written as plainly as the model's paper: what the services' own forwards are held to.
 
-Weights are read from the checkpoint's files some rows at a time, rounded to the compute dtype and widened to float32,
-and dropped again: beside a loaded half there is never more than one matrix, where that is not stored plain, and else a
-part of one. Nothing here is packed, compiled, cached or quantised. Each family that has such a form answers
-`Family.plain` with it. Imports torch.
+Weights are those that a loader has just read, before anything is made of them, or are read from the checkpoint's files.
+Some rows at a time, rounded to the compute dtype, are widened to float32 and dropped again: beside a loaded half there
+is never more than one matrix, where that is not stored plain, and else a part of one. Nothing here is packed, compiled,
+cached or quantised. Each family that has such a form answers `Family.plain` with it. Imports torch.
 """
 
 from __future__ import annotations
@@ -54,12 +54,15 @@ class Weights:
     """A half's weights by name, float32 on the CPU."""
 
     def __init__(self, checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> None:
-        """`dtype`: what they are rounded to first."""
+        """`dtype`: what they are rounded to first. Those that the checkpoint has in memory are."""
         self._checkpoint, self._half, self._dtype = checkpoint, half, dtype
         self._entries = checkpoint.half_entries(half)
 
     def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """All of it, or some rows."""
+        if self._checkpoint.held is not None:
+            held: torch.Tensor = self._checkpoint.held[name]
+            return (held if rows is None else held[slice(*rows)]).detach().to("cpu", torch.float32)
         return read_weight(self._checkpoint, self._half, name, self._dtype, rows).float()
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ BUILTIN = {
     "qwen2_5_vl": "lookonce.models.qwen2_5_vl.config:FAMILY",
     "qwen2_vl": "lookonce.models.qwen2_vl.config:FAMILY",
     "qwen3_vl": "lookonce.models.qwen3_vl.config:FAMILY",
+    "qwen3_vl_moe": "lookonce.models.qwen3_vl.config:MOE_FAMILY",
 }
 GENERAL = "lookonce.models.general.family:general_family"
 

@@ -88,7 +88,7 @@ class ModelSize:
     def prefill_flops(self, tokens: int, context: int = 0) -> float:
         """Work of the language model on `tokens` after `context` others whose KV is there."""
         dims = self.dimensions
-        matrices = self.halves[Half.LANGUAGE].matrix_parameters
+        matrices = self.halves[Half.LANGUAGE].matrix_parameters - dims.idle_parameters
         attention = 4 * dims.layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
         return 2 * tokens * matrices + attention + 2 * dims.vocabulary * dims.hidden
 
@@ -143,9 +143,11 @@ def _stored_dtype(*configs: dict[str, Any]) -> str:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> HalfSize:
-    matrices = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS)) and len(shape) == 2]
+    blocks = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS))]
+    matrices = [shape for shape in blocks if len(shape) == 2]
+    stacks = [shape for shape in blocks if len(shape) == 3]  # of experts: [experts, in, out]
     return HalfSize(
         sum(math.prod(shape) for shape in shapes.values()),
-        sum(math.prod(shape) for shape in matrices),
-        sum(shape[0] for shape in matrices),
+        sum(math.prod(shape) for shape in matrices + stacks),
+        sum(shape[0] for shape in matrices) + sum(shape[0] * shape[2] for shape in stacks),
     )

@@ -98,6 +98,13 @@ deepstack features, positions that depend on more than an image's grid, and code
 the layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a time.
 An image's `max_pixels` bounds what its processor is given.
 
+Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
+(Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the
+model's own, however short its windows are, and KV is kept for all of it. Tokens that see each other are prefilled in
+one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
+and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
+kernels.
+
 **InstructBLIP**: what is stored of an image is its tower's rows, which no question changes; the Q-Former runs in the
 language service, once for each question. The other way, a key that includes the question, would encode the image
 again for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million,

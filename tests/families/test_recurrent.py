@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from tests.families.test_general import check_packed
-from tests.families.tiny_checkpoints import make_tiny
-from tests.families.tiny_recurrent import FAMILIES
+from tests.families.tiny_recurrent import FAMILIES, make
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_every_family(family, tmp_path, monkeypatch):
-    await check_packed(make_tiny(FAMILIES[family], tmp_path / family), monkeypatch)
+    await check_packed(make(family, tmp_path / family), monkeypatch)

@@ -16,6 +16,7 @@ from lm_service.settings import LanguageSettings
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.quantization import check_usable, scheme
+from lookonce.models.self_check import watched
 from lookonce.models.text_adapter import ModelAdapter
 
 
@@ -33,7 +34,7 @@ class PackedBuilder:
     def load(self, checkpoint: Checkpoint, context_length: int) -> tuple[ModelAdapter, ModelFacts]:
         """The language half on its devices, ready to compute."""
         settings, entries = self._settings, checkpoint.half_entries(Half.LANGUAGE)
-        dtype = choose_dtype(settings.dtype, self._wanted.devices, checkpoint.dtype)
+        dtype = self._dtype(checkpoint)
         home = place(self._wanted, entries, dtype, settings.quantization)
         facts = ModelFacts(
             context_length=context_length,
@@ -52,10 +53,15 @@ class PackedBuilder:
         )
         return adapter, facts
 
+    def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        return choose_dtype(self._settings.dtype, self._wanted.devices, checkpoint.dtype)
+
     def build(
         self, checkpoint: Checkpoint, table: TokenTable, end_ids: frozenset[int], context_length: int
     ) -> PackedEngine:
         settings = self._settings
+        if settings.self_check == "on":
+            checkpoint = watched(checkpoint, Half.LANGUAGE, self._dtype(checkpoint))
         adapter, facts = self.load(checkpoint, context_length)
         options = PackedOptions(
             max_running=settings.max_running,

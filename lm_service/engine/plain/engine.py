@@ -229,7 +229,7 @@ class PlainEngine:
                     ErrorKind.EMBEDDING_INVALID, f"the embedding is {list(rows.shape)}, expected {expected}"
                 )
             timings.embedding = max(timings.embedding, source, key=list(EmbeddingSource).index)
-            images.append(ImageRows(span.reference.grid_thw, rows))
+            images.append(ImageRows(span.reference.grid_thw, rows[span.first : span.first + span.tokens]))
         timings.load_ms += (time.monotonic() - began) * 1000
         return _prompt(prompt, images)
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
@@ -30,6 +30,13 @@ _IDENTITY = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|blake3:[0-9a-f]{64}")
 _IDENTITY_FORMATS = (1, 2)  # the first says nothing of the vision half's weights
 
 
+class Witness(Protocol):
+    """Is shown a half's weights as they were read, before anything is made of them."""
+
+    def __call__(self, half: Half, weights: Mapping[str, Any]) -> None:
+        """Tensors by their name in the module, in the compute dtype, each on its device. They are not to be kept."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint whose needed halves are on this machine, whole."""
@@ -46,6 +53,8 @@ class Checkpoint:
     stated_vision_weights: str | None = field(repr=False)  # by `lookonce split`
     format: Format | None = None  # how the weights are quantised that are
     adapter: Adapter | None = None  # merged when a half is loaded
+    witness: Witness | None = field(default=None, repr=False)  # sees a half's weights when they are loaded
+    held: Mapping[str, Any] | None = field(default=None, repr=False)  # tensors of a half in memory, for its plain form
 
     @cached_property
     def identity(self) -> str:

@@ -67,7 +67,10 @@ def load_weights(
     wanted = {name: entry for name, entry in entries.items() if name not in spare}
     added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
     reader = _Reader(dtype, where, added)
-    state = {name: tensor for file in _by_file(wanted) for name, tensor in reader.read(*file)}
+    read = (pair for file in _by_file(wanted) for pair in reader.read(*file))
+    state = {name: tensor if tensor.shape == expected[name].shape else tensor.mT for name, tensor in read}
+    if checkpoint.witness is not None:
+        checkpoint.witness(half, state)
     if tied:
         state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)

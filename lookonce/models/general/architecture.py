@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.family import Half
+from lookonce.models.general.joined import Group, groups_of, in_parts
 
 _TOWER, _QUERYING = "vision_model", ("query_tokens", "qformer", "language_projection")
 _building = threading.Lock()
@@ -40,8 +42,9 @@ class Place:
 class Architecture:
     """One config.json's class. Raises CheckpointError for what transformers can't build of it."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.raw = config
+    def __init__(self, config: dict[str, Any], *, in_parts: bool = False) -> None:
+        """`in_parts`: the files hold apart what the class has joined."""
+        self.raw, self.in_parts = config, in_parts
         self.config = parsed(config)
         self.cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
 
@@ -138,13 +141,18 @@ class Architecture:
         return [each for each in found if not isinstance(each, WeightConverter)], joins
 
     def locate(self, stored: str) -> Place | None:
-        """The place of a stored tensor; None for a buffer that older files hold. Raises CheckpointError for others."""
+        """The place of a stored tensor; None for a buffer that older files hold, and for what the class leaves out.
+        Raises CheckpointError for others."""
+        if any(re.match(pattern, stored) for pattern in self.cls._keys_to_ignore_on_load_unexpected or ()):
+            return None
         renamings, joins = self._conversions
-        name, joined = rename_source_key(stored, renamings, joins, self.model.base_model_prefix, self._meta_state)
+        name, joined = rename_source_key(
+            stored, renamings, [] if self.in_parts else joins, self.model.base_model_prefix, self._meta_state
+        )
         if joined is not None:
             raise CheckpointError(
-                f"tensor {stored!r} is stored in parts that transformers joins when it loads them, which the general "
-                "path does not; save the model anew with transformers' save_pretrained"
+                f"tensor {stored!r} is stored in parts beside others that are stored joined; save the model anew with "
+                "transformers' save_pretrained"
             )
         place = self.places.get(name)
         if place is None and name not in self._meta_state and name not in self._buffers and not self._is_ignored(name):
@@ -154,7 +162,21 @@ class Architecture:
     @cached_property
     def _meta_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = self.model.state_dict()
-        return state
+        return in_parts(self.groups, state) if self.in_parts else state
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is joined of parts; none where the files hold it joined."""
+        return groups_of(self.model, self._conversions[1], self.model.state_dict()) if self.in_parts else []
+
+    def groups_in(self, half: Half) -> list[Group]:
+        """Those of one half."""
+        return [group for group in self.groups if self._place(group.joined[0], ()).half is half]
+
+    def is_part(self, stored: str) -> bool:
+        """Whether a stored tensor is one that transformers joins with others."""
+        renamings, joins = self._conversions
+        return bool(joins) and rename_source_key(stored, renamings, joins)[1] is not None
 
     @cached_property
     def _buffers(self) -> frozenset[str]:

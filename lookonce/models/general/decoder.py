@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.joined import apart
 from lookonce.models.general.limits import Calls, attention_calls
 from lookonce.models.general.placing import bring_together
 from lookonce.models.general.positions import position_rows
@@ -85,9 +87,15 @@ def load_text(
 ) -> GeneralText:
     """Read the language half, each tensor to `where` it belongs; `devices` are the layers'. Raises CheckpointError."""
     calls = attention_calls(architecture)
+    if calls.states and len(set(devices)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave out "
+            "--device-map"
+        )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
     bring_together(half.model, half.lm_head, devices)
     for module in model.modules():  # classes ask their first parameter for a device
         for name, parameter in module._parameters.items():

@@ -18,6 +18,7 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half, Patches
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.family import bounded
+from lookonce.models.general.joined import apart
 from lookonce.models.general.processor import Processor
 from lookonce.models.general.qformer import fold, folded_shape
 from lookonce.models.omp_thread import Pause
@@ -32,6 +33,7 @@ class Prepared(Patches):
     """An image as the checkpoint's image processor leaves it."""
 
     inputs: dict[str, Any] = field(default_factory=dict)
+    among_others: tuple[dict[str, Any], int] | None = None  # the same as the first of several, and rows of it
 
     @property
     def count(self) -> int:
@@ -66,8 +68,14 @@ class GeneralEncoder:
         columns, rows = bounded(width, height, min_pixels, max_pixels)
         if (columns, rows) != image.size:
             image = image.resize((columns, rows), resample=Image.Resampling.BICUBIC)
-        inputs = {name: x for name, x in self._processor.inputs(image).items() if name in self._names}
-        return Prepared(_NO_PIXELS, (1, rows, columns), width, height, inputs)
+        among = self._processor.inputs_among_others(image) if self._processor.among_others else None
+        taken = among and (self._taken(among[0]), among[1])
+        return Prepared(
+            _NO_PIXELS, (1, rows, columns), width, height, self._taken(self._processor.inputs(image)), taken
+        )
+
+    def _taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: x for name, x in inputs.items() if name in self._names}
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
@@ -76,7 +84,11 @@ class GeneralEncoder:
         for prepared in batch:
             if not isinstance(prepared, Prepared):
                 raise TypeError(f"{type(prepared).__name__} was prepared by another encoder")
-            rows.append(self._one(prepared).to("cpu"))
+            found = self._one(prepared.inputs)
+            if prepared.among_others is not None:
+                inputs, count = prepared.among_others
+                found = torch.cat([found, self._one(inputs)[:count]])
+            rows.append(found.to("cpu"))
             pause()
         return rows
 
@@ -91,8 +103,8 @@ class GeneralEncoder:
                 "tokens for it; take config.json and preprocessor_config.json from the same repository"
             )
 
-    def _one(self, prepared: Prepared) -> torch.Tensor:
-        inputs = {name: self._placed(x) for name, x in prepared.inputs.items()}
+    def _one(self, prepared: dict[str, Any]) -> torch.Tensor:
+        inputs = {name: self._placed(x) for name, x in prepared.items()}
         if self._folded is not None:
             return fold(self.model.vision_model(**inputs).last_hidden_state[0], self._folded).to(self.dtype)
         features = self.model.get_image_features(**inputs, return_dict=True)
@@ -120,7 +132,8 @@ def load_encoder(
             del owner._parameters[last]
         elif last in owner._modules:
             owner._modules[last] = nn.Module()
-    load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
+    with apart(model, architecture.groups_in(Half.VISION)):
+        load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
     model.to(device)
     processor = Processor(checkpoint.path, architecture.config, tokenizer=False)
     folded = folded_shape(architecture) if architecture.reads_text else None

@@ -5,23 +5,26 @@ Every other module of this folder imports torch and transformers' modelling code
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.core.identity import canonical_json
-from lookonce.models.family import Dimensions, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
+from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 
 if TYPE_CHECKING:
     import torch
 
+    from lookonce.models.chat.chat_format import ChatFormat
     from lookonce.models.checkpoint.checkpoint import Checkpoint
     from lookonce.models.general.architecture import Architecture
     from lookonce.models.general.prompts import ImageTexts
@@ -37,6 +40,8 @@ _LEAST_PIXELS = 64
 _SMALL = (150, 60)
 """Width and height of an image whose markers are checked at start."""
 _TOKEN_IDS = ("image_token_id", "image_token_index")
+Taken = tuple[tuple[int, int], tuple[Marker, ...]]
+"""First row and one past the last; markers among them."""
 _ALL_PARTS = "{% for message in messages %}{% for part in message.content %}"
 _IMAGES = _ALL_PARTS + "{% if part.type == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
 _TEXTS = {
@@ -81,7 +86,14 @@ class GeneralFamily:
     @cached_property
     def architecture(self) -> Architecture:
         """The class. Raises CheckpointError."""
-        return _architecture(canonical_json(self._config))
+        from lookonce.models.checkpoint.files import weight_map_of
+
+        config = canonical_json(self._config)
+        found = _architecture(config)
+        names: Iterable[str] = ()
+        with contextlib.suppress(CheckpointError):  # settings without weights, and what doctor says of these
+            names = () if self._path is None else weight_map_of(self._path)
+        return _architecture(config, in_parts=True) if any(map(found.is_part, names)) else found
 
     @cached_property
     def template(self) -> str | None:
@@ -112,7 +124,17 @@ class GeneralFamily:
 
         if self._path is None:
             raise CheckpointError(f"{self.model_type}: the general path needs a directory with the processor's files")
-        return ImageTexts(self._path, self.architecture)
+        return ImageTexts(self._path, self.architecture, self._chat)
+
+    def _chat(self, image: str) -> ChatFormat | None:
+        """As a file of the checkpoint says. What is missing doctor says."""
+        from lookonce.models.chat.chat_format import open_chat
+
+        plain = SimpleNamespace(words=self.words, token_id_fields=self.token_id_fields)
+        if self.template is None and self._path is not None:
+            with contextlib.suppress(CheckpointError):
+                return open_chat(self._path, cast("Family", plain), image)
+        return None
 
     @property
     def label(self) -> str:
@@ -214,7 +236,8 @@ class GeneralFamily:
         frames, rows, columns = grid_thw
         if frames != 1 or min(rows, columns) < 1 or rows * columns > MOST_PIXELS:
             raise invalid(f"image.grid {frames}x{rows}x{columns} is no image's size", param="image.grid")
-        return self.texts.of(columns, rows).tokens
+        found = self.texts.of(columns, rows)
+        return found.tokens + (found.among_others.tokens if found.among_others else 0)
 
     def has_laid_out(self, config: dict[str, Any], grid_thw: Grid) -> bool:
         """Whether the text of an image of this size is known: else its processor takes a blank one apart, which may
@@ -238,10 +261,20 @@ class GeneralFamily:
     def markers(self, config: dict[str, Any], grid_thw: Grid) -> tuple[Marker, ...]:
         return self.texts.of(grid_thw[2], grid_thw[1]).markers
 
+    def taken(self, config: dict[str, Any], grid_thw: Grid, images: int) -> Taken | None:
+        """Of the rows of an embedding those that are in a prompt with so many images, and their markers; None: all."""
+        alone = self.texts.of(grid_thw[2], grid_thw[1])
+        rows = alone.among_others
+        if rows is None:
+            return None
+        if images == 1:
+            return (0, alone.tokens), alone.markers
+        return (alone.tokens, alone.tokens + rows.tokens), rows.markers
+
     def positions(self, config: dict[str, Any], length: int, images: Layout) -> tuple[NDArray[np.int64], int]:
-        if len(images) > 1 and not self.texts.each_alone:
+        if len(images) > 1 and not self.texts.takes_several:
             raise invalid(
-                f"{self.label} cuts several images otherwise than each of them alone; ask about one image at a time",
+                f"{self.label} writes several images otherwise than each of them alone; ask about one image at a time",
                 param="messages",
             )
         return self._laid_out(length, tuple(images))
@@ -254,7 +287,13 @@ class GeneralFamily:
         images = tuple(image for image in images if min(image[1]) >= 1 and image[1][1] * image[1][2] >= _LEAST_PIXELS)
         texts = [(start, self.texts.of(columns, rows)) for start, (_, rows, columns) in images]
         runs = [((start + text.first, text.tokens), text.grid) for start, text in texts if text.grid is not None]
-        positions = rope_positions(self.architecture.model, length, runs)
+        try:
+            positions = rope_positions(self.architecture.model, length, runs)
+        except (RuntimeError, ValueError, IndexError, StopIteration) as error:
+            raise invalid(
+                f"{self.label} can't tell images apart that stand side by side; put a text between them",
+                param="messages",
+            ) from error
         return positions, int(positions.max()) + 1 if length else 0
 
     def load_encoder(
@@ -333,11 +372,11 @@ def general_family(config: dict[str, Any], path: Path | None = None) -> GeneralF
 
 
 @lru_cache(maxsize=4)
-def _architecture(config: bytes) -> Architecture:
+def _architecture(config: bytes, *, in_parts: bool = False) -> Architecture:
     """Built once for all who ask about a checkpoint."""
     from lookonce.models.general.architecture import Architecture
 
-    return Architecture(json.loads(config))
+    return Architecture(json.loads(config), in_parts=in_parts)
 
 
 def bounded(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

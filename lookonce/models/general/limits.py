@@ -28,6 +28,7 @@ from lookonce.models.text_adapter import AttentionRules, StateTensor
 
 _TOKENS = 3  # of the pass
 _ATTENTION = "attention"
+_BY_TYPES = ("token_type_ids", "mm_token_type_ids")
 _READS_TEXT = ("input_ids", "qformer_input_ids")
 _ELSEWHERE = "use vLLM or transformers for it"
 
@@ -85,6 +86,12 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
     if named and not architecture.reads_text:
         yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
+    forwards = (cls.forward, type(architecture.model.base_model).forward)
+    taken = [name for forward in forwards for name in inspect.signature(forward).parameters]
+    told = [name for name in taken if name.endswith("token_type_ids") and name not in _BY_TYPES]
+    if told:
+        yield f"{subject}: its layers compute an image's tokens otherwise than text ({told[0]}); {_ELSEWHERE}"
+        return
     if hasattr(architecture.model.base_model, "get_rope_index") and position_rows(architecture.model) == 1:
         yield f"{subject}: its positions depend on more than an image's grid (get_rope_index); {_ELSEWHERE}"
         return

@@ -46,7 +46,7 @@ class OneSequence:
         if layer in self._past:
             k, v = (torch.cat([old, new]) for old, new in zip(self._past[layer], (k, v), strict=True))
         self._past[layer] = k, v
-        seen = self._seen[layer][len(k) - len(q) : len(k), : len(k)]
+        seen = self._seen[layer][len(k) - len(q) : len(k), : len(k)].to(q.device)
         group = q.shape[1] // k.shape[1]
         q, k, v = q.transpose(0, 1), *(x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
         if self._softcap is None:

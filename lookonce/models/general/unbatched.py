@@ -21,6 +21,7 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Dimensions, Grid, Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.blocks import TYPES, UnknownMask, blocks_of_class
+from lookonce.models.general.joined import apart
 from lookonce.models.general.positions import position_rows
 from lookonce.models.general.qformer import QuestionReader, StoredRows
 from lookonce.models.text_adapter import BothWays, ModelShape, Stage
@@ -244,9 +245,10 @@ def _fill(
     for place in places.values():
         hollow = torch.empty(place.shape, dtype=dtype, device="meta")
         _put(half, place.name, nn.Parameter(hollow, requires_grad=False))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
-    for name, place in places.items():
-        _put(model, name, half.get_parameter(place.name))
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
+        for name, place in places.items():
+            _put(model, name, half.get_parameter(place.name))
     for name, source in (model.all_tied_weights_keys or {}).items():
         if architecture.is_encoder_decoder and name not in places and source in places:
             _put(model, name, model.get_parameter(source))

@@ -281,7 +281,9 @@ class Qwen2VL:
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width to resize to: multiples of `factor`, the product within the bounds where the ratio allows.
 
-    Same arithmetic as transformers' function of this name, float rounding included.
+    Same arithmetic as transformers' function of this name, float rounding included. Sides of an enlarged image are
+    rounded up: it has fewer than min_pixels + factor * (height + width) * s + factor**2 pixels, s = sqrt(min_pixels /
+    (height * width)), which may be above the max. That isn't clamped: the bounds as given are in the embedding's key.
     """
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:

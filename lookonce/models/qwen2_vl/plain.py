@@ -93,8 +93,7 @@ class PlainQwen2VL:
             ]
             x = x + weights.linear(f"{name}.self_attn.o_proj", torch.cat(mixed))
             normed = rms_normed(x, weights(f"{name}.post_attention_layernorm.weight"), epsilon)
-            gate, up = (weights.linear(f"{name}.mlp.{part}_proj", normed) for part in ("gate", "up"))
-            x = x + weights.linear(f"{name}.mlp.down_proj", functional.silu(gate) * up)
+            x = x + self.mlp(weights, f"{name}.mlp", normed)
             for part, prompt in zip(torch.split(x, lengths), prompts, strict=True):
                 if number + 1 < len(prompt.rows):  # a level of the deepstack
                     level = prompt.rows[number + 1].to(self._dtype).float()
@@ -102,6 +101,11 @@ class PlainQwen2VL:
         wanted = torch.cat([x[-prompt.last :] for x, prompt in zip(torch.split(x, lengths), prompts, strict=True)])
         found = weights.vocabulary_logits(rms_normed(wanted, weights("model.norm.weight"), epsilon))
         return list(torch.split(found, [prompt.last for prompt in prompts]))
+
+    def mlp(self, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of [T, hidden]."""
+        gate, up = (weights.linear(f"{name}.{part}_proj", x) for part in ("gate", "up"))
+        return weights.linear(f"{name}.down_proj", functional.silu(gate) * up)
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """Each section of the frequencies follows its own row of the positions [3, T]."""

@@ -34,6 +34,10 @@ class PrefillSpan:
     sight: Sight | None = None  # what each sees; None: itself and all before it
     beyond: int = 0  # of the tokens, the last ones that are seen and not stored
 
+    def to(self, device: torch.device) -> PrefillSpan:
+        """The same with its masks on another device."""
+        return self if self.sight is None else replace(self, sight=self.sight.to(device))
+
 
 @dataclass(frozen=True)
 class SharedSpan:
@@ -95,8 +99,13 @@ class AttentionPlan:
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same with its tensors on another device."""
-        suffixes, shared = ([each.to(device) for each in found] for found in (self.suffixes, self.shared))
-        return replace(self, suffixes=suffixes, shared=shared, suffix_rows=self.suffix_rows.to(device))
+        return replace(
+            self,
+            prefills=[span.to(device) for span in self.prefills],
+            shared=[span.to(device) for span in self.shared],
+            suffixes=[batch.to(device) for batch in self.suffixes],
+            suffix_rows=self.suffix_rows.to(device),
+        )
 
 
 def attention_over(shape: ModelShape, pool: SuffixPool, plans: Mapping[int | None, AttentionPlan]) -> Attend:

@@ -6,7 +6,7 @@ Tokens are counted from the first one of a sequence: whatever its positions are,
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,20 @@ class Rows:
     last: int
     mask: torch.Tensor  # bool [end - begin, last - first]
 
+    def to(self, device: torch.device) -> Rows:
+        """The same with its mask on another device."""
+        return replace(self, mask=self.mask.to(device))
+
 
 @dataclass(frozen=True)
 class Sight:
     """What the tokens of a span see."""
 
     rows: list[Rows]
+
+    def to(self, device: torch.device) -> Sight:
+        """The same with its masks on another device."""
+        return Sight([rows.to(device) for rows in self.rows])
 
     def attend(
         self, q: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor]], softcap: float | None

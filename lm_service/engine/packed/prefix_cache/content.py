@@ -111,7 +111,7 @@ def _columns(prompt: Prompt, start: int, end: int, salt: bytes) -> Content:
             continue
         first, last = span.start - start, span.end - start
         content[0, text - start : first] = prompt.token_ids[text : span.start]
-        content[0, first:last] = -1 - np.arange(last - first)
+        content[0, first:last] = -1 - span.first - np.arange(last - first)
         content[1:POSITIONS, first:last] = _words(span.reference.key)
         text = span.end
     content[0, text - start :] = prompt.token_ids[text:end]
