@@ -169,7 +169,7 @@ class Unsplit:
     @property
     def _reads_text(self) -> bool:
         """Whether a Q-Former reads the question, on the language half's side."""
-        return self.model.config.model_type == "instructblip"
+        return bool(self.model.config.model_type == "instructblip")
 
     def _folded(self, rows: Any) -> Any:
         """The tower's rows as they are stored: one behind the other in as many rows as the Q-Former has queries."""

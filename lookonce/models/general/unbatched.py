@@ -48,7 +48,7 @@ class ImageFeatures:
             raise AttributeError(name)
 
 
-class _Chosen(LogitsProcessor):  # type: ignore[misc]
+class _Chosen(LogitsProcessor):
     """Has each token chosen elsewhere."""
 
     def __init__(self, choose: Choose) -> None:
@@ -60,7 +60,7 @@ class _Chosen(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token], device=scores.device), 0.0)
 
 
-class _Over(StoppingCriteria):  # type: ignore[misc]
+class _Over(StoppingCriteria):
     """Ends when the last token was chosen."""
 
     def __init__(self, chosen: _Chosen) -> None:
@@ -99,7 +99,7 @@ class GeneralUnbatched:
         start = getattr(own, "decoder_start_token_id", None)
         start = own.bos_token_id if start is None else start
         for each in (model, self._generator):
-            each.generation_config = GenerationConfig(use_cache=True)
+            each.generation_config = _settings(use_cache=True)
         self._settings = {"do_sample": False, "max_new_tokens": shape.context, "pad_token_id": 0}
         if self._generator.config.is_encoder_decoder:
             self._settings["decoder_start_token_id"] = start
@@ -179,7 +179,7 @@ class GeneralUnbatched:
             inputs["mm_encoder_outputs"] = dict(inputs["mm_encoder_outputs"])
         self._generator.generate(
             **inputs,
-            generation_config=GenerationConfig(**self._settings),
+            generation_config=_settings(**self._settings),
             logits_processor=[chosen],
             stopping_criteria=[_Over(chosen)],
         )
@@ -256,6 +256,12 @@ def _fill(
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 module._parameters[name] = None
+
+
+def _settings(**values: Any) -> GenerationConfig:
+    make: Any = GenerationConfig
+    found: GenerationConfig = make(**values)
+    return found
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
