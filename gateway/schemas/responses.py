@@ -233,6 +233,13 @@ class ModerationObject(Answered):
     results: list[ModerationResult]
 
 
+class VectorFacts(Answered):
+    """Of an embedding model."""
+
+    width: int = Field(description="numbers of a vector")
+    of_tokens: bool = Field(description="a vector of each token, compared by MaxSim; else one of each input")
+
+
 class Model(Answered):
     """OpenAI's model, with its limits."""
 
@@ -247,6 +254,7 @@ class Model(Answered):
     )
     engine: str = Field(default="", description="packed, or plain: one request at a time, no shared prefix")
     engine_note: str = Field(default="", description="why the plain engine serves it")
+    vectors: VectorFacts | None = Field(None, description="only of an embedding model")
 
 
 class ModelList(Answered):

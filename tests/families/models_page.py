@@ -40,7 +40,7 @@ class Served:
     split: str
     packed: str | Plain
     prefix: str | No
-    scores: str
+    scores: str | No
     video: str | No
     quantised: str | No
 
@@ -109,6 +109,14 @@ kernels.
 language service, once for each question. The other way, a key that includes the question, would encode the image
 again for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million,
 arXiv:2301.12597).
+
+## Embedding models
+
+A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
+others that sentence-transformers lays out (`modules.json`) pool one row of a chat prompt; ColQwen2 and ColQwen2.5, as
+transformers or colpali-engine saves them, make a vector of each token. `--task embed` takes any checkpoint of a Qwen
+line for a pooled one. Such a service answers `/v1/embeddings`, `/v1/rerank` and `/v1/images/search`. It writes no
+text.
 
 ## As they are published
 

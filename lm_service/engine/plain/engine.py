@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence, Set
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -58,6 +58,7 @@ class _Job:
     def __init__(self, deadline: float | None) -> None:
         self.deadline = deadline
         self.arrived = time.monotonic()
+        self.begun = False  # in the worker thread
         self.over = False  # nobody wants more of it
 
     def elapsed_ms(self) -> float:
@@ -91,8 +92,7 @@ class PlainEngine:
         self._loader: EmbeddingLoader  # from `start` on
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="plain-engine")
         self._ahead = asyncio.Semaphore(AHEAD)
-        self._jobs: set[asyncio.Task[Any]] = set()
-        self._present = 0  # requests
+        self._jobs: dict[asyncio.Task[Any], _Job] = {}  # requests
         self._computing = False
         self._loop: asyncio.AbstractEventLoop  # as well
         self._closing = True  # until it is started, and when a fault has left it unusable
@@ -116,7 +116,7 @@ class PlainEngine:
         return EngineState(
             self.facts,
             running=int(self._computing),
-            waiting=max(0, self._present - int(self._computing)),
+            waiting=sum(not job.begun for job in self._jobs.values()),
             max_running=1,
             max_waiting=self._bounds.max_waiting,
             generated_tokens=self._decode_tokens,
@@ -141,7 +141,7 @@ class PlainEngine:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         compute = partial(self._answers, request, job, timings, put)
-        task = self._admitted(self._in_turn(job, request.prompt, timings, compute))
+        task = self._admitted(job, self._in_turn(job, request.prompt, timings, compute))
         task.add_done_callback(lambda done: events.put_nowait(_ending(done)))
         unfinished = request.sampling.n
         try:
@@ -160,7 +160,7 @@ class PlainEngine:
         for item in request.items:
             self._model.check(_prompt(item.prompt, ()))
         job, timings = _Job(request.deadline), Timings()
-        task = self._admitted(self._scored(request, job, timings))
+        task = self._admitted(job, self._scored(request, job, timings))
         try:
             timeout = None if job.deadline is None else max(0.0, job.deadline - time.monotonic())
             done, _ = await asyncio.wait([task], timeout=timeout)
@@ -181,10 +181,10 @@ class PlainEngine:
             await self._in_turn(job, item.prompt, timings, partial(self._weighed, item, job)) for item in request.items
         ]
 
-    def _admitted(self, work: Any) -> asyncio.Task[Any]:
+    def _admitted(self, job: _Job, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """A request's task. Raises OVERLOADED or UNAVAILABLE at once."""
         refusal = _unavailable() if self._closing else None
-        if self._present > self._bounds.max_waiting:
+        if len(self._jobs) > self._bounds.max_waiting:
             METRICS.refusals.inc()
             refusal = LookonceError(
                 ErrorKind.OVERLOADED,
@@ -194,15 +194,10 @@ class PlainEngine:
         if refusal is not None:
             work.close()
             raise refusal
-        self._present += 1
         task = start_task(work)
-        self._jobs.add(task)
-        task.add_done_callback(self._ended)
+        self._jobs[task] = job
+        task.add_done_callback(self._jobs.pop)
         return task
-
-    def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._present -= 1
-        self._jobs.discard(task)
 
     async def _in_turn(self, job: _Job, prompt: Prompt, timings: Timings, compute: Callable[[UnbatchedPrompt], T]) -> T:
         """What is computed in the worker thread, when it is the prompt's turn. Raises what the loader raises."""
@@ -243,7 +238,7 @@ class PlainEngine:
         self, job: _Job, prompt: UnbatchedPrompt, timings: Timings, compute: Callable[[UnbatchedPrompt], T]
     ) -> T | LookonceError:
         """What is computed, or why it is not."""
-        began, self._computing = time.monotonic(), True
+        began, self._computing, job.begun = time.monotonic(), True, True
         if not timings.prefill_tokens:
             timings.queue_ms = job.elapsed_ms() - timings.load_ms
         timings.prefill_tokens += len(prompt.token_ids)
