@@ -99,9 +99,10 @@ compared with the class's own forward too, and nothing is served that differs. `
 `--engine plain` takes the plain engine for any of the general path. Which engine it is and why is said at start, by
 `lookonce doctor`, `plan` and `up`, and in `/v1/models`. Refused by name are cross-attention (Llama 3.2 Vision),
 positions that depend on more than an image's grid, and code of a repository. In the packed engine the layers of such a
-model may lie on several devices (`--device-map`); its vision half encodes one image at a time. An image's `max_pixels`
-bounds what its processor is given. Where an image has other rows in a prompt with several, as LLaVA-OneVision's has,
-one embedding holds both forms. Experts that files hold in parts are joined when they are read.
+model may lie on several devices (`--device-map`), unless it has recurrent ones; its vision half encodes one image at a
+time. An image's `max_pixels` bounds what its processor is given. Where an image has other rows in a prompt with
+several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold in parts are joined when
+they are read.
 
 A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL: short convolutions and gated delta rules) is its KV and
 their state at its end, which every question forks. It is counted, evicted and erased with the KV. A prefix is reused as

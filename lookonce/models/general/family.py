@@ -226,6 +226,7 @@ class GeneralFamily:
             kv_layers=calls.layers,
             state_numbers=sum(state.numbers for state in calls.states if not state.wide),
             state_floats=sum(state.numbers for state in calls.states if state.wide),
+            int8=False,
         )
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
