@@ -299,8 +299,9 @@ class ChatTemplate:
         self._starts = re.compile(starts)
         typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
         self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
-        special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        names = {number: content for content, number in chat.added.items()}
+        added = tokenizer.get_added_tokens_decoder()
+        special_ids = [number for number, token in added.items() if token.special]
+        names = {number: token.content for number, token in added.items()}
         kind = {"byte_level": is_byte_level(tokenizer), "spaced": drops_first_space(tokenizer)}
         self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, **kind)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)

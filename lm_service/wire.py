@@ -19,7 +19,6 @@ from lm_service.engine.types import (
 from lm_service.prompt import Message
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
-from lookonce.core.rpc.messages import reference_from_proto
 from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2
 
@@ -87,7 +86,7 @@ def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingRef
     serialised = image.SerializeToString()
     found = known.get(serialised)
     if found is None:
-        found = known[serialised] = reference_from_proto(image)
+        found = known[serialised] = EmbeddingReference.from_proto(image)
     return found
 
 

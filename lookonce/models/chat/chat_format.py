@@ -69,14 +69,12 @@ class ChatFormat:
         self._image, self._around = image, around
         self._reserved = frozenset(reserved)
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
-        self.added: dict[str, int] = {
-            token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
-        }
+        decoder = tokenizer.get_added_tokens_decoder()
+        found = {number: token for number, token in decoder.items() if not _is_space(token)}
+        self.added: dict[str, int] = {token.content: number for number, token in found.items()}
         self.lead = leading_ids(tokenizer)
         self.continued = continued(tokenizer)
-        tokens = sorted(
-            tokenizer.get_added_tokens_decoder().values(), key=lambda token: len(token.content), reverse=True
-        )
+        tokens = sorted(found.values(), key=lambda token: len(token.content), reverse=True)
         self._special = re.compile("|".join(map(_spelt, tokens)) or "(?!)")
         self._takes_strings: set[str] = set()
         for role in _ROLES:
@@ -144,6 +142,11 @@ class ChatFormat:
         except TemplateRefusal:
             return False
         return _PROBE in text and "'text'" not in text and '"text"' not in text
+
+
+def _is_space(token: AddedToken) -> bool:
+    """Whether it is text like any other: Gemma's tokenizers add several newlines as one token, which no one marks."""
+    return not token.special and not token.content.strip()
 
 
 def _spelt(token: AddedToken) -> str:

@@ -54,6 +54,8 @@ _TEMPLATES = {
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}",
 }
 """Of model types whose checkpoints have no chat template."""
+_BEGUN = ("paligemma",)
+"""Those whose processor writes <s> itself."""
 _UNSTATED = (
     "architectures",
     "dtype",
@@ -81,8 +83,21 @@ class GeneralFamily:
         self.model_type: str = config["model_type"]
         named = [name for name in _TOKEN_IDS if name in config]
         self.token_id_fields = (*named[:1],) or _TOKEN_IDS[:1]
-        self.template = _TEMPLATES.get(self.model_type)
         self._laid_out = lru_cache(maxsize=_REMEMBERED)(self._positions)
+
+    @cached_property
+    def template(self) -> str | None:
+        """Of a model type whose checkpoints have none. <s> stands where the tokenizer puts it before a text, or the
+        processor does."""
+        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer
+
+        written = _TEMPLATES.get(self.model_type)
+        if written is None or self._path is None or self.model_type in _BEGUN:
+            return written
+        with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
+            if not leading_ids(load_tokenizer(self._path, self.words)):
+                return written.replace("{{ bos_token }}", "")
+        return written
 
     @cached_property
     def architecture(self) -> Architecture:
@@ -165,7 +180,7 @@ class GeneralFamily:
         vision = getattr(self.architecture.config, "vision_config", None)
         hidden = self.hidden_size(config)
         return Dimensions(
-            layers=calls.layers,
+            layers=calls.all_layers,
             hidden=hidden,
             heads=calls.heads,
             kv_heads=calls.kv_heads,
@@ -174,6 +189,9 @@ class GeneralFamily:
             vocabulary=int(text["vocab_size"]),
             patches_per_token=4,
             patch_numbers=6 * int(getattr(vision, "hidden_size", None) or 1024),
+            kv_layers=calls.layers,
+            state_numbers=sum(state.numbers for state in calls.states if not state.wide),
+            state_floats=sum(state.numbers for state in calls.states if state.wide),
         )
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, Limits, Unpacked, attending
 from lookonce.models.general.blocks import UnknownMask, blocks_of_class
 from lookonce.models.general.positions import position_rows
-from lookonce.models.general.recurrent import STATES, intercept, recording
-from lookonce.models.text_adapter import AttentionRules, StateTensor
+from lookonce.models.general.recurrent import STATES, RecordedState, intercept, recording
+from lookonce.models.text_adapter import AttentionRules
 
 _TOKENS = 3  # of the pass
 _ATTENTION = "attention"
@@ -42,8 +42,13 @@ class Calls:
     kv_heads: int
     head_dim: int
     rules: AttentionRules | None = None
-    states: tuple[StateTensor, ...] = ()  # of the layers between them, in order
-    attends_last: bool = True  # the last layer is one of those
+    states: tuple[RecordedState, ...] = ()  # of the layers between them, in order
+    all_layers: int = 0  # with those
+
+    @property
+    def attends_last(self) -> bool:
+        """Whether the last layer keeps keys and values."""
+        return self.attending[-1] == self.all_layers - 1
 
     @property
     def layers(self) -> int:
@@ -58,14 +63,14 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, int, int]] = []
-        self.states: list[StateTensor] = []
+        self.states: list[RecordedState] = []
         self.calls_of: list[list[str]] = []  # of each layer: what it calls
 
     def begin(self, *_: Any) -> None:
         """A layer begins."""
         self.calls_of.append([])
 
-    def keep(self, function: str, state: StateTensor) -> None:
+    def keep(self, function: str, state: RecordedState) -> None:
         """A function of this name would keep a state."""
         self.calls_of[-1].append(function)
         self.states.append(state)
@@ -98,18 +103,19 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     if hasattr(architecture.model.base_model, "get_rope_index") and position_rows(architecture.model) == 1:
         yield f"{subject}: its positions depend on more than an image's grid (get_rope_index); {_ELSEWHERE}"
         return
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
-    if "pil" not in backends and find_spec("torchvision") is None:
-        yield (
-            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
-            "the torchvision that belongs to this torch"
-        )
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
     try:
         attention_calls(architecture)
     except CheckpointError as error:
         yield from error.problems
+        return
+    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
+    if "pil" not in backends and find_spec("torchvision") is None:
+        yield (
+            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
+            "the torchvision that belongs to this torch"
+        )
 
 
 @lru_cache(maxsize=8)
@@ -158,8 +164,8 @@ def attention_calls(architecture: Architecture) -> Calls:
     heads, kv_heads, head_dim = shapes.pop()
     if heads % kv_heads:
         raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
-    last, rules = places[-1] == len(kinds) - 1, _rules(architecture, limits, subject)
-    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), last)
+    rules = _rules(architecture, limits, subject)
+    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
 
 
 def _rules(architecture: Architecture, limits: Limits, subject: str) -> AttentionRules | None:
