@@ -168,7 +168,9 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
 
 def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
     forward = GeneralText.forward
-    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    monkeypatch.setattr(
+        GeneralText, "forward", lambda self, x, at, *rest, **more: forward(self, x, at // 2, *rest, **more)
+    )
     with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
         Split(checkpoint)
 
