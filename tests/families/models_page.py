@@ -193,7 +193,7 @@ def _brief(said: str) -> str:
 def _reason(said: str) -> str:
     """What is said of the class, or else the first thing that is said."""
     first = next((each for each in said.split(" | ") if _CLASS in each), said.split(" | ")[0])
-    return first.rpartition(_CLASS)[2].partition(";")[0].removeprefix("PATH: ")
+    return first.rpartition(_CLASS)[2].partition(";")[0].partition(": model.")[0].removeprefix("PATH: ")
 
 
 def page() -> str:
