@@ -1,8 +1,8 @@
 """The files of ours that a question on a warm prefix passes, in each process.
 
-Starts the three processes on an embedded store, uploads an image and asks about it twice. Then every file in which a
-function runs is noted while the same open question is answered again, three times. Those that ran each time count:
-what a process does now and then by itself is left out.
+Starts the three processes on an embedded store, uploads an image and asks about it twice. Then the same question is
+answered three times more, and every function that runs is noted. The files of those that ran each time count. What a
+process does by itself is left out: functions that run while nothing is asked.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ PACKAGES = ("gateway", "lm_service", "lookonce", "vision_service")
 FOLDER = "FILES_PASSED"
 """Variable that names the folder in which a process leaves what it notes."""
 TIMES = 3
+IDLE_SECONDS = 0.5
+"""While nothing is asked; the loop of the gateway's server turns each 0.1 s."""
 
 
 def main() -> int:
@@ -65,15 +67,17 @@ def count(model: str | None = None) -> dict[str, set[str]]:
             ask()
             ask()
             noted(folder)
-            passed = []
+            time.sleep(IDLE_SECONDS)
+            idle, passed = noted(folder), []
             for _ in range(TIMES):
                 ask()
                 passed.append(noted(folder))
-            return {name: files.intersection(*(other[name] for other in passed)) for name, files in passed[0].items()}
+            every = {name: run.intersection(*(other[name] for other in passed)) for name, run in passed[0].items()}
+            return {name: {file for file, _ in run - idle[name]} for name, run in every.items()}
 
 
-def noted(folder: str) -> dict[str, set[str]]:
-    """What each process has noted since the last time."""
+def noted(folder: str) -> dict[str, set[tuple[str, str]]]:
+    """What has run in each process since the last time: files and the names of functions."""
     found = {}
     for process in Path(folder).glob("*.watched"):
         answer = process.with_suffix(".noted")
@@ -81,25 +85,26 @@ def noted(folder: str) -> dict[str, set[str]]:
         deadline = time.monotonic() + 30
         while not answer.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        found[process.read_text()] = set(json.loads(answer.read_text()))
+        found[process.read_text()] = {(file, function) for file, function in json.loads(answer.read_text())}
         answer.unlink()
     return found
 
 
 def watch() -> None:
-    """Note from the first SIGUSR1 on in which files of ours functions run; leave the list at each further one."""
-    files: set[str] = set()
+    """Note from the first SIGUSR1 on which functions of ours run; leave the list at each further one."""
+    passed: set[tuple[str, str]] = set()
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
-            files.add(frame.f_code.co_filename)
+            passed.add((frame.f_code.co_filename, frame.f_code.co_qualname))
 
     def leave(*_: object) -> None:
         sys.setprofile(note)  # a signal's handler runs in the main thread; all others note from their start
-        ours = [str(Path(file).relative_to(ROOT)) for file in list(files) if file.startswith(str(ROOT))]
-        files.clear()
+        inside = [(file, name) for file, name in list(passed) if file.startswith(str(ROOT))]
+        passed.clear()
+        ours = [(str(Path(file).relative_to(ROOT)), name) for file, name in inside]
         unfinished = Path(os.environ[FOLDER], f"{os.getpid()}.part")
-        unfinished.write_text(json.dumps([file for file in ours if file.startswith(PACKAGES)]))
+        unfinished.write_text(json.dumps([one for one in ours if one[0].startswith(PACKAGES)]))
         unfinished.rename(unfinished.with_suffix(".noted"))
 
     name = next((word for word in sys.orig_argv if word in PACKAGES), None)

@@ -30,7 +30,6 @@ from PIL import Image
 
 from lookonce.core.identity import EmbeddingReference
 from lookonce.core.rpc.client import LanguageClient, VisionClient
-from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import language_pb2, vision_pb2
 
@@ -214,7 +213,7 @@ async def engine_alone(model: str, options: argparse.Namespace) -> dict[str, flo
 def generate_request(reference: EmbeddingReference) -> language_pb2.GenerateRequest:
     """One one-token question."""
     message = language_pb2.Message(role="user")
-    message.parts.add().image.CopyFrom(reference_to_proto(reference))
+    message.parts.add().image.CopyFrom(reference.to_proto())
     message.parts.add().text = QUESTION
     sampling = language_pb2.SamplingParameters(max_tokens=1)
     return language_pb2.GenerateRequest(messages=[message], sampling=sampling)

@@ -22,7 +22,7 @@ from gateway.routing.retries import STALE, Attempts
 from gateway.routing.variants import DEFAULT, Variants
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient
-from lookonce.core.rpc.messages import from_proto, reference_to_proto
+from lookonce.core.rpc.messages import from_proto
 from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import language_pb2
 
@@ -261,7 +261,7 @@ def _to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[la
             parts=[
                 language_pb2.Part(text=part)
                 if isinstance(part, str)
-                else language_pb2.Part(image=reference_to_proto(next(references).reference))
+                else language_pb2.Part(image=next(references).reference.to_proto())
                 for part in turn.parts
             ],
         )

@@ -13,6 +13,7 @@ from lookonce.core.rpc.tls import Tls
 from lookonce.core.service_settings import ModelServiceSettings
 from lookonce.core.settings import Bytes, Seconds, formerly
 from lookonce.core.units import split_list
+from lookonce.models.vector_layout import Task
 
 
 class LanguageSettings(ModelServiceSettings):
@@ -23,6 +24,10 @@ class LanguageSettings(ModelServiceSettings):
     listen: str = Field("127.0.0.1:50052", description="host:port (port 0: any free one) or unix:/path.")
     store: str = Field("memory://", description="Where the vision service puts embeddings: file:///path, redis://...")
     vision: str = Field("", description="Vision services, comma separated, asked for what the store has lost.")
+    task: Task = Field(
+        "auto",
+        description="generate: write text; embed: make vectors for /v1/embeddings; auto: as its files say.",
+    )
     encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )

@@ -19,7 +19,6 @@ from lm_service.engine.types import (
 from lm_service.prompt import Message
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
-from lookonce.core.rpc.messages import reference_from_proto
 from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2
 
@@ -36,6 +35,7 @@ MAX_CHOICE_CHARACTERS = 1024
 MAX_ID_CHARACTERS = 256
 MAX_FORGOTTEN = 10_000
 SALT_BYTES = 32
+AnyRequest = language_pb2.GenerateRequest | language_pb2.ScoreRequest | language_pb2.EmbedRequest
 
 
 def messages_of(
@@ -51,7 +51,10 @@ def messages_of(
     if parts > MAX_PARTS:
         raise invalid(f"{where} may hold {MAX_PARTS} parts, got {parts}", param=where)
     known = {} if known is None else known
-    read = [Message(message.role, _parts(message.parts, where, i, known)) for i, message in enumerate(messages)]
+    read = [
+        Message(message.role, parts_of(message.parts, f"{where}[{i}].parts", known))
+        for i, message in enumerate(messages)
+    ]
     characters = sum(len(part) for message in read for part in message.parts if isinstance(part, str))
     if characters > MAX_TEXT_CHARACTERS:
         raise LookonceError(
@@ -62,9 +65,10 @@ def messages_of(
     return read
 
 
-def _parts(
-    parts: Sequence[language_pb2.Part], where: str, at: int, known: dict[bytes, EmbeddingReference]
+def parts_of(
+    parts: Sequence[language_pb2.Part], where: str, known: dict[bytes, EmbeddingReference]
 ) -> tuple[str | EmbeddingReference, ...]:
+    """Texts and references. Images in `known` as in `messages_of`."""
     read: list[str | EmbeddingReference] = []
     for number, part in enumerate(parts):
         kind = part.WhichOneof("content")
@@ -73,7 +77,7 @@ def _parts(
         elif kind == "image":
             read.append(_reference(part.image, known))
         else:
-            place = f"{where}[{at}].parts[{number}]"
+            place = f"{where}[{number}]"
             raise invalid(f"{place} holds neither text nor an image", param=place)
     return tuple(read)
 
@@ -82,7 +86,7 @@ def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingRef
     serialised = image.SerializeToString()
     found = known.get(serialised)
     if found is None:
-        found = known[serialised] = reference_from_proto(image)
+        found = known[serialised] = EmbeddingReference.from_proto(image)
     return found
 
 
@@ -180,7 +184,7 @@ def check_items(items: Sequence[language_pb2.ScoreItem]) -> None:
         )
 
 
-def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest) -> None:
+def check_ids(request: AnyRequest) -> None:
     """Raise when an opaque name is longer than any client needs, or the salt is not of its size."""
     for name in ("request_id", "client"):
         if len(getattr(request, name)) > MAX_ID_CHARACTERS:
@@ -191,9 +195,7 @@ def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest)
         )
 
 
-def timeout_of(
-    request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, remaining: float | None, longest: float
-) -> float:
+def timeout_of(request: AnyRequest, remaining: float | None, longest: float) -> float:
     """Seconds the request may take: the least of its own wish, of the call's deadline and of the service's cap."""
     wish = request.timeout if request.HasField("timeout") else longest
     if not 0 < wish < math.inf:

@@ -16,12 +16,15 @@ from types import TracebackType
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tests.forked import MODULES, READ_BY_IMPORTS, ForkedProcess
+
 ROOT = Path(__file__).resolve().parent.parent
 START_SECONDS = 180.0
 
 
 class ServiceProcess:
-    """`python -m module *args` listening on its own unix socket (or on `listen`), as a context manager.
+    """`python -m module *args` listening on its own unix socket (or on `listen`), as a context manager. A model service
+    without an environment or a prefix of its own is forked (tests.forked).
 
     >>> with ServiceProcess("vision_service", "--model", str(path)) as vision:
     ...     channel = grpc.insecure_channel(vision.address)
@@ -39,15 +42,18 @@ class ServiceProcess:
         self.address = listen or f"unix:{self._directory.name}/{module}.sock"
         self.log_path = Path(self._directory.name) / "log"
         self.module = module
-        self._args = [*prefix, sys.executable, "-m", module, "--listen", self.address, *args]
-        self._env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **(env or {})}
+        self._args = ["--listen", self.address, *args]
+        self._prefix = prefix
+        self._env = {**os.environ, **READ_BY_IMPORTS, **(env or {})}
+        self._forked = module in MODULES and not prefix and not env
         self.process = self._spawn()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes] | ForkedProcess:
+        if self._forked:
+            return ForkedProcess(self.module, self._args, self._env, ROOT, self.log_path)
+        command = [*self._prefix, sys.executable, "-m", self.module, *self._args]
         with self.log_path.open("ab") as log:
-            return subprocess.Popen(
-                self._args, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            return subprocess.Popen(command, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     @property
     def log(self) -> str:

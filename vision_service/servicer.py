@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lookonce.core.errors import LookonceError
-from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, reference_to_proto, to_proto
+from lookonce.core.rpc.messages import CHUNK_BYTES, INLINE_BYTES, chunks, to_proto
 from lookonce.core.telemetry import tracing
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service import metrics
@@ -136,7 +136,7 @@ def _result(encoding: Encoding) -> vision_pb2.EncodeResult:
     work = encoding.work
     made = encoding.outcome != "hit"
     return vision_pb2.EncodeResult(
-        reference=reference_to_proto(encoding.reference),
+        reference=encoding.reference.to_proto(),
         outcome=_OUTCOMES[encoding.outcome],
         timings=vision_pb2.EncodeTimings(
             queue_ms=work.queue_ms if made else 0,

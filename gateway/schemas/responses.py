@@ -233,6 +233,13 @@ class ModerationObject(Answered):
     results: list[ModerationResult]
 
 
+class VectorFacts(Answered):
+    """Of an embedding model."""
+
+    width: int = Field(description="numbers of a vector")
+    of_tokens: bool = Field(description="a vector of each token, compared by MaxSim; else one of each input")
+
+
 class Model(Answered):
     """OpenAI's model, with its limits."""
 
@@ -245,6 +252,7 @@ class Model(Answered):
     sampling_defaults: dict[str, float] = Field(
         default={}, description="sampling parameters of a request that leaves them out, as the model's files say"
     )
+    vectors: VectorFacts | None = Field(None, description="only of an embedding model")
 
 
 class ModelList(Answered):

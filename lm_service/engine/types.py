@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.core.errors import RecordError
+from lookonce.core.errors import LookonceError, RecordError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Marker
 
@@ -121,6 +121,16 @@ class Scoring:
     salt: bytes = b""  # as in Generation
 
 
+@dataclass(frozen=True)
+class VectorRequest:
+    """Prompts of which an embedding model makes vectors."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    client: str = ""
+    deadline: float | None = None
+
+
 class EmbeddingSource(StrEnum):
     """Where an image's embedding came from; later is slower, but for NOT_NEEDED (its prefix KV was still there)."""
 
@@ -194,6 +204,14 @@ class Scores:
 
     logprobs: tuple[tuple[float, ...], ...]
     cached_tokens: tuple[int, ...]  # reused prompt tokens of each item
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Float32 [rows, width] of each prompt, rows of length 1, or why there are none; in the order asked."""
+
+    found: tuple[NDArray[np.float32] | LookonceError, ...]
     timings: Timings = field(default_factory=Timings)
 
 
@@ -293,4 +311,15 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End all requests as UNAVAILABLE; free everything."""
+        ...
+
+
+class VectorEngine(Engine, Protocol):
+    """An engine over an embedding model, which writes no text: `generate` and `score` raise UNSUPPORTED."""
+
+    async def embed(self, request: VectorRequest) -> Vectors:
+        """The vectors of all prompts. What keeps one from having vectors is told in its place.
+
+        Raises OVERLOADED at once when too many wait, DEADLINE_EXCEEDED.
+        """
         ...

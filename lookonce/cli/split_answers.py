@@ -14,7 +14,6 @@ from lookonce.cli.rundir import RunningSystem
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.record import TensorView, parse_record, tensor_names
 from lookonce.core.rpc.client import Encoded, LanguageClient, VisionClient
-from lookonce.core.rpc.messages import reference_to_proto
 from protos.lookonce.v1 import language_pb2, vision_pb2
 
 TOP = 20
@@ -48,7 +47,7 @@ async def ask(
             if item.image not in encoded:
                 encoded[item.image], rows[item.image] = await _encode(vision, item.image)
             tell(f"the split model: question {number} of {len(items)}")
-            reference = reference_to_proto(encoded[item.image].reference)
+            reference = encoded[item.image].reference.to_proto()
             parts = [language_pb2.Part(image=reference), language_pb2.Part(text=item.question)]
             await _answer(language, item, [language_pb2.Message(role="user", parts=parts)], max_tokens)
     finally:

@@ -2,7 +2,7 @@
 binds a stored value to its place.
 
 Every digest of several fields is taken over canonical JSON under a domain-separating context, so fields can't run into
-each other. Knows nothing of stores, gRPC or torch.
+each other. Knows nothing of stores, calls or torch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from blake3 import blake3
 
 from lookonce.core.errors import invalid
+from protos.lookonce.v1 import common_pb2
 
 DIGEST_BYTES = SEAL_BYTES = 32
 WEIGHTS_DIGEST = r"blake3:[0-9a-f]{64}"
@@ -104,6 +105,34 @@ class EmbeddingReference:
         if tokens != self.tokens:
             grid = "x".join(map(str, self.grid_thw))
             raise invalid(f"image.tokens is {self.tokens}, grid {grid} makes {tokens}", param="image.tokens")
+
+    def to_proto(self) -> common_pb2.ImageReference:
+        """The reference as a message of the contract."""
+        t, h, w = self.grid_thw
+        return common_pb2.ImageReference(
+            key=self.key,
+            fingerprint=self.fingerprint,
+            image_digest=self.image_digest,
+            grid=common_pb2.Grid(t=t, h=h, w=w),
+            tokens=self.tokens,
+            width=self.width,
+            height=self.height,
+            record_bytes=self.record_bytes,
+        )
+
+    @classmethod
+    def from_proto(cls, message: common_pb2.ImageReference) -> EmbeddingReference:
+        """The reference in a message, unchecked: call `check` before use."""
+        return cls(
+            key=message.key,
+            fingerprint=message.fingerprint,
+            image_digest=message.image_digest,
+            grid_thw=(message.grid.t, message.grid.h, message.grid.w),
+            tokens=message.tokens,
+            width=message.width,
+            height=message.height,
+            record_bytes=message.record_bytes,
+        )
 
 
 def canonical_json(value: Any) -> bytes:

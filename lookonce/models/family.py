@@ -254,6 +254,28 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
 
 
+class EmbeddingFamily(Family, Protocol):
+    """A family some of whose checkpoints make vectors of texts and images (`lookonce.models.vector_layout`)."""
+
+    @property
+    def vector_prompt(self) -> tuple[str, str]:
+        """The system message of a prompt that a vector is made of, and the special token behind it ("": none), where
+        neither the checkpoint's files nor the request say otherwise."""
+
+    def load_vectors(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """As `load_text`. What the adapter's `forward` answers are not logits, but the rows [n, width] that vectors are
+        made of. Raises CheckpointError."""
+
+
 class ProvenFamily(Family, Protocol):
     """A family whose halves can be held to their weights when a service starts. Others are, where `lookonce verify
     --record` has written down what to expect."""

@@ -50,6 +50,13 @@ class Plain(Protocol):
         """Float32 [last, vocabulary] of each prompt."""
 
 
+class PlainVectors(Plain, Protocol):
+    """That of a family some of whose checkpoints make vectors."""
+
+    def rows_for_head(self, prompts: Sequence[PlainPrompt]) -> list[torch.Tensor]:
+        """Float32 [last, width] of each prompt: what vectors are made of, or what an output head would be given."""
+
+
 class Weights:
     """A half's weights by name, float32 on the CPU."""
 

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import structlog
@@ -26,12 +26,13 @@ from lookonce.models.checkpoint import recorded
 from lookonce.models.checkpoint.headers import DTYPE_BYTES, TensorEntry, read_bytes
 from lookonce.models.devices import dtype_name
 from lookonce.models.family import EMBEDDING, HEAD, Half
-from lookonce.models.plain import Plain, PlainPrompt
+from lookonce.models.plain import Plain, PlainPrompt, PlainVectors
 from lookonce.models.tolerance import bound_of, difference, spread
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint.checkpoint import Checkpoint
     from lookonce.models.family import VisionEncoder
+    from lookonce.models.vector_layout import Pooling
 
 ROWS, COLUMNS = 2, 3
 """Tokens of the image, where a token is a cell of patches."""
@@ -228,9 +229,45 @@ def check_half(
     return f"{worst:.2g} from {against} (bound {bound:g}), {taken:g} ms"
 
 
-def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype) -> str:
-    """What an operator is told."""
-    what = "the rows of an image" if half is Half.VISION else "log-probabilities of two questions about one image"
+def check_language_vectors(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization: str,
+    pooling: Pooling,
+    exam: Exam,
+    found: Callable[[], Sequence[float]],
+) -> str:
+    """Compare the vectors of an embedding model with those by its plain form; what came of it, as `check_half`. Raises
+    SelfCheckFailed. (What is recorded of a half are log-probabilities, which such a model has none of.)"""
+    began, plain = time.perf_counter(), _plain(checkpoint, Half.LANGUAGE, dtype)
+    if plain is None:
+        return "left out"
+    prompts = [
+        PlainPrompt(
+            question.token_ids,
+            1,
+            exam.rows,
+            torch.from_numpy(np.array(question.positions)),
+            last=1 if pooling == "last" else len(question.token_ids),
+        )
+        for question in exam.questions
+    ]
+    rows = cast("PlainVectors", plain).rows_for_head(prompts)
+    pooled = [each.mean(0, keepdim=True) if pooling == "mean" else each for each in rows]
+    expected = torch.cat([torch.nn.functional.normalize(each, dim=-1).flatten() for each in pooled]).tolist()
+    # of a vector of length 1 no number is large: what is wrong altogether would not differ by much
+    worst, bound = difference(found(), expected, max(map(abs, expected))), bound_of(dtype_name(dtype), quantization)
+    taken = round((time.perf_counter() - began) * 1000, 1)
+    if not worst <= bound:
+        what = "vectors of two prompts about one image"
+        raise SelfCheckFailed(failure(Half.LANGUAGE, "its plain form", worst, bound, dtype, what))
+    return f"{worst:.2g} from its plain form (bound {bound:g}), {taken:g} ms"
+
+
+def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype, what: str = "") -> str:
+    """What an operator is told; `what` differs, where it is not what a half that answers is asked."""
+    asked = "log-probabilities of two questions about one image"
+    what = what or ("the rows of an image" if half is Half.VISION else asked)
     return (
         f"self-check of the {half.value} half failed: {what} differ from {against} by {worst:.2g}, "
         f"the bound in {dtype_name(dtype)} is {bound:g}. Nothing is served. "

@@ -32,8 +32,8 @@ class Served:
     model_type: str
     split: str
     packed: str
-    prefix: str
-    scores: str
+    prefix: str | No
+    scores: str | No
     video: str | No
     quantised: str | No
 
@@ -97,6 +97,14 @@ model's own, however short its windows are, and KV is kept for all of it. Tokens
 one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
 and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
 kernels.
+
+## Embedding models
+
+A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
+others that sentence-transformers lays out (`modules.json`) pool one row of a chat prompt; ColQwen2 and ColQwen2.5, as
+transformers or colpali-engine saves them, make a vector of each token. `--task embed` takes any checkpoint of a Qwen
+line for a pooled one. Such a service answers `/v1/embeddings`, `/v1/rerank` and `/v1/images/search`. It writes no
+text.
 
 ## As they are published
 

@@ -52,7 +52,7 @@ SERVED = (
 )
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 SLOW = pytest.mark.slow
-TEXTS = ("why?", "how many cats are there?", "what is on this image?", "is a cat on this image? yes no " * 8)
+TEXTS = ("why?", "how many\n\ncats are there?\n", "\nwhat is on this image?", "is a cat on this image? yes no " * 8)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,16 @@ async def test_many_at_once_are_as_each_alone(family, checkpoint_of):
             assert one.tokens == other.tokens
             for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
                 assert mine.logprob == pytest.approx(theirs.logprob, abs=2e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_newlines_beside_images_are_read_as_by_the_processor(family, checkpoint_of, patch):
+    """The processor writes some around an image, and the tokenizer joins them with those of the text."""
+    split, unsplit = Split(checkpoint_of(family)), Unsplit(checkpoint_of(family), patch)
+    reference, _ = split.encoded(IMAGE, 1)
+    for text in ("a\n\nb", "\nwhy?", "\n\n\nwhy?\n\n", "why?\n", "a \n\n b", "<b>\nwhy?"):
+        expected = unsplit.inputs(user(IMAGE, text))["input_ids"][0].tolist()
+        assert list(prompt(split, reference, text).token_ids) == expected
 
 
 async def test_a_whole_prompt_is_reused_and_no_part_of_one(checkpoint_of):

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tests.families.tiny_checkpoints import HALF, TEXT, WORDS, Tiny, begun, merges_of, siglip, with_special, write
 
@@ -15,18 +15,18 @@ _LETTERS = set("▁:,.!'\nABCDEIWHë") | {letter for word in (*WORDS, "model", "
 
 
 def tokenizer(special: tuple[str, ...]) -> Tokenizer:
-    """Gemma's kind: spaces are ▁, none stands before a text, lines' ends are joined, unknown characters are bytes."""
+    """Gemma's kind: spaces are ▁, none stands before a text, several newlines are one added token that is not special,
+    unknown characters are bytes."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocabulary |= {letter: len(vocabulary) + at for at, letter in enumerate(sorted(_LETTERS))}
-    merges = [("\n", "\n"), ("\n\n", "\n")]
-    for joined in ("\n\n", "\n\n\n"):
-        vocabulary[joined] = len(vocabulary)
-    merges += merges_of(vocabulary, [*WORDS, "model", *("▁" + word for word in WORDS)])
+    merges = merges_of(vocabulary, [*WORDS, "model", *("▁" + word for word in WORDS)])
     made = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.normalizer = normalizers.Replace(" ", "▁")
     made.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return begun(with_special(made, special))
+    with_special(made, special)
+    made.add_tokens([AddedToken("\n" * count, normalized=False) for count in range(1, 6)])
+    return begun(made)
 
 
 def _siglip_images(path: Path, processor: str, kind: str, side: int) -> None:

@@ -15,7 +15,6 @@ from lm_service.settings import LanguageSettings
 from lookonce.core.identity import EmbeddingReference, embedding_key, image_digest
 from lookonce.core.record import EMBEDDING, EmbeddingRecord
 from lookonce.core.rpc.client import LanguageClient
-from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.tensors import view_of
 from protos.lookonce.v1 import language_pb2
@@ -81,7 +80,7 @@ def user(*parts, role="user"):
     return language_pb2.Message(
         role=role,
         parts=[
-            language_pb2.Part(text=part) if isinstance(part, str) else language_pb2.Part(image=reference_to_proto(part))
+            language_pb2.Part(text=part) if isinstance(part, str) else language_pb2.Part(image=part.to_proto())
             for part in parts
         ],
     )

@@ -23,6 +23,8 @@ from lookonce.models.text_adapter import ModelAdapter
 class PackedBuilder:
     """An `EngineBuilder` (see lm_service.engine.factory)."""
 
+    loader = "load_text"  # of a family
+
     def __init__(self, settings: LanguageSettings) -> None:
         """Raises INVALID_ARGUMENT for devices that are not here, or can't serve the quantization."""
         self._settings = settings
@@ -43,7 +45,7 @@ class PackedBuilder:
             weight_bytes=sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize,
             quantization=scheme(settings.quantization, home.devices[0]),
         )
-        adapter = checkpoint.family.load_text(
+        adapter: ModelAdapter = getattr(checkpoint.family, self.loader)(
             checkpoint,
             dtype,
             home.of if settings.quantization == "none" else home.of_unquantized,

@@ -327,7 +327,7 @@ class PackedEngine:
         try:
             for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
-                rows.append(_checked_rows(tensor, span.reference, self._shape))
+                rows.append(checked_rows(tensor, span.reference, self._shape))
                 source = max(source, tier, key=list(EmbeddingSource).index)
         except LookonceError as error:
             failure = error
@@ -342,7 +342,7 @@ class PackedEngine:
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
 
 
-def _checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
+def checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
     """What `rows_of` made, as [1 + deepstack, tokens, hidden]. Raises EMBEDDING_INVALID for rows of another shape than
     the prompt was laid out for."""
     stacked = rows if rows.dim() == 3 else rows[None]

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, from_rpc_error, join, reference_from_proto
+from lookonce.core.rpc.messages import DEFAULT_MAX_MESSAGE_BYTES, from_rpc_error, join
 from lookonce.core.rpc.tls import Tls, read_authorities, read_pair
 from lookonce.core.telemetry.tracing import Step, failure_of, start
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
@@ -61,7 +61,7 @@ class Encoded:
 def encoded_from_proto(result: vision_pb2.EncodeResult, record: bytes | None = None) -> Encoded:
     outcome = _OUTCOMES.get(result.outcome, "miss")
     return Encoded(
-        reference_from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
+        EmbeddingReference.from_proto(result.reference), outcome, result.stored, result.timings, record, result.notice
     )
 
 
@@ -182,6 +182,11 @@ class LanguageClient(_Client):
     async def score(self, request: language_pb2.ScoreRequest, *, timeout: float = 600.0) -> language_pb2.ScoreResponse:
         """Probabilities of choices."""
         reply: language_pb2.ScoreResponse = await self._unary("Score", request, timeout)
+        return reply
+
+    async def embed(self, request: language_pb2.EmbedRequest, *, timeout: float = 600.0) -> language_pb2.EmbedResponse:
+        """Vectors of texts and images."""
+        reply: language_pb2.EmbedResponse = await self._unary("Embed", request, timeout)
         return reply
 
     async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:

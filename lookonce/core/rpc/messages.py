@@ -1,4 +1,4 @@
-"""Between our types and the contract's messages: references, records in chunks, and errors with their gRPC codes."""
+"""Between our types and the contract's messages: records in chunks, and errors with their gRPC codes."""
 
 from __future__ import annotations
 
@@ -10,41 +10,12 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.identity import EmbeddingReference
 from protos.lookonce.v1 import common_pb2
 
 DEFAULT_MAX_MESSAGE_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 INLINE_BYTES = 4 << 20
 """A record up to this size rides in the first message of Encode; a larger one follows in chunks."""
-
-
-def reference_to_proto(reference: EmbeddingReference) -> common_pb2.ImageReference:
-    t, h, w = reference.grid_thw
-    return common_pb2.ImageReference(
-        key=reference.key,
-        fingerprint=reference.fingerprint,
-        image_digest=reference.image_digest,
-        grid=common_pb2.Grid(t=t, h=h, w=w),
-        tokens=reference.tokens,
-        width=reference.width,
-        height=reference.height,
-        record_bytes=reference.record_bytes,
-    )
-
-
-def reference_from_proto(message: common_pb2.ImageReference) -> EmbeddingReference:
-    """The reference in a message, unchecked: call `check` before use."""
-    return EmbeddingReference(
-        key=message.key,
-        fingerprint=message.fingerprint,
-        image_digest=message.image_digest,
-        grid_thw=(message.grid.t, message.grid.h, message.grid.w),
-        tokens=message.tokens,
-        width=message.width,
-        height=message.height,
-        record_bytes=message.record_bytes,
-    )
 
 
 def chunks(record: bytes | memoryview) -> Iterator[common_pb2.RecordChunk]:

@@ -192,6 +192,7 @@ def _name_problems(path: Path, family: Family, names: Collection[str], format: F
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
     from lookonce.models.chat.chat_format import end_token_ids, open_chat, prompt_problems
     from lookonce.models.chat.generation_config import sampling_defaults
+    from lookonce.models.vector_layout import vector_layout
 
     problems = files.Problems()
     rows = family.text_config(config).get("vocab_size")
@@ -204,6 +205,7 @@ def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[s
         problems.of(end_token_ids, path, family, config, chat)
         problems.found += prompt_problems(chat, path, family, tokens, rows)
     problems.of(sampling_defaults, path)
+    problems.of(vector_layout, path, family, config)
     return problems.found
 
 

@@ -167,7 +167,7 @@ class Checkpoint:
             raise CheckpointError(f"compute dtype {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         return EncoderSpec(
             vision_weights=vision_weights or self.known_vision_weights(),
-            family=self.family.model_type,
+            family=getattr(self.family, "tower", self.family.model_type),
             vision_config=self.family.vision_config(self.config),
             preprocessor=self.family.fingerprint_preprocessor(self.preprocessor),
             dtype=dtype,

@@ -116,6 +116,7 @@ def _write_half(
         sync(shard)
     for name in files.small_files({half}):
         if name != files.IDENTITY and (checkpoint.path / name).is_file():
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, directory / name)
     if recorded.read(checkpoint, half) is not None:  # both halves state what it is of
         shutil.copyfile(checkpoint.path / recorded.FILES[half], directory / recorded.FILES[half])

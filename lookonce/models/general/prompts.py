@@ -92,7 +92,8 @@ class ImageTexts:
     def _around(self) -> tuple[str, str]:
         """The text before the first special token of an image, and behind the last."""
         text = self.processor.text_of(_ONE)[0]
-        special = sorted(self.processor.tokenizer.get_added_vocab(), key=len, reverse=True)
+        added = self.processor.tokenizer.added_tokens_decoder.values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
         found = list(re.finditer("|".join(map(re.escape, special)) or "(?!)", text))
         return (text[: found[0].start()], text[found[-1].end() :]) if found else ("", "")
 

@@ -218,11 +218,26 @@ def load_language_model(
     differ from tensor to tensor.
 
     Raises CheckpointError."""
+    vocabulary = checkpoint.family.text_config(checkpoint.config).get("vocab_size", 0)  # one that lacks is refused
+    return load_text_model(checkpoint, dtype, device, "lm_head", vocabulary, kind=kind)
+
+
+def load_text_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str | Where,
+    head_name: str,
+    head_width: int,
+    *,
+    bias: bool = False,
+    kind: type[TextModel] = TextModel,
+) -> tuple[TextModel, nn.Linear]:
+    """The language half with a head of that name and width behind it, as `load_language_model`."""
     config = text_settings(checkpoint, kind)
     with torch.device("meta"):
         model = kind(config)
-        head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-    halves = nn.ModuleDict({"model": model, "lm_head": head})
+        head = nn.Linear(config["hidden_size"], head_width, bias=bias)
+    halves = nn.ModuleDict({"model": model, head_name: head})
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
     return _frozen(model), _frozen(head)
 

@@ -53,10 +53,11 @@ class Qwen2VLAdapter:
         `deepstack`: see `ModelShape`."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
-        vocabulary = head.weight.shape[0]
         self._norm: torch.Tensor = model.norm.weight.data
         self._head_device = head.weight.device
-        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native)
+        self._head: Callable[[torch.Tensor], torch.Tensor] = _head(
+            head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native
+        )
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
@@ -80,7 +81,7 @@ class Qwen2VLAdapter:
             kv_heads=config.num_key_value_heads,
             head_dim=2 * len(self._frequencies),
             hidden=config.hidden_size,
-            vocabulary=vocabulary,
+            vocabulary=self._embedding.shape[0],
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
@@ -98,6 +99,10 @@ class Qwen2VLAdapter:
     def shape(self) -> ModelShape:
         """The model's dimensions."""
         return self._shape
+
+    def drop_head(self) -> None:
+        """From now on `forward` answers the rows that the head would be given: of an embedding model."""
+        self._head, self._head_device = _as_they_are, self._norm.device
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden]."""
@@ -224,6 +229,10 @@ def _qk_norm(attention: Any, device: torch.device) -> torch.Tensor | None:
     weights = [module.weight.data.to(device) for module in (attention.q_norm, attention.k_norm)]
     heads = (module.out_features // len(weights[0]) for module in (attention.q_proj, attention.k_proj))
     return torch.cat([weight.expand(count, -1) for weight, count in zip(weights, heads, strict=True)])
+
+
+def _as_they_are(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool, native: bool) -> Linear:

@@ -58,6 +58,8 @@ class Qwen3VL(Qwen2VL):
         "num_position_embeddings": 2304,
         "deepstack_visual_indexes": [8, 16, 24],
     }
+    vector_prompt = ("Represent the user's input.", "")
+    """Qwen3-VL-Embedding's (arXiv:2601.04720)."""
     row_width = "out_hidden_size"
     cpu_max_pixels = 1280 * 32 * 32
     """1,280 tokens."""

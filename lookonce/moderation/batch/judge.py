@@ -9,7 +9,7 @@ from functools import partial
 
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.identity import EmbeddingReference
-from lookonce.core.rpc.messages import from_proto, reference_to_proto
+from lookonce.core.rpc.messages import from_proto
 from lookonce.moderation import judging
 from lookonce.moderation.batch.outcome import SERVICE_CRASHED, Failure, Outcome, Timings
 from lookonce.moderation.batch.poison_isolation import PoisonIsolation, ServiceCrashed, plain_image
@@ -97,7 +97,7 @@ class Judge:
         reference, how = await self._isolation.run(self._visions, self._encode, image, plain_image, attempts)
         encoded = time.perf_counter()
         rules = self._policy.of("image", (reference.width, reference.height))
-        shown = reference_to_proto(reference)
+        shown = reference.to_proto()
         scores: dict[str, float] = {}
         if rules:
             score = partial(self._score, rules=rules)
@@ -120,7 +120,7 @@ class Judge:
         """Of a plain image, encoded now."""
         with self._visions.use() as connection:
             reference, _ = await self._encode(connection, await plain_image())
-        return reference_to_proto(reference)
+        return reference.to_proto()
 
     async def _encode(self, connection: VisionConnection, image: bytes) -> tuple[EmbeddingReference, str]:
         most = self._models.max_pixels
