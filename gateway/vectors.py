@@ -24,7 +24,7 @@ from gateway.routing.retries import STALE, Attempts
 from gateway.routing.variants import EMBED, Variants
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.rpc.client import LanguageClient
-from lookonce.core.rpc.messages import from_proto, reference_to_proto
+from lookonce.core.rpc.messages import from_proto
 from lookonce.core.tasks import gather_or_end
 from protos.lookonce.v1 import language_pb2
 
@@ -301,7 +301,7 @@ class _Making(Attempts[LanguageClient]):
         parts = [
             language_pb2.Part(text=part)
             if isinstance(part, str)
-            else language_pb2.Part(image=reference_to_proto(self._reference(part).reference))
+            else language_pb2.Part(image=self._reference(part).reference.to_proto())
             for part in one.parts
         ]
         return language_pb2.EmbedItem(parts=parts, instruction=one.instruction, query=one.query)

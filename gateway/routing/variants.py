@@ -284,11 +284,14 @@ class ModelCard:
             "object": "model",
             "created": int(self.description.model.started_at),
             "owned_by": "lookonce",
+            "family": self.description.model.family,
             "context_length": self.description.context_length,
             "max_tokens": self.description.max_tokens,
             "sampling_defaults": {
                 field.name: round(value, 7) for field, value in self.description.sampling_defaults.ListFields()
             },
+            "engine": self.description.engine,
+            "engine_note": self.description.engine_note,
             **shown,
         }
 

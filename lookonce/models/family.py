@@ -254,6 +254,17 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
 
 
+def unpacked_reason(family: Family, config: dict[str, Any]) -> str | None:
+    """Why the packed engine can't run a checkpoint's language half, a clause after its name; None: it can."""
+    reason: Callable[[dict[str, Any]], str | None] | None = getattr(family, "unpacked", None)
+    return reason(config) if reason is not None else None
+
+
+def served_plain(reason: str) -> str:
+    """What an operator is told of a model that the plain engine serves, wherever he asks."""
+    return f"served by the plain engine, one request at a time and no prefix shared: {reason}"
+
+
 class EmbeddingFamily(Family, Protocol):
     """A family some of whose checkpoints make vectors of texts and images (`lookonce.models.vector_layout`)."""
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError
-from lookonce.core.rpc.messages import reference_to_proto
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.split import split_checkpoint
@@ -51,7 +50,7 @@ def image(file):
 
 def item(*parts, **fields):
     wire = [
-        language_pb2.Part(text=part) if isinstance(part, str) else language_pb2.Part(image=reference_to_proto(part))
+        language_pb2.Part(text=part) if isinstance(part, str) else language_pb2.Part(image=part.to_proto())
         for part in parts
     ]
     return language_pb2.EmbedItem(parts=wire, **fields)
@@ -166,7 +165,7 @@ async def test_what_is_wrong_with_one_item_is_told_of_that_item(models, tmp_path
     store = f"file://{tmp_path}/store"
     one, two = await references(models["base"], store)
     async with split.running(models["colqwen2"], tmp_path, store=store) as client:
-        lost = reference_to_proto(one)
+        lost = one.to_proto()
         lost.key = bytes(32)
         items = [
             item("fine"),

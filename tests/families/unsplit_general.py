@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
 
-from lookonce.models.general.processor import named_class
+from lookonce.models.general.processor import ABSENT, named_class
 
 
 class Unsplit:
@@ -19,8 +19,11 @@ class Unsplit:
 
     def __init__(self, path: Path, monkeypatch: Any) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-        self.processor = _processor(path, monkeypatch)
+        self.processor = self._made(path, monkeypatch)
         self.tokenizer = self.processor.tokenizer
+
+    def _made(self, path: Path, monkeypatch: Any) -> Any:
+        return _processor(path, monkeypatch)
 
     def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
         """What the class is given for a conversation that ends where the assistant is to speak."""
@@ -100,4 +103,4 @@ def _processor(path: Path, monkeypatch: Any) -> Any:
     parts = {"image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
     parts["tokenizer"] = AutoTokenizer.from_pretrained(path)
     settings, _ = cls.get_processor_dict(path)
-    return cls.from_args_and_dict([parts.get(each) for each in cls.get_attributes()], settings)
+    return cls.from_args_and_dict([parts.get(each, ABSENT) for each in cls.get_attributes()], settings)

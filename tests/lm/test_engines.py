@@ -72,13 +72,13 @@ async def test_transformers_generate_serves_behind_the_same_socket(
     store = open_store(f"file://{tmp_path}/store")
     await store.put(reference.key, record.serialize())
     await store.close()
-    async with running(checkpoint_path, tmp_path, store=f"file://{tmp_path}/store", engine="plain") as client:
+    async with running(checkpoint_path, tmp_path, store=f"file://{tmp_path}/store", engine="turns") as client:
         reply = await answer(client, asking(user(reference, "What is this?"), max_tokens=8))
     assert reply.ids == unsplit.answer_ids([("user", [CAT, "What is this?"])], 8)
 
 
 def test_an_engine_that_cannot_be_had_ends_the_start(installed, checkpoint_path):
-    for name, said in (("steam", "broken, echo, packed, plain"), ("broken", "can't be imported")):
+    for name, said in (("steam", "auto, broken, echo, packed, plain, turns"), ("broken", "can't be imported")):
         with pytest.raises(LookonceError, match=said) as caught:
             load(LanguageSettings(model=str(checkpoint_path), engine=name))
         assert caught.value.kind is ErrorKind.INVALID_ARGUMENT

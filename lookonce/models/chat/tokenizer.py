@@ -53,7 +53,8 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that the tokenizer itself puts before a text, such as <s>."""
     plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-    return whole[: len(whole) - len(plain)]
+    places = range(len(whole) - len(plain) + 1)  # others, such as T5's, put one behind it
+    return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)]
 
 
 def continued(tokenizer: Tokenizer) -> Tokenizer:

@@ -83,26 +83,30 @@ class _Recorder:
 
 
 def class_problems(architecture: Architecture) -> Iterator[str]:
-    """Why the class isn't served, one sentence each."""
+    """Why no engine serves the class, one sentence each."""
     cls = architecture.cls
     subject = f"config.json: {cls.__name__} is not served by the general path"
-    parameters = inspect.signature(cls.forward).parameters
-    if "mm_encoder_outputs" not in parameters or not hasattr(cls, "get_image_features"):
+    if "mm_encoder_outputs" not in inspect.signature(cls.forward).parameters or not hasattr(cls, "get_image_features"):
         yield f"{subject}: it takes no image features computed elsewhere; {_ELSEWHERE}"
         return
-    if architecture.config.get_text_config().is_encoder_decoder or architecture.config.is_encoder_decoder:
-        yield f"{subject}: its language model is an encoder and a decoder; {_ELSEWHERE}"
-        return
     named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
-    if named:
+    if named and not architecture.reads_text:
         yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
-    inner = inspect.signature(type(architecture.model.base_model).forward).parameters
-    told = [name for name in (*parameters, *inner) if name.endswith("token_type_ids") and name not in _BY_TYPES]
+    forwards = (cls.forward, type(architecture.model.base_model).forward)
+    taken = [name for forward in forwards for name in inspect.signature(forward).parameters]
+    told = [name for name in taken if name.endswith("token_type_ids") and name not in _BY_TYPES]
     if told:
         yield f"{subject}: its layers compute an image's tokens otherwise than text ({told[0]}); {_ELSEWHERE}"
         return
     if hasattr(architecture.model.base_model, "get_rope_index") and position_rows(architecture.model) == 1:
         yield f"{subject}: its positions depend on more than an image's grid (get_rope_index); {_ELSEWHERE}"
+        return
+    if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
+        yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
+    try:
+        _ = architecture.language
+    except CheckpointError as error:
+        yield from error.problems
         return
     backends = _images.IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
     if "pil" not in backends and find_spec("torchvision") is None:
@@ -110,12 +114,21 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
             f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
             "the torchvision that belongs to this torch"
         )
-    if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
-        yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
+
+
+@lru_cache(maxsize=8)
+def unpacked(architecture: Architecture) -> str | None:
+    """Why the packed engine can't run a class that has no problems, a clause after its name; None: it can. The plain
+    engine serves such a class."""
+    if architecture.is_encoder_decoder:
+        return "its language model is an encoder and a decoder"
+    if architecture.reads_text:
+        return "its Q-Former reads the question"
     try:
         attention_calls(architecture)
     except CheckpointError as error:
-        yield from error.problems
+        return error.problems[0].partition("general path: ")[2].removesuffix(f"; {_ELSEWHERE}") or error.problems[0]
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -192,3 +205,14 @@ def _rules(architecture: Architecture, limits: Limits, subject: str) -> Attentio
     if both_ways is None and softcap is None and not any(windows):
         return None
     return AttentionRules(windows, both_ways, within_window, softcap)
+
+
+def calls_of(architecture: Architecture) -> Calls:
+    """`attention_calls`, or about the same by the settings of a text model that can't be run packed."""
+    if unpacked(architecture) is None:
+        return attention_calls(architecture)
+    text = architecture.config.get_text_config()
+    layers, heads = (int(getattr(text, name)) for name in ("num_hidden_layers", "num_attention_heads"))
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    return Calls(tuple(range(layers)), heads, kv_heads, int(size))
