@@ -106,6 +106,7 @@ MODEL = {
     "object": "model",
     "created": 1790000000,
     "owned_by": "lookonce",
+    "family": "qwen2_vl",
     "context_length": 32768,
     "max_tokens": 4096,
     "sampling_defaults": {"temperature": 0.01, "top_p": 0.001},

@@ -284,6 +284,7 @@ class ModelCard:
             "object": "model",
             "created": int(self.description.model.started_at),
             "owned_by": "lookonce",
+            "family": self.description.model.family,
             "context_length": self.description.context_length,
             "max_tokens": self.description.max_tokens,
             "sampling_defaults": {

@@ -125,11 +125,12 @@ def language_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
     burst = BURST_TOKENS * (4 * dims.hidden + 3 * dims.ffn) * DTYPE_BYTES[choice.dtype]
     logits = 2 * 4 * MAX_RUNNING * dims.vocabulary
     tokens = work.image_tokens + work.concurrency * work.question_tokens
+    states = (1 + 2 * work.concurrency) * size.state_bytes(choice.dtype)  # steps write theirs beside what they read
     return Need(
         size.halves[Half.LANGUAGE].weight_bytes(choice.dtype, int8=choice.int8),
         burst + logits + TENSOR_CACHE_BYTES,
         _runtime(choice),
-        size.kv_bytes(tokens, choice.dtype),
+        size.kv_bytes(tokens, choice.dtype) + states,
         len(choice.devices),
     )
 

@@ -31,6 +31,8 @@ def needs(
     question = size.kv_bytes(work.question_tokens, dtype)
     yield f"{'KV per question':<20}{format_size(question):>10}  {work.question_tokens} tokens of question and answer"
     yield f"{'KV per token':<20}{format_size(size.kv_bytes(1, dtype)):>10}"
+    if state := size.state_bytes(dtype):
+        yield f"{'recurrent state':<20}{format_size(state):>10}  of each prefix; twice that of each running sequence"
     record = size.embedding_bytes(work.image_tokens, dtype)
     yield f"{'store, 1,000 images':<20}{format_size(1000 * record):>10}  {format_size(record)} each, in {dtype}"
 
@@ -43,7 +45,8 @@ def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterat
     for item, language in zip(found, names, strict=True):
         if item.fits:
             prefixes = int(item.kv_bytes * PREFIX_SHARE)
-            images = prefixes // max(1, size.kv_bytes(work.image_tokens, item.language.dtype))
+            of_image = size.kv_bytes(work.image_tokens, item.language.dtype) + size.state_bytes(item.language.dtype)
+            images = prefixes // max(1, of_image)
             verdict = f"fits; {format_size(item.kv_bytes)} for KV, {images} images stay warm"
         else:
             verdict = f"{format_size(-item.spare)} too little"

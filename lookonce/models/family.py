@@ -77,6 +77,9 @@ class Dimensions:
     patches_per_token: int
     patch_numbers: int  # at hand for each patch while a batch is encoded
     deepstack: int = 0  # first layers behind which further rows are added to an image's tokens
+    kv_layers: int = 0  # layers that keep keys and values, where others have recurrent state; 0: all
+    state_numbers: int = 0  # of one sequence's recurrent state, in the dtype of the weights
+    state_floats: int = 0  # and in float32, whatever that is
     idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
 
 

@@ -67,10 +67,21 @@ class ModelSize:
         return (self.halves[Half.LANGUAGE].weight_bytes(dtype, int8=int8) - tables) // self.dimensions.layers
 
     @property
+    def kv_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.dimensions.kv_layers or self.dimensions.layers
+
+    def state_bytes(self, dtype: str) -> int:
+        """Recurrent state of one sequence, or of one prefix."""
+        return (
+            self.dimensions.state_numbers * DTYPE_BYTES[dtype] + self.dimensions.state_floats * DTYPE_BYTES["float32"]
+        )
+
+    @property
     def kv_elements(self) -> int:
         """Numbers of one token's keys and values, in all layers."""
         dims = self.dimensions
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+        return 2 * self.kv_layers * dims.kv_heads * dims.head_dim
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
         """Of so many tokens."""
@@ -89,7 +100,7 @@ class ModelSize:
         """Work of the language model on `tokens` after `context` others whose KV is there."""
         dims = self.dimensions
         matrices = self.halves[Half.LANGUAGE].matrix_parameters - dims.idle_parameters
-        attention = 4 * dims.layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
+        attention = 4 * self.kv_layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
         return 2 * tokens * matrices + attention + 2 * dims.vocabulary * dims.hidden
 
 

@@ -57,7 +57,7 @@ class RecurrentLab(Lab):
         text = model.get_submodule(architecture.decoder_name)
         text.set_attn_implementation(NAME)
         intercept(text.layers)
-        shape = shape_of(architecture, calls, torch.float32, [CPU])
+        shape = shape_of(architecture, calls, torch.float32, [CPU] * calls.all_layers)
         head = model.get_submodule(architecture.head_name)
         self.adapter: Any = GeneralText(model, architecture.decoder_name, head, shape, calls.attending)
         self.album = Album(shape.hidden)

@@ -85,7 +85,7 @@ FOOT = """
   encoded once. Sampling, scores, streams and deadlines are those of the packed engine.
 - **Int8**: `--quantization int8` for either half.
 
-All but the Qwen lines are served by the general path, which runs transformers' own classes and the checkpoint's own
+All but the Qwen-VL lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it
 takes image features computed elsewhere (`mm_encoder_outputs`). At start the language service compares its packed step
 with the class's own forward. What differs there, and what can't be run packed, is served by the plain engine:
@@ -97,6 +97,12 @@ with the class's own forward too, and nothing is served that differs. `--engine 
 deepstack features, positions that depend on more than an image's grid, and code of a repository. In the packed engine
 the layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a time.
 An image's `max_pixels` bounds what its processor is given.
+
+A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL) is its KV and their state at its end, which every question
+forks. It is counted, evicted and erased with the KV. A prefix is reused as a whole: text that goes on otherwise within
+it is computed from the image's end. A finished answer's state is kept for the next turn where its KV is at least a
+quarter as large: from about 400 tokens on with Qwen3.5 9B, from 32 with LFM3-VL. The next turn behind a shorter one is
+computed from the last image's end. The layers of such a model lie on one device.
 
 Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
 (Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the

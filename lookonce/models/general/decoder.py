@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -89,8 +88,8 @@ def load_text(
     calls = attention_calls(architecture)
     if calls.states and len(set(devices)) > 1:
         raise CheckpointError(
-            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave out "
-            "--device-map"
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave "
+            "out --device-map"
         )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
@@ -110,8 +109,8 @@ def load_text(
 def shape_of(
     architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]
 ) -> ModelShape:
-    """What the engine is told of a class in this dtype."""
-    own = architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.dtype  # of the pass
+    """What the engine is told of a class in this dtype, each layer on its device."""
+    homes = (devices[place] for place in calls.attending)
     longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(
         layers=calls.layers,
@@ -122,9 +121,9 @@ def shape_of(
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
         context=int(longest),
         dtype=dtype,
-        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(devices)),
+        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(homes)),
         position_rows=position_rows(architecture.model),
-        states=tuple(replace(x, dtype=dtype) if x.dtype == own else x for x in calls.states),
+        states=tuple(state.tensor(dtype) for state in calls.states),
         attends_last=calls.attends_last,
         rules=calls.rules,
     )

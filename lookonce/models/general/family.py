@@ -202,7 +202,7 @@ class GeneralFamily:
         vision = getattr(self.architecture.config, "vision_config", None)
         hidden = self._text_width(config)
         return Dimensions(
-            layers=calls.layers,
+            layers=calls.all_layers,
             hidden=hidden,
             heads=calls.heads,
             kv_heads=calls.kv_heads,
@@ -211,6 +211,9 @@ class GeneralFamily:
             vocabulary=int(text["vocab_size"]),
             patches_per_token=4,
             patch_numbers=6 * int(getattr(vision, "hidden_size", None) or 1024),
+            kv_layers=calls.layers,
+            state_numbers=sum(state.numbers for state in calls.states if not state.wide),
+            state_floats=sum(state.numbers for state in calls.states if state.wide),
         )
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:

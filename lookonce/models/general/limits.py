@@ -23,8 +23,8 @@ from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, Limits, Unpacked, attending
 from lookonce.models.general.blocks import UnknownMask, blocks_of_class
 from lookonce.models.general.positions import position_rows
-from lookonce.models.general.recurrent import STATES, intercept, recording
-from lookonce.models.text_adapter import AttentionRules, StateTensor
+from lookonce.models.general.recurrent import STATES, RecordedState, intercept, recording
+from lookonce.models.text_adapter import AttentionRules
 
 _TOKENS = 3  # of the pass
 _ATTENTION = "attention"
@@ -42,8 +42,13 @@ class Calls:
     kv_heads: int
     head_dim: int
     rules: AttentionRules | None = None
-    states: tuple[StateTensor, ...] = ()  # of the layers between them, in order
-    attends_last: bool = True  # the last layer is one of those
+    states: tuple[RecordedState, ...] = ()  # of the layers between them, in order
+    all_layers: int = 0  # with those
+
+    @property
+    def attends_last(self) -> bool:
+        """Whether the last layer keeps keys and values."""
+        return self.attending[-1] == self.all_layers - 1
 
     @property
     def layers(self) -> int:
@@ -58,14 +63,14 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, int, int]] = []
-        self.states: list[StateTensor] = []
+        self.states: list[RecordedState] = []
         self.calls_of: list[list[str]] = []  # of each layer: what it calls
 
     def begin(self, *_: Any) -> None:
         """A layer begins."""
         self.calls_of.append([])
 
-    def keep(self, function: str, state: StateTensor) -> None:
+    def keep(self, function: str, state: RecordedState) -> None:
         """A function of this name would keep a state."""
         self.calls_of[-1].append(function)
         self.states.append(state)
@@ -170,8 +175,8 @@ def attention_calls(architecture: Architecture) -> Calls:
     heads, kv_heads, head_dim = shapes.pop()
     if heads % kv_heads:
         raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
-    last, rules = places[-1] == len(kinds) - 1, _rules(architecture, limits, subject)
-    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), last)
+    rules = _rules(architecture, limits, subject)
+    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
 
 
 def _rules(architecture: Architecture, limits: Limits, subject: str) -> AttentionRules | None:

@@ -9,10 +9,12 @@ as they are.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,23 @@ STATES = {CONVOLVES: (_CONVOLUTION,), DELTA_RULE: (_CONVOLUTION, _CHUNKED)}
 _step = threading.local()
 
 
+@dataclass(frozen=True)
+class RecordedState:
+    """A state that a function would keep."""
+
+    shape: tuple[int, ...]
+    wide: bool  # in float32, whatever the model's dtype is
+
+    @property
+    def numbers(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+    def tensor(self, dtype: torch.dtype) -> StateTensor:
+        """As a model of this dtype keeps it."""
+        return StateTensor(self.shape, torch.float32 if self.wide else dtype)
+
+
 @contextmanager
 def recurring(recur: Recur) -> Iterator[None]:
     """Text models that run in this thread meanwhile read and keep the states of a step."""
@@ -39,8 +58,9 @@ def recurring(recur: Recur) -> Iterator[None]:
 
 
 @contextmanager
-def recording(record: Callable[[str, StateTensor], None]) -> Iterator[None]:
-    """Text models that run in this thread meanwhile tell of every state: the function that would keep it, and what."""
+def recording(record: Callable[[str, RecordedState], None]) -> Iterator[None]:
+    """Text models that run in this thread meanwhile tell of every state, the function that would keep it and what, and
+    compute nothing from token to token."""
     _step.record = record
     try:
         yield
@@ -65,18 +85,19 @@ def _heeding(name: str, own: Callable[..., Any], packed: Callable[..., Any]) -> 
         record = getattr(_step, "record", None)
         if record is not None:
             record(name, _state_of(name, *tensors))
+            return tensors[0] if name == _CONVOLUTION else (torch.empty_like(tensors[2]), None)
         return own(*tensors, **options) if getattr(_step, "recur", None) is None else packed(own, *tensors, **options)
 
     call.heeds_recurring = True  # type: ignore[attr-defined]
     return call
 
 
-def _state_of(name: str, first: torch.Tensor, second: torch.Tensor, third: Any, *_: Any) -> StateTensor:
+def _state_of(name: str, first: torch.Tensor, second: torch.Tensor, third: Any, *_: Any) -> RecordedState:
     """Of a convolution, given rows and weight: the rows that it still sees. Of a delta rule, given queries, keys and
     values: a matrix for each head of the values."""
     if name == _CONVOLUTION:
-        return StateTensor((first.shape[1], second.shape[-1] - 1), first.dtype)
-    return StateTensor((third.shape[2], second.shape[3], third.shape[3]), torch.float32)
+        return RecordedState((first.shape[1], second.shape[-1] - 1), wide=False)
+    return RecordedState((third.shape[2], second.shape[3], third.shape[3]), wide=True)
 
 
 def _next() -> tuple[Recur, int]:
