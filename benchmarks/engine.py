@@ -36,7 +36,7 @@ from benchmarks.engine_steps import decode_ratios, decode_seconds, score_ratios,
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import Generation, Prompt, Sampling
-from lookonce.core.process import keep_freed_memory
+from lookonce.core.process import keep_freed_memory, return_freed_memory
 from lookonce.models.checkpoint import open_checkpoint
 from lookonce.models.omp_thread import run_in_omp_thread
 
@@ -128,8 +128,9 @@ def measured(path: Path, given: argparse.Namespace) -> Seconds:
     text = bool({*given.parts} - {"encode"})
     options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=given.prefix_mib * MIB)
     towers = "encode" in given.parts or (given.unsplit and wall)
+    return_freed_memory()
     sides = Sides.load(checkpoint, given.side, options, given.rounds, towers=towers, text=text)
-    keep_freed_memory()  # as the service does, when its model is loaded
+    keep_freed_memory()  # as the services do before and when a model is loaded
     seconds: Seconds = {}
     if "decode" in given.parts:
         seconds |= run_in_omp_thread(decode_seconds, sides, given.sequences)

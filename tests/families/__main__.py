@@ -1,13 +1,16 @@
-"""Write docs/models.md; `sweep [MODEL_TYPE ...]`: make and try a checkpoint of each, or of all."""
+"""Write docs/models.md. `sweep [MODEL_TYPE ...]`: make and try a checkpoint of each; `sweep`: of all, and write down
+what became of them."""
 
 import sys
 
 from tests.families.models_page import PAGE, page
+from tests.families.sweep import NAMES, swept, write_swept
 
 if sys.argv[1:2] == ["sweep"]:
-    from tests.families.sweep import NAMES, swept
-
+    found = []
     for outcome in swept(sys.argv[2:] or NAMES):
+        found.append(outcome)
         print(outcome, flush=True)
-else:
-    PAGE.write_text(page())
+    if not sys.argv[2:]:
+        write_swept(found)
+PAGE.write_text(page())

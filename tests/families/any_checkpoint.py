@@ -105,6 +105,13 @@ def _pins(*_: Any) -> list[list[int]]:
     return [[side, other] for side in (56, 112) for other in (56, 112)]
 
 
+_GEMMA = Own(
+    {"mm_tokens_per_image": 4},
+    {"size": {"height": SIDE, "width": SIDE}},
+    {"image_seq_length": 4},
+    rows="<|image_token|>",
+    placeholder="<|boi_token|>",
+)
 OWN: dict[str, Own] = {
     "glm4v": Own(_MROPE),
     "glm46v": Own(_MROPE),
@@ -179,14 +186,22 @@ OWN: dict[str, Own] = {
         {"size": {"height": 56, "width": 56}},
         {"image_seq_length": 4},
         rows="<|context_image_token|>",
+        placeholder="<image>",
+        tokens=("<image>",),
     ),
     "deepseek_ocr2": Own({"text_config.mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "gemma3": _GEMMA,
+    "shieldgemma2": _GEMMA,
     "hunyuan_vl": Own(
         {"text_config.rope_parameters.mrope_section": [2, 2, 2, 2]},
         placeholder="<|image_start_token|><|image_token|><|image_end_token|>",
     ),
     "ernie4_5_vl_moe": Own({"text_config.rope_parameters.mrope_section": [3, 3, 2]}),
 }
+
+
+UNTOLD = ("blip-2", "instructblip", "paligemma")
+"""Whose checkpoints have no chat template."""
 
 
 class Unmade(Exception):
@@ -221,7 +236,8 @@ def make_any(model_type: str, path: Path, seed: int = 0) -> Path:
     _processors(path, model_type, name, cls, config, own)
     write(path / "config.json", config)
     write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": ids["<s>"]})
-    (path / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", own.placeholder or image))
+    if model_type not in UNTOLD:
+        (path / "chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", own.placeholder or image))
     _weights(path, config, [ids[token] for token in tokens], seed)
     return path
 

@@ -6,6 +6,8 @@ it.
 
 from __future__ import annotations
 
+import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,6 +17,7 @@ from tests.processes import ROOT
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = ROOT / "docs" / "models.md"
+_CLASS = "is not served by the general path: "
 
 
 @dataclass(frozen=True)
@@ -87,16 +90,18 @@ FOOT = """
 
 All but the Qwen-VL lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it
-takes image features computed elsewhere (`mm_encoder_outputs`). At start the language service compares its packed step
-with the class's own forward. What differs there, and what can't be run packed, is served by the plain engine:
-attention sinks, keys of another size than values, layers of several sizes, recurrent state of kinds that aren't known
-here, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5). Its steps are compared
-with the class's own forward too, and nothing is served that differs. `--engine packed` refuses such a model,
-`--engine plain` takes the plain engine for any of the general path. Which engine it is and why is said at start, by
-`lookonce doctor`, `plan` and `up`, and in `/v1/models`. Refused by name are cross-attention (Llama 3.2 Vision),
-deepstack features, positions that depend on more than an image's grid, and code of a repository. In the packed engine
-the layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at a time.
-An image's `max_pixels` bounds what its processor is given.
+takes image features computed elsewhere (`mm_encoder_outputs`). At start the prompts made here are compared with those
+that the checkpoint's processor makes, the language half's steps with the class's own forward, and the rows of an image
+with the tokens written for it; what differs is not served. The packed engine runs a class whose layers attend over
+keys and values, or keep a state that is known here: short convolutions and gated delta rules. What it can't run, or
+computes otherwise, the plain engine serves: attention sinks, keys of another size than values, layers of several
+sizes, state of other kinds, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5).
+`--engine packed` refuses such a model; `--engine plain` takes the plain engine for any class of the general path.
+Which engine it is and why is said at start, by `lookonce doctor`, `plan` and `up`, and in `/v1/models`. So is what is
+refused by all engines. In the packed engine the layers of a class may lie on several devices (`--device-map`); its
+vision half encodes one image at a time. An image's `max_pixels` bounds what its processor is given. Where an image has
+other rows in a prompt with several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold
+in parts are joined when they are read.
 
 A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL) is its KV and their state at its end, which every question
 forks. It is counted, evicted and erased with the KV. A prefix is reused as a whole: text that goes on otherwise within
@@ -116,6 +121,15 @@ language service, once for each question. The other way, a key that includes the
 again for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million,
 arXiv:2301.12597).
 
+"""
+TRIED = """\
+## Every class of transformers, tried
+
+`python -m tests.families sweep` makes a random checkpoint of each, as far as it knows how to, and holds prompts of one
+image, of two, and of two turns to the unsplit model: tokens equal, log-probabilities within 2e-4.
+
+"""
+PUBLISHED = """\
 ## Embedding models
 
 A vector is made of a text or an image by a model over the same towers, from the same cached embedding. GME-Qwen2-VL and
@@ -152,10 +166,38 @@ def declared() -> Iterator[tuple[str, Served]]:
             yield f"families/{path.name}", one
 
 
+def tried() -> str:
+    """What became of every class that the table doesn't name."""
+    named = {one.model_type for _, one in declared()}
+    found = [each for each in json.loads((FOLDER / "swept.json").read_text()) if each["model_type"] not in named]
+    served = [f"`{each['model_type']}`{_brief(each['said'])}" for each in found if each["what"] == "served"]
+    text = textwrap.fill(f"Served without being named: {', '.join(served)}.", 120, break_on_hyphens=False) + "\n\n"
+    reasons: dict[str, list[str]] = {}
+    for each in found:
+        if each["what"] == "refused":
+            reasons.setdefault(_reason(each["said"]), []).append(f"`{each['model_type']}`")
+    for reason, names in sorted(reasons.items()):
+        line = f"- Refused, {reason}: {', '.join(names)}."
+        text += textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n"
+    unmade = [f"`{each['model_type']}`" for each in found if each["what"] == "not made"]
+    line = f"- Not tried, for want of a package or of a way to make one: {', '.join(unmade)}."
+    return text + textwrap.fill(line, 120, subsequent_indent="  ", break_on_hyphens=False) + "\n\n"
+
+
+def _brief(said: str) -> str:
+    return " (one image a prompt)" if said else ""
+
+
+def _reason(said: str) -> str:
+    """What is said of the class, or else the first thing that is said."""
+    first = next((each for each in said.split(" | ") if _CLASS in each), said.split(" | ")[0])
+    return first.rpartition(_CLASS)[2].partition(";")[0].removeprefix("PATH: ")
+
+
 def page() -> str:
     """The page."""
     rows = [["models", "`model_type`", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
     for _, one in declared():
         said = [{No: "no", Plain: "plain"}.get(type(cell), "yes") for cell in one.cells]
         rows.append([one.models, f"`{one.model_type}`", *said])
-    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT
+    return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT + TRIED + tried() + PUBLISHED

@@ -29,7 +29,8 @@ class Split:
         vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
         self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
         self.encoder.warm_up()
-        layers = language.family.dimensions(language.config).layers
+        architecture = language.family.architecture
+        layers = len(architecture.model.get_submodule(architecture.decoder_name).layers)
         home = home or Home((CPU,), (range(layers),))
         self.model = language.family.load_text(language, torch.float32, home.of, home.of_layers)
         family = language.family

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
 
-from lookonce.models.general.processor import named_class
+from lookonce.models.general.processor import ABSENT, named_class
 
 
 class Unsplit:
@@ -103,4 +103,4 @@ def _processor(path: Path, monkeypatch: Any) -> Any:
     parts = {"image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
     parts["tokenizer"] = AutoTokenizer.from_pretrained(path)
     settings, _ = cls.get_processor_dict(path)
-    return cls.from_args_and_dict([parts.get(each) for each in cls.get_attributes()], settings)
+    return cls.from_args_and_dict([parts.get(each, ABSENT) for each in cls.get_attributes()], settings)

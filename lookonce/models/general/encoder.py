@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lookonce.core.errors import CheckpointError
+from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half, Patches
@@ -95,7 +95,15 @@ class GeneralEncoder:
     def warm_up(self) -> None:
         """Encode one small image. Raises CheckpointError when it has other rows than it has tokens in a prompt."""
         image = Image.effect_noise((96, 64), 100).convert("RGB")
-        (rows,) = self.encode([self.prepare(image, 1, 96 * 64)])
+        try:
+            (rows,) = self.encode([self.prepare(image, 1, 96 * 64)])
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, LookonceError):
+                raise
+            raise CheckpointError(
+                f"{type(self.model).__name__} can't encode what its processor makes of an image "
+                f"({type(error).__name__}); take config.json and preprocessor_config.json from the same repository"
+            ) from error
         tokens = self._processor.rows_of(image)
         if len(rows) != tokens:
             raise CheckpointError(
@@ -108,7 +116,8 @@ class GeneralEncoder:
         if self._folded is not None:
             return fold(self.model.vision_model(**inputs).last_hidden_state[0], self._folded).to(self.dtype)
         features = self.model.get_image_features(**inputs, return_dict=True)
-        if getattr(features, "deepstack_features", None) is not None:
+        deepstack = getattr(features, "deepstack_features", None)
+        if deepstack is not None and len(deepstack):
             raise CheckpointError(f"{type(self.model).__name__} has deepstack features, which a record doesn't hold")
         found = features.pooler_output
         parts = [found] if torch.is_tensor(found) else list(found)

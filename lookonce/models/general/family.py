@@ -54,6 +54,8 @@ _TEXTS = {
 of arXiv:2301.12597 (appendix), InstructBLIP and PaliGemma were trained on texts as they are."""
 _CLOSING = {"paligemma": "{{ '\\n' }}"}
 """What ends a message; arXiv:2407.07726, section 3."""
+_BEGUN = ("paligemma",)
+"""Those whose processor writes <s> itself."""
 _UNSTATED = (
     "architectures",
     "dtype",
@@ -97,12 +99,19 @@ class GeneralFamily:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template where the checkpoint has none. Images come before all else, even before the token that
-        begins a text; an encoder's text ends with one."""
+        """The chat template of a model type whose checkpoints have none. Images come before all else. Behind them <s>
+        stands where the tokenizer puts it before a text, or the processor does; </s> where the tokenizer ends one."""
+        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer, trailing_ids
+
         text = _TEXTS.get(self.model_type)
         if text is None:
             return None
-        begin, end = ("", "{{ eos_token }}") if self.architecture.is_encoder_decoder else ("{{ bos_token }}", "")
+        begin, end = "{{ bos_token }}", ""
+        with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
+            if self._path is not None:
+                tokenizer = load_tokenizer(self._path, self.words)
+                begin = begin if leading_ids(tokenizer) or self.model_type in _BEGUN else ""
+                end = "{{ eos_token }}" if trailing_ids(tokenizer) else ""
         closing = _CLOSING.get(self.model_type, "")
         part = "{% if part.type == 'text' %}" + text + "{% endif %}{% endfor %}" + closing + "{% endfor %}"
         return _IMAGES + begin + _ALL_PARTS + part + end

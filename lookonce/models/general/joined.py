@@ -30,25 +30,24 @@ class Group:
 
 def groups_of(model: Any, joins: Sequence[WeightConverter], state: Mapping[str, torch.Tensor]) -> list[Group]:
     """Those of a class, whose tensors `state` holds on the meta device. What can't be taken apart is in none."""
-    back = {id(join): join.reverse_transform() for join in reversed(joins)}
-    forth = {id(reverse): join for join in joins for key, reverse in back.items() if key == id(join)}
-    found: dict[tuple[int, str], tuple[WeightConverter, list[str]]] = {}
+    ways = [(join.reverse_transform(), join) for join in reversed(joins)]
+    found: dict[tuple[int, str], tuple[Any, WeightConverter, list[str]]] = {}
     for name, tensor in state.items():
-        for reverse in back.values():
-            renamed, pattern = reverse.rename_source_key(name)
+        for at, (way, join) in enumerate(ways):
+            renamed, pattern = way.rename_source_key(name)
             if pattern is not None:
-                running, names = found.setdefault((id(reverse), renamed), (deepcopy(reverse), []))
-                running.add_tensor(renamed, name, pattern, tensor)
+                reverse, _, names = found.setdefault((at, renamed), (deepcopy(way), join, []))
+                reverse.add_tensor(renamed, name, pattern, tensor)
                 names.append(name)
                 break
     groups = []
-    for (key, renamed), (reverse, names) in found.items():
+    for (_, renamed), (reverse, join, names) in found.items():
         try:
             made = reverse.convert(renamed, model=model, config=model.config)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, NotImplementedError):
             continue
         parts = {part: (x[0] if isinstance(x, list) else x) for part, x in made.items()}
-        groups.append(Group(forth[key], {part: tuple(x.shape) for part, x in parts.items()}, tuple(names)))
+        groups.append(Group(join, {part: tuple(x.shape) for part, x in parts.items()}, tuple(names)))
     return groups
 
 
@@ -88,7 +87,8 @@ def apart(model: Any, groups: Sequence[Group]) -> Iterator[None]:
 
 
 def _joined(model: Any, group: Group) -> dict[str, torch.Tensor]:
-    running, first = deepcopy(group.converter), ""
+    running: Any = deepcopy(group.converter)
+    first = ""
     for name in group.parts:
         renamed, pattern = apply_converters(name, [running])
         first = first or renamed

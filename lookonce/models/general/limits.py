@@ -100,18 +100,19 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     if hasattr(architecture.model.base_model, "get_rope_index") and position_rows(architecture.model) == 1:
         yield f"{subject}: its positions depend on more than an image's grid (get_rope_index); {_ELSEWHERE}"
         return
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
-    if "pil" not in backends and find_spec("torchvision") is None:
-        yield (
-            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
-            "the torchvision that belongs to this torch"
-        )
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
     try:
         _ = architecture.language
     except CheckpointError as error:
         yield from error.problems
+        return
+    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
+    if "pil" not in backends and find_spec("torchvision") is None:
+        yield (
+            f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
+            "the torchvision that belongs to this torch"
+        )
 
 
 @lru_cache(maxsize=8)

@@ -13,6 +13,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,7 +25,6 @@ from PIL import Image
 from transformers import AutoTokenizer, ProcessorMixin
 from transformers.models.auto import image_processing_auto, processing_auto
 from transformers.models.auto.configuration_auto import model_type_to_module_name
-from transformers.utils import is_torchvision_available
 
 from lookonce.core.errors import CheckpointError, LookonceError, invalid
 from lookonce.models.checkpoint import files
@@ -86,7 +86,7 @@ class _Absent(dict[str, Any]):
             raise AttributeError(name)
 
 
-_ABSENT = _Absent()
+ABSENT = _Absent()
 
 
 class Processor:
@@ -236,7 +236,7 @@ def _image_processor(path: Path) -> Any:
         known = [kinds for kinds in _images.IMAGE_PROCESSOR_MAPPING_NAMES.values() if name in kinds.values()]
         if not known or "pil" in known[0]:
             raise
-        if not is_torchvision_available():
+        if find_spec("torchvision") is None:
             raise CheckpointError(
                 f"{path}: its image processor {name} is made with torchvision, which is not installed; "
                 "install torchvision beside torch"
@@ -271,7 +271,7 @@ def _without_video(cls: Any) -> Any:
 
         @classmethod
         def _get_arguments_from_pretrained(own, *_: Any, **__: Any) -> list[Any]:
-            return [own.parts.get(name, _ABSENT) for name in own.get_attributes()]
+            return [own.parts.get(name, ABSENT) for name in own.get_attributes()]
 
         @classmethod
         def get_processor_dict(own, *arguments: Any, **named: Any) -> tuple[dict[str, Any], dict[str, Any]]:

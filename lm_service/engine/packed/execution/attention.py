@@ -101,9 +101,9 @@ class AttentionPlan:
         """The same with its tensors on another device."""
         return replace(
             self,
-            prefills=[span.to(device) for span in self.prefills],
-            shared=[span.to(device) for span in self.shared],
-            suffixes=[batch.to(device) for batch in self.suffixes],
+            prefills=[each.to(device) for each in self.prefills],
+            shared=[each.to(device) for each in self.shared],
+            suffixes=[each.to(device) for each in self.suffixes],
             suffix_rows=self.suffix_rows.to(device),
         )
 

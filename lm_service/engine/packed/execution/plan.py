@@ -58,8 +58,14 @@ def suffix_order(chunk: SuffixChunk) -> tuple[tuple[int, ...], int, int]:
 
 def plans_of(shape: ModelShape, pool: SuffixPool, batch: Batch) -> dict[int | None, AttentionPlan]:
     """The plan of a batch, whose suffixes are in `suffix_order`, for the layers of each window (None: without one)."""
-    windows = {None} if shape.rules is None else set(shape.rules.windows)
-    return {window: make_plan(shape, pool, batch, window) for window in windows}
+    plans: dict[int | None, AttentionPlan] = {None: make_plan(shape, pool, batch)}
+    if shape.rules is not None:
+        prefixes = (chunk.prefill.node.start + chunk.prefill.node.filled + chunk.rows for chunk in batch.prefills)
+        suffixes = (chunk.sequence.computed + chunk.count for chunk in batch.suffixes)
+        longest = max(itertools.chain(prefixes, suffixes), default=0)
+        for window in {window for window in shape.rules.windows if window is not None}:
+            plans[window] = plans[None] if longest <= window else make_plan(shape, pool, batch, window)
+    return plans
 
 
 def make_plan(shape: ModelShape, pool: SuffixPool, batch: Batch, window: int | None = None) -> AttentionPlan:

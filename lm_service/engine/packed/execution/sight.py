@@ -28,10 +28,6 @@ class Rows:
     last: int
     mask: torch.Tensor  # bool [end - begin, last - first]
 
-    def to(self, device: torch.device) -> Rows:
-        """The same with its mask on another device."""
-        return replace(self, mask=self.mask.to(device))
-
 
 @dataclass(frozen=True)
 class Sight:
@@ -41,7 +37,7 @@ class Sight:
 
     def to(self, device: torch.device) -> Sight:
         """The same with its masks on another device."""
-        return Sight([rows.to(device) for rows in self.rows])
+        return Sight([replace(rows, mask=rows.mask.to(device)) for rows in self.rows])
 
     def attend(
         self, q: torch.Tensor, seen: Sequence[tuple[torch.Tensor, torch.Tensor]], softcap: float | None
