@@ -50,7 +50,8 @@ async def test_a_process_whose_engine_needs_no_torch_has_none(installed, checkpo
     await store.put(reference.key, record.serialize())
     await store.close()
     arguments = ["--model", str(checkpoint_path), "--engine", "echo", "--store", f"file://{tmp_path}/store"]
-    with ServiceProcess("lm_service", *arguments, env={"PYTHONPATH": os.environ["PYTHONPATH"]}) as service:
+    alone = {"PYTHONPATH": os.environ["PYTHONPATH"]}  # in a process of its own, that has imported nothing before
+    with ServiceProcess("lm_service", *arguments, env=alone) as service:
         client = LanguageClient(service.address)
         reply = await answer(client, asking(user(reference, "What is this?"), max_tokens=500, ignore_eos=True))
         assert "What is this?" in reply.text
