@@ -165,7 +165,6 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
 
 
 UNPACKED = {
-    "gemma4_unified": "not every layer attends once over keys and values of one size",
     "instructblip": "its Q-Former reads the question",
 }
 

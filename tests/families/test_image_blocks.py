@@ -13,9 +13,9 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.types import ScoreItem, Scoring
 from lm_service.prompt import Message
 from lookonce.core.errors import CheckpointError
-from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.general import limits
 from lookonce.models.general.blocks import UnknownMask, visible
+from lookonce.models.registry import family_of
 from lookonce.models.text_adapter import BothWays
 from tests.cli.commands import invoke
 from tests.engine.lab import ask, generation
@@ -234,13 +234,14 @@ def test_other_rules_than_the_classes_are_refused_at_start(told, tmp_path, monke
         Split(path)
 
 
-def test_masks_that_no_rule_says_are_refused_by_name(tmp_path, monkeypatch):
+def test_masks_that_no_rule_says_are_not_packed(tmp_path, monkeypatch):
     def odd(architecture):
         raise UnknownMask("who sees whom depends on the weather")
 
     monkeypatch.setattr(limits, "blocks_of_class", odd)
-    told = check_checkpoint(str(variant(tmp_path, {"bos_token_id": 3}))).problems
-    assert len(told) == 1 and "served by the general path: who sees whom depends on the weather" in told[0]
+    path = variant(tmp_path, {"bos_token_id": 3})
+    config = json.loads((path / "config.json").read_text())
+    assert family_of(config, path).unpacked(config) == "who sees whom depends on the weather"
 
 
 def variant(tmp_path, config):
