@@ -100,7 +100,6 @@ FORMATS = {
 }
 CPU = torch.device("cpu")
 ENGINES = ("gptq desc_act", "awq", "packed asym", "float", "fp8", "nf4", "int8")
-BIASED = r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.\w+_proj)\.weight"
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from gateway.schemas.neutral import AnswerFields, PartFields, RequestFields
-from tests.gateway.processes import ROOT, GatewayProcess
+from tests.gateway.processes import GatewayProcess
 from tests.images import photograph, save
+from tests.processes import ROOT
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 
