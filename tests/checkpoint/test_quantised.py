@@ -133,7 +133,6 @@ MIXED["config_groups"] |= {"group_1": {"weights": {"num_bits": 8, "type": "float
 FORMATS["mixed"] = (lambda w: (FORMATS["packed"] if w.shape[1] == 128 else FORMATS["float"])[0](w), MIXED)
 CPU = torch.device("cpu")
 ENGINES = ("gptq desc_act", "awq", "packed asym", "float", "fp8", "nf4", "int8")
-BIASED = r"model\.layers\.\d+\.(self_attn\.o_proj|mlp\.\w+_proj)\.weight"
 
 
 @pytest.fixture(scope="session")

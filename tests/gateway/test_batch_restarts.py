@@ -17,8 +17,8 @@ from gateway.batches.worker import ConcurrencyClasses
 from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.batching import begin, chat_line, ended, jsonl, results, until
 from tests.gateway.conftest import Services
-from tests.gateway.processes import ROOT, GatewayProcess
-from tests.processes import START_SECONDS
+from tests.gateway.processes import GatewayProcess
+from tests.processes import ROOT, START_SECONDS
 
 
 def test_a_killed_gateway_goes_on_where_it_was(services: Services, tmp_path: Path) -> None:

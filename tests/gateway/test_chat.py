@@ -14,7 +14,6 @@ from tests.gateway.conftest import Services
 from tests.gateway.processes import MODEL
 
 ImageFile = Callable[..., bytes]
-ZERO = {"max_tokens": 6, "temperature": 0, "extra_body": {}}
 
 
 def data_url(data: bytes) -> str:

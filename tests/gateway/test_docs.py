@@ -13,9 +13,9 @@ import pytest
 
 from gateway.schemas.neutral import AnswerFields, PartFields, RequestFields
 from tests.gateway.conftest import Services
-from tests.gateway.processes import ROOT, GatewayProcess
+from tests.gateway.processes import GatewayProcess
 from tests.images import photograph, save
-from tests.processes import ServiceProcess
+from tests.processes import ROOT, ServiceProcess
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 

@@ -15,7 +15,8 @@ import pytest
 from gateway.schemas.responses import ModerationObject
 from lookonce.core.process import PERMANENT_EXIT
 from tests.gateway.conftest import Services
-from tests.gateway.processes import MODEL, ROOT, GatewayProcess
+from tests.gateway.processes import MODEL, GatewayProcess
+from tests.processes import ROOT
 
 ImageFile = Callable[..., bytes]
 POLICY = """

@@ -11,9 +11,9 @@ import jsonschema_rs
 import pytest
 
 from tests.gateway.conftest import Services
-from tests.gateway.processes import ROOT, GatewayProcess
+from tests.gateway.processes import GatewayProcess
 from tests.gateway.sweep import Sweep
-from tests.processes import ServiceProcess
+from tests.processes import ROOT, ServiceProcess
 
 ImageFile = Callable[..., bytes]
 POLICY = ROOT / "examples" / "policies" / "shapes.yaml"

@@ -14,7 +14,8 @@ import pytest
 
 from tests.gateway.batching import CHAT, begin, chat_line, ended, image_part, jsonl, results
 from tests.gateway.conftest import Services
-from tests.gateway.processes import ROOT, GatewayProcess
+from tests.gateway.processes import GatewayProcess
+from tests.processes import ROOT
 
 RED, BLUE = "red-0123456789abcdef", "blue-0123456789abcdef"
 KEYS = {"LOOKONCE_GATEWAY_API_KEYS": f"red={RED},blue={BLUE}", "LOOKONCE_GATEWAY_SECRET": "a secret"}

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,63 +15,23 @@ from PIL import Image
 
 from protos.lookonce.v1 import common_pb2, vision_pb2_grpc
 from tests.ports import free_port
-from tests.processes import ROOT, START_SECONDS, ServiceProcess
+from tests.processes import START_SECONDS, Process, ServiceProcess
 
 
-class GatewayProcess:
-    """`python -m gateway` on a free port."""
+class GatewayProcess(Process):
+    """`python -m gateway` on a free port, which it keeps; ready when all behind it is."""
 
-    def __init__(
-        self,
-        *args: str,
-        env: dict[str, str] | None = None,
-        host: str = "127.0.0.1",
-        prefix: tuple[str, ...] = (),  # what the command is run by, such as `ip netns exec`
-    ) -> None:
+    def __init__(self, *args: str, host: str = "127.0.0.1", **how: Any) -> None:
         self.port = free_port()
         self.url = f"http://{host}:{self.port}"
-        self._log = tempfile.NamedTemporaryFile(prefix="gateway-", suffix=".log")  # noqa: SIM115
-        self._command = [*prefix, sys.executable, "-m", "gateway", "--host", host, "--port", str(self.port), *args]
-        self._env = {**os.environ, **(env or {})}
+        super().__init__("gateway", "--host", host, "--port", str(self.port), *args, **how)
         self.process = self._spawn()
 
-    def _spawn(self) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self._command, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log
-        )
-
-    @property
-    def log(self) -> str:
-        return Path(self._log.name).read_text(errors="replace")
-
-    def wait_ready(self, seconds: float = START_SECONDS) -> GatewayProcess:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                break
-            try:
-                if httpx2.get(f"{self.url}/readyz", timeout=10, verify=False).status_code == 200:
-                    return self
-            except httpx2.TransportError:
-                pass
-            time.sleep(0.05)
-        log = self.log
-        self.close()
-        raise AssertionError(f"the gateway was not ready:\n{log}")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-    def restart(self) -> GatewayProcess:
-        self.kill()
-        self.process = self._spawn()
-        return self.wait_ready()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.kill()
-        self._log.close()
+    def ready(self) -> bool:
+        try:
+            return httpx2.get(f"{self.url}/readyz", timeout=10, verify=False).status_code == 200
+        except httpx2.TransportError:
+            return False
 
 
 class System:
