@@ -14,7 +14,7 @@ import httpx2
 import pytest
 
 from gateway.routing.replicas import Replicas
-from gateway.routing.variants import Variant, Variants, VariantSpec, parse_variants, read_variants
+from gateway.routing.variants import EMBED, Variant, Variants, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
@@ -89,6 +89,8 @@ async def test_a_changed_list_keeps_the_channels_that_stay() -> None:
         "a weight=1 vision=, lm=l",
         "A weight=1 vision=v lm=l",
         "a weight=1 vision=v lm=l; a weight=1 vision=w lm=m",
+        "a weight=1 task=write vision=v lm=l",
+        "a weight=1 vision=v lm=l; b weight=0 task=embed vision=v lm=l",
         "",
     ],
 )
@@ -102,6 +104,15 @@ def test_lists_may_be_lines_with_comments() -> None:
         "# canary\na weight=0.5 vision=v:1,v:2 lm=l:1\n\nb weight=1 vision=w lm=m # two", param="x"
     )
     assert one == VariantSpec("a", 0.5, ("v:1", "v:2"), ("l:1",)) and two.name == "b"
+
+
+def test_a_variant_of_an_embedding_model_gets_what_is_for_vectors_and_nothing_else() -> None:
+    specs = parse_variants("a weight=1 vision=v lm=l; pictures weight=9 task=embed vision=v lm=m", param="x")
+    pool = Variants(specs, connect)
+    assert pool.main.name == "a" and pool.main_of(EMBED).name == "pictures" and pool.has(EMBED)
+    for key in KEYS:
+        assert [one.name for one in pool.in_order(key)] == ["a"]
+        assert [one.name for one in pool.in_order(key, EMBED)] == ["pictures"]
 
 
 def ask(http: httpx2.Client, image: str) -> dict:
