@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.architecture import Architecture
@@ -26,6 +26,7 @@ from lookonce.models.general.positions import position_rows
 from lookonce.models.general.recurrent import STATES, RecordedState, intercept, recording
 from lookonce.models.text_adapter import AttentionRules
 
+_images: Any = image_processing_auto
 _TOKENS = 3  # of the pass
 _ATTENTION = "attention"
 _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -107,7 +108,7 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     except CheckpointError as error:
         yield from error.problems
         return
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
+    backends = _images.IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
     if "pil" not in backends and find_spec("torchvision") is None:
         yield (
             f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
@@ -165,8 +166,8 @@ def attention_calls(architecture: Architecture) -> Calls:
     kinds = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     shapes = {seen[1:] for seen in recorder.seen}
     expected = [list(STATES.get(kind, (_ATTENTION,))) for kind in kinds]
-    places = tuple(number for number, calls in enumerate(expected) if calls == [_ATTENTION])
-    if recorder.calls_of != expected or tuple(seen[0] for seen in recorder.seen) != places or len(shapes) != 1:
+    attend = tuple(number for number, calls in enumerate(expected) if calls == [_ATTENTION])
+    if recorder.calls_of != expected or tuple(seen[0] for seen in recorder.seen) != attend or len(shapes) != 1:
         raise CheckpointError(
             f"{subject}: not every layer attends once over keys and values of one size, or keeps a state that is known "
             f"here (short convolutions, gated delta rules); {_ELSEWHERE}"
@@ -177,7 +178,7 @@ def attention_calls(architecture: Architecture) -> Calls:
     if heads % kv_heads:
         raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
     rules = _rules(architecture, limits, subject)
-    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
+    return Calls(attend, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
 
 
 def _rules(architecture: Architecture, limits: Limits, subject: str) -> AttentionRules | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -71,11 +72,11 @@ def _in_parts(model: GeneralText, hidden: torch.Tensor, places: torch.Tensor, se
     """[T, vocabulary] by packed steps. Where the model keeps states: of all but the last tokens, one further, and the
     others, each part going on from the keys, values and states of the one before it."""
     logits, recurrent, length = [], bool(model.shape.states), len(hidden)
-    parts = [length - _LAST, 1, _LAST - 1] if recurrent else [length]
-    for part, at in zip(hidden.split(parts), places.split(parts, 1), strict=True):
-        sequence.begin(len(part))
-        rows = torch.arange(len(part), device=part.device)
-        logits.append(model.forward(part, at, sequence, rows, recur=sequence if recurrent else None))
+    ends = [length - _LAST, length - _LAST + 1, length] if recurrent else [length]
+    for start, end in itertools.pairwise([0, *ends]):
+        sequence.begin(end - start)
+        rows, at = torch.arange(end - start, device=hidden.device), places[:, start:end]
+        logits.append(model.forward(hidden[start:end], at, sequence, rows, recur=sequence if recurrent else None))
     return torch.cat(logits)
 
 
