@@ -112,7 +112,7 @@ def turned(checkpoint, directory):
     "how",
     [
         {},
-        {"step_tokens": 7, "burst_tokens": 7},
+        pytest.param({"step_tokens": 7, "burst_tokens": 7}, marks=pytest.mark.slow),
         pytest.param({"native": False}, marks=pytest.mark.slow),
         pytest.param({"home": SPREAD, "step_tokens": 24}, marks=pytest.mark.slow),
     ],
@@ -178,7 +178,14 @@ def routers_rows_rolled(mlp):
     mlp.gate.weight.data = mlp.gate.weight.data.roll(1, 0)
 
 
-@pytest.mark.parametrize("fault", [two_experts_swapped, a_stack_the_wrong_way_round, routers_rows_rolled])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        two_experts_swapped,
+        pytest.param(a_stack_the_wrong_way_round, marks=pytest.mark.slow),
+        pytest.param(routers_rows_rolled, marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_of_the_experts_keeps_the_service_from_serving(checkpoint, monkeypatch, fault):
     load = modules.load_language_model
 
@@ -193,6 +200,7 @@ def test_a_fault_of_the_experts_keeps_the_service_from_serving(checkpoint, monke
         load_checked(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_sound_half_passes_as_either_is_stored(checkpoint, tmp_path, dtype):
     for path in (checkpoint, turned(checkpoint, tmp_path / "turned")):
@@ -220,7 +228,7 @@ def test_the_services_answer_as_the_unsplit_model(checkpoint, unsplit, tmp_path)
     assert scored["choices"] == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["30B-A3B", pytest.param("235B-A22B", marks=pytest.mark.slow)])
 def test_a_published_config_is_served_and_counted_as_transformers_builds_it(name):
     config, preprocessor = published(name), MOE_FAMILY.preprocessor(PREPROCESSOR)
     assert MOE_FAMILY.problems(config, preprocessor, Half) == []

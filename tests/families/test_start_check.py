@@ -275,7 +275,13 @@ def test_the_plain_form_is_what_transformers_computes(checkpoint):
     torch.testing.assert_close(plain_scores(form, exam), self_check.scores_of(scores, exam), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["checkpoint", "window_checkpoint", "deepstack_checkpoint"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("checkpoint", "window_checkpoint")),
+        "deepstack_checkpoint",
+    ],
+)
 def test_what_verify_records_is_what_the_halves_compute(kind, request, tmp_path):
     """Of the class itself, rows of a deepstack with it; taken along by a split, it is what the halves compare with."""
     path = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
