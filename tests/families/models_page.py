@@ -81,13 +81,13 @@ FOOT = """
 All but the Qwen-VL lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
 image features computed elsewhere (`mm_encoder_outputs`) and every layer attends over keys and values, or keeps a state
-that is known here: short convolutions and gated delta rules. At start the prompts made here are compared with those that
-the checkpoint's processor makes, the language half's packed step with the class's own forward, and the rows of an image
-with the tokens written for it; what differs is not served. What is refused is said by `lookonce doctor`, `plan` and
-`up` alike. The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one image at
-a time. An image's `max_pixels` bounds what its processor is given. Where an image has other rows in a prompt with
-several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold in parts are joined when they
-are read.
+that is known here: short convolutions and gated delta rules. At start the prompts made here are compared with those
+that the checkpoint's processor makes, the language half's packed step with the class's own forward, and the rows of an
+image with the tokens written for it; what differs is not served. What is refused is said by `lookonce doctor`, `plan`
+and `up` alike. The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one
+image at a time. An image's `max_pixels` bounds what its processor is given. Where an image has other rows in a prompt
+with several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold in parts are joined when
+they are read.
 
 A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL) is its KV and their state at its end, which every question
 forks. It is counted, evicted and erased with the KV. A prefix is reused as a whole: text that goes on otherwise within
