@@ -144,8 +144,9 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         service.peers.start()
         with heap_frozen():
             await server.set_serving(True)
-            device = engine.describe().model.device
-            log.info("serving", address=address, model=model.checkpoint.name, device=device, store=_kind(settings))
+            facts, name = engine.describe().model, model.checkpoint.name
+            run = {"device": facts.device, "engine": facts.engine or settings.engine}
+            log.info("serving", address=address, model=name, **run, store=_kind(settings))
             await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled

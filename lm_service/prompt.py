@@ -12,7 +12,7 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -176,6 +176,7 @@ class PromptBuilder:
         self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
+        self._reads_text = bool(getattr(family, "reads_text", False))
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
@@ -200,7 +201,8 @@ class PromptBuilder:
         self.check_text([part for message in messages for part in message.parts if isinstance(part, str)])
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
         token_ids = self.template.ids(turns, salt, special_tokens=special_tokens)
-        return self.laid_out([*token_ids, *ending], images, reserve)
+        prompt = self.laid_out([*token_ids, *ending], images, reserve)
+        return replace(prompt, text=self.template.text(turns)) if self._reads_text else prompt
 
     def laid_out(self, ids: Sequence[int], images: Sequence[EmbeddingReference], reserve: int = 0) -> Prompt:
         """The prompt of these tokens, with a placeholder for each of the images. Raises INVALID_ARGUMENT or
@@ -291,8 +293,10 @@ class PromptBuilder:
 class ChatTemplate:
     """Tokenises conversations. Safe to use from several threads."""
 
-    def __init__(self, chat: ChatFormat) -> None:
+    def __init__(self, chat: ChatFormat, *, begins_anew: bool = False) -> None:
+        """`begins_anew`: what follows the first tokens that the template writes is tokenised as a text of its own."""
         self.chat = chat
+        self._begins_anew = begins_anew
         tokenizer = chat.tokenizer
         self._tokenizer = tokenizer
         starts = "|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)"
@@ -318,6 +322,13 @@ class ChatTemplate:
         ids = self._remembered if short else self._ids
         return list(ids(tuple(turns), salt, special_tokens))
 
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The conversation's text without images and what else the template writes as special tokens. Raises as `ids`
+        does."""
+        mark = self._mark(turns)
+        pieces = self.chat.pieces(self._rendered(turns, mark, self._starts))
+        return "".join(piece.replace(mark, "") for piece in pieces if isinstance(piece, str))
+
     def count(self, texts: Iterable[str], enough: int) -> int:
         """About how many tokens texts have, looked at in pieces until there are more than `enough`.
 
@@ -334,18 +345,24 @@ class ChatTemplate:
 
     def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool) -> tuple[int, ...]:
         mark = self._mark(turns)
-        # Wherever a special token could begin, also one that goes on in the next part, the mark breaks it.
-        breaks = self._typed_or_starts if special_tokens else self._starts
+        rendered = self._rendered(turns, mark, self._typed_or_starts if special_tokens else self._starts)
+        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
+        pieces = list(self.chat.pieces(rendered))
+        begun = next((at for at, piece in enumerate(pieces) if isinstance(piece, str) and piece), 0)
+        first = begun if self._begins_anew else 0
+        encoded = (self._encode(piece, mark, first=at == first) for at, piece in enumerate(pieces))
+        return (*lead, *chain.from_iterable(encoded))
+
+    def _rendered(self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str]) -> str:
+        """By the template; wherever a special token could begin, also one that goes on in the next part, the mark
+        breaks it."""
         marked = [Turn(turn.role, tuple(part and _marked(part, breaks, mark) for part in turn.parts)) for turn in turns]
         try:
-            rendered = self.chat.render(marked)
+            return self.chat.render(marked)
         except TemplateRefusal as error:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
-        pieces = enumerate(self.chat.pieces(rendered))
-        return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -394,4 +411,5 @@ def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:
     """The template and tokenizer of a checkpoint directory; `image` stands for an image where a template takes strings.
 
     CheckpointError naming what is missing."""
-    return ChatTemplate(open_chat(path, family, image))
+    chat = open_chat(path, family, image)
+    return ChatTemplate(chat, begins_anew=getattr(family, "begins_anew", False))

@@ -113,6 +113,8 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             waiting=state.waiting,
             generated_tokens=state.generated_tokens,
             sampling_defaults=language_pb2.SamplingParameters(**self._defaults.stated),  # type: ignore[arg-type]
+            engine=state.model.engine,
+            engine_note=state.model.engine_note,
             vectors=None if self._vectors is None else self._vectors.describe(),
         )
 

@@ -31,7 +31,11 @@ class LanguageSettings(ModelServiceSettings):
     encoder_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype of the encoders whose embeddings are accepted (auto: any of the three)."
     )
-    engine: str = Field("packed", description="packed, or the name of an installed engine.")
+    engine: str = Field(
+        "auto",
+        description="auto (packed; plain for a model that can't be run packed), packed, plain (one request at a time), "
+        "or the name of an installed engine.",
+    )
     device_map: str | None = Field(
         None,
         description="Layers over several devices, instead of device: auto (all GPUs, by free memory), cuda:0,cuda:1, "

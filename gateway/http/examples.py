@@ -110,6 +110,8 @@ MODEL = {
     "context_length": 32768,
     "max_tokens": 4096,
     "sampling_defaults": {"temperature": 0.01, "top_p": 0.001},
+    "engine": "packed",
+    "engine_note": "",
 }
 READINESS = {
     "status": "ready",

@@ -290,6 +290,8 @@ class ModelCard:
             "sampling_defaults": {
                 field.name: round(value, 7) for field, value in self.description.sampling_defaults.ListFields()
             },
+            "engine": self.description.engine,
+            "engine_note": self.description.engine_note,
             **shown,
         }
 

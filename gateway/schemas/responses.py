@@ -253,6 +253,8 @@ class Model(Answered):
     sampling_defaults: dict[str, float] = Field(
         default={}, description="sampling parameters of a request that leaves them out, as the model's files say"
     )
+    engine: str = Field(default="", description="packed, or plain: one request at a time, no shared prefix")
+    engine_note: str = Field(default="", description="why the plain engine serves it")
     vectors: VectorFacts | None = Field(None, description="only of an embedding model")
 
 

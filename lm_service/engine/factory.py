@@ -17,7 +17,11 @@ from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.vector_layout import VectorLayout
 
 GROUP = "lookonce.engines"
-BUILTIN = {"packed": "lm_service.engine.packed.build:PackedBuilder"}
+BUILTIN = {
+    "auto": "lm_service.engine.auto:AutoBuilder",
+    "packed": "lm_service.engine.packed.build:PackedBuilder",
+    "plain": "lm_service.engine.plain.build:PlainBuilder",
+}
 
 
 class EngineBuilder(Protocol):
@@ -46,8 +50,8 @@ class VectorEngineBuilder(Protocol):
 
 def vector_builder_of(settings: LanguageSettings) -> VectorEngineBuilder:
     """That of the one engine for embedding models. Raises INVALID_ARGUMENT for the settings' choice of another."""
-    if settings.engine != "packed":
-        raise invalid(f"engine {settings.engine!r} makes no vectors; leave --engine at packed", param="engine")
+    if settings.engine not in ("auto", "packed"):
+        raise invalid(f"engine {settings.engine!r} makes no vectors; leave --engine at auto", param="engine")
     builder: VectorEngineBuilder = plugins.load(GROUP, "vectors", {"vectors": VECTORS})(settings)  # type: ignore[misc]
     return builder
 

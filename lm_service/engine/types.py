@@ -57,6 +57,7 @@ class Prompt:
     images: tuple[ImageSpan, ...]  # in order, not overlapping
     positions: NDArray[np.int64]  # [r, len(token_ids)], r as the model's family has it
     next_position: int  # of the first generated token, on all rows
+    text: str = ""  # without images and special tokens, where the family's language half reads it
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,8 @@ class ModelFacts:
     device: str = ""
     weight_bytes: int = 0
     quantization: str = "none"
+    engine: str = ""  # its name
+    engine_note: str = ""  # why it is this one, where another was hoped for
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.core.units import format_size
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.check import check_checkpoint
+from lookonce.models.family import unpacked_reason
 from lookonce.models.registry import Half
 
 BUNDLED = Path(__file__).resolve().parent.parent / "data" / "shapes"
@@ -29,6 +30,7 @@ class Model:
     identity: str
     weight_bytes: int
     adapter: str | None = None  # --adapter of the services: a directory
+    unpacked: str | None = None  # why the packed engine can't run it
 
 
 def default_model() -> str:
@@ -67,8 +69,9 @@ def identify(source: str, halves: Mapping[Half, Checkpoint]) -> Model:
             )
     checkpoint = halves[Half.LANGUAGE]
     adapter = str(checkpoint.adapter.path.absolute()) if checkpoint.adapter is not None else None
+    unpacked = unpacked_reason(checkpoint.family, checkpoint.config)
     identity, local = checkpoint.identity, Path(source).expanduser()
     if local.is_dir():
-        return Model(str(local.absolute()), None, checkpoint.name, identity, total, adapter)
+        return Model(str(local.absolute()), None, checkpoint.name, identity, total, adapter, unpacked)
     commit = identity.rpartition("@")[2] if identity.startswith("hub:") else None
-    return Model(source, commit, checkpoint.name, identity, total, adapter)
+    return Model(source, commit, checkpoint.name, identity, total, adapter, unpacked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -59,6 +60,7 @@ def plan(
     from lookonce.cli.capacity import Workload, placements
     from lookonce.models.checkpoint.adapter import open_adapter
     from lookonce.models.checkpoint.check import check_settings, stored_halves
+    from lookonce.models.family import served_plain, unpacked_reason
     from lookonce.models.sizing import DTYPE_BYTES, size_of
 
     try:
@@ -69,6 +71,7 @@ def plan(
         family, config, preprocessor = check_settings(model, revision, adapter)
         untied = adapter is not None and open_adapter(adapter, family).unties
         size = size_of(family, config, preprocessor, untied=untied)
+        unpacked = unpacked_reason(family, config)
     except LookonceError as error:
         fail(error.message)
     work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)
@@ -78,11 +81,13 @@ def plan(
     if as_json:
         say(json.dumps([_as_json(item) for item in found], indent=2))
         raise typer.Exit(0 if best.fits else 1)
-    sections = [
+    sections: list[Iterable[str]] = [
         plan_report.needs(size, work, width, height, shown, stored_halves(model, revision)),
         plan_report.table(found, work, size),
         plan_report.economics(size, work, question_tokens),
     ]
+    if unpacked is not None:
+        sections.insert(0, [served_plain(unpacked)])
     if best.fits:
         sections.append(plan_report.commands(best, model, revision, adapter, store))
     say("\n\n".join("\n".join(section) for section in sections))

@@ -19,7 +19,7 @@ from lookonce.core.process import wait_briefly
 
 _OF_TEXT = {"input_ids": None, "attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 """Inputs that are as long as the prompt, and what each further token adds; None: itself."""
-_FORMS = {"blip-2": "Question: {} Answer:", "paligemma": "<image>{}"}
+_FORMS = {"blip-2": "Question: {} Answer:", "instructblip": "{}", "paligemma": "<image>{}"}
 """Of a question, for model types without a chat template."""
 _SAMPLED = 64
 """Tokens of the vocabulary, at equal distances, whose log-probabilities tell how far these are spread."""
@@ -115,6 +115,8 @@ class Unsplit:
         cut = self.cut(image)
         if "image_grid_thw" not in cut:  # a processor may ask its image processor for more, such as tiles
             cut = {name: x for name, x in self.inputs(image, "?").items() if name not in _OF_TEXT}
+        if self._reads_text:
+            return self._folded(self.model.vision_model(**self._placed(cut)).last_hidden_state[0]).float().cpu()
         out = self.model.get_image_features(**self._placed(cut), return_dict=True)
         levels = [out.pooler_output, *(getattr(out, "deepstack_features", None) or ())]
         return torch.stack([_joined(level) for level in levels])
@@ -124,13 +126,19 @@ class Unsplit:
         import torch
 
         grown = dict(inputs)
+        if self.model.config.get_text_config().is_encoder_decoder:
+            start = self.model.language_model.generation_config.decoder_start_token_id
+            grown["decoder_input_ids"] = torch.tensor([[start, *answer]])
+            answer, length = [], len(answer)
+        else:
+            length = len(answer)
         for name, filler in _OF_TEXT.items():
             if name in grown:
                 if name == "token_type_ids":  # PaliGemma's 0 is a prompt's
                     filler = int(self.model.config.model_type == "paligemma")
                 more = torch.tensor([answer if filler is None else [filler] * len(answer)], dtype=grown[name].dtype)
                 grown[name] = torch.cat([grown[name], more], dim=1)
-        logits = self.model(**self._placed(grown), use_cache=False).logits[0, -len(answer) - 1 :]
+        logits = self.model(**self._placed(grown), use_cache=False).logits[0, -length - 1 :]
         return logits.double().log_softmax(-1).cpu()
 
     def exam_scores(self, exam: Any) -> list[float]:
@@ -157,6 +165,18 @@ class Unsplit:
             out = text(inputs_embeds=hidden, position_ids=places, use_cache=False, **further).last_hidden_state
             logits.append(head(out[0, -2:]).float().cpu())
         return scores_of(logits, exam)
+
+    @property
+    def _reads_text(self) -> bool:
+        """Whether a Q-Former reads the question, on the language half's side."""
+        return bool(self.model.config.model_type == "instructblip")
+
+    def _folded(self, rows: Any) -> Any:
+        """The tower's rows as they are stored: one behind the other in as many rows as the Q-Former has queries."""
+        from torch.nn.functional import pad
+
+        tokens = int(self.model.config.num_query_tokens)
+        return pad(rows.flatten(), (0, -rows.numel() % tokens)).view(tokens, -1)
 
     def _placed(self, inputs: dict[str, Any]) -> dict[str, Any]:
         device, dtype = self.model.device, self.model.dtype
@@ -254,16 +274,17 @@ def _examined(unsplit: Unsplit, item: dict[str, Any]) -> dict[str, Any]:
 def _recorded(unsplit: Unsplit, model: str) -> dict[str, list[float]]:
     """What the check at start is to find, by half."""
     from lookonce.models.checkpoint.check import check_checkpoint
+    from lookonce.models.family import unpacked_reason
     from lookonce.models.registry import Half
     from lookonce.models.self_check import check_exam, check_image
 
     tell("recording what the check at start is to find")
     checkpoint = check_checkpoint(model).usable()[Half.LANGUAGE]
-    exam = check_exam(checkpoint, unsplit.model.get_output_embeddings().weight.shape[0])
-    return {
-        "vision": unsplit.rows(check_image(checkpoint)).flatten().tolist(),
-        "language": unsplit.exam_scores(exam),
-    }
+    recorded = {"vision": unsplit.rows(check_image(checkpoint)).flatten().tolist()}
+    if unpacked_reason(checkpoint.family, checkpoint.config) is None:  # the plain engine is held to its class instead
+        exam = check_exam(checkpoint, unsplit.model.get_output_embeddings().weight.shape[0])
+        recorded["language"] = unsplit.exam_scores(exam)
+    return recorded
 
 
 def opened(name: str) -> Any:

@@ -267,7 +267,8 @@ def _record(served: str, recorded: dict[str, list[float]]) -> None:
     from lookonce.models.checkpoint import recorded as records
     from lookonce.models.checkpoint.check import check_checkpoint
 
-    for half, checkpoint in check_checkpoint(served).usable().items():
+    halves = check_checkpoint(served).usable()
+    for half, checkpoint in ((half, each) for half, each in halves.items() if half.value in recorded):
         note(f"lookonce: recorded {records.write(checkpoint, half, recorded[half.value])}")
 
 

@@ -81,6 +81,12 @@ class Dimensions:
     state_numbers: int = 0  # of one sequence's recurrent state, in the dtype of the weights
     state_floats: int = 0  # and in float32, whatever that is
     idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
+    int8: bool = True  # whether the halves' matrices may be held in int8
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether sequences have recurrent state, which is kept on one device."""
+        return self.state_numbers + self.state_floats > 0
 
 
 @dataclass(frozen=True)
@@ -252,6 +258,17 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
+
+
+def unpacked_reason(family: Family, config: dict[str, Any]) -> str | None:
+    """Why the packed engine can't run a checkpoint's language half, a clause after its name; None: it can."""
+    reason: Callable[[dict[str, Any]], str | None] | None = getattr(family, "unpacked", None)
+    return reason(config) if reason is not None else None
+
+
+def served_plain(reason: str) -> str:
+    """What an operator is told of a model that the plain engine serves, wherever he asks."""
+    return f"served by the plain engine, one request at a time and no prefix shared: {reason}"
 
 
 class EmbeddingFamily(Family, Protocol):

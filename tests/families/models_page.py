@@ -28,20 +28,27 @@ class No:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """What the plain engine gives instead, and the test that holds it."""
+
+    test: str
+
+
+@dataclass(frozen=True)
 class Served:
     """A family. Tests are "file::name", the file below tests/, or a name of the declaring module."""
 
     models: str
     model_type: str
     split: str
-    packed: str
+    packed: str | Plain
     prefix: str | No
     scores: str | No
     video: str | No
     quantised: str | No
 
     @property
-    def cells(self) -> list[str | No]:
+    def cells(self) -> list[str | No | Plain]:
         """What the columns of `COLUMNS` hold."""
         return [getattr(self, name) for name in COLUMNS]
 
@@ -76,18 +83,25 @@ FOOT = """
 - **Packed exact**: questions that are computed in one step are answered as they are alone.
 - **Prefix reused**: a further question about an image computes its own text only.
 - **Scores**: choices have the probabilities that the unsplit model gives them.
+- **Plain** instead of packed: the plain engine serves it exactly, by transformers' own way of generating. That costs:
+  one request at a time, and no shared prefix, so every question computes its image's tokens again. An image is still
+  encoded once. Sampling, scores, streams and deadlines are those of the packed engine.
 - **Int8**: `--quantization int8` for either half.
 
 All but the Qwen-VL lines are served by the general path, which runs transformers' own classes and the checkpoint's own
-processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it takes
-image features computed elsewhere (`mm_encoder_outputs`) and every layer attends over keys and values, or keeps a state
-that is known here: short convolutions and gated delta rules. At start the prompts made here are compared with those
-that the checkpoint's processor makes, the language half's packed step with the class's own forward, and the rows of an
-image with the tokens written for it; what differs is not served. What is refused is said by `lookonce doctor`, `plan`
-and `up` alike. The layers of such a model may lie on several devices (`--device-map`); its vision half encodes one
-image at a time. An image's `max_pixels` bounds what its processor is given. Where an image has other rows in a prompt
-with several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold in parts are joined when
-they are read.
+processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it
+takes image features computed elsewhere (`mm_encoder_outputs`). At start the prompts made here are compared with those
+that the checkpoint's processor makes, the language half's steps with the class's own forward, and the rows of an image
+with the tokens written for it; what differs is not served. The packed engine runs a class whose layers attend over
+keys and values, or keep a state that is known here: short convolutions and gated delta rules. What it can't run, or
+computes otherwise, the plain engine serves: attention sinks, keys of another size than values, layers of several
+sizes, state of other kinds, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5).
+`--engine packed` refuses such a model; `--engine plain` takes the plain engine for any class of the general path.
+Which engine it is and why is said at start, by `lookonce doctor`, `plan` and `up`, and in `/v1/models`. So is what is
+refused by all engines. In the packed engine the layers of a class may lie on several devices (`--device-map`); its
+vision half encodes one image at a time. An image's `max_pixels` bounds what its processor is given. Where an image has
+other rows in a prompt with several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold
+in parts are joined when they are read.
 
 A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL) is its KV and their state at its end, which every question
 forks. It is counted, evicted and erased with the KV. A prefix is reused as a whole: text that goes on otherwise within
@@ -101,6 +115,11 @@ model's own, however short its windows are, and KV is kept for all of it. Tokens
 one step, even if they are more than a step may have. A prompt of PaliGemma shares its image's embedding with others,
 and its KV with none but the very same prompt. Models with such rules attend by torch's operations, without compiled
 kernels.
+
+**InstructBLIP**: what is stored of an image is its tower's rows, which no question changes; the Q-Former runs in the
+language service, once for each question. The other way, a key that includes the question, would encode the image
+again for each of them: the tower has about five times the Q-Former's weights (ViT-g and 188 million,
+arXiv:2301.12597).
 
 """
 TRIED = """\
@@ -179,6 +198,6 @@ def page() -> str:
     """The page."""
     rows = [["models", "`model_type`", *COLUMNS.values()], ["---"] * (2 + len(COLUMNS))]
     for _, one in declared():
-        said = ["no" if isinstance(cell, No) else "yes" for cell in one.cells]
+        said = [{No: "no", Plain: "plain"}.get(type(cell), "yes") for cell in one.cells]
         rows.append([one.models, f"`{one.model_type}`", *said])
     return HEAD + "".join(f"| {' | '.join(row)} |\n" for row in rows) + FOOT + TRIED + tried() + PUBLISHED

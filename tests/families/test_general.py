@@ -149,8 +149,6 @@ def test_plan_and_doctor_know_it(checkpoint, tmp_path):
 
 
 NOT_SERVED = {
-    "gemma4_unified": "not every layer attends once over keys and values of one size",
-    "instructblip": "its vision half reads the question",
     "mllama": "it takes no image features computed elsewhere",
     "lfm2_vl": "transformers has its image processor for torchvision only",
 }
@@ -166,10 +164,23 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
     assert any(NOT_SERVED[model_type] in problem for problem in told), told
 
 
+UNPACKED = {
+    "gemma4_unified": "not every layer attends once over keys and values of one size",
+    "instructblip": "its Q-Former reads the question",
+}
+
+
+@pytest.mark.parametrize("model_type", UNPACKED)
+def test_what_can_not_be_run_packed_is_said_by_name(model_type):
+    """The plain engine serves it (test_plain.py)."""
+    config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    assert UNPACKED[model_type] in family_of(config).unpacked(config)
+
+
 def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
     forward = GeneralText.forward
     monkeypatch.setattr(
-        GeneralText, "forward", lambda self, x, at, *rest, **more: forward(self, x, at // 2, *rest, **more)
+        GeneralText, "forward", lambda self, x, at, *rest, **named: forward(self, x, at // 2, *rest, **named)
     )
     with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
         Split(checkpoint)

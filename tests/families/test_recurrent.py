@@ -13,7 +13,7 @@ from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.family import Half
 from lookonce.models.general import recurrent
 from lookonce.models.general.architecture import Architecture
-from lookonce.models.general.limits import class_problems
+from lookonce.models.general.limits import unpacked
 from lookonce.models.sizing import size_of
 from tests.cli.commands import invoke
 from tests.families.models_page import No, Served
@@ -146,5 +146,5 @@ def test_plan_names_the_state(checkpoint_of):
 def test_a_layer_of_an_unknown_kind_is_refused(checkpoint_of, monkeypatch):
     monkeypatch.setattr(Qwen3_5GatedDeltaNet, "forward", lambda self, hidden_states, **_: hidden_states)
     config = json.loads((checkpoint_of("qwen3_5") / "config.json").read_text())
-    (problem,) = class_problems(Architecture(config))
+    problem = unpacked(Architecture(config))
     assert "or keeps a state that is known here (short convolutions, gated delta rules)" in problem

@@ -48,7 +48,7 @@ class Tiny:
     tokenizer: Callable[[tuple[str, ...]], Tokenizer] | None = None  # of another kind, by the special tokens
 
 
-def make(family: str | Tiny, path: Path, seed: int = 0) -> Path:
+def make(family: str, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
     return make_tiny(FAMILIES[family], path, seed)
 
@@ -64,12 +64,14 @@ def make_tiny(tiny: Tiny, path: Path, seed: int = 0) -> Path:
     ids = tokenizer.get_vocab()
     config = tiny.write(path, ids)
     text = config["text_config"]
-    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    begin = ids.get("<s>", ids["</s>"])
+    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": begin, "eos_token_id": ids["</s>"]}
     text["pad_token_id"] = ids["<pad>"]
     config = {"torch_dtype": "float32", **config}
     write(path / "config.json", config)
-    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": ids["<s>"]})
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": begin})
+    names = {"bos_token": "<s>"} if "<s>" in ids else {}
+    names |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     kind = "LlamaTokenizer" if tiny.sentencepiece else "PreTrainedTokenizerFast"
     write(path / "tokenizer_config.json", {**names, "tokenizer_class": kind, **(tiny.settings or {})})
     if tiny.template:
@@ -78,6 +80,8 @@ def make_tiny(tiny: Tiny, path: Path, seed: int = 0) -> Path:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
     for name, parameter in model.named_parameters():
+        if name.endswith("shared.weight"):  # T5's head too: else a token would be followed by itself
+            torch.nn.init.normal_(parameter, 0, 0.3)
         if name.endswith("A_log"):  # so that a gated delta rule remembers
             torch.nn.init.normal_(parameter, -3, 0.5)
         if (parameter.dim() > 1 and "language" in name) or "text_model" in name:

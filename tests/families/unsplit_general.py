@@ -19,8 +19,11 @@ class Unsplit:
 
     def __init__(self, path: Path, monkeypatch: Any) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-        self.processor = _processor(path, monkeypatch)
+        self.processor = self._made(path, monkeypatch)
         self.tokenizer = self.processor.tokenizer
+
+    def _made(self, path: Path, monkeypatch: Any) -> Any:
+        return _processor(path, monkeypatch)
 
     def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
         """What the class is given for a conversation that ends where the assistant is to speak."""

@@ -44,6 +44,7 @@ class PackedBuilder:
             device=str(home),
             weight_bytes=sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize,
             quantization=scheme(settings.quantization, home.devices[0]),
+            engine="packed",
         )
         adapter: ModelAdapter = getattr(checkpoint.family, self.loader)(
             checkpoint,

@@ -37,6 +37,7 @@ LANGUAGE_FILES = (
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
+    *(f"qformer_tokenizer/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")),
     MODULES,
     POOLING,
     PROMPTS,

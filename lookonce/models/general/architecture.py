@@ -5,6 +5,7 @@ Nothing is read and nothing computed here: parameters on the meta device have a 
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import threading
@@ -25,7 +26,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.family import Half
 from lookonce.models.general.joined import Group, groups_of, in_parts
 
-_DECODER, _HEAD = "model.", "lm_head."
+_TOWER, _QUERYING = "vision_model", ("query_tokens", "qformer", "language_projection")
 _building = threading.Lock()
 
 
@@ -87,14 +88,45 @@ class Architecture:
         return module_name(self.model, self.model.get_output_embeddings())
 
     @cached_property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder and a decoder."""
+        return bool(self.config.is_encoder_decoder or self.config.get_text_config().is_encoder_decoder)
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether a Q-Former reads the question beside an image's rows, which are then its tower's own: with the
+        question's text it belongs to the language half (InstructBLIP, arXiv:2305.06500)."""
+        parameters = inspect.signature(getattr(self.cls, "get_image_features", self.cls.forward)).parameters
+        return "qformer_input_ids" in parameters and all(hasattr(self.model, name) for name in (_TOWER, *_QUERYING))
+
+    @cached_property
+    def language(self) -> dict[str, str]:
+        """What the language half holds: modules and parameters of the class, and their names in the half; of two that
+        a tensor lies in, the first. Raises CheckpointError."""
+        further = {name: name for name in _QUERYING} if self.reads_text else {}
+        if not self.is_encoder_decoder:
+            return {self.decoder_name: "model", self.head_name: "lm_head"} | further
+        owner = self.head_name.rpartition(".")[0]
+        embedding = module_name(self.model, self.model.get_input_embeddings())
+        if not owner or not embedding.startswith(f"{owner}."):
+            raise CheckpointError(
+                f"config.json: {self.cls.__name__} is not served by the general path: its encoder and decoder are not "
+                "one module; use vLLM or transformers for it"
+            )
+        return {embedding: "model.embed_tokens", self.head_name: "lm_head", owner: "model"} | further
+
+    @cached_property
     def places(self) -> dict[str, Place]:
-        """Every tensor of the class by its name there."""
-        return {name: self._place(name, tuple(x.shape)) for name, x in self._meta_state.items()}
+        """Every tensor of the class by its name there; of an encoder and a decoder that share an embedding, once."""
+        shared = set(self.model.all_tied_weights_keys or ()) if self.is_encoder_decoder else set()
+        shared.discard(f"{self.head_name}.weight")
+        state = self._meta_state.items()
+        return {name: self._place(name, tuple(x.shape)) for name, x in state if name not in shared}
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Place:
-        for module, replacement in ((self.decoder_name, _DECODER), (self.head_name, _HEAD)):
-            if name.startswith(f"{module}."):
-                return Place(Half.LANGUAGE, replacement + name[len(module) + 1 :], shape)
+        for owned, called in self.language.items():
+            if f"{name}.".startswith(f"{owned}."):
+                return Place(Half.LANGUAGE, called + name[len(owned) :], shape)
         return Place(Half.VISION, name, shape)
 
     @cached_property
@@ -123,7 +155,7 @@ class Architecture:
                 "transformers' save_pretrained"
             )
         place = self.places.get(name)
-        if place is None and name not in self._buffers and not self._is_ignored(name):
+        if place is None and name not in self._meta_state and name not in self._buffers and not self._is_ignored(name):
             raise CheckpointError(f"tensor {stored!r} belongs to no part of {self.cls.__name__}")
         return place
 

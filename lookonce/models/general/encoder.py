@@ -20,6 +20,7 @@ from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.family import bounded
 from lookonce.models.general.joined import apart
 from lookonce.models.general.processor import Processor
+from lookonce.models.general.qformer import fold, folded_shape
 from lookonce.models.omp_thread import Pause
 
 _NO_PIXELS = np.zeros((0,), dtype=np.uint8)
@@ -44,7 +45,16 @@ class Prepared(Patches):
 class GeneralEncoder:
     """A `VisionEncoder`. `encode` is called from one thread at a time."""
 
-    def __init__(self, model: Any, processor: Processor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Processor,
+        dtype: torch.dtype,
+        device: torch.device,
+        folded: tuple[int, int] | None = None,
+    ) -> None:
+        """`folded`: shape of an embedding that holds the tower's own rows (see `qformer`)."""
+        self._folded = folded
         self.model, self.dtype, self.device = model, dtype, device
         self._processor = processor
         self._names = frozenset(inspect.signature(type(model).get_image_features).parameters)
@@ -103,6 +113,8 @@ class GeneralEncoder:
 
     def _one(self, prepared: dict[str, Any]) -> torch.Tensor:
         inputs = {name: self._placed(x) for name, x in prepared.items()}
+        if self._folded is not None:
+            return fold(self.model.vision_model(**inputs).last_hidden_state[0], self._folded).to(self.dtype)
         features = self.model.get_image_features(**inputs, return_dict=True)
         deepstack = getattr(features, "deepstack_features", None)
         if deepstack is not None and len(deepstack):
@@ -122,11 +134,16 @@ def load_encoder(
 ) -> GeneralEncoder:
     """Read the vision half. Raises CheckpointError."""
     model = architecture.hollow(dtype)
-    for name in (architecture.decoder_name, architecture.head_name):
+    for name in sorted(architecture.language, key=len):  # what a module holds goes with it
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Module())
+        owner = model.get_submodule(parent)
+        if last in owner._parameters:
+            del owner._parameters[last]
+        elif last in owner._modules:
+            owner._modules[last] = nn.Module()
     with apart(model, architecture.groups_in(Half.VISION)):
         load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
     model.to(device)
     processor = Processor(checkpoint.path, architecture.config, tokenizer=False)
-    return GeneralEncoder(model, processor, dtype, device)
+    folded = folded_shape(architecture) if architecture.reads_text else None
+    return GeneralEncoder(model, processor, dtype, device, folded)

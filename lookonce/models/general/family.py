@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lookonce.models.general.architecture import Architecture
     from lookonce.models.general.prompts import ImageTexts
     from lookonce.models.text_adapter import ModelAdapter
+    from lookonce.models.unbatched import UnbatchedModel
 
 MOST_PIXELS = 100_000_000
 """No image that a service takes has more: the checkpoint's processor is given images as they are."""
@@ -41,19 +42,18 @@ _SMALL = (150, 60)
 _TOKEN_IDS = ("image_token_id", "image_token_index")
 Taken = tuple[tuple[int, int], tuple[Marker, ...]]
 """First row and one past the last; markers among them."""
-_TEMPLATES = {
-    # Q-Former's rows come before all else, even before the token that begins a text; arXiv:2301.12597, appendix.
-    "blip-2": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
-    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
-    "{% if part.type == 'text' %}{% if message.role == 'user' %}Question: {{ part.text }} Answer:"
-    "{% elif message.role == 'assistant' %} {{ part.text }}. {% else %}{{ part.text }} {% endif %}{% endif %}"
-    "{% endfor %}{% endfor %}",
-    # Images come before the token that begins a text, and a line's end closes it; arXiv:2407.07726, section 3.
-    "paligemma": "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
-    "{% endif %}{% endfor %}{% endfor %}{{ bos_token }}{% for message in messages %}{% for part in message.content %}"
-    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '\\n' }}{% endfor %}",
+_ALL_PARTS = "{% for message in messages %}{% for part in message.content %}"
+_IMAGES = _ALL_PARTS + "{% if part.type == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}"
+_TEXTS = {
+    "blip-2": "{% if message.role == 'user' %}Question: {{ part.text }} Answer:{% elif message.role == 'assistant' %}"
+    " {{ part.text }}. {% else %}{{ part.text }} {% endif %}",
+    "instructblip": "{% if message.role == 'user' %}{{ part.text }}{% else %} {{ part.text }} {% endif %}",
+    "paligemma": "{{ part.text }}",
 }
-"""Of model types whose checkpoints have no chat template."""
+"""Of model types whose checkpoints have no chat template: how a text stands in a prompt. Questions of BLIP-2 are those
+of arXiv:2301.12597 (appendix), InstructBLIP and PaliGemma were trained on texts as they are."""
+_CLOSING = {"paligemma": "{{ '\\n' }}"}
+"""What ends a message; arXiv:2407.07726, section 3."""
 _BEGUN = ("paligemma",)
 """Those whose processor writes <s> itself."""
 _UNSTATED = (
@@ -86,20 +86,6 @@ class GeneralFamily:
         self._laid_out = lru_cache(maxsize=_REMEMBERED)(self._positions)
 
     @cached_property
-    def template(self) -> str | None:
-        """Of a model type whose checkpoints have none. <s> stands where the tokenizer puts it before a text, or the
-        processor does."""
-        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer
-
-        written = _TEMPLATES.get(self.model_type)
-        if written is None or self._path is None or self.model_type in _BEGUN:
-            return written
-        with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
-            if not leading_ids(load_tokenizer(self._path, self.words)):
-                return written.replace("{{ bos_token }}", "")
-        return written
-
-    @cached_property
     def architecture(self) -> Architecture:
         """The class. Raises CheckpointError."""
         from lookonce.models.checkpoint.files import weight_map_of
@@ -110,6 +96,35 @@ class GeneralFamily:
         with contextlib.suppress(CheckpointError):  # settings without weights, and what doctor says of these
             names = () if self._path is None else weight_map_of(self._path)
         return _architecture(config, in_parts=True) if any(map(found.is_part, names)) else found
+
+    @cached_property
+    def template(self) -> str | None:
+        """The chat template of a model type whose checkpoints have none. Images come before all else. Behind them <s>
+        stands where the tokenizer puts it before a text, or the processor does; </s> where the tokenizer ends one."""
+        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer, trailing_ids
+
+        text = _TEXTS.get(self.model_type)
+        if text is None:
+            return None
+        begin, end = "{{ bos_token }}", ""
+        with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
+            if self._path is not None:
+                tokenizer = load_tokenizer(self._path, self.words)
+                begin = begin if leading_ids(tokenizer) or self.model_type in _BEGUN else ""
+                end = "{{ eos_token }}" if trailing_ids(tokenizer) else ""
+        closing = _CLOSING.get(self.model_type, "")
+        part = "{% if part.type == 'text' %}" + text + "{% endif %}{% endfor %}" + closing + "{% endfor %}"
+        return _IMAGES + begin + _ALL_PARTS + part + end
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether the processor tokenises a prompt's text apart from the images and the token before it."""
+        return self.model_type in ("blip-2", "instructblip")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the language half wants the text of a prompt beside its tokens."""
+        return self.architecture.reads_text
 
     @cached_property
     def texts(self) -> ImageTexts:
@@ -155,6 +170,8 @@ class GeneralFamily:
 
     def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
         filled: dict[str, Any] = self.architecture.config.get_text_config().to_dict()
+        if "max_position_embeddings" not in filled and filled.get("n_positions"):
+            filled["max_position_embeddings"] = filled["n_positions"]
         return filled
 
     def problems(
@@ -167,31 +184,46 @@ class GeneralFamily:
         except CheckpointError as error:
             return list(error.problems)
 
+    def unpacked(self, config: dict[str, Any]) -> str | None:
+        """Why the packed engine can't run the language half, a clause after its name; None: it can."""
+        from lookonce.models.general.limits import unpacked
+
+        return unpacked(self.architecture)
+
     def hidden_size(self, config: dict[str, Any]) -> int:
+        if self.architecture.reads_text:
+            from lookonce.models.general.qformer import folded_shape
+
+            return folded_shape(self.architecture)[1]
+        return self._text_width(config)
+
+    def _text_width(self, config: dict[str, Any]) -> int:
         from lookonce.models.family import EMBEDDING
 
         return self.tensor_shapes(config, Half.LANGUAGE, head=False)[EMBEDDING][1]
 
     def dimensions(self, config: dict[str, Any]) -> Dimensions:
-        """Those of the tower are estimates: about as many patches a token, six rows of its width a patch."""
-        from lookonce.models.general.limits import attention_calls
+        """Those of the tower are estimates: about as many patches a token, six rows of its width a patch. So are those
+        of a language model that can't be run packed."""
+        from lookonce.models.general.limits import calls_of
 
-        calls, text = attention_calls(self.architecture), self.text_config(config)
+        calls, text = calls_of(self.architecture), self.text_config(config)
         vision = getattr(self.architecture.config, "vision_config", None)
-        hidden = self.hidden_size(config)
+        hidden = self._text_width(config)
         return Dimensions(
             layers=calls.all_layers,
             hidden=hidden,
             heads=calls.heads,
             kv_heads=calls.kv_heads,
             head_dim=calls.head_dim,
-            ffn=int(text.get("intermediate_size") or text.get("ffn_dim") or 4 * hidden),
+            ffn=int(text.get("intermediate_size") or text.get("ffn_dim") or text.get("d_ff") or 4 * hidden),
             vocabulary=int(text["vocab_size"]),
             patches_per_token=4,
             patch_numbers=6 * int(getattr(vision, "hidden_size", None) or 1024),
             kv_layers=calls.layers,
             state_numbers=sum(state.numbers for state in calls.states if not state.wide),
             state_floats=sum(state.numbers for state in calls.states if state.wide),
+            int8=False,
         )
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:
@@ -305,8 +337,35 @@ class GeneralFamily:
         from lookonce.models.general.self_check import check_text
 
         self._refuse_quantization(quantization)
+        reason = self.unpacked(checkpoint.config)
+        if reason is not None:
+            raise CheckpointError(
+                f"{self.label} can't be served by the packed engine: {reason}; "
+                "leave out --engine, or give --engine plain"
+            )
         model = load_text(self.architecture, checkpoint, dtype, where, devices)
         check_text(model, self.texts.image_id, self.texts.of(*_SMALL))
+        return model
+
+    def load_unbatched(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, context: int
+    ) -> UnbatchedModel:
+        """Read the language half for the plain engine; `context` is the most tokens of prompt and answer. Raises
+        CheckpointError."""
+        from lookonce.models.general.self_check import check_unbatched
+        from lookonce.models.general.unbatched import load_unbatched
+
+        model = load_unbatched(
+            self.architecture,
+            checkpoint,
+            dtype,
+            device,
+            dimensions=self.dimensions(checkpoint.config),
+            context=context,
+            image_id=self.texts.image_id,
+            grid_of=lambda grid: self.texts.of(grid[2], grid[1]).grid,
+        )
+        check_unbatched(model, self.texts.image_id, self.texts.of(*_SMALL), (1, _SMALL[1], _SMALL[0]))
         return model
 
     def _refuse_quantization(self, quantization: str) -> None:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto import image_processing_auto
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.general.architecture import Architecture
@@ -26,6 +26,7 @@ from lookonce.models.general.positions import position_rows
 from lookonce.models.general.recurrent import STATES, RecordedState, intercept, recording
 from lookonce.models.text_adapter import AttentionRules
 
+_images: Any = image_processing_auto
 _TOKENS = 3  # of the pass
 _ATTENTION = "attention"
 _BY_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -82,21 +83,18 @@ class _Recorder:
 
 
 def class_problems(architecture: Architecture) -> Iterator[str]:
-    """Why the class isn't served, one sentence each."""
+    """Why no engine serves the class, one sentence each."""
     cls = architecture.cls
     subject = f"config.json: {cls.__name__} is not served by the general path"
-    parameters = inspect.signature(cls.forward).parameters
-    if "mm_encoder_outputs" not in parameters or not hasattr(cls, "get_image_features"):
+    if "mm_encoder_outputs" not in inspect.signature(cls.forward).parameters or not hasattr(cls, "get_image_features"):
         yield f"{subject}: it takes no image features computed elsewhere; {_ELSEWHERE}"
         return
-    if architecture.config.get_text_config().is_encoder_decoder or architecture.config.is_encoder_decoder:
-        yield f"{subject}: its language model is an encoder and a decoder; {_ELSEWHERE}"
-        return
     named = [name for name in inspect.signature(cls.get_image_features).parameters if name in _READS_TEXT]
-    if named:
+    if named and not architecture.reads_text:
         yield f"{subject}: its vision half reads the question ({named[0]}); {_ELSEWHERE}"
-    inner = inspect.signature(type(architecture.model.base_model).forward).parameters
-    told = [name for name in (*parameters, *inner) if name.endswith("token_type_ids") and name not in _BY_TYPES]
+    forwards = (cls.forward, type(architecture.model.base_model).forward)
+    taken = [name for forward in forwards for name in inspect.signature(forward).parameters]
+    told = [name for name in taken if name.endswith("token_type_ids") and name not in _BY_TYPES]
     if told:
         yield f"{subject}: its layers compute an image's tokens otherwise than text ({told[0]}); {_ELSEWHERE}"
         return
@@ -106,16 +104,31 @@ def class_problems(architecture: Architecture) -> Iterator[str]:
     if getattr(getattr(architecture.config, "vision_config", None), "deepstack_visual_indexes", None):
         yield f"{subject}: its vision half has deepstack features; {_ELSEWHERE}"
     try:
-        attention_calls(architecture)
+        _ = architecture.language
     except CheckpointError as error:
         yield from error.problems
         return
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
+    backends = _images.IMAGE_PROCESSOR_MAPPING_NAMES.get(architecture.config.model_type, {"pil": ""})
     if "pil" not in backends and find_spec("torchvision") is None:
         yield (
             f"{subject}: transformers has its image processor for torchvision only, which is not installed; install "
             "the torchvision that belongs to this torch"
         )
+
+
+@lru_cache(maxsize=8)
+def unpacked(architecture: Architecture) -> str | None:
+    """Why the packed engine can't run a class that has no problems, a clause after its name; None: it can. The plain
+    engine serves such a class."""
+    if architecture.is_encoder_decoder:
+        return "its language model is an encoder and a decoder"
+    if architecture.reads_text:
+        return "its Q-Former reads the question"
+    try:
+        attention_calls(architecture)
+    except CheckpointError as error:
+        return error.problems[0].partition("general path: ")[2].removesuffix(f"; {_ELSEWHERE}") or error.problems[0]
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -153,8 +166,8 @@ def attention_calls(architecture: Architecture) -> Calls:
     kinds = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     shapes = {seen[1:] for seen in recorder.seen}
     expected = [list(STATES.get(kind, (_ATTENTION,))) for kind in kinds]
-    places = tuple(number for number, calls in enumerate(expected) if calls == [_ATTENTION])
-    if recorder.calls_of != expected or tuple(seen[0] for seen in recorder.seen) != places or len(shapes) != 1:
+    attend = tuple(number for number, calls in enumerate(expected) if calls == [_ATTENTION])
+    if recorder.calls_of != expected or tuple(seen[0] for seen in recorder.seen) != attend or len(shapes) != 1:
         raise CheckpointError(
             f"{subject}: not every layer attends once over keys and values of one size, or keeps a state that is known "
             f"here (short convolutions, gated delta rules); {_ELSEWHERE}"
@@ -165,7 +178,7 @@ def attention_calls(architecture: Architecture) -> Calls:
     if heads % kv_heads:
         raise CheckpointError(f"{subject}: {heads} heads are no multiple of {kv_heads} key-value heads; {_ELSEWHERE}")
     rules = _rules(architecture, limits, subject)
-    return Calls(places, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
+    return Calls(attend, heads, kv_heads, head_dim, rules, tuple(recorder.states), len(kinds))
 
 
 def _rules(architecture: Architecture, limits: Limits, subject: str) -> AttentionRules | None:
@@ -192,3 +205,14 @@ def _rules(architecture: Architecture, limits: Limits, subject: str) -> Attentio
     if both_ways is None and softcap is None and not any(windows):
         return None
     return AttentionRules(windows, both_ways, within_window, softcap)
+
+
+def calls_of(architecture: Architecture) -> Calls:
+    """`attention_calls`, or about the same by the settings of a text model that can't be run packed."""
+    if unpacked(architecture) is None:
+        return attention_calls(architecture)
+    text = architecture.config.get_text_config()
+    layers, heads = (int(getattr(text, name)) for name in ("num_hidden_layers", "num_attention_heads"))
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    return Calls(tuple(range(layers)), heads, kv_heads, int(size))

@@ -72,7 +72,7 @@ def intercept(layers: nn.ModuleList) -> None:
     """See to it that the functions of these layers' modelling modules heed `recurring`."""
     for name in {type(module).__module__ for module in layers.modules()}:
         modelling: Any = sys.modules[name]
-        single = getattr(modelling, _SINGLE, None)
+        single: Any = getattr(modelling, _SINGLE, None)
         for function, packed in ((_CONVOLUTION, _convolve), (_CHUNKED, functools.partial(_delta_rule, single))):
             own = getattr(modelling, function, None)
             if own is not None and not hasattr(own, "heeds_recurring"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,30 +12,24 @@ import structlog
 import torch
 
 from lookonce.core.errors import CheckpointError
+from lookonce.models.family import Grid
 from lookonce.models.general.attention import NAME
 from lookonce.models.general.blocks import type_name
 from lookonce.models.general.decoder import GeneralText
 from lookonce.models.general.one_sequence import OneSequence
 from lookonce.models.general.positions import Run, image_types, rope_positions
 from lookonce.models.general.prompts import ImageText
+from lookonce.models.general.unbatched import FORMS, GeneralUnbatched, ImageFeatures
+from lookonce.models.self_check import SelfCheckFailed
 from lookonce.models.text_adapter import BothWays
+from lookonce.models.unbatched import ImageRows, UnbatchedPrompt
 
 log = structlog.get_logger(__name__)
-_ROWS, _TEXT, _MARKERS, _BEFORE, _WINDOW, _LAST = 5, 7, 16, 2, 3, 4
+_ROWS, _TEXT, _MARKERS, _BEFORE, _WINDOW, _LAST, _STEPS = 5, 7, 16, 2, 3, 4, 4
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of log-probabilities: of each in float32, of their mean where a step of a narrower dtype is rounded."""
 _OWN = 4
 """Times as much as the class's own ways of attending differ by is rounding too."""
-
-
-class _Features:
-    """What an encoder answers, of which nothing is there but the rows."""
-
-    def __init__(self, pooler_output: Any) -> None:
-        self.pooler_output = pooler_output
-
-    def __getattr__(self, name: str) -> None:
-        return None
 
 
 @torch.inference_mode()
@@ -66,7 +61,7 @@ def check_text(model: GeneralText, image_id: int, image: ImageText) -> float:
     worst, rounding = (_apart(each, expected, exact=exact) for each in (found, again))
     log.info("language half checked against its class", family=type(model.model).__name__, difference=worst)
     if not worst <= max(_TOLERANCE[model.shape.dtype], _OWN * rounding) or not math.isfinite(worst):
-        raise CheckpointError(
+        raise SelfCheckFailed(
             f"{type(model.model).__name__}: the packed step of the general path differs from the class's own forward "
             f"by {worst:.2g} in a log-probability; it is not served: use vLLM or transformers for it"
         )
@@ -77,11 +72,11 @@ def _in_parts(model: GeneralText, hidden: torch.Tensor, places: torch.Tensor, se
     """[T, vocabulary] by packed steps. Where the model keeps states: of all but the last tokens, one further, and the
     others, each part going on from the keys, values and states of the one before it."""
     logits, recurrent, length = [], bool(model.shape.states), len(hidden)
-    parts = [length - _LAST, 1, _LAST - 1] if recurrent else [length]
-    for part, at in zip(hidden.split(parts), places.split(parts, 1), strict=True):
-        sequence.begin(len(part))
-        rows = torch.arange(len(part), device=part.device)
-        logits.append(model.forward(part, at, sequence, rows, recur=sequence if recurrent else None))
+    ends = [length - _LAST, length - _LAST + 1, length] if recurrent else [length]
+    for start, end in itertools.pairwise([0, *ends]):
+        sequence.begin(end - start)
+        rows, at = torch.arange(end - start, device=hidden.device), places[:, start:end]
+        logits.append(model.forward(hidden[start:end], at, sequence, rows, recur=sequence if recurrent else None))
     return torch.cat(logits)
 
 
@@ -124,6 +119,55 @@ def _prompt(model: GeneralText, image_id: int, count: int, markers: Sequence[int
     return ids, rows.to(shape.device, shape.dtype)
 
 
+@torch.inference_mode()
+def check_unbatched(model: GeneralUnbatched, image_id: int, image: ImageText, grid: Grid) -> float:
+    """The greatest difference between log-probabilities of the class's cached steps, one token after the other, and of
+    its forward over all of them at once, behind a prompt with random rows for an image of this grid; how the class
+    takes rows is found out on the way. Raises SelfCheckFailed when it is beyond rounding."""
+    shape, name = model.shape, type(model.cls).__name__
+    count = image.tokens if model.needs_whole_images or image.grid is not None else _ROWS
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(shape.vocabulary, (_TEXT + count + _STEPS,), generator=generator)
+    ids[ids == image_id] = (image_id + 1) % shape.vocabulary
+    ids[_BEFORE : _BEFORE + count] = image_id
+    *asked, last = ids.tolist()
+    asked, answer = asked[: _TEXT + count], [*asked[_TEXT + count :], last]
+    rows = model.spread * torch.randn(count, shape.hidden, generator=generator)
+    prompt = UnbatchedPrompt(asked, [ImageRows(grid, rows.to(shape.device, shape.dtype))], "what is it?")
+    expected = _whole(model, prompt, answer[:-1])
+    found: list[torch.Tensor] = []
+
+    def choose(logits: torch.Tensor) -> tuple[int, bool]:
+        found.append(logits.float().log_softmax(-1))
+        return answer[len(found) - 1], len(found) == len(answer)
+
+    model.generate(model.begin(prompt), choose)
+    worst = _apart(torch.stack(found), expected, exact=shape.dtype == torch.float32)
+    log.info("language half checked against its class", family=name, difference=worst)
+    if not worst <= _TOLERANCE[shape.dtype] or not math.isfinite(worst):
+        raise SelfCheckFailed(
+            f"{name}: its steps with a cache differ from its forward without one by {worst:.2g} in a log-probability; "
+            "it is not served: use vLLM or transformers for it"
+        )
+    return worst
+
+
+def _whole(model: GeneralUnbatched, prompt: UnbatchedPrompt, answer: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities [1 + answer, vocabulary] by the class's forward; each takes rows in one of some forms."""
+    failure: Exception | None = None
+    for form in FORMS:
+        model.form = form
+        try:
+            return model.whole(prompt, answer).float().log_softmax(-1)
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            failure = failure or error
+    name = type(model.cls).__name__
+    raise SelfCheckFailed(
+        f"{name}: its own forward can't be run with image features from elsewhere ({type(failure).__name__}); the "
+        "general path does not serve it"
+    ) from failure
+
+
 def _apart(one: torch.Tensor, other: torch.Tensor, *, exact: bool) -> float:
     apart = (one - other).abs()
     return float(apart.max() if exact else apart.mean())
@@ -139,7 +183,7 @@ def _own_logits(
     try:
         decoder.set_attn_implementation(how)
         for form in ([rows], rows[None], rows):
-            features = _Features(form)
+            features = ImageFeatures(form)
             try:
                 out = inner(
                     pixel_values=None,

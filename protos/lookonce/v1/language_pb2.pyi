@@ -323,7 +323,7 @@ class VectorDescription(_message.Message):
     def __init__(self, vector_model: _Optional[str] = ..., width: _Optional[int] = ..., of_tokens: _Optional[bool] = ..., any_width: _Optional[bool] = ..., cuts: _Optional[_Iterable[int]] = ..., instruction: _Optional[str] = ...) -> None: ...
 
 class LanguageDescription(_message.Message):
-    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens", "sampling_defaults", "vectors")
+    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens", "sampling_defaults", "vectors", "engine", "engine_note")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +335,8 @@ class LanguageDescription(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     VECTORS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_NOTE_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelDescription
     fingerprints: _containers.RepeatedScalarFieldContainer[str]
     context_length: int
@@ -346,4 +348,6 @@ class LanguageDescription(_message.Message):
     generated_tokens: int
     sampling_defaults: SamplingParameters
     vectors: VectorDescription
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., sampling_defaults: _Optional[_Union[SamplingParameters, _Mapping]] = ..., vectors: _Optional[_Union[VectorDescription, _Mapping]] = ...) -> None: ...
+    engine: str
+    engine_note: str
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., sampling_defaults: _Optional[_Union[SamplingParameters, _Mapping]] = ..., vectors: _Optional[_Union[VectorDescription, _Mapping]] = ..., engine: _Optional[str] = ..., engine_note: _Optional[str] = ...) -> None: ...

@@ -4,6 +4,7 @@ longer, and scores."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -66,7 +67,8 @@ class Runner:
         if not self._model.shape.states:
             return self._model.forward(*inputs)
         self._recurrence = Recurrence(self._model.shape, batch)
-        return cast(RecurrentAdapter, self._model).forward(*inputs, recur=self._recurrence)
+        forward = partial(cast(RecurrentAdapter, self._model).forward, recur=self._recurrence)
+        return forward(*inputs)
 
     def commit(self) -> None:
         """The latest step has succeeded: the recurrent states behind it are those to go on from."""
