@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -352,7 +353,7 @@ def _rope(value: dict[str, Any]) -> dict[str, Any]:
 
 def _processors(path: Path, model_type: str, name: str, cls: Any, config: dict[str, Any], own: Own) -> None:
     kinds = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
-    kind = own.image_processor or kinds.get("pil")
+    kind = own.image_processor or kinds.get("pil") or (find_spec("torchvision") and kinds.get("torchvision"))
     if kind is None:
         raise Unmade(f"its image processor is torchvision's only ({kinds.get('torchvision')})")
     import transformers

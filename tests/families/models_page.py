@@ -185,7 +185,7 @@ def tried() -> str:
 
 
 def _brief(said: str) -> str:
-    return " (one image a prompt)" if said else ""
+    return f" ({said.partition(':')[0]})" if said else ""
 
 
 def _reason(said: str) -> str:

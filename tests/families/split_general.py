@@ -16,6 +16,7 @@ from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.family import Half
 from lookonce.models.general.one_sequence import OneSequence
 from lookonce.models.text_adapter import BothWays
+from lookonce.models.unbatched import ImageRows, UnbatchedPrompt
 
 CPU = torch.device("cpu")
 
@@ -29,11 +30,15 @@ class Split:
         vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
         self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
         self.encoder.warm_up()
-        architecture = language.family.architecture
-        layers = len(architecture.model.get_submodule(architecture.decoder_name).layers)
-        home = home or Home((CPU,), (range(layers),))
-        self.model = language.family.load_text(language, torch.float32, home.of, home.of_layers)
-        family = language.family
+        family, architecture = language.family, language.family.architecture
+        self.plain = family.unpacked(language.config) is not None
+        """Whether the plain engine's model answers."""
+        if self.plain:
+            self.model = family.load_unbatched(language, torch.float32, CPU, context=2000)
+        else:
+            layers = len(architecture.model.get_submodule(architecture.decoder_name).layers)
+            home = home or Home((CPU,), (range(layers),))
+            self.model = family.load_text(language, torch.float32, home.of, home.of_layers)
         self.takes_several = family.texts.takes_several and family.template is None
         self.template = load_template(path, family, family.special_tokens(language.config).marker)
         limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
@@ -50,6 +55,8 @@ class Split:
         self, prompt: Prompt, rows: Mapping[EmbeddingReference, torch.Tensor], length: int
     ) -> tuple[list[int], torch.Tensor]:
         """A greedy answer without an engine, and log-probabilities [1 + length, vocabulary]."""
+        if self.plain:
+            return self._generated(prompt, rows, length)
         hidden = self.model.embed(torch.tensor(prompt.token_ids))
         for span in prompt.images:
             for place, row, count in span.runs:
@@ -69,6 +76,22 @@ class Split:
                 following = torch.full((len(positions), 1), prompt.next_position + at)
                 positions = torch.cat([positions, following], 1)
         return tokens, torch.stack(found)
+
+    def _generated(
+        self, prompt: Prompt, rows: Mapping[EmbeddingReference, torch.Tensor], length: int
+    ) -> tuple[list[int], torch.Tensor]:
+        images = [
+            ImageRows(span.reference.grid_thw, rows[span.reference][span.first : span.first + span.tokens])
+            for span in prompt.images
+        ]
+        found: list[torch.Tensor] = []
+
+        def choose(logits: torch.Tensor) -> tuple[int, bool]:
+            found.append(logits.log_softmax(-1))
+            return int(logits.argmax()), len(found) > length
+
+        self.model.generate(self.model.begin(UnbatchedPrompt(prompt.token_ids, images)), choose)
+        return [int(each.argmax()) for each in found[:-1]], torch.stack(found)
 
     def _blocks(self, prompt: Prompt) -> list[tuple[int, int]]:
         """First tokens and lengths of what sees itself both ways."""

@@ -110,7 +110,7 @@ def _compared(model_type: str, split: Split, unsplit: Unsplit) -> Outcome:
         worst = float((told - expected).abs().max())
         if not worst <= 2e-4 or answer != expected[:-1].argmax(-1).tolist():
             return Outcome(model_type, FAULT, f"log-probabilities differ by {worst:.2g}")
-    return Outcome(model_type, SERVED)
+    return Outcome(model_type, SERVED, "by the plain engine" if split.plain else "")
 
 
 def _where(error: Exception) -> str:
