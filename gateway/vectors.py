@@ -9,7 +9,7 @@ import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,10 @@ LOADED_AT_ONCE = 64
 """Kept vectors of one request that are read at the same time."""
 CALL_INPUTS, CALL_SIZE = 64, 65_536
 """Most inputs of one call to a service, and of their characters and image tokens: vectors of all fit into a message."""
+MOST_BYTES = 256 << 20
+"""Of the vectors of one request that are held at once."""
+BLOCK = 64
+"""Documents that are compared with a query at a time: so many vectors are held."""
 TEXTS, TEXT_CHARS, TEXT_ROWS = 1024, 2048, 256
 """Vectors of texts that are remembered: how many, and the longest text and most rows of such."""
 _OF_ONE_IMAGE = STALE | {ErrorKind.NOT_FOUND, ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE}
@@ -71,9 +75,31 @@ class Made:
     """Vectors in the order asked, and what they took."""
 
     found: list[Vector | LookonceError]
+    model: str = ""  # digest of the one that made them
     prefill_tokens: int = 0
     encoded: int = 0  # images that were not encoded before
     kept: int = 0  # vectors that were there already
+
+
+@dataclass
+class Compared:
+    """How documents compare with a query, in the order asked, and what that took."""
+
+    query: Vector
+    scores: list[float | LookonceError] = field(default_factory=list)
+    tokens: int = 0  # of all prompts
+    image_tokens: int = 0
+    prefill_tokens: int = 0
+    encoded: int = 0
+    kept: int = 0
+
+    def add(self, made: Made) -> None:
+        """Count what vectors took."""
+        for one in made.found:
+            if isinstance(one, Vector):
+                self.tokens, self.image_tokens = self.tokens + one.tokens, self.image_tokens + one.image_tokens
+        self.prefill_tokens += made.prefill_tokens
+        self.encoded, self.kept = self.encoded + made.encoded, self.kept + made.kept
 
 
 class TextVectors:
@@ -110,12 +136,33 @@ class VectorMaker:
         self.images, self.variants, self.texts = images, variants, TextVectors()
         self.reconnect_wait = reconnect_wait  # seconds
 
-    async def make(self, inputs: Sequence[VectorInput], model: str, caller: Caller) -> Made:
+    async def compare(
+        self, query: VectorInput, documents: Sequence[VectorInput], model: str, caller: Caller
+    ) -> Compared:
+        """How each document compares with the query, or what is wrong with that document alone. `model` as in `make`.
+        Raises what is wrong with the query, and what concerns all of them."""
+        deadline = time.monotonic() + caller.timeout
+        asked = await self.make([query], model, caller, deadline)
+        (first,) = asked.found
+        if isinstance(first, LookonceError):
+            raise first
+        compared = Compared(first)
+        compared.add(asked)
+        for start in range(0, len(documents), BLOCK):
+            made = await self.make(documents[start : start + BLOCK], asked.model, caller, deadline)
+            if made.model != asked.model:  # another model has come
+                return await self.compare(query, documents, made.model, caller)
+            compared.add(made)
+            compared.scores += await asyncio.to_thread(_scores, first, made.found)
+        return compared
+
+    async def make(
+        self, inputs: Sequence[VectorInput], model: str, caller: Caller, deadline: float | None = None
+    ) -> Made:
         """A vector of each input, or what is wrong with that input alone. `model`: the digest that the vectors are
-        expected to have, for those that are kept. Raises what concerns all of them."""
-        if not inputs:
-            return Made([])
-        making = _Making(self, inputs, model, caller)
+        expected to have, for those that are kept; `deadline`: monotonic seconds. Raises what concerns all of them."""
+        deadline = time.monotonic() + caller.timeout if deadline is None else deadline
+        making = _Making(self, inputs, model, caller, deadline)
         made = await making.run(making.make)
         done = [vector for vector in made.found if isinstance(vector, Vector)]
         TOKENS.labels("prompt").inc(made.prefill_tokens)
@@ -127,9 +174,11 @@ class VectorMaker:
 class _Making(Attempts[LanguageClient]):
     """The tries of one request. Its images are encoded by the variant that makes the vectors."""
 
-    def __init__(self, maker: VectorMaker, inputs: Sequence[VectorInput], model: str, caller: Caller) -> None:
+    def __init__(
+        self, maker: VectorMaker, inputs: Sequence[VectorInput], model: str, caller: Caller, deadline: float
+    ) -> None:
         self._maker, self._inputs, self._model, self._caller = maker, inputs, model, caller
-        self._deadline = time.monotonic() + caller.timeout
+        self._deadline = deadline
         self._images = {_name(part): part for one in inputs for part in one.images}
         self._resolved: dict[_Image, Resolved | LookonceError] = {}
         self._stale: set[_Image] = set()
@@ -149,6 +198,7 @@ class _Making(Attempts[LanguageClient]):
     def _begin(self) -> None:
         self._made = Made([LookonceError(ErrorKind.INTERNAL, "not made")] * len(self._inputs))
         self._waiting_for = dict.fromkeys(range(len(self._inputs)))  # places that have no vector yet
+        self._bytes = 0  # of the vectors
 
     async def renew(self, error: LookonceError) -> bool:
         """See Attempts: encode again what was lost."""
@@ -174,6 +224,7 @@ class _Making(Attempts[LanguageClient]):
             await self._take_all(places, response)
         if self._stale and not self.renewed:
             raise LookonceError(ErrorKind.EMBEDDING_MISSING, "the embedding of an image is lost", param="image")
+        self._made.model = self._model
         return self._made
 
     async def _resolve(self, images: dict[_Image, ImagePart], *, renew: bool) -> None:
@@ -230,6 +281,10 @@ class _Making(Attempts[LanguageClient]):
         return found if isinstance(found, LookonceError) else None
 
     def _settle(self, place: int, found: Vector | LookonceError) -> None:
+        self._bytes += found.rows.nbytes if isinstance(found, Vector) else 0
+        if self._bytes > MOST_BYTES:
+            text = f"the vectors of all inputs are larger than {MOST_BYTES} bytes: ask for fewer inputs at once"
+            raise LookonceError(ErrorKind.PAYLOAD_TOO_LARGE, text, param="input")
         self._made.found[place] = found
         self._waiting_for.pop(place, None)
 
@@ -318,7 +373,11 @@ def cut(vector: Vector, width: int) -> Vector:
     return Vector(rows / np.maximum(lengths, np.finfo(np.float32).tiny), vector.tokens, vector.image_tokens)
 
 
-def similarities(query: Vector, documents: Sequence[Vector]) -> list[float]:
+def similarity(query: Vector, document: Vector) -> float:
     """Of pooled vectors their cosine; of token vectors MaxSim (ColBERT, arXiv:2004.12832): the query's tokens' best
     cosines, added up."""
-    return [float((query.rows @ document.rows.T).max(axis=1).sum()) for document in documents]
+    return float((query.rows @ document.rows.T).max(axis=1).sum())
+
+
+def _scores(query: Vector, found: Sequence[Vector | LookonceError]) -> list[float | LookonceError]:
+    return [one if isinstance(one, LookonceError) else similarity(query, one) for one in found]

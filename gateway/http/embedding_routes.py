@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from fastapi import APIRouter
@@ -35,11 +34,12 @@ from gateway.schemas.embeddings import (
     VectorFields,
 )
 from gateway.schemas.requests import REFERENCE, ImageUrlPart, TextPart
-from gateway.vectors import Made, VectorInput, cut, similarities
+from gateway.vectors import Compared, Made, VectorInput, cut
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
 
 router = APIRouter(tags=["embeddings"], route_class=Route)
+T = TypeVar("T")
 
 
 @router.post("/v1/embeddings", summary="Make vectors of texts and images", response_model=EmbeddingList)
@@ -72,12 +72,13 @@ async def embeddings(body: EmbeddingsRequest, gateway: Gateway, caller: Caller) 
     asked = await _read(_asked(body), body, gateway, caller)
     inputs = [VectorInput(one.parts, one.instruction, query(one.parts)) for one in asked]
     made = await gateway.vectors.make(inputs, vectors.vector_model, caller)
-    found = _all(made, asked)
+    found = _all(made.found, asked)
     if width is not None:
         found = [cut(vector, width) for vector in found]
+    tokens, images = (sum(getattr(one, name) for one in found) for name in ("tokens", "image_tokens"))
     as_base64 = body.encoding_format == "base64"
     data = [_embedding(place, one, vectors, as_base64=as_base64) for place, one in enumerate(found)]
-    return {"object": "list", "data": data, "model": body.model or card.name, **_cost(made, found)}
+    return {"object": "list", "data": data, "model": body.model or card.name, **_cost(made, tokens, images)}
 
 
 async def ranked(body: RerankRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
@@ -86,10 +87,8 @@ async def ranked(body: RerankRequest, gateway: Gateway, caller: Caller) -> dict[
     sources = [_Source("query", body.query), *(_Source(f"documents.{n}", one) for n, one in enumerate(body.documents))]
     asked = await _read(sources, body, gateway, caller)
     query, *documents = asked
-    inputs = [VectorInput(query.parts, body.instruction, query=True), *(VectorInput(one.parts) for one in documents)]
-    made = await gateway.vectors.make(inputs, vectors.vector_model, caller)
-    first, *others = _all(made, asked)
-    scores = await asyncio.to_thread(similarities, first, others)
+    compared = await _compared(query, [one.parts for one in documents], body, vectors, gateway, caller)
+    scores = _all(compared.scores, documents)
     results = [
         {"index": place, "relevance_score": scores[place]}
         | ({} if body.return_documents is False else {"document": _shown(documents[place])})
@@ -99,7 +98,7 @@ async def ranked(body: RerankRequest, gateway: Gateway, caller: Caller) -> dict[
         "id": "rerank-" + uuid.uuid4().hex,
         "model": body.model or card.name,
         "results": results,
-        **_cost(made, [first, *others]),
+        **_cost(compared, compared.tokens, compared.image_tokens),
     }
 
 
@@ -111,24 +110,39 @@ async def found_images(body: SearchRequest, gateway: Gateway, caller: Caller) ->
     card, vectors = await _model(gateway, body.model)
     (query,) = await _read([_Source("query", body.query)], body, gateway, caller)
     page = await gateway.images.page(caller.tenant, limit=body.limit or most, after=body.after)
-    inputs = [VectorInput(query.parts, body.instruction, query=True)]
-    inputs += [VectorInput((ImagePart(record),)) for record in page.records]
-    made = await gateway.vectors.make(inputs, vectors.vector_model, caller)
-    first, *others = made.found
-    (asked,) = _all(Made([first]), [query])
-    compared = [(record, one) for record, one in zip(page.records, others, strict=True) if isinstance(one, Vector)]
-    scores = await asyncio.to_thread(similarities, asked, [vector for _, vector in compared])
-    gone = {record.id for record, one in zip(page.records, others, strict=True) if not isinstance(one, Vector)}
+    images = [(ImagePart(record),) for record in page.records]
+    compared = await _compared(query, images, body, vectors, gateway, caller)
+    pairs = list(zip(page.records, compared.scores, strict=True))
+    scored = [(record, score) for record, score in pairs if not isinstance(score, LookonceError)]
+    scores = [score for _, score in scored]
     return {
         "object": "list",
         "model": body.model or card.name,
-        "data": [_found(compared[place][0], scores[place]) for place in _best(scores, body.top_n)],
-        "searched": len(compared),
-        "skipped": sorted(gone),
+        "data": [_found(*scored[place]) for place in _best(scores, body.top_n)],
+        "searched": len(scored),
+        "skipped": [record.id for record, score in pairs if isinstance(score, LookonceError)],
         "last_id": page.records[-1].id if page.records else None,
         "has_more": page.has_more,
-        **_cost(made, [asked]),
+        **_cost(compared, compared.query.tokens, compared.query.image_tokens),
     }
+
+
+async def _compared(
+    query: _Input,
+    documents: Sequence[tuple[str | ImagePart, ...]],
+    body: RerankRequest | SearchRequest,
+    vectors: language_pb2.VectorDescription,
+    gateway: Gateway,
+    caller: Caller,
+) -> Compared:
+    """How documents compare with the query. Raises what is wrong with that, naming its field."""
+    asked = VectorInput(query.parts, body.instruction, query=True)
+    inputs = [VectorInput(parts) for parts in documents]
+    try:
+        return await gateway.vectors.compare(asked, inputs, vectors.vector_model, caller)
+    except LookonceError as error:
+        param = error.param if error.param in (None, "instruction") else query.param
+        raise LookonceError(error.kind, error.message, param=param, retry_after=error.retry_after) from error
 
 
 async def _model(gateway: Gateway, requested: str | None) -> tuple[ModelCard, language_pb2.VectorDescription]:
@@ -200,18 +214,18 @@ def _asked(body: EmbeddingsRequest) -> list[_Source]:
 
 async def _read(sources: Sequence[_Source], body: VectorFields, gateway: Gateway, caller: Caller) -> list[_Input]:
     """The inputs, their images fetched, kept and encoded. Raises what is wrong with them, naming the field."""
-    settings = gateway.settings
+    settings, field = gateway.settings, sources[-1].param.partition(".")[0]
     if len(sources) > settings.max_inputs:
-        raise invalid(f"the request has {len(sources)} inputs, the limit is {settings.max_inputs}", param="input")
+        raise invalid(f"the request has {len(sources)} inputs, the limit is {settings.max_inputs}", param=field)
     parts = [_parts(source) for source in sources]
     chars = sum(len(part) for one in parts for part in one.values() if isinstance(part, str))
     chars += sum(len(source.instruction or "") for source in sources)
     if chars > settings.max_text_chars:
-        raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param="input")
+        raise invalid(f"the text has {chars} characters, the limit is {settings.max_text_chars}", param=field)
     images = {name: part for one in parts for name, part in one.items() if isinstance(part, ImageUrlPart)}
     known = {name for name, part in images.items() if part.url.startswith(REFERENCE)}
     sent = [(name, part.url) for name, part in images.items() if name not in known]
-    remote = check_images(sent, settings, "input")
+    remote = check_images(sent, settings, field)
     files = await remote.fetch(gateway.fetcher, caller.tenant)
     bounds = asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")
     kept = await keep_all(images, files, gateway, caller.tenant, bounds=bounds)
@@ -236,7 +250,9 @@ def _parts(source: _Source) -> dict[str, str | ImageUrlPart]:
         if value.image is not None:
             found[f"{param}.image"] = ImageUrlPart(type="image_url", image_url=_url(value.image))
         return found | ({} if value.text is None else {f"{param}.text": value.text})
-    content, param = (value.content, f"{param}.content") if isinstance(value, TextAndImage) else (value, param)
+    content: Any = value
+    if isinstance(value, TextAndImage):
+        content, param = value.content, f"{param}.content"
     if not isinstance(content, list):
         return _part(param, content)
     return {name: part for place, one in enumerate(content) for name, part in _part(f"{param}.{place}", one).items()}
@@ -253,10 +269,10 @@ def _url(image: str) -> str:
     return image if ":" in image[:16] else f"data:image/png;base64,{image}"
 
 
-def _all(made: Made, asked: Iterable[_Input]) -> list[Vector]:
-    """The vectors. Raises the first error, naming its input."""
-    found: list[Vector] = []
-    for one, source in zip(made.found, asked, strict=True):
+def _all(outcomes: Sequence[T | LookonceError], asked: Iterable[_Input]) -> list[T]:
+    """The outcomes. Raises the first error, naming its input."""
+    found: list[T] = []
+    for one, source in zip(outcomes, asked, strict=True):
         if isinstance(one, LookonceError):
             param = "instruction" if one.param == "instruction" else source.param
             raise LookonceError(one.kind, one.message, param=param, retry_after=one.retry_after)
@@ -292,9 +308,7 @@ def _found(record: ImageRecord, score: float) -> dict[str, Any]:
     return {"id": record.id, "score": score, "image": image_object(record)}
 
 
-def _cost(made: Made, vectors: Sequence[Vector]) -> dict[str, Any]:
-    tokens = sum(vector.tokens for vector in vectors)
-    images = sum(vector.image_tokens for vector in vectors)
+def _cost(made: Made | Compared, tokens: int, images: int) -> dict[str, Any]:
     usage = {
         "prompt_tokens": tokens,
         "total_tokens": tokens,

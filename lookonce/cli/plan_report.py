@@ -21,8 +21,9 @@ def needs(
     """What each part of the system needs, wherever it runs. `stored` is bytes and form of the halves in the files."""
     vision, language = size.halves[Half.VISION], size.halves[Half.LANGUAGE]
     for name, half in (("vision weights", vision), ("language weights", language)):
-        plain, small = format_size(half.weight_bytes(dtype)), format_size(half.weight_bytes(dtype, int8=True))
-        yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}; in int8 {small}"
+        small = f"; in int8 {format_size(half.weight_bytes(dtype, int8=True))}" if size.dimensions.int8 else ""
+        plain = format_size(half.weight_bytes(dtype))
+        yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}{small}"
     for kind, (nbytes, form) in sorted(stored.items()):
         if " " in form:  # quantised
             yield f"{f'{kind}, stored as':<20}{format_size(nbytes):>10}  {form}; dequantised when it is loaded"

@@ -81,6 +81,12 @@ class Dimensions:
     state_numbers: int = 0  # of one sequence's recurrent state, in the dtype of the weights
     state_floats: int = 0  # and in float32, whatever that is
     idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
+    int8: bool = True  # whether the halves' matrices may be held in int8
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether sequences have recurrent state, which is kept on one device."""
+        return self.state_numbers + self.state_floats > 0
 
 
 @dataclass(frozen=True)

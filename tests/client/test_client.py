@@ -190,7 +190,8 @@ def test_an_image_is_looked_at_within_its_bounds(client, new_image):
         answers.append(client.chat([{"role": "user", "content": [image, "?"]}], max_tokens=1))
         assert [answer.usage.image_tokens for answer in answers] == [size] * len(answers)
     assert large.ask("?", max_tokens=1, min_pixels=36 * 784).usage.image_tokens == 36
-    assert client.chat([{"role": "user", "content": [own, "?"]}], max_pixels=9 * 784).usage.image_tokens == 9
+    bounded = client.chat([{"role": "user", "content": [own, "?"]}], max_pixels=9 * 784, max_tokens=1)
+    assert bounded.usage.image_tokens == 9
     with pytest.raises(BadRequestError, match="'min_pixels' is 9000, above 'max_pixels'"):
         small.ask("?", min_pixels=9000)
 

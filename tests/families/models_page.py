@@ -91,24 +91,23 @@ FOOT = """
 All but the Qwen-VL lines are served by the general path, which runs transformers' own classes and the checkpoint's own
 processor, and no code of a repository. So are others that transformers has an image-text-to-text class for, if it
 takes image features computed elsewhere (`mm_encoder_outputs`). At start the prompts made here are compared with those
-that the checkpoint's processor makes, the language half's packed step with the class's own forward, and the rows of an
-image with the tokens written for it. What differs in its packed step, and what can't be run packed, is served by the
-plain engine: attention sinks, keys of another size than values, layers of several sizes, recurrent state of kinds that
-aren't known here, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5). Its steps are
-compared with the class's own forward too, and nothing is served that differs. `--engine packed` refuses such a model,
-`--engine plain` takes the plain engine for any of the general path. Which engine it is and why is said at start, by
-`lookonce doctor`, `plan` and `up`, and in `/v1/models`. Refused by name are cross-attention (Llama 3.2 Vision),
-positions that depend on more than an image's grid, and code of a repository. In the packed engine the layers of such a
-model may lie on several devices (`--device-map`); its vision half encodes one image at a time. An image's `max_pixels`
-bounds what its processor is given. Where an image has other rows in a prompt with several, as LLaVA-OneVision's has,
-one embedding holds both forms. Experts that files hold in parts are joined when they are read.
+that the checkpoint's processor makes, the language half's steps with the class's own forward, and the rows of an image
+with the tokens written for it; what differs is not served. The packed engine runs a class whose layers attend over
+keys and values, or keep a state that is known here: short convolutions and gated delta rules. What it can't run, or
+computes otherwise, the plain engine serves: attention sinks, keys of another size than values, layers of several
+sizes, state of other kinds, a Q-Former that reads the question (InstructBLIP), an encoder and a decoder (Flan-T5).
+`--engine packed` refuses such a model; `--engine plain` takes the plain engine for any class of the general path.
+Which engine it is and why is said at start, by `lookonce doctor`, `plan` and `up`, and in `/v1/models`. So is what is
+refused by all engines. In the packed engine the layers of a class may lie on several devices (`--device-map`); its
+vision half encodes one image at a time. An image's `max_pixels` bounds what its processor is given. Where an image has
+other rows in a prompt with several, as LLaVA-OneVision's has, one embedding holds both forms. Experts that files hold
+in parts are joined when they are read.
 
-A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL: short convolutions and gated delta rules) is its KV and
-their state at its end, which every question forks. It is counted, evicted and erased with the KV. A prefix is reused as
-a whole: text that goes on otherwise within it is computed from the image's end. A finished answer's state is kept for
-the next turn where its KV is at least a quarter as large: from about 400 tokens on with Qwen3.5 9B, from 32 with
-LFM3-VL. The next turn behind a shorter one is computed from the last image's end. The layers of such a model lie on one
-device.
+A prefix of a model with recurrent layers (Qwen3.5, LFM3-VL) is its KV and their state at its end, which every question
+forks. It is counted, evicted and erased with the KV. A prefix is reused as a whole: text that goes on otherwise within
+it is computed from the image's end. A finished answer's state is kept for the next turn where its KV is at least a
+quarter as large: from about 400 tokens on with Qwen3.5 9B, from 32 with LFM3-VL. The next turn behind a shorter one is
+computed from the last image's end. The layers of such a model lie on one device.
 
 Who sees whom is read off the class: the sliding windows of layers, image tokens that see each other both ways
 (Gemma 3), prompts that see themselves (PaliGemma). Scores may have a soft cap (PaliGemma 2). The context is the
@@ -192,7 +191,7 @@ def _brief(said: str) -> str:
 def _reason(said: str) -> str:
     """What is said of the class, or else the first thing that is said."""
     first = next((each for each in said.split(" | ") if _CLASS in each), said.split(" | ")[0])
-    return first.rpartition(_CLASS)[2].partition(";")[0].removeprefix("PATH: ")
+    return first.rpartition(_CLASS)[2].partition(";")[0].partition(": model.")[0].removeprefix("PATH: ")
 
 
 def page() -> str:

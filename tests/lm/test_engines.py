@@ -50,7 +50,8 @@ async def test_a_process_whose_engine_needs_no_torch_has_none(installed, checkpo
     await store.put(reference.key, record.serialize())
     await store.close()
     arguments = ["--model", str(checkpoint_path), "--engine", "echo", "--store", f"file://{tmp_path}/store"]
-    with ServiceProcess("lm_service", *arguments) as service:
+    alone = {"PYTHONPATH": os.environ["PYTHONPATH"]}  # in a process of its own, that has imported nothing before
+    with ServiceProcess("lm_service", *arguments, env=alone) as service:
         client = LanguageClient(service.address)
         reply = await answer(client, asking(user(reference, "What is this?"), max_tokens=500, ignore_eos=True))
         assert "What is this?" in reply.text
@@ -82,7 +83,8 @@ def test_an_engine_that_cannot_be_had_ends_the_start(installed, checkpoint_path)
         with pytest.raises(LookonceError, match=said) as caught:
             load(LanguageSettings(model=str(checkpoint_path), engine=name))
         assert caught.value.kind is ErrorKind.INVALID_ARGUMENT
-    service = ServiceProcess("lm_service", "--model", str(checkpoint_path), "--engine", "steam")
+    environment = {"PYTHONPATH": os.environ["PYTHONPATH"]}
+    service = ServiceProcess("lm_service", "--model", str(checkpoint_path), "--engine", "steam", env=environment)
     try:
         assert service.wait_exit() == PERMANENT_EXIT
         assert "engine 'steam' is not one of" in service.log.splitlines()[-2]  # the last is ours

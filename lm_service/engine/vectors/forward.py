@@ -45,8 +45,8 @@ class CausalPrompts:
         """See `Attend`."""
         out = q.new_empty(q.shape)
         for span in self._spans:
-            heads = (x[span].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-            mixed = functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+            asked, keys, values = (x[span].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+            mixed = functional.scaled_dot_product_attention(asked, keys, values, is_causal=True, enable_gqa=True)
             out[span] = mixed[0].transpose(0, 1)
         return out.flatten(1)
 
@@ -69,8 +69,8 @@ def vectors_of(model: ModelAdapter, pooling: Pooling, filled: Sequence[Filled]) 
 
 def _pooled(rows: torch.Tensor, pooling: Pooling, lengths: Sequence[int]) -> Sequence[torch.Tensor]:
     if pooling == "last":
-        return rows.split(1)
-    parts = rows.split(list(lengths))
+        return torch.split(rows, 1)
+    parts = torch.split(rows, list(lengths))
     return parts if pooling == "tokens" else [part.mean(0, keepdim=True) for part in parts]
 
 

@@ -23,7 +23,8 @@ def check_vectors(checkpoint: Checkpoint, model: ModelAdapter, pooling: Pooling,
 
     def found() -> list[float]:
         vectors = vectors_of(model, pooling, _filled(model, exam))
-        return np.concatenate([rows.ravel() for rows in vectors]).tolist()
+        numbers: list[float] = np.concatenate([rows.ravel() for rows in vectors]).tolist()
+        return numbers
 
     result = check_language_vectors(checkpoint, model.shape.dtype, quantization, pooling, exam, found)
     _log.info("language half checked", self_check=result)

@@ -52,9 +52,20 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that the tokenizer itself puts before a text, such as <s>."""
+    return _around(tokenizer)[0]
+
+
+def trailing_ids(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer itself puts behind a text, as T5's does."""
+    return _around(tokenizer)[1]
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-    places = range(len(whole) - len(plain) + 1)  # others, such as T5's, put one behind it
-    return whole[: next((at for at in places if whole[at : at + len(plain)] == plain), 0)]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at], whole[at + len(plain) :]
+    return [], []
 
 
 def continued(tokenizer: Tokenizer) -> Tokenizer:

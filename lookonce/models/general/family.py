@@ -99,25 +99,22 @@ class GeneralFamily:
 
     @cached_property
     def template(self) -> str | None:
-        """The chat template where the checkpoint has none. Images come before all else, even before the token that
-        begins a text, where the tokenizer or the processor puts one there; an encoder's text ends with one."""
+        """The chat template of a model type whose checkpoints have none. Images come before all else. Behind them <s>
+        stands where the tokenizer puts it before a text, or the processor does; </s> where the tokenizer ends one."""
+        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer, trailing_ids
+
         text = _TEXTS.get(self.model_type)
         if text is None:
             return None
-        begin, end = ("{{ bos_token }}" if self._begins() else "", "")
-        if self.architecture.is_encoder_decoder:
-            begin, end = "", "{{ eos_token }}"
+        begin, end = "{{ bos_token }}", ""
+        with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
+            if self._path is not None:
+                tokenizer = load_tokenizer(self._path, self.words)
+                begin = begin if leading_ids(tokenizer) or self.model_type in _BEGUN else ""
+                end = "{{ eos_token }}" if trailing_ids(tokenizer) else ""
         closing = _CLOSING.get(self.model_type, "")
         part = "{% if part.type == 'text' %}" + text + "{% endif %}{% endfor %}" + closing + "{% endfor %}"
         return _IMAGES + begin + _ALL_PARTS + part + end
-
-    def _begins(self) -> bool:
-        from lookonce.models.chat.tokenizer import leading_ids, load_tokenizer
-
-        if self.model_type not in _BEGUN and self._path is not None:
-            with contextlib.suppress(CheckpointError):  # of a tokenizer that isn't there doctor says so
-                return bool(leading_ids(load_tokenizer(self._path, self.words)))
-        return True
 
     @property
     def begins_anew(self) -> bool:
@@ -226,6 +223,7 @@ class GeneralFamily:
             kv_layers=calls.layers,
             state_numbers=sum(state.numbers for state in calls.states if not state.wide),
             state_floats=sum(state.numbers for state in calls.states if state.wide),
+            int8=False,
         )
 
     def preprocessor(self, stored: dict[str, Any]) -> dict[str, Any]:

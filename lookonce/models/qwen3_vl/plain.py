@@ -74,7 +74,7 @@ class PlainQwen3VLMoe(PlainQwen3VL):
         shares, which = odds.topk(self.text["num_experts_per_tok"], dim=-1)
         shares = shares / shares.sum(-1, keepdim=True)
         inner, total = self.text["moe_intermediate_size"], torch.zeros_like(x)
-        for expert in which.unique().tolist():
+        for expert in sorted({*which.flatten().tolist()}):
             token, place = (which == expert).nonzero(as_tuple=True)
             both = weights(f"{name}.experts.gate_up_proj", (expert, expert + 1))[0]
             down = weights(f"{name}.experts.down_proj", (expert, expert + 1))[0]

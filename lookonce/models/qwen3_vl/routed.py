@@ -35,7 +35,8 @@ class RoutedMlp:
         order = which.view(-1).argsort(stable=True)  # places [T * chosen], those of an expert together
         counts = which.view(-1).bincount(minlength=len(self.experts)).tolist()
         rows, made = x.index_select(0, order // self.chosen), x.new_empty(len(order), x.shape[1])
-        for expert, place, own in zip(self.experts, order.split(counts), rows.split(counts), strict=True):
+        parts = zip(self.experts, torch.split(order, counts), torch.split(rows, counts), strict=True)
+        for expert, place, own in parts:
             if len(own):
                 made[place] = expert.down(expert.gate_up(own))
         return residual + (made * shares).view(len(x), self.chosen, x.shape[1]).sum(1)
@@ -46,8 +47,8 @@ def routed_mlp(module: Any, device: torch.device, quantization: str, *, native: 
     dense layer's are."""
     stacks = [getattr(module.experts, name).data.to(device) for name in ("gate_up_proj", "down_proj")]
     module.experts = None
-    how = {"quantization": quantization, "native": native}
-    unit, matrix = partial(gated_unit, **how), partial(linear, **how)
+    unit = partial(gated_unit, quantization=quantization, native=native)
+    matrix = partial(linear, quantization=quantization, native=native)
     experts = [GatedMlp(unit(*both.chunk(2)), matrix([down])) for both, down in zip(*stacks, strict=True)]
     return RoutedMlp(module.gate.weight.data.to(device), experts, module.chosen)
 
