@@ -22,12 +22,15 @@ from tests.families.tiny_recurrent import FAMILIES, make
 from tests.families.unsplit_general import Unsplit
 from tests.system.cluster import System, data_url, encoded, image_part, text_part
 
+AT_ONCE = ("qwen3_5", "lfm3_vl")
+"""The others are for `make test-slow`."""
+
 
 def served(models, model_type):
     return Served(
         models,
         model_type,
-        split="test_questions_over_rest",
+        split="test_questions_over_rest" if model_type in AT_ONCE else "test_every_family",
         packed="engine/test_recurrent.py::test_many_questions_at_once_are_answered_as_alone",
         prefix="test_every_family",
         scores="test_every_family",
@@ -41,7 +44,6 @@ SERVED = (
     served("Qwen3.5 and 3.6 of experts: 35B-A3B, 122B-A10B, 397B-A17B", "qwen3_5_moe"),
     served("LFM3-VL 2B", "lfm3_vl"),
 )
-AT_ONCE = ("qwen3_5", "lfm3_vl")
 TEXTS = ("why?", "how many cats are there?", "what is on this image?", "is a cat on this image? yes no " * 8)
 
 
@@ -71,7 +73,7 @@ async def test_every_family(family, checkpoint_of, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", AT_ONCE)
 def test_questions_over_rest(family, checkpoint_of, patch, tmp_path):
     """Two processes of halves, started again between questions: one encode, and each question its own text only."""
     checkpoint, halves = checkpoint_of(family), tmp_path / "halves"

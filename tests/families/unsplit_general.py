@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class Unsplit:
             add_special_tokens=not begins,
         )
         found = {name: value for name, value in made.items() if name not in ("num_patches",)}
-        if "mm_token_type_ids" not in found and "image_grid_thw" in found:  # asked for by a class that wants them
+        wanted = "mm_token_type_ids" in inspect.signature(type(self.model).forward).parameters
+        if wanted and "mm_token_type_ids" not in found and "image_grid_thw" in found:
             found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).long()
         return found
 

@@ -143,7 +143,7 @@ class Architecture:
     def locate(self, stored: str) -> Place | None:
         """The place of a stored tensor; None for a buffer that older files hold, and for what the class leaves out.
         Raises CheckpointError for others."""
-        if any(re.match(pattern, stored) for pattern in self.cls._keys_to_ignore_on_load_unexpected or ()):
+        if self._is_left_out(stored):
             return None
         renamings, joins = self._conversions
         name, joined = rename_source_key(
@@ -176,7 +176,12 @@ class Architecture:
     def is_part(self, stored: str) -> bool:
         """Whether a stored tensor is one that transformers joins with others."""
         renamings, joins = self._conversions
-        return bool(joins) and rename_source_key(stored, renamings, joins)[1] is not None
+        known = bool(joins) and not self._is_left_out(stored)
+        return known and rename_source_key(stored, renamings, joins)[1] is not None
+
+    def _is_left_out(self, stored: str) -> bool:
+        """Whether the class leaves out a stored tensor, such as those that predict further tokens."""
+        return any(re.match(pattern, stored) for pattern in self.cls._keys_to_ignore_on_load_unexpected or ())
 
     @cached_property
     def _buffers(self) -> frozenset[str]:
