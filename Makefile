@@ -14,7 +14,7 @@ PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install setup demo up test test-slow test-browser test-clients check check-deploy format protos protos-check settings-docs bench train-demo clean
+.PHONY: help install setup demo up test test-slow test-browser test-clients test-vllm check check-deploy format protos protos-check settings-docs bench train-demo clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -42,16 +42,20 @@ up: install  ## Start the three processes (ARGS="--model DIR --port 8000")
 	@OMP_NUM_THREADS=$(WORKERS) $(BIN)/lookonce up $(ARGS)
 
 test: setup  ## The test suite (under 6 minutes on 2 cores)
-	@$(PYTEST) -m "not slow and not browser" $(ARGS)
+	@$(PYTEST) -m "not slow and not browser and not vllm" $(ARGS)
 
 test-slow: $(SLOW_STAMP)  ## The sweeps that `make test` leaves out (installs Ray and servers for buckets first)
-	@$(PYTEST) -m "slow and not browser" --timeout 1800 $(ARGS)
+	@$(PYTEST) -m "slow and not browser and not vllm" --timeout 1800 $(ARGS)
 
 test-browser: setup  ## The playground in a real Chromium (Debian: apt-get install chromium; or CHROMIUM=path)
 	@$(PYTEST) -m browser $(ARGS)
 
 test-clients: setup  ## Other people's clients (installs each into .clients first; ARGS="-k langchain" for one)
 	@LOOKONCE_TEST_CLIENTS=all $(BIN)/python -m pytest -s tests/clients $(ARGS)
+
+test-vllm: setup  ## A stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
+	@scripts/setup_vllm.sh
+	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 check: setup  ## Lint, formatting, types, who may import whom
 	@$(BIN)/ruff check .
@@ -69,7 +73,11 @@ check-deploy: setup  ## Hold every file of deploy/ to its schema, our rules and 
 protos: setup  ## Generate the gRPC stubs
 	@$(BIN)/python scripts/protos.py
 
-protos-check: setup  ## Fail unless the committed stubs are what protos/ generates, byte for byte
+protos-test-vllm: setup  ## A stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
+	@scripts/setup_vllm.sh
+	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+check: setup  ## Fail unless the committed stubs are what protos/ generates, byte for byte
 	@$(BIN)/python scripts/protos.py --check
 
 settings-docs: setup  ## Write docs/settings.md from the settings classes

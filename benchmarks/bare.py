@@ -35,8 +35,9 @@ def question(number: int, reference: EmbeddingReference | None) -> Prompt:
 class Images:
     """An EmbeddingLoader that has everything at hand."""
 
-    def __init__(self, hidden: int) -> None:
-        self.rows = torch.randn(ROWS * COLUMNS, hidden, generator=torch.Generator().manual_seed(0))
+    def __init__(self, hidden: int, deepstack: int = 0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = torch.randn(1 + deepstack, ROWS * COLUMNS, hidden, generator=generator)
 
     async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
         """The same rows for every image."""
@@ -47,18 +48,25 @@ class Bare:
     """transformers' modules, called as directly as can be."""
 
     def __init__(self, model: Any, head: torch.nn.Linear, rows: torch.Tensor, tower: Any = None) -> None:
-        self.model, self.head, self.rows, self.tower = model, head, rows, tower
+        """`rows` [1 + deepstack, tokens, hidden] are every image's."""
+        self.model, self.head, self.tower = model, head, tower
+        self.rows, *self.levels = rows
 
     @torch.inference_mode()
     def prefill(self, prompts: list[Prompt], cache: DynamicCache | None) -> DynamicCache:
         """One batch of prompts of one length; logits of their last tokens."""
         hidden = self.model.embed_tokens(torch.tensor([prompt.token_ids for prompt in prompts]))
+        seen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
         for at, prompt in enumerate(prompts):
             for span in prompt.images:
                 hidden[at, span.start : span.end] = self.rows
+                seen[at, span.start : span.end] = True
         positions = torch.stack([torch.from_numpy(prompt.positions) for prompt in prompts], dim=1)
         cache = cache or DynamicCache()
-        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
+        further: dict[str, Any] = {}
+        if self.levels and seen.any():
+            further = {"visual_pos_masks": seen, "deepstack_visual_embeds": self.levels}
+        out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True, **further)
         self.head(out.last_hidden_state[:, -1]).argmax(-1)
         return cache
 
@@ -74,7 +82,8 @@ class Bare:
     def look(self, rows: int) -> None:
         """What the floor leaves out: attention of so many tokens over the image's KV, held once, in every layer."""
         config = self.model.config
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads = config.num_key_value_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         queries = torch.zeros(1, heads, rows * config.num_attention_heads // heads, size)
         keys = torch.zeros(1, heads, SYSTEM + ROWS * COLUMNS, size)
         for _ in range(config.num_hidden_layers):
@@ -93,7 +102,7 @@ class Bare:
         """Seconds to encode one image; 0 without a tower."""
         if self.tower is None:
             return 0.0
-        pixels = torch.zeros(4 * ROWS * COLUMNS, 1176)
+        pixels = torch.zeros(4 * ROWS * COLUMNS, self.tower.patch_embed.proj.weight[0].numel())
         began = time.perf_counter()
         self.tower(pixels, torch.tensor([[1, 2 * ROWS, 2 * COLUMNS]]))
         return time.perf_counter() - began

@@ -14,7 +14,6 @@ import statistics
 import sys
 import tempfile
 import time
-from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks.checkpoints import HELP, checkpoint_at
 from lookonce.core.rpc.client import VisionClient
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.family import Patches, VisionEncoder
@@ -66,13 +66,10 @@ async def through_grpc(client: VisionClient, files: list[bytes]) -> float:
     return time.perf_counter() - started
 
 
-async def measure(
-    family: str, size: str, images: int, side: int, rounds: int, threads: int
-) -> dict[str, float | str | int]:
+async def measure(model: str, images: int, side: int, rounds: int, threads: int) -> dict[str, float | str | int]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as directory:
-        maker = import_module(f"lookonce.models.{family}.synthetic")
-        path = maker.make_random_checkpoint(Path(directory) / "model", size=size)
+        path = checkpoint_at(model, Path(directory))
         checkpoint = open_checkpoint(str(path), needs=Half.VISION)
         encoder = checkpoint.family.load_encoder(checkpoint, torch.float32, torch.device("cpu"))
         encoder.warm_up()
@@ -93,8 +90,7 @@ async def measure(
             await client.close()
     floor, seconds = statistics.median(floors), statistics.median(times)
     return {
-        "family": family,
-        "size": size,
+        "model": model,
         "images": images,
         "patches": patches[0].count,
         "bare_images_per_second": images / floor,
@@ -106,8 +102,7 @@ async def measure(
 def main() -> int:
     """Print a table, or JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.encode", description=__doc__.splitlines()[0])
-    parser.add_argument("--family", default="qwen2_vl", help="model_type of the checkpoints (default: qwen2_vl)")
-    parser.add_argument("--sizes", nargs="+", default=["tiny", "50m"], help="random checkpoints (tiny 50m)")
+    parser.add_argument("--models", nargs="+", default=["qwen2-vl-tiny", "qwen2-vl-50m"], help=HELP)
     parser.add_argument("--images", type=int, default=16, help="images a round")
     parser.add_argument("--side", type=int, default=448, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=3)
@@ -116,8 +111,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
-        asyncio.run(measure(options.family, size, options.images, options.side, options.rounds, options.threads))
-        for size in options.sizes
+        asyncio.run(measure(model, options.images, options.side, options.rounds, options.threads))
+        for model in options.models
     ]
     text = json.dumps(rows, indent=2)
     if options.json == Path("-"):
@@ -125,10 +120,10 @@ def main() -> int:
         return 0
     if options.json:
         options.json.write_text(text + "\n")
-    print(f"{'size':>6} {'patches':>8} {'bare images/s':>14} {'gRPC images/s':>14} {'ratio':>6}")
+    print(f"{'model':>16} {'patches':>8} {'bare images/s':>14} {'gRPC images/s':>14} {'ratio':>6}")
     for row in rows:
         print(
-            f"{row['size']:>6} {row['patches']:>8} {row['bare_images_per_second']:>14.2f} "
+            f"{row['model']:>16} {row['patches']:>8} {row['bare_images_per_second']:>14.2f} "
             f"{row['grpc_images_per_second']:>14.2f} {row['ratio']:>6.2f}"
         )
     return 0

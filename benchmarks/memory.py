@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from benchmarks.checkpoints import HELP, checkpoint_at
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.sizing import DTYPE_BYTES
 
 UNSPLIT = """
 import sys, time, torch
 from transformers import AutoModelForImageTextToText
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype="auto")
+model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=sys.argv[2])
 for parameter in model.parameters():  # mapped until used: touch every page, as the first forward does
     parameter.data.view(-1)[::1024].sum()
 print("ready", flush=True)
@@ -37,32 +38,32 @@ MIB = 1 << 20
 def main() -> int:
     """Measure the three subjects and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", default="qwen2_vl", help="model_type of the random checkpoint (default: qwen2_vl)")
-    parser.add_argument("--size", default="2b", help="its size (default: 2b; 3b of qwen2_5_vl)")
+    parser.add_argument("--model", default="qwen2-vl-2b", help=HELP)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--model", help="an existing checkpoint instead of a random one")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="lookonce-memory-") as folder:
         os.environ.setdefault("LOOKONCE_CACHE_DIR", f"{folder}/cache")
-        maker = import_module(f"lookonce.models.{options.family}.synthetic")
-        model = options.model or str(
-            maker.make_random_checkpoint(Path(folder, "model"), size=options.size, dtype=options.dtype, shards=2)
-        )
+        model = str(checkpoint_at(options.model, Path(folder), options.dtype, shards=2))
         checkpoint = open_checkpoint(
             model
         )  # computes the identity once, as `lookonce up` does before it starts the services
-        weights = {half: checkpoint.weight_bytes(half) for half in (Half.VISION, Half.LANGUAGE)}
+        stored = {half: checkpoint.weight_bytes(half) for half in (Half.VISION, Half.LANGUAGE)}
+        width = DTYPE_BYTES[options.dtype] / DTYPE_BYTES[checkpoint.dtype]
         service = ["--model", model, "--dtype", options.dtype, "--listen", f"unix:{folder}/s.sock"]
         rows = {
-            "unsplit model": (sum(weights.values()), [sys.executable, "-c", UNSPLIT, model]),
-            "vision service": (weights[Half.VISION], [sys.executable, "-m", "vision_service", *service]),
-            "language service": (weights[Half.LANGUAGE], [sys.executable, "-m", "lm_service", *service]),
+            "unsplit model": (sum(stored.values()), [sys.executable, "-c", UNSPLIT, model, options.dtype]),
+            "vision service": (stored[Half.VISION], [sys.executable, "-m", "vision_service", *service]),
+            "language service": (stored[Half.LANGUAGE], [sys.executable, "-m", "lm_service", *service]),
         }
         figures = {}
         for name, (size, command) in rows.items():
             measure(command, model, folder)  # once to bring the libraries into the page cache
-            figures[name] = {"weights_bytes": size, **measure(command, model, folder)}
+            figures[name] = {
+                "weights_bytes": int(size * width),
+                "stored_bytes": size,
+                **measure(command, model, folder),
+            }
     report(figures)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
@@ -123,13 +124,13 @@ def wait_serving(address: str, process: subprocess.Popen[str]) -> None:
 def report(figures: dict[str, dict[str, float]]) -> None:
     """Print the table."""
     whole = figures["unsplit model"]
-    titles = f"{'weights':>10}{'resident':>10}{'read':>10}{'resident / unsplit':>20}{'read / weights':>16}{'start':>9}"
+    titles = f"{'weights':>10}{'resident':>10}{'read':>10}{'resident / unsplit':>20}{'read / stored':>16}{'start':>9}"
     print(f"{'':18}{titles}")
     for name, row in figures.items():
         print(
             f"{name:18}{row['weights_bytes'] / MIB:>6.0f} MiB{row['resident_bytes'] / MIB:>6.0f} MiB"
             f"{row['read_bytes'] / MIB:>6.0f} MiB{row['resident_bytes'] / whole['resident_bytes']:>20.2f}"
-            f"{row['read_bytes'] / row['weights_bytes']:>16.3f}{row['seconds']:>7.1f} s"
+            f"{row['read_bytes'] / row['stored_bytes']:>16.3f}{row['seconds']:>7.1f} s"
         )
     vision = figures["vision service"]
     bound = 1.15 * vision["weights_bytes"] + 400 * MIB

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from lookonce.models.linear import (
+    GatedMlp,
     GatedUnit,
     JoinedGatedUnit,
     LayerWeights,
@@ -44,12 +45,13 @@ def layers(size: str) -> dict[str, LayerWeights]:
     def layer(native: bool | None) -> LayerWeights:
         if native is None:
             unit: GatedUnit = JoinedGatedUnit(PlainLinear(torch.cat([gate, up])))
-            return LayerWeights(norm, PlainLinear(qkv, bias), PlainLinear(output), norm, unit, PlainLinear(down))
+            mlp = GatedMlp(unit, PlainLinear(down))
+            return LayerWeights(norm, PlainLinear(qkv, bias), PlainLinear(output), norm, mlp)
         first, second, last = (
             linear(matrices, biases, native=native)
             for matrices, biases in (([qkv], [bias]), ([output], []), ([down], []))
         )
-        return LayerWeights(norm, first, second, norm, gated_unit(gate, up, native=native), last)
+        return LayerWeights(norm, first, second, norm, GatedMlp(gated_unit(gate, up, native=native), last))
 
     return dict(zip(KINDS, map(layer, (True, False, None)), strict=True))
 
@@ -58,7 +60,7 @@ def run(layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
     """All its products."""
     layer.qkv(x)
     hidden = layer.output.plus(x, x)
-    return layer.down.plus(layer.gate_up(x), hidden)
+    return layer.mlp.plus(x, hidden)
 
 
 def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:

@@ -13,8 +13,9 @@ from gateway.images.encoder import Encoder
 from gateway.images.image_store import ImageStores, StoreWithSpare
 from gateway.images.library import ImageLibrary
 from gateway.routing.replicas import open_replicas
-from gateway.routing.variants import ServedModel, Variant, Variants, VariantSpec
+from gateway.routing.variants import EMBED, ServedModel, Variant, Variants, VariantSpec
 from gateway.settings import GatewaySettings, distinct
+from gateway.vectors import VectorMaker
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.core.process import heap_frozen
 from lookonce.core.rpc.client import LanguageClient, VisionClient
@@ -55,9 +56,13 @@ def build(settings: GatewaySettings) -> Gateway:
     images = ImageLibrary(kept, variants, encoder, ttl=ttl)
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
     model = ServedModel(variants, names=distinct(settings.model_name))
+    embedding_model = ServedModel(variants, names=distinct(settings.embed_model_name), task=EMBED)
+    vectors = VectorMaker(images, variants, reconnect_wait=settings.reconnect_wait)
     fetcher = Fetcher(settings.fetch_policy)
     batches = Batches(settings.data_dir, settings) if settings.data_dir is not None else None
-    return Gateway(settings, variants, images, answers, model, fetcher, policy, batches)
+    return Gateway(
+        settings, variants, images, answers, model, fetcher, vectors, embedding_model, policy=policy, batches=batches
+    )
 
 
 def _open_image_store(settings: GatewaySettings) -> Store:

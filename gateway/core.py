@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from gateway.answers import Answers
 from gateway.batches.worker import Batches
 from gateway.images.library import ImageLibrary
-from gateway.routing.variants import ServedModel, Variants
+from gateway.routing.variants import EMBED, ServedModel, Variants
 from gateway.settings import GatewaySettings
+from gateway.vectors import VectorMaker
 from lookonce.core.http_fetch.fetcher import Fetcher
 from lookonce.moderation.policy import Policy
 
@@ -23,8 +24,15 @@ class Gateway:
     answers: Answers
     model: ServedModel
     fetcher: Fetcher
+    vectors: VectorMaker
+    separate_embedding_model: ServedModel  # where there is one beside `model`
     policy: Policy | None = None  # without one there are no moderations
     batches: Batches | None = None  # without a data directory there are none
+
+    @property
+    def embedding_model(self) -> ServedModel:
+        """The model that is asked for vectors: `model` itself unless there is one beside it."""
+        return self.separate_embedding_model if self.variants.has(EMBED) else self.model
 
     async def close(self) -> None:
         """Stop background work, close channels and stores."""

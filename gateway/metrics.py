@@ -26,6 +26,7 @@ FIRST_TOKEN_SECONDS = Histogram(
     "lookonce_gateway_first_token_seconds", "Engine time to the first token.", buckets=_SECONDS
 )
 TOKENS = Counter("lookonce_gateway_tokens", "Tokens, by kind: prompt, cached or completion.", ("kind",))
+VECTORS = Counter("lookonce_gateway_vectors", "Inputs made into vectors, by whether they were kept.", ("outcome",))
 VARIANT_REQUESTS = Counter(
     "lookonce_gateway_variant_requests", "Requests to the language services, by variant.", ("variant", "outcome")
 )

@@ -13,7 +13,7 @@ from pydantic_settings import SettingsConfigDict
 from gateway.auth import Quota
 from gateway.json_text import JsonLimits
 from gateway.routing.replicas import split_targets
-from gateway.routing.variants import DEFAULT, VariantSpec, parse_variants, read_variants
+from gateway.routing.variants import DEFAULT, EMBED, VariantSpec, parse_variants, read_variants
 from lookonce.core.errors import LookonceError
 from lookonce.core.http_fetch.fetch_policy import FetchMode, FetchPolicy, parse_hosts, parse_networks, parse_ports
 from lookonce.core.rpc.tls import Tls
@@ -44,6 +44,15 @@ class GatewaySettings(Settings):
     variants_file: Path | None = Field(
         None, description="file with one such variant on each line; what changes in it holds within seconds"
     )
+    embed_lm: str = Field(
+        "",
+        description="addresses of language services of an embedding model, beside the model that writes text; "
+        "in --variants write task=embed instead; empty: --lm answers /v1/embeddings, if its model makes vectors",
+    )
+    embed_vision: str = Field("", description="addresses of its vision services; empty: those of --vision")
+    embed_model_name: str = Field(
+        "", description="names of the embedding model in the API, separated by commas; empty: that of the checkpoint"
+    )
     model_name: str = Field(
         "",
         description="names of the model in the API, separated by commas; receipts show the first; "
@@ -72,6 +81,8 @@ class GatewaySettings(Settings):
     max_request_image_bytes: Bytes = Field(48 << 20, description="most bytes of image files in one request")
     max_questions: int = Field(1000, ge=1, description="most questions in one request")
     max_choices: int = Field(64, ge=1, description="most choices of one question")
+    max_inputs: int = Field(1024, ge=1, description="most inputs or documents of one request for vectors or ranks")
+    max_searched: int = Field(1000, ge=1, le=10_000, description="most kept images that one search looks at")
     max_n: int = Field(16, ge=1, description="most answers to one prompt")
     max_text_chars: int = Field(1_000_000, ge=1, description="most characters of text in one request")
     max_json_depth: int = Field(32, ge=4, description="most lists and objects within each other in a JSON body")
@@ -179,13 +190,17 @@ class GatewaySettings(Settings):
     def _consistent(self) -> GatewaySettings:
         if not (self.vision_addresses and self.lm_addresses):
             raise ValueError("--vision and --lm need at least one address each")
-        for option, targets in (("--vision", self.vision_addresses), ("--lm", self.lm_addresses)):
+        both = (("--vision", self.vision_addresses), ("--lm", self.lm_addresses))
+        embedding = (("--embed-vision", distinct(self.embed_vision)), ("--embed-lm", distinct(self.embed_lm)))
+        for option, targets in (*both, *embedding):
             try:
                 split_targets(targets)
             except LookonceError as error:
                 raise ValueError(f"{option}: {error.message}") from None
         if self.variants and self.variants_file:
             raise ValueError("--variants and --variants-file exclude each other")
+        if self.embed_lm and (self.variants or self.variants_file):
+            raise ValueError("--embed-lm goes with --lm: in --variants or --variants-file write task=embed")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ValueError("--tls-certificate and --tls-key go together")
         if (self.fetch_urls == "allowlist") != bool(distinct(self.fetch_hosts)):
@@ -265,7 +280,11 @@ class GatewaySettings(Settings):
             return read_variants(self.variants_file)
         if self.variants:
             return parse_variants(self.variants, param="variants")
-        return (VariantSpec(DEFAULT, 1.0, self.vision_addresses, self.lm_addresses),)
+        main = VariantSpec(DEFAULT, 1.0, self.vision_addresses, self.lm_addresses)
+        if not self.embed_lm:
+            return (main,)
+        vision = distinct(self.embed_vision) or self.vision_addresses
+        return (main, VariantSpec(EMBED, 1.0, vision, distinct(self.embed_lm), EMBED))
 
     @property
     def rpc_tls(self) -> Tls:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lm_service.settings import LanguageSettings
-from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
+from lookonce.core.process import keep_freed_memory, leave_after, return_freed_memory, serve_to_end, wait_briefly
 from lookonce.core.settings import command
 from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 
@@ -20,6 +20,7 @@ def run(settings: LanguageSettings) -> int:
     def load_and_serve() -> None:
         if settings.metrics_listen:
             serve_metrics(settings.metrics_listen)
+        return_freed_memory()
         model = load(settings)
         keep_freed_memory()
         uvloop.run(serve(settings, model))

@@ -7,17 +7,19 @@ import time
 import uuid
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import structlog
 
 from lm_service.embeddings import EmbeddingResolver, TensorCache
-from lm_service.engine.factory import builder_of
-from lm_service.engine.types import Engine
+from lm_service.engine.factory import builder_of, vector_builder_of
+from lm_service.engine.types import Engine, VectorEngine
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
 from lm_service.prompt import AcceptedEncoders, ChatTemplate, PromptBuilder, load_template
 from lm_service.servicer import LanguageServicer
 from lm_service.settings import LanguageSettings
+from lm_service.vectors import VectorMaker, VectorPrompts
 from lm_service.wire import Replies
 from lookonce.core.embedding_cache import EmbeddingCache
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -31,6 +33,7 @@ from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults, sam
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.checkpoint.check import open_checked
 from lookonce.models.omp_thread import run_in_omp_thread
+from lookonce.models.vector_layout import VectorLayout, vector_layout
 from protos.lookonce.v1 import common_pb2, language_pb2_grpc
 
 log = structlog.get_logger(__name__)
@@ -45,6 +48,7 @@ class LoadedModel:
     template: ChatTemplate
     engine: Engine
     defaults: SamplingDefaults  # of the parameters that a request leaves out
+    vectors: VectorLayout | None = None  # of an embedding model, whose engine is a VectorEngine
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,10 @@ def load(settings: LanguageSettings) -> LoadedModel:
     template = load_template(checkpoint.path, family, family.special_tokens(config).marker)
     end_ids = end_token_ids(checkpoint.path, family, config, template.chat)
     context_length = _context_length(checkpoint, settings.context_length)
+    layout = vector_layout(checkpoint.path, family, config, settings.task)
+    if layout is not None:
+        pooled = run_in_omp_thread(vector_builder_of(settings).build_vectors, checkpoint, layout, context_length)
+        return LoadedModel(checkpoint, template, pooled, GREEDY, layout)
     engine = run_in_omp_thread(builder.build, checkpoint, template.table, end_ids, context_length)
     defaults = sampling_defaults(checkpoint.path) if settings.generation_config == "auto" else GREEDY
     return LoadedModel(checkpoint, template, engine, defaults)
@@ -99,17 +107,19 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         max_images=settings.max_images,
         check_fingerprint=accepted.check,
     )
+    replies = Replies(template.table, checkpoint.name)
     servicer = LanguageServicer(
         engine=engine,
         builder=prompts,
         resolver=resolver,
-        replies=Replies(template.table, checkpoint.name),
+        replies=replies,
         model=_description(model),
         accepted=accepted,
         learn_encoders=peers.learn_encoders,
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
         defaults=model.defaults,
+        vectors=_vector_maker(model, prompts, replies),
     )
     server = Server(settings.server)
     server.add(SERVICE_NAME, partial(language_pb2_grpc.add_LanguageModelServicer_to_server, servicer))
@@ -134,8 +144,9 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
         service.peers.start()
         with heap_frozen():
             await server.set_serving(True)
-            device = engine.describe().model.device
-            log.info("serving", address=address, model=model.checkpoint.name, device=device, store=_kind(settings))
+            facts, name = engine.describe().model, model.checkpoint.name
+            run = {"device": facts.device, "engine": facts.engine or settings.engine}
+            log.info("serving", address=address, model=name, **run, store=_kind(settings))
             await server.wait()
     finally:
         await server.grpc.stop(None)  # drained already, unless starting failed or this task was cancelled
@@ -146,6 +157,15 @@ async def serve(settings: LanguageSettings, model: LoadedModel) -> None:
     for failure in failures:
         raise LookonceError(ErrorKind.INTERNAL, failure)
     log.info("stopped")
+
+
+def _vector_maker(model: LoadedModel, prompts: PromptBuilder, replies: Replies) -> VectorMaker | None:
+    if model.vectors is None:
+        return None
+    facts, checkpoint = model.engine.describe().model, model.checkpoint
+    adapter = checkpoint.adapter.digest(Half.LANGUAGE) if checkpoint.adapter is not None else None
+    digest = model.vectors.digest(checkpoint.identity, adapter or "", facts.dtype, facts.quantization)
+    return VectorMaker(cast(VectorEngine, model.engine), VectorPrompts(prompts, model.vectors), replies, digest)
 
 
 def _description(model: LoadedModel) -> common_pb2.ModelDescription:

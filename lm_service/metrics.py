@@ -45,6 +45,7 @@ class Metrics:
         self.requests = Counter("lookonce_lm_requests", "Calls by method and outcome.", ("method", "outcome"))
         self.prompt_tokens = Counter("lookonce_lm_prompt_tokens", "Tokens of prompts.")
         self.cached_tokens = Counter("lookonce_lm_cached_tokens", "Prompt tokens whose KV was reused.")
+        self.vectors = Counter("lookonce_lm_vectors", "Vectors made, of inputs or of their tokens.")
         self.completion_tokens = Counter("lookonce_lm_completion_tokens", "Tokens generated.")
         self.ttft = Histogram("lookonce_lm_ttft_seconds", "Arrival to first token.", buckets=_SECONDS)
         self.duration = Histogram("lookonce_lm_request_seconds", "Arrival to last token.", buckets=_SECONDS)

@@ -12,7 +12,7 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -24,7 +24,7 @@ from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
 from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
-from lookonce.models.chat.tokenizer import is_byte_level
+from lookonce.models.chat.tokenizer import drops_first_space, is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
 from lookonce.models.family import Family
@@ -169,28 +169,45 @@ class PromptBuilder:
         isn't this model's."""
         self.template = template
         self.context_length = context_length
-        self._image_token_id = family.special_tokens(config).image_id
+        tokens = family.special_tokens(config)
+        self._image_token_id, self._placeholder_id = tokens.image_id, tokens.placeholder_id
         self._tokens_of = partial(family.tokens_per_grid, config)
         self._markers = partial(family.markers, config)
+        self._taken = partial(getattr(family, "taken", lambda config, grid_thw, images: None), config)
         self._positions = partial(family.positions, config)
         self.has_laid_out = partial(getattr(family, "has_laid_out", lambda config, grid_thw: True), config)
+        self._reads_text = bool(getattr(family, "reads_text", False))
         self._max_images = max_images
         self._check_fingerprint = check_fingerprint
 
     def build(
-        self, messages: Sequence[Message], *, reserve: int = 1, salt: bytes = b"", special_tokens: bool = False
+        self,
+        messages: Sequence[Message],
+        *,
+        reserve: int = 1,
+        salt: bytes = b"",
+        special_tokens: bool = False,
+        ending: Sequence[int] = (),
     ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
-        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`. Raises
-        INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`; `ending` are
+        tokens behind the header. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the
+        field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
-        self._check_text(messages)
+        self.check_text([part for message in messages for part in message.parts if isinstance(part, str)])
         turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids, spans = self._expand(self.template.ids(turns, salt, special_tokens=special_tokens), images)
+        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens)
+        prompt = self.laid_out([*token_ids, *ending], images, reserve)
+        return replace(prompt, text=self.template.text(turns)) if self._reads_text else prompt
+
+    def laid_out(self, ids: Sequence[int], images: Sequence[EmbeddingReference], reserve: int = 0) -> Prompt:
+        """The prompt of these tokens, with a placeholder for each of the images. Raises INVALID_ARGUMENT or
+        CONTEXT_LENGTH_EXCEEDED."""
+        token_ids, spans = self._expand(ids, images)
         self._check_size(len(token_ids), reserve)
         layout = [(span.start, span.reference.grid_thw) for span in spans]
         positions, following = self._positions(len(token_ids), layout)
@@ -214,12 +231,16 @@ class PromptBuilder:
             if not message.parts:
                 raise invalid(f"messages[{i}] has no parts", param=f"messages[{i}].parts")
             images += [part for part in message.parts if isinstance(part, EmbeddingReference)]
+        self.check_images(images)
+        return images
+
+    def check_images(self, images: Sequence[EmbeddingReference]) -> None:
+        """Raise for too many, and for those that are not of this model."""
         if len(images) > self._max_images:
             raise invalid(f"a prompt may hold {self._max_images} images, got {len(images)}", param="messages")
         for image in images:
             image.check(self._tokens_of)
             self._check_fingerprint(image)
-        return images
 
     def _check_size(self, tokens: int, reserve: int) -> None:
         if tokens + reserve > self.context_length:
@@ -230,9 +251,8 @@ class PromptBuilder:
                 param="messages",
             )
 
-    def _check_text(self, messages: Sequence[Message]) -> None:
+    def check_text(self, texts: Sequence[str]) -> None:
         """Raise for text that is far beyond the context, before all of it is tokenised."""
-        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
         characters = sum(map(len, texts))
         if characters <= self.context_length:  # not worth looking at twice
             return
@@ -246,7 +266,7 @@ class PromptBuilder:
             )
 
     def _expand(self, ids: Sequence[int], images: Sequence[EmbeddingReference]) -> tuple[list[int], list[ImageSpan]]:
-        places = ids.count(self._image_token_id)
+        places = ids.count(self._placeholder_id)
         if places != len(images):
             raise invalid(
                 f"the model's chat template made {places} placeholders for {len(images)} images; it takes images "
@@ -257,9 +277,10 @@ class PromptBuilder:
         spans: list[ImageSpan] = []
         begin = 0
         for image in images:
-            place = ids.index(self._image_token_id, begin)
+            place = ids.index(self._placeholder_id, begin)
             expanded += ids[begin:place]
-            span = ImageSpan(len(expanded), image, self._markers(image.grid_thw))
+            rows, markers = self._taken(image.grid_thw, len(images)) or (None, self._markers(image.grid_thw))
+            span = ImageSpan(len(expanded), image, markers, rows)
             expanded += [self._image_token_id] * (span.end - span.start)
             for at, token_id in span.markers:
                 expanded[span.start + at] = token_id
@@ -272,17 +293,21 @@ class PromptBuilder:
 class ChatTemplate:
     """Tokenises conversations. Safe to use from several threads."""
 
-    def __init__(self, chat: ChatFormat) -> None:
+    def __init__(self, chat: ChatFormat, *, begins_anew: bool = False) -> None:
+        """`begins_anew`: what follows the first tokens that the template writes is tokenised as a text of its own."""
         self.chat = chat
+        self._begins_anew = begins_anew
         tokenizer = chat.tokenizer
         self._tokenizer = tokenizer
         starts = "|".join(sorted({re.escape(token[0]) for token in chat.added})) or "(?!)"
         self._starts = re.compile(starts)
         typed = sorted(chat.added.keys() - chat.structure, key=len, reverse=True)
         self._typed_or_starts = re.compile("|".join([*map(re.escape, typed), f"({starts})"]))
-        special_ids = [number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-        names = {number: content for content, number in chat.added.items()}
-        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, byte_level=is_byte_level(tokenizer))
+        added = tokenizer.get_added_tokens_decoder()
+        special_ids = [number for number, token in added.items() if token.special]
+        names = {number: token.content for number, token in added.items()}
+        kind = {"byte_level": is_byte_level(tokenizer), "spaced": drops_first_space(tokenizer)}
+        self.table = TokenTable.of(tokenizer.get_vocab(), names, special_ids, **kind)
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
@@ -296,6 +321,13 @@ class ChatTemplate:
         short = sum(len(part) for turn in turns for part in turn.parts if part is not None) <= _REMEMBERED_CHARACTERS
         ids = self._remembered if short else self._ids
         return list(ids(tuple(turns), salt, special_tokens))
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The conversation's text without images and what else the template writes as special tokens. Raises as `ids`
+        does."""
+        mark = self._mark(turns)
+        pieces = self.chat.pieces(self._rendered(turns, mark, self._starts))
+        return "".join(piece.replace(mark, "") for piece in pieces if isinstance(piece, str))
 
     def count(self, texts: Iterable[str], enough: int) -> int:
         """About how many tokens texts have, looked at in pieces until there are more than `enough`.
@@ -313,18 +345,24 @@ class ChatTemplate:
 
     def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool) -> tuple[int, ...]:
         mark = self._mark(turns)
-        # Wherever a special token could begin, also one that goes on in the next part, the mark breaks it.
-        breaks = self._typed_or_starts if special_tokens else self._starts
+        rendered = self._rendered(turns, mark, self._typed_or_starts if special_tokens else self._starts)
+        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
+        pieces = list(self.chat.pieces(rendered))
+        begun = next((at for at, piece in enumerate(pieces) if isinstance(piece, str) and piece), 0)
+        first = begun if self._begins_anew else 0
+        encoded = (self._encode(piece, mark, first=at == first) for at, piece in enumerate(pieces))
+        return (*lead, *chain.from_iterable(encoded))
+
+    def _rendered(self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str]) -> str:
+        """By the template; wherever a special token could begin, also one that goes on in the next part, the mark
+        breaks it."""
         marked = [Turn(turn.role, tuple(part and _marked(part, breaks, mark) for part in turn.parts)) for turn in turns]
         try:
-            rendered = self.chat.render(marked)
+            return self.chat.render(marked)
         except TemplateRefusal as error:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
-        lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
-        pieces = enumerate(self.chat.pieces(rendered))
-        return (*lead, *chain.from_iterable(self._encode(piece, mark, first=at == 0) for at, piece in pieces))
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -373,4 +411,5 @@ def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:
     """The template and tokenizer of a checkpoint directory; `image` stands for an image where a template takes strings.
 
     CheckpointError naming what is missing."""
-    return ChatTemplate(open_chat(path, family, image))
+    chat = open_chat(path, family, image)
+    return ChatTemplate(chat, begins_anew=getattr(family, "begins_anew", False))

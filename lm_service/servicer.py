@@ -14,7 +14,8 @@ from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
 from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
-from lm_service.wire import Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
+from lm_service.vectors import VectorMaker, no_embedding_model
+from lm_service.wire import AnyRequest, Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
 from lookonce.models.chat.generation_config import SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
@@ -35,9 +36,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         max_tokens: int,
         max_timeout: float,
         defaults: SamplingDefaults,
+        vectors: VectorMaker | None = None,
     ) -> None:
         """`learn_encoders` has vision services asked which encoders are `accepted`, where that is not known.
-        `defaults` are those of sampling parameters that a request leaves out."""
+        `defaults` are those of sampling parameters that a request leaves out. `vectors`: of an embedding model."""
         self._engine = engine
         self._builder = builder
         self._resolver = resolver
@@ -50,6 +52,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._max_tokens = min(max_tokens, builder.context_length)
         self._max_timeout = max_timeout
         self._defaults = defaults
+        self._vectors = vectors
 
     def close(self) -> None:
         """Begin no prompt any more."""
@@ -78,6 +81,14 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             await self._know_encoders(message for item in request.items for message in item.messages)
             return await self._scorer.score(request, deadline)
 
+    async def Embed(self, request: language_pb2.EmbedRequest, context: Any) -> language_pb2.EmbedResponse:
+        with counted("Embed"):
+            if self._vectors is None:
+                raise no_embedding_model()
+            deadline = self._deadline(request, context)
+            await self._know_encoders(request.items)
+            return await self._vectors.embed(request, deadline, self._prompt_thread)
+
     async def Forget(self, request: common_pb2.ForgetRequest, context: Any) -> common_pb2.ForgetResponse:
         """See language.proto. The embeddings first, so that no KV is made of them again while it is dropped."""
         with counted("Forget"):
@@ -102,6 +113,9 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             waiting=state.waiting,
             generated_tokens=state.generated_tokens,
             sampling_defaults=language_pb2.SamplingParameters(**self._defaults.stated),  # type: ignore[arg-type]
+            engine=state.model.engine,
+            engine_note=state.model.engine_note,
+            vectors=None if self._vectors is None else self._vectors.describe(),
         )
 
     async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
@@ -116,10 +130,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt
         )
 
-    async def _know_encoders(self, messages: Iterable[language_pb2.Message]) -> None:
+    async def _know_encoders(self, messages: Iterable[language_pb2.Message | language_pb2.EmbedItem]) -> None:
         if not self._accepted.are_known and any(part.HasField("image") for each in messages for part in each.parts):
             await self._learn_encoders()
 
-    def _deadline(self, request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, context: Any) -> float:
+    def _deadline(self, request: AnyRequest, context: Any) -> float:
         check_ids(request)
         return time.monotonic() + timeout_of(request, context.time_remaining(), self._max_timeout)

@@ -35,6 +35,7 @@ MAX_CHOICE_CHARACTERS = 1024
 MAX_ID_CHARACTERS = 256
 MAX_FORGOTTEN = 10_000
 SALT_BYTES = 32
+AnyRequest = language_pb2.GenerateRequest | language_pb2.ScoreRequest | language_pb2.EmbedRequest
 
 
 def messages_of(
@@ -50,7 +51,10 @@ def messages_of(
     if parts > MAX_PARTS:
         raise invalid(f"{where} may hold {MAX_PARTS} parts, got {parts}", param=where)
     known = {} if known is None else known
-    read = [Message(message.role, _parts(message.parts, where, i, known)) for i, message in enumerate(messages)]
+    read = [
+        Message(message.role, parts_of(message.parts, f"{where}[{i}].parts", known))
+        for i, message in enumerate(messages)
+    ]
     characters = sum(len(part) for message in read for part in message.parts if isinstance(part, str))
     if characters > MAX_TEXT_CHARACTERS:
         raise LookonceError(
@@ -61,9 +65,10 @@ def messages_of(
     return read
 
 
-def _parts(
-    parts: Sequence[language_pb2.Part], where: str, at: int, known: dict[bytes, EmbeddingReference]
+def parts_of(
+    parts: Sequence[language_pb2.Part], where: str, known: dict[bytes, EmbeddingReference]
 ) -> tuple[str | EmbeddingReference, ...]:
+    """Texts and references. Images in `known` as in `messages_of`."""
     read: list[str | EmbeddingReference] = []
     for number, part in enumerate(parts):
         kind = part.WhichOneof("content")
@@ -72,7 +77,7 @@ def _parts(
         elif kind == "image":
             read.append(_reference(part.image, known))
         else:
-            place = f"{where}[{at}].parts[{number}]"
+            place = f"{where}[{number}]"
             raise invalid(f"{place} holds neither text nor an image", param=place)
     return tuple(read)
 
@@ -179,7 +184,7 @@ def check_items(items: Sequence[language_pb2.ScoreItem]) -> None:
         )
 
 
-def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest) -> None:
+def check_ids(request: AnyRequest) -> None:
     """Raise when an opaque name is longer than any client needs, or the salt is not of its size."""
     for name in ("request_id", "client"):
         if len(getattr(request, name)) > MAX_ID_CHARACTERS:
@@ -190,9 +195,7 @@ def check_ids(request: language_pb2.GenerateRequest | language_pb2.ScoreRequest)
         )
 
 
-def timeout_of(
-    request: language_pb2.GenerateRequest | language_pb2.ScoreRequest, remaining: float | None, longest: float
-) -> float:
+def timeout_of(request: AnyRequest, remaining: float | None, longest: float) -> float:
     """Seconds the request may take: the least of its own wish, of the call's deadline and of the service's cap."""
     wish = request.timeout if request.HasField("timeout") else longest
     if not 0 < wish < math.inf:
@@ -285,7 +288,7 @@ def usage(prompt: Prompt, completion_tokens: int, cached_tokens: int) -> languag
         prompt_tokens=len(prompt.token_ids),
         completion_tokens=completion_tokens,
         cached_tokens=cached_tokens,
-        image_tokens=sum(span.reference.tokens for span in prompt.images),
+        image_tokens=sum(span.tokens for span in prompt.images),
     )
 
 

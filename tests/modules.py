@@ -1,13 +1,12 @@
-"""Each half of a model as transformers' own modules: what `lookonce.models.qwen2_vl.modules` is held against, here and
-in benchmarks."""
+"""Each half of a model of the Qwen lines as transformers' own modules: what `lookonce.models.qwen2_vl.modules` and its
+successors are held against, here and in benchmarks."""
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLTextModel
-from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
@@ -17,22 +16,20 @@ _ATTENTION = "sdpa"
 _Module = TypeVar("_Module", bound=torch.nn.Module)
 
 
-def model_config(checkpoint: Checkpoint) -> Qwen2VLConfig:
-    """The whole model's transformers configuration, from a flat or a nested config.json."""
-    return Qwen2VLConfig.from_dict(checkpoint.config)
-
-
-def load_vision_tower(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> Qwen2VisionTransformerPretrainedModel:
-    """The vision tower in eval mode.
-
-    It takes pixel patches [P, 1176] and grid_thw [images, 3] and answers with pooler_output [tokens, hidden].
-    """
-    config: Any = model_config(checkpoint).vision_config
+def whole_on_meta(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's class of transformers, without weights, from a flat or a nested config.json."""
+    config: Any = CONFIG_MAPPING[checkpoint.family.model_type].from_dict(checkpoint.config)
     config._attn_implementation = _ATTENTION
     with torch.device("meta"):
-        tower = Qwen2VisionTransformerPretrainedModel(config)
+        return MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)](config)
+
+
+def load_vision_tower(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu") -> Any:
+    """The vision tower in eval mode.
+
+    It takes pixel patches [P, numbers] and grid_thw [images, 3] and answers with pooler_output [tokens, hidden].
+    """
+    tower = whole_on_meta(checkpoint).model.visual
     _compute_buffers(tower)
     load_weights(tower, checkpoint, Half.VISION, dtype=dtype, device=device)
     return _frozen(tower)
@@ -40,16 +37,13 @@ def load_vision_tower(
 
 def load_language_model(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str = "cpu"
-) -> tuple[Qwen2VLTextModel, torch.nn.Linear]:
+) -> tuple[Any, torch.nn.Linear]:
     """The text model and its output head in eval mode; a tied head shares the embedding's parameter.
 
     The text model takes inputs_embeds [batch, T, hidden], M-RoPE position_ids [3, batch, T] and past_key_values.
     """
-    config: Any = model_config(checkpoint).text_config
-    config._attn_implementation = _ATTENTION
-    with torch.device("meta"):
-        model = Qwen2VLTextModel(config)
-        head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    whole = whole_on_meta(checkpoint)
+    model, head = whole.model.language_model, whole.lm_head
     halves = torch.nn.ModuleDict({"model": model, "lm_head": head})
     _compute_buffers(halves)
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)

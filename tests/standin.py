@@ -70,6 +70,7 @@ def device(index: int) -> torch.device:
         library.impl("empty.memory_format", _empty, "PrivateUse1")
         library.impl("empty_strided", _empty_strided, "PrivateUse1")
         library.impl("_copy_from", _copy_from, "PrivateUse1")
+        library.impl("_local_scalar_dense", lambda tensor: tensor.held.item(), "PrivateUse1")  # within torch.tensor
         _LIBRARIES.append(library)
     return torch.device(NAME, index)
 

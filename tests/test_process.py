@@ -121,3 +121,32 @@ def test_logs_of_a_process_go_to_stderr_and_of_the_next_test_to_stdout(capsys, s
         configure_logging("test", log_format="json")
     structlog.get_logger("test").warning("heard")
     assert "heard" in getattr(capsys.readouterr(), stream)
+
+
+_HOLES = """
+import sys
+from pathlib import Path
+from lookonce.core import process
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+if sys.argv[1] == "returned":
+    process.return_freed_memory()
+bytearray(b"x" * (24 << 20))  # freed: glibc keeps pieces up to this size from now on
+pieces = [bytearray(b"x" * (3 << 20)) for _ in range(32)]
+before = resident()
+del pieces[::2]
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_matrices_go_back_at_once():
+    """Every second of 32 pieces of 3 MiB."""
+
+    def given_back(how):
+        done = subprocess.run([sys.executable, "-c", _HOLES, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert given_back("kept") < 5 < 40 < given_back("returned")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from lookonce.core.process import keep_freed_memory, leave_after, serve_to_end, wait_briefly
+from lookonce.core.process import keep_freed_memory, leave_after, return_freed_memory, serve_to_end, wait_briefly
 from lookonce.core.settings import command
 from lookonce.core.telemetry.logs import configure_logging, serve_metrics
 from vision_service.settings import VisionSettings
@@ -22,6 +22,7 @@ def run(settings: VisionSettings) -> int:
     def load_and_serve() -> None:
         if settings.metrics_listen:
             serve_metrics(settings.metrics_listen)
+        return_freed_memory()
         loaded = load(settings)
         keep_freed_memory()
         uvloop.run(serve(settings, loaded))

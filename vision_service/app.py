@@ -27,7 +27,7 @@ from lookonce.models.devices import choose_device, choose_dtype, dtype_name
 from lookonce.models.family import VisionEncoder
 from lookonce.models.omp_thread import run_in_omp_thread
 from lookonce.models.quantization import check_usable, scheme
-from lookonce.models.self_check import check_encoder
+from lookonce.models.self_check import check_encoder, watched
 from lookonce.models.sizing import default_max_pixels
 from protos.lookonce.v1 import common_pb2, vision_pb2, vision_pb2_grpc
 from vision_service.core import Model, VisionCore
@@ -73,6 +73,8 @@ def _encoder(
     settings: VisionSettings, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 ) -> tuple[VisionEncoder, str]:
     native = settings.kernels == "auto"
+    if settings.self_check == "on":
+        checkpoint = watched(checkpoint, Half.VISION, dtype)
     encoder = checkpoint.family.load_encoder(
         checkpoint, dtype, device, quantization=settings.quantization, native=native
     )

@@ -13,6 +13,7 @@ from gateway.core import Gateway
 from gateway.http import (
     batch_routes,
     chat_routes,
+    embedding_routes,
     image_routes,
     moderation_routes,
     openapi,
@@ -27,6 +28,7 @@ from gateway.settings import distinct
 from lookonce.core.errors import LookonceError
 
 ROUTERS = (
+    embedding_routes.router,
     image_routes.router,
     question_routes.router,
     chat_routes.router,

@@ -106,9 +106,12 @@ MODEL = {
     "object": "model",
     "created": 1790000000,
     "owned_by": "lookonce",
+    "family": "qwen2_vl",
     "context_length": 32768,
     "max_tokens": 4096,
     "sampling_defaults": {"temperature": 0.01, "top_p": 0.001},
+    "engine": "packed",
+    "engine_note": "",
 }
 READINESS = {
     "status": "ready",
@@ -142,6 +145,49 @@ MODERATION: dict[str, Any] = {
             "receipt": RECEIPT,
         }
     ],
+}
+EMBEDDING_MODEL = "gme-qwen2-vl-2b-instruct"
+VECTOR_COST = {
+    "usage": {"prompt_tokens": 437, "total_tokens": 437, "prompt_tokens_details": {"image_tokens": 391}},
+    "receipt": {"encoded": 0, "prefill_tokens": 23, "kept": 1},
+}
+INPUTS = {
+    "text": {"input": "a red door"},
+    "texts and images": {"input": ["a red door", {"image": IMAGE_ID}, {"text": "my door", "image": IMAGE_ID}]},
+    "a query with an instruction": {"input": "a red door", "instruction": "Find an image that matches the given text."},
+}
+EMBEDDINGS: dict[str, Any] = {
+    "object": "list",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.6, -0.8]}],
+    "model": EMBEDDING_MODEL,
+    **VECTOR_COST,
+}
+RERANKS = {
+    "images and a text": {
+        "query": "a red door",
+        "documents": [{"image": IMAGE_ID}, "A blue gate."],
+        "top_n": 1,
+    }
+}
+RERANKED: dict[str, Any] = {
+    "id": "rerank-5f0e",
+    "model": EMBEDDING_MODEL,
+    "results": [{"index": 0, "relevance_score": 0.61, "document": {"image": IMAGE_ID}}],
+    **VECTOR_COST,
+}
+SEARCHES = {
+    "by a text": {"query": "a red door", "top_n": 5},
+    "images like this one": {"query": {"image": IMAGE_ID}, "top_n": 5},
+}
+FOUND: dict[str, Any] = {
+    "object": "list",
+    "model": EMBEDDING_MODEL,
+    "data": [{"id": IMAGE_ID, "score": 0.61, "image": IMAGE}],
+    "searched": 30,
+    "skipped": [],
+    "last_id": IMAGE_ID,
+    "has_more": False,
+    **VECTOR_COST,
 }
 FILE_ID, OUTPUT_ID, BATCH_ID = "file-" + "3b" * 16, "file-" + "7d" * 16, "batch_" + "c4" * 16
 FILE: dict[str, Any] = {
@@ -197,6 +243,9 @@ BODIES: dict[str, dict[str, Any]] = {
     "changeImage": CHANGES,
     "askQuestions": QUESTIONS,
     "createChatCompletion": CHATS,
+    "createEmbeddings": INPUTS,
+    "rerank": RERANKS,
+    "searchImages": SEARCHES,
     "createModeration": MODERATIONS,
     "createBatch": BATCHES,
 }
@@ -210,6 +259,9 @@ ANSWERS: dict[str, Any] = {
     "dropAlias": IMAGE | {"aliases": []},
     "askQuestions": ASKED,
     "createChatCompletion": COMPLETION,
+    "createEmbeddings": EMBEDDINGS,
+    "rerank": RERANKED,
+    "searchImages": FOUND,
     "createModeration": MODERATION,
     "createFile": FILE,
     "listFiles": list_object([FILE], more=False),

@@ -28,6 +28,7 @@ ABOUT: dict[str, Any] = {
     "openapi_tags": [
         {"name": "images", "description": "Uploaded once, encoded once, asked about often, erased everywhere."},
         {"name": "chat", "description": "OpenAI's chat completions."},
+        {"name": "embeddings", "description": "Vectors of texts and images: OpenAI's embeddings, rerank, search."},
         {"name": "moderations", "description": "OpenAI's moderations, by the categories of the operator's policy."},
         {"name": "files", "description": "OpenAI's files: what batches read and write."},
         {"name": "batches", "description": "OpenAI's batches: many requests, answered in the background."},

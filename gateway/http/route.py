@@ -234,7 +234,7 @@ def list_object(items: Sequence[dict[str, Any]], *, more: bool) -> dict[str, Any
 
 def json_response(content: Any, status: int = 200) -> Response:
     """A JSON answer that is ours already: FastAPI's validation of large ones would take time."""
-    return Response(orjson.dumps(content), status, media_type="application/json")
+    return Response(orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY), status, media_type="application/json")
 
 
 def gateway_of(request: Request) -> Gateway:

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from gateway.http import examples
 from gateway.http.route import gateway_of, json_response
-from gateway.routing.variants import no_such_model
+from gateway.routing.variants import ModelCard, no_such_model
 from gateway.schemas.responses import Health, Model, ModelList, Readiness, Version
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
@@ -26,11 +26,9 @@ INSTEAD = {
     "/v1/completions": CHAT,
     "/v1/messages": CHAT,
     "/v1/messages/{rest:path}": CHAT,
-    "/v1/embeddings": "/v1/images, whose embeddings stay inside",
     "/v1/images/generations": "/v1/images, which takes images and makes none",
     "/v1/images/edits": "/v1/images, which takes images and makes none",
     "/v1/score": "/v1/images/{id}/questions with choices",
-    "/v1/rerank": "/v1/images/{id}/questions with choices",
     "/tokenize": "the usage in each answer of " + CHAT,
     "/detokenize": CHAT,
 }
@@ -39,18 +37,24 @@ INSTEAD = {
 
 @models.get("/v1/models", summary="List models", response_model=ModelList)
 async def list_models(request: Request) -> dict[str, Any]:
-    """The one model that is served, once for each of its names."""
-    card = await gateway_of(request).model.card()
-    return {"object": "list", "data": [card.to_openai(name) for name in card.names]}
+    """The model that is served, once for each of its names; then the embedding model beside it, if there is one."""
+    return {"object": "list", "data": [card.to_openai(name) for card in await _cards(request) for name in card.names]}
 
 
 @models.get("/v1/models/{model:path}", summary="Look at a model", response_model=Model)
 async def get_model(request: Request, model: str) -> dict[str, Any]:
-    """The model, if that is one of its names; "lookonce" always is."""
-    card = await gateway_of(request).model.card()
-    if not card.is_named(model):
-        raise no_such_model(card)
+    """The model that has that name; "lookonce" always is one."""
+    cards = await _cards(request)
+    card = next((card for card in cards if card.is_named(model)), None)
+    if card is None:
+        raise no_such_model(*cards)
     return card.to_openai(model)
+
+
+async def _cards(request: Request) -> list[ModelCard]:
+    gateway = gateway_of(request)
+    models = dict.fromkeys((gateway.model, gateway.embedding_model))
+    return [await model.card() for model in models]
 
 
 @operation.head("/healthz", include_in_schema=False)

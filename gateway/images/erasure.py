@@ -17,6 +17,7 @@ import structlog
 from gateway.images.image_records import ImageRecord, ImageRecords, file_key
 from gateway.images.image_store import StoreWithSpare
 from gateway.images.index import Aliases, Listing
+from gateway.images.vector_cache import vectors_key
 from gateway.routing.retries import pause
 from gateway.routing.variants import Variants
 from lookonce.core.errors import LookonceError
@@ -77,7 +78,7 @@ class Eraser:
 
 @dataclass(frozen=True)
 class Traces:
-    """What the gateway itself keeps of an image: file, record, names, a place in the list."""
+    """What the gateway itself keeps of an image: file, vectors, record, names, a place in the list."""
 
     kept: StoreWithSpare
     records: ImageRecords
@@ -89,7 +90,8 @@ class Traces:
         buried = await self.records.bury(record, asked)  # first, so that no new embedding is made
         unnamed = [await self.aliases.drop(record, alias) for alias in record.aliases]
         await self.listing.remove(record.tenant, [record.digest.hex()])
-        return all([await self.kept.delete(file_key(record.digest)), buried, *unnamed])
+        gone = [await self.kept.delete(key) for key in (file_key(record.digest), vectors_key(record.digest))]
+        return all([*gone, buried, *unnamed])
 
 
 class Erasure:

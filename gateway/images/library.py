@@ -20,6 +20,7 @@ from gateway.images.image_records import Change, ImageRecord, ImageRecords, file
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
 from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
+from gateway.images.vector_cache import VectorCache
 from gateway.routing.retries import by_first_reachable
 from gateway.routing.variants import Variant, Variants
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
@@ -54,6 +55,7 @@ class ImageLibrary:
         self._records = ImageRecords(kept)
         self._aliases = Aliases(kept)
         self._listing = Listing(kept, self._records)
+        self.vectors = VectorCache(kept, self._records)
         self._traces = Traces(kept, self._records, self._aliases, self._listing)
         self._eraser = Eraser(variants)
         self._flights: Flights[Resolved] = Flights()

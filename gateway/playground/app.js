@@ -129,7 +129,9 @@ async function greet() {
     light.title = "The gateway can't be reached";
   }
   try {
-    $("model").textContent = (await api.models())[0].id;
+    const [model] = await api.models();
+    $("model").textContent = model.id;
+    asking.family = model.family;
   } catch (error) {
     $("model").textContent = error.message;
   }

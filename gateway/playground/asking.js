@@ -6,6 +6,7 @@ import { ApiError } from "./api.js";
 import { boxesIn } from "./boxes.js";
 
 export class Asking {
+  family = ""; // of the model, once it is known
   #api;
   #panel;
   #running = new Set();
@@ -71,7 +72,7 @@ export class Asking {
   #finish(card, answer, decodeMs) {
     if (answer.receipt) this.#panel.prices.learn(answer.receipt);
     card.finish(answer, decodeMs, this.#panel.prices);
-    const boxes = boxesIn(card.text.textContent, this.#panel.image, answer.receipt?.model ?? "");
+    const boxes = boxesIn(card.text.textContent, this.#panel.image, this.family);
     if (boxes.length) card.offer(boxes, () => this.#panel.showBoxes(boxes));
   }
 

@@ -12,12 +12,12 @@ const COLOURS = 5;
 const SVG = "http://www.w3.org/2000/svg";
 
 // The boxes in a text as [{label, x, y, width, height}], in shares of the image's sides. `image` has width, height
-// and tokens; `model` is its name.
-export function boxesIn(text, image, model) {
+// and tokens; `family` is the model's, as /v1/models says it.
+export function boxesIn(text, image, family) {
   const found = [...marked(text), ...listed(text)];
   const [columns, rows] = image ? cells(image) : [0, 0];
   return found.map(({ label, corners, json }) => {
-    const inPixels = json && arePixels(model, found);
+    const inPixels = json && arePixels(family, found);
     const across = inPixels ? columns * TOKEN_SIDE : THOUSAND;
     const down = inPixels ? rows * TOKEN_SIDE : THOUSAND;
     const [left, right] = [corners[0] / across, corners[2] / across].map(share).sort((a, b) => a - b);
@@ -75,10 +75,10 @@ function numbers(text) {
   return (text.match(/-?\d+(\.\d+)?/g) ?? []).map(Number);
 }
 
-// Where the name tells nothing, only pixels can be above a thousand.
-function arePixels(model, found) {
-  if (/qwen2[._-]?5/i.test(model)) return true;
-  if (/qwen3/i.test(model)) return false;
+// Where the family tells nothing, only pixels can be above a thousand.
+function arePixels(family, found) {
+  if (family === "qwen2_5_vl") return true;
+  if (family.startsWith("qwen3")) return false;
   return found.some(({ json, corners }) => json && Math.max(...corners) > THOUSAND);
 }
 

@@ -28,8 +28,10 @@ from protos.lookonce.v1 import language_pb2
 
 DEFAULT = "default"
 """The name of the only variant when none are configured."""
+GENERATE, EMBED = "generate", "embed"
+"""What a variant's language services do: write text, or make vectors."""
 POLL = 2.0  # seconds between looks at the file
-_ENTRY = re.compile(r"([a-z0-9][a-z0-9-]{0,30})((?:\s+(?:weight|vision|lm)=\S+)*)")
+_ENTRY = re.compile(r"([a-z0-9][a-z0-9-]{0,30})((?:\s+(?:weight|vision|lm|task)=\S+)*)")
 FRESH = 30.0  # seconds a description is good
 FALLBACK_NAME = "lookonce"
 log = structlog.get_logger(__name__)
@@ -43,6 +45,7 @@ class VariantSpec:
     weight: float
     vision: tuple[str, ...]  # addresses
     language: tuple[str, ...]
+    task: str = GENERATE
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,18 +100,29 @@ class Variants:
         self._retired: list[tuple[float, Variant]] = []  # with when: requests may still be under way on them
         self._watching: asyncio.Task[None] | None = None
 
-    def in_order(self, key: bytes) -> list[Variant]:
+    def in_order(self, key: bytes, task: str = GENERATE) -> list[Variant]:
         """The variant for a key (an image's digest), then those that may stand in while it is out of order; live ones
-        first. Those of weight 0 get nothing."""
+        first. Those of weight 0 get nothing, nor those of another task, unless all are."""
         if len(self.all) == 1:
             return [self.all[0]]
-        weighted = [variant for variant in self.all if variant.spec.weight > 0]
+        weighted = [variant for variant in self._of(task) if variant.spec.weight > 0]
         return sorted(weighted, key=lambda variant: (not variant.is_live, -variant.score(key)))
 
     @property
     def main(self) -> Variant:
         """The one of the greatest weight: it lends the API its model's name."""
-        return max(self.all, key=lambda variant: variant.spec.weight)
+        return self.main_of(GENERATE)
+
+    def main_of(self, task: str) -> Variant:
+        """The same of one task."""
+        return max(self._of(task), key=lambda variant: variant.spec.weight)
+
+    def has(self, task: str) -> bool:
+        """Whether some variant is there for a task."""
+        return any(variant.spec.task == task for variant in self.all)
+
+    def _of(self, task: str) -> Sequence[Variant]:
+        return [variant for variant in self.all if variant.spec.task == task] or self.all
 
     @property
     def remembered(self) -> list[Variant]:
@@ -199,7 +213,8 @@ def read_variants(path: Path) -> tuple[VariantSpec, ...]:
 
 
 def parse_variants(text: str, *, param: str) -> tuple[VariantSpec, ...]:
-    """`NAME weight=N vision=ADDRESS,... lm=ADDRESS,...` by semicolons or line ends. Raises INVALID_ARGUMENT."""
+    """`NAME weight=N vision=ADDRESS,... lm=ADDRESS,...` by semicolons or line ends; `task=embed` for those of an
+    embedding model. Raises INVALID_ARGUMENT."""
     lines = (line.partition("#")[0] for line in text.splitlines())
     entries = [entry.strip() for line in lines for entry in line.split(";") if entry.strip()]
     specs = tuple(_parse(entry, param) for entry in entries)
@@ -208,14 +223,20 @@ def parse_variants(text: str, *, param: str) -> tuple[VariantSpec, ...]:
         raise invalid(f"{param}: two variants have one name", param=param)
     if not any(spec.weight > 0 for spec in specs):
         raise invalid(f"{param}: no variant has a weight above 0", param=param)
+    idle = {spec.task for spec in specs} - {spec.task for spec in specs if spec.weight > 0}
+    if idle:
+        raise invalid(f"{param}: no variant of task {idle.pop()} has a weight above 0", param=param)
     return specs
 
 
 def _parse(entry: str, param: str) -> VariantSpec:
     match = _ENTRY.fullmatch(entry)
     fields = dict(pair.split("=", 1) for pair in match[2].split()) if match else {}
-    if match is None or fields.keys() != {"weight", "vision", "lm"}:
-        raise invalid(f"{param}: {entry!r} is not NAME weight=N vision=ADDRESS,... lm=ADDRESS,...", param=param)
+    task = fields.pop("task", GENERATE)
+    if match is None or fields.keys() != {"weight", "vision", "lm"} or task not in (GENERATE, EMBED):
+        raise invalid(
+            f"{param}: {entry!r} is not NAME weight=N vision=ADDRESS,... lm=ADDRESS,... [task=embed]", param=param
+        )
     if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", fields["weight"]):
         raise invalid(f"{param}: the weight of {match[1]} must be a number of at least 0", param=param)
     vision, language = (tuple(filter(None, fields[name].split(","))) for name in ("vision", "lm"))
@@ -223,7 +244,7 @@ def _parse(entry: str, param: str) -> VariantSpec:
         raise invalid(f"{param}: {match[1]} needs addresses of both halves", param=param)
     for targets in (vision, language):
         split_targets(targets)
-    return VariantSpec(match[1], float(fields["weight"]), vision, language)
+    return VariantSpec(match[1], float(fields["weight"]), vision, language, task)
 
 
 def _read(path: Path) -> str:
@@ -245,30 +266,42 @@ class ModelCard:
         """The name that receipts show."""
         return self.names[0]
 
+    @property
+    def vectors(self) -> language_pb2.VectorDescription | None:
+        """How it makes vectors, if it does."""
+        return self.description.vectors if self.description.HasField("vectors") else None
+
     def is_named(self, name: str) -> bool:
         """Whether a request that says `name` means this model; "lookonce" always does."""
         return name in self.names or name == FALLBACK_NAME
 
     def to_openai(self, name: str) -> dict[str, Any]:
         """OpenAI's model object under one of the names, with the context length beside it."""
+        vectors = self.vectors
+        shown = {} if vectors is None else {"vectors": {"width": vectors.width, "of_tokens": vectors.of_tokens}}
         return {
             "id": name,
             "object": "model",
             "created": int(self.description.model.started_at),
             "owned_by": "lookonce",
+            "family": self.description.model.family,
             "context_length": self.description.context_length,
             "max_tokens": self.description.max_tokens,
             "sampling_defaults": {
                 field.name: round(value, 7) for field, value in self.description.sampling_defaults.ListFields()
             },
+            "engine": self.description.engine,
+            "engine_note": self.description.engine_note,
+            **shown,
         }
 
 
 class ServedModel:
     """Caches the description; `names`, if any, stand in place of the checkpoint's."""
 
-    def __init__(self, variants: Variants, *, names: tuple[str, ...] = ()) -> None:
+    def __init__(self, variants: Variants, *, names: tuple[str, ...] = (), task: str = GENERATE) -> None:
         self._variants = variants
+        self._task = task
         self._names = names
         self._card: ModelCard | None = None
         self._until = 0.0
@@ -284,7 +317,7 @@ class ServedModel:
         Raises UNAVAILABLE when there never was one."""
         if self._card is not None and time.monotonic() < self._until:
             return self._card
-        for endpoint in sorted(self._variants.main.language.endpoints, key=lambda item: item.down_until):
+        for endpoint in sorted(self._variants.main_of(self._task).language.endpoints, key=lambda item: item.down_until):
             try:
                 description = await endpoint.client.describe(timeout=2.0)
             except LookonceError:
@@ -308,9 +341,9 @@ class ServedModel:
             raise no_such_model(card)
 
 
-def no_such_model(card: ModelCard) -> LookonceError:
-    """What is said of another model than the one there is."""
-    names = " or ".join(map(repr, card.names))
+def no_such_model(*cards: ModelCard) -> LookonceError:
+    """What is said of another model than those there are."""
+    names = " or ".join(repr(name) for card in cards for name in card.names)
     return LookonceError(ErrorKind.NOT_FOUND, f"no such model; this server has {names}", param="model")
 
 

@@ -233,6 +233,13 @@ class ModerationObject(Answered):
     results: list[ModerationResult]
 
 
+class VectorFacts(Answered):
+    """Of an embedding model."""
+
+    width: int = Field(description="numbers of a vector")
+    of_tokens: bool = Field(description="a vector of each token, compared by MaxSim; else one of each input")
+
+
 class Model(Answered):
     """OpenAI's model, with its limits."""
 
@@ -240,11 +247,15 @@ class Model(Answered):
     object: Literal["model"]
     created: int
     owned_by: str
+    family: str = Field(description="model_type of its config.json, such as qwen2_vl; empty: not known")
     context_length: int = Field(description="tokens of prompt and answer together")
     max_tokens: int = Field(description="most tokens of an answer")
     sampling_defaults: dict[str, float] = Field(
         default={}, description="sampling parameters of a request that leaves them out, as the model's files say"
     )
+    engine: str = Field(default="", description="packed, or plain: one request at a time, no shared prefix")
+    engine_note: str = Field(default="", description="why the plain engine serves it")
+    vectors: VectorFacts | None = Field(None, description="only of an embedding model")
 
 
 class ModelList(Answered):

@@ -43,13 +43,20 @@ class TokenTable:
 
     @classmethod
     def of(
-        cls, vocabulary: dict[str, int], added: dict[int, str], special: Iterable[int], *, byte_level: bool = True
+        cls,
+        vocabulary: dict[str, int],
+        added: dict[int, str],
+        special: Iterable[int],
+        *,
+        byte_level: bool = True,
+        spaced: bool = True,
     ) -> TokenTable:
-        """The table of a byte-level BPE vocabulary, or of sentencepiece's; `added` tokens stand for themselves."""
+        """The table of a byte-level BPE vocabulary, or of sentencepiece's; `added` tokens stand for themselves.
+        `spaced`: sentencepiece's leaves out a space that begins the text."""
         if byte_level:
             return cls(_tokens(vocabulary, added), special)
         bytes_alone = (number for token, number in vocabulary.items() if _BYTE.fullmatch(token) and number not in added)
-        return cls(_pieces(vocabulary, added), special, single_bytes=bytes_alone, spaced=True)
+        return cls(_pieces(vocabulary, added), special, single_bytes=bytes_alone, spaced=spaced)
 
     def piece(self, token_id: int) -> bytes:
         """A token's bytes, those of special tokens included; empty for an id that stands for nothing."""

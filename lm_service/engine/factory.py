@@ -9,14 +9,19 @@ from __future__ import annotations
 from typing import Protocol
 
 from lm_service.engine.answer import TokenTable
-from lm_service.engine.types import Engine
+from lm_service.engine.types import Engine, VectorEngine
 from lm_service.settings import LanguageSettings
 from lookonce.core import plugins
 from lookonce.core.errors import invalid
 from lookonce.models.checkpoint import Checkpoint
+from lookonce.models.vector_layout import VectorLayout
 
 GROUP = "lookonce.engines"
-BUILTIN = {"packed": "lm_service.engine.packed.build:PackedBuilder"}
+BUILTIN = {
+    "auto": "lm_service.engine.auto:AutoBuilder",
+    "packed": "lm_service.engine.packed.build:PackedBuilder",
+    "plain": "lm_service.engine.plain.build:PlainBuilder",
+}
 
 
 class EngineBuilder(Protocol):
@@ -30,6 +35,25 @@ class EngineBuilder(Protocol):
         tokens of prompt and answer. Raises CheckpointError or INVALID_ARGUMENT.
         """
         ...
+
+
+VECTORS = "lm_service.engine.vectors.build:VectorBuilder"
+
+
+class VectorEngineBuilder(Protocol):
+    """An `EngineBuilder` for embedding models."""
+
+    def build_vectors(self, checkpoint: Checkpoint, layout: VectorLayout, context_length: int) -> VectorEngine:
+        """As `EngineBuilder.build`."""
+        ...
+
+
+def vector_builder_of(settings: LanguageSettings) -> VectorEngineBuilder:
+    """That of the one engine for embedding models. Raises INVALID_ARGUMENT for the settings' choice of another."""
+    if settings.engine not in ("auto", "packed"):
+        raise invalid(f"engine {settings.engine!r} makes no vectors; leave --engine at auto", param="engine")
+    builder: VectorEngineBuilder = plugins.load(GROUP, "vectors", {"vectors": VECTORS})(settings)  # type: ignore[misc]
+    return builder
 
 
 def builder_of(settings: LanguageSettings) -> EngineBuilder:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.core.errors import RecordError
+from lookonce.core.errors import LookonceError, RecordError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Marker
 
@@ -21,17 +21,28 @@ class ImageSpan:
 
     start: int
     reference: EmbeddingReference
-    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family and grid
+    markers: tuple[Marker, ...] = ()  # in order; what they are follows from family, grid and how many images there are
+    rows: tuple[int, int] | None = None  # first and one past the last of the embedding's, where not all are taken
+
+    @property
+    def first(self) -> int:
+        """Number of the first row in the embedding."""
+        return self.rows[0] if self.rows else 0
+
+    @property
+    def tokens(self) -> int:
+        """How many rows."""
+        return self.rows[1] - self.rows[0] if self.rows else self.reference.tokens
 
     @property
     def end(self) -> int:
         """One past its last token."""
-        return self.start + self.reference.tokens + len(self.markers)
+        return self.start + self.tokens + len(self.markers)
 
     @property
     def runs(self) -> Iterator[tuple[int, int, int]]:
         """Neighbouring rows: the place of the first in the prompt, its number in the embedding, and how many."""
-        place = row = 0
+        place, row = 0, self.first
         for at, _ in (*self.markers, (self.end - self.start, 0)):
             if at > place:
                 yield self.start + place, row, at - place
@@ -46,6 +57,7 @@ class Prompt:
     images: tuple[ImageSpan, ...]  # in order, not overlapping
     positions: NDArray[np.int64]  # [r, len(token_ids)], r as the model's family has it
     next_position: int  # of the first generated token, on all rows
+    text: str = ""  # without images and special tokens, where the family's language half reads it
 
 
 @dataclass(frozen=True)
@@ -108,6 +120,16 @@ class Scoring:
     deadline: float | None = None
     isolated: bool = False  # what other requests are, or other images of it, changes nothing, to the last bit
     salt: bytes = b""  # as in Generation
+
+
+@dataclass(frozen=True)
+class VectorRequest:
+    """Prompts of which an embedding model makes vectors."""
+
+    id: str
+    prompts: tuple[Prompt, ...]
+    client: str = ""
+    deadline: float | None = None
 
 
 class EmbeddingSource(StrEnum):
@@ -187,6 +209,14 @@ class Scores:
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """Float32 [rows, width] of each prompt, rows of length 1, or why there are none; in the order asked."""
+
+    found: tuple[NDArray[np.float32] | LookonceError, ...]
+    timings: Timings = field(default_factory=Timings)
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """What an engine says of the model it has loaded, for Describe."""
 
@@ -195,6 +225,8 @@ class ModelFacts:
     device: str = ""
     weight_bytes: int = 0
     quantization: str = "none"
+    engine: str = ""  # its name
+    engine_note: str = ""  # why it is this one, where another was hoped for
 
 
 @dataclass(frozen=True)
@@ -282,4 +314,15 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """End all requests as UNAVAILABLE; free everything."""
+        ...
+
+
+class VectorEngine(Engine, Protocol):
+    """An engine over an embedding model, which writes no text: `generate` and `score` raise UNSUPPORTED."""
+
+    async def embed(self, request: VectorRequest) -> Vectors:
+        """The vectors of all prompts. What keeps one from having vectors is told in its place.
+
+        Raises OVERLOADED at once when too many wait, DEADLINE_EXCEEDED.
+        """
         ...

@@ -17,7 +17,6 @@ GPU_RUNTIME = 3 * GIB // 4
 """What CUDA, its kernels and its allocator take, in each process."""
 CPU_RUNTIME = 400 << 20
 """What a process on the CPU holds beside its model."""
-QUANTIZED = (False, True)
 BATCH_PATCHES = {True: 2048, False: 16384}  # by whether on a CPU
 BURST_TOKENS = 4096
 TENSOR_CACHE_BYTES = 256 << 20
@@ -125,28 +124,35 @@ def language_need(size: ModelSize, choice: Choice, work: Workload) -> Need:
     burst = BURST_TOKENS * (4 * dims.hidden + 3 * dims.ffn) * DTYPE_BYTES[choice.dtype]
     logits = 2 * 4 * MAX_RUNNING * dims.vocabulary
     tokens = work.image_tokens + work.concurrency * work.question_tokens
+    states = (1 + 2 * work.concurrency) * size.state_bytes(choice.dtype)  # steps write theirs beside what they read
     return Need(
         size.halves[Half.LANGUAGE].weight_bytes(choice.dtype, int8=choice.int8),
         burst + logits + TENSOR_CACHE_BYTES,
         _runtime(choice),
-        size.kv_bytes(tokens, choice.dtype),
+        size.kv_bytes(tokens, choice.dtype) + states,
         len(choice.devices),
     )
 
 
 def placements(size: ModelSize, devices: Sequence[Device], work: Workload, dtype: str | None) -> list[Placement]:
     """Every way to place the two services, best first: those that fit; unquantised; most room for KV. Of quantised
-    ways, only those that nothing unquantised stands for; ways over several GPUs only where no single one will do."""
+    ways, only those that nothing unquantised stands for; ways over several GPUs only where no single one will do. What
+    the family can't be served as is none."""
     found = [
         _place(size, _choice(size, vision, dtype), _choice(size, language, dtype, int8), work)
         for vision, language in _pairs(devices)
-        for int8 in QUANTIZED
+        for int8 in _int8(size)
     ]
-    if not any(item.fits and not item.language.int8 and not item.language.device.is_cpu for item in found):
+    on_one = any(item.fits and not item.language.int8 and not item.language.device.is_cpu for item in found)
+    if not on_one and not size.dimensions.recurrent:
         found += _spread_placements(size, devices, work, dtype)
     plain = {_key(item) for item in found if item.fits and not item.language.int8}
     useful = [item for item in found if not item.language.int8 or (_key(item) not in plain and item.fits)]
     return sorted(useful, key=_rank)
+
+
+def _int8(size: ModelSize) -> tuple[bool, ...]:
+    return (False, True) if size.dimensions.int8 else (False,)
 
 
 def _rank(item: Placement) -> tuple[bool, bool, bool, bool, int]:
@@ -192,7 +198,7 @@ def _spread_placements(
     ways = [(vision, chosen) for vision, both in sets.items() for chosen in both]
     ways = [way for at, way in enumerate(ways) if 1 < len(way[1]) <= size.dimensions.layers and way not in ways[:at]]
     found: list[Placement] = []
-    for int8 in QUANTIZED:
+    for int8 in _int8(size):
         if not any(item.fits for item in found):
             found += [
                 _place_spread(size, _choice(size, vision, dtype), _choice(size, chosen[0], dtype, int8), chosen, work)

@@ -167,6 +167,7 @@ def check_checkpoint(
     from lookonce.cli.model import default_model, identify
     from lookonce.models.checkpoint import check
     from lookonce.models.checkpoint.hub import is_repository
+    from lookonce.models.family import served_plain
 
     try:
         source = model or default_model()
@@ -190,7 +191,10 @@ def check_checkpoint(
     detail = f"{resolved.name}: whole, both halves of one model ({'; '.join(shown)}); {resolved.identity[:23]}"
     if resolved.adapter is not None:
         detail += f"; adapter {resolved.adapter} merged into it"
-    return [ok("checkpoint", detail), *_image_size(next(iter(halves.values())), report)], sizes
+    found = [ok("checkpoint", detail), *_image_size(next(iter(halves.values())), report)]
+    if resolved.unpacked is not None:
+        found.append(warn("engine", served_plain(resolved.unpacked), "more replicas serve more requests at a time"))
+    return found, sizes
 
 
 def _unusable(problem: str) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,6 +36,10 @@ def plan(
     revision: Annotated[
         str | None, typer.Option(envvar="LOOKONCE_REVISION", metavar="VALUE", help="Branch, tag or commit of a hub id.")
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(envvar="LOOKONCE_ADAPTER", metavar="ADAPTER", help="LoRA adapter to merge: directory or hub id."),
+    ] = None,
     gpus: Annotated[str, typer.Option(metavar="GIB,...", help="Memory of each GPU, in GiB.")] = "",
     ram: Annotated[
         float | None, typer.Option(metavar="GIB", min=0.1, help="Memory for services on the CPU; unset: none do.")
@@ -53,7 +58,9 @@ def plan(
     """Plan a placement."""
     from lookonce.cli import plan_report
     from lookonce.cli.capacity import Workload, placements
+    from lookonce.models.checkpoint.adapter import open_adapter
     from lookonce.models.checkpoint.check import check_settings, stored_halves
+    from lookonce.models.family import served_plain, unpacked_reason
     from lookonce.models.sizing import DTYPE_BYTES, size_of
 
     try:
@@ -61,7 +68,10 @@ def plan(
         width, height = _pixels(image)
         if dtype is not None and dtype not in DTYPE_BYTES:
             raise invalid(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}", param="dtype")
-        size = size_of(*check_settings(model, revision))
+        family, config, preprocessor = check_settings(model, revision, adapter)
+        untied = adapter is not None and open_adapter(adapter, family).unties
+        size = size_of(family, config, preprocessor, untied=untied)
+        unpacked = unpacked_reason(family, config)
     except LookonceError as error:
         fail(error.message)
     work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)
@@ -71,13 +81,15 @@ def plan(
     if as_json:
         say(json.dumps([_as_json(item) for item in found], indent=2))
         raise typer.Exit(0 if best.fits else 1)
-    sections = [
+    sections: list[Iterable[str]] = [
         plan_report.needs(size, work, width, height, shown, stored_halves(model, revision)),
         plan_report.table(found, work, size),
         plan_report.economics(size, work, question_tokens),
     ]
+    if unpacked is not None:
+        sections.insert(0, [served_plain(unpacked)])
     if best.fits:
-        sections.append(plan_report.commands(best, model, revision, store))
+        sections.append(plan_report.commands(best, model, revision, adapter, store))
     say("\n\n".join("\n".join(section) for section in sections))
     if not best.fits:
         fail("nothing fits: give larger devices, smaller --image or --concurrency, or a smaller model")

@@ -21,8 +21,9 @@ def needs(
     """What each part of the system needs, wherever it runs. `stored` is bytes and form of the halves in the files."""
     vision, language = size.halves[Half.VISION], size.halves[Half.LANGUAGE]
     for name, half in (("vision weights", vision), ("language weights", language)):
-        plain, small = format_size(half.weight_bytes(dtype)), format_size(half.weight_bytes(dtype, int8=True))
-        yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}; in int8 {small}"
+        small = f"; in int8 {format_size(half.weight_bytes(dtype, int8=True))}" if size.dimensions.int8 else ""
+        plain = format_size(half.weight_bytes(dtype))
+        yield f"{name:<20}{plain:>10}  {half.parameters:,} parameters in {dtype}{small}"
     for kind, (nbytes, form) in sorted(stored.items()):
         if " " in form:  # quantised
             yield f"{f'{kind}, stored as':<20}{format_size(nbytes):>10}  {form}; dequantised when it is loaded"
@@ -31,6 +32,8 @@ def needs(
     question = size.kv_bytes(work.question_tokens, dtype)
     yield f"{'KV per question':<20}{format_size(question):>10}  {work.question_tokens} tokens of question and answer"
     yield f"{'KV per token':<20}{format_size(size.kv_bytes(1, dtype)):>10}"
+    if state := size.state_bytes(dtype):
+        yield f"{'recurrent state':<20}{format_size(state):>10}  of each prefix; twice that of each running sequence"
     record = size.embedding_bytes(work.image_tokens, dtype)
     yield f"{'store, 1,000 images':<20}{format_size(1000 * record):>10}  {format_size(record)} each, in {dtype}"
 
@@ -43,7 +46,8 @@ def table(found: Sequence[Placement], work: Workload, size: ModelSize) -> Iterat
     for item, language in zip(found, names, strict=True):
         if item.fits:
             prefixes = int(item.kv_bytes * PREFIX_SHARE)
-            images = prefixes // max(1, size.kv_bytes(work.image_tokens, item.language.dtype))
+            of_image = size.kv_bytes(work.image_tokens, item.language.dtype) + size.state_bytes(item.language.dtype)
+            images = prefixes // max(1, of_image)
             verdict = f"fits; {format_size(item.kv_bytes)} for KV, {images} images stay warm"
         else:
             verdict = f"{format_size(-item.spare)} too little"
@@ -66,11 +70,14 @@ def economics(size: ModelSize, work: Workload, prompt_tokens: int) -> Iterator[s
         yield f"{prefix_hits:>10.0%}   {embedding_hits:>26.0%}   {cost / 1e12:>13.2f} TFLOP"
 
 
-def commands(item: Placement, model: str, revision: str | None, store: str | None) -> Iterator[str]:
+def commands(
+    item: Placement, model: str, revision: str | None, adapter: str | None, store: str | None
+) -> Iterator[str]:
     """How to start it: on one machine, and service by service."""
     prefixes = int(item.kv_bytes * PREFIX_SHARE)
     running = item.kv_bytes - prefixes
-    which = f"--model {model}" + (f" --revision {revision}" if revision else "")
+    further = {"revision": revision, "adapter": adapter}
+    which = " ".join([f"--model {model}", *(f"--{name} {value}" for name, value in further.items() if value)])
     memory = f"kv-bytes {_mib(running)}", f"prefix-bytes {_mib(prefixes)}"
     yield "# on one machine"
     parts = [f"lookonce up {which}"]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lookonce.cli.rundir import RunningSystem
 from lookonce.core.errors import ErrorKind, LookonceError
-from lookonce.core.record import EMBEDDING, TensorView, parse_record
+from lookonce.core.record import TensorView, parse_record, tensor_names
 from lookonce.core.rpc.client import Encoded, LanguageClient, VisionClient
 from protos.lookonce.v1 import language_pb2, vision_pb2
 
@@ -37,7 +37,7 @@ class Item:
 async def ask(
     system: RunningSystem, items: Sequence[Item], max_tokens: int, tell: Callable[[str], None]
 ) -> dict[Path, NDArray[np.float32]]:
-    """Fill in the items; the rows of each image, [tokens, hidden]. Raises LookonceError."""
+    """Fill in the items; the rows of each image, [1 + deepstack, tokens, hidden]. Raises LookonceError."""
     vision = VisionClient(system.services["vision"]["address"])
     language = LanguageClient(system.services["language"]["address"])
     rows: dict[Path, NDArray[np.float32]] = {}
@@ -61,8 +61,8 @@ async def _encode(vision: VisionClient, image: Path) -> tuple[Encoded, NDArray[n
     encoded = await vision.encode(request, timeout=_SECONDS)
     if encoded.record is None:
         raise LookonceError(ErrorKind.INTERNAL, "the vision service sent no rows")
-    view = parse_record(encoded.record, encoded.reference.key).tensors[EMBEDDING]
-    return encoded, _numbers(view)
+    tensors = parse_record(encoded.record, encoded.reference.key).tensors
+    return encoded, np.stack([_numbers(tensors[name]) for name in tensor_names(len(tensors) - 1)])
 
 
 async def _answer(language: LanguageClient, item: Item, messages: list[language_pb2.Message], max_tokens: int) -> None:

@@ -138,6 +138,7 @@ def up(flags: dict[str, Any]) -> int:
 async def _supervise(settings: UpSettings, given: set[str], directory: DataDirectory, model: Any) -> int:
     from lookonce.cli.supervisor import RestartPolicy, Service, Supervisor
     from lookonce.cli.system_plan import plan_system
+    from lookonce.models.family import served_plain
 
     system = plan_system(settings, given, directory, model)
     report = Reporter([plan.name for plan in system.services])
@@ -161,6 +162,8 @@ async def _supervise(settings: UpSettings, given: set[str], directory: DataDirec
         log_file = directory.log / f"{plan.name}.log"
         services.append(Service(plan, log_file, changed, report, policy=policy, show_logs=settings.show_logs))
     note(f"lookonce: {model.name} from {model.source}; data in {directory.path}")
+    if model.unpacked is not None:
+        note(f"lookonce: {served_plain(model.unpacked)}")
     publish()
     supervisor = Supervisor(services, grace=settings.grace, on_ready=lambda: say(f"lookonce is ready: {system.url}"))
     return await supervisor.run()

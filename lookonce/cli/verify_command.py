@@ -33,6 +33,8 @@ HELP = """Hold the split model to the unsplit one: transformers' own class over 
   lookonce verify ./Qwen2-VL-2B-Instruct
   lookonce verify ./my-finetune --image cat.jpg --image plan.png --question "What is written there?"
   lookonce verify ./my-finetune --halves ./halves --record
+  lookonce verify ./base --adapter ./my-lora
+  lookonce verify ./my-finetune --quantization int8       within what int8 rounds
 
 Starts the services on MODEL, asks them about each image, ends them, and gives the unsplit model the same: rows of the
 vision tower, log-probabilities of the likeliest tokens in each place of the answers, greedy tokens, scores of choices.
@@ -40,6 +42,7 @@ One line per check: the largest difference and its bound. Exit status 1 when one
 
 --record writes down beside each half what the unsplit model computes on the image of the check at start. Services that
 find it compare with that, in milliseconds; others compute their weights' plain form, which reads them all again.
+`lookonce split` takes the record of a whole checkpoint along.
 """
 CHOICES = ("yes", "no", "a red circle")
 QUESTIONS = ("What is in the image?", "Is there a circle?")
@@ -78,6 +81,12 @@ def verify(
     dtype: Annotated[
         str, typer.Option(metavar="DTYPE", help="Compute dtype of both: float32, bfloat16 or float16.")
     ] = "float32",
+    adapter: Annotated[
+        str | None, typer.Option(metavar="DIR_OR_ID", help="LoRA adapter, merged into both models.")
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option(metavar="KIND", help="Of the split model's matrices: none or int8.")
+    ] = "none",
     device: Annotated[
         str, typer.Option(envvar="LOOKONCE_DEVICE", metavar="DEVICE", help="auto, cpu, cuda ...")
     ] = "auto",
@@ -94,16 +103,21 @@ def verify(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         fail(f"--dtype={dtype!r}: use float32, bfloat16 or float16", code=2)
-    if record and dtype != "float32":
-        fail("--record is made in float32: leave out --dtype", code=2)
+    if quantization not in ("none", "int8"):
+        fail(f"--quantization={quantization!r}: use none or int8", code=2)
+    if record and (dtype, quantization) != ("float32", "none"):
+        fail("--record is made in float32: leave out --dtype and --quantization", code=2)
+    if record and adapter is not None:
+        fail("--record is made of a checkpoint without an adapter: leave out --adapter", code=2)
     try:
         with tempfile.TemporaryDirectory(prefix="lookonce-verify-", ignore_cleanup_errors=True) as directory:
-            whole = _whole(model, revision)
+            whole = _whole(model, revision, adapter)
             items = _items(Path(directory), model, image or [], question or [])
             job = {"model": str(whole.path), "dtype": dtype, "device": device, "threads": threads or default_threads()}
+            job |= {"adapter": str(whole.adapter.path.absolute()) if whole.adapter is not None else None}
             unsplit_class = _unsplit(job)["class"]
             served = halves or str(whole.path)
-            checks = _run(Path(directory), whole, served, items, job, max_tokens, record=record)
+            checks = _run(Path(directory), whole, served, items, job, max_tokens, quantization, record=record)
     except LookonceError as error:
         fail(error.message)
     passed = all(check.passed for check in checks)
@@ -111,14 +125,16 @@ def verify(
         lines = [asdict(check) | {"passed": check.passed} for check in checks]
         for line in lines:
             line["difference"] = line["difference"] if math.isfinite(line["difference"]) else None
-        result = {"model": served, "class": unsplit_class, "dtype": dtype, "passed": passed, "checks": lines}
+        result = {"model": served, "class": unsplit_class, "dtype": dtype, "quantization": quantization}
+        result |= {"passed": passed, "checks": lines}
         say(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        _print(checks, f"{served} against {unsplit_class} in {dtype}, {len(items)} questions")
+        how = dtype if quantization == "none" else f"{dtype}, its own matrices in {quantization}"
+        _print(checks, f"{served} against {unsplit_class} in {how}, {len(items)} questions")
     raise typer.Exit(0 if passed else 1)
 
 
-def _whole(model: str | None, revision: str | None) -> Checkpoint:
+def _whole(model: str | None, revision: str | None, adapter: str | None) -> Checkpoint:
     from lookonce.cli.model import default_model
     from lookonce.models.checkpoint.check import check_checkpoint
     from lookonce.models.registry import Half
@@ -128,7 +144,7 @@ def _whole(model: str | None, revision: str | None) -> Checkpoint:
             ErrorKind.UNSUPPORTED, "verify compares with transformers, which is not installed here: pip install it"
         )
     model = model or default_model()
-    found = check_checkpoint(model, revision=revision).usable()
+    found = check_checkpoint(model, revision=revision, adapter=adapter).usable()
     if found[Half.VISION] is not found[Half.LANGUAGE]:
         raise CheckpointError(f"{model} is split: give the whole checkpoint, and this directory as --halves")
     return found[Half.LANGUAGE]
@@ -158,6 +174,7 @@ def _run(
     items: list[Item],
     job: dict[str, Any],
     max_tokens: int,
+    quantization: str,
     *,
     record: bool,
 ) -> list[Check]:
@@ -167,6 +184,8 @@ def _run(
 
     arguments = ["--model", served, "--port", "0", "--dtype", job["dtype"], "--device", job["device"]]
     arguments += ["--threads", str(job["threads"]), "--max-pixels", str(whole.max_pixels)]
+    arguments += ["--vision-quantization", quantization, "--lm-quantization", quantization]
+    arguments += ["--adapter", job["adapter"]] if job["adapter"] else []
     note("lookonce: starting the split model")
     with started(directory / "data", arguments) as system:
         rows = asyncio.run(ask(system, items, max_tokens, _tell))
@@ -174,7 +193,7 @@ def _run(
     asked = [{name: getattr(item, name) for name in numbers} | {"image": str(item.image)} for item in items]
     source = str(whole.path) if record else None
     result = _unsplit(job | {"items": asked, "rows": str(directory), "record": source})
-    checks = _compared(directory, items, rows, result["answers"], job["dtype"])
+    checks = _compared(directory, items, rows, result["answers"], job["dtype"], quantization)
     if record and all(check.passed for check in checks):
         _record(served, result["recorded"])
     elif record:
@@ -209,12 +228,13 @@ def _compared(
     rows: dict[Path, NDArray[np.float32]],
     answers: Sequence[dict[str, Any]],
     dtype: str,
+    quantization: str = "none",
 ) -> list[Check]:
     import numpy as np
 
     from lookonce.models.tolerance import bound_of, difference, spread
 
-    bound = bound_of(dtype)
+    bound = bound_of(dtype, quantization)
 
     def check(name: str, pairs: Sequence[tuple[Sequence[float], Sequence[float]]], scale: float | None) -> Check:
         worst = [difference(found, expected, scale) for found, expected in pairs]
@@ -222,16 +242,21 @@ def _compared(
         return Check(name, compared, max(worst, key=lambda x: math.inf if math.isnan(x) else x, default=0.0), bound)
 
     both = list(zip(items, answers, strict=True))
-    towers = [
-        (found.flatten().tolist(), np.fromfile(directory / f"{number}.f32", dtype=np.float32).tolist())
-        for number, found in enumerate(rows.values())
-    ]
+    towers, deepstacks = [], []
+    for number, found in enumerate(rows.values()):
+        expected = np.fromfile(directory / f"{number}.f32", dtype=np.float32)
+        parts = np.array_split(expected, len(found))
+        pairs = [(ours.flatten().tolist(), theirs.tolist()) for ours, theirs in zip(found, parts, strict=True)]
+        towers.append(pairs[0])
+        deepstacks += pairs[1:]
     likeliest = [pair for item, answer in both for pair in zip(item.top_logprobs, answer["top"], strict=True)]
     greedy = [(answer["token_logprobs"], answer["best_logprobs"]) for _, answer in both]
     scores = [(item.scores, answer["scores"]) for item, answer in both]
-    scale = 1.0 if dtype == "float32" else spread([logprob for _, expected in likeliest for logprob in expected])
+    exact = (dtype, quantization) == ("float32", "none")
+    scale = 1.0 if exact else spread([logprob for answer in answers for logprob in answer["sample"]])
     return [
         check("rows of the vision tower", towers, None),
+        *([check("rows of the deepstack", deepstacks, None)] if deepstacks else []),
         check("log-probabilities of tokens", likeliest, scale),
         check("greedy tokens", greedy, scale),
         check("scores of choices", scores, scale),
@@ -242,7 +267,8 @@ def _record(served: str, recorded: dict[str, list[float]]) -> None:
     from lookonce.models.checkpoint import recorded as records
     from lookonce.models.checkpoint.check import check_checkpoint
 
-    for half, checkpoint in check_checkpoint(served).usable().items():
+    halves = check_checkpoint(served).usable()
+    for half, checkpoint in ((half, each) for half, each in halves.items() if half.value in recorded):
         note(f"lookonce: recorded {records.write(checkpoint, half, recorded[half.value])}")
 
 

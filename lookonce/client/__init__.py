@@ -30,6 +30,7 @@ from lookonce.client.exceptions import (
 from lookonce.client.request_options import Question, SamplingOptions
 from lookonce.client.response_types import Answer, Erasure, ImageInfo, Model, Moderation, Receipt, Usage
 from lookonce.client.sync import Client, Image, TextStream
+from lookonce.client.vector_calls import Found, Ranked, Search
 
 __all__ = [
     "Answer",
@@ -44,6 +45,7 @@ __all__ = [
     "ConnectionFailed",
     "ContextLengthError",
     "Erasure",
+    "Found",
     "Image",
     "ImageError",
     "ImageInfo",
@@ -52,10 +54,12 @@ __all__ = [
     "NotFoundError",
     "PermissionDeniedError",
     "Question",
+    "Ranked",
     "RateLimitError",
     "Receipt",
     "RequestTimeout",
     "SamplingOptions",
+    "Search",
     "ServerError",
     "StreamInterrupted",
     "TextStream",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx2
 import tenacity
 
-from lookonce.client import calls
+from lookonce.client import calls, vector_calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from lookonce.client.request_options import ImageSource
+    from lookonce.client.vector_calls import Ranked, Search, Vector, VectorOptions
 
 T = TypeVar("T")
 
@@ -73,6 +74,32 @@ class AsyncClient:
 
     async def moderate(self, *content: Any) -> Moderation:
         return await self._send(calls.moderate(content))
+
+    async def embed(
+        self,
+        inputs: Sequence[Any],
+        *,
+        dimensions: int | None = None,
+        input_type: Literal["query", "document"] | None = None,
+        **options: Unpack[VectorOptions],
+    ) -> list[Vector]:
+        return await self._send(vector_calls.embed(inputs, options, dimensions, input_type))
+
+    async def rerank(
+        self, query: Any, documents: Iterable[Any], *, top_n: int | None = None, **options: Unpack[VectorOptions]
+    ) -> list[Ranked]:
+        return await self._send(vector_calls.rerank(query, documents, options, top_n))
+
+    async def search(
+        self,
+        query: Any,
+        *,
+        top_n: int = 10,
+        limit: int | None = None,
+        after: str | None = None,
+        **options: Unpack[VectorOptions],
+    ) -> Search:
+        return await self._send(vector_calls.search(query, options, top_n, limit, after))
 
     @overload
     async def chat(

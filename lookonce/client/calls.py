@@ -83,7 +83,7 @@ def moderate(content: Sequence[Any]) -> Call[Moderation]:
     """The verdict on texts and images, judged together."""
     if not content:
         raise invalid("give something to moderate", param="content")
-    body = {"input": [_part(item) for item in content]}
+    body = {"input": [part_of(item) for item in content]}
     return Call("POST", "/v1/moderations", lambda json: Moderation.of(json["results"][0]), {"json": body})
 
 
@@ -195,11 +195,11 @@ class TextAssembly:
 def _message(turn: Mapping[str, Any]) -> dict[str, Any]:
     content = turn.get("content")
     if isinstance(content, list | tuple):
-        return {**turn, "content": [_part(item) for item in content]}
+        return {**turn, "content": [part_of(item) for item in content]}
     return dict(turn)
 
 
-def _part(item: Any) -> Any:
+def part_of(item: Any) -> Any:
     """Strings and images of this client may stand in a message as they are."""
     if isinstance(item, str):
         return {"type": "text", "text": item}

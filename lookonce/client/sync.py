@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import httpx2
 import tenacity
 
-from lookonce.client import calls
+from lookonce.client import calls, vector_calls
 from lookonce.client.calls import Call, TextAssembly
 from lookonce.client.connection import Connection, EventReader, streaming
 from lookonce.client.exceptions import StreamInterrupted
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing import Self, Unpack
 
     from lookonce.client.request_options import ImageSource
+    from lookonce.client.vector_calls import Ranked, Search, Vector, VectorOptions
 
 T = TypeVar("T")
 
@@ -92,6 +93,52 @@ class Client:
         Raises BadRequestError when the gateway has no policy.
         """
         return self._send(calls.moderate(content))
+
+    def embed(
+        self,
+        inputs: Sequence[Any],
+        *,
+        dimensions: int | None = None,
+        input_type: Literal["query", "document"] | None = None,
+        **options: Unpack[VectorOptions],
+    ) -> list[Vector]:
+        """Vectors of texts and images, as an embedding model makes them: images are those of this client, or the API's
+        objects; a list within the list is one input of several parts.
+
+        >>> door, text = client.embed([image, "a red door"])
+        >>> sum(a * b for a, b in zip(door, text, strict=True))
+        0.61
+
+        Raises BadRequestError when the gateway has no embedding model.
+        """
+        return self._send(vector_calls.embed(inputs, options, dimensions, input_type))
+
+    def rerank(
+        self, query: Any, documents: Iterable[Any], *, top_n: int | None = None, **options: Unpack[VectorOptions]
+    ) -> list[Ranked]:
+        """Order texts and images by how they compare with a text, an image, or several parts as one; best first.
+
+        >>> client.rerank("a red door", [image, "A blue gate."])[0].index
+        0
+        """
+        return self._send(vector_calls.rerank(query, documents, options, top_n))
+
+    def search(
+        self,
+        query: Any,
+        *,
+        top_n: int = 10,
+        limit: int | None = None,
+        after: str | None = None,
+        **options: Unpack[VectorOptions],
+    ) -> Search:
+        """The gateway's kept images that are most like a text or an image, best first: `limit` of the newest ones are
+        looked at, or of those older than the one of the id `after`.
+
+        >>> [found.id for found in client.search("a red door", top_n=3).found]
+        ['img_k2fz5m7q...']
+        """
+        return self._send(vector_calls.search(query, options, top_n, limit, after))
 
     @overload
     def chat(

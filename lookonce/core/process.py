@@ -35,6 +35,7 @@ _PASSING = frozenset(
 """Kinds of failure that may be gone at the next attempt."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 256 << 20
+_MATRIX_BYTES = 1 << 20
 _SPINS = "300"  # of libgomp's waiting loop
 _LARGE_BYTES = (64 << 20, 32 << 20)
 """From this size on memory comes from the system and goes back to it; the second where the first is refused."""
@@ -48,13 +49,24 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
+def return_freed_memory() -> None:
+    """Let the allocator give a matrix that is freed back to the system at once. By default glibc does so with those
+    that are larger than any freed before, and the holes that others leave fit no matrix of another size. Call it before
+    a model is loaded, whose matrices are laid out anew one by one; nothing happens without glibc."""
+    _mallopt(_M_MMAP_THRESHOLD, _MATRIX_BYTES)
+
+
 def keep_freed_memory() -> None:
     """Let the allocator keep what a step frees for the next one. By default glibc gives larger pieces back at once, and
     getting them again costs a fault for each page. Call it when the model is loaded; nothing happens without glibc."""
+    _mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    any(_mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGE_BYTES)
+
+
+def _mallopt(parameter: int, value: int) -> bool:
+    """Whether the C library has such a setting and takes the value."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        any(mallopt(_M_MMAP_THRESHOLD, size) for size in _LARGE_BYTES)
+    return mallopt is not None and bool(mallopt(parameter, value))
 
 
 @contextmanager

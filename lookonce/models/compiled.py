@@ -62,8 +62,8 @@ def text_layers(
 
 
 def attention_kernels(shape: ModelShape) -> AttentionKernels | None:
-    """Attention of a step over a model's heads."""
-    if shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
+    """Attention of a step over a model's heads; none of them knows rules."""
+    if shape.rules is not None or shape.dtype != torch.float32 or shape.device.type != "cpu" or len(shape.stages) > 1:
         return None
     from lookonce.models.kernels.attention.step_kernels import kernels_for
 

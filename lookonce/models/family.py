@@ -51,10 +51,16 @@ class Half(StrEnum):
 class SpecialTokens:
     """Tokens that prompts are made with."""
 
-    image_id: int  # of the token that the chat template writes for an image, and that stands for each of its rows
-    image: str  # its text
+    image_id: int  # of the token that stands for each row of an image
+    image: str  # text of the token that the chat template writes for an image
     marker: str  # what stands for an image in a message that the template takes as one string
     turn_end: str  # what ends a turn where no file of the checkpoint says so
+    written_id: int = -1  # of the token that the chat template writes for an image; -1: `image_id`
+
+    @property
+    def placeholder_id(self) -> int:
+        """Of the token that the chat template writes for an image."""
+        return self.image_id if self.written_id < 0 else self.written_id
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,16 @@ class Dimensions:
     patches_per_token: int
     patch_numbers: int  # at hand for each patch while a batch is encoded
     deepstack: int = 0  # first layers behind which further rows are added to an image's tokens
+    kv_layers: int = 0  # layers that keep keys and values, where others have recurrent state; 0: all
+    state_numbers: int = 0  # of one sequence's recurrent state, in the dtype of the weights
+    state_floats: int = 0  # and in float32, whatever that is
+    idle_parameters: int = 0  # of the language half's matrices, those of experts that a token is not sent to
+    int8: bool = True  # whether the halves' matrices may be held in int8
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether sequences have recurrent state, which is kept on one device."""
+        return self.state_numbers + self.state_floats > 0
 
 
 @dataclass(frozen=True)
@@ -242,6 +258,39 @@ class Family(_Weights, _Settings, _Images, _Prompts, Protocol):
     ) -> ModelAdapter:
         """Read the language half: each tensor to `where` its name belongs, each layer then brought to its one of
         `devices`. `quantization` and `native` as in `load_encoder`. Raises CheckpointError."""
+
+
+def unpacked_reason(family: Family, config: dict[str, Any]) -> str | None:
+    """Why the packed engine can't run a checkpoint's language half, a clause after its name; None: it can."""
+    reason: Callable[[dict[str, Any]], str | None] | None = getattr(family, "unpacked", None)
+    return reason(config) if reason is not None else None
+
+
+def served_plain(reason: str) -> str:
+    """What an operator is told of a model that the plain engine serves, wherever he asks."""
+    return f"served by the plain engine, one request at a time and no prefix shared: {reason}"
+
+
+class EmbeddingFamily(Family, Protocol):
+    """A family some of whose checkpoints make vectors of texts and images (`lookonce.models.vector_layout`)."""
+
+    @property
+    def vector_prompt(self) -> tuple[str, str]:
+        """The system message of a prompt that a vector is made of, and the special token behind it ("": none), where
+        neither the checkpoint's files nor the request say otherwise."""
+
+    def load_vectors(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """As `load_text`. What the adapter's `forward` answers are not logits, but the rows [n, width] that vectors are
+        made of. Raises CheckpointError."""
 
 
 class ProvenFamily(Family, Protocol):

@@ -46,6 +46,34 @@ class GatedUnit(Protocol):
         ...
 
 
+class Mlp(Protocol):
+    """What stands behind a decoder layer's attention."""
+
+    @property
+    def matrices(self) -> tuple[Linear | GatedUnit, ...]:
+        """In the order they are used in."""
+        ...
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Of x [T, hidden], and a residual [T, hidden]."""
+        ...
+
+
+@dataclass(frozen=True)
+class GatedMlp:
+    """SwiGLU: an `Mlp` of two steps."""
+
+    gate_up: GatedUnit  # hidden -> intermediate
+    down: Linear  # intermediate -> hidden
+
+    @property
+    def matrices(self) -> tuple[GatedUnit, Linear]:
+        return self.gate_up, self.down
+
+    def plus(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.down.plus(self.gate_up(x), residual)
+
+
 @dataclass(frozen=True)
 class LayerWeights:
     """Those of a decoder layer."""
@@ -54,14 +82,13 @@ class LayerWeights:
     qkv: Linear  # hidden -> (heads + 2 kv_heads) * d
     output: Linear  # heads * d -> hidden
     mlp_norm: torch.Tensor  # [hidden]
-    gate_up: GatedUnit  # hidden -> intermediate
-    down: Linear  # intermediate -> hidden
+    mlp: Mlp
     qk_norm: torch.Tensor | None = None  # [heads + kv_heads, d] of queries and keys, where they are normed
 
     @property
     def matrices(self) -> tuple[Linear | GatedUnit, ...]:
         """In the order they are used in."""
-        return self.qkv, self.output, self.gate_up, self.down
+        return self.qkv, self.output, *self.mlp.matrices
 
 
 @dataclass(frozen=True)

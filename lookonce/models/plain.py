@@ -1,19 +1,22 @@
 """What a half's weights compute, written as plainly as the model's paper: what the services' own forwards are held to.
 
-Weights are read from the checkpoint's files one at a time, rounded to the compute dtype and widened to float32, and
-dropped again: beside a loaded half there is never more than one matrix, or a part of one. Nothing here is packed,
-compiled, cached or quantised. Each family that has such a form answers `Family.plain` with it. Imports torch.
+Weights are those that a loader has just read, before anything is made of them, or are read from the checkpoint's files.
+Some rows at a time, rounded to the compute dtype, are widened to float32 and dropped again: beside a loaded half there
+is never more than one matrix, where that is not stored plain, and else a part of one. Nothing here is packed, compiled,
+cached or quantised. Each family that has such a form answers `Family.plain` with it. Imports torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch.nn import functional
 
+from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.weights import read_weight
 from lookonce.models.family import EMBEDDING, HEAD, Half
 
@@ -22,7 +25,8 @@ if TYPE_CHECKING:
 
     from lookonce.models.checkpoint.checkpoint import Checkpoint
 
-_HEAD_ROWS = 8192  # of the output head, at hand at once
+_AT_HAND = 1 << 19
+"""Numbers of a matrix at once, about: memory of 2 MiB is used again, where new memory costs a fault for each page."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,45 @@ class Plain(Protocol):
         """Float32 [last, vocabulary] of each prompt."""
 
 
+class PlainVectors(Plain, Protocol):
+    """That of a family some of whose checkpoints make vectors."""
+
+    def rows_for_head(self, prompts: Sequence[PlainPrompt]) -> list[torch.Tensor]:
+        """Float32 [last, width] of each prompt: what vectors are made of, or what an output head would be given."""
+
+
 class Weights:
     """A half's weights by name, float32 on the CPU."""
 
     def __init__(self, checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> None:
-        """`dtype`: what they are rounded to first."""
+        """`dtype`: what they are rounded to first. Those that the checkpoint has in memory are."""
         self._checkpoint, self._half, self._dtype = checkpoint, half, dtype
         self._entries = checkpoint.half_entries(half)
 
     def __call__(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor:
         """All of it, or some rows."""
+        if self._checkpoint.held is not None:
+            held: torch.Tensor = self._checkpoint.held[name]
+            return (held if rows is None else held[slice(*rows)]).detach().to("cpu", torch.float32)
         return read_weight(self._checkpoint, self._half, name, self._dtype, rows).float()
 
     def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """x W^T + b, b where there is one."""
-        bias = self(f"{name}.bias") if f"{name}.bias" in self._entries else None
-        return functional.linear(x, self(f"{name}.weight").flatten(1), bias)
+        product = self._product(f"{name}.weight", x)
+        return product + self(f"{name}.bias") if f"{name}.bias" in self._entries else product
+
+    def _product(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] and a matrix [out, ...] -> x W^T [T, out]."""
+        return torch.cat([functional.linear(x, rows.flatten(1)) for rows in self._parts(name)], dim=-1)
+
+    def _parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A matrix some rows at a time, as a whole where its rows are made together."""
+        entry, adapter = self._entries[name], self._checkpoint.adapter
+        total = step = entry.shape[0]
+        if isinstance(entry, TensorEntry) and (adapter is None or name not in adapter.added[self._half]):
+            step = max(1, _AT_HAND // math.prod(entry.shape[1:]))
+        for start in range(0, total, step):
+            yield self(name, (start, min(start + step, total)))
 
     def embedded(self, prompt: PlainPrompt) -> torch.Tensor:
         """[T, hidden] of a prompt."""
@@ -72,10 +99,7 @@ class Weights:
 
     def vocabulary_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, vocabulary] by the output head, or by the embedding where that is the head too."""
-        name = HEAD if HEAD in self._entries else EMBEDDING
-        total = self._entries[name].shape[0]
-        parts = [(start, min(start + _HEAD_ROWS, total)) for start in range(0, total, _HEAD_ROWS)]
-        return torch.cat([functional.linear(hidden, self(name, part)) for part in parts], dim=-1)
+        return self._product(HEAD if HEAD in self._entries else EMBEDDING, hidden)
 
 
 def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:

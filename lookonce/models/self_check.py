@@ -1,17 +1,19 @@
 """The check at start: that a loaded half computes what its weights say, on one small image.
 
 What is expected is either recorded (`lookonce verify --record` has the checkpoint's own classes compute it, and writes
-it beside the half) or computed from the weights in their plain form (`lookonce.models.plain`). `lookonce.models` knows
-the image and the questions about it; each service asks its own half and hands the numbers over. Imports torch.
+it beside the half) or computed from the weights in their plain form (`lookonce.models.plain`): of those that the loader
+has read, before they are laid out, so that nothing is read twice (`watched`). That they are the file's is held by some
+numbers of each. `lookonce.models` knows the image and the questions about it; each service asks its own half and hands
+the numbers over. Imports torch.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import structlog
@@ -21,19 +23,22 @@ from PIL import Image
 from lookonce.core.errors import CheckpointError
 from lookonce.core.units import format_size
 from lookonce.models.checkpoint import recorded
+from lookonce.models.checkpoint.headers import DTYPE_BYTES, TensorEntry, read_bytes
 from lookonce.models.devices import dtype_name
-from lookonce.models.family import Half
-from lookonce.models.plain import Plain, PlainPrompt
+from lookonce.models.family import EMBEDDING, HEAD, Half
+from lookonce.models.plain import Plain, PlainPrompt, PlainVectors
 from lookonce.models.tolerance import bound_of, difference, spread
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint.checkpoint import Checkpoint
     from lookonce.models.family import VisionEncoder
+    from lookonce.models.vector_layout import Pooling
 
 ROWS, COLUMNS = 2, 3
 """Tokens of the image, where a token is a cell of patches."""
 MOST_BYTES = 20 << 30
-"""Weights of a half, as stored, up to which its plain form is computed at every start: it reads all of them again."""
+"""Weights of a half, as stored, up to which its plain form is computed where that reads all of them again."""
+_SAMPLED = 8  # numbers at either end and in the middle of a tensor
 _QUESTIONS = (9, 4)  # tokens each
 _CHOICES = 32  # of one token
 _log = structlog.get_logger(__name__)
@@ -111,6 +116,70 @@ def scores_of(logits: Sequence[torch.Tensor], exam: Exam) -> list[float]:
     return found
 
 
+def watched(checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> Checkpoint:
+    """The checkpoint, to load a half from in a compute dtype and to check it by: what is expected of the half is
+    computed while it is loaded, unless that is recorded. A family that reads weights by itself has them read again."""
+    make = getattr(checkpoint.family, "plain", None)
+    recorded_already = recorded.read(checkpoint, half) is not None
+    if make is None or recorded_already or getattr(checkpoint.family, "checks_itself", False):
+        return checkpoint
+    return replace(checkpoint, witness=_PlainForm(checkpoint, half, dtype))
+
+
+class _PlainForm:
+    """A `Witness` that computes a half's plain form."""
+
+    def __init__(self, checkpoint: Checkpoint, half: Half, dtype: torch.dtype) -> None:
+        self._checkpoint, self._half, self._dtype = checkpoint, half, dtype
+        self.numbers: Sequence[float] | None = None
+
+    def __call__(self, half: Half, weights: Mapping[str, torch.Tensor]) -> None:
+        if half is not self._half:
+            return
+        self._hold_to_files(weights)
+        checkpoint = replace(self._checkpoint, held=weights)
+        plain: Plain | None = checkpoint.family.plain(checkpoint, self._dtype)  # type: ignore[attr-defined]
+        if plain is not None and half is Half.VISION:
+            self.numbers = plain.rows(check_image(checkpoint)).flatten().tolist()
+        elif plain is not None:
+            vocabulary = weights[HEAD if HEAD in weights else EMBEDDING].shape[0]
+            self.numbers = plain_scores(plain, check_exam(checkpoint, vocabulary))
+
+    def _hold_to_files(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raises SelfCheckFailed naming a tensor that is not the file's, of those that are stored as they are."""
+        added = self._checkpoint.adapter.added[self._half] if self._checkpoint.adapter is not None else {}
+        for name, entry in self._checkpoint.half_entries(self._half).items():
+            if not isinstance(entry, TensorEntry) or name in added or name not in weights:
+                continue
+            held = weights[name] if weights[name].shape == entry.shape else weights[name].mT
+            count = held.numel()
+            for start in {0, max(0, count // 2 - _SAMPLED), max(0, count - _SAMPLED)}:
+                stored = _stored(entry, start, min(_SAMPLED, count - start))
+                if not torch.equal(_some(held, start, len(stored)), stored.to(self._dtype).double()):
+                    raise SelfCheckFailed(
+                        f"self-check of the {self._half.value} half failed: tensor {entry.stored_name!r} was loaded "
+                        f"with other values than {entry.file} has. Nothing is served. Start it again; if that fails, "
+                        "download the checkpoint again"
+                    )
+
+
+def _stored(entry: TensorEntry, start: int, count: int) -> torch.Tensor:
+    """Float64 [count] of a stored tensor's numbers in order, each exactly."""
+    width = DTYPE_BYTES[entry.dtype]
+    raw = read_bytes(replace(entry, offset=entry.offset + start * width, nbytes=count * width))
+    if entry.dtype == "BF16":  # the upper half of a float32
+        numbers = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        numbers = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype])
+    return torch.from_numpy(numbers.astype(np.float64))
+
+
+def _some(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """Float64 [count] of a tensor's numbers in order."""
+    places = np.unravel_index(np.arange(start, start + count), tensor.shape)
+    return tensor[tuple(torch.from_numpy(place) for place in places)].detach().to("cpu", torch.float64)
+
+
 def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: str) -> str:
     """Hold a loaded vision half to its weights; what came of it, as `check_half`. Raises SelfCheckFailed."""
     image = check_image(checkpoint)
@@ -144,6 +213,8 @@ def check_half(
     began = time.perf_counter()
     expected: Sequence[float] | None = recorded.read(checkpoint, half)
     against: Literal["its record", "its plain form"] = "its record"
+    if expected is None and isinstance(checkpoint.witness, _PlainForm) and checkpoint.witness.numbers is not None:
+        against, expected = "its plain form", checkpoint.witness.numbers
     if expected is None:
         against, plain = "its plain form", _plain(checkpoint, half, dtype)
         if plain is None:
@@ -158,9 +229,45 @@ def check_half(
     return f"{worst:.2g} from {against} (bound {bound:g}), {taken:g} ms"
 
 
-def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype) -> str:
-    """What an operator is told."""
-    what = "the rows of an image" if half is Half.VISION else "log-probabilities of two questions about one image"
+def check_language_vectors(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    quantization: str,
+    pooling: Pooling,
+    exam: Exam,
+    found: Callable[[], Sequence[float]],
+) -> str:
+    """Compare the vectors of an embedding model with those by its plain form; what came of it, as `check_half`. Raises
+    SelfCheckFailed. (What is recorded of a half are log-probabilities, which such a model has none of.)"""
+    began, plain = time.perf_counter(), _plain(checkpoint, Half.LANGUAGE, dtype)
+    if plain is None:
+        return "left out"
+    prompts = [
+        PlainPrompt(
+            question.token_ids,
+            1,
+            exam.rows,
+            torch.from_numpy(np.array(question.positions)),
+            last=1 if pooling == "last" else len(question.token_ids),
+        )
+        for question in exam.questions
+    ]
+    rows = cast("PlainVectors", plain).rows_for_head(prompts)
+    pooled = [each.mean(0, keepdim=True) if pooling == "mean" else each for each in rows]
+    expected = torch.cat([torch.nn.functional.normalize(each, dim=-1).flatten() for each in pooled]).tolist()
+    # of a vector of length 1 no number is large: what is wrong altogether would not differ by much
+    worst, bound = difference(found(), expected, max(map(abs, expected))), bound_of(dtype_name(dtype), quantization)
+    taken = round((time.perf_counter() - began) * 1000, 1)
+    if not worst <= bound:
+        what = "vectors of two prompts about one image"
+        raise SelfCheckFailed(failure(Half.LANGUAGE, "its plain form", worst, bound, dtype, what))
+    return f"{worst:.2g} from its plain form (bound {bound:g}), {taken:g} ms"
+
+
+def failure(half: Half, against: str, worst: float, bound: float, dtype: torch.dtype, what: str = "") -> str:
+    """What an operator is told; `what` differs, where it is not what a half that answers is asked."""
+    asked = "log-probabilities of two questions about one image"
+    what = what or ("the rows of an image" if half is Half.VISION else asked)
     return (
         f"self-check of the {half.value} half failed: {what} differ from {against} by {worst:.2g}, "
         f"the bound in {dtype_name(dtype)} is {bound:g}. Nothing is served. "

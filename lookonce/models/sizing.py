@@ -67,10 +67,21 @@ class ModelSize:
         return (self.halves[Half.LANGUAGE].weight_bytes(dtype, int8=int8) - tables) // self.dimensions.layers
 
     @property
+    def kv_layers(self) -> int:
+        """Layers that keep keys and values."""
+        return self.dimensions.kv_layers or self.dimensions.layers
+
+    def state_bytes(self, dtype: str) -> int:
+        """Recurrent state of one sequence, or of one prefix."""
+        return (
+            self.dimensions.state_numbers * DTYPE_BYTES[dtype] + self.dimensions.state_floats * DTYPE_BYTES["float32"]
+        )
+
+    @property
     def kv_elements(self) -> int:
         """Numbers of one token's keys and values, in all layers."""
         dims = self.dimensions
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+        return 2 * self.kv_layers * dims.kv_heads * dims.head_dim
 
     def kv_bytes(self, tokens: int, dtype: str) -> int:
         """Of so many tokens."""
@@ -88,8 +99,8 @@ class ModelSize:
     def prefill_flops(self, tokens: int, context: int = 0) -> float:
         """Work of the language model on `tokens` after `context` others whose KV is there."""
         dims = self.dimensions
-        matrices = self.halves[Half.LANGUAGE].matrix_parameters
-        attention = 4 * dims.layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
+        matrices = self.halves[Half.LANGUAGE].matrix_parameters - dims.idle_parameters
+        attention = 4 * self.kv_layers * dims.heads * dims.head_dim * (tokens * context + tokens * (tokens + 1) / 2)
         return 2 * tokens * matrices + attention + 2 * dims.vocabulary * dims.hidden
 
 
@@ -121,10 +132,11 @@ def question_flops(
     return size.prefill_flops(question_tokens, image_tokens) + (1 - prefix_hits) * missed
 
 
-def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any]) -> ModelSize:
-    """Count a checkpoint's weights. Raises CheckpointError for a config that lacks a dimension."""
+def size_of(family: Family, config: dict[str, Any], preprocessor: dict[str, Any], *, untied: bool = False) -> ModelSize:
+    """Count a checkpoint's weights; `untied`: an adapter makes a head of its own of one that is tied. Raises
+    CheckpointError for a config that lacks a dimension."""
     bounds = int(preprocessor["min_pixels"]), int(preprocessor["max_pixels"])
-    text, tied = family.text_config(config), family.tied_head(config)
+    text, tied = family.text_config(config), family.tied_head(config) and not untied
     return ModelSize(
         family.dimensions(config),
         {half: _count(family.tensor_shapes(config, half, head=not tied)) for half in Half},
@@ -142,9 +154,11 @@ def _stored_dtype(*configs: dict[str, Any]) -> str:
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]]) -> HalfSize:
-    matrices = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS)) and len(shape) == 2]
+    blocks = [shape for name, shape in shapes.items() if name.startswith((BLOCKS, LAYERS))]
+    matrices = [shape for shape in blocks if len(shape) == 2]
+    stacks = [shape for shape in blocks if len(shape) == 3]  # of experts: [experts, in, out]
     return HalfSize(
         sum(math.prod(shape) for shape in shapes.values()),
-        sum(math.prod(shape) for shape in matrices),
-        sum(shape[0] for shape in matrices),
+        sum(math.prod(shape) for shape in matrices + stacks),
+        sum(shape[0] for shape in matrices) + sum(shape[0] * shape[2] for shape in stacks),
     )

@@ -143,35 +143,39 @@ def test_ten_questions_at_once(page, image_path, system):
 
 GROUNDED = [
     (
-        "tiny",
+        "qwen2_vl",
         "<|object_ref_start|>a cat<|object_ref_end|><|box_start|>(100,200),(600,1000)<|box_end|>, and "
         "<|object_ref_start|>cups<|object_ref_end|><|box_start|>(0,0),(250,500)<|box_end|>"
         "<|box_start|>(5,6)<|box_end|><|box_start|>(900,900),(500,750)<|box_end|>",
         [("a cat", 0.1, 0.2, 0.5, 0.8), ("cups", 0, 0, 0.25, 0.5), ("cups", 0.5, 0.75, 0.4, 0.15)],
     ),
     (
-        "Qwen2.5-VL-3B",  # 4 by 3 tokens of 28 pixels
+        "qwen2_5_vl",  # 4 by 3 tokens of 28 pixels
         '```json\n[{"bbox_2d": [28, 21, 84, 63], "label": "the \\"sign\\""}, {"bbox_2d": [0, 0, 9',
         [('the "sign"', 0.25, 0.25, 0.5, 0.5)],
     ),
-    ("qwen3-vl-2b", '{"label": "sign", "bbox_2d": [250, 500, 2000, 750]}', [("sign", 0.25, 0.5, 0.75, 0.25)]),
-    ("tiny", "The box <|box_start|> is (1,2),(3,4) and <b>bold</b>.", []),
+    ("qwen3_vl", '{"label": "sign", "bbox_2d": [250, 500, 2000, 750]}', [("sign", 0.25, 0.5, 0.75, 0.25)]),
+    ("qwen2_vl", "The box <|box_start|> is (1,2),(3,4) and <b>bold</b>.", []),
 ]
 
 
-@pytest.mark.parametrize(("model", "text", "boxes"), GROUNDED)
-def test_boxes_of_an_answer_are_drawn_over_the_image(page, image_path, model, text, boxes):
+@pytest.mark.parametrize(("family", "text", "boxes"), GROUNDED)
+def test_boxes_of_an_answer_are_drawn_over_the_image(page, image_path, family, text, boxes):
     asked: list[dict[str, Any]] = []
 
     def answer(route: Any) -> None:
         asked.append(route.request.post_data_json)
         receipt = {"embedding": "hit", "prefix": "hit", "encode_ms": 0, "prefill_tokens": 1, "cached_tokens": 1}
-        receipt |= {"queue_ms": 0, "ttft_ms": 1, "model": model, "fingerprint": ""}
+        receipt |= {"queue_ms": 0, "ttft_ms": 1, "model": "a fine-tune", "fingerprint": ""}
         usage = {"prompt_tokens": 2, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1}}
         chunks = [{"choices": [{"delta": {"content": text}}]}, {"choices": [], "receipt": receipt, "usage": usage}]
         lines = [f"data: {json.dumps(chunk)}\n\n" for chunk in chunks]
         route.fulfill(content_type="text/event-stream", body="".join(lines) + "data: [DONE]\n\n")
 
+    card = {"id": "a fine-tune", "family": family}
+    page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [card]}))
+    page.reload()
+    expect(page.locator("#model")).to_have_text("a fine-tune")
     load(page, image_path)
     layer = page.locator("#boxes")
     page.get_by_text("Options").click()

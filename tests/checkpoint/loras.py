@@ -23,7 +23,8 @@ CONFIG = {
 
 
 def adapter(path: Path, modules: dict[str, tuple[int, ...]], *, seed=0, r=4, whole=(), rename=str, **config) -> Path:
-    """As PEFT's save_pretrained writes it. `whole`: weights that were trained whole, by name."""
+    """As PEFT's save_pretrained writes it. `whole`: weights that were trained whole, by name; with `use_dora`, each
+    module has a magnitude."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for module, shape in modules.items():
@@ -31,6 +32,9 @@ def adapter(path: Path, modules: dict[str, tuple[int, ...]], *, seed=0, r=4, who
         for letter, sides in (("A", a), ("B", b)):
             values = torch.randn(sides, generator=generator) / 8
             tensors[f"base_model.model.{rename(module)}.lora_{letter}.weight"] = values
+        if config.get("use_dora"):
+            lengths = torch.rand(1, shape[0], *(1 for _ in shape[2:]), generator=generator) + 0.5
+            tensors[f"base_model.model.{rename(module)}.lora_magnitude_vector"] = lengths.squeeze()
     tensors |= {f"base_model.model.{name}": tensor for name, tensor in dict(whole).items()}
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors")

@@ -8,6 +8,7 @@ integers are assembled word by word, in Python's own arithmetic.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 Quantiser = Callable[[torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
+GPTQMODEL_3 = (0x24924924, 0x92492492, 0x49249249)
+"""What GPTQModel before 7 takes from the words of 3-bit zeros, in turn."""
 PROJECTIONS = re.compile(r"model\.(language_model\.)?layers\..*_proj\.weight")
 
 
@@ -28,6 +31,13 @@ def words(values: np.ndarray, bits: int) -> np.ndarray:
     padded[: len(values)] = values
     rows = [sum(int(1 << bits * at) * padded[first + at] for at in range(per)) for first in range(0, len(padded), per)]
     return np.array(rows, dtype=object).astype(np.uint64).astype(np.uint32).view(np.int32)
+
+
+def bitstream(values: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned integers [n, m] to int32 words [ceil(n * bits / 32), m]: one number of n * bits bits a column, cut."""
+    size = -(-len(values) * bits // 32)
+    columns = [sum(int(value) << bits * at for at, value in enumerate(column)) for column in values.T]
+    return np.stack([np.frombuffer(number.to_bytes(4 * size, "little"), np.int32) for number in columns], 1)
 
 
 def _half(values: np.ndarray, dtype: torch.dtype = torch.float16) -> tuple[torch.Tensor, np.ndarray]:
@@ -75,12 +85,13 @@ def gptq(bits=4, group_size=32, *, sym=True, desc_act=False, v2=False, index=Tru
             group = np.random.default_rng(inputs).permutation(group)
         q, scales, zeros, values = _by_group(weight, group, bits, sym)
         if whole_words:
-            stored = words(zeros, bits).view(np.uint32) - np.uint32(sum(1 << at for at in range(0, 32, bits)))
-            stored = stored.view(np.int32)
+            each = [sum(1 << at for at in range(0, 32, bits))] if 32 % bits == 0 else GPTQMODEL_3
+            taken = np.array(each, np.uint32)[np.arange(outputs * bits // 32) % len(each), None]
+            stored = (bitstream(zeros, bits).view(np.uint32) - taken).view(np.int32)
         else:
-            stored = words(zeros if v2 else (zeros - 1) % (1 << bits), bits)
+            stored = bitstream(zeros if v2 else (zeros - 1) % (1 << bits), bits)
         parts = {
-            "qweight": torch.from_numpy(words(q.T, bits)),
+            "qweight": torch.from_numpy(bitstream(q.T, bits)),
             "qzeros": torch.from_numpy(stored.T.copy()),
             "scales": scales.t().contiguous(),
         }
@@ -110,6 +121,90 @@ def awq(group_size=32):
     return quantise
 
 
+def gemv(group_size=32, *, fast=False):
+    """AutoAWQ's other two layouts. Groups are padded to whole words, and further the smaller they are."""
+
+    def quantise(weight):
+        outputs, inputs = weight.shape
+        q, scales, zeros, values = _by_group(weight, np.arange(inputs) // group_size, 4, False)
+        groups = inputs // group_size
+        more = {32: 4, 64: 2}.get(group_size, 1)
+        width = math.ceil(math.ceil(groups / 8) / more) * more * 8
+        padding = (0, width - groups)
+        scales = torch.nn.functional.pad(scales, padding)
+        if not fast:
+            padded = np.pad(zeros, ((0, 0), padding))
+            parts = {"qweight": torch.from_numpy(words(q.T, 4).T.copy()), "scales": scales}
+            return parts | {"qzeros": torch.from_numpy(words(padded.T, 4).T.copy())}, values
+        shifts = (-scales[:, :groups].float() * torch.from_numpy(zeros).float()).half()
+        values = (torch.from_numpy(q).view(outputs, groups, group_size) * scales[:, :groups, None].float()).float()
+        values = (values + shifts[:, :, None].float()).view(outputs, inputs)
+        shifts = torch.nn.functional.pad(shifts, padding)
+        parts = {"qweight": _interleaved(q), "scales": scales.t().contiguous(), "qzeros": shifts.t().contiguous()}
+        return parts, values
+
+    return quantise
+
+
+def _interleaved(q: np.ndarray) -> torch.Tensor:
+    """Int16 [outputs / 4, inputs], value by value: which one stands where is counted out of the kernel's order."""
+    outputs, inputs = q.shape
+    pairs = [0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30]  # first inputs of pairs, of 32
+    line = []
+    for eight in range(4):
+        first = pairs[4 * eight : 4 * eight + 4]
+        line += [*first, *(at + 1 for at in first)]
+    found = np.zeros((outputs // 4, inputs), dtype=int)
+    for row in range(outputs):
+        for at in range(inputs):
+            block, within = divmod(at, 64)
+            place = 64 * (row % 4) + within  # of the block's 256 values of four rows
+            value = q[row, 64 * block + within // 32 * 32 + line[within % 32]]
+            found[row // 4, 64 * block + place // 4] |= int(value) << 4 * (place % 4)
+    return torch.from_numpy(found.astype(np.uint16).view(np.int16))
+
+
+FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def fp4(kind="compressed-tensors"):
+    """NVFP4 by compressed-tensors (the global scale divides) or by "modelopt" (it multiplies); "mxfp4"."""
+
+    def quantise(weight):
+        outputs, inputs = weight.shape
+        size = 32 if kind == "mxfp4" else 16
+        grouped = weight.view(outputs, -1, size)
+        wanted = grouped.abs().amax(2) / 6 + 1e-6
+        if kind == "mxfp4":
+            exponents = wanted.log2().ceil()
+            scales, parts = exponents.exp2(), {"weight_scale": (exponents + 127).to(torch.uint8)}
+        else:
+            whole = weight.abs().max().reshape(1) / (6 * 448)
+            whole = 1 / whole if kind == "compressed-tensors" else whole
+            stored = (wanted * whole if kind == "compressed-tensors" else wanted / whole).to(torch.float8_e4m3fn)
+            scales = stored.float() / whole if kind == "compressed-tensors" else stored.float() * whole
+            ending = "weight_global_scale" if kind == "compressed-tensors" else "weight_scale_2"
+            parts = {"weight_scale": stored, ending: whole if kind == "compressed-tensors" else whole.reshape(())}
+        index = (grouped / scales[:, :, None]).unsqueeze(3).sub(FP4).abs().argmin(3).view(outputs, inputs)
+        packed = (index[:, ::2] + 16 * index[:, 1::2]).to(torch.uint8)
+        values = (FP4[index].view(outputs, -1, size) * scales[:, :, None]).view(outputs, inputs)
+        ending = "weight" if kind == "modelopt" else "weight_packed"
+        return parts | {ending: packed, "input_scale": torch.ones(1)}, values
+
+    return quantise
+
+
+def mxfp8():
+    def quantise(weight):
+        grouped = weight.view(len(weight), -1, 32)
+        exponents = (grouped.abs().amax(2) / 448 + 1e-9).log2().ceil()
+        stored = (grouped / exponents.exp2()[:, :, None]).to(torch.float8_e4m3fn)
+        values = (stored.float() * exponents.exp2()[:, :, None]).view(weight.shape)
+        return {"weight": stored.view(weight.shape), "weight_scale": (exponents + 127).to(torch.uint8)}, values
+
+    return quantise
+
+
 def packed(bits=4, group_size=32, *, sym=True, actorder=False):
     """compressed-tensors' pack-quantized. Padding of the last word included."""
 
@@ -120,12 +215,12 @@ def packed(bits=4, group_size=32, *, sym=True, actorder=False):
             group = np.random.default_rng(inputs).permutation(group)
         q, scales, zeros, values = _by_group(weight, group, bits, sym, torch.bfloat16)
         parts = {
-            "weight_packed": torch.from_numpy(words(q.T, bits).T.copy()),
+            "weight_packed": torch.from_numpy(bitstream(q.T, bits).T.copy()),
             "weight_scale": scales,
             "weight_shape": torch.tensor([outputs, inputs]),
         }
         if not sym:
-            parts["weight_zero_point"] = torch.from_numpy(words(zeros, bits))
+            parts["weight_zero_point"] = torch.from_numpy(bitstream(zeros, bits))
         if actorder:
             parts["weight_g_idx"] = torch.from_numpy(group.astype(np.int32))
         return parts, values

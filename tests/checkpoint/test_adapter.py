@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,7 @@ CONVOLUTION = {"visual.patch_embed.proj": (64, 3, 2, 14, 14)}
 
 
 def merged(path: Path, base: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
-    """W + scale * B A for every pair, in double precision."""
+    """W + scale * B A for every pair, in double precision; its rows as long as DoRA says."""
     values = dict(base)
     tensors = load_file(path / "adapter_model.safetensors")
     for name, a in tensors.items():
@@ -43,7 +45,10 @@ def merged(path: Path, base: dict[str, torch.Tensor], scale: float) -> dict[str,
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             delta = torch.einsum("or,ri->oi", b.double().flatten(1), a.double().flatten(1)) * scale
             weight = values[f"{module}.weight"]
-            values[f"{module}.weight"] = (weight.double() + delta.view(weight.shape)).float()
+            summed = (weight.double() + delta.view(weight.shape)).flatten(1)
+            if (lengths := tensors.get(name.replace("lora_A.weight", "lora_magnitude_vector"))) is not None:
+                summed *= (lengths.double() / summed.square().sum(1).sqrt())[:, None]
+            values[f"{module}.weight"] = summed.view(weight.shape).float()
     return values
 
 
@@ -64,7 +69,13 @@ def fingerprint(path: Path, half: Half, adapter: Path | None) -> str:
 
 @pytest.mark.parametrize(
     ("settings", "scale"),
-    [({}, 6 / 4), ({"use_rslora": True}, 6 / 2), ({"alpha_pattern": {"layers.9.mlp.up_proj": 99}}, 6 / 4)],
+    [
+        ({}, 6 / 4),
+        ({"use_rslora": True}, 6 / 2),
+        ({"alpha_pattern": {"layers.9.mlp.up_proj": 99}}, 6 / 4),
+        ({"use_dora": True}, 6 / 4),
+        ({"use_dora": True, "use_rslora": True}, 6 / 2),
+    ],
 )
 def test_what_was_trained_is_added(tiny, tmp_path, settings, scale):
     path = adapter(tmp_path / "lora", LANGUAGE | TOWER | CONVOLUTION, **settings)
@@ -114,6 +125,61 @@ def test_an_embedding_that_was_trained(tmp_path):
     torch.testing.assert_close(ours["model.embed_tokens.weight"] - plain["model.embed_tokens.weight"], delta)
 
 
+def embedding_adapter(path, *, use_dora=False):
+    tensors = {"A": torch.randn(4, 512), "B": torch.randn(64, 4)}
+    whole = {f"model.embed_tokens.lora_embedding_{name}": tensor for name, tensor in tensors.items()}
+    if use_dora:
+        whole["model.embed_tokens.lora_magnitude_vector"] = torch.rand(64) + 0.5
+    return adapter(path, {}, whole=whole, use_dora=use_dora), (tensors["B"] @ tensors["A"]).t() * 1.5
+
+
+def test_dora_of_an_embedding_gives_its_columns_their_length(tmp_path):
+    path = make_random_checkpoint(tmp_path / "model", tied=False)
+    lora, delta = embedding_adapter(tmp_path / "lora", use_dora=True)
+    ours, plain = (states(path, one)["model.embed_tokens.weight"] for one in (lora, None))
+    lengths = load_file(lora / "adapter_model.safetensors")["base_model.model.model.embed_tokens.lora_magnitude_vector"]
+    torch.testing.assert_close(ours.norm(dim=0), lengths)
+    torch.testing.assert_close(ours / ours.norm(dim=0), (plain + delta) / (plain + delta).norm(dim=0))
+
+
+def test_one_of_a_tied_pair_is_changed_alone_as_in_pefts_own_forward(tiny, tmp_path):
+    """PEFT's merge_and_unload would change the other one too, and answer otherwise than the adapter it merged."""
+    plain = states(tiny, None)
+    assert torch.equal(plain["lm_head.weight"], plain["model.embed_tokens.weight"])
+    lora, delta = embedding_adapter(tmp_path / "embedding")
+    changed = states(tiny, lora)
+    torch.testing.assert_close(changed["model.embed_tokens.weight"], plain["model.embed_tokens.weight"] + delta)
+    assert torch.equal(changed["lm_head.weight"], plain["lm_head.weight"])
+    path = adapter(tmp_path / "head", {"lm_head": (512, 64)})
+    changed = states(tiny, path)
+    assert torch.equal(changed["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
+    expected = merged(path, plain, 1.5)["lm_head.weight"]
+    torch.testing.assert_close(changed["lm_head.weight"], expected, atol=1e-6, rtol=0)
+    whole = adapter(tmp_path / "whole", {}, whole={"model.embed_tokens.weight": torch.ones(512, 64)})
+    changed = states(tiny, whole)
+    assert torch.equal(changed["model.embed_tokens.weight"], torch.ones(512, 64))
+    assert torch.equal(changed["lm_head.weight"], plain["lm_head.weight"])
+    assert load_language(LanguageSettings(model=str(tiny), adapter=str(path), kernels="torch")).engine
+
+
+def test_plan_knows_an_adapter(tiny, tmp_path):
+    """By config.json alone, with the commands that take it; one that unties a head makes the weights larger."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    language, head = adapter(tmp_path / "lora", LANGUAGE | TOWER), adapter(tmp_path / "head", {"lm_head": (512, 64)})
+    parameters = []
+    for model, lora in ((bare, None), (bare, language), (tiny, language), (bare, head)):
+        done = invoke("plan", "--model", model, "--ram", "4", *(("--adapter", lora) if lora else ()))
+        assert done.returncode == 0, done.stderr
+        assert (f"--adapter {lora}" in done.stdout) is (lora is not None)
+        parameters.append(int(re.search(r"language weights.*?([0-9,]+) parameters", done.stdout)[1].replace(",", "")))
+    assert parameters == [parameters[0]] * 3 + [parameters[0] + 512 * 64]
+    other = adapter(tmp_path / "other", {"model.layers.0.self_attn.q_proj": (32, 32)})
+    refused = [invoke("plan", "--model", model, "--ram", "4", "--adapter", other) for model in (bare, tiny)]
+    assert all(one.returncode == 1 and "which has shape [64, 64]" in one.stderr for one in refused)
+    assert len({one.stderr for one in refused}) == 1
+
+
 def test_a_quantised_base(tmp_path):
     base = make_random_checkpoint(tmp_path / "base", hidden=128, ffn=320)
     made = quantisers.quantised(base, tmp_path / "made", *FORMATS["gptq"])
@@ -149,8 +215,19 @@ def test_services_doctor_and_up_take_it(tiny, tmp_path, monkeypatch):
     assert finding.status == "ok" and f"adapter {path} merged into it" in finding.detail
 
 
+def rewritten(path, **changes):
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return path
+
+
 REFUSED = {
-    "DoRA": (lambda p: adapter(p, LANGUAGE, use_dora=True), "DoRA is not supported"),
+    "DoRA without magnitudes": (
+        lambda p: rewritten(adapter(p, LANGUAGE), use_dora=True),
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+    ),
+    "LoftQ": (lambda p: adapter(p, LANGUAGE, init_lora_weights="loftq"), "init_lora_weights loftq"),
+    "weights that stay tied": (lambda p: adapter(p, LANGUAGE, ensure_weight_tying=True), "(ensure_weight_tying)"),
     "another method": (lambda p: adapter(p, LANGUAGE, peft_type="IA3"), "IA3 is not supported"),
     "PiSSA": (lambda p: adapter(p, LANGUAGE, init_lora_weights="pissa_niter_16"), "init_lora_weights pissa_niter_16"),
     "biases of B": (lambda p: adapter(p, LANGUAGE, lora_bias=True), "biases of B (lora_bias)"),
@@ -165,10 +242,6 @@ REFUSED = {
         "don't fit the model, which has shape [64, 64]",
     ),
     "a layer too many": (lambda p: adapter(p, {"model.layers.7.mlp.up_proj": (128, 64)}), "which has no such weight"),
-    "a tied embedding": (
-        lambda p: adapter(p, {}, whole={"model.embed_tokens.weight": torch.ones(512, 64)}),
-        "the embedding of a model whose output head is tied",
-    ),
     "no weights": (
         lambda p: (adapter(p, LANGUAGE) / "adapter_model.safetensors").unlink(),
         "has no adapter_model.safetensors",

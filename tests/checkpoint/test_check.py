@@ -123,7 +123,7 @@ SPOILED = {  # what is done to a good checkpoint, the halves that can't start, a
         BOTH,
         "tensors of a LoRA adapter",
     ),
-    "architectures": (config(architectures=["GmeQwen2VL"]), BOTH, "architectures is GmeQwen2VL"),
+    "architectures": (config(architectures=["Qwen2VLForReward"]), BOTH, "architectures is Qwen2VLForReward"),
     "dynamic": (
         config(rope_scaling={"type": "dynamic", "factor": 4.0, "mrope_section": [2, 3, 3]}),
         LANGUAGE,
@@ -212,6 +212,7 @@ GOOD = {
     "a template of strings": partial(template, STRINGS_ONLY),
     "no generation_config": lambda path: (path / "generation_config.json").unlink(),
     "no architectures": config(architectures=None),
+    "an embedding model's class": config(architectures=["GmeQwen2VL"]),
 }
 
 

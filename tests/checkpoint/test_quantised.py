@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -43,6 +44,11 @@ def gptq(bits=4, group_size=32, **rest):
     return {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": True, **rest}
 
 
+def auto_round(packing="auto_round:auto_gptq", **rest):
+    settings = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, "data_type": "int", **rest}
+    return settings | {"packing_format": packing, "block_name_to_quantize": "model.layers"}
+
+
 AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm", "modules_to_not_convert": ["visual"]}
 FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "load_in_8bit": False}
@@ -57,15 +63,39 @@ FORMATS = {
         q.gptq(sym=False, whole_words=True),
         gptq(sym=False, checkpoint_format="gptq", meta={"quantizer": ["gptqmodel:4.0.0"]}),
     ),
+    "gptq 3": (q.gptq(3, sym=False), gptq(3, sym=False)),
+    "gptq_v2 3 desc_act": (
+        q.gptq(3, sym=False, desc_act=True, v2=True),
+        gptq(3, sym=False, desc_act=True, checkpoint_format="gptq_v2"),
+    ),
+    "gptq 3 of GPTQModel": (
+        q.gptq(3, sym=False, whole_words=True),
+        gptq(3, sym=False, meta={"quantizer": ["gptqmodel:5.8.0"]}),
+    ),
+    "gptq 3 of GPTQModel 7": (q.gptq(3, sym=False), gptq(3, sym=False, meta={"quantizer": ["gptqmodel:7.0.0"]})),
+    "auto-round": (q.gptq(index=False), auto_round()),
+    "auto-round 3": (q.gptq(3, 64, sym=False, v2=True, index=False), auto_round("auto_round", bits=3, group_size=64)),
+    "auto-round 5": (q.gptq(5, sym=False, v2=True), auto_round("auto_round:gptqmodel", bits=5)),
+    "auto-round awq": (q.awq(), auto_round("auto_round:auto_awq")),
     "gptq without g_idx": (q.gptq(group_size=128, index=False), gptq(group_size=128)),
     "gptq with spare biases": (q.gptq(), gptq()),
     "awq": (q.awq(), AWQ | {"group_size": 32}),
     "awq 64": (q.awq(64), AWQ | {"group_size": 64}),
     "awq of columns": (q.awq(-1), AWQ | {"group_size": -1}),
+    "awq gemv": (q.gemv(), AWQ | {"group_size": 32, "version": "GEMV"}),
+    "awq gemv 64": (q.gemv(64), AWQ | {"group_size": 64, "version": "gemv"}),
+    "awq gemv_fast": (q.gemv(64, fast=True), AWQ | {"group_size": 64, "version": "gemv_fast"}),
     "packed": (q.packed(), ct()),
     "packed asym": (q.packed(sym=False), ct(symmetric=False)),
     "packed 8": (q.packed(8, -1), ct(num_bits=8, strategy="channel", group_size=None)),
     "packed actorder": (q.packed(actorder=True, sym=False), ct(symmetric=False, actorder="group")),
+    "packed 3": (q.packed(3, sym=False), ct(num_bits=3, symmetric=False)),
+    "packed 5 of columns": (q.packed(5, -1), ct(num_bits=5, strategy="channel", group_size=None)),
+    "nvfp4": (q.fp4(), ct("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)),
+    "mxfp4": (q.fp4("mxfp4"), ct("mxfp4-pack-quantized", type="float")),
+    "mxfp8": (q.mxfp8(), ct("mxfp8-quantized", type="float", num_bits=8)),
+    "modelopt nvfp4": (q.fp4("modelopt"), {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}),
+    "modelopt fp8": (q.float8("weight_scale", None), {"quant_method": "modelopt", "quant_algo": "FP8"}),
     "int": (q.int_quantised(), ct("int-quantized", num_bits=8, strategy="channel", group_size=None)),
     "int asym": (q.int_quantised(sym=False), ct("int-quantized", num_bits=8, strategy="channel", group_size=None)),
     "int of all": (q.int_quantised(tensor=True), ct("int-quantized", num_bits=8, strategy="tensor", group_size=None)),
@@ -98,6 +128,9 @@ FORMATS = {
     "fp4": (q.four_bits("fp4", dtype="float32"), BNB | {"bnb_4bit_quant_type": "fp4"}),
     "int8": (q.int8(), BNB | {"load_in_4bit": False, "load_in_8bit": True, "llm_int8_skip_modules": ["visual"]}),
 }
+MIXED = ct("mixed-precision")
+MIXED["config_groups"] |= {"group_1": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}
+FORMATS["mixed"] = (lambda w: (FORMATS["packed"] if w.shape[1] == 128 else FORMATS["float"])[0](w), MIXED)
 CPU = torch.device("cpu")
 ENGINES = ("gptq desc_act", "awq", "packed asym", "float", "fp8", "nf4", "int8")
 
@@ -130,6 +163,35 @@ def test_the_weights_are_those_that_were_quantised(made):
     assert ours.keys() == plain.keys()
     wrong = [name for name, tensor in plain.items() if not torch.equal(ours[name], tensor)]
     assert not wrong
+
+
+READ_AS = {
+    "gptq": "GptqMatrix(shape=(128, 320), bits=4, groups=10, size=32, zeros='less one')",
+    "gptq_v2 3 desc_act": "GptqMatrix(shape=(128, 320), bits=3, groups=10, size=32, zeros='as they are')",
+    "gptq 3 of GPTQModel": "GptqMatrix(shape=(128, 320), bits=3, groups=10, size=32, zeros='less one, whole words')",
+    "awq": "AwqMatrix(shape=(128, 320), groups=10)",
+    "awq gemv": "GemvMatrix(shape=(128, 320), groups=10, size=32)",
+    "awq gemv_fast": "GemvFastMatrix(shape=(128, 320), groups=5, size=64)",
+    "packed 3": "PackedMatrix(shape=(128, 320), bits=3, block=(1, 32))",
+    "int asym": (
+        "ScaledMatrix(shape=(128, 320), label='int8', block=(1, 320), scale='weight_scale', zero='weight_zero_point')"
+    ),
+    "fp8": "ScaledMatrix(shape=(128, 320), label='float8', block=(128, 128), scale='weight_scale_inv', zero=None)",
+    "int8": "Int8Matrix(shape=(128, 320))",
+    "nvfp4": "Fp4Matrix(shape=(128, 320), packed='weight_packed', size=16, whole='weight_global_scale', divides=True)",
+    "mxfp4": "Fp4Matrix(shape=(128, 320), packed='weight_packed', size=32, whole=None, divides=False)",
+    "modelopt nvfp4": "Fp4Matrix(shape=(128, 320), packed='weight', size=16, whole='weight_scale_2', divides=False)",
+    "nf4, not nested": (
+        "FourBitMatrix(shape=(128, 320), label='nf4', block=64, nested_block=None, offset=0.0, dtype='float16')"
+    ),
+}
+
+
+@pytest.mark.parametrize("made", READ_AS, indirect=True)
+def test_how_a_matrix_is_read_is_told_in_the_same_words_for_ever(made, request):
+    """They are in the fingerprint of a quantised tower: other words make other embeddings of what is stored."""
+    entry = open_checkpoint(str(made / "quantised")).half_entries(Half.LANGUAGE)["model.layers.0.mlp.down_proj.weight"]
+    assert repr(entry.matrix) == READ_AS[request.node.callspec.params["made"]]
 
 
 @pytest.mark.parametrize("made", ENGINES, indirect=True)
@@ -166,6 +228,45 @@ def test_a_tower_that_is_quantised_too(source, tmp_path, name):
         for kind in ("quantised", "plain")
     )
     assert all(torch.equal(ours[name], tensor) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("name", ["gptq", "auto-round"])
+def test_a_quantised_tower_of_the_general_path(tmp_path, name):
+    quantiser, settings = FORMATS[name]
+    path = make("llava", tmp_path / "llava")
+    pattern = r"vision_tower\..*layers\.\d+\.mlp\.fc[12]\.weight|multi_modal_projector\.linear_[12]\.weight"
+    made = q.quantised(path, tmp_path / "made", quantiser, settings, also=pattern)
+    quantised, plain = (open_checked(str(made / kind), Half.VISION) for kind in ("quantised", "plain"))
+    assert "int4" in quantised.storage(Half.VISION)
+    ours, theirs = (one.family.load_encoder(one, torch.float32, CPU) for one in (quantised, plain))
+    image = Image.effect_noise((64, 48), 90).convert("RGB")
+    ((rows,), (expected,)) = (one.encode([one.prepare(image, 1, 64 * 48)]) for one in (ours, theirs))
+    assert torch.equal(rows, expected)
+    assert quantised.vision_weights != plain.vision_weights
+
+
+def test_a_quantised_tower_has_the_identity_of_what_is_stored(source, tmp_path):
+    """Of the tensors and of how they are read: one for both halves and all copies, another for every other form."""
+    also = r"visual\.blocks\.\d+\.mlp\.fc[12]\.weight"
+    tensors_alike = {  # the same bytes, read otherwise
+        "gptq": gptq(),
+        "gptq_v2": gptq(checkpoint_format="gptq_v2"),
+        "gptq of GPTQModel": gptq(meta={"quantizer": ["gptqmodel:5.0.0"]}),
+    }
+    found = {}
+    for name, settings in tensors_alike.items():
+        made = q.quantised(source, tmp_path / name, q.gptq(), settings, also=also) / "quantised"
+        prints = [open_checked(str(made), half).encoder_spec("float32").fingerprint() for half in Half]
+        assert prints[0] == prints[1]
+        found[name] = prints[0]
+    language_only = q.quantised(source, tmp_path / "language", q.gptq(), gptq()) / "quantised"
+    found["plain"] = open_checked(str(source), Half.VISION).encoder_spec("float32").fingerprint()
+    assert len(set(found.values())) == 4
+    kept = open_checked(str(language_only), Half.VISION).encoder_spec("float32").fingerprint()
+    assert kept == found["plain"], "what the language half is stored as doesn't matter"
+    halves = split_checkpoint(str(tmp_path / "gptq" / "quantised"), tmp_path / "halves")
+    apart = open_checked(str(tmp_path / "halves" / "vision"), Half.VISION).encoder_spec("float32").fingerprint()
+    assert apart == found["gptq"] and halves.tensors
 
 
 def test_settings_may_stand_in_a_file_of_their_own_or_in_text_config(source, tmp_path):
@@ -209,10 +310,8 @@ def test_doctor_and_plan_know_bytes_stored_and_bytes_in_memory(made, monkeypatch
 REFUSED = {
     "another method": ({"quant_method": "aqlm"}, "weights quantised by aqlm are not supported"),
     "a marlin layout": (gptq(checkpoint_format="marlin"), "checkpoint_format 'marlin' is not supported"),
-    "three bits": (gptq(3), "bits 3 is not supported"),
-    "gemv": (AWQ | {"version": "gemv"}, "version 'gemv' is not supported"),
     "sparse": (ct("marlin-24"), "format 'marlin-24' is not supported"),
-    "nvfp4": (ct("nvfp4-pack-quantized", type="float"), "format 'nvfp4-pack-quantized' is not supported"),
+    "mxfp6": (ct("mxfp6-pack-quantized", type="float", num_bits=6), "format 'mxfp6-pack-quantized' is not supported"),
     "rotations": (ct() | {"transform_config": {"config_groups": {"R1": {}}}}, "rotations are not supported"),
 }
 
@@ -228,6 +327,34 @@ def test_what_is_not_read_is_refused_by_all_in_the_same_words(source, tmp_path, 
     for command in commands:
         done = invoke(*command)
         assert (done.returncode, done.stderr.strip()) == (1, f"lookonce: error: {problems[0]}")
+
+
+REFUSED_SETTINGS = {
+    "five bits": (gptq(5), "bits 5 is not supported"),
+    "planes of bits": (gptq(checkpoint_format="gptq_p"), "checkpoint_format 'gptq_p' is not supported"),
+    "AWQ's marlin": (AWQ | {"version": "marlin"}, "version 'marlin' is not supported"),
+    "hqq": ({"quant_method": "hqq"}, "weights quantised by hqq are not supported"),
+    "quanto": ({"quant_method": "quanto", "weights": "int4"}, "weights quantised by quanto are not supported"),
+    "torchao": ({"quant_method": "torchao"}, "weights quantised by torchao are not supported"),
+    "mxfp4 of experts": ({"quant_method": "mxfp4"}, "weights quantised by mxfp4 are not supported"),
+    "auto-round in another layout": (
+        auto_round("auto_round:llm_compressor"),
+        "packing_format 'auto_round:llm_compressor' is not supported",
+    ),
+    "auto-round in floats": (auto_round(data_type="mx_fp"), "data_type 'mx_fp' with act_bits 16 is not supported"),
+    "auto-round rotated": (auto_round(rotation_config={"block": 32}), "rotation_config: rotations are not supported"),
+    "modelopt's AWQ": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
+        "quant_algo 'NVFP4_AWQ' is not supported",
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "said"), REFUSED_SETTINGS.values(), ids=REFUSED_SETTINGS)
+def test_settings_that_are_not_known_are_refused_by_name(settings, said):
+    with pytest.raises(CheckpointError) as refused:
+        format_of(Path("model"), {"quantization_config": settings}, None)
+    assert said in refused.value.message and "; use the original checkpoint" in refused.value.message
 
 
 def damaged(made: Path, change) -> str:

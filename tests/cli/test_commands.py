@@ -9,13 +9,22 @@ import socket
 import subprocess
 import sys
 
+import httpx2
 import pytest
 
 from lookonce.cli.checks import check_cuda, check_memory
+from lookonce.cli.model import resolve_model
+from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint import Half, open_checkpoint
+from lookonce.models.checkpoint.split import split_checkpoint
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from tests.cli.commands import environment, invoke, lookonce
+from tests.checkpoint.quantisers import gptq, quantised
+from tests.checkpoint.towers import GPTQ
+from tests.cli.commands import Up, environment, invoke, lookonce
+from tests.images import photograph
 from tests.processes import ROOT
+from tests.system.cluster import encoded
+from tests.unsplit import Unsplit
 
 QUIET = {"LOOKONCE_DATA_DIR": "/nonexistent/lookonce"}
 
@@ -83,6 +92,40 @@ def test_doctor_names_what_is_wrong_and_the_remedy(tmp_path):
     assert found["port"]["status"] == "fail" and "--port" in found["port"]["remedy"]
     assert found["data dir"]["status"] == "fail"
     assert all(finding["remedy"] for finding in found.values() if finding["status"] != "ok")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """The vision half of a checkpoint beside the language half of another one that shares it, quantised."""
+    whole = make_random_checkpoint(tmp_path / "whole", hidden=128, ffn=320)
+    made = quantised(whole, tmp_path / "made", gptq(), GPTQ) / "quantised"
+    split_checkpoint(str(whole), tmp_path / "halves")
+    split_checkpoint(str(made), tmp_path / "quantised halves")
+    shutil.rmtree(tmp_path / "halves" / "language")
+    shutil.move(tmp_path / "quantised halves" / "language", tmp_path / "halves" / "language")
+    return tmp_path / "halves"
+
+
+def test_halves_of_two_checkpoints_that_share_a_vision_half_are_one_model(mixed):
+    model = resolve_model(str(mixed))
+    assert model.identity == open_checkpoint(str(mixed / "language")).identity
+    assert model.identity != open_checkpoint(str(mixed / "vision")).identity
+    settings = json.loads((mixed / "language" / "preprocessor_config.json").read_text()) | {"image_mean": [0.1] * 3}
+    (mixed / "language" / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="that don't share a vision half: preprocessor differs"):
+        resolve_model(str(mixed))
+
+
+@pytest.mark.slow
+def test_up_serves_halves_of_two_checkpoints(mixed, tmp_path):
+    with Up(tmp_path / "data", "--model", mixed, "--port", "0", "--dtype", "float32") as both:
+        both.wait_for("lookonce is ready")
+        file = {"file": ("image", encoded(cat := photograph("chelsea", (96, 64))))}
+        image = httpx2.post(f"{both.system.url}/v1/images", files=file, timeout=60).json()
+        asked = {"questions": ["What is it?"], "temperature": 0, "max_tokens": 6}
+        reply = httpx2.post(f"{both.system.url}/v1/images/{image['id']}/questions", json=asked, timeout=60)
+    plain = Unsplit(tmp_path / "made" / "plain")
+    assert reply.json()["answers"][0]["text"] == plain.answer([("user", [cat, "What is it?"])], 6)
 
 
 def checkpoint_finding(model: object) -> dict[str, str]:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,6 +133,20 @@ def test_several_gpus_where_no_single_one_will_do():
     assert tight.fits and tight.language.int8 and len(tight.language.devices) == 4
     (tiny, *_) = placements(sized, [Device(f"cuda:{index}", 12 * GIB) for index in range(4)], work, None)
     assert not tiny.fits and tiny.spare < 0
+
+
+def test_what_a_family_cannot_be_served_as_is_not_offered():
+    sized, work = size("72B"), Workload(1369, 130, 8)
+
+    def offered(sized, count, room):
+        gpus = [Device(f"cuda:{index}", room * GIB) for index in range(count)]
+        return {(item.language.int8, bool(item.language.further)) for item in placements(sized, gpus, work, None)}
+
+    assert (True, False) in offered(sized, 1, 96) and (False, True) in offered(sized, 3, 80)
+    plain = replace(sized, dimensions=replace(sized.dimensions, int8=False))
+    assert offered(plain, 1, 96) == {(False, False)} and (False, True) in offered(plain, 3, 80)
+    recurrent = replace(sized, dimensions=replace(sized.dimensions, state_floats=1))
+    assert offered(recurrent, 3, 80) == {(False, False)}
 
 
 def test_the_commands_of_a_spread_placement(tmp_path):

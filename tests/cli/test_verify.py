@@ -7,15 +7,19 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from lookonce.cli import verify_command
+from lookonce.cli import unsplit, verify_command
 from lookonce.cli.split_answers import Item
 from lookonce.cli.verify_command import CHOICES, _compared
 from lookonce.models.checkpoint import recorded
 from lookonce.models.checkpoint.split import split_checkpoint
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
+from lookonce.models.qwen3_vl.synthetic import make_random_checkpoint as make_deepstack_checkpoint
 from lookonce.models.registry import Half
 from lookonce.models.tolerance import BOUNDS, INT8_BOUND, bound_of, difference
+from tests.checkpoint.loras import adapter
 from tests.cli.commands import invoke, lookonce
 
 
@@ -49,6 +53,10 @@ def test_help_teaches():
     [
         (["--dtype", "int3"], 2, "--dtype='int3': use float32, bfloat16 or float16"),
         (["--dtype", "bfloat16", "--record"], 2, "--record is made in float32"),
+        (["--quantization", "int8", "--record"], 2, "--record is made in float32"),
+        (["--quantization", "int4"], 2, "--quantization='int4': use none or int8"),
+        (["--adapter", "lora", "--record"], 2, "--record is made of a checkpoint without an adapter"),
+        (["--adapter", "/no/such/lora"], 1, "/no/such/lora: no such directory, and not a hub id"),
         (["--image", "/no/such.png"], 1, "--image=/no/such.png: there is no such file"),
     ],
 )
@@ -104,6 +112,58 @@ def answered(directory, *, row=0.0, token=0.0, greedy=0.0, score=0.0):
 )
 def test_each_check_has_its_bound(tmp_path, apart, fails):
     assert {name for name, check in answered(tmp_path, **apart).items() if not check.passed} == fails
+
+
+def test_each_level_of_a_deepstack_is_compared(tmp_path):
+    """By itself: numbers near zero are not hidden by larger ones of another level."""
+    item = Item(tmp_path / "image.png", "?", (), [], [], [], [])
+    rows = {item.image: np.array([[[100.0, 5.0]], [[0.5, 0.25]]], dtype=np.float32)}
+    answer = {"token_logprobs": [], "best_logprobs": [], "top": [], "scores": [], "sample": []}
+    for apart, passed in ((1e-4, True), (1e-3, False)):
+        (rows[item.image] + np.array([[[0.0]], [[apart]]], dtype=np.float32)).tofile(tmp_path / "0.f32")
+        checks = {check.name: check for check in _compared(tmp_path, [item], rows, [answer], "float32")}
+        assert checks["rows of the vision tower"].passed and checks["rows of the deepstack"].passed == passed
+        assert checks["rows of the deepstack"].compared == 2
+
+
+@pytest.fixture(scope="module")
+def with_adapter(tmp_path_factory):
+    """A checkpoint with a deepstack, and an adapter that changes both halves."""
+    folder = tmp_path_factory.mktemp("lora")
+    modules = {
+        "model.language_model.layers.1.self_attn.q_proj": (128, 64),
+        "model.language_model.layers.0.mlp.down_proj": (64, 128),
+        "model.visual.blocks.1.attn.qkv": (192, 64),
+        "model.visual.deepstack_merger_list.0.linear_fc2": (64, 256),
+    }
+    return make_deepstack_checkpoint(folder / "model"), adapter(folder / "lora", modules)
+
+
+def test_an_adapter_is_merged_into_the_unsplit_model(with_adapter):
+    path, lora = with_adapter
+    job = {"model": str(path), "dtype": "float32", "device": "cpu", "threads": 1}
+    plain, merged = (dict(unsplit.Unsplit(each).model.named_parameters()) for each in (job, job | {"adapter": lora}))
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, plain[name])}
+    pairs = load_file(lora / "adapter_model.safetensors")
+    assert changed == {
+        name.removeprefix("base_model.model.").replace("lora_A.", "") for name in pairs if "lora_A" in name
+    }
+    for name in changed:
+        a, b = (pairs[f"base_model.model.{name.replace('.weight', f'.lora_{which}.weight')}"] for which in "AB")
+        torch.testing.assert_close(merged[name], plain[name] + 6 / 4 * b @ a, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--quantization", "int8")], ids=str)
+def test_an_adapter_passes(with_adapter, options):
+    """And int8, within its own bound: what is compared are both models with the adapter."""
+    path, lora = with_adapter
+    done = lookonce("verify", path, "--adapter", lora, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    checks, found = result_of(done)
+    assert found["passed"] and len(checks) == 5 and checks["rows of the deepstack"]["compared"]
+    exact = max(check["difference"] for check in checks.values()) < 2e-4
+    assert exact == (not options)
 
 
 def test_one_table_of_bounds():

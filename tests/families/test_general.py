@@ -14,17 +14,20 @@ from transformers import CONFIG_MAPPING
 from lm_service.engine.answer import Detokenizer
 from lm_service.engine.packed.engine import PackedEngine
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.prefix_cache.content import common_length, prompt_contents
 from lm_service.engine.types import ScoreItem, Scoring
-from lm_service.prompt import Message, PromptBuilder, Turn, load_template
+from lm_service.prompt import Message, Turn, load_template
 from lookonce.core.errors import CheckpointError, LookonceError
-from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint.check import check_checkpoint, open_checked
 from lookonce.models.family import Half
 from lookonce.models.general.decoder import GeneralText
+from lookonce.models.general.processor import Processor
+from lookonce.models.general.prompts import ImageTexts
 from lookonce.models.registry import family_of
 from tests.cli.commands import invoke
 from tests.engine.lab import Album, ask, generation
 from tests.families.models_page import No, Served
+from tests.families.split_general import CPU, Split
 from tests.families.tiny_checkpoints import FAMILIES, make
 from tests.families.unsplit_general import Unsplit
 from tests.images import photograph
@@ -33,7 +36,6 @@ from tests.system.cluster import System, data_url, encoded, image_part, text_par
 IMAGE, OTHER = photograph("chelsea", (150, 100)), photograph("coffee", (64, 96))
 QUESTION, CHOICES = "what is on this image?", ["yes", "no", "a cat"]
 THROUGH_REST = "llava"
-CPU = torch.device("cpu")
 
 
 def served(models, model_type):
@@ -57,7 +59,7 @@ SERVED = (
     served("InternVL 2.5, 3 and 3.5 as transformers saves them", "internvl"),
     served("LLaVA 1.5 7B, 13B; Pixtral 12B as transformers saves it", "llava"),
     served("LLaVA-NeXT", "llava_next"),
-    served("LLaVA-OneVision 0.5B, 7B, 72B: one image a prompt", "llava_onevision"),
+    served("LLaVA-OneVision 0.5B, 7B, 72B", "llava_onevision"),
     served("Mistral Small 3.1, 3.2", "mistral3"),
     served("SmolVLM, SmolVLM2", "smolvlm"),
     served("ViP-LLaVA 7B, 13B", "vipllava"),
@@ -147,11 +149,8 @@ def test_plan_and_doctor_know_it(checkpoint, tmp_path):
 
 
 NOT_SERVED = {
-    "gemma3": "attention or positions depend on which tokens are an image's",
-    "paligemma": "attention or positions depend on which tokens are an image's",
-    "instructblip": "its vision half reads the question",
     "mllama": "it takes no image features computed elsewhere",
-    "lfm2_vl": "its text model can't be run packed",
+    "lfm2_vl": "transformers has its image processor for torchvision only",
 }
 
 
@@ -165,24 +164,24 @@ def test_what_is_not_served_is_said_by_name(model_type, tmp_path):
     assert any(NOT_SERVED[model_type] in problem for problem in told), told
 
 
-@pytest.mark.parametrize(("window", "context"), [(64, None), (1536, 1536), (4096, 2048)])
-def test_a_sliding_window_bounds_the_context(window, context, tmp_path):
-    path = make("mistral3", tmp_path / "model")
-    config = json.loads((path / "config.json").read_text())
-    config["text_config"]["sliding_window"] = window
-    (path / "config.json").write_text(json.dumps(config))
-    if context is None:
-        with pytest.raises(CheckpointError, match="its attention has a sliding window of 64 tokens"):
-            Split(path)
-    else:
-        split = Split(path)
-        assert split.model.shape.context == context
-        assert family_of(config, path).text_config(config)["max_position_embeddings"] == context
+UNPACKED = {
+    "gemma4_unified": "not every layer attends once over keys and values of one size",
+    "instructblip": "its Q-Former reads the question",
+}
+
+
+@pytest.mark.parametrize("model_type", UNPACKED)
+def test_what_can_not_be_run_packed_is_said_by_name(model_type):
+    """The plain engine serves it (test_plain.py)."""
+    config = CONFIG_MAPPING[model_type]().to_dict() | {"model_type": model_type}
+    assert UNPACKED[model_type] in family_of(config).unpacked(config)
 
 
 def test_a_step_that_differs_from_the_class_is_refused(checkpoint, monkeypatch):
     forward = GeneralText.forward
-    monkeypatch.setattr(GeneralText, "forward", lambda self, x, at, *rest: forward(self, x, at // 2, *rest))
+    monkeypatch.setattr(
+        GeneralText, "forward", lambda self, x, at, *rest, **named: forward(self, x, at // 2, *rest, **named)
+    )
     with pytest.raises(CheckpointError, match="the packed step of the general path differs from the class's own"):
         Split(checkpoint)
 
@@ -197,11 +196,40 @@ def test_code_of_a_repository_is_refused_by_name(file, checkpoint, tmp_path):
     assert any(f"{field} 'OwnThing' is code of the repository, which is never run" in each for each in told), told
 
 
-def test_several_images_where_each_is_cut_otherwise_are_refused(tmp_path):
-    split = Split(make("llava_onevision", tmp_path / "model"))
+def test_an_image_among_others_has_rows_of_its_own(tmp_path, monkeypatch):
+    """LLaVA-OneVision cuts no tiles where a prompt has several images: one embedding holds both forms."""
+    path = make("llava_onevision", tmp_path / "model")
+    split, unsplit = Split(path), Unsplit(path, monkeypatch)
+    (one, rows), (other, others) = split.encoded(IMAGE, 1), split.encoded(OTHER, 2)
+    alone, both = ([Message("user", (*images, QUESTION))] for images in ([one], [one, other]))
+    prompts = [split.prompts.build(messages) for messages in (alone, both)]
+    assert [span.tokens for prompt in prompts for span in prompt.images] == [len(rows) - 17, 17, 17]
+    for prompt, images in zip(prompts, ([IMAGE], [IMAGE, OTHER]), strict=True):
+        turns = user(*images, QUESTION)
+        assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
+        answer, told = split.answer(prompt, {one: rows, other: others}, 6)
+        torch.testing.assert_close(told, unsplit.logprobs(turns, answer), atol=2e-4, rtol=0)
+    plain, among = (prompt_contents([prompt])[0].head.columns for prompt in prompts)
+    assert common_length(plain, among) == prompts[0].images[0].start
+
+
+def test_several_images_that_are_written_otherwise_than_each_alone_are_refused(checkpoint, monkeypatch):
+    monkeypatch.setattr(ImageTexts, "_agrees", lambda *_: False)
+    split = Split(checkpoint)
     references = [split.encoded(image, number)[0] for number, image in enumerate((IMAGE, OTHER))]
+    assert split.prompts.build([Message("user", (references[0], QUESTION))])
     with pytest.raises(LookonceError, match="ask about one image at a time"):
         split.prompts.build([Message("user", (*references, QUESTION))])
+
+
+def test_a_processor_that_writes_more_than_images_is_refused(checkpoint, monkeypatch):
+    """Never served with other tokens than its own processor's."""
+    ids = Processor.ids
+    monkeypatch.setattr(
+        Processor, "ids", lambda self, sizes, text: ((made := ids(self, sizes, text))[0] + [5], made[1])
+    )
+    told = check_checkpoint(str(checkpoint)).problems
+    assert any("writes more into a prompt than what an image is" in each for each in told), told
 
 
 def test_int8_is_refused(checkpoint):
@@ -247,27 +275,6 @@ def test_what_a_processor_config_leaves_out_follows_from_config_json(family, tmp
     assert reference == stated and split.prompts.build([Message("user", (reference, QUESTION))])
 
 
-class Split:
-    """Both halves of a checkpoint in this process, each loaded as its service loads it."""
-
-    def __init__(self, path):
-        halves = {half: open_checked(str(path), half) for half in Half}
-        vision, language = halves[Half.VISION], halves[Half.LANGUAGE]
-        self.encoder = vision.family.load_encoder(vision, torch.float32, CPU)
-        layers = language.family.dimensions(language.config).layers
-        self.model = language.family.load_text(language, torch.float32, lambda name: CPU, [CPU] * layers)
-        family = language.family
-        self.template = load_template(path, family, family.special_tokens(language.config).marker)
-        limits = {"context_length": 2000, "max_images": 4, "check_fingerprint": lambda reference: None}
-        self.prompts = PromptBuilder(self.template, family, language.config, **limits)
-
-    def encoded(self, image, number):
-        """A reference to an image, and its rows."""
-        (rows,) = self.encoder.encode([prepared := self.encoder.prepare(image, 1, 10**8)])
-        key = bytes([number]) * 32
-        return EmbeddingReference(key, "0" * 64, key, prepared.grid_thw, len(rows), *image.size), rows
-
-
 class Shelf(Album):
     """An EmbeddingLoader of some images."""
 
@@ -286,17 +293,23 @@ AT_ONCE = ("smolvlm",)
 )
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # within GLM's own processor
 async def test_every_family(family, tmp_path, monkeypatch):
-    path = make(family, tmp_path / family)
+    await check_packed(make(family, tmp_path / family), monkeypatch)
+
+
+async def check_packed(path, monkeypatch, *, prefix_reuse=True):
+    """Answers and scores of the packed engine, several questions at once, are those of the unsplit model."""
     unsplit, split = Unsplit(path, monkeypatch), Split(path)
     encoded = [split.encoded(image, number) for number, image in enumerate((IMAGE, OTHER))]
     shelf, vocabulary = Shelf(encoded), split.model.shape.vocabulary
     options = PackedOptions(kv_bytes=8 << 20, prefix_bytes=8 << 20, step_tokens=37, burst_tokens=37)
     engine = PackedEngine(split.model, split.template.table, frozenset(), options)
-    pairs = list(zip((IMAGE, OTHER), [reference for reference, _ in encoded], strict=True))
+    references = {id(image): one for image, (one, _) in zip((IMAGE, OTHER), encoded, strict=True)}
 
-    async def check(image, reference, text):
+    async def check(*asked):
         """Every token's whole distribution is that of the unsplit model."""
-        prompt, turns = split.prompts.build([Message("user", (reference, text))]), user(image, text)
+        *images, text = asked
+        prompt = split.prompts.build([Message("user", (*(references[id(image)] for image in images), text))])
+        turns = user(*images, text)
         assert list(prompt.token_ids) == unsplit.inputs(turns)["input_ids"][0].tolist()
         (answer,) = await ask(engine, generation(prompt, 8, logprobs=vocabulary))
         expected = unsplit.logprobs(turns, answer.tokens)[:-1]
@@ -308,15 +321,18 @@ async def test_every_family(family, tmp_path, monkeypatch):
 
     await engine.start(shelf)
     try:
-        await asyncio.gather(*(check(*pair, text) for pair in pairs for text in (QUESTION, "why?")))
-        later = [await check(*pair, "how many cats are there?") for pair in pairs]
-        assert all(timings.prefix_hit for timings in later)
-        assert all(shelf.loads[reference.key] == 1 for _, reference in pairs)
-        (image, reference), choices = pairs[0], ((5,), (7, 9))
-        prompt = split.prompts.build([Message("user", (reference, QUESTION))])
+        several = [check(IMAGE, OTHER, QUESTION)] if split.takes_several else []
+        each = [check(image, text) for image in (IMAGE, OTHER) for text in (QUESTION, "why?")]
+        await asyncio.gather(*each, *several)
+        later = [await check(image, "how many cats are there?") for image in (IMAGE, OTHER)]
+        assert all(timings.prefix_hit is prefix_reuse for timings in later)
+        most = 1 + len(several) if prefix_reuse else 100
+        assert all(shelf.loads[reference.key] <= most for reference in references.values())
+        choices = ((5,), (7, 9))
+        prompt = split.prompts.build([Message("user", (references[id(IMAGE)], QUESTION))])
         scored = await engine.score(Scoring("s", (ScoreItem(prompt, choices),)))
         for choice, given in zip(choices, scored.logprobs[0], strict=True):
-            told = unsplit.logprobs(user(image, QUESTION), list(choice))
+            told = unsplit.logprobs(user(IMAGE, QUESTION), list(choice))
             weight = sum(float(row[token]) for row, token in zip(told, choice, strict=False))
             assert given == pytest.approx(weight, abs=4e-4)
     finally:

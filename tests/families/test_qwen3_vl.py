@@ -43,16 +43,6 @@ from vision_service.images import Decoder, ImageLimits
 from vision_service.settings import VisionSettings
 
 CPU = torch.device("cpu")
-SERVED = Served(
-    "Qwen3-VL 2B, 4B, 8B, 32B",
-    "qwen3_vl",
-    split="test_images_of_every_kind_are_answered_about_after_one_encode",
-    packed="test_packed_answers_are_the_unsplit_models",
-    prefix="test_ten_questions_are_one_encode_and_scores_are_the_unsplit_models",
-    scores="test_ten_questions_are_one_encode_and_scores_are_the_unsplit_models",
-    video=No("families/test_models_page.py::test_video_is_no_part_of_a_chat"),
-    quantised="test_int8_layers_are_near_the_exact_ones",
-)
 SIDES = [(57, 200), (64, 64), (300, 200), (33, 31), (200, 300), (448, 336), (1000, 64), (256, 128)]
 BOUNDS = 3136, 200_000
 SERVED = Served(

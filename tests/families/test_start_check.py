@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 from lm_service.app import load as load_language
 from lm_service.settings import LanguageSettings
+from lookonce.cli import unsplit
 from lookonce.core.errors import CheckpointError
-from lookonce.models import self_check
-from lookonce.models.checkpoint import open_checkpoint, recorded
+from lookonce.models import plain, self_check
+from lookonce.models.checkpoint import open_checkpoint, recorded, weights
+from lookonce.models.checkpoint.split import split_checkpoint
 from lookonce.models.qwen2_5_vl import vision as window_vision
 from lookonce.models.qwen2_5_vl.synthetic import make_random_checkpoint as make_window_checkpoint
 from lookonce.models.qwen2_vl import modules, text, vision
@@ -23,6 +26,8 @@ from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from lookonce.models.qwen3_vl.synthetic import make_random_checkpoint as make_deepstack_checkpoint
 from lookonce.models.registry import Half
 from lookonce.models.self_check import SelfCheckFailed, check_exam, check_image, plain_scores
+from lookonce.models.tolerance import difference
+from tests.checkpoint.loras import adapter
 from tests.modules import load_language_model, load_vision_tower
 from tests.processes import ServiceProcess
 from vision_service.app import load as load_vision
@@ -202,17 +207,62 @@ def test_nothing_is_found_where_nothing_is_wrong(
     assert all(float(line["difference"]) < line["bound"] / 2 for line in passed)
 
 
+def test_nothing_is_read_again(checkpoint, deepstack_checkpoint, monkeypatch):
+    """What is expected is computed of the weights that are loaded anyway."""
+    monkeypatch.setattr(plain, "read_weight", None)
+    for path in (checkpoint, deepstack_checkpoint):
+        for dtype in ("float32", "bfloat16"):
+            vision_of(path, dtype=dtype)
+            language_of(path, dtype=dtype)
+
+
+def another_tensors_values(monkeypatch, name, other):
+    read = weights._read_tensor
+
+    def spoilt(descriptor, entry, *rest):
+        offset = other.offset if entry.stored_name == name else entry.offset
+        return read(descriptor, replace(entry, offset=offset), *rest)
+
+    monkeypatch.setattr(weights, "_read_tensor", spoilt)
+
+
+def wrongly_cast(monkeypatch, name, other):
+    read = weights._read_tensor
+
+    def spoilt(descriptor, entry, dtype, device):
+        tensor = read(descriptor, entry, dtype, device)
+        return tensor.bfloat16().to(dtype) if entry.stored_name == name else tensor
+
+    monkeypatch.setattr(weights, "_read_tensor", spoilt)
+
+
+@pytest.mark.parametrize("fault", [another_tensors_values, wrongly_cast])
+@pytest.mark.parametrize(
+    ("half", "pair"),
+    [
+        (Half.VISION, ("visual.blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight")),
+        (Half.LANGUAGE, ("model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight")),
+    ],
+)
+def test_a_tensor_that_is_not_the_files_is_named(checkpoint, monkeypatch, fault, half, pair):
+    """The plain form would be computed of the same wrong values."""
+    name, other = pair
+    fault(monkeypatch, name, open_checkpoint(str(checkpoint)).half_entries(half)[other])
+    with pytest.raises(SelfCheckFailed, match=rf"{half} half failed: tensor '{name}' was loaded with other values"):
+        (vision_of if half is Half.VISION else language_of)(checkpoint)
+
+
 @torch.inference_mode()
 def test_the_plain_form_is_what_transformers_computes(checkpoint):
     """The check holds our halves to it, so it is held to the library here."""
     opened = open_checkpoint(str(checkpoint))
-    plain, exam = opened.family.plain(opened, torch.float32), check_exam(opened, 512)
+    form, exam = opened.family.plain(opened, torch.float32), check_exam(opened, 512)
     image = check_image(opened)
     tower, preprocessor = load_vision_tower(opened, torch.float32), Preprocessor(opened.preprocessor)
     patches = preprocessor(image, 1, image.width * image.height)
     pixels = torch.from_numpy(preprocessor.pixel_values(patches))
     rows = tower(pixels, torch.tensor([patches.grid_thw])).pooler_output
-    torch.testing.assert_close(plain.rows(image), rows, atol=2e-5, rtol=0)
+    torch.testing.assert_close(form.rows(image), rows, atol=2e-5, rtol=0)
     model, head = load_language_model(opened, torch.float32)
     scores = []
     for question in exam.questions:
@@ -222,16 +272,52 @@ def test_the_plain_form_is_what_transformers_computes(checkpoint):
         places = np.concatenate([question.positions, np.full((3, 1), question.next_position)], axis=1)
         out = model(inputs_embeds=hidden, position_ids=torch.from_numpy(places)[:, None], use_cache=False)
         scores.append(head(out.last_hidden_state[0, -2:]))
-    torch.testing.assert_close(plain_scores(plain, exam), self_check.scores_of(scores, exam), atol=2e-5, rtol=0)
+    torch.testing.assert_close(plain_scores(form, exam), self_check.scores_of(scores, exam), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "window_checkpoint", "deepstack_checkpoint"])
+def test_what_verify_records_is_what_the_halves_compute(kind, request, tmp_path):
+    """Of the class itself, rows of a deepstack with it; taken along by a split, it is what the halves compare with."""
+    path = shutil.copytree(request.getfixturevalue(kind), tmp_path / "model")
+    opened = open_checkpoint(str(path))
+    job = {"model": str(path), "dtype": "float32", "device": "cpu", "threads": 1}
+    with torch.inference_mode():
+        numbers = unsplit._recorded(unsplit.Unsplit(job), str(path))
+    form, image = opened.family.plain(opened, torch.float32), check_image(opened)
+    assert difference(numbers["vision"], form.rows(image).flatten().tolist()) < 2e-5
+    assert difference(numbers["language"], plain_scores(form, check_exam(opened, 512))) < 2e-5
+    for half in Half:
+        recorded.write(opened, half, numbers[half.value])
+    split_checkpoint(str(path), tmp_path / "halves")
+    with structlog.testing.capture_logs() as logs:
+        vision_of(tmp_path / "halves" / "vision")
+        language_of(tmp_path / "halves" / "language")
+    passed = [line for line in logs if line["event"] == "self-check passed"]
+    assert [line["against"] for line in passed] == ["its record"] * 2
+
+
+def test_a_record_is_of_the_weights_without_an_adapter(checkpoint, tmp_path):
+    """With one that changes the half, its plain form counts; a damaged record is not taken along."""
+    path, _ = recorded_copy(checkpoint, tmp_path)
+    lora = adapter(tmp_path / "lora", {"model.layers.0.self_attn.q_proj": (64, 64)})
+    with structlog.testing.capture_logs() as logs:
+        vision_of(path, adapter=str(lora))
+        language_of(path, adapter=str(lora))
+    passed = [line["against"] for line in logs if line["event"] == "self-check passed"]
+    assert passed == ["its record", "its plain form"]
+    file = path / recorded.FILES[Half.LANGUAGE]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"digest": "0"}))
+    with pytest.raises(CheckpointError, match=r"lookonce-check-language.json is damaged"):
+        split_checkpoint(str(path), tmp_path / "halves")
 
 
 def recorded_copy(checkpoint, directory):
     """A checkpoint with a record of both halves."""
     path = shutil.copytree(checkpoint, directory / "model")
     opened = open_checkpoint(str(path))
-    plain = opened.family.plain(opened, torch.float32)
-    recorded.write(opened, Half.VISION, plain.rows(check_image(opened)).flatten().tolist())
-    recorded.write(opened, Half.LANGUAGE, plain_scores(plain, check_exam(opened, 512)))
+    form = opened.family.plain(opened, torch.float32)
+    recorded.write(opened, Half.VISION, form.rows(check_image(opened)).flatten().tolist())
+    recorded.write(opened, Half.LANGUAGE, plain_scores(form, check_exam(opened, 512)))
     return path, opened
 
 

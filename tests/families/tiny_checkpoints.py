@@ -45,23 +45,33 @@ class Tiny:
     sentencepiece: bool = False
     settings: dict[str, Any] | None = None  # of tokenizer_config.json
     begins: bool = False  # whether the tokenizer puts <s> before a text
+    tokenizer: Callable[[tuple[str, ...]], Tokenizer] | None = None  # of another kind, by the special tokens
 
 
 def make(family: str, path: Path, seed: int = 0) -> Path:
     """A checkpoint directory."""
-    tiny = FAMILIES[family]
+    return make_tiny(FAMILIES[family], path, seed)
+
+
+def make_tiny(tiny: Tiny, path: Path, seed: int = 0) -> Path:
+    """A checkpoint directory."""
     path.mkdir(parents=True)
-    tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens, tiny.begins)
+    if tiny.tokenizer is not None:
+        tokenizer = tiny.tokenizer(tiny.tokens)
+    else:
+        tokenizer = sentencepiece(tiny.tokens) if tiny.sentencepiece else byte_level(tiny.tokens, tiny.begins)
     tokenizer.save(str(path / "tokenizer.json"))
     ids = tokenizer.get_vocab()
     config = tiny.write(path, ids)
     text = config["text_config"]
-    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": ids["<s>"], "eos_token_id": ids["</s>"]}
+    begin = ids.get("<s>", ids["</s>"])
+    text |= {"vocab_size": -(-len(ids) // 8) * 8, "bos_token_id": begin, "eos_token_id": ids["</s>"]}
     text["pad_token_id"] = ids["<pad>"]
     config = {"torch_dtype": "float32", **config}
     write(path / "config.json", config)
-    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": ids["<s>"]})
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write(path / "generation_config.json", {"eos_token_id": ids["</s>"], "bos_token_id": begin})
+    names = {"bos_token": "<s>"} if "<s>" in ids else {}
+    names |= {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     kind = "LlamaTokenizer" if tiny.sentencepiece else "PreTrainedTokenizerFast"
     write(path / "tokenizer_config.json", {**names, "tokenizer_class": kind, **(tiny.settings or {})})
     if tiny.template:
@@ -70,6 +80,10 @@ def make(family: str, path: Path, seed: int = 0) -> Path:
     parsed = CONFIG_MAPPING[config["model_type"]].from_dict(config)
     model = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(parsed)](parsed).float()
     for name, parameter in model.named_parameters():
+        if name.endswith("shared.weight"):  # T5's head too: else a token would be followed by itself
+            torch.nn.init.normal_(parameter, 0, 0.3)
+        if name.endswith("A_log"):  # so that a gated delta rule remembers
+            torch.nn.init.normal_(parameter, -3, 0.5)
         if (parameter.dim() > 1 and "language" in name) or "text_model" in name:
             continue
         if parameter.abs().max() < 1e-3 or parameter.dim() > 1:  # so that what an image is decides an answer
@@ -93,13 +107,13 @@ def write(file: Path, content: dict[str, Any]) -> None:
 def byte_level(special: tuple[str, ...], begins: bool) -> Tokenizer:
     """GPT-2's kind, as Qwen and SmolLM have it; OPT's puts a token before a text."""
     vocabulary = {symbol: at for at, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    merges = _merges(vocabulary, [*WORDS, *("Ġ" + word for word in WORDS)])
+    merges = merges_of(vocabulary, [*WORDS, *("Ġ" + word for word in WORDS)])
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     split = pre_tokenizers.Split(Regex(r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"), behavior="isolated")
     level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, level])
     tokenizer.decoder = decoders.ByteLevel()
-    return _begun(_with_special(tokenizer, special)) if begins else _with_special(tokenizer, special)
+    return begun(with_special(tokenizer, special)) if begins else with_special(tokenizer, special)
 
 
 def sentencepiece(special: tuple[str, ...]) -> Tokenizer:
@@ -107,16 +121,16 @@ def sentencepiece(special: tuple[str, ...]) -> Tokenizer:
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     letters = sorted({letter for word in WORDS for letter in word} | set("▁:,.!'\nABCDEIWH"))
     vocabulary |= {letter: len(vocabulary) + at for at, letter in enumerate(letters)}
-    merges = _merges(vocabulary, [*WORDS, *("▁" + word for word in WORDS)])
+    merges = merges_of(vocabulary, [*WORDS, *("▁" + word for word in WORDS)])
     model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     tokenizer.decoder = decoders.Sequence(steps)
-    return _begun(_with_special(tokenizer, special))
+    return begun(with_special(tokenizer, special))
 
 
-def _begun(tokenizer: Tokenizer) -> Tokenizer:
+def begun(tokenizer: Tokenizer) -> Tokenizer:
     """<s> is put before a text."""
     start = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -125,13 +139,13 @@ def _begun(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _with_special(tokenizer: Tokenizer, special: tuple[str, ...]) -> Tokenizer:
+def with_special(tokenizer: Tokenizer, special: tuple[str, ...]) -> Tokenizer:
     names = ("<unk>", "<s>", "</s>", "<pad>", *special)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     return tokenizer
 
 
-def _merges(vocabulary: dict[str, int], words: list[str]) -> list[tuple[str, str]]:
+def merges_of(vocabulary: dict[str, int], words: list[str]) -> list[tuple[str, str]]:
     """Those that make the words, letter by letter; the vocabulary grows by what they make."""
     merges: list[tuple[str, str]] = []
     for word in words:
@@ -283,13 +297,13 @@ def _onevision(path: Path, ids: dict[str, int]) -> dict[str, Any]:
         "use_image_newline_parameter": True,
         "video_token_index": ids["<video>"],
         "vision_aspect_ratio": "anyres_max_9",
-        "vision_config": _siglip(),
+        "vision_config": siglip(),
         "vision_feature_layer": -1,
         "vision_feature_select_strategy": "full",
     }
 
 
-def _siglip() -> dict[str, Any]:
+def siglip() -> dict[str, Any]:
     vision = {"hidden_size": 32, "image_size": 56, "intermediate_size": 64, "model_type": "siglip_vision_model"}
     return vision | {"num_attention_heads": 2, "num_hidden_layers": 2, "patch_size": 14, "vision_use_head": False}
 

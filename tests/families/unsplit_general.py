@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, ProcessorMixin
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+from lookonce.models.general.processor import ABSENT, named_class
 
 
 class Unsplit:
@@ -19,13 +19,20 @@ class Unsplit:
 
     def __init__(self, path: Path, monkeypatch: Any) -> None:
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-        self.processor = _processor(path, monkeypatch)
+        self.processor = self._made(path, monkeypatch)
         self.tokenizer = self.processor.tokenizer
+
+    def _made(self, path: Path, monkeypatch: Any) -> Any:
+        return _processor(path, monkeypatch)
 
     def inputs(self, turns: list[tuple[str, list[Any]]]) -> dict[str, Any]:
         """What the class is given for a conversation that ends where the assistant is to speak."""
         if self.processor.chat_template is None and self.tokenizer.chat_template is None:
-            ((_, (image, text)),) = turns  # BLIP-2's own form of a question
+            ((_, (*images, text)),) = turns
+            if self.model.config.model_type == "paligemma":
+                made = self.processor(images=[images], text=["<image>" * len(images) + text], return_tensors="pt")
+                return {name: value for name, value in made.items() if name != "labels"}
+            (image,) = images  # BLIP-2's own form of a question
             return dict(self.processor(images=image, text=f"Question: {text} Answer:", return_tensors="pt"))
         messages = [
             {
@@ -39,8 +46,16 @@ class Unsplit:
         text = ProcessorMixin.apply_chat_template(self.processor, messages, add_generation_prompt=True, tokenize=False)
         images = [part for _, parts in turns for part in parts if isinstance(part, Image.Image)]
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
-        made = self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=not begins)
-        return {name: value for name, value in made.items() if name not in ("num_patches",)}
+        made = self.processor(
+            text=[text],
+            images=([images] if images[1:] else images) or None,
+            return_tensors="pt",
+            add_special_tokens=not begins,
+        )
+        found = {name: value for name, value in made.items() if name not in ("num_patches",)}
+        if "mm_token_type_ids" not in found and "image_grid_thw" in found:  # asked for by a class that wants them
+            found["mm_token_type_ids"] = (found["input_ids"] == self.model.config.image_token_id).long()
+        return found
 
     @torch.inference_mode()
     def answer_ids(self, turns: list[tuple[str, list[Any]]], length: int = 12) -> list[int]:
@@ -57,11 +72,13 @@ class Unsplit:
     def logprobs(self, turns: list[tuple[str, list[Any]]], further: list[int] = []) -> torch.Tensor:  # noqa: B006
         """[1 + len(further), vocabulary] behind the prompt and each further token."""
         inputs = self.inputs(turns)
-        more = torch.tensor([further], dtype=torch.int64)
+        more, length = torch.tensor([further], dtype=torch.int64), inputs["input_ids"].shape[1]
         inputs["input_ids"] = torch.cat([inputs["input_ids"], more], 1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1)
+        for name, types in inputs.items():
+            if name.endswith("token_type_ids") and types.shape[1] == length:  # PaliGemma's 0 is a prompt's
+                kinds = torch.full_like(more, int(self.model.config.model_type == "paligemma"))
+                inputs[name] = torch.cat([types, kinds.to(types.dtype)], 1)
         return self.model(**inputs).logits[0, -1 - len(further) :].log_softmax(-1)
 
     def weighed(self, choices: list[str], turns: list[tuple[str, list[Any]]]) -> dict[str, float]:
@@ -77,20 +94,13 @@ class Unsplit:
 def _processor(path: Path, monkeypatch: Any) -> Any:
     """The checkpoint's own. Where it wants a video processor, which needs torchvision, it is given none."""
     name = json.loads((path / "preprocessor_config.json").read_text())["processor_class"]
-    for owner, each in PROCESSOR_MAPPING_NAMES.items():
-        if each != name:
-            continue
-        folder = {"PixtralProcessor": "pixtral", "Blip2Processor": "blip_2"}.get(name, owner)
-        if folder == "pixtral":  # its module imports a function from one that imports torchvision
-            plain = importlib.import_module("transformers.models.pixtral.image_processing_pil_pixtral")
-            monkeypatch.setitem(sys.modules, "transformers.models.pixtral.image_processing_pixtral", plain)
-        module = importlib.import_module(f"transformers.models.{folder}.processing_{folder}")
-        break
-    cls = getattr(module, name)
+    cls = named_class(name, json.loads((path / "config.json").read_text())["model_type"])
+    assert cls is not None
+    module = importlib.import_module(cls.__module__)
     monkeypatch.setattr(ProcessorMixin, "check_argument_for_proper_class", lambda *_: None)
     if getattr(module, "num2words", "") is None:
         monkeypatch.setattr(module, "num2words", str)
     parts = {"image_processor": AutoImageProcessor.from_pretrained(path, backend="pil")}
     parts["tokenizer"] = AutoTokenizer.from_pretrained(path)
     settings, _ = cls.get_processor_dict(path)
-    return cls.from_args_and_dict([parts.get(each) for each in cls.get_attributes()], settings)
+    return cls.from_args_and_dict([parts.get(each, ABSENT) for each in cls.get_attributes()], settings)

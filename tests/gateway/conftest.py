@@ -18,6 +18,7 @@ from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc, vision_pb2, vision_pb2_grpc
 from tests.gateway.processes import GatewayProcess
 from tests.processes import ServiceProcess
+from tests.retrievers import gme
 
 
 @dataclass
@@ -57,6 +58,20 @@ def services(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     language = ServiceProcess("lm_service", *common, "--vision", vision.address, "--max-running", "4")
     with vision, language:
         yield Services(vision, language, store)
+
+
+@pytest.fixture(scope="session")
+def embedding_model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """GME's layout over the same tower."""
+    return gme(checkpoint, tmp_path_factory.mktemp("retrieval") / "gme", is_matryoshka=True)
+
+
+@pytest.fixture(scope="session")
+def retriever(services: Services, embedding_model: Path) -> Iterator[ServiceProcess]:
+    """A language service that makes vectors, beside the one that writes text."""
+    common = ("--model", str(embedding_model), "--store", services.store, "--vision", services.vision.address)
+    with ServiceProcess("lm_service", *common) as language:
+        yield language
 
 
 @pytest.fixture(scope="session")

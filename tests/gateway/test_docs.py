@@ -6,22 +6,30 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gateway.schemas.neutral import AnswerFields, PartFields, RequestFields
+from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.images import photograph, save
-from tests.processes import ROOT
+from tests.processes import ROOT, ServiceProcess
 
 PAGE = (ROOT / "docs" / "api.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def with_vectors(services: Services, retriever: ServiceProcess) -> Iterator[GatewayProcess]:
+    with GatewayProcess(*services.arguments(), "--embed-lm", retriever.address) as process:
+        yield process
+
+
 @pytest.fixture
-def place(gateway: GatewayProcess, tmp_path: Path) -> dict:
+def place(with_vectors: GatewayProcess, tmp_path: Path) -> dict:
     (tmp_path / "door.jpg").write_bytes(save(photograph("coffee", (112, 84)), "JPEG"))
-    env = {**os.environ, "URL": gateway.url, "KEY": "none-0123456789abcdef", "no_proxy": "*"}
+    env = {**os.environ, "URL": with_vectors.url, "KEY": "none-0123456789abcdef", "no_proxy": "*"}
     return {"cwd": tmp_path, "env": {**env, "PYTHONPATH": str(ROOT)}}
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.gateway.conftest import Services
 from tests.gateway.processes import GatewayProcess
 from tests.gateway.sweep import Sweep
-from tests.processes import ROOT
+from tests.processes import ROOT, ServiceProcess
 
 ImageFile = Callable[..., bytes]
 POLICY = ROOT / "examples" / "policies" / "shapes.yaml"
@@ -21,6 +21,9 @@ WITH_BODIES = (
     "POST /v1/chat/completions",
     "POST /v1/images/{image_id}/questions",
     "POST /v1/moderations",
+    "POST /v1/embeddings",
+    "POST /v1/rerank",
+    "POST /v1/images/search",
     "POST /v1/images",
     "PATCH /v1/images/{image_id}",
     "POST /v1/files",
@@ -50,9 +53,18 @@ OPERATIONS = (
 
 
 @pytest.fixture(scope="module")
-def strict(services: Services, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
+def strict(
+    services: Services, retriever: ServiceProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[GatewayProcess]:
     """A gateway with everything switched on that fetches nothing from anywhere."""
-    everything = ("--data-dir", str(tmp_path_factory.mktemp("data")), "--policy", str(POLICY))
+    everything = (
+        "--embed-lm",
+        retriever.address,
+        "--data-dir",
+        str(tmp_path_factory.mktemp("data")),
+        "--policy",
+        str(POLICY),
+    )
     with GatewayProcess(*services.arguments(), "--fetch-urls", "off", *everything) as process:
         yield process
 

@@ -50,7 +50,8 @@ async def test_a_process_whose_engine_needs_no_torch_has_none(installed, checkpo
     await store.put(reference.key, record.serialize())
     await store.close()
     arguments = ["--model", str(checkpoint_path), "--engine", "echo", "--store", f"file://{tmp_path}/store"]
-    with ServiceProcess("lm_service", *arguments, env={"PYTHONPATH": os.environ["PYTHONPATH"]}) as service:
+    alone = {"PYTHONPATH": os.environ["PYTHONPATH"]}  # in a process of its own, that has imported nothing before
+    with ServiceProcess("lm_service", *arguments, env=alone) as service:
         client = LanguageClient(service.address)
         reply = await answer(client, asking(user(reference, "What is this?"), max_tokens=500, ignore_eos=True))
         assert "What is this?" in reply.text
@@ -72,13 +73,13 @@ async def test_transformers_generate_serves_behind_the_same_socket(
     store = open_store(f"file://{tmp_path}/store")
     await store.put(reference.key, record.serialize())
     await store.close()
-    async with running(checkpoint_path, tmp_path, store=f"file://{tmp_path}/store", engine="plain") as client:
+    async with running(checkpoint_path, tmp_path, store=f"file://{tmp_path}/store", engine="turns") as client:
         reply = await answer(client, asking(user(reference, "What is this?"), max_tokens=8))
     assert reply.ids == unsplit.answer_ids([("user", [CAT, "What is this?"])], 8)
 
 
 def test_an_engine_that_cannot_be_had_ends_the_start(installed, checkpoint_path):
-    for name, said in (("steam", "broken, echo, packed, plain"), ("broken", "can't be imported")):
+    for name, said in (("steam", "auto, broken, echo, packed, plain, turns"), ("broken", "can't be imported")):
         with pytest.raises(LookonceError, match=said) as caught:
             load(LanguageSettings(model=str(checkpoint_path), engine=name))
         assert caught.value.kind is ErrorKind.INVALID_ARGUMENT

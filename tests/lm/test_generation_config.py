@@ -78,5 +78,5 @@ async def test_requests_are_given_them_and_override_them(own, tmp_path):
         assert (await answer(client, asking(question, temperature=0.0, repetition_penalty=1.0))).ids == greedy.ids
         assert (await answer(client, asking(question, top_k=1, repetition_penalty=1.0))).ids == greedy.ids
         description = await client.describe()
-    shown = ModelCard(("model",), description).to_openai("model")["sampling_defaults"]
-    assert shown == pytest.approx(explicit)
+    shown = ModelCard(("model",), description).to_openai("model")
+    assert shown["sampling_defaults"] == pytest.approx(explicit) and shown["family"] == "qwen2_vl"

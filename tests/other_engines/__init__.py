@@ -12,7 +12,7 @@ def install(directory: Path) -> Path:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: other-engines\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text(
         "[lookonce.engines]\n"
-        "plain = tests.other_engines.plain:PlainBuilder\n"
+        "turns = tests.other_engines.plain:PlainBuilder\n"
         "echo = tests.other_engines.echo:EchoBuilder\n"
         "broken = tests.other_engines.missing:Builder\n"
     )

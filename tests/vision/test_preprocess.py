@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -74,6 +76,20 @@ def test_smart_resize_is_the_library_s(height, width, least, most):
         return
     arguments = {"factor": 28, "min_pixels": min(least, most), "max_pixels": most}
     assert smart_resize(height, width, **arguments) == library_resize(height, width, **arguments)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(8, 2000), st.integers(8, 2000), st.integers(784, 2_000_000))
+def test_a_min_is_passed_by_less_than_a_row_and_a_column(height, width, bound):
+    """Also where it is the max too."""
+    rows, columns = smart_resize(height, width, factor=28, min_pixels=bound, max_pixels=bound)
+    if round(height / 28) * round(width / 28) * 28**2 < bound:
+        scale = math.sqrt(bound / (height * width))
+        assert bound <= rows * columns < bound + 28 * (height + width) * scale + 28**2
+
+
+def test_a_min_close_to_the_max_may_end_above_it():
+    assert smart_resize(100, 90, factor=28, min_pixels=20 * 784, max_pixels=20 * 784) == (140, 140)
 
 
 def test_a_processor_without_resizing_is_refused(preprocessor_settings):

@@ -16,11 +16,14 @@ from lm_service.settings import LanguageSettings
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.devices import choose_dtype, dtype_name
 from lookonce.models.quantization import check_usable, scheme
+from lookonce.models.self_check import watched
 from lookonce.models.text_adapter import ModelAdapter
 
 
 class PackedBuilder:
     """An `EngineBuilder` (see lm_service.engine.factory)."""
+
+    loader = "load_text"  # of a family
 
     def __init__(self, settings: LanguageSettings) -> None:
         """Raises INVALID_ARGUMENT for devices that are not here, or can't serve the quantization."""
@@ -33,7 +36,7 @@ class PackedBuilder:
     def load(self, checkpoint: Checkpoint, context_length: int) -> tuple[ModelAdapter, ModelFacts]:
         """The language half on its devices, ready to compute."""
         settings, entries = self._settings, checkpoint.half_entries(Half.LANGUAGE)
-        dtype = choose_dtype(settings.dtype, self._wanted.devices, checkpoint.dtype)
+        dtype = self._dtype(checkpoint)
         home = place(self._wanted, entries, dtype, settings.quantization)
         facts = ModelFacts(
             context_length=context_length,
@@ -41,8 +44,9 @@ class PackedBuilder:
             device=str(home),
             weight_bytes=sum(math.prod(entry.shape) for entry in entries.values()) * dtype.itemsize,
             quantization=scheme(settings.quantization, home.devices[0]),
+            engine="packed",
         )
-        adapter = checkpoint.family.load_text(
+        adapter: ModelAdapter = getattr(checkpoint.family, self.loader)(
             checkpoint,
             dtype,
             home.of if settings.quantization == "none" else home.of_unquantized,
@@ -52,10 +56,15 @@ class PackedBuilder:
         )
         return adapter, facts
 
+    def _dtype(self, checkpoint: Checkpoint) -> torch.dtype:
+        return choose_dtype(self._settings.dtype, self._wanted.devices, checkpoint.dtype)
+
     def build(
         self, checkpoint: Checkpoint, table: TokenTable, end_ids: frozenset[int], context_length: int
     ) -> PackedEngine:
         settings = self._settings
+        if settings.self_check == "on":
+            checkpoint = watched(checkpoint, Half.LANGUAGE, self._dtype(checkpoint))
         adapter, facts = self.load(checkpoint, context_length)
         options = PackedOptions(
             max_running=settings.max_running,

@@ -16,12 +16,13 @@ from lookonce.models.devices import choose_device, free_memory
 from lookonce.models.sizing import SCALE_BYTES
 
 _LAYER = re.compile(r"model\.layers\.([0-9]+)\.")
-_EMBEDDING = "model.embed_tokens.weight"
+_BEFORE = re.compile(r"model\.(embed|project_in)")
+"""What comes before the layers: embeddings of tokens and of positions."""
 
 
 @dataclass(frozen=True)
 class Home:
-    """Devices and the layers on each. The embedding is on the first, norm and head on the last; a tied head is the
+    """Devices and the layers on each. Embeddings are on the first, norm and head on the last; a tied head is the
     embedding."""
 
     devices: tuple[torch.device, ...]
@@ -31,7 +32,7 @@ class Home:
         """Where a tensor of the half lies, by its name in the module."""
         match = _LAYER.match(tensor)
         if match is None:
-            return self.devices[0 if tensor == _EMBEDDING else -1]
+            return self.devices[0 if _BEFORE.match(tensor) else -1]
         number = int(match[1])
         return next(device for device, part in zip(self.devices, self.layers, strict=True) if number in part)
 
@@ -105,7 +106,7 @@ def place(
 class _Weights:
     """Bytes in memory."""
 
-    first: int  # the embedding
+    first: int  # embeddings
     last: int  # norm and head
     layer: int  # the largest layer
 
@@ -117,7 +118,7 @@ class _Weights:
             if match := _LAYER.match(name):
                 small = int8 and len(entry.shape) == 2
                 each[int(match[1])] += size // dtype.itemsize + SCALE_BYTES * entry.shape[0] if small else size
-            elif name == _EMBEDDING:
+            elif _BEFORE.match(name):
                 first += size
             else:
                 last += size

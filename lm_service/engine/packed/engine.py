@@ -122,7 +122,14 @@ class PackedEngine:
 
     async def generate(self, request: Generation) -> AsyncIterator[Delta | Finish]:
         packed.check_generation(request, self._context, self._shape, self.options)
-        inner = packed.answers_to(request, self._table, self._end_ids, self._context, kept=self.options.keep_answers)
+        inner = packed.answers_to(
+            request,
+            self._table,
+            self._end_ids,
+            self._context,
+            kept=self.options.keep_answers,
+            prefix_reuse=self._shape.prefix_reuse,
+        )
         unfinished = request.sampling.n
         async with contextlib.aclosing(self._events(inner, request.deadline)) as events:
             async for event in events:
@@ -139,7 +146,11 @@ class PackedEngine:
         packed.check_scoring(request, self._context, self._shape, self.options)
         exclusive = request.isolated and not self._core.batch_invariant
         sequences = score_sequences(
-            request, exclusive=exclusive, worth=self._question_prefixes_from, longest=self.options.long_suffix_tokens
+            request,
+            exclusive=exclusive,
+            worth=self._question_prefixes_from,
+            longest=self.options.long_suffix_tokens,
+            prefix_reuse=self._shape.prefix_reuse,
         )
         parts = dict.fromkeys(sequence.request for sequence in sequences)
         await gather_or_end([self._scored(part, request.deadline) for part in parts])
@@ -236,7 +247,7 @@ class PackedEngine:
 
     def _work(self, ready: asyncio.Event) -> None:
         busy = False
-        if self.options.batch_invariant is None and self._core.native:
+        if self.options.batch_invariant is None and self._core.may_be_invariant:
             self._core.batch_invariant = is_batch_invariant(self._model, self.options)
             self._state = self._core.state()
         self._call_loop(ready.set)
@@ -316,7 +327,7 @@ class PackedEngine:
         try:
             for span in prefill.node.images:
                 tensor, tier = await self._loader.load(span.reference, self._rows_of)
-                rows.append(_checked_rows(tensor, span.reference, self._shape))
+                rows.append(checked_rows(tensor, span.reference, self._shape))
                 source = max(source, tier, key=list(EmbeddingSource).index)
         except LookonceError as error:
             failure = error
@@ -331,7 +342,7 @@ class PackedEngine:
         self._tell(lambda: self._core.scheduler.fail_prefill(prefill, failure))
 
 
-def _checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
+def checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: ModelShape) -> torch.Tensor:
     """What `rows_of` made, as [1 + deepstack, tokens, hidden]. Raises EMBEDDING_INVALID for rows of another shape than
     the prompt was laid out for."""
     stacked = rows if rows.dim() == 3 else rows[None]

@@ -14,6 +14,7 @@ import torch
 from lm_service.engine.packed.execution.runner import Runner, extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lm_service.engine.packed.prefix_cache.states import StatePool
 from lm_service.engine.packed.prefix_cache.tree import PrefixCache
 from lm_service.engine.packed.scheduling.batch import Batch, PrefixPrefill
 from lm_service.engine.packed.scheduling.scheduler import Scheduler
@@ -52,15 +53,20 @@ class EngineCore:
         self._stages = model.shape.stages
         self.events: list[tuple[Request, Event]] = []
         self.urgent = False  # there are others among them than tokens that follow an answer's first
-        self.pool = SuffixPool(model.shape, options.budget("kv_bytes", free), options.slab_tokens)
+        running = options.budget("kv_bytes", free)
+        self.states = StatePool(model.shape, running // 2, options.max_running)
+        self.pool = SuffixPool(model.shape, running - self.states.bytes, options.slab_tokens)
         self.cache = PrefixCache(model.shape, options.budget("prefix_bytes", free))
         self._runner = Runner(model, self.pool, native=options.native)
         self.native = self._runner.native
         """Whether compiled kernels attend: what they compute for a token depends on none that it does not see."""
         self.scheduler = Scheduler(
-            model.shape, self.pool, self.cache, options, native=self.native, load=load, fail=self._failed
+            model.shape, self.pool, self.states, self.cache, options, native=self.native, load=load, fail=self._failed
         )
-        self.batch_invariant = bool(options.batch_invariant) and self.native
+        self.may_be_invariant = self.native and not model.shape.states
+        """Whether a row of a step can be the same whatever else is in it. A recurrent state depends on where a prefill
+        was cut, in its last bits."""
+        self.batch_invariant = bool(options.batch_invariant) and self.may_be_invariant
         self.steps = 0
         self.step_seconds = self.last_step_seconds = 0.0
         self.forward_seconds = 0.0
@@ -91,8 +97,11 @@ class EngineCore:
         self.scheduler.admitted.clear()
         self.scheduler.prefills.drop_unwanted()
         self.cache.clear()
-        if self.pool.used_slots or self.cache.bytes:
-            raise RuntimeError(f"{self.pool.used_slots} slots and {self.cache.bytes} bytes of prefixes are nobody's")
+        if self.pool.used_slots or self.states.used or self.cache.bytes:
+            raise RuntimeError(
+                f"{self.pool.used_slots} slots, {self.states.used} states and {self.cache.bytes} bytes of prefixes "
+                "are nobody's"
+            )
 
     def step(self) -> bool:
         """One step; False when there was nothing to compute."""
@@ -131,7 +140,7 @@ class EngineCore:
             prefix_evictions=self.cache.evictions,
             preemptions=counters.preemptions,
             kv_slots=self.pool.used_slots,
-            kv_budget_bytes=self.pool.bytes,
+            kv_budget_bytes=self.pool.bytes + self.states.bytes,
             steps=self.steps,
             forward_seconds=self.forward_seconds,
         )
@@ -191,6 +200,7 @@ class EngineCore:
             wanted, bad = split_bad(wanted, logits)
             scored = extend_scores(wanted, logits)
             answered = extend_answers(wanted, logits)
+        self._runner.commit()
         self.scheduler.computed(batch)
         for sequence in bad:
             self.scheduler.poisoned(sequence)

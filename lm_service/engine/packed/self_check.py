@@ -24,7 +24,7 @@ from lookonce.models.text_adapter import ModelAdapter
 
 _ASKED = ((4, 17), (33, 6), (4, 1))
 """Tokens of an image and of a question about it. Asked one by one, the last is a step of one row."""
-_POOL_TOKENS, _SLAB_TOKENS = 1024, 128
+_POOL_TOKENS, _SLAB_TOKENS, _STATES = 1024, 128, 16
 _log = structlog.get_logger(__name__)
 
 
@@ -79,8 +79,14 @@ def is_batch_invariant(model: ModelAdapter, options: PackedOptions) -> bool:
 
 def _small(model: ModelAdapter, options: PackedOptions) -> PackedOptions:
     """The same engine with little memory."""
-    pool = _POOL_TOKENS * model.shape.token_bytes
-    return replace(options, kv_bytes=pool, prefix_bytes=pool, slab_tokens=_SLAB_TOKENS, batch_invariant=True)
+    pool, states = _POOL_TOKENS * model.shape.token_bytes, _STATES * model.shape.state_bytes
+    return replace(
+        options,
+        kv_bytes=pool + 2 * states,
+        prefix_bytes=pool + states,
+        slab_tokens=_SLAB_TOKENS,
+        batch_invariant=True,
+    )
 
 
 def _scored(
@@ -95,7 +101,10 @@ def _scored(
     sums: list[float] = []
     for items in calls:
         scoring = Scoring("self-check", tuple(items), isolated=True)
-        sequences = score_sequences(scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS)
+        reuse = model.shape.prefix_reuse
+        sequences = score_sequences(
+            scoring, exclusive=False, worth=_POOL_TOKENS, longest=_POOL_TOKENS, prefix_reuse=reuse
+        )
         request = sequences[0].request
         core.enqueue(request)
         while core.step() or wanted:

@@ -184,6 +184,11 @@ class LanguageClient(_Client):
         reply: language_pb2.ScoreResponse = await self._unary("Score", request, timeout)
         return reply
 
+    async def embed(self, request: language_pb2.EmbedRequest, *, timeout: float = 600.0) -> language_pb2.EmbedResponse:
+        """Vectors of texts and images."""
+        reply: language_pb2.EmbedResponse = await self._unary("Embed", request, timeout)
+        return reply
+
     async def describe(self, *, timeout: float = 5.0) -> language_pb2.LanguageDescription:
         """What model it serves, within what limits."""
         request, untraced = common_pb2.DescribeRequest(), Step(None)

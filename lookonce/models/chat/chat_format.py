@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from lookonce.core.errors import CheckpointError
 from lookonce.models.chat.sandbox import compiled
 from lookonce.models.chat.tokenizer import continued, leading_ids, load_tokenizer, tokenizer_settings
-from lookonce.models.checkpoint.files import CONFIG, Problems, read_json
+from lookonce.models.checkpoint.files import CONFIG, Problems, read_config, read_json
 from lookonce.models.family import Family, SpecialTokens
 
 _log = logging.getLogger(__name__)
@@ -57,24 +57,24 @@ class ChatFormat:
         names: dict[str, str],
         image: str = "",
         reserved: Collection[int] = (),
+        around: tuple[str, str] = ("", ""),
     ) -> None:
         """`names` are those a template may use for special tokens (`bos_token` ...); `image` is what stands for an
-        image in a message that the template takes as one string; `reserved` ids stand for images and their like."""
+        image in a message that the template takes as one string; `reserved` ids stand for images and their like;
+        `around` is what is written before and behind each image."""
         self.tokenizer = tokenizer
         self._source = template
         self._template: Template | None = None  # compiled when it is first rendered: a bad one refuses all turns
         self._names: dict[str, Any] = dict(names)
-        self._image = image
+        self._image, self._around = image, around
         self._reserved = frozenset(reserved)
         self.tokenizer.encode_special_tokens = True  # what a text spells stays text
-        self.added: dict[str, int] = {
-            token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()
-        }
+        decoder = tokenizer.get_added_tokens_decoder()
+        found = {number: token for number, token in decoder.items() if not _is_space(token)}
+        self.added: dict[str, int] = {token.content: number for number, token in found.items()}
         self.lead = leading_ids(tokenizer)
         self.continued = continued(tokenizer)
-        tokens = sorted(
-            tokenizer.get_added_tokens_decoder().values(), key=lambda token: len(token.content), reverse=True
-        )
+        tokens = sorted(found.values(), key=lambda token: len(token.content), reverse=True)
         self._special = re.compile("|".join(map(_spelt, tokens)) or "(?!)")
         self._takes_strings: set[str] = set()
         for role in _ROLES:
@@ -83,7 +83,8 @@ class ChatFormat:
 
     def render(self, turns: Sequence[Turn]) -> str:
         """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
-        return self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+        text = self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+        return text.replace(self._image, self._image.join(self._around)) if any(self._around) else text
 
     @cached_property
     def structure(self) -> frozenset[str]:
@@ -143,6 +144,11 @@ class ChatFormat:
         return _PROBE in text and "'text'" not in text and '"text"' not in text
 
 
+def _is_space(token: AddedToken) -> bool:
+    """Whether it is text like any other: Gemma's tokenizers add several newlines as one token, which no one marks."""
+    return not token.special and not token.content.strip()
+
+
 def _spelt(token: AddedToken) -> str:
     """A pattern of a token and of the white space beside it that belongs to it."""
     return r"\s*" * token.lstrip + re.escape(token.content) + r"\s*" * token.rstrip
@@ -156,9 +162,10 @@ def open_chat(path: Path, family: Family, image: str = "") -> ChatFormat:
     template = problems.of(stored_template, path, getattr(family, "template", None))
     if tokenizer is None or template is None:
         raise CheckpointError(*problems.found)
-    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else {}
+    config = read_config(path) if (path / CONFIG).is_file() else {}
     reserved = [number for name in family.token_id_fields if isinstance(number := config.get(name), int)]
-    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved)
+    around = getattr(family, "around_images", ("", "")) if image else ("", "")
+    return ChatFormat(tokenizer, template, dict(_special_names(tokenizer_settings(path))), image, reserved, around)
 
 
 def end_token_ids(path: Path, family: Family, config: dict[str, Any], chat: ChatFormat) -> frozenset[int]:
@@ -210,7 +217,7 @@ def _rendering_problems(chat: ChatFormat, path: Path, family: Family, tokens: Sp
         _log.info("the chat template of %s fails: %r", path, refusal.__cause__)
         yield f"{path}: the chat template can't be rendered for a user's message with an image; {remedy}"
         return
-    count = list(chat.pieces(text)).count(tokens.image_id)
+    count = list(chat.pieces(text)).count(tokens.placeholder_id)
     if count != 1:
         yield f"{path}: the chat template writes {count} placeholders ({tokens.image}) for one image; {remedy}"
     if _PROBE not in text:

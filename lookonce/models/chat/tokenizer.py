@@ -52,8 +52,20 @@ def tokenizer_settings(path: Path) -> dict[str, Any]:
 
 def leading_ids(tokenizer: Tokenizer) -> list[int]:
     """Special tokens that the tokenizer itself puts before a text, such as <s>."""
+    return _around(tokenizer)[0]
+
+
+def trailing_ids(tokenizer: Tokenizer) -> list[int]:
+    """Special tokens that the tokenizer itself puts behind a text, as T5's does."""
+    return _around(tokenizer)[1]
+
+
+def _around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     plain, whole = (tokenizer.encode("a", add_special_tokens=added).ids for added in (False, True))
-    return whole[: len(whole) - len(plain)]
+    for at in range(len(whole) - len(plain) + 1):
+        if whole[at : at + len(plain)] == plain:
+            return whole[:at], whole[at + len(plain) :]
+    return [], []
 
 
 def continued(tokenizer: Tokenizer) -> Tokenizer:
@@ -77,6 +89,12 @@ def _never_first(step: dict[str, Any]) -> dict[str, Any]:
 def is_byte_level(tokenizer: Tokenizer) -> bool:
     """Whether its tokens are bytes as GPT-2 writes them; else they are sentencepiece's, text with ▁ for a space."""
     return tokenizer.decoder is None or b"ByteLevel" in tokenizer.decoder.__getstate__()
+
+
+def drops_first_space(tokenizer: Tokenizer) -> bool:
+    """Whether a space that begins a text is not part of it (LLaMA's), or is (Gemma's)."""
+    state = b"" if tokenizer.decoder is None else tokenizer.decoder.__getstate__()
+    return b'"Strip"' in state or (b'"Metaspace"' in state and b'"never"' not in state)
 
 
 def _stored(path: Path, words: str) -> Tokenizer:

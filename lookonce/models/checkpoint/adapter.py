@@ -1,9 +1,11 @@
-"""LoRA adapters (arXiv:2106.09685) as PEFT stores them: what they add to which weights of a model. No torch.
+"""LoRA and DoRA adapters (arXiv:2106.09685, 2402.09353) as PEFT stores them: what they add to a model's weights. No
+torch.
 
 adapter_config.json says rank and factor; adapter_model.safetensors holds `base_model.model.NAME.lora_A.weight` [r, in]
-and `lora_B.weight` [out, r] of each module, `lora_embedding_A` [r, rows] and `_B` [width, r] of an embedding, and whole
-weights of what was trained beside them (modules_to_save, biases), some as `NAME.base_layer.bias`. They are merged when
-a half is loaded.
+and `lora_B.weight` [out, r] of each module, `lora_embedding_A` [r, rows] and `_B` [width, r] of an embedding, DoRA's
+`lora_magnitude_vector` [out] or [width], and whole weights of what was trained beside them (modules_to_save, biases),
+some as `NAME.base_layer.bias`. They are merged when a half is loaded. Where a head is tied to its embedding, an adapter
+that changes one of them unties them, as in PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -22,15 +24,14 @@ from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import canonical_json
 from lookonce.models.checkpoint import files, hub
 from lookonce.models.checkpoint.headers import TensorEntry, read_bytes, read_header
-from lookonce.models.checkpoint.quantised.matrix import StoredWeight
-from lookonce.models.family import EMBEDDING
+from lookonce.models.family import EMBEDDING, HEAD
 from lookonce.models.registry import Family, Half
 
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_PAIR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
+_PART = re.compile(r"(.+)\.lora_(?:(embedding_)?([AB])|(magnitude_vector))(?:\.weight)?")
+_MAGNITUDE = "magnitude_vector"
 _UNSUPPORTED = {  # what a setting asks for where it says more than nothing
-    "use_dora": "DoRA",
     "lora_bias": "biases of B (lora_bias)",
     "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
     "trainable_token_indices": "single tokens' rows (trainable_token_indices)",
@@ -39,20 +40,27 @@ _UNSUPPORTED = {  # what a setting asks for where it says more than nothing
     "alora_invocation_tokens": "activation by tokens (alora_invocation_tokens)",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "ensure_weight_tying": "an embedding and a head that stay tied (ensure_weight_tying)",
 }
-_OTHER_BASES = ("pissa", "olora", "corda", "lora_ga")
+_OTHER_BASES = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Ways to begin training that change the base model's own weights."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one weight: scale * B A, in the weight's shape; of an embedding, that transposed."""
+    """What is added to one weight: scale * B A, in the weight's shape; of an embedding, that transposed.
+
+    With a magnitude (DoRA), each output of the sum is then brought to this length."""
 
     a: TensorEntry  # [r, in]
     b: TensorEntry  # [out, r]
     scale: float
     embedding: bool
+    magnitude: TensorEntry | None = None  # [out]
 
 
 @dataclass(frozen=True)
@@ -77,28 +85,39 @@ class Adapter:
         if not self.added[half] and not self.replaced[half]:
             return None
         added = {
-            name: [_facts(pair.a), _facts(pair.b), pair.scale, pair.embedding]
+            name: [
+                *(_facts(pair.a), _facts(pair.b), pair.scale, pair.embedding),
+                *([_facts(pair.magnitude)] if pair.magnitude is not None else []),
+            ]
             for name, pair in self.added[half].items()
         }
         replaced = {name: _facts(entry) for name, entry in self.replaced[half].items()}
         return blake3(canonical_json([added, replaced]), derive_key_context="lookonce 2026 adapter").hexdigest()
 
-    def problems(self, half: Half, weights: Mapping[str, StoredWeight], *, tied: bool) -> Iterator[str]:
-        """Why it can't be merged into a half with these weights. `tied`: its head is its embedding."""
+    @property
+    def unties(self) -> bool:
+        """Whether it changes an embedding or a head, so that one that is tied to the other is so no longer."""
+        changed = self.added[Half.LANGUAGE].keys() | self.replaced[Half.LANGUAGE].keys()
+        return not changed.isdisjoint((EMBEDDING, HEAD))
+
+    def problems(self, half: Half, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        """Why it can't be merged into a half with weights of these shapes, by their names in the module."""
         for name, pair in self.added[half].items():
-            entry = weights.get(name)
-            if entry is None or not _fits(pair, entry.shape):
-                found = "no such weight" if entry is None else f"shape {list(entry.shape)}"
+            shape = shapes.get(name)
+            if shape is None or not _fits(pair, shape):
+                found = "no such weight" if shape is None else f"shape {list(shape)}"
                 yield (
                     f"{pair.a.file}: tensors {pair.a.stored_name!r} {list(pair.a.shape)} and B {list(pair.b.shape)} "
                     f"don't fit the model, which has {found}; give the adapter's own base model"
                 )
                 return
-        if tied and EMBEDDING in {*self.added[half], *self.replaced[half]}:
-            yield (
-                f"{self.path}: the adapter changes the embedding of a model whose output head is tied to it; "
-                "merge it by the code that trained it, and give the result"
-            )
+
+    def misfits(self, family: Family, config: Mapping[str, Any]) -> Iterator[str]:
+        """`problems` with the weights that config.json asks for."""
+        settings = dict(config)
+        head = self.unties or not family.tied_head(settings)
+        for half in Half:
+            yield from self.problems(half, family.tensor_shapes(settings, half, head=head))
 
 
 def open_adapter(source: str, family: Family) -> Adapter:
@@ -127,38 +146,49 @@ def _refuse(file: Path, config: Mapping[str, Any]) -> None:
     found += [f"init_lora_weights {initial}" for start in _OTHER_BASES if initial.startswith(start)]
     if found:
         raise CheckpointError(
-            f"{file}: {', '.join(found)} is not supported (LoRA); merge the adapter by the code that trained it "
+            f"{file}: {', '.join(found)} is not supported (LoRA, DoRA); merge the adapter by the code that trained it "
             "(PEFT's merge_and_unload), and give the result"
         )
 
 
 def _opened(path: Path, family: Family, config: Mapping[str, Any], entries: Mapping[str, TensorEntry]) -> Adapter:
-    pairs: dict[tuple[str, bool], dict[str, TensorEntry]] = {}
+    parts: dict[str, dict[str, TensorEntry]] = {}
     replaced: dict[Half, dict[str, TensorEntry]] = {half: {} for half in Half}
     strays = []
     for name, entry in entries.items():
         own = name.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if entry.dtype not in _FLOATS or not name.startswith(_PREFIX):
             strays.append(name)
-        elif match := _PAIR.fullmatch(own):
-            pairs.setdefault((match[1], match[2] is not None), {})[match[3]] = entry
+        elif match := _PART.fullmatch(own):
+            parts.setdefault(match[1], {})[(match[2] or "") + (match[3] or match[4])] = entry
         elif "lora_" in name or (place := _place(family, own)) is None:
-            strays.append(name)  # such as DoRA's magnitudes
+            strays.append(name)
         else:
             replaced[place[0]][place[1]] = entry
     added: dict[Half, dict[str, LowRank]] = {half: {} for half in Half}
-    for (module, embedding), pair in pairs.items():
-        place = _place(family, f"{module}.weight")
-        if place is None or pair.keys() != {"A", "B"}:
-            strays += [entry.stored_name for entry in pair.values()]
+    for module, found in parts.items():
+        place, pair = _place(family, f"{module}.weight"), _low_rank(config, module, found)
+        if place is None or pair is None:
+            strays += [entry.stored_name for entry in found.values()]
         else:
-            added[place[0]][place[1]] = LowRank(pair["A"], pair["B"], _scale(config, module, pair["A"]), embedding)
+            added[place[0]][place[1]] = pair
     if strays or not entries:
         what = files.some(sorted(strays)) or "no tensor"
         raise CheckpointError(
             f"{path / WEIGHTS}: {what}: not what LoRA has of a {family.label} model; give an adapter of this model"
         )
     return Adapter(path, added, replaced)
+
+
+def _low_rank(config: Mapping[str, Any], module: str, parts: Mapping[str, TensorEntry]) -> LowRank | None:
+    """None for tensors that don't make one."""
+    magnitude = parts.get(_MAGNITUDE)
+    kinds = parts.keys() - {_MAGNITUDE}
+    embedding = kinds == {"embedding_A", "embedding_B"}
+    if (not embedding and kinds != {"A", "B"}) or (magnitude is not None) != bool(config.get("use_dora")):
+        return None
+    a, b = (parts[name] for name in sorted(kinds))
+    return LowRank(a, b, _scale(config, module, a), embedding, magnitude)
 
 
 def _place(family: Family, name: str) -> tuple[Half, str] | None:
@@ -180,6 +210,8 @@ def _fits(pair: LowRank, shape: tuple[int, ...]) -> bool:
     if not pair.a.shape or len(pair.b.shape) < 2 or pair.a.shape[0] != pair.b.shape[1]:
         return False
     outputs, inputs = pair.b.shape[0], math.prod(pair.a.shape[1:])
+    if pair.magnitude is not None and math.prod(pair.magnitude.shape) != outputs:
+        return False
     made = (inputs, outputs) if pair.embedding else (outputs, inputs)
     return made == (shape[0], math.prod(shape[1:])) and math.prod(pair.b.shape) == outputs * pair.a.shape[0]
 

@@ -75,8 +75,7 @@ def _with_adapter(checkpoint: Checkpoint, source: str, halves: Iterable[Half]) -
     problems: list[str] = []
     for half in sorted(halves):
         weights = adapted.half_entries(half)
-        tied = half is Half.LANGUAGE and checkpoint.tied_head and HEAD not in weights
-        problems += adapter.problems(half, weights, tied=tied)
+        problems += adapter.problems(half, {name: tuple(entry.shape) for name, entry in weights.items()})
         head = HEAD in weights or not checkpoint.tied_head
         expected = checkpoint.family.tensor_shapes(checkpoint.config, half, head=head)
         problems += tensor_problems(expected, weights, adapter.path)
@@ -85,15 +84,17 @@ def _with_adapter(checkpoint: Checkpoint, source: str, halves: Iterable[Half]) -
     return adapted
 
 
-def check_settings(model: str, revision: str | None = None) -> tuple[Family, dict[str, Any], dict[str, Any]]:
+def check_settings(
+    model: str, revision: str | None = None, adapter: str | None = None
+) -> tuple[Family, dict[str, Any], dict[str, Any]]:
     """Family, config.json and preprocessor settings of a model, of which nothing else is fetched but the index.
 
-    Tensors are checked by their names then. A local directory that has weights is checked whole. Raises
-    CheckpointError with every problem.
+    Tensors are checked by their names then, an adapter's by the shapes that config.json asks for. A local directory
+    that has weights is checked whole. Raises CheckpointError with every problem.
     """
     path = Path(model).expanduser()
     if any(file for place in (path, *(path / half for half in Half)) for name in _WEIGHTS for file in place.glob(name)):
-        check_checkpoint(model, revision=revision).usable()
+        check_checkpoint(model, revision=revision, adapter=adapter).usable()
     path = settings_directory(model, revision)
     config = files.read_config(path)
     problems = settings_problems(path, config, Half)
@@ -103,6 +104,8 @@ def check_settings(model: str, revision: str | None = None) -> tuple[Family, dic
     if problems:
         raise CheckpointError(*problems)
     family = family_of(config, path)
+    if adapter is not None and (misfits := list(open_adapter(adapter, family).misfits(family, config))):
+        raise CheckpointError(*misfits)
     return family, config, family.preprocessor(files.read_preprocessor(path))
 
 
@@ -189,6 +192,7 @@ def _name_problems(path: Path, family: Family, names: Collection[str], format: F
 def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[str]:
     from lookonce.models.chat.chat_format import end_token_ids, open_chat, prompt_problems
     from lookonce.models.chat.generation_config import sampling_defaults
+    from lookonce.models.vector_layout import vector_layout
 
     problems = files.Problems()
     rows = family.text_config(config).get("vocab_size")
@@ -201,6 +205,7 @@ def _chat_problems(path: Path, family: Family, config: dict[str, Any]) -> list[s
         problems.of(end_token_ids, path, family, config, chat)
         problems.found += prompt_problems(chat, path, family, tokens, rows)
     problems.of(sampling_defaults, path)
+    problems.of(vector_layout, path, family, config)
     return problems.found
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from lookonce.core.errors import CheckpointError
 from lookonce.core.identity import WEIGHTS_DIGEST, EncoderSpec
@@ -21,12 +21,20 @@ from lookonce.models.checkpoint.adapter import Adapter
 from lookonce.models.checkpoint.headers import TensorEntry
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE
 from lookonce.models.checkpoint.quantised.matrix import Format, QuantisedEntry, StoredWeight, assembled
+from lookonce.models.family import EMBEDDING, HEAD
 from lookonce.models.registry import Family, Half, family_of
 
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _IDENTITY = re.compile(r"hub:[\w.-]+/[\w.-]+@[0-9a-f]{40}|blake3:[0-9a-f]{64}")
 _IDENTITY_FORMATS = (1, 2)  # the first says nothing of the vision half's weights
+
+
+class Witness(Protocol):
+    """Is shown a half's weights as they were read, before anything is made of them."""
+
+    def __call__(self, half: Half, weights: Mapping[str, Any]) -> None:
+        """Tensors by their name in the module, in the compute dtype, each on its device. They are not to be kept."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,8 @@ class Checkpoint:
     stated_vision_weights: str | None = field(repr=False)  # by `lookonce split`
     format: Format | None = None  # how the weights are quantised that are
     adapter: Adapter | None = None  # merged when a half is loaded
+    witness: Witness | None = field(default=None, repr=False)  # sees a half's weights when they are loaded
+    held: Mapping[str, Any] | None = field(default=None, repr=False)  # tensors of a half in memory, for its plain form
 
     @cached_property
     def identity(self) -> str:
@@ -124,7 +134,11 @@ class Checkpoint:
     def _weights(self) -> dict[Half, dict[str, StoredWeight]]:
         if self.adapter is None:
             return self._own_weights
-        return {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+        found = {half: weights | dict(self.adapter.replaced[half]) for half, weights in self._own_weights.items()}
+        own = self._own_weights.get(Half.LANGUAGE)
+        if own is not None and self.tied_head and self.adapter.unties:  # each from what was the weight of both
+            found[Half.LANGUAGE] = {HEAD: own[EMBEDDING]} | found[Half.LANGUAGE]
+        return found
 
     @cached_property
     def _own_weights(self) -> dict[Half, dict[str, StoredWeight]]:
@@ -153,7 +167,7 @@ class Checkpoint:
             raise CheckpointError(f"compute dtype {dtype!r} is not one of {', '.join(COMPUTE_DTYPES)}")
         return EncoderSpec(
             vision_weights=vision_weights or self.known_vision_weights(),
-            family=self.family.model_type,
+            family=getattr(self.family, "tower", self.family.model_type),
             vision_config=self.family.vision_config(self.config),
             preprocessor=self.family.fingerprint_preprocessor(self.preprocessor),
             dtype=dtype,

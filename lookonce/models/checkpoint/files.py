@@ -14,7 +14,7 @@ from lookonce.core.errors import CheckpointError
 from lookonce.models.checkpoint.headers import TensorEntry, read_header
 from lookonce.models.checkpoint.quantised.formats import OWN_FILE, format_of, part_endings
 from lookonce.models.checkpoint.quantised.matrix import BIAS, WEIGHT, Format, cut
-from lookonce.models.registry import Family, Half
+from lookonce.models.registry import Family, Half, settled
 
 CONFIG = "config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -23,6 +23,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 IDENTITY = "lookonce.json"
 ADAPTER = "adapter_config.json"
+MODULES = "modules.json"
+POOLING = "1_Pooling/config.json"
+PROMPTS = "config_sentence_transformers.json"
 SHARED_FILES = (CONFIG, PREPROCESSOR, PROCESSOR, IDENTITY, OWN_FILE)
 LANGUAGE_FILES = (
     "generation_config.json",
@@ -34,6 +37,10 @@ LANGUAGE_FILES = (
     "special_tokens_map.json",
     "chat_template.json",
     "chat_template.jinja",
+    *(f"qformer_tokenizer/{name}" for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")),
+    MODULES,
+    POOLING,
+    PROMPTS,
 )
 _LISTED = 5
 _Value = TypeVar("_Value")
@@ -162,10 +169,10 @@ def some(names: Sequence[str]) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """config.json. CheckpointError when there is none."""
+    """config.json, `settled`. CheckpointError when there is none."""
     if not (path / CONFIG).is_file():
         raise CheckpointError(f"{path} has no {CONFIG}: not a checkpoint directory{_what_it_is(path)}")
-    return read_json(path / CONFIG)
+    return settled(read_json(path / CONFIG))
 
 
 def quantised_format(path: Path, config: dict[str, Any]) -> Format | None:

@@ -15,7 +15,8 @@ STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 _QUANTISED = (  # method, and what its tensors' names end with; the first that is found
     ("GPTQ", (".g_idx",)),
     ("AWQ", (".qweight", ".qzeros")),
-    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point")),
+    ("compressed-tensors", (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_global_scale")),
+    ("ModelOpt", (".weight_scale_2",)),
     ("bitsandbytes", (".absmax", ".quant_map", ".SCB", ".weight_format")),
     ("bitsandbytes", (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")),
     ("FP8", (".weight_scale_inv", ".weight_scale", ".input_scale")),
@@ -71,6 +72,12 @@ def unquantised_problem(format: Format, weights: Mapping[str, StoredWeight], pat
     ]
 
 
+def turned(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How a stack of experts' matrices [experts, a, b] may be stored, too: transformers 5 writes them the other way
+    round. Anything else: as it is."""
+    return (shape[0], shape[2], shape[1]) if len(shape) == 3 else shape
+
+
 def _missing(expected: Mapping[str, tuple[int, ...]], entries: Mapping[str, StoredWeight], path: Path) -> Iterator[str]:
     missing = sorted(expected.keys() - entries.keys())
     if missing == [HEAD]:
@@ -92,7 +99,7 @@ def _unexpected(entries: Iterable[StoredWeight], path: Path) -> Iterator[str]:
 
 
 def _misshapen(tensors: list[tuple[tuple[int, ...], StoredWeight]]) -> Iterator[str]:
-    wrong = [(shape, entry) for shape, entry in tensors if shape != entry.shape]
+    wrong = [(shape, entry) for shape, entry in tensors if entry.shape not in (shape, turned(shape))]
     if wrong:
         shape, entry = wrong[0]
         others = f" ({len(wrong) - 1} more differ)" if len(wrong) > 1 else ""

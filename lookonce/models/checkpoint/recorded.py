@@ -70,11 +70,13 @@ def write(checkpoint: Checkpoint, half: Half, numbers: Sequence[float]) -> Path:
 
 
 def weights_of(checkpoint: Checkpoint, half: Half) -> str:
-    """What a record holds for: a half's tensors, and for the language half the checkpoint as a whole."""
+    """What a record holds for: a half's tensors, and for the language half the checkpoint as a whole. An adapter that
+    changes the half makes it another one."""
     if half is Half.VISION:
         settings = [checkpoint.family.vision_config(checkpoint.config), checkpoint.known_vision_weights()]
     else:
-        settings = [checkpoint.identity]
+        changed = checkpoint.adapter.digest(half) if checkpoint.adapter is not None else None
+        settings = [checkpoint.identity, *([changed] if changed is not None else [])]
     return blake3(canonical_json(settings), derive_key_context="lookonce 2026 self-check record").hexdigest()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lookonce.core.atomic_files import sync
 from lookonce.core.errors import CheckpointError
-from lookonce.models.checkpoint import files
+from lookonce.models.checkpoint import files, recorded
 from lookonce.models.checkpoint.check import check_checkpoint
 from lookonce.models.checkpoint.checkpoint import Checkpoint, identity_record
 from lookonce.models.checkpoint.writing import DEFAULT_SHARD_BYTES, TensorSpec, plan_by_bytes, write_json, write_shards
@@ -46,9 +46,9 @@ def split_checkpoint(
 
     Everything is written beside `out` first and renamed into place when it is whole, so `out` never holds half a split.
     Memory stays within one piece of one tensor. Each half states the source's identity and the digest of the vision
-    half's tensors (lookonce.json): the fingerprint is the same from the halves and from the whole. Raises
-    CheckpointError when `out` exists and isn't empty, unless `force` is given and it holds an earlier split; and when
-    the source lacks a half.
+    half's tensors (lookonce.json): the fingerprint is the same from the halves and from the whole. What
+    `lookonce verify --record` wrote beside the whole goes along. Raises CheckpointError when `out` exists and isn't
+    empty, unless `force` is given and it holds an earlier split; and when the source lacks a half.
     """
     out = Path(out).expanduser().absolute()
     found = check_checkpoint(model, revision=revision).usable()
@@ -116,7 +116,10 @@ def _write_half(
         sync(shard)
     for name in files.small_files({half}):
         if name != files.IDENTITY and (checkpoint.path / name).is_file():
+            (directory / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(checkpoint.path / name, directory / name)
+    if recorded.read(checkpoint, half) is not None:  # both halves state what it is of
+        shutil.copyfile(checkpoint.path / recorded.FILES[half], directory / recorded.FILES[half])
     write_json(directory / files.IDENTITY, identity_record(checkpoint, half))
     return len(shards)
 

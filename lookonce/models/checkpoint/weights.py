@@ -67,7 +67,10 @@ def load_weights(
     wanted = {name: entry for name, entry in entries.items() if name not in spare}
     added = checkpoint.adapter.added[half] if checkpoint.adapter is not None else {}
     reader = _Reader(dtype, where, added)
-    state = {name: tensor for file in _by_file(wanted) for name, tensor in reader.read(*file)}
+    read = (pair for file in _by_file(wanted) for pair in reader.read(*file))
+    state = {name: tensor if tensor.shape == expected[name].shape else tensor.mT for name, tensor in read}
+    if checkpoint.witness is not None:
+        checkpoint.witness(half, state)
     if tied:
         state[HEAD] = state[EMBEDDING]
     module.load_state_dict(state, strict=True, assign=True)
@@ -134,7 +137,12 @@ def _merged(weight: torch.Tensor, added: LowRank) -> torch.Tensor:
     """A float32 weight and what an adapter adds to it, in its place."""
     a, b = (_read_part(entry).float() for entry in (added.a, added.b))
     delta = (b.reshape(b.shape[0], -1) @ a.reshape(a.shape[0], -1)).mul_(added.scale)
-    return weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
+    weight.add_((delta.t() if added.embedding else delta).reshape(weight.shape))
+    if added.magnitude is None:
+        return weight
+    outputs = weight.t() if added.embedding else weight.reshape(weight.shape[0], -1)
+    outputs.mul_((_read_part(added.magnitude).float().reshape(-1) / outputs.norm(dim=1))[:, None])
+    return weight
 
 
 def _read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

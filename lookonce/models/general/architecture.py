@@ -5,7 +5,9 @@ Nothing is read and nothing computed here: parameters on the meta device have a 
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,8 +24,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from lookonce.core.errors import CheckpointError
 from lookonce.models.family import Half
+from lookonce.models.general.joined import Group, groups_of, in_parts
 
-_DECODER, _HEAD = "model.", "lm_head."
+_TOWER, _QUERYING = "vision_model", ("query_tokens", "qformer", "language_projection")
 _building = threading.Lock()
 
 
@@ -39,8 +42,9 @@ class Place:
 class Architecture:
     """One config.json's class. Raises CheckpointError for what transformers can't build of it."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self.raw = config
+    def __init__(self, config: dict[str, Any], *, in_parts: bool = False) -> None:
+        """`in_parts`: the files hold apart what the class has joined."""
+        self.raw, self.in_parts = config, in_parts
         self.config = parsed(config)
         self.cls: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
 
@@ -84,14 +88,45 @@ class Architecture:
         return module_name(self.model, self.model.get_output_embeddings())
 
     @cached_property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the language model is an encoder and a decoder."""
+        return bool(self.config.is_encoder_decoder or self.config.get_text_config().is_encoder_decoder)
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether a Q-Former reads the question beside an image's rows, which are then its tower's own: with the
+        question's text it belongs to the language half (InstructBLIP, arXiv:2305.06500)."""
+        parameters = inspect.signature(getattr(self.cls, "get_image_features", self.cls.forward)).parameters
+        return "qformer_input_ids" in parameters and all(hasattr(self.model, name) for name in (_TOWER, *_QUERYING))
+
+    @cached_property
+    def language(self) -> dict[str, str]:
+        """What the language half holds: modules and parameters of the class, and their names in the half; of two that
+        a tensor lies in, the first. Raises CheckpointError."""
+        further = {name: name for name in _QUERYING} if self.reads_text else {}
+        if not self.is_encoder_decoder:
+            return {self.decoder_name: "model", self.head_name: "lm_head"} | further
+        owner = self.head_name.rpartition(".")[0]
+        embedding = module_name(self.model, self.model.get_input_embeddings())
+        if not owner or not embedding.startswith(f"{owner}."):
+            raise CheckpointError(
+                f"config.json: {self.cls.__name__} is not served by the general path: its encoder and decoder are not "
+                "one module; use vLLM or transformers for it"
+            )
+        return {embedding: "model.embed_tokens", self.head_name: "lm_head", owner: "model"} | further
+
+    @cached_property
     def places(self) -> dict[str, Place]:
-        """Every tensor of the class by its name there."""
-        return {name: self._place(name, tuple(x.shape)) for name, x in self.model.state_dict().items()}
+        """Every tensor of the class by its name there; of an encoder and a decoder that share an embedding, once."""
+        shared = set(self.model.all_tied_weights_keys or ()) if self.is_encoder_decoder else set()
+        shared.discard(f"{self.head_name}.weight")
+        state = self._meta_state.items()
+        return {name: self._place(name, tuple(x.shape)) for name, x in state if name not in shared}
 
     def _place(self, name: str, shape: tuple[int, ...]) -> Place:
-        for module, replacement in ((self.decoder_name, _DECODER), (self.head_name, _HEAD)):
-            if name.startswith(f"{module}."):
-                return Place(Half.LANGUAGE, replacement + name[len(module) + 1 :], shape)
+        for owned, called in self.language.items():
+            if f"{name}.".startswith(f"{owned}."):
+                return Place(Half.LANGUAGE, called + name[len(owned) :], shape)
         return Place(Half.VISION, name, shape)
 
     @cached_property
@@ -106,23 +141,42 @@ class Architecture:
         return [each for each in found if not isinstance(each, WeightConverter)], joins
 
     def locate(self, stored: str) -> Place | None:
-        """The place of a stored tensor; None for a buffer that older files hold. Raises CheckpointError for others."""
+        """The place of a stored tensor; None for a buffer that older files hold, and for what the class leaves out.
+        Raises CheckpointError for others."""
+        if any(re.match(pattern, stored) for pattern in self.cls._keys_to_ignore_on_load_unexpected or ()):
+            return None
         renamings, joins = self._conversions
-        name, joined = rename_source_key(stored, renamings, joins, self.model.base_model_prefix, self._meta_state)
+        name, joined = rename_source_key(
+            stored, renamings, [] if self.in_parts else joins, self.model.base_model_prefix, self._meta_state
+        )
         if joined is not None:
             raise CheckpointError(
-                f"tensor {stored!r} is stored in parts that transformers joins when it loads them, which the general "
-                "path does not; save the model anew with transformers' save_pretrained"
+                f"tensor {stored!r} is stored in parts beside others that are stored joined; save the model anew with "
+                "transformers' save_pretrained"
             )
         place = self.places.get(name)
-        if place is None and name not in self._buffers and not self._is_ignored(name):
+        if place is None and name not in self._meta_state and name not in self._buffers and not self._is_ignored(name):
             raise CheckpointError(f"tensor {stored!r} belongs to no part of {self.cls.__name__}")
         return place
 
     @cached_property
     def _meta_state(self) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = self.model.state_dict()
-        return state
+        return in_parts(self.groups, state) if self.in_parts else state
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        """What is joined of parts; none where the files hold it joined."""
+        return groups_of(self.model, self._conversions[1], self.model.state_dict()) if self.in_parts else []
+
+    def groups_in(self, half: Half) -> list[Group]:
+        """Those of one half."""
+        return [group for group in self.groups if self._place(group.joined[0], ()).half is half]
+
+    def is_part(self, stored: str) -> bool:
+        """Whether a stored tensor is one that transformers joins with others."""
+        renamings, joins = self._conversions
+        return bool(joins) and rename_source_key(stored, renamings, joins)[1] is not None
 
     @cached_property
     def _buffers(self) -> frozenset[str]:

@@ -17,8 +17,12 @@ from transformers.masking_utils import AttentionMaskInterface
 from lookonce.models.text_adapter import Attend
 
 NAME = "lookonce"
-_UNKNOWN = ("softcap", "s_aux", "position_bias")
+_UNKNOWN = ("s_aux", "position_bias")
 _step = threading.local()
+
+
+Limits = dict[int, tuple[int | None, float | None, bool]]
+"""What layers ask for, by their numbers: a sliding window, a soft cap of scores, and whether they are causal."""
 
 
 class Unpacked(Exception):
@@ -26,14 +30,14 @@ class Unpacked(Exception):
 
 
 @contextmanager
-def attending(attend: Attend, windows: set[int] | None = None) -> Iterator[None]:
-    """Text models that run in this thread meanwhile attend by it. `windows` is given the sliding windows that layers
-    ask for; `Attend` has none, so sequences must be no longer."""
-    _step.attend, _step.windows = attend, windows
+def attending(attend: Attend, limits: Limits | None = None) -> Iterator[None]:
+    """Text models that run in this thread meanwhile attend by it. `limits` is told what else layers ask for, which
+    an engine reads in the model's shape."""
+    _step.attend, _step.limits = attend, limits
     try:
         yield
     finally:
-        del _step.attend, _step.windows
+        del _step.attend, _step.limits
 
 
 def _attention(
@@ -51,12 +55,11 @@ def _attention(
             raise Unpacked(name)
     if attention_mask is not None:
         raise Unpacked("a mask of its own")
-    if options.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise Unpacked("attention both ways")
     if key.shape != value.shape or key.shape[2] != query.shape[2]:
         raise Unpacked("keys of another size than values or queries")
-    if _step.windows is not None and options.get("sliding_window") is not None:
-        _step.windows.add(int(options["sliding_window"]))
+    if _step.limits is not None:
+        causal = options.get("is_causal", getattr(module, "is_causal", True)) is not False
+        _step.limits[module.layer_idx] = (options.get("sliding_window"), options.get("softcap"), causal)
     size = query.shape[-1]
     own = size**-0.5
     if scaling is not None and scaling != own:

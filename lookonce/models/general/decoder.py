@@ -1,8 +1,10 @@
-"""The language half: transformers' text model and output head as a packed adapter."""
+"""The language half: transformers' text model and output head as a packed adapter, on one device or several."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,18 +16,26 @@ from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.attention import NAME, attending
+from lookonce.models.general.joined import apart
 from lookonce.models.general.limits import Calls, attention_calls
+from lookonce.models.general.placing import bring_together
 from lookonce.models.general.positions import position_rows
-from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
+from lookonce.models.general.recurrent import Renumbered, intercept, recurring
+from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Recur, Stage
 
 
 class GeneralText:
-    """A `ModelAdapter` over a class whose vision half has no weights. Called from one thread at a time."""
+    """A `RecurrentAdapter` over a class whose vision half has no weights. Called from one thread at a time."""
 
-    def __init__(self, model: Any, decoder_name: str, head: nn.Module, shape: ModelShape) -> None:
-        """The module of that name and `head` are modules of `model`, filled."""
+    def __init__(
+        self, model: Any, decoder_name: str, head: nn.Module, shape: ModelShape, places: Sequence[int]
+    ) -> None:
+        """The module of that name and `head` are modules of `model`, filled; `places` are the layers that attend."""
         self.model, self.decoder_name = model, decoder_name
+        self._numbers = {place: number for number, place in enumerate(places)}
+        self._renumber = list(places) != list(range(len(places)))
         self._decoder, self._head, self._shape = model.get_submodule(decoder_name), head, shape
+        self._softcap: float | None = getattr(self._decoder.config, "final_logit_softcapping", None)
 
     @property
     def shape(self) -> ModelShape:
@@ -44,16 +54,20 @@ class GeneralText:
         attend: Attend,
         rows: torch.Tensor,
         deepstack: Sequence[Deepstack] = (),
+        recur: Recur | None = None,
     ) -> torch.Tensor:
         """[T, hidden] at positions int64 [r, T] -> logits [len(rows), vocabulary] of the rows asked for."""
+        if self._renumber:
+            attend = Renumbered(attend, self._numbers)
         everything = torch.ones_like(positions[:1])  # a mask given is not searched for in the positions
         places = positions if len(positions) == 1 else positions[:, None]
-        with attending(attend):
+        with attending(attend), nullcontext() if recur is None else recurring(recur):
             out = self._decoder(
                 inputs_embeds=hidden[None], attention_mask=everything, position_ids=places, use_cache=False
             )
-        logits: torch.Tensor = self._head(out.last_hidden_state[0].index_select(0, rows))
-        return logits
+        found = out.last_hidden_state[0]
+        logits: torch.Tensor = self._head(found.index_select(0, rows.to(found.device)))
+        return logits if self._softcap is None else logits.div_(self._softcap).tanh_().mul_(self._softcap)
 
 
 class Carrier(nn.Module):
@@ -70,27 +84,33 @@ def load_text(
     where: Callable[[str], torch.device],
     devices: Sequence[torch.device],
 ) -> GeneralText:
-    """Read the language half. Raises CheckpointError."""
-    if len(set(devices)) > 1:
-        raise CheckpointError(
-            f"{checkpoint.path}: {architecture.cls.__name__} is served by the general path, which keeps the layers on "
-            "one device; leave out --device-map"
-        )
+    """Read the language half, each tensor to `where` it belongs; `devices` are the layers'. Raises CheckpointError."""
     calls = attention_calls(architecture)
+    if calls.states and len(set(devices)) > 1:
+        raise CheckpointError(
+            f"{checkpoint.path}: {architecture.cls.__name__} has recurrent state, which is kept on one device; leave "
+            "out --device-map"
+        )
     model, half = architecture.hollow(dtype), Carrier()
     half.model, half.lm_head = (model.get_submodule(n) for n in (architecture.decoder_name, architecture.head_name))
-    load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
-    for buffered in (half.model, half.lm_head):
-        buffered.to(devices[0])
+    with apart(model, architecture.groups_in(Half.LANGUAGE)):
+        load_weights(half, checkpoint, Half.LANGUAGE, dtype=dtype, device=where)
+    bring_together(half.model, half.lm_head, devices)
     for module in model.modules():  # classes ask their first parameter for a device
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
                 module._parameters[name] = None
     half.model.set_attn_implementation(NAME)
-    return GeneralText(model, architecture.decoder_name, half.lm_head, _shape(architecture, calls, dtype, devices))
+    intercept(half.model.layers)
+    shape = shape_of(architecture, calls, dtype, devices)
+    return GeneralText(model, architecture.decoder_name, half.lm_head, shape, calls.attending)
 
 
-def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]) -> ModelShape:
+def shape_of(
+    architecture: Architecture, calls: Calls, dtype: torch.dtype, devices: Sequence[torch.device]
+) -> ModelShape:
+    """What the engine is told of a class in this dtype, each layer on its device."""
+    homes = (devices[place] for place in calls.attending)
     longest = getattr(architecture.config.get_text_config(), "max_position_embeddings", None) or 32768
     return ModelShape(
         layers=calls.layers,
@@ -99,8 +119,11 @@ def _shape(architecture: Architecture, calls: Calls, dtype: torch.dtype, devices
         head_dim=calls.head_dim,
         hidden=int(architecture.model.get_submodule(architecture.decoder_name).embed_tokens.weight.shape[1]),
         vocabulary=int(architecture.model.get_output_embeddings().weight.shape[0]),
-        context=min(int(longest), calls.window or int(longest)),
+        context=int(longest),
         dtype=dtype,
-        stages=(Stage(devices[0], calls.layers),),
+        stages=tuple(Stage(device, len(list(layers))) for device, layers in groupby(homes)),
         position_rows=position_rows(architecture.model),
+        states=tuple(state.tensor(dtype) for state in calls.states),
+        attends_last=calls.attends_last,
+        rules=calls.rules,
     )

@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lookonce.core.errors import CheckpointError
+from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.models.checkpoint.checkpoint import Checkpoint
 from lookonce.models.checkpoint.weights import load_weights
 from lookonce.models.family import Half, Patches
 from lookonce.models.general.architecture import Architecture
 from lookonce.models.general.family import bounded
+from lookonce.models.general.joined import apart
 from lookonce.models.general.processor import Processor
+from lookonce.models.general.qformer import fold, folded_shape
 from lookonce.models.omp_thread import Pause
 
 _NO_PIXELS = np.zeros((0,), dtype=np.uint8)
@@ -31,6 +33,7 @@ class Prepared(Patches):
     """An image as the checkpoint's image processor leaves it."""
 
     inputs: dict[str, Any] = field(default_factory=dict)
+    among_others: tuple[dict[str, Any], int] | None = None  # the same as the first of several, and rows of it
 
     @property
     def count(self) -> int:
@@ -42,7 +45,16 @@ class Prepared(Patches):
 class GeneralEncoder:
     """A `VisionEncoder`. `encode` is called from one thread at a time."""
 
-    def __init__(self, model: Any, processor: Processor, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: Processor,
+        dtype: torch.dtype,
+        device: torch.device,
+        folded: tuple[int, int] | None = None,
+    ) -> None:
+        """`folded`: shape of an embedding that holds the tower's own rows (see `qformer`)."""
+        self._folded = folded
         self.model, self.dtype, self.device = model, dtype, device
         self._processor = processor
         self._names = frozenset(inspect.signature(type(model).get_image_features).parameters)
@@ -56,8 +68,14 @@ class GeneralEncoder:
         columns, rows = bounded(width, height, min_pixels, max_pixels)
         if (columns, rows) != image.size:
             image = image.resize((columns, rows), resample=Image.Resampling.BICUBIC)
-        inputs = {name: x for name, x in self._processor.inputs(image).items() if name in self._names}
-        return Prepared(_NO_PIXELS, (1, rows, columns), width, height, inputs)
+        among = self._processor.inputs_among_others(image) if self._processor.among_others else None
+        taken = among and (self._taken(among[0]), among[1])
+        return Prepared(
+            _NO_PIXELS, (1, rows, columns), width, height, self._taken(self._processor.inputs(image)), taken
+        )
+
+    def _taken(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: x for name, x in inputs.items() if name in self._names}
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[Patches], pause: Pause = lambda: None) -> list[torch.Tensor]:
@@ -66,14 +84,26 @@ class GeneralEncoder:
         for prepared in batch:
             if not isinstance(prepared, Prepared):
                 raise TypeError(f"{type(prepared).__name__} was prepared by another encoder")
-            rows.append(self._one(prepared).to("cpu"))
+            found = self._one(prepared.inputs)
+            if prepared.among_others is not None:
+                inputs, count = prepared.among_others
+                found = torch.cat([found, self._one(inputs)[:count]])
+            rows.append(found.to("cpu"))
             pause()
         return rows
 
     def warm_up(self) -> None:
         """Encode one small image. Raises CheckpointError when it has other rows than it has tokens in a prompt."""
         image = Image.effect_noise((96, 64), 100).convert("RGB")
-        (rows,) = self.encode([self.prepare(image, 1, 96 * 64)])
+        try:
+            (rows,) = self.encode([self.prepare(image, 1, 96 * 64)])
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            if isinstance(error, LookonceError):
+                raise
+            raise CheckpointError(
+                f"{type(self.model).__name__} can't encode what its processor makes of an image "
+                f"({type(error).__name__}); take config.json and preprocessor_config.json from the same repository"
+            ) from error
         tokens = self._processor.rows_of(image)
         if len(rows) != tokens:
             raise CheckpointError(
@@ -81,10 +111,13 @@ class GeneralEncoder:
                 "tokens for it; take config.json and preprocessor_config.json from the same repository"
             )
 
-    def _one(self, prepared: Prepared) -> torch.Tensor:
-        inputs = {name: self._placed(x) for name, x in prepared.inputs.items()}
+    def _one(self, prepared: dict[str, Any]) -> torch.Tensor:
+        inputs = {name: self._placed(x) for name, x in prepared.items()}
+        if self._folded is not None:
+            return fold(self.model.vision_model(**inputs).last_hidden_state[0], self._folded).to(self.dtype)
         features = self.model.get_image_features(**inputs, return_dict=True)
-        if getattr(features, "deepstack_features", None) is not None:
+        deepstack = getattr(features, "deepstack_features", None)
+        if deepstack is not None and len(deepstack):
             raise CheckpointError(f"{type(self.model).__name__} has deepstack features, which a record doesn't hold")
         found = features.pooler_output
         parts = [found] if torch.is_tensor(found) else list(found)
@@ -101,10 +134,16 @@ def load_encoder(
 ) -> GeneralEncoder:
     """Read the vision half. Raises CheckpointError."""
     model = architecture.hollow(dtype)
-    for name in (architecture.decoder_name, architecture.head_name):
+    for name in sorted(architecture.language, key=len):  # what a module holds goes with it
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, nn.Module())
-    load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
+        owner = model.get_submodule(parent)
+        if last in owner._parameters:
+            del owner._parameters[last]
+        elif last in owner._modules:
+            owner._modules[last] = nn.Module()
+    with apart(model, architecture.groups_in(Half.VISION)):
+        load_weights(model, checkpoint, Half.VISION, dtype=dtype, device=device)
     model.to(device)
     processor = Processor(checkpoint.path, architecture.config, tokenizer=False)
-    return GeneralEncoder(model, processor, dtype, device)
+    folded = folded_shape(architecture) if architecture.reads_text else None
+    return GeneralEncoder(model, processor, dtype, device, folded)

@@ -26,7 +26,7 @@ from lookonce.models.kernels.structs import (
     pointer,
 )
 from lookonce.models.kernels.text_rows import Gather, Norm, Rotation, TextRows
-from lookonce.models.linear import LayerWeights
+from lookonce.models.linear import GatedMlp, LayerWeights
 from lookonce.models.text_adapter import AttentionCalls, ModelShape
 
 _SINGLE_THREADED = 1 << 22  # multiplications of a step up to which other threads don't pay
@@ -89,7 +89,7 @@ class TextLayers:
         self._sizes = {
             **rows.sizes,
             "projected": sum(self._heads) * shape.head_dim,
-            "inner": _panels(layers[0].gate_up).columns,
+            "inner": _panels(layers[0].mlp.matrices[0]).columns,
         }
         matrices = [_panels(matrix) for layer in layers for matrix in layer.matrices]
         self._work = sum(matrix.depth * matrix.columns for matrix in matrices)
@@ -165,8 +165,9 @@ class TextLayers:
             rows, hidden, mixed = Step.wanted, Step.last, Step.last_mixed
         yield _product("product_plus", layer.output, rows, mixed, hidden)
         yield self._normed(layer.mlp_norm, rows, hidden, Step.normed)
-        yield _product("product_gated", layer.gate_up, rows, Step.normed, Step.inner)
-        yield _product("product_plus", layer.down, rows, Step.inner, hidden)
+        gate_up, down = layer.mlp.matrices
+        yield _product("product_gated", gate_up, rows, Step.normed, Step.inner)
+        yield _product("product_plus", down, rows, Step.inner, hidden)
 
     def _normed(self, weight: torch.Tensor, rows: Field, source: Field, out: Field) -> _Kernel:
         struct = Norm.fill(Norm.one(), self._sizes, weight=weight)
@@ -197,6 +198,7 @@ def layers_for(
 ) -> TextLayers | None:
     """The layers by kernels, where there are some for all that they do."""
     laid_out = all(isinstance(matrix, PanelLinear | PanelGatedUnit) for layer in layers for matrix in layer.matrices)
-    if not laid_out or shape.heads * shape.head_dim != shape.hidden:
+    gated = all(isinstance(layer.mlp, GatedMlp) for layer in layers)
+    if not laid_out or not gated or shape.heads * shape.head_dim != shape.hidden:
         return None
     return TextLayers(layers, norm, rows, shape)

@@ -14,7 +14,13 @@ from numpy.typing import NDArray
 from lookonce.core.errors import CheckpointError, invalid
 from lookonce.models.family import Dimensions, Family, Grid, Half, Layout, Marker, SpecialTokens, VisionEncoder
 from lookonce.models.qwen2_vl.architecture import Architecture, Qwen2VLArchitecture, architecture_of, tensor_shapes
-from lookonce.models.qwen2_vl.limits import model_problems, preprocessor_problems, text_problems, vision_problems
+from lookonce.models.qwen2_vl.limits import (
+    EMBEDDING_CLASSES,
+    model_problems,
+    preprocessor_problems,
+    text_problems,
+    vision_problems,
+)
 from lookonce.models.qwen2_vl.rope import extended
 
 if TYPE_CHECKING:
@@ -78,6 +84,9 @@ class Qwen2VL:
         "temporal_patch_size": 2,
     }
     """Every setting of vision_config that decides what the tower computes."""
+    vector_prompt = ("You are a helpful assistant.", "<|endoftext|>")
+    """GME-Qwen2-VL's (arXiv:2412.16855)."""
+    embedding_classes = EMBEDDING_CLASSES
     row_width = "hidden_size"
     """What vision_config calls the width of an embedding's rows."""
     layouts = "visual.*, model.* and lm_head.*"
@@ -271,6 +280,24 @@ class Qwen2VL:
         model, head = load_language_model(checkpoint, dtype, where)
         return Qwen2VLAdapter(model, head, quantization=quantization, devices=devices, native=native)
 
+    def load_vectors(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        where: Callable[[str], torch.device],
+        devices: Sequence[torch.device],
+        *,
+        quantization: str = "none",
+        native: bool = True,
+    ) -> ModelAdapter:
+        """See `EmbeddingFamily`: the rows that the output head would be given."""
+        adapter: Any = self.load_text(
+            checkpoint, dtype, where, devices, quantization=quantization, native=native
+        )  # a Qwen2VLAdapter, in every family of this line
+        adapter.drop_head()
+        loaded: ModelAdapter = adapter
+        return loaded
+
     def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain | None:
         """None for a successor that has none of its own."""
         from lookonce.models.qwen2_vl.plain import PlainQwen2VL
@@ -281,7 +308,9 @@ class Qwen2VL:
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width to resize to: multiples of `factor`, the product within the bounds where the ratio allows.
 
-    Same arithmetic as transformers' function of this name, float rounding included.
+    Same arithmetic as transformers' function of this name, float rounding included. Sides of an enlarged image are
+    rounded up: it has fewer than min_pixels + factor * (height + width) * s + factor**2 pixels, s = sqrt(min_pixels /
+    (height * width)), which may be above the max. That isn't clamped: the bounds as given are in the embedding's key.
     """
     rows, columns = round(height / factor) * factor, round(width / factor) * factor
     if rows * columns > max_pixels:

@@ -34,12 +34,17 @@ _PREPROCESSOR = "preprocessor_config.json"
 _PREPROCESSOR_FROM_REPOSITORY = f"take {_PREPROCESSOR} from the model's repository"
 
 
+EMBEDDING_CLASSES = "GmeQwen2VL"
+"""How the classes are called that repositories of embedding models bring along: a model whose head is not used."""
+
+
 def model_problems(config: dict[str, Any], model_class: str) -> Iterator[str]:
     """What says that the checkpoint is another kind of model than `model_class`, which answers."""
     stated = config.get("architectures")
-    if isinstance(stated, list) and stated and model_class not in map(str, stated):
+    named = [str(name) for name in stated] if isinstance(stated, list) else []
+    if named and model_class not in named and not any(name.startswith(EMBEDDING_CLASSES) for name in named):
         yield (
-            f"config.json: architectures is {', '.join(map(str, stated))}, a model with another head or none "
+            f"config.json: architectures is {', '.join(named)}, a model with another head or none "
             f"(embedding, reward, classification); use a checkpoint of {model_class}"
         )
 

@@ -155,12 +155,12 @@ class TextMlp(nn.Module):
 class TextLayer(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: dict[str, Any], attention: nn.Module) -> None:
+    def __init__(self, config: dict[str, Any], attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config["hidden_size"])
         self.self_attn = attention
         self.post_attention_layernorm = nn.RMSNorm(config["hidden_size"])
-        self.mlp = TextMlp(config)
+        self.mlp = mlp
 
 
 class TextModel(nn.Module):
@@ -168,6 +168,7 @@ class TextModel(nn.Module):
 
     rotary: type[Rotary] = Rotary
     attention: type[nn.Module] = TextAttention
+    mlp: type[nn.Module] = TextMlp
     problems: Callable[[dict[str, Any], str], Iterable[str]] = staticmethod(text_problems)
     """What of its settings, by a family of some label, can't be computed."""
 
@@ -179,7 +180,7 @@ class TextModel(nn.Module):
         rows = torch.empty(config["vocab_size"], config["hidden_size"])
         self.embed_tokens = nn.Embedding.from_pretrained(rows, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(
-            TextLayer(config, self.attention(config)) for _ in range(config["num_hidden_layers"])
+            TextLayer(config, self.attention(config), self.mlp(config)) for _ in range(config["num_hidden_layers"])
         )
         self.norm = nn.RMSNorm(config["hidden_size"])
 
@@ -217,11 +218,26 @@ def load_language_model(
     differ from tensor to tensor.
 
     Raises CheckpointError."""
+    vocabulary = checkpoint.family.text_config(checkpoint.config).get("vocab_size", 0)  # one that lacks is refused
+    return load_text_model(checkpoint, dtype, device, "lm_head", vocabulary, kind=kind)
+
+
+def load_text_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device | str | Where,
+    head_name: str,
+    head_width: int,
+    *,
+    bias: bool = False,
+    kind: type[TextModel] = TextModel,
+) -> tuple[TextModel, nn.Linear]:
+    """The language half with a head of that name and width behind it, as `load_language_model`."""
     config = text_settings(checkpoint, kind)
     with torch.device("meta"):
         model = kind(config)
-        head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
-    halves = nn.ModuleDict({"model": model, "lm_head": head})
+        head = nn.Linear(config["hidden_size"], head_width, bias=bias)
+    halves = nn.ModuleDict({"model": model, head_name: head})
     load_weights(halves, checkpoint, Half.LANGUAGE, dtype=dtype, device=device)
     return _frozen(model), _frozen(head)
 

@@ -78,6 +78,13 @@ class PlainQwen2VL:
     @torch.inference_mode()
     def logits(self, prompts: Sequence[PlainPrompt]) -> list[torch.Tensor]:
         """See `Plain`."""
+        rows, weights = self.rows_for_head(prompts), Weights(self._checkpoint, Half.LANGUAGE, self._dtype)
+        found = weights.vocabulary_logits(torch.cat(rows))
+        return list(torch.split(found, [prompt.last for prompt in prompts]))
+
+    @torch.inference_mode()
+    def rows_for_head(self, prompts: Sequence[PlainPrompt]) -> list[torch.Tensor]:
+        """See `PlainVectors`."""
         weights = Weights(self._checkpoint, Half.LANGUAGE, self._dtype)
         epsilon = float(self.text.get("rms_norm_eps", 1e-5))
         turns = [self.angles(prompt.positions) for prompt in prompts]
@@ -93,15 +100,23 @@ class PlainQwen2VL:
             ]
             x = x + weights.linear(f"{name}.self_attn.o_proj", torch.cat(mixed))
             normed = rms_normed(x, weights(f"{name}.post_attention_layernorm.weight"), epsilon)
-            gate, up = (weights.linear(f"{name}.mlp.{part}_proj", normed) for part in ("gate", "up"))
-            x = x + weights.linear(f"{name}.mlp.down_proj", functional.silu(gate) * up)
+            x = x + self.mlp(weights, f"{name}.mlp", normed)
             for part, prompt in zip(torch.split(x, lengths), prompts, strict=True):
                 if number + 1 < len(prompt.rows):  # a level of the deepstack
                     level = prompt.rows[number + 1].to(self._dtype).float()
                     part[prompt.start : prompt.start + len(level)] += level
         wanted = torch.cat([x[-prompt.last :] for x, prompt in zip(torch.split(x, lengths), prompts, strict=True)])
-        found = weights.vocabulary_logits(rms_normed(wanted, weights("model.norm.weight"), epsilon))
+        found = self.projected_rows(weights, rms_normed(wanted, weights("model.norm.weight"), epsilon))
         return list(torch.split(found, [prompt.last for prompt in prompts]))
+
+    def projected_rows(self, weights: Weights, rows: torch.Tensor) -> torch.Tensor:
+        """Of a model with a projection before its vectors: here as they are."""
+        return rows
+
+    def mlp(self, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+        """SwiGLU of [T, hidden]."""
+        gate, up = (weights.linear(f"{name}.{part}_proj", x) for part in ("gate", "up"))
+        return weights.linear(f"{name}.down_proj", functional.silu(gate) * up)
 
     def angles(self, positions: torch.Tensor) -> Angles:
         """Each section of the frequencies follows its own row of the positions [3, T]."""

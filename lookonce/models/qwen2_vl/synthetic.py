@@ -30,13 +30,22 @@ _PIECE = 1 << 22  # values drawn at once
 _BIAS_SPREAD = 0.05
 _NORM_SPREAD = 0.05
 _LOGIT_SPREAD = 2.0
-_RESIDUAL = ("attn.proj.weight", "mlp.fc2.weight", "mlp.linear_fc2.weight", "o_proj.weight", "down_proj.weight")
+_STACKS = ("experts.gate_up_proj", "experts.down_proj")  # [experts, in, out]
+_RESIDUAL = (
+    "attn.proj.weight",
+    "mlp.fc2.weight",
+    "mlp.linear_fc2.weight",
+    "o_proj.weight",
+    "down_proj.weight",
+    "experts.down_proj",
+)
 _QK_NORMS = ("q_norm.weight", "k_norm.weight")
 _GAINS = (
     ("q_proj.weight", 1.7),
     ("k_proj.weight", 1.7),
     ("o_proj.weight", 12.0),
     ("down_proj.weight", 4.0),
+    ("experts.down_proj", 4.0),
     ("attn.proj.weight", 2.0),
     ("mlp.fc2.weight", 2.0),
     ("mlp.linear_fc2.weight", 2.0),
@@ -145,7 +154,8 @@ def _scale(arch: Architecture, half: Half, name: str, shape: tuple[int, ...]) ->
     gain = next((gain for ending, gain in _GAINS if name.endswith(ending)), 1.0)
     if name.endswith(_RESIDUAL):
         gain /= math.sqrt(depth)
-    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+    inputs = shape[1] if name.endswith(_STACKS) else math.prod(shape[1:])
+    return 0.0, gain / math.sqrt(inputs)
 
 
 def _encode(values: np.ndarray, dtype: str) -> bytes:

@@ -8,24 +8,34 @@ flows through them moves along.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 
 from lookonce.models.compiled import text_layers, text_rows
-from lookonce.models.linear import LayerWeights, Linear, PlainLinear, gated_unit, linear, rounded_up
+from lookonce.models.linear import GatedMlp, LayerWeights, Linear, Mlp, PlainLinear, gated_unit, linear, rounded_up
 from lookonce.models.qwen2_vl.modules import rms_norm
 from lookonce.models.text_adapter import Attend, Deepstack, ModelShape, Stage
 
 _SMALL_HEAD = 64 << 20  # bytes up to which a tied head is held a second time, to be computed faster
 
 
+def gated_mlp(module: Any, device: torch.device, quantization: str, *, native: bool) -> Mlp:
+    """A layer's MLP, of a module that loses its weights."""
+    gate, up = (_taken(matrix).to(device) for matrix in (module.gate_proj, module.up_proj))
+    unit = gated_unit(gate, up, quantization=quantization, native=native)
+    return GatedMlp(unit, linear([_taken(module.down_proj).to(device)], quantization=quantization, native=native))
+
+
 class Qwen2VLAdapter:
     """A `ModelAdapter` over transformers' Qwen2VLTextModel and an output head."""
+
+    make_mlp: ClassVar[Callable[..., Mlp]] = staticmethod(gated_mlp)
+    """(module, device, quantization, native=) -> what computes it; the module loses its weights."""
 
     def __init__(
         self,
@@ -43,10 +53,11 @@ class Qwen2VLAdapter:
         `deepstack`: see `ModelShape`."""
         config = model.config
         self._embedding: torch.Tensor = model.embed_tokens.weight.data
-        vocabulary = head.weight.shape[0]
         self._norm: torch.Tensor = model.norm.weight.data
         self._head_device = head.weight.device
-        self._head = _head(head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native)
+        self._head: Callable[[torch.Tensor], torch.Tensor] = _head(
+            head, self._embedding, tied=head.weight is model.embed_tokens.weight, native=native
+        )
         self._epsilon = float(config.rms_norm_eps)
         if getattr(model, "has_sliding_layers", False):
             raise ValueError("sliding-window attention is not supported")
@@ -54,7 +65,10 @@ class Qwen2VLAdapter:
         self._borders = {
             index: devices[index] for index in range(1, len(devices)) if devices[index] != devices[index - 1]
         }
-        self._layers = [_layer(*pair, quantization, native=native) for pair in zip(model.layers, devices, strict=True)]
+        self._layers = [
+            _layer(*pair, quantization, self.make_mlp, native=native)
+            for pair in zip(model.layers, devices, strict=True)
+        ]
         rotary = model.rotary_emb
         self._frequencies: torch.Tensor = rotary.inv_freq.detach().float().to(self._embedding.device)  # [d / 2]
         self._rope_scale = float(rotary.attention_scaling)
@@ -67,7 +81,7 @@ class Qwen2VLAdapter:
             kv_heads=config.num_key_value_heads,
             head_dim=2 * len(self._frequencies),
             hidden=config.hidden_size,
-            vocabulary=vocabulary,
+            vocabulary=self._embedding.shape[0],
             context=config.max_position_embeddings,
             dtype=self._embedding.dtype,
             stages=tuple(Stage(place, len(list(layers))) for place, layers in groupby(devices)),
@@ -85,6 +99,10 @@ class Qwen2VLAdapter:
     def shape(self) -> ModelShape:
         """The model's dimensions."""
         return self._shape
+
+    def drop_head(self) -> None:
+        """From now on `forward` answers the rows that the head would be given: of an embedding model."""
+        self._head, self._head_device = _as_they_are, self._norm.device
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, hidden]."""
@@ -116,7 +134,7 @@ class Qwen2VLAdapter:
             else:
                 mixed = self._padded(mixed)
             hidden = layer.output.plus(mixed, hidden)
-            hidden = layer.down.plus(layer.gate_up(self._rms(hidden, layer.mlp_norm)), hidden)
+            hidden = layer.mlp.plus(self._rms(hidden, layer.mlp_norm), hidden)
             if index < min(last, self._shape.deepstack):  # behind the last layer are no image's rows
                 for added in deepstack:
                     hidden[added.first : added.first + added.rows.shape[1]] += added.rows[index].to(hidden.device)
@@ -187,19 +205,19 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return out
 
 
-def _layer(layer: Any, device: torch.device, quantization: str, *, native: bool) -> LayerWeights:
-    attention, mlp = layer.self_attn, layer.mlp
+def _layer(
+    layer: Any, device: torch.device, quantization: str, make_mlp: Callable[..., Mlp], *, native: bool
+) -> LayerWeights:
+    attention = layer.self_attn
     qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
     biases = [] if attention.q_proj.bias is None else [module.bias.data.to(device) for module in qkv]
-    gate, up = (_taken(module).to(device) for module in (mlp.gate_proj, mlp.up_proj))
     matrix = partial(linear, quantization=quantization, native=native)
     return LayerWeights(
         input_norm=layer.input_layernorm.weight.data.to(device),
         qkv=matrix([_taken(module).to(device) for module in qkv], biases),
         output=matrix([_taken(attention.o_proj).to(device)]),
         mlp_norm=layer.post_attention_layernorm.weight.data.to(device),
-        gate_up=gated_unit(gate, up, quantization=quantization, native=native),
-        down=matrix([_taken(mlp.down_proj).to(device)]),
+        mlp=make_mlp(layer.mlp, device, quantization, native=native),
         qk_norm=_qk_norm(attention, device),
     )
 
@@ -211,6 +229,10 @@ def _qk_norm(attention: Any, device: torch.device) -> torch.Tensor | None:
     weights = [module.weight.data.to(device) for module in (attention.q_norm, attention.k_norm)]
     heads = (module.out_features // len(weights[0]) for module in (attention.q_proj, attention.k_proj))
     return torch.cat([weight.expand(count, -1) for weight, count in zip(weights, heads, strict=True)])
+
+
+def _as_they_are(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 def _head(head: torch.nn.Linear, embedding: torch.Tensor, *, tied: bool, native: bool) -> Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 from lookonce.core.errors import CheckpointError
@@ -96,6 +96,22 @@ class Qwen3VLArchitecture(Architecture):
         yield from affine(name + "linear_fc1", merged, merged)
         yield from affine(name + "linear_fc2", self.hidden, merged)
 
+    @property
+    def token_ffn(self) -> int:
+        """Width of what a layer's MLP has of a token: of its experts together."""
+        return self.ffn
+
+    @property
+    def idle_parameters(self) -> int:
+        """Of the experts that a token is not sent to, in all layers."""
+        return 0
+
+    def text_mlp(self, name: str) -> Shapes:
+        """A layer's MLP."""
+        yield f"{name}.gate_proj.weight", (self.ffn, self.hidden)
+        yield f"{name}.up_proj.weight", (self.ffn, self.hidden)
+        yield f"{name}.down_proj.weight", (self.hidden, self.ffn)
+
     def text(self) -> Shapes:
         hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         yield "embed_tokens.weight", (self.vocab, hidden)
@@ -109,9 +125,7 @@ class Qwen3VLArchitecture(Architecture):
             yield block + "self_attn.q_norm.weight", (self.head_dim,)
             yield block + "self_attn.k_norm.weight", (self.head_dim,)
             yield block + "post_attention_layernorm.weight", (hidden,)
-            yield block + "mlp.gate_proj.weight", (self.ffn, hidden)
-            yield block + "mlp.up_proj.weight", (self.ffn, hidden)
-            yield block + "mlp.down_proj.weight", (hidden, self.ffn)
+            yield from self.text_mlp(block + "mlp")
         yield "norm.weight", (hidden,)
 
     def config(self, tokens: dict[str, int], *, layout: Layout, tied: bool, dtype: str) -> dict[str, Any]:
@@ -140,6 +154,44 @@ class Qwen3VLArchitecture(Architecture):
             "spatial_merge_size": self.merge,
             "temporal_patch_size": self.temporal_patch,
         }
+
+
+@dataclass(frozen=True)
+class Qwen3VLMoeArchitecture(Qwen3VLArchitecture):
+    """Dimensions of one with a mixture of experts in every layer of the language model."""
+
+    model_type = "qwen3_vl_moe"
+    model_class = "Qwen3VLMoeForConditionalGeneration"
+
+    experts: int = 128
+    chosen: int = 8  # experts of a token
+    expert_ffn: int = 768
+
+    def text_mlp(self, name: str) -> Shapes:
+        """Stacks [experts, in, out], as published; transformers 5 writes [experts, out, in]."""
+        yield f"{name}.gate.weight", (self.experts, self.hidden)
+        yield f"{name}.experts.gate_up_proj", (self.experts, self.hidden, 2 * self.expert_ffn)
+        yield f"{name}.experts.down_proj", (self.experts, self.expert_ffn, self.hidden)
+
+    @property
+    def token_ffn(self) -> int:
+        return self.chosen * self.expert_ffn
+
+    @property
+    def idle_parameters(self) -> int:
+        return 3 * self.layers * (self.experts - self.chosen) * self.hidden * self.expert_ffn
+
+    def config(self, tokens: dict[str, int], *, layout: Layout, tied: bool, dtype: str) -> dict[str, Any]:
+        config = super().config(tokens, layout=layout, tied=tied, dtype=dtype)
+        routing = {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": self.expert_ffn,
+            "norm_topk_prob": True,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.chosen,
+        }
+        return config | {"text_config": config["text_config"] | routing}
 
 
 def _small(depth: int, width: int, vision_heads: int, vision_ffn: int, blocks: tuple[int, ...]) -> Qwen3VLArchitecture:
@@ -183,4 +235,20 @@ SIZES: dict[str, Qwen3VLArchitecture] = {
     "4b": _small_tower(_published(36, 2560, 32, 9728)),
     "8b": _published(36, 4096, 32, 12288),
     "32b": _published(64, 5120, 64, 25600),
+}
+
+
+def _routed(
+    arch: Qwen3VLArchitecture, *, experts: int, chosen: int, expert_ffn: int, kv_heads: int
+) -> Qwen3VLMoeArchitecture:
+    """The same with experts in the place of its MLPs."""
+    same = {field.name: getattr(arch, field.name) for field in fields(arch)} | {"kv_heads": kv_heads}
+    return Qwen3VLMoeArchitecture(**same, experts=experts, chosen=chosen, expert_ffn=expert_ffn)
+
+
+MOE_SIZES: dict[str, Qwen3VLMoeArchitecture] = {
+    "moe-tiny": _routed(SIZES["tiny"], experts=8, chosen=2, expert_ffn=48, kv_heads=2),
+    "moe-50m": _routed(SIZES["50m"], experts=16, chosen=4, expert_ffn=256, kv_heads=2),
+    "30b-a3b": _routed(_published(48, 2048, 32, 6144), experts=128, chosen=8, expert_ffn=768, kv_heads=4),
+    "235b-a22b": _routed(_published(94, 4096, 64, 12288), experts=128, chosen=8, expert_ffn=1536, kv_heads=4),
 }

@@ -18,7 +18,7 @@ from lookonce.models.qwen2_vl.modules import (
     load_vision_tower,
     refuse,
 )
-from lookonce.models.qwen3_vl.config import SECTION, text_problems, vision_problems
+from lookonce.models.qwen3_vl.config import SECTION, routed_text_problems, text_problems, vision_problems
 
 
 class TanhMlp(nn.Module):
@@ -97,6 +97,26 @@ class NormedAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width)
 
 
+class Experts(nn.Module):
+    """Those of a layer, their matrices stacked."""
+
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, inner))
+
+
+class RoutedTextMlp(nn.Module):
+    """The router of a mixture of experts, and these."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, experts = config["hidden_size"], config["num_experts"]
+        self.chosen: int = config["num_experts_per_tok"]
+        self.gate = nn.Linear(hidden, experts, bias=False)
+        self.experts: Any = Experts(experts, hidden, config["moe_intermediate_size"])
+
+
 class InterleavedRotary(Rotary):
     """The same, but for where each of the three positions turns a head."""
 
@@ -114,6 +134,13 @@ class NormedTextModel(TextModel):
     rotary = InterleavedRotary
     attention = NormedAttention
     problems = staticmethod(text_problems)
+
+
+class RoutedTextModel(NormedTextModel):
+    """With a mixture of experts in every layer."""
+
+    mlp = RoutedTextMlp
+    problems = staticmethod(routed_text_problems)
 
 
 load_deepstack_tower = partial(load_vision_tower, kind=DeepstackTower)

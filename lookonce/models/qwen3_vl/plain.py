@@ -63,3 +63,23 @@ class PlainQwen3VL(PlainQwen2VL):
         squares = table.T.view(1, -1, side, side)
         grid = functional.interpolate(squares, size=(rows, columns), mode="bilinear", align_corners=True)[0]
         return grid[:, place[:, 0], place[:, 1]].T
+
+
+class PlainQwen3VLMoe(PlainQwen3VL):
+    """A `Plain`, with a mixture of experts in every layer."""
+
+    def mlp(self, weights: Weights, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Token by token, expert by expert: those of the highest probabilities, in proportion."""
+        odds = weights.linear(f"{name}.gate", x).softmax(-1)
+        shares, which = odds.topk(self.text["num_experts_per_tok"], dim=-1)
+        shares = shares / shares.sum(-1, keepdim=True)
+        inner, total = self.text["moe_intermediate_size"], torch.zeros_like(x)
+        for expert in sorted({*which.flatten().tolist()}):
+            token, place = (which == expert).nonzero(as_tuple=True)
+            both = weights(f"{name}.experts.gate_up_proj", (expert, expert + 1))[0]
+            down = weights(f"{name}.experts.down_proj", (expert, expert + 1))[0]
+            both = both if len(both) == 2 * inner else both.t()  # stacks are stored either way round
+            down = down if len(down) == x.shape[1] else down.t()
+            gate, up = functional.linear(x[token], both).chunk(2, dim=-1)
+            total[token] += functional.linear(functional.silu(gate) * up, down) * shares[token, place, None]
+        return total

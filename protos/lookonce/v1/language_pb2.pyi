@@ -252,8 +252,78 @@ class ScoreResponse(_message.Message):
     receipt: LanguageReceipt
     def __init__(self, results: _Optional[_Iterable[_Union[ScoreResult, _Mapping]]] = ..., receipt: _Optional[_Union[LanguageReceipt, _Mapping]] = ...) -> None: ...
 
+class EmbedItem(_message.Message):
+    __slots__ = ("parts", "instruction", "query")
+    PARTS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    QUERY_FIELD_NUMBER: _ClassVar[int]
+    parts: _containers.RepeatedCompositeFieldContainer[Part]
+    instruction: str
+    query: bool
+    def __init__(self, parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ..., instruction: _Optional[str] = ..., query: _Optional[bool] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("request_id", "items", "timeout", "client", "cache_salt")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    items: _containers.RepeatedCompositeFieldContainer[EmbedItem]
+    timeout: float
+    client: str
+    cache_salt: bytes
+    def __init__(self, request_id: _Optional[str] = ..., items: _Optional[_Iterable[_Union[EmbedItem, _Mapping]]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
+
+class Vectors(_message.Message):
+    __slots__ = ("rows", "width", "data", "usage")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    rows: int
+    width: int
+    data: bytes
+    usage: Usage
+    def __init__(self, rows: _Optional[int] = ..., width: _Optional[int] = ..., data: _Optional[bytes] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ...) -> None: ...
+
+class EmbedResult(_message.Message):
+    __slots__ = ("vectors", "error")
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    vectors: Vectors
+    error: _common_pb2.Error
+    def __init__(self, vectors: _Optional[_Union[Vectors, _Mapping]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("results", "receipt", "vector_model")
+    RESULTS_FIELD_NUMBER: _ClassVar[int]
+    RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_MODEL_FIELD_NUMBER: _ClassVar[int]
+    results: _containers.RepeatedCompositeFieldContainer[EmbedResult]
+    receipt: LanguageReceipt
+    vector_model: str
+    def __init__(self, results: _Optional[_Iterable[_Union[EmbedResult, _Mapping]]] = ..., receipt: _Optional[_Union[LanguageReceipt, _Mapping]] = ..., vector_model: _Optional[str] = ...) -> None: ...
+
+class VectorDescription(_message.Message):
+    __slots__ = ("vector_model", "width", "of_tokens", "any_width", "cuts", "instruction")
+    VECTOR_MODEL_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    OF_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ANY_WIDTH_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
+    INSTRUCTION_FIELD_NUMBER: _ClassVar[int]
+    vector_model: str
+    width: int
+    of_tokens: bool
+    any_width: bool
+    cuts: _containers.RepeatedScalarFieldContainer[int]
+    instruction: str
+    def __init__(self, vector_model: _Optional[str] = ..., width: _Optional[int] = ..., of_tokens: _Optional[bool] = ..., any_width: _Optional[bool] = ..., cuts: _Optional[_Iterable[int]] = ..., instruction: _Optional[str] = ...) -> None: ...
+
 class LanguageDescription(_message.Message):
-    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens", "sampling_defaults")
+    __slots__ = ("model", "fingerprints", "context_length", "max_tokens", "max_running", "max_waiting", "running", "waiting", "generated_tokens", "sampling_defaults", "vectors", "engine", "engine_note")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINTS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +334,9 @@ class LanguageDescription(_message.Message):
     WAITING_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
+    VECTORS_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_NOTE_FIELD_NUMBER: _ClassVar[int]
     model: _common_pb2.ModelDescription
     fingerprints: _containers.RepeatedScalarFieldContainer[str]
     context_length: int
@@ -274,4 +347,7 @@ class LanguageDescription(_message.Message):
     waiting: int
     generated_tokens: int
     sampling_defaults: SamplingParameters
-    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., sampling_defaults: _Optional[_Union[SamplingParameters, _Mapping]] = ...) -> None: ...
+    vectors: VectorDescription
+    engine: str
+    engine_note: str
+    def __init__(self, model: _Optional[_Union[_common_pb2.ModelDescription, _Mapping]] = ..., fingerprints: _Optional[_Iterable[str]] = ..., context_length: _Optional[int] = ..., max_tokens: _Optional[int] = ..., max_running: _Optional[int] = ..., max_waiting: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., sampling_defaults: _Optional[_Union[SamplingParameters, _Mapping]] = ..., vectors: _Optional[_Union[VectorDescription, _Mapping]] = ..., engine: _Optional[str] = ..., engine_note: _Optional[str] = ...) -> None: ...

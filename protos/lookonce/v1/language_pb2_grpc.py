@@ -45,6 +45,11 @@ class LanguageModelStub:
                 request_serializer=protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/lookonce.v1.LanguageModel/Embed',
+                request_serializer=protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.Forget = channel.unary_unary(
                 '/lookonce.v1.LanguageModel/Forget',
                 request_serializer=protos_dot_lookonce_dot_v1_dot_common__pb2.ForgetRequest.SerializeToString,
@@ -74,6 +79,13 @@ class LanguageModelServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Vectors of texts and images, of a service whose model makes them (LanguageDescription.vectors).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Forget(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -98,6 +110,11 @@ def add_LanguageModelServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreRequest.FromString,
                     response_serializer=protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedRequest.FromString,
+                    response_serializer=protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedResponse.SerializeToString,
             ),
             'Forget': grpc.unary_unary_rpc_method_handler(
                     servicer.Forget,
@@ -164,6 +181,33 @@ class LanguageModel:
             '/lookonce.v1.LanguageModel/Score',
             protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreRequest.SerializeToString,
             protos_dot_lookonce_dot_v1_dot_language__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lookonce.v1.LanguageModel/Embed',
+            protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedRequest.SerializeToString,
+            protos_dot_lookonce_dot_v1_dot_language__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,12 +7,14 @@ G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional
 
+from lm_service.engine.packed.execution.sight import Sight, capped
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lookonce.models.text_adapter import Attend, ModelShape
@@ -29,6 +31,12 @@ class PrefillSpan:
     end: int
     start: int
     ancestors: list[Node]
+    sight: Sight | None = None  # what each sees; None: itself and all before it
+    beyond: int = 0  # of the tokens, the last ones that are seen and not stored
+
+    def to(self, device: torch.device) -> PrefillSpan:
+        """The same with its masks on another device."""
+        return self if self.sight is None else replace(self, sight=self.sight.to(device))
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,19 @@ class SharedSpan:
     begin: int
     end: int
     first: bool  # nothing shared comes before it
+    start: int = 0  # its tokens before this one are not seen
+    mask: torch.Tensor | None = None  # added to the scores, [tokens * G, keys from `start` on]; None: all are seen
+
+    def to(self, device: torch.device) -> SharedSpan:
+        """The same with its mask on another device."""
+        return self if self.mask is None else replace(self, mask=self.mask.to(device))
+
+    def seen(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [1, K, L, d] of what is seen."""
+        keys, values = self.node.kv.layers[layer]
+        if self.start:
+            keys, values = keys[:, self.start :], values[:, self.start :]
+        return keys.unsqueeze(0), values.unsqueeze(0)
 
 
 @dataclass(frozen=True)
@@ -78,27 +99,37 @@ class AttentionPlan:
 
     def to(self, device: torch.device) -> AttentionPlan:
         """The same with its tensors on another device."""
-        suffixes = [batch.to(device) for batch in self.suffixes]
-        return replace(self, suffixes=suffixes, suffix_rows=self.suffix_rows.to(device))
+        return replace(
+            self,
+            prefills=[each.to(device) for each in self.prefills],
+            shared=[each.to(device) for each in self.shared],
+            suffixes=[each.to(device) for each in self.suffixes],
+            suffix_rows=self.suffix_rows.to(device),
+        )
 
 
-def attention_over(shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> Attend:
-    """The attention of one step by torch's operations; its plan lies on the model's first device."""
-    if len(shape.stages) == 1:
-        return PackedAttention(shape, pool, plan)
-    return StagedAttention(shape, pool, plan)
+def attention_over(shape: ModelShape, pool: SuffixPool, plans: Mapping[int | None, AttentionPlan]) -> Attend:
+    """The attention of one step by torch's operations; its plans, by the windows of layers (None: all is seen), lie on
+    the model's first device."""
+    if len(shape.stages) == 1 and shape.rules is None:
+        return PackedAttention(shape, pool, plans[None])
+    return LayeredAttention(shape, pool, plans)
 
 
-class StagedAttention:
-    """An `Attend` over layers on several devices: each has the plan."""
+class LayeredAttention:
+    """An `Attend` over layers on several devices or with several windows: each device has the plans."""
 
     calls = None
 
-    def __init__(self, shape: ModelShape, pool: SuffixPool, plan: AttentionPlan) -> None:
+    def __init__(self, shape: ModelShape, pool: SuffixPool, plans: Mapping[int | None, AttentionPlan]) -> None:
+        windows = iter(shape.rules.windows if shape.rules is not None else [None] * shape.layers)
         self._by_layer: list[PackedAttention] = []
         for stage in shape.stages:
-            here = PackedAttention(shape, pool, plan.to(stage.device), stage.device)
-            self._by_layer += [here] * stage.layers
+            here = {
+                window: PackedAttention(shape, pool, plan.to(stage.device), stage.device)
+                for window, plan in plans.items()
+            }
+            self._by_layer += [here[next(windows)] for _ in range(stage.layers)]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self._by_layer[layer](layer, q, k, v)
@@ -116,7 +147,8 @@ class PackedAttention:
         self._shape = shape
         self._pool = pool
         self._plan = plan
-        self._partial = partial_attention_for(device or shape.device, shape.dtype)
+        self._softcap = shape.rules.softcap if shape.rules is not None else None
+        self._partial = partial_attention_for(device or shape.device, shape.dtype, self._softcap)
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         plan, shape = self._plan, self._shape
@@ -130,7 +162,8 @@ class PackedAttention:
         return out
 
     def _prefill_all(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-        final = layer == self._shape.layers - 1  # no row of a prefill is read after the last layer's keys and values
+        # no row of a prefill is read after the last layer's keys and values
+        final = layer == self._shape.layers - 1 and self._shape.attends_last
         for span in self._plan.prefills:
             rows = slice(span.begin, span.end)
             self._prefill(span, layer, q[rows], k[rows], v[rows], None if final else out[rows])
@@ -145,15 +178,20 @@ class PackedAttention:
         out: torch.Tensor | None,
     ) -> None:
         """Store a span's keys and values; unless `out` is None, attend to all before it and to itself, causally."""
-        shape, count = self._shape, q.shape[0]
+        shape, count = self._shape, q.shape[0] - span.beyond
         keys, values = span.node.kv.layers[layer]
         k, v = k.transpose(0, 1), v.transpose(0, 1)
-        keys[:, span.start : span.start + count] = k
-        values[:, span.start : span.start + count] = v
+        keys[:, span.start : span.start + count] = k[:, :count]
+        values[:, span.start : span.start + count] = v[:, :count]
         if out is None:
             return
-        grouped = q.view(count, shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
+        grouped = q.view(q.shape[0], shape.kv_heads, shape.group, shape.head_dim).permute(1, 2, 0, 3)  # [K, G, n, d]
         seen = [node.kv.layers[layer] for node in span.ancestors]
+        if span.sight is not None:
+            seen += [(keys[:, : span.start], values[:, : span.start]), (k, v)]
+            mixed = span.sight.attend(grouped, seen, self._softcap)
+            out.view(-1, shape.kv_heads, shape.group, shape.head_dim).copy_(mixed.permute(2, 0, 1, 3))
+            return
         before = span.start + sum(node.length for node in span.ancestors)
         if before <= count * _FEW_BEFORE:
             seen.append((keys[:, : span.start + count], values[:, : span.start + count]))
@@ -172,16 +210,16 @@ class PackedAttention:
             seen[0] if len(seen) == 1 else (torch.cat([k for k, _ in seen], 1), torch.cat([v for _, v in seen], 1))
         )
         rows = functional.pad(q, (0, 0, before, 0)) if before else q
-        return self._partial(rows, _spread(keys, group), _spread(values, group), True)[0][:, :, before:]
+        return self._partial(rows, _spread(keys, group), _spread(values, group), True, None)[0][:, :, before:]
 
     def _merged(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> torch.Tensor:
         """Output [K, G, n, d] over the span itself, causally, and over what comes before."""
         group = self._shape.group
-        merged = self._partial(q, _spread(k, group), _spread(v, group), True)
+        merged = self._partial(q, _spread(k, group), _spread(v, group), True, None)
         for keys, values in seen:
-            merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False))
+            merged = merge(merged, self._partial(q, _spread(keys, group), _spread(values, group), False, None))
         return merged[0]
 
     def _attend_suffixes(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -207,14 +245,12 @@ class PackedAttention:
         rows = q.transpose(0, 1).reshape(1, heads, count * group, size)
         seen_by_all = len(spans) == 1 and spans[0].end - spans[0].begin == count
         if seen_by_all:
-            keys, values = spans[0].node.kv.layers[layer]
-            out, lse = self._partial(rows, keys.unsqueeze(0), values.unsqueeze(0), False)
+            out, lse = self._partial(rows, *spans[0].seen(layer), False, spans[0].mask)
         else:
             out, lse = torch.zeros_like(rows), rows.new_full(rows.shape[:-1], -torch.inf, dtype=torch.float32)
         for span in () if seen_by_all else spans:
             at = slice(span.begin * shape.group, span.end * shape.group)
-            keys, values = span.node.kv.layers[layer]
-            done = self._partial(rows[:, :, at], keys.unsqueeze(0), values.unsqueeze(0), False)
+            done = self._partial(rows[:, :, at], *span.seen(layer), False, span.mask)
             out[:, :, at], lse[:, :, at] = done if span.first else merge((out[:, :, at], lse[:, :, at]), done)
         out, lse = out.reshape(heads, count, group, size), lse.reshape(heads, count, group, 1)
         return out.transpose(0, 1), lse.transpose(0, 1)
@@ -227,7 +263,7 @@ class PackedAttention:
         keys, values = self._pool.class_view(layer, batch.capacity)
         keys, values = keys[batch.slots, :, : batch.length], values[batch.slots, :, : batch.length]
         scores = torch.matmul(_padded(q, batch), keys.transpose(-1, -2)).float()
-        scores = scores.mul_(q.shape[-1] ** -0.5).add_(batch.mask)  # [b, K, n * G, length]
+        scores = capped(scores.mul_(q.shape[-1] ** -0.5), self._softcap).add_(batch.mask)  # [b, K, n * G, length]
         if shared is None:
             return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), batch, q)
         weights = torch.cat([scores, _padded(shared[1], batch)], dim=-1).softmax(-1).to(q.dtype)
@@ -265,11 +301,16 @@ def _spread(x: torch.Tensor, group: int) -> torch.Tensor:
     return x.unsqueeze(1).expand(-1, group, -1, -1)
 
 
-Partial = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+Partial = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]
+]
 
 
-def partial_attention_for(device: torch.device, dtype: torch.dtype) -> Partial:
-    """(q [b, h, n, d], k, v [b, h, L, d], causal) -> output and log-sum-exp [b, h, n] in float32."""
+def partial_attention_for(device: torch.device, dtype: torch.dtype, softcap: float | None = None) -> Partial:
+    """(q [b, h, n, d], k, v [b, h, L, d], causal, mask [n, L] to be added or None) -> output and log-sum-exp [b, h, n]
+    in float32."""
+    if softcap is not None:
+        return partial(plain_attention, softcap=softcap)
     if device.type == "cpu":
         return _cpu_flash
     if device.type == "cuda" and dtype != torch.float32:
@@ -277,23 +318,37 @@ def partial_attention_for(device: torch.device, dtype: torch.dtype) -> Partial:
     return plain_attention
 
 
-def _cpu_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+def _cpu_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
     return out, lse
 
 
-def _cuda_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _cuda_flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if mask is not None:
+        return plain_attention(q, k, v, causal, mask)
     result = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
     return result[0], result[1]
 
 
 def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+    *,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same by plain matrix products, on any device."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    scores = capped(torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, softcap)
     if causal:
         length = q.shape[-2]
         scores += torch.full((length, length), -torch.inf, device=q.device).triu_(1)
+    if mask is not None:
+        scores += mask
     lse = scores.logsumexp(-1)
     return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse

@@ -287,13 +287,14 @@ class _Prefills:
             places=plan.places,
             barrier=own.kernels.barrier(),
         )
-        self._structs["item_count"][-1] = 0  # nothing of a prefill is read behind the last layer's keys and values
+        if own.shape.attends_last:  # nothing of a prefill is read behind the last layer's keys and values
+            self._structs["item_count"][-1] = 0
         self._calls = calls_of([(own.kernels.prefill, self._structs)])
 
     def calls(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, layers: slice = _EVERY
     ) -> Structs:
-        """See `Attend`: [layers, 1]. In the last layer `out` is not written."""
+        """See `Attend`: [layers, 1]. In the last layer `out` is not written, where that is the model's last."""
         structs = self._structs[layers]
         structs["store_counter"] = structs["attend_counter"] = 0
         PrefillAttention.fill(structs, self._sizes, query=q, key=k, value=v, out=out)

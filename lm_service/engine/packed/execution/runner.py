@@ -4,6 +4,8 @@ longer, and scores."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,14 +14,15 @@ import torch
 from lm_service.engine.packed.execution.attention import attention_over
 from lm_service.engine.packed.execution.choices import gather_logprobs
 from lm_service.engine.packed.execution.kernel_attention import KernelAttention
-from lm_service.engine.packed.execution.plan import make_plan, suffix_order
+from lm_service.engine.packed.execution.plan import plans_of, suffix_order
+from lm_service.engine.packed.execution.recurrence import Recurrence
 from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, SuffixChunk
 from lm_service.engine.packed.scheduling.sequence import Sequence
 from lm_service.engine.sampling import finite_rows, sample, token_logprobs
 from lookonce.models.compiled import attention_kernels
-from lookonce.models.text_adapter import Attend, Deepstack, ModelAdapter
+from lookonce.models.text_adapter import Attend, Deepstack, ModelAdapter, RecurrentAdapter
 
 
 class Runner:
@@ -28,6 +31,7 @@ class Runner:
     def __init__(self, model: ModelAdapter, pool: SuffixPool, *, native: bool = True) -> None:
         """`native`: attend by compiled kernels where there are some for this model."""
         self._model = model
+        self._recurrence: Recurrence | None = None  # of the latest step, where the model has recurrent layers
         kernels = attention_kernels(model.shape) if native else None
         self.native = kernels is not None
         """Whether there are such kernels."""
@@ -35,13 +39,14 @@ class Runner:
         if kernels is not None:
             self._attention = KernelAttention(kernels, model.shape, pool)
         else:
-            self._attention = lambda batch: attention_over(model.shape, pool, make_plan(model.shape, pool, batch))
+            self._attention = lambda batch: attention_over(model.shape, pool, plans_of(model.shape, pool, batch))
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> torch.Tensor | None:
         """Logits [rows, vocabulary] of the tokens that want them, in the order of `batch.suffixes`, which this sorts.
 
-        Running a batch again computes the same: nothing is counted as computed here. None when no row is wanted.
+        Running a batch again computes the same: nothing is counted as computed before `commit`. None when no row is
+        wanted.
         """
         batch.suffixes.sort(key=suffix_order)
         device = self._model.shape.device
@@ -51,12 +56,25 @@ class Runner:
         begin, deepstack = 0, list[Deepstack]()
         for chunk in batch.prefills:
             deepstack += _place_images(hidden, begin, chunk)
-            begin += chunk.count
+            begin += chunk.rows
         attention = self._attention(batch)
         wanted = torch.tensor(rows, dtype=torch.int64, device=device)
-        further = (deepstack,) if deepstack else ()
-        logits = self._model.forward(hidden, torch.from_numpy(positions).to(device), attention, wanted, *further)
+        places = torch.from_numpy(positions).to(device)
+        logits = self._forward(batch, hidden, places, attention, wanted, *((deepstack,) if deepstack else ()))
         return logits if rows else None
+
+    def _forward(self, batch: Batch, *inputs: Any) -> torch.Tensor:
+        if not self._model.shape.states:
+            return self._model.forward(*inputs)
+        self._recurrence = Recurrence(self._model.shape, batch)
+        forward = partial(cast(RecurrentAdapter, self._model).forward, recur=self._recurrence)
+        return forward(*inputs)
+
+    def commit(self) -> None:
+        """The latest step has succeeded: the recurrent states behind it are those to go on from."""
+        if self._recurrence is not None:
+            self._recurrence.commit()
+            self._recurrence = None
 
 
 def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
@@ -71,7 +89,9 @@ def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], np
         span = node.content[:, node.filled : node.filled + prefill.count]
         ids[begin:end], positions[:, begin:end] = span[0], span[POSITIONS:]
         _place_markers(ids[begin:end], prefill)
-        begin = end
+        begin += prefill.rows
+        if (beyond := prefill.prefill.beyond) is not None:
+            ids[end:begin], positions[:, end:begin] = beyond[0], beyond[POSITIONS:]
     for suffix in batch.suffixes:
         sequence, end = suffix.sequence, begin + suffix.count
         computed = sequence.computed

@@ -2,7 +2,8 @@
 text the salt of its request: prompts of different salts never meet, however alike their text is.
 
 Content is int64 [5 + r, T]: row 0 the token id (for an image's tokens minus one less the place within it), rows 1 to 4
-the 256 bits of the embedding key, or of the salt, then r rows of positions. Nothing is hashed or cut short.
+the 256 bits of the embedding key, or of the salt, then r rows of positions. Nothing is hashed or cut short, but where
+a prompt's KV is that of no other: rows 1 to 4 are then a digest of all of it.
 
 A prompt's is made of two parts: what many prompts of one request begin with alike, up to the end of the last image, is
 made, and found in the cache, once for all of them.
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
+from blake3 import blake3
 
 from lm_service.engine.types import ImageSpan, Prompt
 
@@ -61,9 +63,12 @@ class PromptContent:
         return PromptContent(self.head, np.concatenate([self.rest, more], axis=1))
 
 
-def prompt_contents(prompts: Iterable[Prompt], salt: bytes = b"") -> list[PromptContent]:
+def prompt_contents(prompts: Iterable[Prompt], salt: bytes = b"", *, prefix_reuse: bool = True) -> list[PromptContent]:
     """The contents of prompts, their text salted with 32 bytes, or none; neighbours that begin alike share their
-    head."""
+    head. Without `prefix_reuse` a prompt has none, and what is before its last token is found by the same prompt
+    only."""
+    if not prefix_reuse:
+        return [_whole_content(prompt, salt) for prompt in prompts]
     contents: list[PromptContent] = []
     before: Prompt | None = None
     for prompt in prompts:
@@ -73,6 +78,12 @@ def prompt_contents(prompts: Iterable[Prompt], salt: bytes = b"") -> list[Prompt
         contents.append(PromptContent(head, _columns(prompt, end, len(prompt.token_ids), salt)))
         before = prompt
     return contents
+
+
+def _whole_content(prompt: Prompt, salt: bytes) -> PromptContent:
+    columns = _columns(prompt, 0, len(prompt.token_ids), salt)
+    columns[1:POSITIONS] = _words(blake3(columns.tobytes()).digest())
+    return PromptContent(Head(columns[:, :0]), columns)
 
 
 def _begin_alike(one: Prompt, other: Prompt, end: int) -> bool:
@@ -100,7 +111,7 @@ def _columns(prompt: Prompt, start: int, end: int, salt: bytes) -> Content:
             continue
         first, last = span.start - start, span.end - start
         content[0, text - start : first] = prompt.token_ids[text : span.start]
-        content[0, first:last] = -1 - np.arange(last - first)
+        content[0, first:last] = -1 - span.first - np.arange(last - first)
         content[1:POSITIONS, first:last] = _words(span.reference.key)
         text = span.end
     content[0, text - start :] = prompt.token_ids[text:end]

@@ -3,6 +3,9 @@
 A node holds the KV of the tokens that follow its parent's. Nodes in use are never evicted; a parent outlives its
 children. A node is found by its first `GRAIN` tokens (or all of a shorter one), so that nodes stay worth sharing, and
 split where two prompts part.
+
+Where a model has recurrent layers a node also holds their state at its end. There is none in between: such a node is
+found by all of its tokens, and never split.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from lm_service.engine.packed.prefix_cache.content import (
     text_content,
 )
 from lm_service.engine.packed.prefix_cache.pool import KV
+from lm_service.engine.packed.prefix_cache.states import COPIES, RecurrentState
 from lm_service.engine.types import ImageSpan
 from lookonce.models.text_adapter import ModelShape
 
@@ -31,12 +35,23 @@ GRAIN = 32
 class Node:
     """KV of neighbouring tokens, filled up to `filled` of them."""
 
-    def __init__(self, number: int, parent: Node | None, content: Content, images: tuple[ImageSpan, ...]) -> None:
+    def __init__(
+        self,
+        number: int,
+        parent: Node | None,
+        content: Content,
+        images: tuple[ImageSpan, ...],
+        grain: int | None = GRAIN,
+    ) -> None:
+        """`grain`: tokens it is found by; None: all."""
         self.id = number
+        self.grain = grain
         self.parent = parent
         self.content = content
         self.images = images  # spans counted from the node's own start
         self.kv = KV()
+        self.state: RecurrentState | None = None  # behind the tokens that are filled, where the model has some
+        self.bytes = 0
         self.start = parent.end if parent is not None else 0
         self.filled = 0
         self.users = 0  # sequences whose leaf this is
@@ -66,7 +81,16 @@ class Node:
     @property
     def key(self) -> bytes:
         """Under which its parent keeps it."""
-        return self.content[:, :GRAIN].tobytes()
+        return self.content[:, : self.grain].tobytes()
+
+    @property
+    def key_length(self) -> int:
+        """Tokens of the key."""
+        return min(self.length, self.grain or self.length)
+
+    def is_finite(self) -> bool:
+        """Whether all numbers that it holds are finite."""
+        return self.kv.is_finite() and (self.state is None or self.state.is_finite())
 
     def path(self) -> list[Node]:
         """From the first node to this one."""
@@ -81,7 +105,8 @@ class PrefixCache:
     """The tree. `budget` bounds the bytes of all nodes, those in use included."""
 
     def __init__(self, shape: ModelShape, budget: int) -> None:
-        self._shape = shape
+        self.shape = shape
+        self._grain = None if shape.states else GRAIN
         self.budget = budget
         self.bytes = 0
         self.evictions = 0
@@ -129,15 +154,17 @@ class PrefixCache:
         self, parent: Node, content: Content, images: tuple[ImageSpan, ...], *, private: bool = False
     ) -> Node | None:
         """A new node to be filled, least recently used ones evicted for it; None when there still is no room."""
-        size = content.shape[1] * self._shape.token_bytes
+        size = content.shape[1] * self.shape.token_bytes + COPIES * self.shape.state_bytes
         parent.users += 1  # the parent must not go while room is made
         fits = self._make_room(size)
         parent.users -= 1
         if not fits:
             self.settle(parent)
             return None
-        node = Node(next(self._numbers), parent, content, images)
-        node.kv = KV.empty(self._shape, node.length)
+        node = Node(next(self._numbers), parent, content, images, self._grain)
+        node.kv = KV.empty(self.shape, node.length)
+        node.state = RecurrentState(self.shape) if self.shape.states else None
+        node.bytes = size
         self.bytes += size
         self._nodes[node.id] = node
         node.last_used = next(self._clock)
@@ -145,8 +172,15 @@ class PrefixCache:
         self._attach(parent, node)
         return node
 
-    def insert(self, parent: Node, content: Content, kv: KV) -> None:
-        """Keep computed KV of the tokens after `parent`, as far as the tree hasn't them."""
+    def complete(self, node: Node) -> None:
+        """A node has been filled: its state stays as it is."""
+        if node.state is not None:
+            node.state.settle()
+            node.bytes -= (COPIES - 1) * self.shape.state_bytes
+            self.bytes -= (COPIES - 1) * self.shape.state_bytes
+
+    def insert(self, parent: Node, content: Content, kv: KV, state: RecurrentState | None = None) -> None:
+        """Keep computed KV of the tokens after `parent`, and the state behind them, as far as the tree hasn't them."""
         while not parent.detached:
             child, common = self._child(parent, content)
             if child is None:
@@ -159,12 +193,15 @@ class PrefixCache:
             elif child.building:
                 return
             parent, content, kv = child, content[:, common:], kv.cut(common)
-        if parent.detached or content.shape[1] < GRAIN or content[:, :GRAIN].tobytes() in parent.children:
+        if parent.detached or content.shape[1] < GRAIN or content[:, : self._grain].tobytes() in parent.children:
             return
         node = self.add(parent, content.copy(), ())
         if node is not None:
             node.kv.copy_(kv)
+            if node.state is not None and state is not None:
+                node.state.copy_(state)
             node.filled = node.length
+            self.complete(node)
             self.settle(node)
 
     def acquire(self, node: Node) -> None:
@@ -224,12 +261,12 @@ class PrefixCache:
             return None
         upper = Node(next(self._numbers), node.parent, node.content[:, :at].copy(), spans_within(node.images, 0, at))
         upper.kv = node.kv.cut(0, at).clone()
-        upper.filled, upper.last_used = at, node.last_used
+        upper.filled, upper.last_used, upper.bytes = at, node.last_used, at * self.shape.token_bytes
         parent, lower_kv = node.parent, node.kv.cut(at).clone()
         self._unlink(node)
         parent.kin -= 1
         node.content, node.images = node.content[:, at:].copy(), spans_within(node.images, at, node.length)
-        node.filled, node.start = node.length, upper.end
+        node.filled, node.start, node.bytes = node.length, upper.end, node.bytes - upper.bytes
         node.kv = lower_kv
         node.parent = upper
         self._nodes[upper.id] = upper
@@ -241,7 +278,7 @@ class PrefixCache:
     def _room_beside(self, node: Node) -> bool:
         """Whether the budget has room for a second copy of a node for a moment."""
         node.users += 1
-        fits = self._make_room(node.length * self._shape.token_bytes)
+        fits = self._make_room(node.bytes)
         node.users -= 1
         self.settle(node)
         return fits
@@ -250,14 +287,14 @@ class PrefixCache:
         parent.kin += 1
         if not node.private:
             parent.children[node.key] = node
-            parent.key_lengths[min(node.length, GRAIN)] += 1
+            parent.key_lengths[node.key_length] += 1
 
     def _unlink(self, node: Node) -> None:
         parent = node.parent
         if parent is None or parent.children.get(node.key) is not node:
             return
         del parent.children[node.key]
-        width = min(node.length, GRAIN)
+        width = node.key_length
         parent.key_lengths[width] -= 1
         if not parent.key_lengths[width]:
             del parent.key_lengths[width]
@@ -288,8 +325,11 @@ class PrefixCache:
         self._unlink(node)
         node.detached = True
         del self._nodes[node.id]
-        self.bytes -= node.length * self._shape.token_bytes
+        self.bytes -= node.bytes
         node.kv = KV()
+        if node.state is not None:
+            node.state.wipe()
+            node.state = None
         if node.parent is not None:
             node.parent.kin -= 1
             self.settle(node.parent)

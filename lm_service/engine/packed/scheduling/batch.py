@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 import torch
 
 from lm_service.engine.packed.options import PackedOptions
+from lm_service.engine.packed.prefix_cache.content import Content
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
+from lm_service.engine.packed.scheduling.blocks import blocks_of, whole_blocks
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.types import ImageSpan
+from lookonce.models.text_adapter import BothWays
 
 _FIRST_TOKENS = 128  # before anything was measured
 _LEAST_TOKENS = 64  # a step of fewer would spend most of its time on reading weights
@@ -138,6 +141,8 @@ class PrefixPrefill:
     context: Context | None = None  # of the request that asked for it first: whose trace its loading belongs to
     owner: Request | None = None  # who shares no step with others
     rows: list[tuple[ImageSpan, torch.Tensor]] = field(default_factory=list)
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # of the node's tokens: [first, last) see one another
+    beyond: Content | None = None  # the token behind the node that its own see, too
 
     @property
     def ready(self) -> bool:
@@ -156,6 +161,18 @@ class PrefillChunk:
 
     prefill: PrefixPrefill
     count: int
+
+    @classmethod
+    def of(cls, prefill: PrefixPrefill, budget: int) -> PrefillChunk:
+        """As many as `budget`, or fewer: tokens that see one another stay together, even if they are more."""
+        node = prefill.node
+        end = whole_blocks(prefill.blocks, node.filled, min(node.length, node.filled + budget))
+        return cls(prefill, min(node.length, end) - node.filled)
+
+    @property
+    def rows(self) -> int:
+        """Tokens of the forward."""
+        return self.count + (0 if self.prefill.beyond is None else 1)
 
     @property
     def completes(self) -> bool:
@@ -196,14 +213,14 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens of the forward."""
-        return sum(chunk.count for chunk in self.prefills) + sum(chunk.count for chunk in self.suffixes)
+        return sum(chunk.rows for chunk in self.prefills) + sum(chunk.count for chunk in self.suffixes)
 
 
 class Prefills:
     """They take turns, so that a long one does not hold up the others."""
 
-    def __init__(self, cache: PrefixCache) -> None:
-        self._cache = cache
+    def __init__(self, cache: PrefixCache, both_ways: BothWays | None = None) -> None:
+        self._cache, self._both_ways = cache, both_ways
         self._prefills: list[PrefixPrefill] = []
 
     def __len__(self) -> int:
@@ -215,6 +232,9 @@ class Prefills:
     def add(self, node: Node, sequence: Sequence) -> PrefixPrefill:
         """A new node, wanted by a sequence first."""
         prefill = PrefixPrefill(node, bool(node.images), context=sequence.request.context, owner=sequence.owner)
+        prefill.blocks = blocks_of(node, sequence.prompt_length, self._both_ways)
+        if prefill.blocks and prefill.blocks[-1][1] > node.length:
+            prefill.beyond = sequence.content.cut(node.end, node.end + 1)
         self._prefills.append(prefill)
         return prefill
 
@@ -227,14 +247,13 @@ class Prefills:
         for prefill in list(self._prefills):
             if budget <= 0:
                 break
-            node = prefill.node
             if prefill.owner is not turn or prefill in taken or not prefill.ready_after(complete):
                 continue
-            chunk = PrefillChunk(prefill, min(node.length - node.filled, budget))
+            chunk = PrefillChunk.of(prefill, budget)
             batch.prefills.append(chunk)
             budget -= chunk.count
             if chunk.completes and turn is None:
-                complete.add(node.id)
+                complete.add(prefill.node.id)
             self._prefills.remove(prefill)
             self._prefills.append(prefill)
         return budget
@@ -249,7 +268,10 @@ class Prefills:
         """Count a chunk as done."""
         node = chunk.prefill.node
         node.filled += chunk.count
-        if not node.building and chunk.prefill in self._prefills:
+        if node.building:
+            return
+        self._cache.complete(node)
+        if chunk.prefill in self._prefills:
             self._prefills.remove(chunk.prefill)
 
     def drop_unwanted(self) -> None:

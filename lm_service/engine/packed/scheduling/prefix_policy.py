@@ -15,17 +15,30 @@ from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.content import spans_within
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
 from lm_service.engine.packed.scheduling.sequence import Request, Sequence
+from lookonce.models.text_adapter import AttentionRules
 
 HEADROOM = 16  # tokens a new suffix has room for beyond the prompt
+_STATE_PER_KV = 4  # most bytes of recurrent state that are kept for a byte of an answer's KV
 
 
 class PrefixPolicy:
     """The rules for one cache."""
 
-    def __init__(self, cache: PrefixCache, options: PackedOptions, slab_tokens: int, *, native: bool) -> None:
+    def __init__(
+        self,
+        cache: PrefixCache,
+        options: PackedOptions,
+        slab_tokens: int,
+        *,
+        native: bool,
+        rules: AttentionRules | None = None,
+    ) -> None:
         """`native`: compiled kernels attend, to which a short prefix more or less is nothing."""
+        self._shape = cache.shape
         self._cache, self._options, self._slab_tokens, self._native = cache, options, slab_tokens, native
-        self._inline_below = options.inline_below(native=native)  # shorter prefixes are copied into each sequence
+        self._prefix_reuse = rules is None or rules.prefix_reuse
+        # shorter prefixes are copied into each sequence, unless what is seen depends on where a token is
+        self._inline_below = options.inline_below(native=native or rules is not None)
 
     def look_until(self, sequence: Sequence, end: int) -> int:
         """How much of a prompt to look up. What others left behind the images is cut at other places than this
@@ -58,14 +71,24 @@ class PrefixPolicy:
                 room -= node.length
         return chosen
 
+    def worth_keeping(self, tokens: int) -> bool:
+        """Whether the KV of so many tokens, and the recurrent state behind them, are worth their memory when their
+        sequence has ended."""
+        return tokens * self._shape.token_bytes * _STATE_PER_KV >= self._shape.state_bytes
+
     def create_nodes(self, sequence: Sequence, found: Node, end: int) -> list[Node] | None:
         """Nodes for what is worth sharing beyond `found`; None, with nothing created, without room for a needed one."""
         content, images = sequence.content_until(end), sequence.prompt.images
         ends: list[tuple[int, bool]] = []  # where a node ends, and whether it must be
-        if images and images[0].start > found.end and (self._native or sequence.request.isolated):
-            ends.append((images[0].start, True))  # a node of its own, whoever asks first: it is the same for all images
-        if images and images[-1].end > found.end:
-            ends.append((images[-1].end, True))
+        whole, states = sequence.prompt_length - 1, bool(self._shape.states)
+        if not self._prefix_reuse and whole > found.end:
+            ends.append((whole, True))
+        elif images and self._prefix_reuse:
+            if images[0].start > found.end and (self._native or sequence.request.isolated or states):
+                ends.append((images[0].start, True))  # a node of its own, whoever asks first: all images share it
+            # what goes on otherwise behind one of several images finds a recurrent state only where a node ends
+            spans = images if states else images[-1:]
+            ends += [(span.end, True) for span in spans if span.end > found.end]
         rest = end - 1 - (ends[-1][0] if ends else found.end)
         if self._has_own_node(sequence, rest, end):
             ends.append((end - 1, self._is_too_long(sequence, rest, end)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
+from lm_service.engine.packed.prefix_cache.states import StatePool
 from lm_service.engine.packed.prefix_cache.tree import Node, PrefixCache
 from lm_service.engine.packed.scheduling.batch import (
     Batch,
@@ -38,6 +39,7 @@ class Scheduler:
         self,
         shape: ModelShape,
         pool: SuffixPool,
+        states: StatePool,
         cache: PrefixCache,
         options: PackedOptions,
         *,
@@ -49,12 +51,13 @@ class Scheduler:
         `native`: compiled kernels attend, to which a short prefix more or less is nothing."""
         self.queue = FairQueue()
         self.running: list[Sequence] = []  # oldest first
-        self.prefills = Prefills(cache)
+        self.prefills = Prefills(cache, shape.rules.both_ways if shape.rules is not None else None)
         self.admitted: list[Sequence] = []  # since somebody last looked
         self.counters = Counters()
         self.budget = StepBudget(options)
-        self._shape, self._pool, self._cache, self._options = shape, pool, cache, options
-        self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native)
+        self._shape, self._pool, self._states = shape, pool, states
+        self._cache, self._options = cache, options
+        self._prefix_policy = PrefixPolicy(cache, options, pool.slab_tokens, native=native, rules=shape.rules)
         self._question_prefixes = QuestionPrefixes(cache)
         self._load, self._fail = load, fail
         self._was_exclusive = False  # the last step was one request's
@@ -99,7 +102,7 @@ class Scheduler:
         if sequence.slot is not None:
             self._pool.kv(sequence.slot).zero_()
         path = sequence.leaf.path() if sequence.leaf is not None else []
-        suspect = next((node for node in path if node.images or not node.kv.is_finite()), None)
+        suspect = next((node for node in path if node.images or not node.is_finite()), None)
         if suspect is not None:
             self._cache.detach(suspect)
 
@@ -143,8 +146,7 @@ class Scheduler:
         self.prefills.drop_unwanted()  # of those who stepped back
         turn = self._whose_turn([*decodes, *prefilling])
         if turn is not None and (shared := self.prefills.first_shared(turn)) is not None:
-            left = shared.node.length - shared.node.filled
-            return Batch(prefills=[PrefillChunk(shared, min(left, self._options.burst_tokens))])
+            return Batch(prefills=[PrefillChunk.of(shared, self._options.burst_tokens)])
         decodes = [sequence for sequence in decodes if sequence.owner is turn]
         prefilling = [sequence for sequence in prefilling if sequence.owner is turn]
         budget = self.budget.tokens(len(decodes)) if turn is None else self._options.burst_tokens
@@ -152,7 +154,7 @@ class Scheduler:
         for sequence in prefilling:
             if budget <= 0:
                 break
-            count = min(sequence.remaining, budget)
+            count = sequence.next_chunk(budget)
             batch.suffixes.append(SuffixChunk(sequence, count))
             budget -= count
         budget = self.prefills.take(batch, budget, turn)
@@ -175,7 +177,7 @@ class Scheduler:
                 if left > 0 and sequence not in following and self._ready_after(sequence, complete):
                     following.add(sequence)
                     self._start(sequence)
-                    batch.suffixes.append(SuffixChunk(sequence, min(sequence.remaining, left)))
+                    batch.suffixes.append(SuffixChunk(sequence, sequence.next_chunk(left)))
                     left -= batch.suffixes[-1].count
             if left == budget:
                 return
@@ -267,6 +269,10 @@ class Scheduler:
         copied = sum(node.length for node in self._prefix_policy.worth_copying(leaf))
         answer = sequence.answer
         slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
+        state = self._states.allocate() if slot is not None else None
+        if slot is not None and state is None and self._shape.states:
+            self._pool.free(slot)
+            slot = None
         if slot is None:
             for node in reversed(created):
                 self._cache.detach(node)
@@ -279,7 +285,7 @@ class Scheduler:
         self.queue.pop(sequence)
         self.running.append(sequence)
         self.admitted.append(sequence)
-        sequence.leaf, sequence.leaf_end, sequence.slot = leaf, leaf.end, slot
+        sequence.leaf, sequence.leaf_end, sequence.slot, sequence.state = leaf, leaf.end, slot, state
         sequence.pending = [*(node for node in found.path() if node.building), *created]
         sequence.inlined = {node.id for node in self._prefix_policy.worth_copying(leaf)}
         sequence.computed, sequence.inlined_tokens, sequence.path_version = leaf.end, 0, -1
@@ -340,15 +346,19 @@ class Scheduler:
         leaf, slot = sequence.leaf, sequence.slot
         if leaf is None or slot is None or sequence.pending or leaf.detached or sequence.computed <= leaf.end:
             return
+        if not self._prefix_policy.worth_keeping(sequence.computed - leaf.end):
+            return
         kv = self._pool.kv(slot).cut(sequence.inlined_tokens, sequence.suffix_length)
-        self._cache.insert(leaf, sequence.content_between(leaf.end, sequence.computed), kv)
+        self._cache.insert(leaf, sequence.content_between(leaf.end, sequence.computed), kv, sequence.state)
 
     def _free(self, sequence: Sequence) -> None:
         if sequence.slot is not None:
             self._pool.free(sequence.slot)
+        if sequence.state is not None:
+            self._states.free(sequence.state)
         if sequence.leaf is not None:
             self._cache.release(sequence.leaf)
-        sequence.slot, sequence.leaf, sequence.leaf_end = None, None, 0
+        sequence.slot, sequence.state, sequence.leaf, sequence.leaf_end = None, None, None, 0
         sequence.pending, sequence.path, sequence.order = [], (), ()
         sequence.inlined, sequence.inlined_tokens, sequence.computed = set(), 0, 0
 
@@ -384,5 +394,6 @@ class Scheduler:
         return LookonceError(
             ErrorKind.CONTEXT_LENGTH_EXCEEDED,
             f"{sequence.length} tokens need more KV memory than there is: "
-            f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token",
+            f"prefix_bytes {self._cache.budget}, kv_bytes {self._pool.bytes}, {self._shape.token_bytes} bytes a token"
+            + (f", {self._shape.state_bytes} a recurrent state" if self._shape.states else ""),
         )

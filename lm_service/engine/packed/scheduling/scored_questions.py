@@ -12,10 +12,12 @@ from lm_service.engine.packed.scheduling.sequence import Request, Sequence
 from lm_service.engine.types import EmbeddingSource, ScoreItem, Scores, Scoring, Timings, by_images
 
 
-def score_sequences(scoring: Scoring, *, exclusive: bool, worth: int, longest: int) -> list[Sequence]:
+def score_sequences(
+    scoring: Scoring, *, exclusive: bool, worth: int, longest: int, prefix_reuse: bool = True
+) -> list[Sequence]:
     """A sequence for each item, in order: those of one request, or (`exclusive`) of one for the items about the same
     images. Where at least `worth` tokens are spared, those that begin alike behind the same images share a prefix;
-    questions of `longest` tokens or more don't take part."""
+    questions of `longest` tokens or more don't take part. `prefix_reuse`: see `prompt_contents`."""
     placed: dict[int, Sequence] = {}
     for places in by_images(scoring.items) if exclusive else [range(len(scoring.items))]:
         request = Request(
@@ -27,7 +29,7 @@ def score_sequences(scoring: Scoring, *, exclusive: bool, worth: int, longest: i
             salt=scoring.salt,
         )
         items = [scoring.items[place] for place in places]
-        contents = prompt_contents((item.prompt for item in items), scoring.salt)
+        contents = prompt_contents((item.prompt for item in items), scoring.salt, prefix_reuse=prefix_reuse)
         request.sequences = [
             _sequence(request, index, item, content)
             for index, (item, content) in enumerate(zip(items, contents, strict=True))

@@ -25,6 +25,7 @@ from lm_service.engine.packed.prefix_cache.content import (
     text_content,
 )
 from lm_service.engine.packed.prefix_cache.pool import Slot
+from lm_service.engine.packed.prefix_cache.states import RecurrentState
 from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Scoring, Timings
@@ -85,6 +86,7 @@ class Sequence:
     inlined_tokens: int = 0
     pending: list[Node] = field(default_factory=list)  # nodes of its prefix still to be filled
     slot: Slot | None = None
+    state: RecurrentState | None = None  # behind what is computed of the suffix, where the model has some
     computed: int = 0
     path: tuple[Node, ...] = ()  # shared nodes, first to last
     order: tuple[int, ...] = ()  # their ids
@@ -110,6 +112,14 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to feed before the next one can be sampled."""
         return len(self.tokens) - self.computed
+
+    def next_chunk(self, budget: int) -> int:
+        """Tokens of the next step, about `budget` at most. Those of a choice trie go together where states fork."""
+        count = min(self.remaining, budget)
+        prompt = self.prompt_length - self.computed
+        if self.state is None or self.trie is None or not prompt < count < self.remaining:
+            return count
+        return prompt or self.remaining
 
     @property
     def suffix_length(self) -> int:
@@ -182,11 +192,21 @@ class Sequence:
             self.timings.embedding = EmbeddingSource.NOT_NEEDED
 
 
-def answers_to(generation: Generation, table: TokenTable, end_ids: Set[int], context: int, *, kept: bool) -> Request:
-    """The request with a sequence for each of its n answers. See `PackedEngine` for `table` and `end_ids`."""
+def answers_to(
+    generation: Generation,
+    table: TokenTable,
+    end_ids: Set[int],
+    context: int,
+    *,
+    kept: bool,
+    prefix_reuse: bool = True,
+) -> Request:
+    """The request with a sequence for each of its n answers. See `PackedEngine` for `table` and `end_ids`,
+    `prompt_contents` for `prefix_reuse`."""
     prompt, sampling = generation.prompt, generation.sampling
+    kept = kept and prefix_reuse
     request = Request(generation.id, generation.client, kept=kept, whole=generation.whole, salt=generation.salt)
-    (content,) = prompt_contents([prompt], generation.salt)
+    (content,) = prompt_contents([prompt], generation.salt, prefix_reuse=prefix_reuse)
     room = context - len(prompt.token_ids)
     for index in range(sampling.n):
         answer = Answer(index, sampling, table, end_ids, room)

@@ -1,9 +1,10 @@
-"""compressed-tensors, as llm-compressor stores it: formats pack-quantized, int-, float- and naive-quantized.
+"""compressed-tensors, as llm-compressor stores it: formats pack-quantized, int-, float- and naive-quantized, and FP4.
 
 Packed: `weight_packed` int32 [outputs, inputs * bits / 32], integers made unsigned by adding half their range, lowest
 bits first, the last word padded; `weight_shape` int64 [2]; `weight_zero_point` packed along outputs. Else `weight`
 int8 or float8 [outputs, inputs]. `weight_scale` is [1], [outputs, 1], [outputs, groups], or one for each block;
-`weight_g_idx` int32 [inputs] the group of each input. A value is scale * (q - zero).
+`weight_g_idx` int32 [inputs] the group of each input. A value is scale * (q - zero). NVFP4 and MXFP4: `weight_packed`
+uint8 (see `fp4`); MXFP8: `weight_scale` uint8 [outputs, inputs / 32], exponents of two.
 """
 
 from __future__ import annotations
@@ -15,20 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 from lookonce.models.checkpoint.headers import DTYPE_BYTES, TensorEntry, read_bytes
 from lookonce.models.checkpoint.quantised import fp8
+from lookonce.models.checkpoint.quantised.fp4 import fp4_matrix
 from lookonce.models.checkpoint.quantised.matrix import WEIGHT, Matrix, Parts, require
 from lookonce.models.checkpoint.quantised.scaled import Block, ScaledMatrix, block_of
 
 if TYPE_CHECKING:
     import torch
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
-_BITS = {"int": (2, 4, 8), "float": (8,)}
+_FORMATS = (
+    "pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized", "mxfp8-quantized", "mixed-precision", "dense",
+)  # fmt: skip
+_BITS = {"int": range(1, 9), "float": (4, 8)}
 _SCALES = ("F32", "BF16", "F16")
+_MX = 32
+"""Inputs of a group of the OCP's MX formats."""
 _PACKED, _SCALE, _ZERO, _GROUP = "weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"
+_WHOLE = "weight_global_scale"
 _UNUSED = frozenset(
     {"input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale"}
+    | {"input_global_scale"}
 )
-ENDINGS = frozenset({WEIGHT, _PACKED, _SCALE, _ZERO, _GROUP, "weight_shape"}) | _UNUSED
+ENDINGS = frozenset({WEIGHT, _PACKED, _SCALE, _ZERO, _GROUP, _WHOLE, "weight_shape"}) | _UNUSED
 
 
 @dataclass(frozen=True)
@@ -85,10 +94,12 @@ class CompressedTensors:
 
     def matrix(self, parts: Parts) -> Matrix:
         if _PACKED in parts:
-            return self._packed(parts)
+            fp4 = parts[_PACKED].dtype == "U8"
+            return fp4_matrix(parts, _PACKED, _WHOLE, divides=True) if fp4 else self._packed(parts)
         weight = require(parts, WEIGHT, ("I8", *fp8.VALUES), 2)
         shape = weight.shape[0], weight.shape[1]
-        block = block_of(require(parts, _SCALE, _SCALES), shape, self._candidates())
+        scale = require(parts, _SCALE, (*_SCALES, "U8"))
+        block = block_of(scale, shape, [(1, _MX)] if scale.dtype == "U8" else self._candidates())
         zero = None
         if _ZERO in parts:
             zero = _ZERO if math.prod(parts[_ZERO].shape) == math.prod(parts[_SCALE].shape) else None
@@ -134,7 +145,7 @@ def format_of(settings: Mapping[str, Any]) -> CompressedTensors | None:
     for weight in weights:
         kind, bits = weight.get("type", "int"), weight.get("num_bits", 8)
         if bits not in _BITS.get(kind, ()):
-            raise ValueError(f"num_bits {bits!r} of type {kind!r} is not supported (int 2, 4, 8; float 8)")
+            raise ValueError(f"num_bits {bits!r} of type {kind!r} is not supported (int 1 to 8; float 4, 8)")
     if settings.get("format") == "dense":
         return None
     return CompressedTensors([{"num_bits": 8, **weight} for weight in weights])

@@ -22,6 +22,8 @@ METHODS = {
     "fp8": f"{_HERE}.fp8",
     "fbgemm_fp8": f"{_HERE}.fp8",
     "bitsandbytes": f"{_HERE}.bitsandbytes",
+    "auto-round": f"{_HERE}.auto_round",
+    "modelopt": f"{_HERE}.modelopt",
 }
 """Each module has a function `format_of(settings)`: None for weights that are plain all the same, ValueError for
 settings that it doesn't know; and ENDINGS, what the names of a matrix's tensors may end with."""

@@ -15,8 +15,8 @@ from lookonce.models.checkpoint.quantised.scaled import Block, ScaledMatrix, blo
 
 _SCALES = ("weight_scale_inv", "weight_scale")
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-_UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale"})
-ENDINGS = frozenset({WEIGHT, *_SCALES}) | _UNUSED
+UNUSED = frozenset({"input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "q_scale"})
+ENDINGS = frozenset({WEIGHT, *_SCALES}) | UNUSED
 VALUES = {"F8_E4M3": "float8", "F8_E5M2": "float8"}
 
 
@@ -24,7 +24,7 @@ class Fp8:
     """See `Format`."""
 
     name = "FP8"
-    unused = _UNUSED
+    unused = UNUSED
     endings = ENDINGS
 
     def __init__(self, block: Block) -> None:

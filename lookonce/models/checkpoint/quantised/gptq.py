@@ -2,12 +2,14 @@
 
 Of a matrix of so many outputs and inputs: `qweight` int32 [inputs * bits / 32, outputs], `scales` [groups, outputs],
 `qzeros` int32 [groups, outputs * bits / 32], `g_idx` int32 [inputs], the group of each input. The lowest bits of a word
-come first. A value is scale * (q - zero). The older form stores zeros less one (checkpoint_format "gptq"), the newer as
-they are ("gptq_v2"). Bits follow from the shapes, as settings may differ between modules ("dynamic").
+come first; of 3 bits, 32 lie in a run of three words. A value is scale * (q - zero). The older form stores zeros less
+one (checkpoint_format "gptq"), the newer as they are ("gptq_v2"). Bits follow from the shapes, as settings may differ
+between modules ("dynamic").
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,13 @@ from lookonce.models.checkpoint.quantised.matrix import Parts, require
 if TYPE_CHECKING:
     import torch
 
-_BITS = (2, 4, 8)
+_BITS = (2, 3, 4, 8)
 ENDINGS = frozenset({"qweight", "qzeros", "scales", "g_idx"})
 _FLOATS = ("F16", "BF16", "F32")
+_TAKEN = {3: (0x24924924, 0x92492492, 0x49249249)}
+"""What GPTQModel took from zeros' words in turn, where it is not one of each field."""
+_FIELDS = 7
+"""GPTQModel's first version that takes one from each 3-bit field by itself."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +46,9 @@ class GptqMatrix:
         from lookonce.models.checkpoint.quantised.arithmetic import groups_of, unpacked
 
         group = groups_of(parts.get("g_idx"), self.shape[1], self.groups, self.size)
-        per_word = 32 // self.bits
+        words = slice(start * self.bits // 32, -(-stop * self.bits // 32))
         values = unpacked(parts["qweight"][:, start:stop], self.bits, 0)
-        zeros = self._zeros(parts["qzeros"][:, start // per_word : -(-stop // per_word)])[:, : stop - start]
+        zeros = self._zeros(parts["qzeros"][:, words])[:, : stop - start]
         scales = parts["scales"][:, start:stop].float()
         return (values.sub_(zeros[group]).float().mul_(scales[group])).t()
 
@@ -53,38 +59,47 @@ class GptqMatrix:
             return unpacked(words, self.bits, 1)
         if self.zeros == "less one":  # AutoGPTQ: each field by itself
             return unpacked(words, self.bits, 1).add_(1).bitwise_and_((1 << self.bits) - 1)
-        ones = sum(1 << shift for shift in range(0, 32, self.bits))
-        return unpacked((words.long() + ones).to(words.dtype), self.bits, 1)
+        import torch
+
+        ones = torch.tensor(_TAKEN.get(self.bits) or [sum(1 << shift for shift in range(0, 32, self.bits))])
+        added = ones.repeat(-(-words.shape[1] // len(ones)))[: words.shape[1]]
+        return unpacked((words.long() + added).to(words.dtype), self.bits, 1)
 
 
 @dataclass(frozen=True)
 class Gptq:
     """See `Format`."""
 
-    bits: int
     size: int
     zeros: str
-    name = "GPTQ"
+    by_field: bool = False  # "less one" of 3 bits, whatever `zeros` says
+    bits: tuple[int, ...] = _BITS  # those that a matrix may have
+    name: str = "GPTQ"
     endings = ENDINGS
     unused = frozenset[str]()
 
     def matrix(self, parts: Parts) -> GptqMatrix:
         words, outputs = require(parts, "qweight", ("I32",), 2).shape
-        groups = max(1, require(parts, "scales", _FLOATS, 2).shape[0])
-        bits = self.bits
+        groups, scaled = require(parts, "scales", _FLOATS, 2).shape
+        zeros = require(parts, "qzeros", ("I32",), 2).shape
         if "g_idx" in parts:
             inputs = require(parts, "g_idx", ("I32", "I64"), 1).shape[0]
-            bits = 32 * words // inputs if inputs else bits
-        inputs = 32 * words // bits if bits in _BITS else 0
-        if bits not in _BITS or inputs * bits != 32 * words or outputs * bits % 32:
-            raise ValueError(f"of shape {[words, outputs]} holds no {', '.join(map(str, _BITS))}-bit integers")
-        expected = {"qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs)}
-        require(parts, "qzeros", ("I32",), 2)
-        for ending, shape in expected.items():
-            if parts[ending].shape != shape:
-                raise ValueError(f"has {ending} of shape {list(parts[ending].shape)}, not {list(shape)}")
+            bits = 32 * words // inputs if inputs else 0
+        else:
+            bits = 32 * zeros[1] // outputs if outputs else 0
+            inputs = 32 * words // bits if bits else 0
+        if bits not in self.bits or inputs * bits != 32 * words or outputs * bits % 32:
+            raise ValueError(f"of shape {[words, outputs]} holds no {', '.join(map(str, self.bits))}-bit integers")
+        for ending, found, shape in (
+            ("qzeros", zeros, (groups, outputs * bits // 32)),
+            ("scales", (groups, scaled), (max(1, groups), outputs)),
+        ):
+            if found != shape:
+                raise ValueError(f"has {ending} of shape {list(found)}, not {list(shape)}")
         size = self.size if self.size > 0 and groups == -(-inputs // self.size) else -(-inputs // groups)
-        return GptqMatrix((outputs, inputs), bits, groups, size, self.zeros)
+        return GptqMatrix(
+            (outputs, inputs), bits, groups, size, "less one" if self.by_field and bits == 3 else self.zeros
+        )
 
 
 def format_of(settings: Mapping[str, Any]) -> Gptq:
@@ -93,12 +108,15 @@ def format_of(settings: Mapping[str, Any]) -> Gptq:
     if bits not in _BITS and not settings.get("dynamic"):
         raise ValueError(f"bits {bits!r} is not supported ({', '.join(map(str, _BITS))})")
     stored = str(settings.get("checkpoint_format") or settings.get("format") or "gptq")
-    known = int(bits or 4), int(settings.get("group_size") or -1)
+    size = int(settings.get("group_size") or -1)
     if stored == "gptq_v2":
-        return Gptq(*known, "as they are")
+        return Gptq(size, "as they are")
     if stored != "gptq":
         raise ValueError(f"checkpoint_format {stored!r} is not supported (gptq, gptq_v2)")
     meta = settings.get("meta")
-    # GPTQModel takes one from every field by taking it from the word: a zero of 0 borrows from the next field
-    whole = "gptqmodel" in str(meta.get("quantizer") if isinstance(meta, dict) else "").lower()
-    return Gptq(*known, "less one, whole words" if whole else "less one")
+    quantizer = str(meta.get("quantizer") if isinstance(meta, dict) else "").lower()
+    if "gptqmodel" not in quantizer:
+        return Gptq(size, "less one")
+    # It takes one from every field by taking it from the word: a zero of 0 borrows from the next field
+    version = re.search(r"gptqmodel:([0-9]+)", quantizer)
+    return Gptq(size, "less one, whole words", by_field=version is not None and int(version[1]) >= _FIELDS)

@@ -1,0 +1,1 @@
+"""The engine of embedding models: prompts in, vectors out, nothing decoded."""

