@@ -29,6 +29,8 @@ INSTEAD = {
     "/v1/images/generations": "/v1/images, which takes images and makes none",
     "/v1/images/edits": "/v1/images, which takes images and makes none",
     "/v1/score": "/v1/images/{id}/questions with choices",
+    "/rerank": "/v1/rerank",
+    "/v2/rerank": "/v1/rerank",
     "/tokenize": "the usage in each answer of " + CHAT,
     "/detokenize": CHAT,
 }
