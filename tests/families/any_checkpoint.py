@@ -140,6 +140,15 @@ OWN: dict[str, Own] = {
         placeholder="<image>",
         tokens=("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"),
     ),
+    "lfm2_vl": Own(  # where torchvision is
+        image={
+            "encoder_patch_size": PATCH,
+            "tile_size": SIDE,
+            "max_num_patches": 64,
+            "min_image_tokens": 4,
+            "max_image_tokens": 16,
+        }
+    ),
     "got_ocr2": Own(
         {"vision_config.image_size": 1024, "vision_config.patch_size": 16, "image_seq_length": 256},
         {"size": {"height": 1024, "width": 1024}},

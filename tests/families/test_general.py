@@ -19,6 +19,7 @@ from lm_service.engine.types import ScoreItem, Scoring
 from lm_service.prompt import Message, Turn, load_template
 from lookonce.core.errors import CheckpointError, LookonceError
 from lookonce.models.checkpoint.check import check_checkpoint, open_checked
+from lookonce.models.checkpoint.checkpoint import open_checkpoint
 from lookonce.models.family import Half
 from lookonce.models.general.decoder import GeneralText
 from lookonce.models.general.processor import Processor
@@ -210,6 +211,10 @@ def test_an_image_among_others_has_rows_of_its_own(tmp_path, monkeypatch):
         torch.testing.assert_close(told, unsplit.logprobs(turns, answer), atol=2e-4, rtol=0)
     plain, among = (prompt_contents([prompt])[0].head.columns for prompt in prompts)
     assert common_length(plain, among) == prompts[0].images[0].start
+    fingerprint = open_checkpoint(str(path)).encoder_spec("float32").fingerprint()
+    monkeypatch.setattr(Processor, "_is_another_among_others", lambda *_: False)
+    one_form = open_checkpoint(str(path)).encoder_spec("float32").fingerprint()
+    assert one_form != fingerprint, "embeddings of one form, as before there were two, are others"
 
 
 def test_several_images_that_are_written_otherwise_than_each_alone_are_refused(checkpoint, monkeypatch):

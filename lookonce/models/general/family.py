@@ -231,7 +231,8 @@ class GeneralFamily:
         return {"processor": stored, "min_pixels": 1, "max_pixels": MOST_PIXELS}
 
     def fingerprint_preprocessor(self, preprocessor: dict[str, Any]) -> dict[str, Any]:
-        return {"processor": preprocessor["processor"], "exif_orientation": "applied", "alpha": "white"}
+        stated = {"processor": preprocessor["processor"], "exif_orientation": "applied", "alpha": "white"}
+        return stated | {"forms": 2} if self._path is not None and self.texts.processor.among_others else stated
 
     def merge_size(self, config: dict[str, Any]) -> int:
         """A grid counts pixels."""

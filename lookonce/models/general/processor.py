@@ -104,9 +104,10 @@ class Processor:
             cls.parts = {"image_processor": image_processor, "tokenizer": text}
             cls.derived = _derived(config)
             self._processor = cls.from_pretrained(path, local_files_only=True)
-            self._options = self._processor._merge_kwargs(tokenizer_init_kwargs=text.init_kwargs, return_tensors="pt")[
-                "images_kwargs"
-            ]
+            merged = self._processor._merge_kwargs(tokenizer_init_kwargs=text.init_kwargs, return_tensors="pt")
+            self._options = merged["images_kwargs"]
+            named = inspect.signature(self._processor._process_images).parameters
+            self._named = {name: merged[name] for name in named if name in merged and name not in self._options}
         except CheckpointError:
             raise
         except Exception as error:
@@ -205,7 +206,9 @@ class Processor:
                 made = self._processor.image_processor(images, **options)
                 return dict(made), [self.image_token * self._queries] * len(images)
             if type(self._processor).replace_image_token is not ProcessorMixin.replace_image_token:
-                made, texts = self._processor._process_images([images] if len(images) > 1 else images, **options)
+                made, texts = self._processor._process_images(
+                    [images] if len(images) > 1 else images, **self._named, **options
+                )
                 return dict(made), list(texts)
             made = dict(self._processor(images=[images], text=[self.image_token * len(images)], **options))
             count = int((torch.as_tensor(made.pop("input_ids")) == self.row_id).sum())
