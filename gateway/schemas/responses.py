@@ -247,7 +247,7 @@ class Model(Answered):
     object: Literal["model"]
     created: int
     owned_by: str
-    family: str = Field(description="model_type of its config.json, such as qwen2_vl; empty: not known")
+    family: str = Field(description="model_type of its config.json; empty: not known")
     context_length: int = Field(description="tokens of prompt and answer together")
     max_tokens: int = Field(description="most tokens of an answer")
     sampling_defaults: dict[str, float] = Field(

@@ -176,8 +176,12 @@ def _stored(entry: TensorEntry, start: int, count: int) -> torch.Tensor:
 
 def _some(tensor: torch.Tensor, start: int, count: int) -> torch.Tensor:
     """Float64 [count] of a tensor's numbers in order."""
-    places = np.unravel_index(np.arange(start, start + count), tensor.shape)
-    return tensor[tuple(torch.from_numpy(place) for place in places)].detach().to("cpu", torch.float64)
+    if tensor.is_contiguous():
+        found = tensor.detach().view(-1)[start : start + count]
+    else:
+        places = np.unravel_index(np.arange(start, start + count), tensor.shape)
+        found = tensor.detach()[tuple(torch.from_numpy(place).to(tensor.device) for place in places)]
+    return found.to("cpu", torch.float64)
 
 
 def check_encoder(checkpoint: Checkpoint, encoder: VisionEncoder, quantization: str) -> str:

@@ -290,10 +290,10 @@ def test_what_is_wrong_with_its_checkpoint_is_said_in_its_words(checkpoint, tmp_
 @pytest.mark.parametrize("family", BUILTIN)
 def test_nothing_but_folders_of_families_and_a_line_of_the_registry_names_our_own(family):
     """What holds for the toy holds for ours; a family may share what another one has."""
-    folders = [ROOT / "lookonce/models" / name for name in BUILTIN]
+    folders = [ROOT / "lookonce/models" / name.partition("/")[0] for name in BUILTIN]
     found = {path for package in PRODUCT for path in names_of(ROOT / package, family)}
     outside = {str(path.relative_to(ROOT)) for path in found if path.parent not in folders}
-    assert outside == {"lookonce/models/registry.py"}
+    assert outside - {"gateway/http/examples.py"} == {"lookonce/models/registry.py"}  # the documents' examples show one
 
 
 def test_the_rule_sees_a_planted_fault(tmp_path):
