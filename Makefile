@@ -73,11 +73,7 @@ check-deploy: setup  ## Hold every file of deploy/ to its schema, our rules and 
 protos: setup  ## Generate the gRPC stubs
 	@$(BIN)/python scripts/protos.py
 
-protos-test-vllm: setup  ## A stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
-	@scripts/setup_vllm.sh
-	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
-
-check: setup  ## Fail unless the committed stubs are what protos/ generates, byte for byte
+protos-check: setup  ## Fail unless the committed stubs are what protos/ generates, byte for byte
 	@$(BIN)/python scripts/protos.py --check
 
 settings-docs: setup  ## Write docs/settings.md from the settings classes
