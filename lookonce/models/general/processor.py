@@ -106,8 +106,12 @@ class Processor:
             self._processor = cls.from_pretrained(path, local_files_only=True)
             merged = self._processor._merge_kwargs(tokenizer_init_kwargs=text.init_kwargs, return_tensors="pt")
             self._options = merged["images_kwargs"]
-            named = inspect.signature(self._processor._process_images).parameters
-            self._named = {name: merged[name] for name in named if name in merged and name not in self._options}
+            required = [
+                name
+                for name, parameter in inspect.signature(self._processor._process_images).parameters.items()
+                if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ]
+            self._named = {name: merged[name] for name in required[1:]}  # but for the images
         except CheckpointError:
             raise
         except Exception as error:
