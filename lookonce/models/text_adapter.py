@@ -79,7 +79,7 @@ class ModelShape:
     states: tuple[StateTensor, ...] = ()  # of the recurrent layers, in the order in which a step reads them
     attends_last: bool = True  # behind the last attention no layer reads another token's row
 
-    @property
+    @cached_property
     def prefix_reuse(self) -> bool:
         """Whether the KV of what prompts begin with alike is the same for all of them."""
         return self.rules is None or self.rules.prefix_reuse

@@ -59,13 +59,10 @@ class StatePool:
                 f"them for a sequence: give at least {2 * self._each}",
                 param="kv_bytes",
             )
+        self.bytes = self.limit * self._each
+        """Of all states there may be at a time."""
         self._free: list[RecurrentState] = []
         self.used = 0
-
-    @property
-    def bytes(self) -> int:
-        """Of all states there may be at a time."""
-        return self.limit * self._each
 
     def allocate(self) -> RecurrentState | None:
         """A state, not yet written; None when there is no room."""

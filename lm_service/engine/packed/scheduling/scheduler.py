@@ -269,7 +269,7 @@ class Scheduler:
         copied = sum(node.length for node in self._prefix_policy.worth_copying(leaf))
         answer = sequence.answer
         slot = self._pool.allocate(copied + sequence.length - leaf.end + (HEADROOM if answer is not None else 0))
-        state = self._states.allocate() if slot is not None else None
+        state = self._states.allocate() if slot is not None and self._shape.states else None
         if slot is not None and state is None and self._shape.states:
             self._pool.free(slot)
             slot = None
