@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
 from tests.engine.lab import TOKENS, Album, an_image, ask, generation, prompt, words
 from tests.other_engines.plain import PlainBuilder
+from tests.vllm.shared import VllmBuilder
 
 CONTEXT = 400
 SYSTEM = words(9, 1)
@@ -26,7 +28,11 @@ WANTED = [
 ]
 
 
-@pytest.fixture(params=[PackedBuilder, PlainBuilder])
+ENGINES = [VllmBuilder] if os.environ.get("LOOKONCE_TEST_ENGINE") == "vllm" else [PackedBuilder, PlainBuilder]
+"""vLLM's in its own environment: `make test-vllm`."""
+
+
+@pytest.fixture(params=ENGINES)
 async def engine(request, checkpoint_path, lab):
     """Started, over an album; closed afterwards."""
     settings = LanguageSettings(
@@ -36,6 +42,7 @@ async def engine(request, checkpoint_path, lab):
     made = request.param(settings).build(checkpoint, TOKENS, frozenset(), CONTEXT)
     assert made.describe().model.context_length == CONTEXT
     lab.album = Album(lab.adapter.shape.hidden)
+    lab.album.as_records = request.param is VllmBuilder
     await made.start(lab.album)
     yield made
     await made.close()
