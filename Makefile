@@ -55,8 +55,10 @@ test-browser: setup  ## The playground in a real Chromium (Debian: apt-get insta
 test-clients: setup  ## Other people's clients (installs each into .clients first; ARGS="-k langchain" for one)
 	@LOOKONCE_TEST_CLIENTS=all $(BIN)/python -m pytest -s tests/clients $(ARGS)
 
-test-vllm: setup  ## A stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
+test-vllm: setup  ## vLLM as our engine, and a stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
 	@scripts/setup_vllm.sh
+	@LOOKONCE_TEST_ENGINE=vllm PYTHONPATH=. $${VENV_VLLM:-.venv-vllm}/bin/python -m pytest -q -p no:cacheprovider -W default \
+		-o asyncio_default_fixture_loop_scope=session -o asyncio_default_test_loop_scope=session tests/engine/test_any_engine.py
 	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 check: setup  ## Lint, formatting, types, who may import whom

@@ -31,9 +31,8 @@ from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError, inva
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.devices import choose_dtype, dtype_name, free_memory
 from lookonce.models.row_files import SHARED_MEMORY, RowDirectory
+from lookonce.models.sizing import VLLM_FAMILIES
 
-SERVED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families whose rows, grids and positions vLLM's own classes take as they are."""
 _CPU_BLOCK, _GPU_BLOCK = 32, 16  # tokens of a block of KV: the smallest that vLLM's kernels are quick with
 _PREFIX = "lookonce-lm-"
 _log = structlog.get_logger(__name__)
@@ -62,8 +61,9 @@ class VllmBuilder:
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         """Why a checkpoint is not served by this engine; None: it is."""
-        if checkpoint.family.model_type not in SERVED:
-            return f"{checkpoint.family.label} is not served by vLLM here, but {', '.join(SERVED)}; leave out --engine"
+        if checkpoint.family.model_type not in VLLM_FAMILIES:
+            names = ", ".join(VLLM_FAMILIES)
+            return f"{checkpoint.family.label} is not served by vLLM here, but {names}; leave out --engine"
         if checkpoint.adapter is not None:
             return "vLLM is not given adapters here: leave out --adapter, or say --engine packed"
         return None

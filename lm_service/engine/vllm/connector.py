@@ -26,10 +26,10 @@ FILE = "lookonce_file"
 
 
 @dataclass
-class RowFiles(ECConnectorMetadata):
-    """What the workers load for a step, by vLLM's identifier."""
+class StepRows(ECConnectorMetadata):
+    """What the workers load for a step, by vLLM's identifier: a file, or the rows themselves for other machines."""
 
-    by_identifier: dict[str, RowFile] = field(default_factory=dict)
+    by_identifier: dict[str, RowFile | torch.Tensor] = field(default_factory=dict)
 
 
 class RowFileConnector(ECConnectorBase):
@@ -39,6 +39,8 @@ class RowFileConnector(ECConnectorBase):
         super().__init__(vllm_config, role)
         self._width = int(vllm_config.ec_transfer_config.ec_connector_extra_config["width"])
         self._dtype: torch.dtype = vllm_config.model_config.dtype
+        parallel = vllm_config.parallel_config
+        self._elsewhere = parallel.distributed_executor_backend == "ray" or getattr(parallel, "nnodes", 1) > 1
         self._step: dict[str, RowFile] = {}
         self._lost: set[str] = set()
 
@@ -48,9 +50,10 @@ class RowFileConnector(ECConnectorBase):
         from vllm.platforms import current_platform
 
         device = torch.device(current_platform.device_type)
-        for identifier, file in self._get_connector_metadata().by_identifier.items():
+        for identifier, given in self._get_connector_metadata().by_identifier.items():
             if identifier not in encoder_cache:
-                encoder_cache[identifier] = file.rows().to(device)
+                rows = given.rows() if isinstance(given, RowFile) else given
+                encoder_cache[identifier] = rows.to(device)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         """Nothing: the vision services write the store."""
@@ -77,9 +80,9 @@ class RowFileConnector(ECConnectorBase):
         rows = feature.mm_position.get_num_embeds()
         self._step[feature.identifier] = RowFile(_path(feature), rows, self._width, self._dtype)
 
-    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> RowFiles:
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepRows:
         step, self._step = self._step, {}
-        return RowFiles(step)
+        return StepRows({name: file.rows() if self._elsewhere else file for name, file in step.items()})
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         self._lost.discard(request.request_id)
