@@ -171,7 +171,10 @@ def _service(name: str, item: Object, items: list[Object]) -> Iterator[str]:
     if not behind:
         yield f"{name}: selects no pods"
     open_ports = {
-        port["name"] for one in behind for c in one["spec"]["template"]["spec"]["containers"] for port in c.get("ports", ())
+        port["name"]
+        for one in behind
+        for c in one["spec"]["template"]["spec"]["containers"]
+        for port in c.get("ports", ())
     }
     for port in item["spec"]["ports"]:
         if port["targetPort"] not in open_ports:

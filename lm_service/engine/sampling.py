@@ -140,10 +140,11 @@ def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: boo
         return torch.tensor(values, device=scores.device, dtype=torch.float64)
 
     temperature = column([state.sampling.temperature for state in states])
-    scaled = scores.double() / temperature[:, None]
     order: torch.Tensor | None = None
+    if filtered:  # in float32: the order is that of the quotients
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    scaled = scores.double() / temperature[:, None]
     if filtered:
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
         top_k = torch.tensor([state.sampling.top_k for state in states], device=scores.device)
         top_p = column([state.sampling.top_p for state in states])
         min_p = column([state.sampling.min_p for state in states])
@@ -167,12 +168,14 @@ def token_logprobs(
 ) -> list[TokenLogprob | None]:
     """Log-probability of each row's token and of its best alternatives; None for rows that did not ask."""
     answers: list[TokenLogprob | None] = [None] * len(states)
-    for i, state in enumerate(states):
-        wanted = state.sampling.logprobs
-        if wanted is None:
-            continue
-        row = logits[i].float().log_softmax(-1)
-        values, ids = row.topk(min(wanted, row.shape[-1]))
-        top = tuple(zip(map(int, ids.tolist()), map(float, values.tolist()), strict=True))
-        answers[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top)
+    wanted = {i: state.sampling.logprobs for i, state in enumerate(states) if state.sampling.logprobs is not None}
+    if not wanted:
+        return answers
+    rows = (logits if len(wanted) == len(states) else logits[torch.tensor(list(wanted), device=logits.device)]).float()
+    rows = rows.log_softmax(-1)
+    chosen = rows.gather(-1, torch.tensor([[tokens[i]] for i in wanted], device=rows.device)).squeeze(-1).tolist()
+    best, best_ids = (found.tolist() for found in rows.topk(min(max(wanted.values()), rows.shape[-1])))
+    for at, (i, count) in enumerate(wanted.items()):
+        top = tuple(zip(best_ids[at][:count], best[at][:count], strict=True))
+        answers[i] = TokenLogprob(tokens[i], chosen[at], top)
     return answers
