@@ -61,5 +61,5 @@ class EventClock:
 def work_clock(device: torch.device) -> WallClock | EventClock:
     """That of a model's first device."""
     if device.type == "cuda":
-        return EventClock(lambda: torch.cuda.Event(enable_timing=True))
+        return EventClock(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
     return WallClock()
