@@ -31,7 +31,7 @@ from tests.lm.split import answer, asking, user
 from tests.processes import ServiceProcess
 from tests.system.cluster import System, encoded
 from tests.unsplit import Unsplit
-from tests.valkey import PATIENT, ValkeyServer
+from tests.valkey import ValkeyServer
 from tests.vllm.stock import PYTHON, ROOT
 
 pytestmark = pytest.mark.vllm
@@ -56,7 +56,7 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def system(valkey: ValkeyServer, halves: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
     """A vision service of this environment, a language service of vLLM's over the language half."""
-    store, folder = f"{valkey.url}?{PATIENT}", tmp_path_factory.mktemp("system")
+    store, folder = valkey.url, tmp_path_factory.mktemp("system")
     language = {"language_args": VLLM, "language_python": str(PYTHON), "language_model": halves / "language"}
     with System(MODEL, folder, store=store, **language) as running:
         yield running
