@@ -250,8 +250,7 @@ class VllmEngine:
         """Raises OVERLOADED or UNAVAILABLE at once."""
         if self._closing:
             raise _unavailable()
-        asked = sum(job.answers for job in self._jobs)
-        if asked >= self._bounds.max_running and len(self._jobs) >= self._bounds.max_waiting:
+        if sum(job.answers for job in self._jobs) >= self._bounds.max_running + self._bounds.max_waiting:
             METRICS.refusals.inc()
             text = f"{self._bounds.max_waiting} requests are waiting already"
             raise LookonceError(ErrorKind.OVERLOADED, text, retry_after=RETRY_SECONDS)
