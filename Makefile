@@ -57,8 +57,8 @@ test-clients: setup  ## Other people's clients (installs each into .clients firs
 
 test-vllm: setup  ## vLLM as our engine, and a stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
 	@scripts/setup_vllm.sh
-	@LOOKONCE_TEST_ENGINE=vllm PYTHONPATH=. $${VENV_VLLM:-.venv-vllm}/bin/python -m pytest -q -p no:cacheprovider -W default \
-		-o asyncio_default_fixture_loop_scope=session -o asyncio_default_test_loop_scope=session tests/engine/test_any_engine.py
+	@scripts/test_in_vllm.sh tests/engine/test_any_engine.py tests/vllm/inside
+	@LOOKONCE_LM_TENSOR_PARALLEL=2 VLLM_CPU_OMP_THREADS_BIND="0|1" scripts/test_in_vllm.sh tests/engine/test_any_engine.py
 	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 check: setup  ## Lint, formatting, types, who may import whom
