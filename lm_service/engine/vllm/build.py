@@ -14,6 +14,7 @@ os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 import structlog
 import torch
+from vllm import envs
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -98,6 +99,7 @@ class VllmBuilder:
             merge_size=checkpoint.merge_size,
             image_tokens=int(llm.input_processor.mm_encoder_cache_size),
             block=block,
+            batch_invariant=bool(envs.VLLM_BATCH_INVARIANT) and self._device.type == "cuda",
         )
         entries = checkpoint.half_entries(Half.LANGUAGE)
         facts = ModelFacts(

@@ -92,6 +92,7 @@ class PromptBounds:
     merge_size: int
     image_tokens: int  # of one image: more never fit vLLM's encoder cache
     block: int  # tokens of a block of KV
+    batch_invariant: bool = False  # vLLM computes a row the same whatever is beside it (VLLM_BATCH_INVARIANT, on CUDA)
 
 
 class _Job:
@@ -184,6 +185,7 @@ class VllmEngine:
             max_running=self._bounds.max_running,
             max_waiting=self._bounds.max_waiting,
             generated_tokens=self._decode_tokens,
+            batch_invariant=self._prompts.batch_invariant,
             prefill_tokens=self._prefill_tokens,
             decode_tokens=self._decode_tokens,
             prefix_bytes=int(stats.usage * stats.kv_bytes),
@@ -396,6 +398,12 @@ class VllmEngine:
 
     async def _scored(self, request: Scoring, job: _Job, timings: Timings) -> list[tuple[list[float], int]]:
         """Sums of each item's choices, and how many tokens of its prompt were reused."""
+        if request.isolated and self._prompts.batch_invariant:
+            async with asyncio.TaskGroup() as group:
+                alone = [
+                    group.create_task(self._scored_alone(item, request.salt, job, timings)) for item in request.items
+                ]
+            return [task.result() for task in alone]
         if request.isolated:
             return [await self._scored_alone(item, request.salt, job, timings) for item in request.items]
         async with self._turns.shared(), asyncio.TaskGroup() as group:
@@ -403,8 +411,9 @@ class VllmEngine:
         return [task.result() for task in work]
 
     async def _scored_alone(self, item: ScoreItem, salt: bytes, job: _Job, timings: Timings) -> tuple[list[float], int]:
-        """With nothing else under way and no KV of others: the same steps, whatever was asked before."""
-        async with self._turns.alone():
+        """With no KV of others, and with nothing else under way unless that changes nothing: the same numbers, whatever
+        was asked before."""
+        async with self._turns.shared() if self._prompts.batch_invariant else self._turns.alone():
             return await self._weighed(item, salt + uuid.uuid4().bytes, job, timings, one_by_one=True)
 
     async def _weighed(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 
 import numpy as np
@@ -149,3 +150,50 @@ def test_sampling_parameters_say_the_same():
     assert answer_params(Sampling(9, ignore_eos=True), {7}, 0, 6).stop_token_ids == []
     assert answer_params(Sampling(9, min_tokens=8), {7}, 0, 6).min_tokens == 6
     assert ImageSpan(0, an_image(1)).tokens and worker.WorkerExtension
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+async def test_isolated_scores_share_steps_only_where_vllm_is_batch_invariant(invariant, checkpoint_path):
+    """Each has KV of its own; whether two are under way at once follows from vLLM's mode."""
+    from lm_service.engine.packed.options import PackedOptions
+    from lm_service.engine.types import ModelFacts, ScoreItem, Scoring
+    from lm_service.engine.vllm.engine import PromptBounds, VllmEngine
+    from lm_service.engine.vllm.statistics import Statistics
+    from tests.engine.lab import TOKENS, prompt, words
+
+    under_way, most, salts = 0, 0, set()
+
+    class Slow:
+        errored = False
+
+        async def generate(self, given, params, name, priority):
+            nonlocal under_way, most
+            salts.add(given["cache_salt"])
+            under_way += 1
+            most = max(most, under_way)
+            await asyncio.sleep(0.01)
+            under_way -= 1
+            logprobs = [{token: SimpleNamespace(logprob=-1.0, rank=1) for token in params.logprob_token_ids}]
+            output = SimpleNamespace(token_ids=[1], logprobs=logprobs, finish_reason=None)
+            yield SimpleNamespace(outputs=[output], num_cached_tokens=0)
+
+        def shutdown(self):
+            pass
+
+    bounds = PromptBounds(512, 3, WIDTH, 500, 2, 100, 16, batch_invariant=invariant)
+    directory = SimpleNamespace(close=lambda: None, write=lambda rows: SimpleNamespace(path="/x", remove=lambda: None))
+
+    async def check():
+        return None
+
+    engine = VllmEngine(
+        Slow(), Statistics(), directory, torch.float32, TOKENS, set(), 400, PackedOptions(), bounds, ModelFacts(), check
+    )
+    engine._warm_up = check
+    await engine.start(None)
+    items = tuple(ScoreItem(prompt(words(9, seed)), ((5,), (6,))) for seed in range(4))
+    scores = await engine.score(Scoring("s", items, isolated=True))
+    assert scores.logprobs == ((-1.0, -1.0),) * 4 and len(salts) == 4
+    assert most == (4 if invariant else 1)
+    assert engine.describe().batch_invariant is invariant
+    await engine.close()
