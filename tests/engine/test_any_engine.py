@@ -140,6 +140,19 @@ async def test_several_answers_or_a_clear_refusal(engine):
         assert [len(answer.tokens) for answer in outcome] == [6] * 3
 
 
+@pytest.mark.parametrize("engine", [one for one in ENGINES if one is not PlainBuilder], indirect=True)
+async def test_tokens_are_biased_allowed_barred_and_end_an_answer(engine):
+    """Of ours: the other one samples by transformers."""
+    (free,) = await ask(engine, plain(WANTED[1], 8))
+    assert [one.tokens for one in await ask(engine, plain(WANTED[1], 4, bias=((7, 100.0),)))] == [[7] * 4]
+    (allowed,) = await ask(engine, plain(WANTED[1], 8, allowed=(3, 5)))
+    assert set(allowed.tokens) <= {3, 5}
+    (barred,) = await ask(engine, plain(WANTED[1], 8, bad_words=(tuple(free.tokens[1:3]),)))
+    assert barred.tokens[:2] == free.tokens[:2] and barred.tokens[2] != free.tokens[2]
+    (ended,) = await ask(engine, plain(WANTED[1], 8, stop_ids=(free.tokens[2],)))
+    assert ended.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
+
+
 async def test_a_stop_string_ends_an_answer_before_it(engine):
     (whole,) = await ask(engine, plain(WANTED[1], 8))
     stop = whole.text[3:5]

@@ -65,7 +65,7 @@ def answer_params(sampling: Sampling, end_ids: Set[int], index: int, room: int) 
     answer at the tokens that end a turn and at its length only. A seed means the same on one kind of device only."""
     seed = None if sampling.seed is None else (sampling.seed + index * _SEED_STRIDE) & _SEED_MASK
     limit = min(sampling.max_tokens, room)
-    return SamplingParams(
+    params = SamplingParams(
         max_tokens=limit,
         min_tokens=min(sampling.min_tokens, limit),
         temperature=sampling.temperature,
@@ -77,9 +77,14 @@ def answer_params(sampling: Sampling, end_ids: Set[int], index: int, room: int) 
         frequency_penalty=sampling.frequency_penalty,
         seed=seed,
         logprobs=sampling.logprobs,
-        stop_token_ids=[] if sampling.ignore_eos else sorted(end_ids),
+        stop_token_ids=sorted({*sampling.stop_ids, *(() if sampling.ignore_eos else end_ids)}),
+        logit_bias=dict(sampling.bias) or None,
+        allowed_token_ids=list(sampling.allowed) or None,
         **_COMMON,
     )
+    if sampling.bad_words:  # as tokens: vLLM would write the words in tokens in its own way
+        params._bad_words_token_ids = [list(word) for word in sampling.bad_words]
+    return params
 
 
 def score_params(tokens: Sequence[int]) -> SamplingParams:

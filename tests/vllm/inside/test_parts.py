@@ -149,6 +149,10 @@ def test_sampling_parameters_say_the_same():
     assert params.seed != answer_params(wanted, {7}, 0, 6).seed == 5
     assert answer_params(Sampling(9, ignore_eos=True), {7}, 0, 6).stop_token_ids == []
     assert answer_params(Sampling(9, min_tokens=8), {7}, 0, 6).min_tokens == 6
+    steered = Sampling(9, bias=((4, 2.0),), allowed=(4, 5), bad_words=((4, 5), (6,)), stop_ids=(9,), ignore_eos=True)
+    params = answer_params(steered, {7}, 0, 6)
+    assert (params.logit_bias, params.allowed_token_ids, params.stop_token_ids) == ({4: 2.0}, [4, 5], [9])
+    assert params._bad_words_token_ids == [[4, 5], [6]]
     assert ImageSpan(0, an_image(1)).tokens and worker.WorkerExtension
 
 

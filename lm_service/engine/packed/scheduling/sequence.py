@@ -237,6 +237,11 @@ def check_generation(request: Generation, context: int, shape: TokenBounds, opti
         _check_tokens(request.prompt.token_ids[span.start : span.end], shape)
     if request.sampling.max_tokens < 1:
         raise invalid(f"max_tokens must be at least 1, got {request.sampling.max_tokens}", param="max_tokens")
+    named = {"logit_bias": [token for token, _ in request.sampling.bias], "stop_token_ids": request.sampling.stop_ids}
+    for name, ids in {**named, "allowed_token_ids": request.sampling.allowed}.items():
+        if ids and max(ids) >= shape.vocabulary:
+            text = f"{name}: token {max(ids)} is outside the vocabulary of {shape.vocabulary}"
+            raise invalid(text, param=name)
     if not 1 <= request.sampling.n <= options.max_running:
         raise invalid(f"n must be between 1 and {options.max_running}, got {request.sampling.n}", param="n")
 
