@@ -55,8 +55,10 @@ test-browser: setup  ## The playground in a real Chromium (Debian: apt-get insta
 test-clients: setup  ## Other people's clients (installs each into .clients first; ARGS="-k langchain" for one)
 	@LOOKONCE_TEST_CLIENTS=all $(BIN)/python -m pytest -s tests/clients $(ARGS)
 
-test-vllm: setup  ## A stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
+test-vllm: setup  ## vLLM as our engine, and a stock vLLM server over our store (makes .venv-vllm first: 2.5 GB, three minutes)
 	@scripts/setup_vllm.sh
+	@scripts/test_in_vllm.sh tests/engine/test_any_engine.py tests/vllm/inside
+	@LOOKONCE_LM_TENSOR_PARALLEL=2 VLLM_CPU_OMP_THREADS_BIND="0|1" scripts/test_in_vllm.sh tests/engine/test_any_engine.py
 	@$(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 check: setup  ## Lint, formatting, types, who may import whom

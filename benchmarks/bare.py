@@ -51,17 +51,24 @@ class Bare:
         """`rows` [1 + deepstack, tokens, hidden] are every image's."""
         self.model, self.head, self.tower = model, head, tower
         self.rows, *self.levels = rows
+        self.device, self.dtype = rows.device, rows.dtype
+
+    def now(self) -> float:
+        """Seconds of a clock, once the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     @torch.inference_mode()
     def prefill(self, prompts: list[Prompt], cache: DynamicCache | None) -> DynamicCache:
         """One batch of prompts of one length; logits of their last tokens."""
-        hidden = self.model.embed_tokens(torch.tensor([prompt.token_ids for prompt in prompts]))
-        seen = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        hidden = self.model.embed_tokens(torch.tensor([prompt.token_ids for prompt in prompts], device=self.device))
+        seen = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=self.device)
         for at, prompt in enumerate(prompts):
             for span in prompt.images:
                 hidden[at, span.start : span.end] = self.rows
                 seen[at, span.start : span.end] = True
-        positions = torch.stack([torch.from_numpy(prompt.positions) for prompt in prompts], dim=1)
+        positions = torch.stack([torch.from_numpy(prompt.positions) for prompt in prompts], dim=1).to(self.device)
         cache = cache or DynamicCache()
         further: dict[str, Any] = {}
         if self.levels and seen.any():
@@ -73,8 +80,8 @@ class Bare:
     @torch.inference_mode()
     def decode(self, cache: DynamicCache, batch: int, position: int) -> None:
         """One decode step."""
-        hidden = self.model.embed_tokens(torch.full((batch, 1), 5))
-        positions = torch.full((3, batch, 1), position)
+        hidden = self.model.embed_tokens(torch.full((batch, 1), 5, device=self.device))
+        positions = torch.full((3, batch, 1), position, device=self.device)
         out = self.model(inputs_embeds=hidden, position_ids=positions, past_key_values=cache, use_cache=True)
         self.head(out.last_hidden_state[:, -1]).argmax(-1)
 
@@ -84,47 +91,49 @@ class Bare:
         config = self.model.config
         heads = config.num_key_value_heads
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        queries = torch.zeros(1, heads, rows * config.num_attention_heads // heads, size)
-        keys = torch.zeros(1, heads, SYSTEM + ROWS * COLUMNS, size)
+        where: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        queries = torch.zeros(1, heads, rows * config.num_attention_heads // heads, size, **where)
+        keys = torch.zeros(1, heads, SYSTEM + ROWS * COLUMNS, size, **where)
         for _ in range(config.num_hidden_layers):
             torch.nn.functional.scaled_dot_product_attention(queries, keys, keys)
 
     def looks(self, count: int) -> float:
         """Seconds that all looks of `count` questions take."""
-        began = time.perf_counter()
+        began = self.now()
         self.look(count * QUESTION)
         for _ in range(TOKENS - 1):
             self.look(count)
-        return time.perf_counter() - began
+        return self.now() - began
 
     @torch.inference_mode()
     def encode(self) -> float:
         """Seconds to encode one image; 0 without a tower."""
         if self.tower is None:
             return 0.0
-        pixels = torch.zeros(4 * ROWS * COLUMNS, self.tower.patch_embed.proj.weight[0].numel())
-        began = time.perf_counter()
-        self.tower(pixels, torch.tensor([[1, 2 * ROWS, 2 * COLUMNS]]))
-        return time.perf_counter() - began
+        width = self.tower.patch_embed.proj.weight[0].numel()
+        pixels = torch.zeros(4 * ROWS * COLUMNS, width, device=self.device, dtype=self.dtype)
+        began = self.now()
+        self.tower(pixels, torch.tensor([[1, 2 * ROWS, 2 * COLUMNS]], device=self.device))
+        return self.now() - began
 
     def whole(self) -> float:
         """Seconds in which the unsplit model answers one question: image, prompt and answer, with nothing reused."""
         encoded = self.encode()
         asked = question(0, image(0))
-        began = time.perf_counter()
+        began = self.now()
         cache = self.prefill([asked], None)
         for step in range(TOKENS - 1):
             self.decode(cache, 1, asked.next_position + step)
-        return encoded + time.perf_counter() - began
+        return encoded + self.now() - began
 
     def floor(self, count: int) -> float:
         """Seconds of the least work that answers `count` questions on one image."""
         whole = question(0, image(0))
         prefix = Prompt(whole.token_ids[:-QUESTION], whole.images, whole.positions[:, :-QUESTION], whole.next_position)
         questions = [question(number, None) for number in range(count)]
-        began = time.perf_counter()
+        began = self.now()
         self.prefill([prefix], None)
         cache = self.prefill(questions, None)
         for step in range(TOKENS - 1):
             self.decode(cache, count, QUESTION + step)
-        return time.perf_counter() - began
+        return self.now() - began

@@ -66,14 +66,16 @@ async def through_grpc(client: VisionClient, files: list[bytes]) -> float:
     return time.perf_counter() - started
 
 
-async def measure(model: str, images: int, side: int, rounds: int, threads: int) -> dict[str, float | str | int]:
+async def measure(
+    model: str, images: int, side: int, rounds: int, threads: int, device: str, dtype: str
+) -> dict[str, float | str | int]:
     """One row of the table."""
     with tempfile.TemporaryDirectory() as directory:
         path = checkpoint_at(model, Path(directory))
         checkpoint = open_checkpoint(str(path), needs=Half.VISION)
-        encoder = checkpoint.family.load_encoder(checkpoint, torch.float32, torch.device("cpu"))
+        encoder = checkpoint.family.load_encoder(checkpoint, getattr(torch, dtype), torch.device(device))
         encoder.warm_up()
-        args = ("--model", str(path), "--dtype", "float32", "--device", "cpu", "--threads", str(threads))
+        args = ("--model", str(path), "--dtype", dtype, "--device", device, "--threads", str(threads))
         floors, times = [], []
         with ServiceProcess("vision_service", *args, env={"OMP_NUM_THREADS": str(threads)}) as service:
             client = VisionClient(service.address)
@@ -107,11 +109,15 @@ def main() -> int:
     parser.add_argument("--side", type=int, default=448, help="pixels a side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--json", type=Path, nargs="?", const=Path("-"), help="write JSON here (- or nothing: stdout)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [
-        asyncio.run(measure(model, options.images, options.side, options.rounds, options.threads))
+        asyncio.run(
+            measure(model, options.images, options.side, options.rounds, options.threads, options.device, options.dtype)
+        )
         for model in options.models
     ]
     text = json.dumps(rows, indent=2)

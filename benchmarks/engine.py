@@ -7,7 +7,7 @@ over transformers' whole model asked N times, image and all; the ideal is that o
 FILE keeps ratios. --apart runs the two sides in processes of their own, one after the other, so that one model is in
 memory at a time: for models that two don't fit of.
 Usage: python -m benchmarks.engine [--model qwen2-vl-50m] [--threads 2] [--rounds 3] [--questions 1 8 32 128]
-       [--parts decode score wall] [--sequences 32] [--unsplit] [--apart] [--cpu]
+       [--parts decode score wall] [--sequences 32] [--unsplit] [--apart] [--cpu] [--device cuda] [--dtype bfloat16]
 Targets: wall <= 1.15x floor; speed-up >= 0.9 of the ideal; decode step on an image <= 1.25x the step without; >= 3x
 faster than unshared prefixes; score <= 1.1x one packed prefill; scheduling <= 10% of the step.
 """
@@ -129,7 +129,8 @@ def measured(path: Path, given: argparse.Namespace) -> Seconds:
     options = PackedOptions(kv_bytes=512 * MIB, prefix_bytes=given.prefix_mib * MIB)
     towers = "encode" in given.parts or (given.unsplit and wall)
     return_freed_memory()
-    sides = Sides.load(checkpoint, given.side, options, given.rounds, towers=towers, text=text)
+    where = {"device": torch.device(given.device), "dtype": getattr(torch, given.dtype)}
+    sides = Sides.load(checkpoint, given.side, options, given.rounds, towers=towers, text=text, **where)
     keep_freed_memory()  # as the services do before and when a model is loaded
     seconds: Seconds = {}
     if "decode" in given.parts:
@@ -179,6 +180,8 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="each side in a process of its own")
     parser.add_argument("--side", choices=["both", "engine", "bare"], default="both", help="measure one; keeps seconds")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu", help="of both sides: cpu, cuda, cuda:1 ...")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--cpu", action="store_true", help="measure CPU time, with one thread: for busy machines")
     given = parser.parse_args()
     torch.set_num_threads(1 if given.cpu else given.threads)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -38,10 +38,10 @@ async def beside(engine: PackedEngine | None, function: Callable[[], T]) -> T:
     return await asyncio.wrap_future(done)
 
 
-def own_encoding(checkpoint: Checkpoint) -> Callable[[], float]:
+def own_encoding(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
     """A function that encodes an image as the vision service does, from its patches, and returns the seconds."""
     family = checkpoint.family
-    encoder = family.load_encoder(checkpoint, torch.float32, CPU)
+    encoder = family.load_encoder(checkpoint, dtype, device)
     side = math.isqrt(family.least_pixels(checkpoint.config))  # of a token
     pixels = side * COLUMNS * side * ROWS
     patches = encoder.prepare(Image.new("RGB", (side * COLUMNS, side * ROWS)), pixels, pixels)
@@ -67,22 +67,33 @@ class Sides:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, side: str, options: PackedOptions, rounds: int, *, towers: bool, text: bool
+        cls,
+        checkpoint: Checkpoint,
+        side: str,
+        options: PackedOptions,
+        rounds: int,
+        *,
+        towers: bool,
+        text: bool,
+        device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
     ) -> Sides:
         """Of "engine", "bare" or "both", the vision halves, the language halves."""
         adapter = encoding = bare = None
         dimensions = checkpoint.family.dimensions(checkpoint.config)
         if side != "bare" and text:
-            devices = [CPU] * dimensions.layers
+            devices = [device] * dimensions.layers
             load = checkpoint.family.load_text
-            adapter = run_in_omp_thread(load, checkpoint, torch.float32, lambda name: CPU, devices)
+            adapter = run_in_omp_thread(load, checkpoint, dtype, lambda name: device, devices)
         if side != "bare" and towers:
-            encoding = run_in_omp_thread(own_encoding, checkpoint)
+            encoding = run_in_omp_thread(own_encoding, checkpoint, device, dtype)
         if side != "engine":
             rows = Images(dimensions.hidden, dimensions.deepstack).rows
-            model, head = run_in_omp_thread(load_language_model, checkpoint, torch.float32) if text else (None, None)
-            tower = run_in_omp_thread(load_vision_tower, checkpoint, torch.float32) if towers else None
-            bare = Bare(model, head, rows, tower)
+            half: list[Any] = [None, None]
+            if text:
+                half = [part.to(device) for part in run_in_omp_thread(load_language_model, checkpoint, dtype)]
+            tower = run_in_omp_thread(load_vision_tower, checkpoint, dtype).to(device) if towers else None
+            bare = Bare(*half, rows.to(device, dtype), tower)
         return cls(adapter, encoding, bare, options, rounds)
 
     @property
@@ -92,4 +103,9 @@ class Sides:
 
     def images(self) -> Images:
         """A loader of our adapter's rows."""
-        return Images(self.adapter.shape.hidden, self.adapter.shape.deepstack) if self.adapter else Images(1)
+        if self.adapter is None:
+            return Images(1)
+        shape = self.adapter.shape
+        images = Images(shape.hidden, shape.deepstack)
+        images.rows = images.rows.to(shape.device, shape.dtype)
+        return images

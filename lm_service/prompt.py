@@ -381,6 +381,11 @@ class ChatTemplate:
         """`text_ids` of a short text that is likely to be asked for again by callers of the same salt."""
         return self._choices(text, salt)
 
+    def word_ids(self, word: str) -> set[tuple[int, ...]]:
+        """The ways to write a short text within an answer: as it is, and behind a space."""
+        plain = word.lstrip(" ")
+        return {tuple(self._continued_ids(text)) for text in (plain, f" {plain}") if plain}
+
     def token_id(self, token: str) -> int | None:
         """The id of an added token, if the vocabulary has it."""
         return self.chat.added.get(token)

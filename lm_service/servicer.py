@@ -121,7 +121,8 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
     async def _generation(self, request: language_pb2.GenerateRequest, context: Any) -> Generation:
         deadline = self._deadline(request, context)
         await self._know_encoders(request.messages)
-        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults)
+        words = self._builder.template.word_ids
+        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults, word_ids=words)
         messages = messages_of(request.messages)
         build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
         prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)

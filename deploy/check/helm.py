@@ -64,6 +64,13 @@ def schema(where: str, item: dict[str, Any]) -> Iterator[str]:
     if item.get("apiVersion") == "keda.sh/v1alpha1":
         yield from (f"{where}: {name}: {text}" for text in objects.scaled_object(item))
         return
+    if item.get("kind") == "LeaderWorkerSet":
+        yield from (f"{where}: {name}: {text}" for text in objects.leader_worker_set(item))
+        for pod in objects.pods_of_group(item):
+            selector, template = pod["spec"]["selector"], pod["spec"]["template"]
+            deployment = {"apiVersion": "apps/v1", **pod, "spec": {"selector": selector, "template": template}}
+            yield from schema(where, deployment)
+        return
     if item.get("apiVersion") == "cert-manager.io/v1":
         yield from (f"{where}: {text}" for text in tls.certificate(item))
         return

@@ -27,6 +27,7 @@ _DECLARED = (
 
 def check(where: str, items: list[Object]) -> Iterator[str]:
     """All objects of one rendering."""
+    items = [part for item in items for part in pods_of_group(item)]
     for item in items:
         name = f"{where}: {item['kind']}/{item['metadata']['name']}"
         yield from (f"{name}: {text}" for text in _unset(item))
@@ -44,6 +45,31 @@ def check(where: str, items: list[Object]) -> Iterator[str]:
             yield f"{name}: protects nothing"
     yield from (f"{where}: {text}" for text in traffic.check(items))
     yield from (f"{where}: {text}" for text in tls.check(items, _DECLARED))
+
+
+def pods_of_group(item: Object) -> list[Object]:
+    """A group of pods as deployments of its leader and of its workers, so that the same rules hold; else the item."""
+    if item["kind"] != "LeaderWorkerSet":
+        return [item]
+    found = []
+    for which, suffix in (("leaderTemplate", ""), ("workerTemplate", "-worker")):
+        template = item["spec"]["leaderWorkerTemplate"][which]
+        spec = {"selector": {"matchLabels": template["metadata"]["labels"]}, "template": template}
+        metadata = item["metadata"] | {"name": item["metadata"]["name"] + suffix}
+        found.append({"kind": "Deployment", "metadata": metadata, "spec": spec})
+    return found
+
+
+def leader_worker_set(item: Object) -> Iterator[str]:
+    """What LeaderWorkerSet would refuse: its schema is not among Kubernetes' own."""
+    group = item["spec"].get("leaderWorkerTemplate", {})
+    if not isinstance(group.get("size"), int) or group["size"] < 2:
+        yield "leaderWorkerTemplate.size must be a number of pods, two at least"
+    if not isinstance(item["spec"].get("replicas"), int):
+        yield "replicas must be a number"
+    if group.get("restartPolicy") != "RecreateGroupOnPodRestart":
+        yield "a group whose pods are not started again together waits for ever for the one that is gone"
+    yield from (f"{name} is missing" for name in ("leaderTemplate", "workerTemplate") if name not in group)
 
 
 def scaled_object(item: Object) -> Iterator[str]:
@@ -116,7 +142,7 @@ def _container(name: str, container: Object) -> Iterator[str]:
         yield f"{name}: --protected-mode no must be said: else it depends on the image whether others are admitted"
     if not {"readinessProbe", "livenessProbe"} <= container.keys():
         yield f"{name}: needs a readiness and a liveness probe"
-    ports = {port["containerPort"]: port["name"] for port in container["ports"]}
+    ports = {port["containerPort"]: port["name"] for port in container.get("ports", ())}
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         for how in ("grpc", "httpGet", "tcpSocket"):
             port = container.get(kind, {}).get(how, {}).get("port")
@@ -145,7 +171,10 @@ def _service(name: str, item: Object, items: list[Object]) -> Iterator[str]:
     if not behind:
         yield f"{name}: selects no pods"
     open_ports = {
-        port["name"] for one in behind for c in one["spec"]["template"]["spec"]["containers"] for port in c["ports"]
+        port["name"]
+        for one in behind
+        for c in one["spec"]["template"]["spec"]["containers"]
+        for port in c.get("ports", ())
     }
     for port in item["spec"]["ports"]:
         if port["targetPort"] not in open_ports:

@@ -25,7 +25,7 @@ def check(items: list[Object]) -> Iterator[str]:
         return
     for source in [*pods, {"app": "stranger"}]:
         for target in pods:
-            if source is target:
+            if source is target or target["app.kubernetes.io/component"] not in PORTS:
                 continue
             allowed = reaches(policies, source, target)
             if allowed != _should(source, target):
@@ -50,6 +50,8 @@ def _should(source: dict[str, str], target: dict[str, str]) -> bool:
     by = source.get("app.kubernetes.io/component", "stranger")
     if to == "gateway":
         return by == "stranger"
+    if by == "language-worker":  # of the group: Ray chooses ports
+        return to == "language" and source.get("lookonce.dev/model") == target.get("lookonce.dev/model")
     same = by == "gateway" or to == "store" or source.get("lookonce.dev/model") == target.get("lookonce.dev/model")
     return (by, to) in MAY and same
 

@@ -276,7 +276,7 @@ ANSWERS: dict[str, Any] = {
     "health": {"status": "ok"},
     "readiness": READINESS,
     "healthOfAll": READINESS,
-    "version": {"version": "0.5.0"},
+    "version": {"version": "0.6.0"},
 }
 """Of answers in JSON, by the id of the operation."""
 

@@ -33,6 +33,15 @@ SkipSpecial = Annotated[
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 Stops = Annotated[list[StopString], Field(max_length=16)]
+TokenId = Annotated[int, Field(ge=0, lt=2**32)]
+TokenIds = Annotated[list[TokenId], Field(max_length=4096)]
+AllowedIds = Annotated[list[TokenId], Field(min_length=1, max_length=4096, description="no other token is drawn")]
+BadWords = Annotated[list[StopString], Field(max_length=64, description="none of them is written")]
+Bias = Annotated[float, Field(ge=-100.0, le=100.0, allow_inf_nan=False)]
+LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], Bias],
+    Field(max_length=4096, description="added to the logits of tokens, by their ids as strings"),
+]
 SMALLEST = 2.0**-126
 """The least number above 0 on the wire (float32): a smaller one would arrive as 0, which is refused."""
 
@@ -104,6 +113,10 @@ class Sampling(Body):
     ignore_eos: bool | None = None  # go on to max_tokens: for benchmarks
     min_tokens: MinTokens | None = None
     skip_special_tokens: SkipSpecial | None = None
+    logit_bias: LogitBias | None = None
+    stop_token_ids: TokenIds | None = None
+    bad_words: BadWords | None = None
+    allowed_token_ids: AllowedIds | None = None
 
 
 def to_sampling(
@@ -116,7 +129,7 @@ def to_sampling(
     n: int = 1,
 ) -> language_pb2.SamplingParameters:
     """The wire form; a parameter that `params` leaves out comes from `defaults`."""
-    fields: dict[str, float | int] = {}
+    fields: dict[str, Any] = {}
     for name in Sampling.model_fields.keys() - {"skip_special_tokens"}:
         value = getattr(params, name)
         if value is None and defaults is not None:
@@ -128,11 +141,13 @@ def to_sampling(
             fields[name] = max(fields[name], SMALLEST)
     if "top_k" in fields:
         fields["top_k"] = max(fields["top_k"], 0)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(token): value for token, value in fields["logit_bias"].items()}
     if "seed" in fields:
         fields["seed"] = int(fields["seed"]) % 2**64
     fields["special_tokens"] = special_tokens(params, defaults)
     return language_pb2.SamplingParameters(
-        **fields,  # type: ignore[arg-type]
+        **fields,
         max_tokens=max_tokens,
         stop=stop,
         logprobs=logprobs,

@@ -65,7 +65,6 @@ class RequestFields(Body):
     audio: Annotated[Any, Neutral("audio output is")] = None
     function_call: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
     functions: Annotated[Any, Neutral(_TOOLS, [])] = None
-    logit_bias: Annotated[Any, Neutral("logit bias is", {})] = None
     modalities: Annotated[Any, Neutral("output other than text is", ["text"], [])] = None
     moderation: Annotated[Any, Neutral("moderation of a chat is")] = None
     parallel_tool_calls: Annotated[Any, Neutral(_TOOLS, True, False)] = None
@@ -80,8 +79,6 @@ class RequestFields(Body):
 
     add_generation_prompt: Annotated[Any, Neutral(_TEMPLATE, True)] = None
     add_special_tokens: Annotated[Any, Neutral(_TEMPLATE, False)] = None
-    allowed_token_ids: Annotated[Any, Neutral(_TOKENS)] = None
-    bad_words: Annotated[Any, Neutral(_TOKENS, [])] = None
     best_of: Annotated[Any, Neutral("choosing among several answers is", 1)] = None
     cache_salt: Annotated[Any, Neutral("a cache salt is")] = None
     chat_template: Annotated[Any, Neutral(_TEMPLATE)] = None
@@ -102,7 +99,6 @@ class RequestFields(Body):
     return_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     return_tokens_as_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     spaces_between_special_tokens: Annotated[Any, Neutral("showing special tokens is", True, False)] = None
-    stop_token_ids: Annotated[Any, Neutral(_TOKENS, [])] = None
     structured_outputs: Annotated[Any, Neutral(_STRUCTURE)] = None
     truncate_prompt_tokens: Annotated[Any, Neutral("cutting the prompt is")] = None
     use_beam_search: Annotated[Any, Neutral("beam search is", False)] = None

@@ -180,7 +180,7 @@ class Answer:
         self.stop: str | None = None  # the stop string that was met
         self._limit = min(sampling.max_tokens, room)
         self._least = sampling.min_tokens
-        self._end_ids = frozenset() if sampling.ignore_eos else frozenset(end_ids)
+        self._end_ids = frozenset(sampling.stop_ids) | (frozenset() if sampling.ignore_eos else frozenset(end_ids))
         self._text, self._logprobs, self._taken = "", list[TokenLogprob](), 0  # since the last `take`
         self._detokenizer = Detokenizer(table, special=sampling.special_tokens)
         self._matcher = StopMatcher(sampling.stop)

@@ -21,6 +21,7 @@ BUILTIN = {
     "auto": "lm_service.engine.auto:AutoBuilder",
     "packed": "lm_service.engine.packed.build:PackedBuilder",
     "plain": "lm_service.engine.plain.build:PlainBuilder",
+    "vllm": "lm_service.engine.vllm.build:VllmBuilder",
 }
 
 
@@ -63,6 +64,9 @@ def builder_of(settings: LanguageSettings) -> EngineBuilder:
     try:
         found = plugins.load(GROUP, name, BUILTIN)
     except (ImportError, AttributeError) as error:
+        if name == "vllm" and getattr(error, "name", "").partition(".")[0] == "vllm":
+            text = "vLLM is not in this environment; scripts/setup_vllm.sh makes one, and `lookonce up` uses it"
+            raise invalid(text, param="engine") from error
         text = f"engine {name!r} is installed, but can't be imported ({error}); install its package again"
         raise invalid(text, param="engine") from error
     if found is None:

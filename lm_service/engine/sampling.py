@@ -2,8 +2,8 @@
 
 Functions on rows of logits; knows nothing of models or sequences beyond a row's `SamplerState`. Every row is drawn with
 its own generator and by its own row alone, so that an answer does not depend on what else is in the batch. The order is
-that of transformers' processors: repetition penalty, presence and frequency penalties, least tokens, temperature,
-top-k, top-p and min-p.
+that of vLLM and transformers' processors: biases and barred tokens of the request, repetition penalty, presence and
+frequency penalties, least tokens, temperature, top-k, top-p and min-p.
 """
 
 from __future__ import annotations
@@ -36,16 +36,27 @@ class SamplerState:
         self.penalised = (  # earlier tokens change the logits
             sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         )
-        self.early = 0 if sampling.ignore_eos else sampling.min_tokens  # tokens left before which no end is drawn
-        self.end_ids = sorted(end_ids) if self.early else []
+        ends = {*sampling.stop_ids, *(() if sampling.ignore_eos else end_ids)}
+        self.early = sampling.min_tokens if ends else 0  # tokens left before which no end is drawn
+        self.end_ids = sorted(ends) if self.early else []
+        self.steered = bool(sampling.bias or sampling.allowed or sampling.bad_words)  # the request chooses among tokens
+        self._tail: list[int] = []  # generated tokens that may begin a bad word
+        self._longest = max((len(word) for word in sampling.bad_words), default=0)
         self._index = index
         self._generator: torch.Generator | None = None  # made for the first draw: greedy answers need none
 
     def append(self, token_id: int) -> None:
         """Count a generated token, where that matters."""
         self.early = max(0, self.early - 1)
+        if self._longest > 1:
+            self._tail = [*self._tail, token_id][1 - self._longest :]
         if self.penalised:
             self.counts[token_id] += 1
+
+    def barred(self) -> list[int]:
+        """Tokens that would complete a bad word now."""
+        words = self.sampling.bad_words
+        return [word[-1] for word in words if len(word) == 1 or tuple(self._tail[1 - len(word) :]) == word[:-1]]
 
     def uniform(self) -> float:
         """The next number in [0, 1) of this answer."""
@@ -84,6 +95,23 @@ def apply_penalties(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
     return row
 
 
+def steer(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
+    """Logits [vocabulary] with the request's biases, and without the tokens it does not want, as a new tensor. Where
+    that leaves none, what it allows stays."""
+    wanted = state.sampling
+    row = row.clone()
+    if wanted.bias:
+        ids, values = zip(*wanted.bias, strict=True)
+        row[torch.tensor(ids, device=row.device)] += torch.tensor(values, device=row.device, dtype=row.dtype)
+    if wanted.allowed:
+        kept = torch.tensor(wanted.allowed, device=row.device)
+        row = torch.full_like(row, -torch.inf).index_copy_(0, kept, row[kept])
+    barred = set(state.barred())
+    if barred and not barred >= set(wanted.allowed or [-1]):
+        row[torch.tensor(sorted(barred), device=row.device)] = -torch.inf
+    return row
+
+
 def bar_ends(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
     """Scores [rows, vocabulary], as a new tensor, with the end tokens of answers that are too short yet at -inf."""
     scores = scores.clone()
@@ -116,6 +144,9 @@ def filter_logits(
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
     """One token for each row of logits [rows, vocabulary]. The states' counts are left to the caller (`append`)."""
     scores = logits.float()
+    if any(state.steered for state in states):
+        rows = (steer(row, state) if state.steered else row for row, state in zip(scores, states, strict=True))
+        scores = torch.stack(list(rows))
     if any(state.penalised for state in states):
         rows = (
             apply_penalties(row, state) if state.penalised else row for row, state in zip(scores, states, strict=True)
@@ -140,10 +171,11 @@ def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: boo
         return torch.tensor(values, device=scores.device, dtype=torch.float64)
 
     temperature = column([state.sampling.temperature for state in states])
-    scaled = scores.double() / temperature[:, None]
     order: torch.Tensor | None = None
+    if filtered:  # in float32: the order is that of the quotients
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    scaled = scores.double() / temperature[:, None]
     if filtered:
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
         top_k = torch.tensor([state.sampling.top_k for state in states], device=scores.device)
         top_p = column([state.sampling.top_p for state in states])
         min_p = column([state.sampling.min_p for state in states])
@@ -167,12 +199,14 @@ def token_logprobs(
 ) -> list[TokenLogprob | None]:
     """Log-probability of each row's token and of its best alternatives; None for rows that did not ask."""
     answers: list[TokenLogprob | None] = [None] * len(states)
-    for i, state in enumerate(states):
-        wanted = state.sampling.logprobs
-        if wanted is None:
-            continue
-        row = logits[i].float().log_softmax(-1)
-        values, ids = row.topk(min(wanted, row.shape[-1]))
-        top = tuple(zip(map(int, ids.tolist()), map(float, values.tolist()), strict=True))
-        answers[i] = TokenLogprob(tokens[i], float(row[tokens[i]]), top)
+    wanted = {i: state.sampling.logprobs for i, state in enumerate(states) if state.sampling.logprobs is not None}
+    if not wanted:
+        return answers
+    rows = (logits if len(wanted) == len(states) else logits[torch.tensor(list(wanted), device=logits.device)]).float()
+    rows = rows.log_softmax(-1)
+    chosen = rows.gather(-1, torch.tensor([[tokens[i]] for i in wanted], device=rows.device)).squeeze(-1).tolist()
+    best, best_ids = (found.tolist() for found in rows.topk(min(max(wanted.values()), rows.shape[-1])))
+    for at, (i, count) in enumerate(wanted.items()):
+        top = tuple(zip(best_ids[at][:count], best[at][:count], strict=True))
+        answers[i] = TokenLogprob(tokens[i], chosen[at], top)
     return answers

@@ -78,6 +78,10 @@ class Sampling:
     logprobs: int | None = None  # alternatives per token; None: none at all
     n: int = 1
     special_tokens: bool = False  # part of the answer's text
+    bias: tuple[tuple[int, float], ...] = ()  # added to the logits of tokens, before penalties and temperature
+    allowed: tuple[int, ...] = ()  # no other token is drawn; none: all are
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that never follow each other in an answer
+    stop_ids: tuple[int, ...] = ()  # end an answer as the model's own end tokens do, also with `ignore_eos`
     min_tokens: int = 0  # before so many are generated, no end token is drawn and no stop string ends the answer
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lookonce.cli.vllm_environment import tensor_parallel_sizes
 from lookonce.core.dtypes import auto_dtype
 from lookonce.core.layer_split import Share, consecutive, spread
 from lookonce.models.registry import Half
@@ -62,6 +64,24 @@ class Need:
     @property
     def total(self) -> int:
         return self.weights + self.least_kv + self.devices * (self.working + self.runtime)
+
+
+@dataclass(frozen=True)
+class VllmPlacement:
+    """The language half over so many equal GPUs by vLLM, the vision service on one of its own, or on the last of them;
+    `kv_bytes` are what all of them have for KV."""
+
+    tensor_parallel: int
+    vision: str
+    dtype: str
+    memory_share: float  # of each GPU, what vLLM may fill
+    need: int  # bytes on each GPU: weights, activations, runtime
+    kv_bytes: int
+    least_kv: int
+
+    @property
+    def fits(self) -> bool:
+        return self.kv_bytes >= self.least_kv
 
 
 @dataclass(frozen=True)
@@ -235,6 +255,33 @@ def _place_spread(
     # KV is the same for every layer: the device with least for each of its own bounds all
     spare = min(left) if min(left) < 0 else min(one * layers // count for one, count in zip(left, counts, strict=False))
     return Placement(vision, replace(language, layers=tuple(counts)), of_vision, of_language, spare)
+
+
+def vllm_placements(
+    size: ModelSize, devices: Sequence[Device], work: Workload, dtype: str | None
+) -> list[VllmPlacement]:
+    """Ways to share the layers over the GPUs, the largest first: fewest first. Weights and KV are divided evenly,
+    activations and runtime are not; KV heads that are fewer than GPUs are repeated."""
+    gpus = sorted((device for device in devices if not device.is_cpu), key=lambda device: -device.bytes)
+    dims, found = size.dimensions, []
+    for count in tensor_parallel_sizes(dims.heads, dims.kv_heads, len(gpus)) if gpus else ():
+        smallest, alone = gpus[count - 1], count < len(gpus)
+        choice = _choice(size, smallest, dtype)
+        need, vision = language_need(size, choice, work), vision_need(size, choice, work)
+        room = smallest.usable - (0 if alone else vision.total)
+        each = need.weights // count + need.working + need.runtime
+        found.append(
+            VllmPlacement(
+                tensor_parallel=count,
+                vision=(gpus[-1] if alone else smallest).name,
+                dtype=choice.dtype,
+                memory_share=max(0, math.floor(100 * room / smallest.bytes)) / 100,
+                need=each,
+                kv_bytes=max(0, room - each) * count // max(1, count // dims.kv_heads),
+                least_kv=need.least_kv,
+            )
+        )
+    return found
 
 
 def _runtime(choice: Choice) -> int:

@@ -22,7 +22,7 @@ from lookonce.cli.rundir import DataDirectory, find_running
 from lookonce.core.dtypes import auto_dtype
 from lookonce.core.errors import LookonceError
 from lookonce.core.units import format_size
-from lookonce.models.sizing import DTYPE_BYTES, default_max_pixels
+from lookonce.models.sizing import DTYPE_BYTES, VLLM_FAMILIES, default_max_pixels
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint import Checkpoint
@@ -195,6 +195,44 @@ def check_checkpoint(
     if resolved.unpacked is not None:
         found.append(warn("engine", served_plain(resolved.unpacked), "more replicas serve more requests at a time"))
     return found, sizes
+
+
+def check_vllm(
+    model: str | None, revision: str | None, report: dict[str, Any] | None, python: Path | None = None
+) -> Iterator[Finding]:
+    """vLLM's environment, and over how many of the GPUs here it may share this model's layers."""
+    from lookonce.cli.model import default_model
+    from lookonce.cli.vllm_environment import REMEDY, SUPPORTED, installed, tensor_parallel_sizes, vllm_python
+    from lookonce.models.checkpoint.check import check_settings
+
+    try:
+        found = installed(vllm_python(python, os.environ))
+    except LookonceError as error:
+        what, _, remedy = error.message.partition("; ")
+        yield bad("vllm", what, remedy)
+        return
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        yield bad("vllm", f"its environment does not run: {error}", REMEDY)
+        return
+    text = f"{found['vllm']}, transformers {found['transformers']}, torch {found['torch']}"
+    if found["vllm"] is None or not found["lookonce"]:
+        yield bad("vllm", f"its environment lacks {'vLLM' if found['vllm'] is None else 'lookonce'}", REMEDY)
+    elif found["vllm"].partition("+")[0] != SUPPORTED:
+        yield warn("vllm", text, f"the engine was written to and tested with {SUPPORTED}: {REMEDY}")
+    else:
+        yield ok("vllm", text)
+    try:
+        family, config, _ = check_settings(model or default_model(), revision, None)
+    except LookonceError:
+        return  # the checkpoint's own line says so
+    if family.model_type not in VLLM_FAMILIES:
+        remedy = "leave out --engine; the packed engine serves it"
+        yield bad("engine", f"vllm: {family.label} is not among {', '.join(VLLM_FAMILIES)}", remedy)
+        return
+    dims, gpus = family.dimensions(config), len((report or {}).get("gpus") or [])
+    sizes = tensor_parallel_sizes(dims.heads, dims.kv_heads, max(gpus, 1))
+    where = f"--tensor-parallel {' or '.join(map(str, sizes))} on the {gpus} GPUs here" if gpus else "on the CPU"
+    yield ok("engine", f"vllm: {where}")
 
 
 def _unusable(problem: str) -> Finding:

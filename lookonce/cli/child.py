@@ -18,10 +18,12 @@ _PR_SET_PDEATHSIG = 1
 _WATCH_SECONDS = 1.0
 
 
-def command(module: str, arguments: list[str], *, signal_number: int = signal.SIGKILL) -> list[str]:
-    """The command line that runs a module as a child of the calling process."""
+def command(
+    module: str, arguments: list[str], *, signal_number: int = signal.SIGKILL, python: str = sys.executable
+) -> list[str]:
+    """The command line that runs a module as a child of the calling process; `python`: in another environment."""
     # -P: a file gateway.py in the user's working directory must not stand in for our package.
-    prefix = [sys.executable, "-P", "-m", "lookonce.cli.child", str(os.getpid()), str(int(signal_number))]
+    prefix = [python, "-P", "-m", "lookonce.cli.child", str(os.getpid()), str(int(signal_number))]
     return [*prefix, module, *arguments]
 
 

@@ -20,6 +20,7 @@ HELP = """Check this machine, and the settings `lookonce up` would run with; not
 \b
   lookonce doctor
   lookonce doctor --model ./Qwen2-VL-7B-Instruct --store redis://localhost:6379
+  lookonce doctor --model ./Qwen2-VL-7B-Instruct --engine vllm
   lookonce doctor --json
 
 One line per check: ok, warn or fail, with the remedy. Exit status 1 when any fails.
@@ -45,10 +46,13 @@ def doctor(
     data_dir: Annotated[
         Path | None, typer.Option(envvar="LOOKONCE_DATA_DIR", metavar="DIR", help="Data directory.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(envvar="LOOKONCE_LM_ENGINE", metavar="ENGINE", help="vllm: look at its environment, too.")
+    ] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check this machine."""
-    findings = examine(model, revision, adapter, store, host, port, data_dir or default_data_dir())
+    findings = examine(model, revision, adapter, store, host, port, data_dir or default_data_dir(), engine)
     if as_json:
         say(json.dumps([vars(finding) for finding in findings], indent=2, ensure_ascii=False))
     for finding in findings if not as_json else ():
@@ -67,6 +71,7 @@ def examine(
     host: str,
     port: int,
     directory: Path,
+    engine: str = "auto",
 ) -> list[Finding]:
     """All findings, in the order of the report."""
     from lookonce.cli import checks
@@ -82,6 +87,7 @@ def examine(
         *checks.check_cpu(),
         *checks.check_cuda(torch),
         *checkpoint,
+        *(checks.check_vllm(model, revision, torch) if engine == "vllm" else ()),
         *checks.check_memory(sizes, torch),
         *checks.check_data_dir(directory),
         *store_findings,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,7 +15,8 @@ from lookonce.core.errors import LookonceError, invalid
 from lookonce.core.units import split_list
 
 if TYPE_CHECKING:
-    from lookonce.cli.capacity import Device, Placement
+    from lookonce.cli.capacity import Device, Placement, Workload
+    from lookonce.models.sizing import ModelSize
 
 HELP = """Say what a model needs and which placement fits; reads its config, no weights.
 
@@ -23,6 +24,7 @@ HELP = """Say what a model needs and which placement fits; reads its config, no 
   lookonce plan --model Qwen/Qwen2-VL-7B-Instruct --gpus 24,80
   lookonce plan --model ./my-finetune --ram 64 --image 1280x960
   lookonce plan --model Qwen/Qwen2-VL-72B-Instruct --gpus 80,80,80 --json
+  lookonce plan --model Qwen/Qwen2-VL-72B-Instruct --gpus 80,80,80,80 --engine vllm
 
 Prints weights, KV and store by image, question and 1,000 images; each placement with its verdict; what hits save; and
 the commands that start the best one. A language half that no single GPU holds is spread over several. Exit status 1
@@ -52,6 +54,9 @@ def plan(
         str | None,
         typer.Option(metavar="DTYPE", help="float32, bfloat16, float16; unset: as the services choose."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="ENGINE", help="vllm: the language half by vLLM, over how many GPUs and what share.")
+    ] = "auto",
     store: Annotated[str | None, typer.Option(metavar="URL", help="Store, for the commands.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers as JSON.")] = False,
 ) -> None:
@@ -61,7 +66,7 @@ def plan(
     from lookonce.models.checkpoint.adapter import open_adapter
     from lookonce.models.checkpoint.check import check_settings, stored_halves
     from lookonce.models.family import served_plain, unpacked_reason
-    from lookonce.models.sizing import DTYPE_BYTES, size_of
+    from lookonce.models.sizing import DTYPE_BYTES, VLLM_FAMILIES, size_of
 
     try:
         devices = _devices(gpus, ram)
@@ -74,7 +79,11 @@ def plan(
         unpacked = unpacked_reason(family, config)
     except LookonceError as error:
         fail(error.message)
+    if engine == "vllm" and family.model_type not in VLLM_FAMILIES:
+        fail(f"--engine vllm: {family.label} is not among {', '.join(VLLM_FAMILIES)}; leave out --engine")
     work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)
+    if engine == "vllm":
+        _plan_vllm(size, devices, work, dtype, (width, height), model, revision, as_json=as_json)
     found = placements(size, devices, work, dtype)
     best = found[0]
     shown = dtype or best.language.dtype
@@ -93,6 +102,36 @@ def plan(
     say("\n\n".join("\n".join(section) for section in sections))
     if not best.fits:
         fail("nothing fits: give larger devices, smaller --image or --concurrency, or a smaller model")
+
+
+def _plan_vllm(
+    size: ModelSize,
+    devices: Sequence[Device],
+    work: Workload,
+    dtype: str | None,
+    pixels: tuple[int, int],
+    model: str,
+    revision: str | None,
+    *,
+    as_json: bool,
+) -> NoReturn:
+    """The same for `--engine vllm`."""
+    from lookonce.cli import plan_report
+    from lookonce.cli.capacity import vllm_placements
+    from lookonce.models.checkpoint.check import stored_halves
+
+    ways = vllm_placements(size, devices, work, dtype)
+    if not ways:
+        fail("--engine vllm: give --gpus, the memory of each GPU")
+    if as_json:
+        say(json.dumps([asdict(way) | {"fits": way.fits} for way in ways], indent=2))
+    else:
+        stored = stored_halves(model, revision)
+        needs = plan_report.needs(size, work, *pixels, dtype or ways[0].dtype, stored)
+        say("\n\n".join("\n".join(part) for part in (needs, plan_report.vllm(ways, model, revision))))
+    if not any(way.fits for way in ways):
+        fail("nothing fits: give larger or more GPUs, smaller --image or --concurrency, or a smaller model")
+    raise typer.Exit(0)
 
 
 def _as_json(item: Placement) -> dict[str, Any]:

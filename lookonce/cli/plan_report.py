@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lookonce.cli.capacity import Choice, Placement, Workload
+from lookonce.cli.capacity import Choice, Placement, VllmPlacement, Workload
 from lookonce.core.units import format_size
 from lookonce.models.registry import Half
 from lookonce.models.sizing import Economics, ModelSize, question_flops
@@ -94,6 +94,20 @@ def commands(
     tail = f"--listen 0.0.0.0:50052 --store {where} --vision VISION:50051 " + " ".join(f"--{one}" for one in memory)
     yield _service("lm_service", item.language, which, tail)
     yield f"python -m gateway --host 0.0.0.0 --vision VISION:50051 --lm LANGUAGE:50052 --store {where}"
+
+
+def vllm(ways: Sequence[VllmPlacement], model: str, revision: str | None) -> Iterator[str]:
+    """A line for each number of GPUs that may share the layers, and the command of the first that fits."""
+    yield f"{'tensor parallel':<17}{'need on each':>13}{'memory share':>14}   verdict"
+    for way in ways:
+        short = format_size(way.least_kv - way.kv_bytes)
+        verdict = f"fits; {format_size(way.kv_bytes)} for KV" if way.fits else f"{short} too little for KV"
+        yield f"{way.tensor_parallel:<17}{format_size(way.need):>13}{way.memory_share:>14.2f}   {verdict}"
+    best = next((way for way in ways if way.fits), None)
+    if best is not None:
+        which = f"--model {model}" + (f" --revision {revision}" if revision else "")
+        parallel = f"--tensor-parallel {best.tensor_parallel} --gpu-memory-share {best.memory_share:.2f}"
+        yield f"lookonce up {which} --engine vllm {parallel} --vision-device {best.vision}"
 
 
 def _service(module: str, choice: Choice, which: str, tail: str) -> str:

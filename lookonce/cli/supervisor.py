@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,7 @@ class ServicePlan:
     address: str  # what other processes reach it by
     make_probe: Callable[[], Probe]
     metrics: str | None = None  # host:port or unix:/path that answers Prometheus
+    python: str = sys.executable  # of the environment it runs in
 
 
 class ServiceFailed(LookonceError):
@@ -156,7 +158,7 @@ class Service:
         read_end, write_end = os.pipe()  # our own: asyncio's would delay wait() while a grandchild holds the other end
         try:
             process = await asyncio.create_subprocess_exec(
-                *command(self.plan.module, self.plan.arguments),
+                *command(self.plan.module, self.plan.arguments, python=self.plan.python),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,

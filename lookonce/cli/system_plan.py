@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +19,7 @@ from lookonce.cli.network import base_url, take_port
 from lookonce.cli.rundir import DataDirectory
 from lookonce.cli.supervisor import ServicePlan
 from lookonce.cli.up import UpSettings
+from lookonce.cli.vllm_environment import vllm_python
 from lookonce.core.errors import invalid
 
 PREFIXES = {"vision": "LOOKONCE_VISION_", "language": "LOOKONCE_LM_", "gateway": "LOOKONCE_GATEWAY_"}
@@ -119,6 +120,10 @@ def plan_system(
     language_arguments.offer("kv_bytes", "lm_kv_bytes")
     language_arguments.offer("prefix_bytes", "lm_prefix_bytes")
     language_arguments.always("vision", vision_at)
+    for name in ("engine", "tensor_parallel", "pipeline_parallel", "gpu_memory_share", "engine_args"):
+        language_arguments.offer(name, name)
+    if (settings.engine if "engine" in given else language_arguments.own("engine") or settings.engine) == "vllm":
+        language = replace(language, python=str(vllm_python(settings.vllm_python, environment)))
 
     gateway_arguments = arguments("gateway")
     host, port = _gateway_address(gateway_arguments, settings, given)

@@ -27,6 +27,7 @@ HELP = """Start the vision service, the language service and the gateway, and ke
   lookonce up --model Qwen/Qwen2-VL-2B-Instruct       from the hub (only once)
   lookonce up --model ./my-finetune --port 9000
   lookonce up --model ./m --vision-device cuda:0 --lm-device cuda:1 --store redis://localhost:6379
+  lookonce up --model ./m --engine vllm --tensor-parallel 2     language half by vLLM, in its own environment
 
 Prints a line at each change of state and the URL when everything is ready. A process that dies is started again.
 SIGTERM or Ctrl-C drains and ends; a second one ends at once.
@@ -76,6 +77,24 @@ class UpSettings(Settings):
         None,
         description="Sampling parameters that a request leaves out: auto (the checkpoint's generation_config.json) or "
         "none (greedy); unset: auto.",
+    )
+    engine: str | None = Field(
+        None, description="Engine of the language service: auto, packed, plain or vllm (in its own environment)."
+    )
+    vllm_python: Path | None = Field(
+        None,
+        description="Python of the environment that vLLM is in; unset: this one if vLLM is here, else VENV_VLLM or "
+        ".venv-vllm, which scripts/setup_vllm.sh makes.",
+    )
+    tensor_parallel: int | None = Field(None, ge=1, description="With vllm: GPUs that share each layer; unset: 1.")
+    pipeline_parallel: int | None = Field(
+        None, ge=1, description="With vllm: groups of GPUs that the layers are dealt out to; unset: 1."
+    )
+    gpu_memory_share: float | None = Field(
+        None, gt=0, le=1, description="With vllm: share of a GPU that it may fill; unset: 0.9."
+    )
+    engine_args: str | None = Field(
+        None, description='With vllm: further arguments of its engine, as JSON: {"enforce_eager": true}.'
     )
     threads: int | None = Field(None, ge=1, le=1024, description="CPU threads of each model; unset: torch's choice.")
     vision_threads: int | None = Field(

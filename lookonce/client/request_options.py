@@ -98,6 +98,10 @@ class SamplingOptions(TypedDict, total=False):
     seed: int
     stop: str | list[str]
     skip_special_tokens: bool
+    logit_bias: dict[str, float]
+    stop_token_ids: list[int]
+    bad_words: list[str]
+    allowed_token_ids: list[int]
 
 
 class PixelOptions(TypedDict, total=False):

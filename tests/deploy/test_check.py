@@ -115,7 +115,7 @@ def test_more_mistakes_in_compose_files(tree, file, old, new, said):
 
 
 TEMPLATES = [
-    ("models.yaml", "{{ $settings.device | quote }}", "{{ $settings.devise }}", "value is unset"),
+    ("_model_pod.tpl", "{{ $settings.device | quote }}", "{{ $settings.devise }}", "value is unset"),
     ("gateway.yaml", "{{ .Values.gateway.replicas }}", "{{ .Values.gateway.replica }}", "spec.replicas is unset"),
     ("store.yaml", "- volatile-lru", "- {{ .Values.store.policy }}", "args is unset"),
     ("store.yaml", "- --protected-mode", "- --databases", "--protected-mode no must be said"),
@@ -132,6 +132,36 @@ def test_mistakes_in_templates(tree, file, old, new, said):
     assert isinstance(items, list), items
     problems = list(objects.check("planted", items))
     assert any(said in problem for problem in problems), problems
+
+
+GROUPS = [
+    ("models.yaml", "restartPolicy: RecreateGroupOnPodRestart", "restartPolicy: None", "waits for ever"),
+    ("models.yaml", "size: {{ $nodes }}", "size: 1", "two at least"),
+    ("_model_pod.tpl", "LOOKONCE_LM_TENSOR_PARALLEL", "LOOKONCE_LM_TENSORS", "LOOKONCE_LM_TENSORS is no setting"),
+    ("network.yaml", '"language" "language-worker"', '"language-worker"', "cannot reach stable language"),
+]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "said"), GROUPS)
+def test_mistakes_in_a_group_of_pods(tree, file, old, new, said):
+    """A language service over several machines, by Ray."""
+    plant(tree, f"helm/lookonce/templates/{file}", old, new)
+    items = helm.render(tree, tree / helm.PROFILES / "vllm-nodes.yaml")
+    assert isinstance(items, list), items
+    problems = list(objects.check("planted", items))
+    problems += [text for item in items for text in helm.schema("planted", item)]
+    assert any(said in problem for problem in problems), problems
+
+
+def test_a_group_of_pods_joins_ray_and_shares_memory(rendered):
+    [group] = [item for item in rendered["vllm-nodes"] if item["kind"] == "LeaderWorkerSet"]
+    template = group["spec"]["leaderWorkerTemplate"]
+    leader, worker = (template[name]["spec"]["containers"][0] for name in ("leaderTemplate", "workerTemplate"))
+    assert template["size"] == 2
+    assert "exec python -m lm_service" in leader["args"][0] and "$LWS_LEADER_ADDRESS:6379" in worker["args"][0]
+    for one in (leader, worker):
+        assert {"name": "shared-memory", "mountPath": "/dev/shm"} in one["volumeMounts"]
+        assert "-vllm:" in one["image"]
 
 
 def test_a_chart_without_keys_is_not_rendered(tree):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lookonce.cli.vllm_environment import SUPPORTED
 from lookonce.core.rpc.server import Server, ServerOptions
 from tests.ports import free_port
 from tests.processes import ROOT
@@ -31,7 +32,7 @@ sys.meta_path.insert(0, Hider())
 for package in packages:
     root = importlib.import_module(package)
     for found in pkgutil.walk_packages(getattr(root, "__path__", []), package + "."):
-        if found.name != "lookonce.models.checkpoint.split":
+        if found.name != "lookonce.models.checkpoint.split" and not found.name.startswith("lm_service.engine.vllm."):
             importlib.import_module(found.name)
 import uvloop  # what each process runs on, imported when it starts
 print("whole")
@@ -82,6 +83,14 @@ def test_groups_ask_for_what_the_project_asks_for(part):
     assert set(group(part)) <= wanted
 
 
+def test_vllms_image_asks_for_what_the_language_services_does_but_for_what_vllm_pins():
+    """vLLM brings torch, transformers, tokenizers and a compiler of its own; tests/vllm runs in such an environment."""
+    names, ours = ({plain(entry) for entry in group(part)} for part in ("language-vllm", "language"))
+    assert ours - names == {"torch", "transformers", "tokenizers", "llvmlite", "numpy", "pillow"}
+    assert names - ours == {"vllm", "ray", "orjson"}
+    assert next(entry for entry in group("language-vllm") if plain(entry) == "vllm") == f"vllm=={SUPPORTED}"
+
+
 @pytest.mark.parametrize(
     "part",
     ["gateway", pytest.param("vision", marks=pytest.mark.slow), pytest.param("language", marks=pytest.mark.slow)],
@@ -101,7 +110,12 @@ def test_an_image_holds_what_its_process_imports(part):
 
 @pytest.mark.parametrize(
     ("part", "variable"),
-    [("gateway", "LOOKONCE_GATEWAY_PORT"), ("vision", "LOOKONCE_VISION_LISTEN"), ("language", "LOOKONCE_LM_LISTEN")],
+    [
+        ("gateway", "LOOKONCE_GATEWAY_PORT"),
+        ("vision", "LOOKONCE_VISION_LISTEN"),
+        ("language", "LOOKONCE_LM_LISTEN"),
+        ("language-vllm", "LOOKONCE_LM_LISTEN"),
+    ],
 )
 async def test_the_health_check_asks_where_the_environment_lets_the_process_listen(part, variable):
     text = (ROOT / f"deploy/docker/{part}.Dockerfile").read_text()

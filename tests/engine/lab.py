@@ -36,6 +36,7 @@ from lookonce.core.identity import EmbeddingReference
 from lookonce.models.checkpoint import Half, open_checkpoint
 from lookonce.models.qwen2_vl.config import mrope_positions
 from lookonce.models.qwen2_vl.text import Qwen2VLAdapter
+from lookonce.models.tensors import view_of
 from tests.modules import load_language_model
 
 VOCABULARY = 512
@@ -85,19 +86,21 @@ class Album:
         self.loads: Counter[bytes] = Counter()
         self.lost: set[bytes] = set()
         self.gate: asyncio.Event | None = None
+        self.as_records = False  # rows are made by the engine of a record's tensors, as a real loader has it
 
     def rows(self, reference: EmbeddingReference) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(reference.key[:7], "little"))
         return torch.randn(reference.tokens, self._hidden, generator=generator)
 
-    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[torch.Tensor, EmbeddingSource]:
+    async def load(self, reference: EmbeddingReference, rows_of: Any = None) -> tuple[Any, EmbeddingSource]:
         self.loads[reference.key] += 1
         if self.gate is not None:
             await self.gate.wait()
         await asyncio.sleep(0)
         if reference.key in self.lost:
             raise LookonceError(ErrorKind.EMBEDDING_MISSING, "the embedding is in no tier")
-        return self.rows(reference), EmbeddingSource.STORE
+        rows = self.rows(reference)
+        return rows_of(view_of(rows)) if self.as_records else rows, EmbeddingSource.STORE
 
 
 class Lab:

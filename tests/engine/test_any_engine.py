@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.checkpoint import Half, open_checkpoint
 from tests.engine.lab import TOKENS, Album, an_image, ask, generation, prompt, words
 from tests.other_engines.plain import PlainBuilder
+from tests.vllm.shared import VllmBuilder
 
 CONTEXT = 400
 SYSTEM = words(9, 1)
@@ -26,7 +28,11 @@ WANTED = [
 ]
 
 
-@pytest.fixture(params=[PackedBuilder, PlainBuilder])
+ENGINES = [VllmBuilder] if os.environ.get("LOOKONCE_TEST_ENGINE") == "vllm" else [PackedBuilder, PlainBuilder]
+"""vLLM's in its own environment: `make test-vllm`."""
+
+
+@pytest.fixture(params=ENGINES)
 async def engine(request, checkpoint_path, lab):
     """Started, over an album; closed afterwards."""
     settings = LanguageSettings(
@@ -36,6 +42,7 @@ async def engine(request, checkpoint_path, lab):
     made = request.param(settings).build(checkpoint, TOKENS, frozenset(), CONTEXT)
     assert made.describe().model.context_length == CONTEXT
     lab.album = Album(lab.adapter.shape.hidden)
+    lab.album.as_records = request.param is VllmBuilder
     await made.start(lab.album)
     yield made
     await made.close()
@@ -131,6 +138,19 @@ async def test_several_answers_or_a_clear_refusal(engine):
         assert outcome.kind is ErrorKind.INVALID_ARGUMENT and outcome.param in ("n", "temperature")
     else:
         assert [len(answer.tokens) for answer in outcome] == [6] * 3
+
+
+@pytest.mark.parametrize("engine", [one for one in ENGINES if one is not PlainBuilder], indirect=True)
+async def test_tokens_are_biased_allowed_barred_and_end_an_answer(engine):
+    """Of ours: the other one samples by transformers."""
+    (free,) = await ask(engine, plain(WANTED[1], 8))
+    assert [one.tokens for one in await ask(engine, plain(WANTED[1], 4, bias=((7, 100.0),)))] == [[7] * 4]
+    (allowed,) = await ask(engine, plain(WANTED[1], 8, allowed=(3, 5)))
+    assert set(allowed.tokens) <= {3, 5}
+    (barred,) = await ask(engine, plain(WANTED[1], 8, bad_words=(tuple(free.tokens[1:3]),)))
+    assert barred.tokens[:2] == free.tokens[:2] and barred.tokens[2] != free.tokens[2]
+    (ended,) = await ask(engine, plain(WANTED[1], 8, stop_ids=(free.tokens[2],)))
+    assert ended.tokens == free.tokens[: free.tokens.index(free.tokens[2]) + 1]
 
 
 async def test_a_stop_string_ends_an_answer_before_it(engine):

@@ -133,12 +133,47 @@ def test_stop_and_neutral_fields(client: openai.OpenAI) -> None:
     assert stopped.choices[0].finish_reason == "stop"
 
 
+def test_control_of_single_tokens(client: openai.OpenAI, http: httpx2.Client, image_file: ImageFile) -> None:
+    """OpenAI's logit_bias, and vLLM's fields; on a question as on a chat."""
+
+    def said(**fields: Any) -> str:
+        options = {"logit_bias": fields.pop("logit_bias")} if "logit_bias" in fields else {}
+        answer = client.chat.completions.create(
+            model=MODEL, messages=message("talk"), max_tokens=12, extra_body=fields, **options
+        )
+        return str(answer.choices[0].message.content)
+
+    free = said()
+    forced = said(logit_bias={"65": 100})
+    assert forced and forced != free and forced == forced[0] * len(forced)
+    assert said(allowed_token_ids=[65]) == forced
+    assert said(stop_token_ids=[65], logit_bias={"65": 100}) == ""
+
+    def tokens(**fields: Any) -> list[str]:
+        asked = {"messages": message("talk"), "max_tokens": 12, "logprobs": True, "extra_body": fields}
+        answer = client.chat.completions.create(model=MODEL, **asked)
+        return [one.token for one in answer.choices[0].logprobs.content]
+
+    word = next(token for token in tokens() if token.isalpha())
+    assert word not in tokens(bad_words=[word])
+    kept = http.post("/v1/images", files={"file": image_file()}).json()["id"]
+    questions = [{"text": "What?", "allowed_token_ids": [65]}, "What?"]
+    body = {"questions": questions, "max_tokens": 12}
+    mine, other = http.post(f"/v1/images/{kept}/questions", json=body).json()["answers"]
+    assert mine["text"] == forced != other["text"]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
         ({"colour": "red"}, "colour", "unknown_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, "logit_bias.five", "invalid_value"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0", "invalid_value"),
+        ({"bad_words": [""]}, "bad_words.0", "invalid_value"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,6 +49,8 @@ class System:
         store: str | None = None,
         vision_args: tuple[str, ...] = (),
         language_args: tuple[str, ...] = (),
+        language_python: str = sys.executable,  # of another environment
+        language_model: Path | None = None,  # a half; None: the whole checkpoint
         gateway_args: tuple[str, ...] = (),
         key: str | None = None,  # an API key, where the gateways' arguments say that they want one
     ) -> None:
@@ -56,8 +59,10 @@ class System:
         self._stack = ExitStack()
         self.visions = [self._own(ServiceProcess("vision_service", *common, *vision_args)) for _ in range(visions)]
         seen = ",".join(one.address for one in self.visions)
-        args = (*common, "--vision", seen, *language_args)
-        self.languages = [self._own(ServiceProcess("lm_service", *args)) for _ in range(languages)]
+        args = ("--model", str(language_model or model), *common[2:], "--vision", seen, *language_args)
+        self.languages = [
+            self._own(ServiceProcess("lm_service", *args, python=language_python)) for _ in range(languages)
+        ]
         for service in (*self.visions, *self.languages):
             service.wait_ready()
         heard = ",".join(one.address for one in self.languages)

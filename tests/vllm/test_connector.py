@@ -257,7 +257,6 @@ def test_the_server_holds_no_vision_weights(system: System, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "args", "reason"),
     [
-        ({"ec_role": "ec_both"}, [], 'ec_role must be "ec_consumer"'),
         ({"ec_connector_extra_config": {"stor": "x"}}, [], "ec_connector_extra_config"),
         ({"ec_connector_extra_config": {"store": "htp://x"}}, [], "scheme 'htp' is not known"),
     ],

@@ -52,7 +52,7 @@ class LookonceConnector(ECConnectorBase):
         device = torch.device(current_platform.device_type)
         for identifier, slot in metadata.by_identifier.items():
             if identifier not in encoder_cache:
-                encoder_cache[identifier] = slot.rows().to(device)
+                encoder_cache[identifier] = slot.file.rows().to(device)
 
     def save_caches(self, encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         """Nothing: the vision services write the store."""

@@ -358,11 +358,13 @@ def checked_rows(rows: torch.Tensor, reference: EmbeddingReference, shape: Model
 def rows_of(*views: TensorView, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """A record's rows in memory of their own: those of one tensor [tokens, hidden], of n [n, tokens, hidden]. Raises
     DamagedRecord when they are not finite in this dtype."""
-    first, *further = (tensor_of(view).to(device=device, dtype=dtype, copy=len(views) == 1) for view in views)
+    alone = len(views) == 1 and device.type == "cpu"
+    first, *further = (tensor_of(view).to(dtype=dtype, copy=alone) for view in views)
     rows = torch.stack([first, *further]) if further else first
-    if not bool(torch.isfinite(rows).all()):  # after the cast: float16 may overflow
+    # After the cast, for float16 may overflow; on the CPU, for a GPU would have to finish its step first.
+    if not bool(torch.isfinite(rows).all()):
         raise DamagedRecord("embedding holds numbers that are not finite")
-    return rows
+    return rows.to(device)
 
 
 def _merged(events: Iterable[tuple[packed.Request, Event]]) -> list[tuple[packed.Request, Event]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
+from lm_service.engine.packed.execution.clock import work_clock
 from lm_service.engine.packed.execution.runner import Runner, extend_answers, extend_scores, outputs, split_bad
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
@@ -69,7 +70,7 @@ class EngineCore:
         self.batch_invariant = bool(options.batch_invariant) and self.may_be_invariant
         self.steps = 0
         self.step_seconds = self.last_step_seconds = 0.0
-        self.forward_seconds = 0.0
+        self._work = work_clock(model.shape.device)
         self._generated = 0
 
     def enqueue(self, request: Request) -> None:
@@ -166,6 +167,7 @@ class EngineCore:
         except Exception:  # noqa: BLE001 - logged; how far it came is not known, so all who took part are told
             _log.exception("postprocess_failed", tokens=batch.tokens)
             self._fail_parts(batch)
+            self._check_devices()  # where an asynchronous error of the forward comes to light
 
     def _compute_alone(self, batch: Batch) -> None:
         try:
@@ -186,10 +188,13 @@ class EngineCore:
             torch.ones((), device=stage.device).add(1).item()
 
     def _run(self, batch: Batch) -> torch.Tensor | None:
-        began = time.perf_counter()
-        logits = self._runner.run(batch)
-        self.forward_seconds += time.perf_counter() - began
-        return logits
+        with self._work:
+            return self._runner.run(batch)
+
+    @property
+    def forward_seconds(self) -> float:
+        """What the forwards have taken, on whatever device."""
+        return self._work.seconds
 
     def _postprocess(self, batch: Batch, logits: torch.Tensor | None) -> None:
         wanted = outputs(batch)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
-from typing import ClassVar, Self
+from itertools import accumulate, groupby
+from typing import ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -259,6 +259,8 @@ def attend_runs(
     """[patches, 3 * width] -> [patches, width]: the patches of each image of a run attend to each other."""
     query, key, value = qkv.view(len(qkv), 3, heads, -1).unbind(1)  # each [patches, heads, head width]
     query, key = _rotate(query, cos, sin), _rotate(key, cos, sin)
+    if has_varlen(qkv):
+        return attend_varlen(query, key, value, runs)
     outputs = []
     start = 0
     for images, patches in runs:
@@ -268,3 +270,41 @@ def attend_runs(
         outputs.append(mixed.transpose(1, 2).reshape(images * patches, -1))
         start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def has_varlen(x: torch.Tensor) -> bool:
+    """Whether torch has one kernel for images of all sizes there: on GPUs, in half precision, from torch 2.11 on."""
+    return x.device.type == "cuda" and x.dtype in (torch.bfloat16, torch.float16) and _varlen_attn() is not None
+
+
+@lru_cache(maxsize=1)
+def _varlen_attn() -> Callable[..., torch.Tensor] | None:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return cast(Callable[..., torch.Tensor], varlen_attn)
+
+
+def attend_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    runs: Iterable[Run],
+    kernel: Callable[..., torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[patches, heads, head width] each -> [patches, width], by one call for all images: those of each run attend to
+    themselves. `kernel` has the arguments of torch.nn.attention.varlen.varlen_attn, which is taken unless given."""
+    ends, longest = _ends(tuple(runs), query.device)
+    attend = kernel or _varlen_attn()
+    if attend is None:
+        raise RuntimeError("torch has no varlen_attn")
+    mixed = attend(query, key, value.contiguous(), ends, ends, longest, longest)
+    return mixed.reshape(len(query), -1)
+
+
+@lru_cache(maxsize=8)
+def _ends(runs: tuple[Run, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where images begin and the last one ends, int32 [images + 1], the same for all blocks; the most patches."""
+    lengths = [patches for images, patches in runs for _ in range(images)]
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths)

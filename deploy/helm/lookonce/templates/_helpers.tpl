@@ -15,7 +15,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 
 {{- define "lookonce.image" -}}
 {{- $tag := .root.Values.image.tag | default .root.Chart.AppVersion -}}
-{{- with .root.Values.image.registry }}{{ . }}/{{ end }}lookonce-{{ .part }}:{{ $tag }}{{ if eq .variant "cuda" }}-cuda{{ end }}
+{{- with .root.Values.image.registry }}{{ . }}/{{ end }}lookonce-{{ .part }}{{ if eq .engine "vllm" }}-vllm{{ end }}:{{ $tag }}{{ if and (eq .variant "cuda") (ne .engine "vllm") }}-cuda{{ end }}
 {{- end }}
 
 {{- define "lookonce.podSecurity" -}}

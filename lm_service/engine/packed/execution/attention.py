@@ -7,6 +7,7 @@ G = H / K, d head size. Knows nothing of sequences: `plan.py` says who sees what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,8 +18,13 @@ from torch.nn import functional
 from lm_service.engine.packed.execution.sight import Sight, capped
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.tree import Node
+from lookonce.core.dtypes import FAST_BFLOAT16
 from lookonce.models.text_adapter import Attend, ModelShape
 
+FLASH_FROM = FAST_BFLOAT16
+"""Least compute capability of a CUDA GPU that torch has flash attention for."""
+_SCORES = 1 << 24
+"""Scores that `plain_attention` holds at once: 64 MiB of them."""
 _FEW_BEFORE = 0.125  # of a span: so many keys before it are better seen together with it
 
 
@@ -262,7 +268,7 @@ class PackedAttention:
         score is its log-sum-exp and whose value is its output."""
         keys, values = self._pool.class_view(layer, batch.capacity)
         keys, values = keys[batch.slots, :, : batch.length], values[batch.slots, :, : batch.length]
-        scores = torch.matmul(_padded(q, batch), keys.transpose(-1, -2)).float()
+        scores = products(_padded(q, batch), keys)
         scores = capped(scores.mul_(q.shape[-1] ** -0.5), self._softcap).add_(batch.mask)  # [b, K, n * G, length]
         if shared is None:
             return _unpadded(torch.matmul(scores.softmax(-1).to(q.dtype), values), batch, q)
@@ -285,6 +291,18 @@ def _unpadded(x: torch.Tensor, batch: SuffixBatch, q: torch.Tensor) -> torch.Ten
     if x.shape[2] != q.shape[2]:
         x = x.view(*x.shape[:2], -1, *q.shape[2:]).transpose(1, 2).flatten(0, 1)
     return x if batch.scatter is None else x.index_select(0, batch.scatter)
+
+
+def products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """q k^T in float32, [..., n, L] of q [..., n, d] and k [..., L, d]. Products of half precision are rounded to it
+    where nothing else is asked for: keys with large biases, such as Qwen2's, then differ by less than what is lost."""
+    if q.dtype == torch.float32:
+        return torch.matmul(q, k.transpose(-1, -2))
+    if q.device.type == "cuda":
+        k = k.expand(*q.shape[:-2], *k.shape[-2:])
+        flat = torch.bmm(q.flatten(0, -3), k.flatten(0, -3).transpose(-1, -2), out_dtype=torch.float32)
+        return flat.view(*q.shape[:-1], k.shape[-2])
+    return torch.matmul(q.float(), k.float().transpose(-1, -2))
 
 
 def merge(
@@ -313,7 +331,7 @@ def partial_attention_for(device: torch.device, dtype: torch.dtype, softcap: flo
         return partial(plain_attention, softcap=softcap)
     if device.type == "cpu":
         return _cpu_flash
-    if device.type == "cuda" and dtype != torch.float32:
+    if device.type == "cuda" and dtype != torch.float32 and torch.cuda.get_device_capability(device) >= FLASH_FROM:
         return _cuda_flash
     return plain_attention
 
@@ -343,11 +361,29 @@ def plain_attention(
     *,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by plain matrix products, on any device."""
-    scores = capped(torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, softcap)
-    if causal:
-        length = q.shape[-2]
-        scores += torch.full((length, length), -torch.inf, device=q.device).triu_(1)
+    """The same by plain matrix products, on any device, so many rows at a time that few scores are held at once."""
+    rows, keys = q.shape[-2], k.shape[-2]
+    step = max(1, _SCORES // (math.prod(q.shape[:-2]) * keys))
+    if rows <= step:
+        return _plain_rows(q, k, v, 0 if causal else None, mask, softcap)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    for begin in range(0, rows, step):
+        part = slice(begin, min(begin + step, rows))
+        seen = slice(0, part.stop) if causal else slice(0, keys)
+        of_part = None if mask is None else mask[part, seen]
+        first = begin if causal else None
+        done = _plain_rows(q[..., part, :], k[..., seen, :], v[..., seen, :], first, of_part, softcap)
+        out[..., part, :], lse[..., part] = done
+    return out, lse
+
+
+def _plain_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first: int | None, mask: torch.Tensor | None, cap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`first`: the number of the first row, which sees so many keys before its own; None: all see all."""
+    scores = capped(products(q, k) * q.shape[-1] ** -0.5, cap)
+    if first is not None:
+        scores += scores.new_full(scores.shape[-2:], -torch.inf).triu_(1 + first)
     if mask is not None:
         scores += mask
     lse = scores.logsumexp(-1)

@@ -66,7 +66,7 @@ def _attention(
     k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
     if softcap is None:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = capped(torch.matmul(q, k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5, softcap)
+    scores = capped(torch.matmul(q.float(), k.float().transpose(-1, -2)) * q.shape[-1] ** -0.5, softcap)
     return torch.matmul(scores.masked_fill_(~mask, -torch.inf).softmax(-1).to(q.dtype), v)
 
 

@@ -10,6 +10,7 @@ from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,6 @@ from lm_service.engine.packed.prefix_cache.tree import Node
 from lm_service.engine.sampling import SamplerState
 from lm_service.engine.types import EmbeddingSource, Generation, Prompt, Scoring, Timings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
-from lookonce.models.text_adapter import ModelShape
 
 
 class Status(Enum):
@@ -216,18 +216,37 @@ def answers_to(
     return request
 
 
-def check_generation(request: Generation, context: int, shape: ModelShape, options: PackedOptions) -> None:
+class TokenBounds(Protocol):
+    """What the tokens and positions of a prompt are held to."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids are below it."""
+        ...
+
+    @property
+    def position_rows(self) -> int:
+        """r of the positions [r, T]."""
+        ...
+
+
+def check_generation(request: Generation, context: int, shape: TokenBounds, options: PackedOptions) -> None:
     """Raise INVALID_ARGUMENT or CONTEXT_LENGTH_EXCEEDED for what cannot be answered."""
     check_prompt(request.prompt, context, shape)
     for span in request.prompt.images:  # penalties count placeholders, too
         _check_tokens(request.prompt.token_ids[span.start : span.end], shape)
     if request.sampling.max_tokens < 1:
         raise invalid(f"max_tokens must be at least 1, got {request.sampling.max_tokens}", param="max_tokens")
+    named = {"logit_bias": [token for token, _ in request.sampling.bias], "stop_token_ids": request.sampling.stop_ids}
+    for name, ids in {**named, "allowed_token_ids": request.sampling.allowed}.items():
+        if ids and max(ids) >= shape.vocabulary:
+            text = f"{name}: token {max(ids)} is outside the vocabulary of {shape.vocabulary}"
+            raise invalid(text, param=name)
     if not 1 <= request.sampling.n <= options.max_running:
         raise invalid(f"n must be between 1 and {options.max_running}, got {request.sampling.n}", param="n")
 
 
-def check_scoring(request: Scoring, context: int, shape: ModelShape, options: PackedOptions) -> None:
+def check_scoring(request: Scoring, context: int, shape: TokenBounds, options: PackedOptions) -> None:
     """Raise INVALID_ARGUMENT or CONTEXT_LENGTH_EXCEEDED for what cannot be scored."""
     for item in request.items:
         longest = max(map(len, item.choices), default=0)
@@ -241,7 +260,7 @@ def check_scoring(request: Scoring, context: int, shape: ModelShape, options: Pa
             raise invalid(f"choices must not exceed {options.slab_tokens // 4} tokens in all", param="choices")
 
 
-def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
+def check_prompt(prompt: Prompt, context: int, shape: TokenBounds) -> None:
     """Raise unless the prompt fits the context, its text the vocabulary, and its images agree with its tokens."""
     length = len(prompt.token_ids)
     if length >= context:
@@ -266,6 +285,6 @@ def check_prompt(prompt: Prompt, context: int, shape: ModelShape) -> None:
     _check_tokens(prompt.token_ids[end:], shape)
 
 
-def _check_tokens(token_ids: Sequences[int], shape: ModelShape) -> None:
+def _check_tokens(token_ids: Sequences[int], shape: TokenBounds) -> None:
     if token_ids and (min(token_ids) < 0 or max(token_ids) >= shape.vocabulary):
         raise invalid(f"the prompt has a token id outside the vocabulary of {shape.vocabulary}", param="prompt")
