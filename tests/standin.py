@@ -167,11 +167,16 @@ def broken(error: str = "CUDA error: device-side assert triggered") -> Iterator[
 
 
 def _empty(size: Any, *, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
-    return Placed(torch.empty(size, dtype=dtype), torch.device(device))
+    return Placed(_unwritten(torch.empty(size, dtype=dtype)), torch.device(device))
 
 
 def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = None, **how: Any) -> torch.Tensor:
-    return Placed(torch.empty_strided(size, stride, dtype=dtype), torch.device(device))
+    return Placed(_unwritten(torch.empty_strided(size, stride, dtype=dtype)), torch.device(device))
+
+
+def _unwritten(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory that nobody has written: who reads it finds NaN."""
+    return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
 
 def _item(tensor: Placed) -> Any:

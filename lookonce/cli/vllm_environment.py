@@ -44,7 +44,8 @@ def installed(python: Path) -> dict[str, Any]:
         [str(python), "-P", "-c", _ASK], capture_output=True, timeout=_ASK_SECONDS, stdin=subprocess.DEVNULL
     )
     if done.returncode:
-        raise OSError(done.stderr.decode(errors="replace").strip().splitlines()[-1:] or "it does not run")
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise OSError(lines[-1] if lines else f"exit status {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

@@ -8,6 +8,7 @@ import asyncio
 import pytest
 import torch
 
+from lm_service.engine.packed.engine_core import EngineCore
 from lm_service.engine.packed.execution.runner import Runner
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
@@ -25,35 +26,38 @@ def one_device(tmp_path_factory):
     return SpreadLab(path, (LAYERS,))
 
 
-async def counted(engine, images, questions, tokens):
-    """Operations, copies to the device and waits of so many questions about each of so many images."""
-    asked = [
-        generation(prompt(SYSTEM, an_image(100 + i, 9, 9), words(5, 50 + 31 * i + q)), tokens, logprobs=None)
-        for i in range(images)
-        for q in range(questions)
-    ]
-    await asyncio.gather(*(ask(engine, one) for one in asked[::questions]))  # all images are there
-    for counter in (standin.OPERATIONS, standin.COPIES, standin.WAITS):
-        counter.clear()
-    before = engine.describe().steps
-    await asyncio.gather(*(ask(engine, one) for one in asked))
-    found = sum(standin.OPERATIONS.values()), sum(standin.COPIES.values()), sum(standin.WAITS.values())
-    return (*found, engine.describe().steps - before)
+COUNTERS = (standin.OPERATIONS, standin.COPIES, standin.WAITS)
 
 
 @pytest.mark.parametrize(
     ("images", "questions", "operations", "copies", "waits"),
-    [(1, 32, 120, 6, 2), (32, 1, 700, 6, 2), (8, 4, 250, 8, 2)],
+    [(1, 32, 116, 5, 2), (32, 1, 620, 5, 2), (8, 4, 244, 7, 2)],
 )
-async def test_what_a_decode_step_asks_of_its_device(one_device, images, questions, operations, copies, waits):
-    """No more than today: a step of 32 answers, about one image, 32, and eight. Copies are to and from the device."""
+async def test_what_a_decode_step_asks_of_its_device(
+    one_device, monkeypatch, images, questions, operations, copies, waits
+):
+    """No more than today: a step that does nothing but add a token to each of 32 answers, about one image, 32, and
+    eight; the least of all such steps. Copies are to and from the device."""
+    real, steps = EngineCore._compute, []
+
+    def compute(self, batch):
+        before = [sum(counter.values()) for counter in COUNTERS]
+        whole = len(batch.suffixes) == 32 and all(chunk.sequence.decoding for chunk in batch.suffixes)
+        real(self, batch)
+        if whole and not batch.prefills:
+            steps.append([sum(counter.values()) - less for counter, less in zip(COUNTERS, before, strict=True)])
+
+    monkeypatch.setattr(EngineCore, "_compute", compute)
+    asked = [
+        generation(prompt(SYSTEM, an_image(100 + i, 9, 9), words(5, 50 + 31 * i + q)), 24, logprobs=None)
+        for i in range(images)
+        for q in range(questions)
+    ]
     async with one_device.engine(kv_bytes=32 << 20, prefix_bytes=32 << 20) as engine:
-        short = await counted(engine, images, questions, 4)
-        long = await counted(engine, images, questions, 12)
-    steps = long[3] - short[3]
-    assert 6 <= steps <= 9
-    each = [(more - less) / steps for more, less in zip(long[:3], short[:3], strict=True)]
-    assert each[0] <= operations and each[1] <= copies and each[2] <= waits, each
+        await asyncio.gather(*(ask(engine, one) for one in asked))
+    assert steps, "no step had all answers in it"
+    least = [min(one) for one in zip(*steps, strict=True)]
+    assert least[0] <= operations and least[1] <= copies and least[2] <= waits, least
 
 
 async def test_nothing_within_a_forward_waits_for_the_device(one_device, monkeypatch):
@@ -83,15 +87,12 @@ async def test_a_broken_device_ends_the_engine(one_device):
         (answer,) = await ask(engine, generation(prompt(words(9, 3)), 3))
         assert len(answer.tokens) == 3
         with standin.broken():
-            for _ in range(5):
-                with pytest.raises(LookonceError) as caught:
-                    await ask(engine, generation(prompt(words(9, 3)), 3))
-                assert caught.value.kind in (ErrorKind.INTERNAL, ErrorKind.UNAVAILABLE)
-                if failed.is_set():
-                    break
+            with pytest.raises(LookonceError) as caught:
+                await ask(engine, generation(prompt(words(9, 3)), 3))
+            assert caught.value.kind in (ErrorKind.INTERNAL, ErrorKind.UNAVAILABLE)
             async with asyncio.timeout(5):
                 await failed.wait()
-        assert caught.value.kind is ErrorKind.UNAVAILABLE or engine.failed
+        assert engine.failed
 
 
 async def test_one_step_without_memory_fails_its_own_requests_only(one_device, monkeypatch):

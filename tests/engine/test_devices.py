@@ -127,7 +127,7 @@ class Recorded:
         self.made.append(self)
         self.done, self.at = False, 0.0
 
-    def record(self) -> None:
+    def record(self, stream: object) -> None:
         self.at = 10.0 * len(self.made)
 
     def query(self) -> bool:

@@ -311,6 +311,18 @@ def test_a_killed_engine_core_ends_the_process_and_no_answer_is_wrong(system: Sy
     assert system.ask(image, [text], max_tokens=16)[0]["text"] == expected
 
 
+def test_a_killed_service_leaves_nothing_behind(system: System) -> None:
+    """SIGKILL, as for want of memory: vLLM's processes end, too; what it left in memory goes with its next start."""
+    service = system.languages[0]
+    pids = [child.pid for child in psutil.Process(service.pid).children(recursive=True)]
+    assert len(pids) >= 2
+    service.kill()
+    eventually(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30)
+    service.restart()
+    assert len(list(Path("/dev/shm").glob("lookonce-lm-*"))) == 1
+    system.wait_whole()
+
+
 def test_it_ends_whole(system: System) -> None:
     """SIGTERM: exit status 0, no process and no file in memory is left."""
     service = system.languages[0]

@@ -275,6 +275,7 @@ class PackedEngine:
             self._faults += 1
             if self._faults >= FAULTS_IN_A_ROW:
                 raise
+            self._core.check_devices()  # an error that stays: no further request is to meet it
             taken = [stream for stream in list(self._streams.values()) if stream.request.taken]
             self._core.fail_all(internal_error())
             self._post()

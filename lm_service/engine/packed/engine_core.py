@@ -160,14 +160,14 @@ class EngineCore:
             for suffix in batch.suffixes:
                 if suffix.sequence.status is Status.RUNNING:
                     self._compute_alone(Batch(suffixes=[suffix]))
-            self._check_devices()
+            self.check_devices()
             return
         try:
             self._postprocess(batch, logits)
         except Exception:  # noqa: BLE001 - logged; how far it came is not known, so all who took part are told
             _log.exception("postprocess_failed", tokens=batch.tokens)
             self._fail_parts(batch)
-            self._check_devices()  # where an asynchronous error of the forward comes to light
+            self.check_devices()  # where an asynchronous error of the forward comes to light
 
     def _compute_alone(self, batch: Batch) -> None:
         try:
@@ -182,7 +182,7 @@ class EngineCore:
         for suffix in batch.suffixes:
             self.scheduler.fail(suffix.sequence, internal_error())
 
-    def _check_devices(self) -> None:
+    def check_devices(self) -> None:
         """Raise what a device that computes nothing any more raises."""
         for stage in self._stages:
             torch.ones((), device=stage.device).add(1).item()

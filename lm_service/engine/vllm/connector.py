@@ -8,6 +8,9 @@ vllm.distributed.ec_transfer.ec_connector.base of vLLM 0.32.0.
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+WATCH_SECONDS = 1.0
 NAME, MODULE = "RowFileConnector", __name__
 FILE = "lookonce_file"
 """The field of a request's image that names its rows' file: a path as int64 [n] of UTF-8 bytes."""
@@ -39,6 +43,7 @@ class RowFileConnector(ECConnectorBase):
         super().__init__(vllm_config, role)
         self._width = int(vllm_config.ec_transfer_config.ec_connector_extra_config["width"])
         self._dtype: torch.dtype = vllm_config.model_config.dtype
+        end_with_parent()
         parallel = vllm_config.parallel_config
         self._elsewhere = parallel.distributed_executor_backend == "ray" or getattr(parallel, "nnodes", 1) > 1
         self._step: dict[str, RowFile] = {}
@@ -90,6 +95,25 @@ class RowFileConnector(ECConnectorBase):
 
     def take_unavailable_requests(self) -> set[str]:
         return set(self._lost)
+
+
+def end_with_parent() -> None:
+    """End this process when the one that started it has ended, however that was. vLLM's processes notice the end of a
+    service that closes them; one that is killed outright would leave them behind, with all their memory. (Linux's
+    PDEATHSIG does not do here: it speaks of the thread that started the process.)"""
+    parent = os.getppid()
+    if parent not in _WATCHED:
+        _WATCHED.add(parent)
+        threading.Thread(target=_watch, args=(parent,), name="lookonce-parent", daemon=True).start()
+
+
+_WATCHED: set[int] = set()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _path(feature: Any) -> str:

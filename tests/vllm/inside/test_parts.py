@@ -12,7 +12,7 @@ from vllm.distributed.ec_transfer.ec_connector.base import ECConnectorRole
 from vllm.engine.arg_utils import AsyncEngineArgs
 
 from lm_service.engine.types import ImageSpan, Sampling
-from lm_service.engine.vllm import worker
+from lm_service.engine.vllm import connector, worker
 from lm_service.engine.vllm.arguments import DENIED
 from lm_service.engine.vllm.build import VllmBuilder
 from lm_service.engine.vllm.checks import check_model
@@ -27,6 +27,12 @@ from tests.engine.lab import an_image
 
 pytestmark = pytest.mark.vllm
 WIDTH = 6
+
+
+@pytest.fixture(autouse=True)
+def unwatched(monkeypatch):
+    """These tests may outlive whoever started them."""
+    monkeypatch.setattr(connector, "end_with_parent", lambda: None)
 
 
 def connectors(backend="mp"):

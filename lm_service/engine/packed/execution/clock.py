@@ -30,9 +30,9 @@ class WallClock:
 class EventClock:
     """The same of what a GPU did for them, by pairs of events: asked for later, so that nobody waits."""
 
-    def __init__(self, event: Callable[[], Any]) -> None:
-        """`event`: makes one that can be timed (torch.cuda.Event)."""
-        self._event = event
+    def __init__(self, event: Callable[[], Any], stream: Callable[[], Any] = lambda: None) -> None:
+        """`event`: makes one that can be timed (torch.cuda.Event); `stream`: what the forwards are queued in."""
+        self._event, self._stream = event, stream
         self._pairs: deque[tuple[Any, Any]] = deque()
         self._seconds = 0.0
 
@@ -46,14 +46,14 @@ class EventClock:
 
     def __enter__(self) -> None:
         self._begin = self._event()
-        self._begin.record()
+        self._begin.record(self._stream())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None:
             end = self._event()
-            end.record()
+            end.record(self._stream())
             self._pairs.append((self._begin, end))
             _ = self.seconds  # those that are done go: as many are kept as steps are under way
 
@@ -61,5 +61,10 @@ class EventClock:
 def work_clock(device: torch.device) -> WallClock | EventClock:
     """That of a model's first device."""
     if device.type == "cuda":
-        return EventClock(lambda: torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+
+        def event() -> Any:
+            with torch.cuda.device(device):
+                return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+        return EventClock(event, lambda: torch.cuda.current_stream(device))
     return WallClock()
