@@ -22,7 +22,7 @@ from lookonce.cli.rundir import DataDirectory, find_running
 from lookonce.core.dtypes import auto_dtype
 from lookonce.core.errors import LookonceError
 from lookonce.core.units import format_size
-from lookonce.models.sizing import DTYPE_BYTES, VLLM_FAMILIES, default_max_pixels
+from lookonce.models.sizing import DTYPE_BYTES, default_max_pixels
 
 if TYPE_CHECKING:
     from lookonce.models.checkpoint import Checkpoint
@@ -204,6 +204,7 @@ def check_vllm(
     from lookonce.cli.model import default_model
     from lookonce.cli.vllm_environment import REMEDY, SUPPORTED, installed, tensor_parallel_sizes, vllm_python
     from lookonce.models.checkpoint.check import check_settings
+    from lookonce.models.family import unserved_by_vllm
 
     try:
         found = installed(vllm_python(python, os.environ))
@@ -225,9 +226,9 @@ def check_vllm(
         family, config, _ = check_settings(model or default_model(), revision, None)
     except LookonceError:
         return  # the checkpoint's own line says so
-    if family.model_type not in VLLM_FAMILIES:
-        remedy = "leave out --engine; the packed engine serves it"
-        yield bad("engine", f"vllm: {family.label} is not among {', '.join(VLLM_FAMILIES)}", remedy)
+    if (reason := unserved_by_vllm(family)) is not None:
+        what, _, remedy = reason.partition("; ")
+        yield bad("engine", f"vllm: {what}", remedy)
         return
     dims, gpus = family.dimensions(config), len((report or {}).get("gpus") or [])
     sizes = tensor_parallel_sizes(dims.heads, dims.kv_heads, max(gpus, 1))

@@ -65,8 +65,8 @@ def plan(
     from lookonce.cli.capacity import Workload, placements
     from lookonce.models.checkpoint.adapter import open_adapter
     from lookonce.models.checkpoint.check import check_settings, stored_halves
-    from lookonce.models.family import served_plain, unpacked_reason
-    from lookonce.models.sizing import DTYPE_BYTES, VLLM_FAMILIES, size_of
+    from lookonce.models.family import served_plain, unpacked_reason, unserved_by_vllm
+    from lookonce.models.sizing import DTYPE_BYTES, size_of
 
     try:
         devices = _devices(gpus, ram)
@@ -79,8 +79,8 @@ def plan(
         unpacked = unpacked_reason(family, config)
     except LookonceError as error:
         fail(error.message)
-    if engine == "vllm" and family.model_type not in VLLM_FAMILIES:
-        fail(f"--engine vllm: {family.label} is not among {', '.join(VLLM_FAMILIES)}; leave out --engine")
+    if engine == "vllm" and (reason := unserved_by_vllm(family)) is not None:
+        fail(f"--engine vllm: {reason}")
     work = Workload(size.image_tokens(width, height), question_tokens + answer_tokens, concurrency)
     if engine == "vllm":
         _plan_vllm(size, devices, work, dtype, (width, height), model, revision, as_json=as_json)

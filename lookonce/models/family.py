@@ -266,6 +266,14 @@ def unpacked_reason(family: Family, config: dict[str, Any]) -> str | None:
     return reason(config) if reason is not None else None
 
 
+def unserved_by_vllm(family: Family) -> str | None:
+    """Why `--engine vllm` doesn't serve a family, a sentence with the remedy; None: its rows, grids and positions are as
+    vLLM's own class takes them, which the family says by `served_by_vllm`."""
+    if getattr(family, "served_by_vllm", False):
+        return None
+    return f"{family.label} is not served by vLLM here (docs/engines.md says which are); leave out --engine"
+
+
 def served_plain(reason: str) -> str:
     """What an operator is told of a model that the plain engine serves, wherever he asks."""
     return f"served by the plain engine, one request at a time and no prefix shared: {reason}"

@@ -13,8 +13,6 @@ from typing import Any
 
 from lookonce.models.family import BLOCKS, LAYERS, Dimensions, Family, Half
 
-VLLM_FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-"""Families whose rows, grids and positions vLLM's own classes take as they are: served with `--engine vllm`."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SCALE_BYTES = 4
 """Of each output row of an int8 matrix."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,8 +17,9 @@ from lookonce.cli.up import UpSettings
 from lookonce.cli.vllm_environment import tensor_parallel_sizes, vllm_python
 from lookonce.core.errors import LookonceError
 from lookonce.core.settings import load
+from lookonce.models.family import unserved_by_vllm
 from lookonce.models.qwen2_vl.synthetic import make_random_checkpoint
-from lookonce.models.sizing import VLLM_FAMILIES
+from lookonce.models.registry import BUILTIN, family_of
 from tests.cli.commands import invoke
 
 MODEL = Model(str(BUNDLED), None, "shapes", "x", 1)
@@ -125,5 +127,8 @@ def test_plan_says_when_nothing_fits(tmp_path):
 
 
 def test_the_families_are_those_of_the_documents():
+    served = {name for name in BUILTIN if unserved_by_vllm(family_of({"model_type": name})) is None}
+    assert served == {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"}
     text = (Path(__file__).resolve().parents[2] / "docs/engines.md").read_text()
-    assert len(VLLM_FAMILIES) == 4 and all(name in text for name in ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL"))
+    assert "Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3-VL of experts" in " ".join(text.split())
+    assert "Toy is not served by vLLM here" in str(unserved_by_vllm(SimpleNamespace(label="Toy")))

@@ -31,8 +31,8 @@ from lm_service.settings import LanguageSettings
 from lookonce.core.errors import CheckpointError, ErrorKind, LookonceError, invalid
 from lookonce.models.checkpoint import Checkpoint, Half
 from lookonce.models.devices import choose_dtype, dtype_name, free_memory
+from lookonce.models.family import unserved_by_vllm
 from lookonce.models.row_files import SHARED_MEMORY, RowDirectory
-from lookonce.models.sizing import VLLM_FAMILIES
 
 _CPU_BLOCK, _GPU_BLOCK = 32, 16  # tokens of a block of KV: the smallest that vLLM's kernels are quick with
 _PREFIX = "lookonce-lm-"
@@ -62,9 +62,9 @@ class VllmBuilder:
 
     def refusal(self, checkpoint: Checkpoint) -> str | None:
         """Why a checkpoint is not served by this engine; None: it is."""
-        if checkpoint.family.model_type not in VLLM_FAMILIES:
-            names = ", ".join(VLLM_FAMILIES)
-            return f"{checkpoint.family.label} is not served by vLLM here, but {names}; leave out --engine"
+        reason = unserved_by_vllm(checkpoint.family)
+        if reason is not None:
+            return reason
         if checkpoint.adapter is not None:
             return "vLLM is not given adapters here: leave out --adapter, or say --engine packed"
         return None

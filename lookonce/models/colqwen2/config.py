@@ -122,6 +122,7 @@ class ColQwen2(_ProjectedTokens, Qwen2VL):
 
     model_type = "colqwen2/qwen2_vl"
     label = "ColQwen2"
+    served_by_vllm = False
     tower = Qwen2VL.model_type
 
     def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain:
@@ -135,6 +136,7 @@ class ColQwen25(_ProjectedTokens, Qwen25VL):
 
     model_type = "colqwen2/qwen2_5_vl"
     label = "ColQwen2.5"
+    served_by_vllm = False
     tower = Qwen25VL.model_type
 
     def plain(self, checkpoint: Checkpoint, dtype: torch.dtype) -> Plain:

@@ -71,6 +71,7 @@ class Qwen2VL:
 
     model_type = "qwen2_vl"
     label = "Qwen2-VL"
+    served_by_vllm = True
     kind: ClassVar[type[Architecture]] = Qwen2VLArchitecture
     vision_defaults: ClassVar[dict[str, Any]] = {
         "depth": 32,
