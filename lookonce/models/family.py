@@ -267,8 +267,8 @@ def unpacked_reason(family: Family, config: dict[str, Any]) -> str | None:
 
 
 def unserved_by_vllm(family: Family) -> str | None:
-    """Why `--engine vllm` doesn't serve a family, a sentence with the remedy; None: its rows, grids and positions are as
-    vLLM's own class takes them, which the family says by `served_by_vllm`."""
+    """Why `--engine vllm` doesn't serve a family, a sentence with the remedy; None: it does, for vLLM's own class takes
+    its rows, grids and positions as they are, which the family says by `served_by_vllm`."""
     if getattr(family, "served_by_vllm", False):
         return None
     return f"{family.label} is not served by vLLM here (docs/engines.md says which are); leave out --engine"
