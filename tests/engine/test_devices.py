@@ -20,7 +20,7 @@ from lm_service.engine.packed.execution.attention import (
     plain_attention,
     products,
 )
-from lm_service.engine.packed.execution.clock import EventClock, WallClock, work_clock
+from lm_service.engine.packed.execution.runner import EventClock, WallClock, work_clock
 from lm_service.engine.types import DamagedRecord
 from lookonce.core.dtypes import auto_dtype
 from lookonce.models.qwen2_vl.vision import attend_runs, attend_varlen

@@ -11,8 +11,14 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
-from lm_service.engine.packed.execution.clock import work_clock
-from lm_service.engine.packed.execution.runner import Runner, extend_answers, extend_scores, outputs, split_bad
+from lm_service.engine.packed.execution.runner import (
+    Runner,
+    extend_answers,
+    extend_scores,
+    outputs,
+    split_bad,
+    work_clock,
+)
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.prefix_cache.states import StatePool

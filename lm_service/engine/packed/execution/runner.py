@@ -1,10 +1,13 @@
-"""Runs one batch through the model: one forward over all its tokens, without padding. Its logits make answers a token
-longer, and scores."""
+"""Runs one batch through the model: one forward over all its tokens, without padding, and how long that takes. Its
+logits make answers a token longer, and scores."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import TracebackType
 from typing import Any, cast
 
 import numpy as np
@@ -75,6 +78,66 @@ class Runner:
         if self._recurrence is not None:
             self._recurrence.commit()
             self._recurrence = None
+
+
+class WallClock:
+    """How long forwards take: seconds within its `with` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+class EventClock:
+    """The same on a GPU, where a call returns when its kernels are queued: by pairs of its events, which are asked for
+    later, so that nobody waits."""
+
+    def __init__(self, event: Callable[[], Any], stream: Callable[[], Any] = lambda: None) -> None:
+        """`event`: makes one that can be timed (torch.cuda.Event); `stream`: what the forwards are queued in."""
+        self._event, self._stream = event, stream
+        self._pairs: deque[tuple[Any, Any]] = deque()
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of the blocks whose work is done."""
+        while self._pairs and self._pairs[0][1].query():
+            begin, end = self._pairs.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
+        return self._seconds
+
+    def __enter__(self) -> None:
+        self._begin = self._event()
+        self._begin.record(self._stream())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            end = self._event()
+            end.record(self._stream())
+            self._pairs.append((self._begin, end))
+            _ = self.seconds  # those that are done go: as many are kept as steps are under way
+
+
+def work_clock(device: torch.device) -> WallClock | EventClock:
+    """That of a model's first device."""
+    if device.type == "cuda":
+
+        def event() -> Any:
+            with torch.cuda.device(device):
+                return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+        return EventClock(event, lambda: torch.cuda.current_stream(device))
+    return WallClock()
 
 
 def _inputs(batch: Batch, position_rows: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], list[int]]:
