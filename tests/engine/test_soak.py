@@ -85,6 +85,8 @@ async def test_memory_stays_within_its_bounds_under_mixed_load(lab, actions):
                     raise
 
     await asyncio.gather(*(one(chance.getrandbits(32)) for _ in range(actions)))
+    growing = [generation(prompt(SYSTEM, words(36, 100 + number)), 100) for number in range(6)]  # outgrow slabs
+    await asyncio.gather(*(ask(engine, each) for each in growing))
     await drained(engine)
     state = engine.describe()
     assert model.forwards > actions and model.most > 300 * token
