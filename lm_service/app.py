@@ -13,6 +13,7 @@ import structlog
 
 from lm_service.embeddings import EmbeddingResolver, TensorCache
 from lm_service.engine.factory import builder_of, vector_builder_of
+from lm_service.engine.grammar import Grammars
 from lm_service.engine.types import Engine, VectorEngine
 from lm_service.metrics import METRICS
 from lm_service.peers import VisionPeers
@@ -47,6 +48,7 @@ class LoadedModel:
     checkpoint: Checkpoint
     template: ChatTemplate
     engine: Engine
+    end_ids: frozenset[int]  # end an answer
     defaults: SamplingDefaults  # of the parameters that a request leaves out
     vectors: VectorLayout | None = None  # of an embedding model, whose engine is a VectorEngine
 
@@ -74,10 +76,10 @@ def load(settings: LanguageSettings) -> LoadedModel:
     layout = vector_layout(checkpoint.path, family, config, settings.task)
     if layout is not None:
         pooled = run_in_omp_thread(vector_builder_of(settings).build_vectors, checkpoint, layout, context_length)
-        return LoadedModel(checkpoint, template, pooled, GREEDY, layout)
+        return LoadedModel(checkpoint, template, pooled, end_ids, GREEDY, layout)
     engine = run_in_omp_thread(builder.build, checkpoint, template.table, end_ids, context_length)
     defaults = sampling_defaults(checkpoint.path) if settings.generation_config == "auto" else GREEDY
-    return LoadedModel(checkpoint, template, engine, defaults)
+    return LoadedModel(checkpoint, template, engine, end_ids, defaults)
 
 
 def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
@@ -119,6 +121,7 @@ def build(settings: LanguageSettings, model: LoadedModel) -> LanguageService:
         max_tokens=settings.max_tokens,
         max_timeout=settings.max_timeout,
         defaults=model.defaults,
+        grammars=Grammars(template.table.pieces, template.table.special, model.end_ids, template.continued_ids),
         vectors=_vector_maker(model, prompts, replies),
     )
     server = Server(settings.server)

@@ -371,7 +371,7 @@ class ChatTemplate:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
-    def _continued_ids(self, text: str) -> list[int]:
+    def continued_ids(self, text: str) -> list[int]:
         """`text_ids` of text behind other text."""
         if self.chat.continued is self._tokenizer:
             return self.text_ids(text)
@@ -384,7 +384,7 @@ class ChatTemplate:
     def word_ids(self, word: str) -> set[tuple[int, ...]]:
         """The ways to write a short text within an answer: as it is, and behind a space."""
         plain = word.lstrip(" ")
-        return {tuple(self._continued_ids(text)) for text in (plain, f" {plain}") if plain}
+        return {tuple(self.continued_ids(text)) for text in (plain, f" {plain}") if plain}
 
     def token_id(self, token: str) -> int | None:
         """The id of an added token, if the vocabulary has it."""
@@ -404,7 +404,7 @@ class ChatTemplate:
         if isinstance(piece, int):
             return [piece]
         text = piece.replace(mark, "")
-        return self.text_ids(text) if first else self._continued_ids(text)
+        return self.text_ids(text) if first else self.continued_ids(text)
 
 
 def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
@@ -10,12 +11,22 @@ from functools import partial
 from typing import Any, cast
 
 from lm_service.embeddings import EmbeddingResolver
+from lm_service.engine.grammar import Grammar, Grammars
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
 from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.vectors import VectorMaker, no_embedding_model
-from lm_service.wire import AnyRequest, Replies, check_forget, check_ids, messages_of, sampling_of, timeout_of
+from lm_service.wire import (
+    AnyRequest,
+    Replies,
+    check_forget,
+    check_ids,
+    messages_of,
+    sampling_of,
+    structure_of,
+    timeout_of,
+)
 from lookonce.models.chat.generation_config import SamplingDefaults
 from protos.lookonce.v1 import common_pb2, language_pb2, language_pb2_grpc
 
@@ -36,10 +47,12 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         max_tokens: int,
         max_timeout: float,
         defaults: SamplingDefaults,
+        grammars: Grammars,
         vectors: VectorMaker | None = None,
     ) -> None:
         """`learn_encoders` has vision services asked which encoders are `accepted`, where that is not known.
-        `defaults` are those of sampling parameters that a request leaves out. `vectors`: of an embedding model."""
+        `defaults` are those of sampling parameters that a request leaves out, `grammars` compile the structures that
+        answers must have. `vectors`: of an embedding model."""
         self._engine = engine
         self._builder = builder
         self._resolver = resolver
@@ -52,6 +65,7 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         self._max_tokens = min(max_tokens, builder.context_length)
         self._max_timeout = max_timeout
         self._defaults = defaults
+        self._grammars = grammars
         self._vectors = vectors
 
     def close(self) -> None:
@@ -122,7 +136,13 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         deadline = self._deadline(request, context)
         await self._know_encoders(request.messages)
         words = self._builder.template.word_ids
-        sampling = sampling_of(request.sampling, max_tokens=self._max_tokens, defaults=self._defaults, word_ids=words)
+        sampling = sampling_of(
+            request.sampling,
+            max_tokens=self._max_tokens,
+            defaults=self._defaults,
+            word_ids=words,
+            grammar=await self._grammar(request.sampling),
+        )
         messages = messages_of(request.messages)
         build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
         prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)
@@ -130,6 +150,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt
         )
+
+    async def _grammar(self, wanted: language_pb2.SamplingParameters) -> Grammar | None:
+        structure = structure_of(wanted)
+        return None if structure is None else await asyncio.to_thread(self._grammars.compile, *structure)
 
     async def _know_encoders(self, messages: Iterable[language_pb2.Message | language_pb2.EmbedItem]) -> None:
         if not self._accepted.are_known and any(part.HasField("image") for each in messages for part in each.parts):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from lm_service.engine.answer import TokenTable
+from lm_service.engine.grammar import Grammar, Kind, Structure
 from lm_service.engine.types import (
     Delta,
     EmbeddingSource,
@@ -97,10 +99,11 @@ def sampling_of(
     max_tokens: int,
     defaults: SamplingDefaults = GREEDY,
     word_ids: Callable[[str], Iterable[tuple[int, ...]]] = lambda word: (),
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """Sampling parameters within their bounds. `max_tokens` is the service's bound and default: who asks for more gets
     so many, as whoever asks for more than the context leaves. `defaults` are what is taken for those left out,
-    `word_ids` the ways to write a word in tokens."""
+    `word_ids` the ways to write a word in tokens, `grammar` that of the structure asked for."""
 
     def number(name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
         if not wanted.HasField(name):
@@ -141,7 +144,21 @@ def sampling_of(
         allowed=_token_ids(wanted.allowed_token_ids, "allowed_token_ids"),
         bad_words=_bad_words(wanted.bad_words, word_ids),
         stop_ids=_token_ids(wanted.stop_token_ids, "stop_token_ids"),
+        grammar=grammar,
     )
+
+
+def structure_of(wanted: language_pb2.SamplingParameters) -> tuple[Structure, str] | None:
+    """What an answer must be, if it matters, and what errors call it."""
+    if not wanted.HasField("structure"):
+        return None
+    field = wanted.structure.field[:MAX_ID_CHARACTERS] or "structure"
+    kind = wanted.structure.WhichOneof("kind")
+    if kind is None:
+        raise invalid(f"{field} must be a schema, an expression, choices or a grammar", param=field)
+    value = getattr(wanted.structure, kind)
+    source = json.dumps(list(value.texts)) if kind == "choices" else value
+    return Structure(Kind(kind), source), field
 
 
 def _biases(wanted: Mapping[int, float]) -> tuple[tuple[int, float], ...]:

@@ -26,6 +26,7 @@ from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
 from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
+from gateway.schemas.structure import structure_of
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
@@ -148,6 +149,7 @@ def _sampling(body: ChatRequest) -> language_pb2.SamplingParameters:
         stop=stop_list(body.stop),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         n=body.n or 1,
+        structure=structure_of(body),
     )
 
 

@@ -23,8 +23,10 @@ from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.body import PixelFields, special_tokens, stop_list, to_sampling
 from gateway.schemas.requests import Parameters, Question, QuestionsRequest
 from gateway.schemas.responses import Answer, Answers
+from gateway.schemas.structure import one_of, structure_of, wire
 from gateway.settings import GatewaySettings
 from lookonce.core.errors import LookonceError, invalid
+from protos.lookonce.v1 import language_pb2
 
 router = APIRouter(tags=["images"], route_class=Route)
 _BOUNDED_BY = ("detail", "mm_processor_kwargs", *PixelFields.model_fields)
@@ -101,6 +103,9 @@ def _check(body: QuestionsRequest, settings: GatewaySettings) -> None:
     for position, item in enumerate(body.questions):
         chars += len(item) if isinstance(item, str) else len(item.text) + sum(map(len, item.choices or ()))
         if isinstance(item, Question) and item.choices is not None:
+            if item.schema_ is not None or item.regex is not None:
+                text = "has 'choices', so that no text is written: leave out 'schema' and 'regex'"
+                raise invalid(f"'questions.{position}' {text}", param=f"questions.{position}")
             _check_choices(item.choices, f"questions.{position}.choices", settings.max_choices)
     if chars > settings.max_text_chars:
         raise invalid(
@@ -125,17 +130,27 @@ def _question(position: int, item: str | Question, body: QuestionsRequest, image
     system = (Turn("system", (body.system,)),) if body.system else ()
     turns = (*system, Turn("user", (image, text)))
     if isinstance(item, str):
-        return OpenQuestion(str(position), turns, _sampling(body, body))
+        return OpenQuestion(str(position), turns, _sampling(body, body, structure_of(body)))
     identifier = item.id if item.id is not None else str(position)
     if item.choices is not None:
         return ChoiceQuestion(identifier, turns, tuple(item.choices), special_tokens(item, body))
-    return OpenQuestion(identifier, turns, _sampling(item, body))
+    return OpenQuestion(identifier, turns, _sampling(item, body, _structure(position, item) or structure_of(body)))
 
 
-def _sampling(own: Parameters, defaults: Parameters) -> Any:
+def _structure(position: int, item: Question) -> language_pb2.Structure | None:
+    field, found = f"questions.{position}", []
+    if item.schema_ is not None:
+        found.append(wire(f"{field}.schema", json=item.schema_))
+    if item.regex is not None:
+        found.append(wire(f"{field}.regex", regex=item.regex))
+    return one_of(found)
+
+
+def _sampling(own: Parameters, defaults: Parameters, structure: language_pb2.Structure | None) -> Any:
     return to_sampling(
         own,
         max_tokens=own.max_tokens or defaults.max_tokens,
         stop=stop_list(own.stop if own.stop is not None else defaults.stop),
         defaults=defaults,
+        structure=structure,
     )

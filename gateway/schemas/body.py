@@ -127,6 +127,7 @@ def to_sampling(
     defaults: Sampling | None = None,
     logprobs: int | None = None,
     n: int = 1,
+    structure: language_pb2.Structure | None = None,
 ) -> language_pb2.SamplingParameters:
     """The wire form; a parameter that `params` leaves out comes from `defaults`."""
     fields: dict[str, Any] = {}
@@ -152,6 +153,7 @@ def to_sampling(
         stop=stop,
         logprobs=logprobs,
         n=n,
+        structure=structure,
     )
 
 

@@ -43,7 +43,6 @@ class Neutral:
 
 
 _TOOLS = "tools are"
-_STRUCTURE = "structured output is"
 _TEMPLATE = "another chat template is"
 _TOKENS = "control of single tokens is"
 _REASONING = "reasoning is"
@@ -70,7 +69,6 @@ class RequestFields(Body):
     parallel_tool_calls: Annotated[Any, Neutral(_TOOLS, True, False)] = None
     prediction: Annotated[Any, Neutral("predicted output is")] = None
     reasoning_effort: Annotated[Any, Neutral(_REASONING, "none")] = None
-    response_format: Annotated[Any, Neutral(_STRUCTURE, {"type": "text"})] = None
     service_tier: Annotated[Any, Neutral("another service tier is", "auto", "default")] = None
     store: Annotated[Any, Neutral("storing answers is", False)] = None
     tool_choice: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
@@ -86,10 +84,6 @@ class RequestFields(Body):
     continue_final_message: Annotated[Any, Neutral("continuing a message is", False)] = None
     documents: Annotated[Any, Neutral("a list of documents is", [])] = None
     echo: Annotated[Any, Neutral("echoing the prompt is", False)] = None
-    guided_choice: Annotated[Any, Neutral(_STRUCTURE, [])] = None
-    guided_grammar: Annotated[Any, Neutral(_STRUCTURE)] = None
-    guided_json: Annotated[Any, Neutral(_STRUCTURE)] = None
-    guided_regex: Annotated[Any, Neutral(_STRUCTURE)] = None
     include_reasoning: Annotated[Any, Neutral(_REASONING, True, False)] = None
     include_stop_str_in_output: Annotated[Any, Neutral("keeping the stop string is", False)] = None
     length_penalty: Annotated[Any, Neutral("beam search is", 1.0)] = None
@@ -99,7 +93,6 @@ class RequestFields(Body):
     return_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     return_tokens_as_token_ids: Annotated[Any, Neutral("token ids are", False)] = None
     spaces_between_special_tokens: Annotated[Any, Neutral("showing special tokens is", True, False)] = None
-    structured_outputs: Annotated[Any, Neutral(_STRUCTURE)] = None
     truncate_prompt_tokens: Annotated[Any, Neutral("cutting the prompt is")] = None
     use_beam_search: Annotated[Any, Neutral("beam search is", False)] = None
 

@@ -19,6 +19,7 @@ from gateway.schemas.body import (
     text_or_object,
 )
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
+from gateway.schemas.structure import JsonSchema, Source, StructureFields
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
@@ -54,14 +55,17 @@ class Parameters(Sampling):
 
 
 class Question(Parameters):
-    """One question. With `choices` each choice gets a probability, and no text is written."""
+    """One question. With `choices` each choice gets a probability, and no text is written; with `schema` or `regex` the
+    text is of that form."""
 
     id: Identifier | None = None
     text: Text
     choices: Annotated[list[Text], Field(min_length=1)] | None = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema", description="the answer is JSON of this schema")] = None
+    regex: Annotated[Source | None, Field(description="the answer is a text of this regular expression")] = None
 
 
-class QuestionsRequest(Parameters, RequestFields, PixelFields):
+class QuestionsRequest(Parameters, StructureFields, RequestFields, PixelFields):
     """Questions on one image, answered concurrently."""
 
     questions: Annotated[
@@ -184,7 +188,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, Neutral("obfuscation is", False)] = None
 
 
-class ChatRequest(Sampling, RequestFields):
+class ChatRequest(Sampling, StructureFields, RequestFields):
     """POST /v1/chat/completions."""
 
     model: Annotated[str, Field(max_length=512)] | None = None

@@ -58,6 +58,11 @@ class TokenTable:
         bytes_alone = (number for token, number in vocabulary.items() if _BYTE.fullmatch(token) and number not in added)
         return cls(_pieces(vocabulary, added), special, single_bytes=bytes_alone, spaced=spaced)
 
+    @property
+    def pieces(self) -> list[bytes]:
+        """Those of all tokens by id, as `piece` has them."""
+        return [self.piece(token_id) for token_id in range(max(self._bytes, default=-1) + 1)]
+
     def piece(self, token_id: int) -> bytes:
         """A token's bytes, those of special tokens included; empty for an id that stands for nothing."""
         return self._bytes.get(token_id, b"")
@@ -202,6 +207,17 @@ class Answer:
                 self.reason = FinishReason.LENGTH
                 text = self._rest(text)
         self._text += text
+
+    @property
+    def left(self) -> int:
+        """How many tokens may follow."""
+        return self._limit - len(self.tokens)
+
+    def end(self) -> None:
+        """The last token completed what the answer must be."""
+        if self.reason is None:
+            self.reason = FinishReason.STOP
+            self._text += self._rest("")
 
     def take(self) -> Delta:
         """What came since this was called last. Once the answer has ended no text is held back."""

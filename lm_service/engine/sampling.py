@@ -3,7 +3,7 @@
 Functions on rows of logits; knows nothing of models or sequences beyond a row's `SamplerState`. Every row is drawn with
 its own generator and by its own row alone, so that an answer does not depend on what else is in the batch. The order is
 that of vLLM and transformers' processors: biases and barred tokens of the request, repetition penalty, presence and
-frequency penalties, least tokens, temperature, top-k, top-p and min-p.
+frequency penalties, least tokens, its grammar, temperature, top-k, top-p and min-p.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
+from lm_service.engine.grammar import Masks, Matcher
 from lm_service.engine.types import Sampling, TokenLogprob
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # the golden ratio: keeps the seeds of a request's n answers far apart
@@ -40,6 +42,7 @@ class SamplerState:
         self.early = sampling.min_tokens if ends else 0  # tokens left before which no end is drawn
         self.end_ids = sorted(ends) if self.early else []
         self.steered = bool(sampling.bias or sampling.allowed or sampling.bad_words)  # the request chooses among tokens
+        self.matcher: Matcher | None = sampling.grammar.matcher() if sampling.grammar is not None else None
         self._tail: list[int] = []  # generated tokens that may begin a bad word
         self._longest = max((len(word) for word in sampling.bad_words), default=0)
         self._index = index
@@ -47,11 +50,30 @@ class SamplerState:
 
     def append(self, token_id: int) -> None:
         """Count a generated token, where that matters."""
+        if self.matcher is not None:
+            self.matcher.take(token_id)
         self.early = max(0, self.early - 1)
         if self._longest > 1:
             self._tail = [*self._tail, token_id][1 - self._longest :]
         if self.penalised:
             self.counts[token_id] += 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer is all that its grammar lets it be."""
+        return self.matcher is not None and self.matcher.complete
+
+    @property
+    def failed(self) -> bool:
+        """Whether its grammar met a bound, so that the answer can't go on."""
+        return self.matcher is not None and self.matcher.failed
+
+    def forced(self, most: int) -> list[int]:
+        """The next tokens, at most so many, where the grammar leaves no choice. None of an answer whose tokens'
+        log-probabilities are wanted."""
+        if self.matcher is None or self.sampling.logprobs is not None or self.steered or self.matcher.complete:
+            return []
+        return self.matcher.forced()[: max(0, most)]
 
     def barred(self) -> list[int]:
         """Tokens that would complete a bad word now."""
@@ -121,6 +143,41 @@ def bar_ends(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tens
     return scores
 
 
+def constrain(scores: torch.Tensor, logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """Scores [rows, vocabulary], as a new tensor, with the tokens that an answer's grammar does not let follow at -inf.
+    Where nothing is left of the scores, the logits decide among those that may follow. Where the model would end, and
+    may not, what is open is closed (lm_service.engine.grammar)."""
+    found = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
+    bits = _MASKS.of([matcher for _, matcher in found])
+    words = torch.from_numpy(bits).to(scores.device)
+    barred = torch.ones(len(found), scores.shape[-1], dtype=torch.bool, device=scores.device)
+    width = min(scores.shape[-1], 32 * words.shape[-1])
+    barred[:, :width] = _bits(words)[:, :width] == 0
+    at = torch.tensor([row for row, _ in found], device=scores.device)
+    kept = scores[at].masked_fill(barred, -torch.inf)
+    given = logits[at]
+    lost = kept.amax(-1, keepdim=True) == -torch.inf
+    kept = torch.where(lost, given.float().masked_fill(barred, -torch.inf), kept)
+    for place, ((_, matcher), best) in enumerate(zip(found, given.argmax(-1).tolist(), strict=True)):
+        if best in matcher.end_ids and bool(barred[place, best]):
+            closing = matcher.closing(lambda token, place=place: not barred[place, token])  # type: ignore[misc]
+            if closing is not None:
+                kept[place] = -torch.inf
+                kept[place, closing] = 0.0
+    return scores.index_copy(0, at, kept)
+
+
+_MASKS = Masks(4)
+
+
+def _bits(words: torch.Tensor) -> torch.Tensor:
+    """Int32 [rows, n] as uint8 [rows, 32 n] of its bits, the lowest first."""
+    if words.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(words.numpy().view(np.uint8), axis=-1, bitorder="little"))
+    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+    return (words[:, :, None] >> shifts).bitwise_and_(1).to(torch.uint8).flatten(1)
+
+
 def filter_logits(
     descending: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
 ) -> torch.Tensor:
@@ -154,6 +211,8 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
         scores = torch.stack(list(rows))
     if any(state.early for state in states):
         scores = bar_ends(scores, states)
+    if any(state.matcher is not None for state in states):
+        scores = constrain(scores, logits, states)
     chosen = scores.argmax(-1)
     for filtered in (False, True) if any(not state.greedy for state in states) else ():
         rows_at = [i for i, state in enumerate(states) if not state.greedy and state.filtered is filtered]

@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lm_service.engine.grammar import Grammar
 from lookonce.core.errors import LookonceError, RecordError
 from lookonce.core.identity import EmbeddingReference
 from lookonce.models.family import Marker
@@ -82,6 +83,7 @@ class Sampling:
     allowed: tuple[int, ...] = ()  # no other token is drawn; none: all are
     bad_words: tuple[tuple[int, ...], ...] = ()  # token ids that never follow each other in an answer
     stop_ids: tuple[int, ...] = ()  # end an answer as the model's own end tokens do, also with `ignore_eos`
+    grammar: Grammar | None = None  # the answer is derived from it, unless it ends for its length
     min_tokens: int = 0  # before so many are generated, no end token is drawn and no stop string ends the answer
 
 

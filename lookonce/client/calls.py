@@ -74,7 +74,9 @@ def ask(image: str, question: str, options: QuestionOptions, choices: Sequence[s
             raise answer.error
         return answer
 
-    asked = Question(as_question(question).text, choices=choices)
+    asked = as_question(question)
+    if choices is not None:
+        asked = Question(asked.text, choices=choices)
     body = {"questions": [asked.to_json()], **without_none(options)}
     return Call("POST", f"{_image(image)}/questions", read, {"json": body})
 

@@ -112,7 +112,10 @@ class PixelOptions(TypedDict, total=False):
 
 
 class ChatOptions(SamplingOptions, PixelOptions, total=False):
-    """What holds for a conversation; the pixel bounds for all of its images."""
+    """What holds for a conversation; the pixel bounds for all of its images, and the form of its answers."""
+
+    response_format: dict[str, Any]
+    structured_outputs: dict[str, Any]
 
 
 class QuestionOptions(ChatOptions, total=False):
@@ -124,21 +127,26 @@ class QuestionOptions(ChatOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One of many questions, with its own sampling; with `choices` it is answered by their probabilities.
+    """One of many questions, with its own sampling; with `choices` it is answered by their probabilities, with `schema`
+    (a JSON Schema) or `regex` by text of that form.
 
     >>> Question("What does the sign say?", id="sign", sampling={"max_tokens": 20})
     >>> Question("Is it day?", choices=["yes", "no"])
+    >>> Question("Which price?", regex="[0-9]+ EUR")
     """
 
     text: str
     id: str | None = None
     choices: Sequence[str] | None = None
+    schema: Mapping[str, Any] | None = None
+    regex: str | None = None
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions())
 
     def to_json(self, identifier: str | None = None) -> dict[str, Any]:
         """As the API takes it, under an id of the client's own."""
         choices = None if self.choices is None else list(self.choices)
-        return without_none({"id": identifier, "text": self.text, **self.sampling, "choices": choices})
+        form = {"choices": choices, "schema": self.schema, "regex": self.regex}
+        return without_none({"id": identifier, "text": self.text, **self.sampling, **form})
 
 
 def as_question(question: str | Question) -> Question:

@@ -174,7 +174,7 @@ def test_control_of_single_tokens(client: openai.OpenAI, http: httpx2.Client, im
         ({"allowed_token_ids": []}, "allowed_token_ids", "invalid_value"),
         ({"stop_token_ids": [-1]}, "stop_token_ids.0", "invalid_value"),
         ({"bad_words": [""]}, "bad_words.0", "invalid_value"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_value"),
+        ({"response_format": {"type": "json_array"}}, "response_format.type", "invalid_value"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),
         ({"n": 1000}, "n", "invalid_value"),

@@ -58,7 +58,7 @@ def test_neutral_values_are_taken_and_others_refused_by_name(
     asked["QuestionsRequest"] = (f"/v1/images/{kept}/questions", {"questions": ["What?"]})
     for schema, (path, body) in asked.items():
         table = tables[schema]
-        assert {"tools", "functions", "response_format", "prompt_logprobs", "cache_salt", "audio"} <= set(table)
+        assert {"tools", "functions", "prompt_logprobs", "cache_salt", "audio"} <= set(table)
         for number in range(max(map(len, table.values()))):
             every = {name: values[number % len(values)] for name, values in table.items()}
             answer = http.post(path, json={"max_tokens": 1, **every, **body})

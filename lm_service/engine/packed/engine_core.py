@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 import structlog
 import torch
 
+from lm_service.engine.grammar import too_complex
 from lm_service.engine.packed.execution.runner import (
     Runner,
     extend_answers,
@@ -226,9 +227,12 @@ class EngineCore:
         self.urgent = self.urgent or urgent
 
     def _answered(self, sequence: Sequence) -> None:
-        request, answer = sequence.request, sequence.answer
-        self._generated += 1
+        request, answer, new = sequence.request, sequence.answer, sequence.remaining
+        self._generated += new
         if answer is None:
+            return
+        if sequence.sampler is not None and sequence.sampler.failed:
+            self.scheduler.fail(sequence, too_complex())
             return
         if answer.reason is not None:
             finish = Finish(answer.index, answer.reason, len(answer.tokens), sequence.timings, answer.stop)
@@ -237,7 +241,7 @@ class EngineCore:
             request.unfinished -= 1
             self.scheduler.finish(sequence)
         elif not request.whole:
-            self._emit(request, answer.take(), urgent=len(answer.tokens) == 1)
+            self._emit(request, answer.take(), urgent=len(answer.tokens) == new)
 
     def _scored(self, sequence: Sequence) -> None:
         sequence.timings.total_ms = sequence.timings.ttft_ms = sequence.elapsed_ms()

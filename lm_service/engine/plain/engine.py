@@ -19,6 +19,7 @@ import structlog
 import torch
 
 from lm_service.engine.answer import Answer, TokenTable
+from lm_service.engine.grammar import too_complex
 from lm_service.engine.packed.engine import rows_of
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.sequence import check_generation, check_scoring
@@ -296,7 +297,11 @@ class PlainEngine:
         [token] = sample(row, [state])
         [logprob] = token_logprobs(row, [token], [state])
         state.append(token)
+        if state.failed:
+            raise too_complex()
         answer.push(token, logprob)
+        if state.complete:
+            answer.end()
         self._steps += 1
         self._decode_tokens += 1
         if len(answer.tokens) == 1:

@@ -144,6 +144,7 @@ class VllmBuilder:
             "scheduling_policy": "priority",
             "generation_config": "vllm",
             "seed": 0,
+            "structured_outputs_config": {"backend": "guidance"},
             "worker_extension_cls": f"{worker.__name__}.{worker.WorkerExtension.__name__}",
             "ec_transfer_config": {
                 "ec_connector": connector.NAME,

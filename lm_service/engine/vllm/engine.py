@@ -25,6 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from lm_service.engine.answer import Answer, TokenTable
+from lm_service.engine.grammar import Matcher, too_complex
 from lm_service.engine.packed.execution.choices import trie_of
 from lm_service.engine.packed.options import PackedOptions
 from lm_service.engine.packed.scheduling.sequence import check_generation, check_scoring
@@ -333,6 +334,7 @@ class VllmEngine:
         prompt, sampling = request.prompt, request.sampling
         room = self._context - len(prompt.token_ids)
         answer = Answer(index, sampling, self._table, self._end_ids, room)
+        matcher = sampling.grammar.matcher() if sampling.grammar is not None else None
         given = engine_input(prompt.token_ids, images, _salt(request.salt))
         params = answer_params(sampling, self._end_ids, index, room)
         async with self._firsts.turn(_prefix(prompt, request.salt)) as computed:
@@ -347,7 +349,7 @@ class VllmEngine:
         async with stream:
             self._count(prompt, output.num_cached_tokens or 0, timings, job)
             while True:
-                self._take(answer, output, sampling.logprobs)
+                self._take(answer, output, sampling.logprobs, matcher)
                 if answer.reason is not None or not request.whole:
                     events.put_nowait(answer.take())
                 if answer.reason is not None:
@@ -356,7 +358,8 @@ class VllmEngine:
         timings.total_ms = job.elapsed_ms()
         events.put_nowait(Finish(index, answer.reason, len(answer.tokens), timings, answer.stop))
 
-    def _take(self, answer: Answer, output: Any, wanted: int | None) -> None:
+    def _take(self, answer: Answer, output: Any, wanted: int | None, matcher: Matcher | None) -> None:
+        """The matcher follows what vLLM's own holds the answer to: it knows when the answer is complete."""
         completion = output.outputs[0]
         for place, token in enumerate(completion.token_ids):
             if answer.reason is not None:
@@ -364,6 +367,13 @@ class VllmEngine:
             logprob = None if wanted is None else token_logprob(token, completion.logprobs[place], wanted)
             answer.push(token, logprob)
             self._decode_tokens += 1
+            if matcher is None:
+                continue
+            matcher.take(token)
+            if matcher.failed:
+                raise too_complex()
+            if matcher.complete:
+                answer.end()
 
     def _count(self, prompt: Prompt, cached: int, timings: Timings, job: _Job) -> None:
         """What was reused. vLLM finds whole blocks only: an image counts as there when no more than its last, unfilled

@@ -3,6 +3,7 @@ again: vLLM is given the very tokens that the prompt was laid out with."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,9 @@ from vllm.multimodal.inputs import (
     MultiModalKwargsItems,
     PlaceholderRange,
 )
-from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
+from lm_service.engine.grammar import Kind, Structure
 from lm_service.engine.types import Sampling, TokenLogprob
 from lm_service.engine.vllm.connector import FILE
 from lookonce.models.row_files import RowFile
@@ -80,11 +82,22 @@ def answer_params(sampling: Sampling, end_ids: Set[int], index: int, room: int) 
         stop_token_ids=sorted({*sampling.stop_ids, *(() if sampling.ignore_eos else end_ids)}),
         logit_bias=dict(sampling.bias) or None,
         allowed_token_ids=list(sampling.allowed) or None,
+        structured_outputs=None if sampling.grammar is None else _structured(sampling.grammar.structure),
         **_COMMON,
     )
     if sampling.bad_words:  # as tokens: vLLM would write the words in tokens in its own way
         params._bad_words_token_ids = [list(word) for word in sampling.bad_words]
     return params
+
+
+def _structured(wanted: Structure) -> StructuredOutputsParams:
+    """vLLM compiles the same structure by the same library (`structured_outputs_config`)."""
+    if wanted.kind is Kind.CHOICES:
+        return StructuredOutputsParams(choice=json.loads(wanted.source))
+    return StructuredOutputsParams(**{_NAMES[wanted.kind]: wanted.source})
+
+
+_NAMES = {Kind.JSON_SCHEMA: "json", Kind.REGEX: "regex", Kind.GRAMMAR: "grammar"}
 
 
 def score_params(tokens: Sequence[int]) -> SamplingParams:

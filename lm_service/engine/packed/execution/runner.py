@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lm_service.engine.answer import Answer
 from lm_service.engine.packed.execution.attention import attention_over
 from lm_service.engine.packed.execution.choices import gather_logprobs
 from lm_service.engine.packed.execution.kernel_attention import KernelAttention
@@ -23,7 +24,8 @@ from lm_service.engine.packed.prefix_cache.content import POSITIONS
 from lm_service.engine.packed.prefix_cache.pool import SuffixPool
 from lm_service.engine.packed.scheduling.batch import Batch, PrefillChunk, SuffixChunk
 from lm_service.engine.packed.scheduling.sequence import Sequence
-from lm_service.engine.sampling import finite_rows, sample, token_logprobs
+from lm_service.engine.sampling import SamplerState, finite_rows, sample, token_logprobs
+from lm_service.engine.types import TokenLogprob
 from lookonce.models.compiled import attention_kernels
 from lookonce.models.text_adapter import Attend, Deepstack, ModelAdapter, RecurrentAdapter
 
@@ -235,14 +237,28 @@ def extend_answers(wanted: list[tuple[SuffixChunk, int, int]], logits: torch.Ten
         answer = sequence.answer
         if answer is None:
             continue
-        answer.push(token, logprob)
-        state.append(token)
-        sequence.tokens.append(token)
-        if len(answer.tokens) == 1:
+        if not answer.tokens:
             sequence.timings.ttft_ms = sequence.elapsed_ms()
+        _push(sequence, answer, state, token, logprob)
         if answer.reason is not None:
             sequence.timings.total_ms = sequence.elapsed_ms()
     return [sequence for sequence, _ in chosen]
+
+
+def _push(sequence: Sequence, answer: Answer, state: SamplerState, token: int, logprob: TokenLogprob | None) -> None:
+    """The next token, and those that its grammar leaves no choice about: they are fed together in the next step."""
+
+    def push(token_id: int, logprob: TokenLogprob | None = None) -> None:
+        answer.push(token_id, logprob)
+        state.append(token_id)
+        sequence.tokens.append(token_id)
+
+    push(token, logprob)
+    for forced in state.forced(answer.left) if answer.reason is None else ():
+        if answer.reason is None:
+            push(forced)
+    if state.complete:
+        answer.end()
 
 
 def extend_scores(wanted: list[tuple[SuffixChunk, int, int]], logits: torch.Tensor) -> list[Sequence]:

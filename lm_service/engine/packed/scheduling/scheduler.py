@@ -321,14 +321,15 @@ class Scheduler:
         sequence.inlined_tokens = at
 
     def _ensure_room(self, sequence: Sequence) -> None:
-        """A slot with room for one more token, from others if need be; else the sequence steps back itself."""
+        """A slot with room for the tokens to feed, from others if need be; else the sequence steps back itself."""
         length = sequence.suffix_length
-        while sequence.slot is not None and length + 1 > sequence.slot.capacity:
-            grown = self._pool.grow(sequence.slot, length, length + 1)
+        wanted = length + sequence.remaining
+        while sequence.slot is not None and wanted > sequence.slot.capacity:
+            grown = self._pool.grow(sequence.slot, length, wanted)
             if grown is not None:
                 sequence.slot = grown
                 return
-            fits = self._pool.capacity_for(length + 1) <= self._pool.slab_tokens
+            fits = self._pool.capacity_for(wanted) <= self._pool.slab_tokens
             self._preempt(self.running[-1] if fits else sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
