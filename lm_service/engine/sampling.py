@@ -144,38 +144,48 @@ def bar_ends(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tens
 
 
 def constrain(scores: torch.Tensor, logits: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
-    """Scores [rows, vocabulary], as a new tensor, with the tokens that an answer's grammar does not let follow at -inf.
-    Where nothing is left of the scores, the logits decide among those that may follow. Where the model would end, and
-    may not, what is open is closed (lm_service.engine.grammar)."""
-    found = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
-    bits = _MASKS.of([matcher for _, matcher in found])
-    words = torch.from_numpy(bits).to(scores.device)
-    barred = torch.ones(len(found), scores.shape[-1], dtype=torch.bool, device=scores.device)
-    width = min(scores.shape[-1], 32 * words.shape[-1])
-    barred[:, :width] = _bits(words)[:, :width] == 0
-    at = torch.tensor([row for row, _ in found], device=scores.device)
-    kept = scores[at].masked_fill(barred, -torch.inf)
-    given = logits[at]
-    lost = kept.amax(-1, keepdim=True) == -torch.inf
-    kept = torch.where(lost, given.float().masked_fill(barred, -torch.inf), kept)
-    for place, ((_, matcher), best) in enumerate(zip(found, given.argmax(-1).tolist(), strict=True)):
-        if best in matcher.end_ids and bool(barred[place, best]):
+    """Scores [rows, vocabulary] with the tokens that an answer's grammar does not let follow at -inf: the same tensor,
+    written over, where nobody asks for log-probabilities of it. Where nothing is left of the scores, the logits decide
+    among those that may follow. Where the model would end, and may not, what is open is closed
+    (lm_service.engine.grammar)."""
+    found = [(row, state, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
+    told = any(state.sampling.logprobs is not None for _, state, _ in found)
+    if scores.data_ptr() == logits.data_ptr() and told:
+        scores = scores.clone()
+    words = torch.from_numpy(_MASKS.of([matcher for _, _, matcher in found])).to(scores.device)
+    barred = _clear(words, scores.shape[-1])
+    everybody = len(found) == len(states)
+    at = torch.tensor([row for row, _, _ in found], device=scores.device)
+    given, kept = (logits, scores) if everybody else (logits[at], scores[at])
+    best = given.argmax(-1).tolist()
+    if any(state.steered for _, state, _ in found):
+        may_follow = given.float().masked_fill(barred, -torch.inf)
+        kept = kept.masked_fill(barred, -torch.inf)
+        kept = torch.where(kept.amax(-1, keepdim=True) == -torch.inf, may_follow, kept)
+    else:
+        kept = kept.masked_fill_(barred, -torch.inf)
+    for place, ((_, _, matcher), token) in enumerate(zip(found, best, strict=True)):
+        if token in matcher.end_ids and bool(barred[place, token]):
             closing = matcher.closing(lambda token, place=place: not barred[place, token])  # type: ignore[misc]
             if closing is not None:
                 kept[place] = -torch.inf
                 kept[place, closing] = 0.0
-    return scores.index_copy(0, at, kept)
+    return kept if everybody else scores.index_copy_(0, at, kept)
 
 
 _MASKS = Masks(4)
 
 
-def _bits(words: torch.Tensor) -> torch.Tensor:
-    """Int32 [rows, n] as uint8 [rows, 32 n] of its bits, the lowest first."""
+def _clear(words: torch.Tensor, width: int) -> torch.Tensor:
+    """Bool [rows, width]: which bits of int32 [rows, n], the lowest first, are not set; none is beyond 32 n."""
     if words.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(words.numpy().view(np.uint8), axis=-1, bitorder="little"))
-    shifts = torch.arange(32, dtype=torch.int32, device=words.device)
-    return (words[:, :, None] >> shifts).bitwise_and_(1).to(torch.uint8).flatten(1)
+        bits = torch.from_numpy(np.unpackbits(words.numpy().view(np.uint8), axis=-1, bitorder="little"))
+    else:
+        shifts = torch.arange(32, dtype=torch.int32, device=words.device)
+        bits = (words[:, :, None] >> shifts).bitwise_and_(1).to(torch.uint8).flatten(1)
+    if bits.shape[-1] < width:
+        bits = torch.nn.functional.pad(bits, (0, width - bits.shape[-1]))
+    return bits[:, :width].bitwise_xor_(1).view(torch.bool)
 
 
 def filter_logits(
@@ -198,8 +208,10 @@ def filter_logits(
     return kept.masked_fill(out, -torch.inf)
 
 
+@torch.inference_mode()
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
-    """One token for each row of logits [rows, vocabulary]. The states' counts are left to the caller (`append`)."""
+    """One token for each row of logits [rows, vocabulary], which `constrain` may write over. The states' counts are left
+    to the caller (`append`)."""
     scores = logits.float()
     if any(state.steered for state in states):
         rows = (steer(row, state) if state.steered else row for row, state in zip(scores, states, strict=True))

@@ -258,6 +258,33 @@ def test_many_questions_at_once(system: System, packed: System) -> None:
     assert [one["text"] for one in found] == [one["text"] for one in expected]
 
 
+def test_answers_of_a_given_form(system: System, packed: System) -> None:
+    """The same forms, held by both engines; the same answers where the model decides among what a form lets it say."""
+    shape = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green", "blue"]}, "count": {"enum": [1, 2, 3]}},
+    }
+    questions = [
+        {"text": "What is there?", "schema": {**shape, "required": ["colour", "count"]}},
+        {"text": "What is there?", "regex": "(red|green|blue) (star|cross|circle)"},
+        {
+            "text": "What is there?",
+            "schema": {"type": "array", "items": {"type": "boolean"}, "minItems": 3, "maxItems": 3},
+        },
+        {"text": "What is there?", "schema": {"type": "object", "properties": {"a": {"not": {}}}}},
+        "What is there?",
+    ]
+    options = {"max_tokens": 60, "guided_choice": ["nothing at all", "a star"]}
+    data = bundled_samples()[0].path.read_bytes()
+    found = system.ask(system.upload(data)["id"], questions, **options)
+    expected = packed.ask(packed.upload(data)["id"], questions, **options)
+    assert json.loads(found[0]["text"]).keys() == {"colour", "count"} and len(json.loads(found[2]["text"])) == 3
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.get("text") == theirs.get("text") and mine.get("error") == theirs.get("error")
+        assert mine.get("finish_reason") == theirs.get("finish_reason")
+    assert "not" in found[3]["error"]["message"]
+
+
 def test_redis_down_in_the_middle(system: System, valkey: ValkeyServer) -> None:
     data = drawn(61)
     image = system.upload(data)["id"]
