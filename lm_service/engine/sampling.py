@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lm_service.engine.grammar import Masks, Matcher
@@ -32,7 +33,8 @@ class SamplerState:
         `end_ids` is drawn before `min_tokens` are."""
         self.sampling = sampling
         self.counts: Counter[int] = Counter()  # of generated tokens
-        self.prompt: frozenset[int] = frozenset(prompt_ids) if sampling.repetition_penalty != 1.0 else frozenset()
+        counted = sorted(set(prompt_ids)) if sampling.repetition_penalty != 1.0 else []
+        self.seen: npt.NDArray[np.int64] = np.array(counted, dtype=np.int64)  # of prompt and answer, if that matters
         self.greedy = sampling.temperature == 0.0  # the most probable token is taken
         self.filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0  # some tokens are left out
         self.penalised = (  # earlier tokens change the logits
@@ -57,6 +59,8 @@ class SamplerState:
             self._tail = [*self._tail, token_id][1 - self._longest :]
         if self.penalised:
             self.counts[token_id] += 1
+        if self.sampling.repetition_penalty != 1.0 and token_id not in self.seen:
+            self.seen = np.append(self.seen, token_id)
 
     @property
     def complete(self) -> bool:
@@ -95,43 +99,68 @@ class SamplerState:
         return generator
 
 
-def apply_penalties(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
-    """Logits [vocabulary] after the penalties, as a new tensor.
+def apply_penalties(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """Scores [rows, vocabulary] after the penalties of all rows, as a new tensor.
 
     Repetition (CTRL, arXiv:1909.05858) counts prompt and answer: positive logits are divided by it, negative ones
     multiplied. Presence is subtracted once from every token of the answer, frequency once per occurrence (OpenAI's
     definition).
     """
-    wanted = state.sampling
-    row = row.clone()
-    seen = sorted(state.prompt.union(state.counts)) if wanted.repetition_penalty != 1.0 else []
-    if seen:
-        ids = torch.tensor(seen, device=row.device)
-        values = row[ids]
-        factor = wanted.repetition_penalty
-        row[ids] = torch.where(values > 0, values / factor, values * factor)
-    if state.counts and (wanted.presence_penalty or wanted.frequency_penalty):
-        ids = torch.tensor(list(state.counts), device=row.device)
-        counts = torch.tensor(list(state.counts.values()), device=row.device, dtype=row.dtype)
-        row[ids] -= wanted.presence_penalty + wanted.frequency_penalty * counts
-    return row
+    scores = scores.clone()
+    repeated = [(row, state) for row, state in enumerate(states) if state.sampling.repetition_penalty != 1.0]
+    seen = [state.seen for _, state in repeated]
+    if sum(map(len, seen)):
+        factors = [state.sampling.repetition_penalty for _, state in repeated]
+        rows, ids, factor = _columns(scores, [row for row, _ in repeated], seen, factors)
+        values = scores[rows, ids]
+        scores[rows, ids] = torch.where(values > 0, values / factor, values * factor)
+    counted = [
+        (row, state, np.fromiter(state.counts, dtype=np.int64, count=len(state.counts)))
+        for row, state in enumerate(states)
+        if state.counts and (state.sampling.presence_penalty or state.sampling.frequency_penalty)
+    ]
+    if counted:
+        rows, ids, presence = _columns(
+            scores,
+            [row for row, _, _ in counted],
+            [ids for _, _, ids in counted],
+            [state.sampling.presence_penalty for _, state, _ in counted],
+        )
+        often = [
+            state.sampling.frequency_penalty * np.fromiter(state.counts.values(), dtype=np.float32)
+            for _, state, _ in counted
+        ]
+        scores[rows, ids] -= presence + torch.from_numpy(np.concatenate(often)).to(scores)
+    return scores
 
 
-def steer(row: torch.Tensor, state: SamplerState) -> torch.Tensor:
-    """Logits [vocabulary] with the request's biases, and without the tokens it does not want, as a new tensor. Where
-    that leaves none, what it allows stays."""
-    wanted = state.sampling
-    row = row.clone()
-    if wanted.bias:
-        ids, values = zip(*wanted.bias, strict=True)
-        row[torch.tensor(ids, device=row.device)] += torch.tensor(values, device=row.device, dtype=row.dtype)
-    if wanted.allowed:
-        kept = torch.tensor(wanted.allowed, device=row.device)
-        row = torch.full_like(row, -torch.inf).index_copy_(0, kept, row[kept])
-    barred = set(state.barred())
-    if barred and not barred >= set(wanted.allowed or [-1]):
-        row[torch.tensor(sorted(barred), device=row.device)] = -torch.inf
-    return row
+def _columns(
+    like: torch.Tensor, rows: Sequence[int], ids: Sequence[npt.NDArray[np.int64]], values: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row's ids beside its number and its value."""
+    lengths = [len(each) for each in ids]
+    at = torch.from_numpy(np.repeat(np.array(rows, dtype=np.int64), lengths)).to(like.device)
+    value = torch.from_numpy(np.repeat(np.array(values, dtype=np.float32), lengths))
+    return at, torch.from_numpy(np.concatenate(ids)).to(like.device), value.to(like)
+
+
+def steer(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    """Scores [rows, vocabulary] with each request's biases, and without the tokens it does not want, as a new tensor.
+    Where that leaves none, what it allows stays."""
+    scores = scores.clone()
+    for row, state in zip(scores, states, strict=True):
+        wanted = state.sampling
+        if wanted.bias:
+            ids, biases = zip(*wanted.bias, strict=True)
+            row[torch.tensor(ids, device=row.device)] += torch.tensor(biases, device=row.device, dtype=row.dtype)
+        if wanted.allowed:
+            kept = torch.tensor(wanted.allowed, device=row.device)
+            values = row[kept]
+            row.fill_(-torch.inf)[kept] = values
+        barred = set(state.barred())
+        if barred and not barred >= set(wanted.allowed or [-1]):
+            row[torch.tensor(sorted(barred), device=row.device)] = -torch.inf
+    return scores
 
 
 def bar_ends(scores: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
@@ -189,19 +218,25 @@ def _clear(words: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def filter_logits(
-    descending: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+    descending: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    rest: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits [rows, vocabulary], each row sorted descending, with what the filters leave out at -inf.
+    """Logits [rows, n], each row sorted descending, with what the filters leave out at -inf: all behind a first one.
 
-    `top_k` (0: all), `top_p` and `min_p` are [rows]. Top-p (arXiv:1904.09751) keeps the smallest set whose probability,
-    of what top-k left, reaches it; min-p (arXiv:2407.01082) keeps what is at least that share of the best. One token
-    always stays.
+    `top_k` (0: all), `top_p` and `min_p` are [rows], `rest` is log(sum(exp)) of the row's logits that are not given
+    here. Top-p (arXiv:1904.09751) keeps the smallest set whose probability, of what top-k left, reaches it; min-p
+    (arXiv:2407.01082) keeps what is at least that share of the best. One token always stays.
     """
-    vocabulary = descending.shape[-1]
-    rank = torch.arange(vocabulary, device=descending.device)
-    limit = torch.where(top_k > 0, top_k, vocabulary)[:, None]
+    rank = torch.arange(descending.shape[-1], device=descending.device)
+    limit = torch.where(top_k > 0, top_k, descending.shape[-1])[:, None]
     kept = descending.masked_fill(rank >= limit, -torch.inf)
-    probabilities = kept.softmax(-1)
+    total = kept
+    if rest is not None:
+        total = torch.cat([kept, rest.masked_fill(top_k > 0, -torch.inf)[:, None]], dim=-1)
+    probabilities = total.softmax(-1)[:, : descending.shape[-1]]
     before = probabilities.cumsum(-1) - probabilities
     out = (before >= top_p[:, None]) | (probabilities < min_p[:, None] * probabilities[:, :1])
     out[:, 0] = False
@@ -210,17 +245,13 @@ def filter_logits(
 
 @torch.inference_mode()
 def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
-    """One token for each row of logits [rows, vocabulary], which `constrain` may write over. The states' counts are left
-    to the caller (`append`)."""
+    """One token for each row of logits [rows, vocabulary], which `constrain` may write over. The states' counts are
+    left to the caller (`append`)."""
     scores = logits.float()
     if any(state.steered for state in states):
-        rows = (steer(row, state) if state.steered else row for row, state in zip(scores, states, strict=True))
-        scores = torch.stack(list(rows))
+        scores = steer(scores, states)
     if any(state.penalised for state in states):
-        rows = (
-            apply_penalties(row, state) if state.penalised else row for row, state in zip(scores, states, strict=True)
-        )
-        scores = torch.stack(list(rows))
+        scores = apply_penalties(scores, states)
     if any(state.early for state in states):
         scores = bar_ends(scores, states)
     if any(state.matcher is not None for state in states):
@@ -235,26 +266,69 @@ def sample(logits: torch.Tensor, states: Sequence[SamplerState]) -> list[int]:
     return tokens
 
 
+_CANDIDATES = 1024
+"""The best tokens of a row, among which filters nearly always leave all that is left: to sort a vocabulary takes longer
+than a small model's step."""
+
+
 def _draw(scores: torch.Tensor, states: Sequence[SamplerState], *, filtered: bool) -> torch.Tensor:
     """Inverse-transform sampling: one uniform number a row, so a seed means the same on every device."""
+    uniform = _column(scores, [state.uniform() for state in states])
+    if not filtered:
+        return _picked(scores.double() / _temperatures(scores, states), uniform)
+    if scores.shape[-1] <= _CANDIDATES:
+        return _among(*scores.sort(dim=-1, descending=True, stable=True), states, uniform)[0]
+    drawn, sure = _among(*_best(scores), states, uniform, scores)
+    unsure = [row for row, is_sure in enumerate(sure.tolist()) if not is_sure]
+    if unsure:
+        at = torch.tensor(unsure, device=scores.device)
+        order = scores[at].sort(dim=-1, descending=True, stable=True)
+        drawn[at], _ = _among(*order, [states[row] for row in unsure], uniform[at])
+    return drawn
 
-    def column(values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=scores.device, dtype=torch.float64)
 
-    temperature = column([state.sampling.temperature for state in states])
-    order: torch.Tensor | None = None
-    if filtered:  # in float32: the order is that of the quotients
-        scores, order = scores.sort(dim=-1, descending=True, stable=True)
-    scaled = scores.double() / temperature[:, None]
-    if filtered:
-        top_k = torch.tensor([state.sampling.top_k for state in states], device=scores.device)
-        top_p = column([state.sampling.top_p for state in states])
-        min_p = column([state.sampling.min_p for state in states])
-        scaled = filter_logits(scaled, top_k, top_p, min_p)
+def _best(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best tokens of each row, descending, and their ids; of equals the lower id first, as by a stable sort."""
+    ids = scores.topk(_CANDIDATES, sorted=False).indices.sort(-1).values
+    descending, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return descending, ids.gather(-1, order)
+
+
+def _among(
+    descending: torch.Tensor,
+    ids: torch.Tensor,
+    states: Sequence[SamplerState],
+    uniform: torch.Tensor,
+    scores: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A token of each row that its filters leave among these, and whether that is sure: the filters leave out all
+    others of `scores`, of which these are the best, and none is as good as the last that stays."""
+    temperature, rest = _temperatures(descending, states), None
+    if scores is not None and any(state.sampling.top_k == 0 for state in states):
+        rest = (scores.scatter(-1, ids, -torch.inf).double() / temperature).logsumexp(-1)
+    top_k = torch.tensor([state.sampling.top_k for state in states], device=descending.device)
+    top_p = _column(descending, [state.sampling.top_p for state in states])
+    min_p = _column(descending, [state.sampling.min_p for state in states])
+    kept = filter_logits(descending.double() / temperature, top_k, top_p, min_p, rest)
+    last = descending.gather(-1, kept.isfinite().sum(-1, keepdim=True).sub_(1).clamp_(min=0)).squeeze(-1)
+    return ids.gather(-1, _picked(kept, uniform)[:, None]).squeeze(-1), (last > descending[:, -1]) & (
+        top_k < descending.shape[-1]
+    )
+
+
+def _picked(scaled: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The place in each row [n] of the logits [rows, n] where the number [rows] falls."""
     cumulative = scaled.softmax(-1).cumsum(-1)
-    target = column([state.uniform() for state in states])[:, None] * cumulative[:, -1:]
-    picked = torch.searchsorted(cumulative, target, right=True).clamp_(max=scaled.shape[-1] - 1)
-    return (picked if order is None else order.gather(-1, picked)).squeeze(-1)
+    target = uniform[:, None] * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=scaled.shape[-1] - 1).squeeze(-1)
+
+
+def _temperatures(like: torch.Tensor, states: Sequence[SamplerState]) -> torch.Tensor:
+    return _column(like, [state.sampling.temperature for state in states])[:, None]
+
+
+def _column(like: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, device=like.device, dtype=torch.float64)
 
 
 def finite_rows(logits: torch.Tensor) -> list[bool]:

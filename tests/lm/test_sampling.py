@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from lm_service.engine import sampling as module
 from lm_service.engine.sampling import SamplerState, apply_penalties, filter_logits, finite_rows, sample, token_logprobs
 from lm_service.engine.types import Sampling
 
@@ -79,7 +80,7 @@ def test_repetition_penalty_equals_transformers(seed, penalty, tokens):
     expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), logits.clone())
     half = len(tokens) // 2
     one = state(seen=tokens[half:], prompt=tokens[:half], repetition_penalty=penalty)
-    torch.testing.assert_close(apply_penalties(logits[0], one), expected[0])
+    torch.testing.assert_close(apply_penalties(logits, [one]), expected)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
@@ -103,12 +104,12 @@ def test_least_tokens_equal_transformers(penalty):
 
 
 def test_presence_and_frequency_count_the_answer_only():
-    logits = rows(2)[0]
+    logits = rows(2)
     one = state(seen=[5, 5, 5, 9], prompt=[7], presence_penalty=0.5, frequency_penalty=0.25)
     expected = logits.clone()
-    expected[5] -= 0.5 + 3 * 0.25
-    expected[9] -= 0.5 + 0.25
-    torch.testing.assert_close(apply_penalties(logits, one), expected)
+    expected[0, 5] -= 0.5 + 3 * 0.25
+    expected[0, 9] -= 0.5 + 0.25
+    torch.testing.assert_close(apply_penalties(logits, [one]), expected)
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,20 @@ def test_rows_that_are_not_finite_are_found():
     logits = rows(9, 4)
     logits[1, 3], logits[2, 0], logits[3, 1] = float("nan"), float("inf"), float("-inf")
     assert finite_rows(logits) == [True, False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.02, 1.0, 6.0])
+def test_a_large_vocabulary_is_not_sorted_and_draws_the_same(dtype, spread, monkeypatch):
+    """Also where many logits are equal, and where the filters leave more tokens than are looked at first."""
+    kinds = [{"top_k": 40}, {"top_p": 0.6}, {"top_p": 0.99}, {"min_p": 0.05}, {"top_k": 3000, "top_p": 0.9}]
+    kinds += [{"top_k": 1024}, {"top_p": 0.9, "min_p": 0.3, "top_k": 7}]
+    logits = (torch.randn(len(kinds), 5000, generator=torch.Generator().manual_seed(7)) * spread).to(dtype)
+
+    def drawn():
+        states = [state(seed=seed, temperature=1.3, **kind) for seed, kind in enumerate(kinds)]
+        return [sample(logits, states) for _ in range(40)]
+
+    mine = drawn()
+    monkeypatch.setattr(module, "_CANDIDATES", 5000)
+    assert drawn() == mine
