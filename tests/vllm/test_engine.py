@@ -23,6 +23,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from lookonce.core.errors import ErrorKind, LookonceError
+from lookonce.core.identity import EmbeddingReference
 from lookonce.core.record import EMBEDDING, TensorView, parse_record
 from lookonce.core.rpc.client import LanguageClient
 from lookonce.core.sample_images import bundled_samples
@@ -178,7 +179,7 @@ def test_what_is_wrong_ends_its_own_request_only(system: System, valkey: ValkeyS
     ask = {"text": "What is this?", "choices": ["red", "blue", "green"]}
     expected = system.ask(good, [ask])[0]["logprobs"]
     store = valkey.client()
-    faults = {"nan": 2, "narrow": 3, "short": 4, "damaged": 5, "foreign": 6}
+    faults = {"nan": 2, "narrow": 3, "short": 4, "damaged": 5, "foreign": 6, "grid": 7}
     for kind, seed in faults.items():
         names = set(store.scan_iter("lookonce:embeddings:*", count=1000))
         image = system.upload(drawn(seed))["id"]
@@ -200,7 +201,9 @@ def test_what_is_wrong_ends_its_own_request_only(system: System, valkey: ValkeyS
         elif kind == "foreign":
             store.set(name, store.get(next(iter(names))))
         else:
-            changed = replace(record, tensors={EMBEDDING: view}, tokens=rows.shape[0])
+            t, h, w = record.grid_thw
+            grid = (t, 2 * h, w) if kind == "grid" else record.grid_thw
+            changed = replace(record, tensors={EMBEDDING: view}, tokens=rows.shape[0], grid_thw=grid)
             store.set(name, changed.serialize())
         with ThreadPoolExecutor(2) as pool:
             beside = pool.submit(system.ask, good, [ask])
@@ -220,6 +223,30 @@ def test_an_erased_image_is_answered_by_nobody(system: System) -> None:
     again = system.ask(system.upload(data)["id"], ["What is this?"], max_tokens=4)[0]
     assert system.encodes() == before + 1
     assert receipt(again)["prefix"] == "miss", "KV of the erased image was found"
+
+
+def test_a_reference_to_nothing_is_told_so(system: System, valkey: ValkeyServer) -> None:
+    """Past the gateway: an embedding that was erased, and a key that was never one's."""
+    store = valkey.client()
+    names = set(store.scan_iter("lookonce:embeddings:*", count=1000))
+    image = system.upload(drawn(22))["id"]
+    eventually(lambda: set(store.scan_iter("lookonce:embeddings:*", count=1000)) - names)
+    (name,) = set(store.scan_iter("lookonce:embeddings:*", count=1000)) - names
+    key = bytes.fromhex(name.decode().rpartition(":")[2])
+    record = parse_record(store.get(name), key)
+    fields = (record.image_digest, record.grid_thw, record.tokens, record.width, record.height)
+    known, unknown = (EmbeddingReference(one, record.fingerprint, *fields) for one in (key, bytes(32)))
+
+    def asked(reference: EmbeddingReference) -> Any:
+        request = asking(user(reference, "What is this?"), max_tokens=4)
+        return on_client(system.languages[0], lambda client: answer(client, request))
+
+    assert asked(known)
+    assert system.http.delete(f"/v1/images/{image}").json()["complete"] is True
+    for reference in (known, unknown):
+        with pytest.raises(LookonceError) as caught:
+            asked(reference)
+        assert caught.value.kind is ErrorKind.EMBEDDING_MISSING
 
 
 def test_erasure_while_others_are_answered(system: System) -> None:
