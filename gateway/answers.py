@@ -60,22 +60,32 @@ class Answers:
         self.reconnect_wait = reconnect_wait  # seconds
         self.interactive = 0  # calls under way for callers who wait
 
-    def generate(self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, caller: Caller) -> Answering:
+    def generate(
+        self,
+        turns: Sequence[Turn],
+        sampling: language_pb2.SamplingParameters,
+        caller: Caller,
+        tools: language_pb2.Tools | None = None,
+    ) -> Answering:
         """Stream the events of an answer. Close the iterator to stop the work.
 
         A replica that fails before the first event is replaced in silence, as are lost embeddings; afterwards the
         failure is raised from the iterator."""
         asking = _Asking(self, _images_of(turns), turns, caller)
-        return Answering(asking.stream(partial(asking.generate, turns, sampling)), asking.resolved)
+        return Answering(asking.stream(partial(asking.generate, turns, sampling, tools)), asking.resolved)
 
     async def complete(
-        self, turns: Sequence[Turn], sampling: language_pb2.SamplingParameters, caller: Caller
+        self,
+        turns: Sequence[Turn],
+        sampling: language_pb2.SamplingParameters,
+        caller: Caller,
+        tools: language_pb2.Tools | None = None,
     ) -> tuple[list[Completion], list[Resolved]]:
         """The whole of an answer (or n)."""
         asking = _Asking(self, _images_of(turns), turns, caller)
 
         async def call(client: LanguageClient) -> list[Completion]:
-            async with aclosing(asking.generate(turns, sampling, client, whole=True)) as events:
+            async with aclosing(asking.generate(turns, sampling, tools, client, whole=True)) as events:
                 return await collect(events, max(1, sampling.n))
 
         return await asking.run(call), asking.resolved
@@ -107,6 +117,7 @@ class _Asking(Attempts[LanguageClient]):
         self,
         turns: Sequence[Turn],
         sampling: language_pb2.SamplingParameters,
+        tools: language_pb2.Tools | None,
         client: LanguageClient,
         *,
         whole: bool = False,
@@ -121,6 +132,7 @@ class _Asking(Attempts[LanguageClient]):
             client=self._caller.client,
             whole=whole,
             cache_salt=self._caller.tenant.cache_salt,
+            tools=tools,
         )
         return client.generate(request, timeout=left + GRACE_SECONDS)  # type: ignore[return-value]
 
@@ -263,6 +275,9 @@ def _to_messages(turns: Sequence[Turn], resolved: Iterable[Resolved]) -> list[la
                 if isinstance(part, str)
                 else language_pb2.Part(image=next(references).reference.to_proto())
                 for part in turn.parts
+            ],
+            tool_calls=[
+                language_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments) for call in turn.calls
             ],
         )
         for turn in turns

@@ -21,11 +21,21 @@ class ImagePart:
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call of a function, with a JSON object."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
 class Turn:
     """One message of a conversation."""
 
-    role: str  # "system" | "user" | "assistant"
+    role: str  # "system" | "user" | "assistant" | "tool"
     parts: tuple[str | ImagePart, ...]
+    calls: tuple[ToolCall, ...] = ()  # of an earlier answer
 
 
 @dataclass(frozen=True)

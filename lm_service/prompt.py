@@ -9,6 +9,7 @@ a special token. For words that spell no special token the ids equal those of th
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from lm_service.engine.types import ImageSpan, Prompt
 from lookonce.core.dtypes import SCHEMES
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import WEIGHTS_DIGEST, EmbeddingReference
-from lookonce.models.chat.chat_format import ChatFormat, TemplateRefusal, Turn, open_chat
+from lookonce.models.chat.chat_format import TOOL, ChatFormat, TemplateRefusal, Turn, open_chat
 from lookonce.models.chat.tokenizer import drops_first_space, is_byte_level
 from lookonce.models.checkpoint import Checkpoint
 from lookonce.models.checkpoint.checkpoint import COMPUTE_DTYPES
@@ -32,7 +33,7 @@ from protos.lookonce.v1 import vision_pb2
 
 P = ParamSpec("P")
 T = TypeVar("T")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", TOOL)
 SHORT = 4096
 """Characters and image tokens, together, of a prompt that is built sooner (0.3 ms) than a thread could take it over."""
 _UNTOLD = (
@@ -57,6 +58,7 @@ class Message:
 
     role: str
     parts: tuple[str | EmbeddingReference, ...]
+    calls: tuple[str, ...] = ()  # of an earlier answer: JSON objects of `name` and `arguments`
 
 
 def is_short(messages: Sequence[Message]) -> bool:
@@ -188,19 +190,23 @@ class PromptBuilder:
         salt: bytes = b"",
         special_tokens: bool = False,
         ending: Sequence[int] = (),
+        functions: Sequence[str] = (),
     ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
         `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`; `ending` are
-        tokens behind the header. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the
-        field and the limit.
+        tokens behind the header, `functions` those that the answer may want called, as JSON. Raises INVALID_ARGUMENT,
+        FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
-        self.check_text([part for message in messages for part in message.parts if isinstance(part, str)])
-        turns = [Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts)) for m in messages]
-        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens)
+        texts = [part for message in messages for part in message.parts if isinstance(part, str)]
+        self.check_text([*texts, *functions, *(call for message in messages for call in message.calls)])
+        turns = [
+            Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts), m.calls) for m in messages
+        ]
+        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens, functions=functions)
         prompt = self.laid_out([*token_ids, *ending], images, reserve)
         return replace(prompt, text=self.template.text(turns)) if self._reads_text else prompt
 
@@ -228,7 +234,7 @@ class PromptBuilder:
                     f"messages[{i}].role must be one of {', '.join(ROLES)}, got {message.role[:32]!r}",
                     param=f"messages[{i}].role",
                 )
-            if not message.parts:
+            if not message.parts and not message.calls:
                 raise invalid(f"messages[{i}] has no parts", param=f"messages[{i}].parts")
             images += [part for part in message.parts if isinstance(part, EmbeddingReference)]
         self.check_images(images)
@@ -311,16 +317,23 @@ class ChatTemplate:
         self._remembered = lru_cache(maxsize=_REMEMBERED)(self._ids)
         self._choices = lru_cache(maxsize=_REMEMBERED)(lambda text, salt: tuple(self.text_ids(text)))
 
-    def ids(self, turns: Sequence[Turn], salt: bytes = b"", *, special_tokens: bool = False) -> list[int]:
+    def ids(
+        self,
+        turns: Sequence[Turn],
+        salt: bytes = b"",
+        *,
+        special_tokens: bool = False,
+        functions: Sequence[str] = (),
+    ) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image. What is
         remembered from an earlier call is so among callers of one salt: the time it takes tells others nothing.
         `special_tokens`: those that a text spells are tokens, unless they structure prompts (`ChatFormat.structure`).
 
         Raises INVALID_ARGUMENT when the checkpoint's template refuses the messages.
         """
-        short = sum(len(part) for turn in turns for part in turn.parts if part is not None) <= _REMEMBERED_CHARACTERS
-        ids = self._remembered if short else self._ids
-        return list(ids(tuple(turns), salt, special_tokens))
+        texts = chain(functions, *((*filter(None, turn.parts), *turn.calls) for turn in turns))
+        ids = self._remembered if sum(map(len, texts)) <= _REMEMBERED_CHARACTERS else self._ids
+        return list(ids(tuple(turns), salt, special_tokens, tuple(functions)))
 
     def text(self, turns: Sequence[Turn]) -> str:
         """The conversation's text without images and what else the template writes as special tokens. Raises as `ids`
@@ -343,9 +356,12 @@ class ChatTemplate:
                     return total
         return total
 
-    def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool) -> tuple[int, ...]:
-        mark = self._mark(turns)
-        rendered = self._rendered(turns, mark, self._typed_or_starts if special_tokens else self._starts)
+    def _ids(
+        self, turns: Sequence[Turn], salt: bytes, special_tokens: bool, functions: Sequence[str]
+    ) -> tuple[int, ...]:
+        mark = self._mark(turns, functions)
+        breaks = self._typed_or_starts if special_tokens else self._starts
+        rendered = self._rendered(turns, mark, breaks, functions)
         lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
         pieces = list(self.chat.pieces(rendered))
         begun = next((at for at, piece in enumerate(pieces) if isinstance(piece, str) and piece), 0)
@@ -353,12 +369,21 @@ class ChatTemplate:
         encoded = (self._encode(piece, mark, first=at == first) for at, piece in enumerate(pieces))
         return (*lead, *chain.from_iterable(encoded))
 
-    def _rendered(self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str]) -> str:
+    def _rendered(
+        self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str], functions: Sequence[str] = ()
+    ) -> str:
         """By the template; wherever a special token could begin, also one that goes on in the next part, the mark
         breaks it."""
-        marked = [Turn(turn.role, tuple(part and _marked(part, breaks, mark) for part in turn.parts)) for turn in turns]
+        marked = [
+            Turn(
+                turn.role,
+                tuple(part and _marked(part, breaks, mark) for part in turn.parts),
+                tuple(json.dumps(_marked_json(call, breaks, mark), ensure_ascii=False) for call in turn.calls),
+            )
+            for turn in turns
+        ]
         try:
-            return self.chat.render(marked)
+            return self.chat.render(marked, [_marked_json(function, breaks, mark) for function in functions])
         except TemplateRefusal as error:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
@@ -390,10 +415,10 @@ class ChatTemplate:
         """The id of an added token, if the vocabulary has it."""
         return self.chat.added.get(token)
 
-    def _mark(self, turns: Sequence[Turn]) -> str:
+    def _mark(self, turns: Sequence[Turn], functions: Sequence[str] = ()) -> str:
         """A character that none of the texts holds."""
         used: set[str] = set()
-        for part in chain.from_iterable(turn.parts for turn in turns):
+        for part in chain(functions, *((*turn.parts, *turn.calls) for turn in turns)):
             used.update(_PRIVATE.findall(part or ""))
         mark = next((chr(code) for code in _PRIVATE_USE if chr(code) not in used), None)
         if mark is None:
@@ -410,6 +435,21 @@ class ChatTemplate:
 def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:
     """With a mark behind each match; of a pattern with a group, behind those of the group."""
     return breaks.sub(lambda match: match.group() + (mark if match.lastindex == (breaks.groups or None) else ""), text)
+
+
+def _marked_json(text: str, breaks: re.Pattern[str], mark: str) -> Any:
+    """The value of a JSON text, its strings as `_marked` makes them."""
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, str):
+            return _marked(value, breaks, mark)
+        if isinstance(value, list):
+            return [marked(each) for each in value]
+        if isinstance(value, dict):
+            return {marked(name): marked(each) for name, each in value.items()}
+        return value
+
+    return marked(json.loads(text))
 
 
 def load_template(path: Path, family: Family, image: str = "") -> ChatTemplate:

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, cast
 
 from lm_service.embeddings import EmbeddingResolver
-from lm_service.engine.grammar import Grammar, Grammars
+from lm_service.engine.grammar import Grammars
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
 from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
+from lm_service.tools import tools_of
 from lm_service.vectors import VectorMaker, no_embedding_model
 from lm_service.wire import (
     AnyRequest,
@@ -136,24 +137,34 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         deadline = self._deadline(request, context)
         await self._know_encoders(request.messages)
         words = self._builder.template.word_ids
+        grammar, field = structure_of(request.sampling)
+        functions: tuple[str, ...] = ()
+        if request.HasField("tools"):
+            tools = tools_of(request.tools, grammar)
+            functions = tools.functions
+            if tools.grammar is not None:
+                grammar, field = tools.grammar, "tools"
         sampling = sampling_of(
             request.sampling,
             max_tokens=self._max_tokens,
             defaults=self._defaults,
             word_ids=words,
-            grammar=await self._grammar(request.sampling),
+            grammar=None if grammar is None else await asyncio.to_thread(self._grammars.compile, grammar, field),
         )
         messages = messages_of(request.messages)
-        build = partial(self._builder.build, messages, salt=request.cache_salt, special_tokens=sampling.special_tokens)
-        prompt = build() if self._builder.is_short(messages) else await self._prompt_thread.run(build)
+        build = partial(
+            self._builder.build,
+            messages,
+            salt=request.cache_salt,
+            special_tokens=sampling.special_tokens,
+            functions=functions,
+        )
+        is_short = self._builder.is_short(messages) and not functions
+        prompt = build() if is_short else await self._prompt_thread.run(build)
         name = request.request_id or uuid.uuid4().hex
         return Generation(
             name, prompt, sampling, request.client, deadline, whole=request.whole, salt=request.cache_salt
         )
-
-    async def _grammar(self, wanted: language_pb2.SamplingParameters) -> Grammar | None:
-        structure = structure_of(wanted)
-        return None if structure is None else await asyncio.to_thread(self._grammars.compile, *structure)
 
     async def _know_encoders(self, messages: Iterable[language_pb2.Message | language_pb2.EmbedItem]) -> None:
         if not self._accepted.are_known and any(part.HasField("image") for each in messages for part in each.parts):

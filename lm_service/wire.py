@@ -55,10 +55,15 @@ def messages_of(
         raise invalid(f"{where} may hold {MAX_PARTS} parts, got {parts}", param=where)
     known = {} if known is None else known
     read = [
-        Message(message.role, parts_of(message.parts, f"{where}[{i}].parts", known))
+        Message(
+            message.role,
+            parts_of(message.parts, f"{where}[{i}].parts", known),
+            tuple(_call(call, f"{where}[{i}].tool_calls") for call in message.tool_calls),
+        )
         for i, message in enumerate(messages)
     ]
     characters = sum(len(part) for message in read for part in message.parts if isinstance(part, str))
+    characters += sum(len(call) for message in read for call in message.calls)
     if characters > MAX_TEXT_CHARACTERS:
         raise LookonceError(
             ErrorKind.PAYLOAD_TOO_LARGE,
@@ -66,6 +71,15 @@ def messages_of(
             param=where,
         )
     return read
+
+
+def _call(call: language_pb2.ToolCall, where: str) -> str:
+    """A call as JSON."""
+    try:
+        arguments = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{where}: the arguments of {call.name[:64]!r} are not JSON", param=where) from error
+    return json.dumps({"name": call.name, "arguments": arguments}, ensure_ascii=False)
 
 
 def parts_of(
@@ -148,10 +162,10 @@ def sampling_of(
     )
 
 
-def structure_of(wanted: language_pb2.SamplingParameters) -> tuple[Structure, str] | None:
+def structure_of(wanted: language_pb2.SamplingParameters) -> tuple[Structure | None, str]:
     """What an answer must be, if it matters, and what errors call it."""
     if not wanted.HasField("structure"):
-        return None
+        return None, ""
     field = wanted.structure.field[:MAX_ID_CHARACTERS] or "structure"
     kind = wanted.structure.WhichOneof("kind")
     if kind is None:

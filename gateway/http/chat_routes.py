@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from gateway.answers import Answering, Completion, finish_reason, receipt, usage
 from gateway.auth import Tenant
-from gateway.conversation import Caller, Turn
+from gateway.conversation import Caller, ToolCall, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.event_stream import EventStream
@@ -24,10 +24,12 @@ from gateway.http.request_images import RemoteImages, asked_bounds, check_images
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
-from gateway.schemas.requests import ChatRequest, ImageUrlPart, StreamOptions
+from gateway.schemas.requests import AnyMessage, AssistantMessage, ChatRequest, ImageUrlPart, StreamOptions
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.structure import structure_of
+from gateway.schemas.tools import CalledTool, tools_of
 from gateway.settings import GatewaySettings
+from gateway.tool_calls import Piece, ToolCallReader, read_calls
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
 
@@ -48,9 +50,9 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         return json_response(await until_disconnect(request, complete(body, gateway, caller)))
     turns = await until_disconnect(request, _turns(body, gateway, caller.tenant))
     sampling = _sampling(body)
-    answering = gateway.answers.generate(turns, sampling, caller)
+    answering = gateway.answers.generate(turns, sampling, caller, tools := tools_of(body))
     options = body.stream_options or StreamOptions()
-    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), options)
+    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), options, calls=tools is not None)
     return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
@@ -58,8 +60,10 @@ async def complete(body: ChatRequest, gateway: Gateway, caller: Caller) -> dict[
     """The whole completion object. Raises what is wrong with the request, naming the field."""
     turns = await _turns(body, gateway, caller.tenant)
     envelope = _envelope(body, gateway)
-    completions, resolved = await gateway.answers.complete(turns, _sampling(body), caller)
-    return completion_object(completions, resolved, envelope, with_logprobs=bool(body.logprobs))
+    tools = tools_of(body)
+    completions, resolved = await gateway.answers.complete(turns, _sampling(body), caller, tools)
+    logprobs = bool(body.logprobs)
+    return completion_object(completions, resolved, envelope, with_logprobs=logprobs, calls=tools is not None)
 
 
 def _envelope(body: ChatRequest, gateway: Gateway) -> Envelope:
@@ -103,7 +107,7 @@ def _images(body: ChatRequest) -> dict[str, ImageUrlPart]:
         _param(number, place, part): part
         for number, message in enumerate(body.messages)
         if not isinstance(message.content, str)
-        for place, part in enumerate(message.content)
+        for place, part in enumerate(message.content or ())
         if isinstance(part, ImageUrlPart)
     }
 
@@ -113,12 +117,18 @@ def _param(number: int, place: int, part: ImageUrlPart) -> str:
 
 
 def _chars(body: ChatRequest) -> int:
-    return sum(
+    texts = sum(
         len(message.content)
         if isinstance(message.content, str)
-        else sum(0 if isinstance(part, ImageUrlPart) else len(part.text) for part in message.content)
+        else sum(0 if isinstance(part, ImageUrlPart) else len(part.text) for part in message.content or ())
         for message in body.messages
     )
+    called = (call.function.arguments for message in body.messages for call in _calls(message))
+    return texts + sum(map(len, called))
+
+
+def _calls(message: AnyMessage) -> Sequence[CalledTool]:
+    return (message.tool_calls or ()) if isinstance(message, AssistantMessage) else ()
 
 
 async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[Turn, ...]:
@@ -131,14 +141,15 @@ async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[T
     turns = []
     for number, message in enumerate(body.messages):
         role = "system" if message.role == "developer" else message.role
+        calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in _calls(message))
         if isinstance(message.content, str):
-            turns.append(Turn(role, (message.content,)))
+            turns.append(Turn(role, (message.content,), calls))
             continue
         parts = (
             kept[_param(number, place, part)] if isinstance(part, ImageUrlPart) else part.text
-            for place, part in enumerate(message.content)
+            for place, part in enumerate(message.content or ())
         )
-        turns.append(Turn(role, tuple(parts)))
+        turns.append(Turn(role, tuple(parts), calls))
     return tuple(turns)
 
 
@@ -168,18 +179,25 @@ class Envelope:
 
 
 def completion_object(
-    completions: Sequence[Completion], resolved: Sequence[Resolved], envelope: Envelope, *, with_logprobs: bool
+    completions: Sequence[Completion],
+    resolved: Sequence[Resolved],
+    envelope: Envelope,
+    *,
+    with_logprobs: bool,
+    calls: bool = False,
 ) -> dict[str, Any]:
-    """The answer as one JSON."""
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": _logprobs(completion.logprobs) if with_logprobs else None,
-            "finish_reason": finish_reason(completion.finish.reason),
-        }
-        for index, completion in enumerate(completions)
-    ]
+    """The answer as one JSON; `calls`: there may be some in its text."""
+    choices = []
+    for index, completion in enumerate(completions):
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason = finish_reason(completion.finish.reason)
+        if calls:
+            text, found = read_calls(completion.text)
+            message["content"] = text or None
+            message |= {"tool_calls": [call.as_json() for call in found]} if found else {}
+            reason = "tool_calls" if found and reason == "stop" else reason
+        logprobs = _logprobs(completion.logprobs) if with_logprobs else None
+        choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
     bill = receipt(resolved, completions[0].finish.receipt, envelope.served)
     return envelope.wrap(
         "chat.completion",
@@ -218,9 +236,11 @@ class _Running:
 
 
 async def chunks(
-    answering: Answering, envelope: Envelope, n: int, options: StreamOptions
+    answering: Answering, envelope: Envelope, n: int, options: StreamOptions, *, calls: bool = False
 ) -> AsyncGenerator[dict[str, Any], None]:
-    """The answer in chunks: roles, deltas, finish reasons; the receipt and, when asked for, the usage in the last."""
+    """The answer in chunks: roles, deltas, finish reasons; the receipt and, when asked for, the usage in the last.
+    `calls`: there may be some in its text."""
+    readers = [ToolCallReader() for _ in range(n)] if calls else []
     finishes: list[language_pb2.Finish] = []
     greeted: set[int] = set()
     running = _Running()
@@ -239,22 +259,46 @@ async def chunks(
                 greeted.add(index)
                 yield _chunk(envelope, index, {"role": "assistant", "content": ""}, extra())
             running.count(event)
+            reader = readers[index] if calls else None
             if which == "delta":
                 if event.delta.text or event.delta.logprobs:
                     logprobs = _logprobs(event.delta.logprobs) if event.delta.logprobs else None
-                    yield _chunk(envelope, index, {"content": event.delta.text}, extra(), logprobs=logprobs)
+                    for delta in _deltas(event.delta.text, reader):
+                        yield _chunk(envelope, index, delta, extra(), logprobs=logprobs)
+                        logprobs = None
                 continue
+            for piece in reader.push("", last=True) if reader is not None else ():
+                yield _chunk(envelope, index, _delta(piece), extra())
             finishes.append(event.finish)
             last = len(finishes) == n
             bill = receipt(answering.resolved, event.finish.receipt, envelope.served) if last else None
             fields = extra() | ({"receipt": bill} if last and not options.include_usage else {})
-            yield _chunk(envelope, index, {}, fields, reason=finish_reason(event.finish.reason))
+            reason = finish_reason(event.finish.reason)
+            if reader is not None and reader.calls and reason == "stop":
+                reason = "tool_calls"
+            yield _chunk(envelope, index, {}, fields, reason=reason)
             if last:
                 total = usage([finish.usage for finish in finishes])
                 if options.include_usage:
                     yield envelope.wrap("chat.completion.chunk", choices=[], usage=total, receipt=bill)
     if len(finishes) < n:
         raise LookonceError(ErrorKind.UNAVAILABLE, "the language service ended the answer early", retry_after=1.0)
+
+
+def _deltas(text: str, reader: ToolCallReader | None) -> Iterator[dict[str, Any]]:
+    if reader is None:
+        yield {"content": text}
+    else:
+        yield from map(_delta, reader.push(text))
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    """OpenAI's: a call's name comes with its first chunk alone."""
+    if piece.call is None:
+        return {"content": piece.text}
+    function = {"name": piece.call.name, "arguments": piece.text} if piece.begins else {"arguments": piece.text}
+    told = {"id": piece.call.id, "type": "function"} if piece.begins else {}
+    return {"tool_calls": [{"index": piece.call.number, **told, "function": function}]}
 
 
 def _chunk(

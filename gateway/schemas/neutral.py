@@ -42,7 +42,7 @@ class Neutral:
         raise PydanticCustomError("unsupported", "unsupported", {"what": self.what, "allowed": self.allowed})
 
 
-_TOOLS = "tools are"
+_TOOLS = "functions by their former fields are"
 _TEMPLATE = "another chat template is"
 _TOKENS = "control of single tokens is"
 _REASONING = "reasoning is"
@@ -60,18 +60,15 @@ class RequestFields(Body):
     prompt_cache_options: Hints | None = None
     request_id: Hint | None = None
 
-    tools: Annotated[Any, Neutral(_TOOLS, [])] = None
     audio: Annotated[Any, Neutral("audio output is")] = None
     function_call: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
     functions: Annotated[Any, Neutral(_TOOLS, [])] = None
     modalities: Annotated[Any, Neutral("output other than text is", ["text"], [])] = None
     moderation: Annotated[Any, Neutral("moderation of a chat is")] = None
-    parallel_tool_calls: Annotated[Any, Neutral(_TOOLS, True, False)] = None
     prediction: Annotated[Any, Neutral("predicted output is")] = None
     reasoning_effort: Annotated[Any, Neutral(_REASONING, "none")] = None
     service_tier: Annotated[Any, Neutral("another service tier is", "auto", "default")] = None
     store: Annotated[Any, Neutral("storing answers is", False)] = None
-    tool_choice: Annotated[Any, Neutral(_TOOLS, "none", "auto")] = None
     verbosity: Annotated[Any, Neutral("another verbosity is", "medium")] = None
     web_search_options: Annotated[Any, Neutral("web search is")] = None
 
@@ -113,7 +110,6 @@ class AnswerFields(MessageFields):
     reasoning: Annotated[Any, Neutral(_REASONING, "")] = None
     reasoning_content: Annotated[Any, Neutral(_REASONING, "")] = None
     refusal: Annotated[Any, Neutral("a refusal is")] = None
-    tool_calls: Annotated[Any, Neutral(_TOOLS, [])] = None
 
 
 class PartFields(Body):

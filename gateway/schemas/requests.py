@@ -20,6 +20,7 @@ from gateway.schemas.body import (
 )
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 from gateway.schemas.structure import JsonSchema, Source, StructureFields
+from gateway.schemas.tools import CalledTool, CallId, ToolFields
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
@@ -165,9 +166,24 @@ class UserMessage(MessageFields):
 
 
 class AssistantMessage(AnswerFields):
-    """An earlier answer."""
+    """An earlier answer: text, calls or both."""
 
     role: Literal["assistant"]
+    content: TextContent | None = None
+    tool_calls: Annotated[list[CalledTool] | None, Field(max_length=128)] = None
+
+    @model_validator(mode="after")
+    def _says(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("'content' is required, or 'tool_calls'")
+        return self
+
+
+class ToolMessage(MessageFields):
+    """What a call returned."""
+
+    role: Literal["tool"]
+    tool_call_id: CallId
     content: TextContent
 
 
@@ -175,8 +191,9 @@ AnyMessage = Annotated[
     Annotated[SystemMessage, Tag("(system)")]
     | Annotated[SystemMessage, Tag("(developer)")]
     | Annotated[UserMessage, Tag("(user)")]
-    | Annotated[AssistantMessage, Tag("(assistant)")],
-    by_field("role", "system", "developer", "user", "assistant", others="tools are not supported"),
+    | Annotated[AssistantMessage, Tag("(assistant)")]
+    | Annotated[ToolMessage, Tag("(tool)")],
+    by_field("role", "system", "developer", "user", "assistant", "tool", others="no other role is supported"),
 ]
 
 
@@ -188,7 +205,7 @@ class StreamOptions(Body):
     include_obfuscation: Annotated[Any, Neutral("obfuscation is", False)] = None
 
 
-class ChatRequest(Sampling, StructureFields, RequestFields):
+class ChatRequest(Sampling, StructureFields, ToolFields, RequestFields):
     """POST /v1/chat/completions."""
 
     model: Annotated[str, Field(max_length=512)] | None = None

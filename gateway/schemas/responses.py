@@ -119,7 +119,7 @@ class Answer(Answered):
     text: str | None = Field(None, description="the answer; with choices the likeliest one")
     choices: dict[str, float] | None = Field(None, description="probability of each choice")
     logprobs: dict[str, float] | None = Field(None, description="log-probability of each choice's tokens")
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None
     receipt: Receipt | None = None
     error: ErrorDetail | None = None
@@ -155,12 +155,28 @@ class Logprobs(Answered):
     refusal: None
 
 
+class FunctionCall(Answered):
+    """Of a function of the request; `arguments` are a JSON object's text."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(Answered):
+    """A call that the answer wants made."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(Answered):
-    """What the model said."""
+    """What the model said; `content` is null where that is calls alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class ChatChoice(Answered):
@@ -169,7 +185,7 @@ class ChatChoice(Answered):
     index: int
     message: ChatMessage
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(Answered):
@@ -185,11 +201,28 @@ class ChatCompletion(Answered):
     receipt: Receipt
 
 
+class FunctionDelta(Answered):
+    """What a chunk adds to a call; the name comes with the first."""
+
+    name: str | None = None
+    arguments: str
+
+
+class CallDelta(Answered):
+    """Of call number `index`; id and type come with the first."""
+
+    index: int
+    id: str | None = None
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class ChatDelta(Answered):
     """What a chunk adds."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class ChatChunkChoice(Answered):
@@ -198,7 +231,7 @@ class ChatChunkChoice(Answered):
     index: int
     delta: ChatDelta
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatCompletionChunk(Answered):

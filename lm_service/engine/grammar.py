@@ -58,6 +58,7 @@ class Kind(StrEnum):
     REGEX = "regex"
     CHOICES = "choices"
     GRAMMAR = "grammar"
+    TOOLS = "tools"  # a grammar whose JSON is closed as a schema's
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,9 @@ class Structure:
 
     kind: Kind
     source: str  # choices: a JSON list of texts
+
+
+_JSON_KINDS = frozenset({Kind.JSON_SCHEMA, Kind.TOOLS})
 
 
 class Grammar:
@@ -78,7 +82,7 @@ class Grammar:
 
     def matcher(self) -> Matcher:
         """For one answer."""
-        return Matcher(self._pristine.deep_copy(), self._words, is_json=self.structure.kind is Kind.JSON_SCHEMA)
+        return Matcher(self._pristine.deep_copy(), self._words, is_json=self.structure.kind in _JSON_KINDS)
 
 
 class Matcher:
@@ -223,7 +227,7 @@ def _prepared(wanted: Structure, param: str) -> Structure:
         if not 1 <= len(texts) <= MAX_CHOICES or not all(texts):
             raise invalid(f"{param} must be 1 to {MAX_CHOICES} texts, none of them empty", param=param)
     if wanted.kind is Kind.JSON_SCHEMA:
-        return Structure(wanted.kind, json.dumps(_schema(wanted.source, param) | {"x-guidance": _JSON}))
+        return Structure(wanted.kind, json.dumps(_schema(wanted.source, param)))
     return wanted
 
 
@@ -237,15 +241,21 @@ _READ: dict[Kind, Callable[[str], str]] = {
     Kind.REGEX: LLMatcher.grammar_from_regex,
     Kind.CHOICES: _either,
     Kind.GRAMMAR: LLMatcher.grammar_from_lark,
+    Kind.TOOLS: LLMatcher.grammar_from_lark,
 }
 
 
 def _schema(source: str, param: str) -> dict[str, Any]:
-    """A schema, its objects closed as the module says."""
+    """What a JSON Schema is compiled from."""
     try:
         schema = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise invalid(f"{param} is not JSON, or is nested too deeply", param=param) from error
+    return settled(schema, param)
+
+
+def settled(schema: Any, param: str) -> dict[str, Any]:
+    """A schema, its objects closed and its JSON written as the module says. Raises INVALID_ARGUMENT."""
     if schema is True:
         schema = {}
     if not isinstance(schema, dict):
@@ -253,7 +263,7 @@ def _schema(source: str, param: str) -> dict[str, Any]:
     if _is_deeper(schema, MAX_DEPTH):
         raise invalid(f"{param} may have {MAX_DEPTH} levels: move parts of it to $defs", param=param)
     _settle(schema)
-    return schema
+    return schema | {"x-guidance": _JSON}
 
 
 def _is_deeper(value: Any, levels: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,9 +88,14 @@ class Schemas:
         return {"$ref": f"#/$defs/{self._chance.choice(['pair', 'tree'])}"}
 
 
-def random_answer(grammar: Grammar, pieces: list[bytes], chance: random.Random, most: int = 400) -> str | None:
-    """Drawn token by token among those that may follow, those that close something preferred; None: not finished."""
+def random_answer(
+    grammar: Grammar, pieces: Sequence[bytes], chance: random.Random, most: int = 400, begun: Sequence[int] = ()
+) -> str | None:
+    """What follows the tokens `begun`: drawn token by token among those that may follow, those that close something
+    preferred; None: not finished."""
     matcher, masks, said = grammar.matcher(), Masks(1), list[int]()
+    for token in begun:
+        matcher.take(token)
     while len(said) < most and not matcher.complete:
         bits = np.unpackbits(masks.of([matcher]).view(np.uint8), bitorder="little")
         allowed = np.flatnonzero(bits)

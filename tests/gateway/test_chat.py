@@ -167,7 +167,7 @@ def test_control_of_single_tokens(client: openai.OpenAI, http: httpx2.Client, im
     ("fields", "param", "code"),
     [
         ({"colour": "red"}, "colour", "unknown_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_value"),
+        ({"tools": [{"type": "function"}]}, "tools.0.function", "invalid_value"),
         ({"logit_bias": {"5": 101}}, "logit_bias.5", "invalid_value"),
         ({"logit_bias": {"five": 1}}, "logit_bias.five", "invalid_value"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "invalid_value"),
@@ -182,7 +182,7 @@ def test_control_of_single_tokens(client: openai.OpenAI, http: httpx2.Client, im
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "invalid_value"),
         ({"messages": []}, "messages", "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "invalid_value"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "invalid_value"),
         ({"messages": ["hi"]}, "messages.0", "invalid_value"),
         ({"messages": [{"role": "user", "content": {"text": "hi"}}]}, "messages.0.content", "invalid_value"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content", "invalid_value"),

@@ -58,7 +58,7 @@ def test_neutral_values_are_taken_and_others_refused_by_name(
     asked["QuestionsRequest"] = (f"/v1/images/{kept}/questions", {"questions": ["What?"]})
     for schema, (path, body) in asked.items():
         table = tables[schema]
-        assert {"tools", "functions", "prompt_logprobs", "cache_salt", "audio"} <= set(table)
+        assert {"functions", "prompt_logprobs", "cache_salt", "audio"} <= set(table)
         for number in range(max(map(len, table.values()))):
             every = {name: values[number % len(values)] for name, values in table.items()}
             answer = http.post(path, json={"max_tokens": 1, **every, **body})
@@ -112,9 +112,8 @@ def test_messages_as_clients_keep_them(http: httpx2.Client) -> None:
     second = http.post(CHAT, json={"messages": plain, "max_tokens": 4}).json()
     assert first["choices"] == second["choices"]
     assert first["usage"]["prompt_tokens"] == second["usage"]["prompt_tokens"]  # the model is shown nothing of it
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    refused = http.post(CHAT, json={"messages": [{"role": "assistant", "content": None, "tool_calls": [call]}]})
-    assert refused.json()["error"]["param"] == "messages.0.tool_calls" and "tools are not" in refused.text
+    refused = http.post(CHAT, json={"messages": [{**answer, "function_call": {"name": "f", "arguments": "{}"}}]})
+    assert refused.json()["error"]["param"] == "messages.0.function_call" and "functions by" in refused.text
 
 
 def test_images_in_every_form_that_clients_write(

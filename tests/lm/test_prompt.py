@@ -175,7 +175,7 @@ def test_texts_of_choices_are_text_too(builder, tokenizer):
     ("messages", "param", "words"),
     [
         ([], "messages", "must not be empty"),
-        ([Message("tool", ("hi",))], "messages[0].role", "system, user, assistant"),
+        ([Message("robot", ("hi",))], "messages[0].role", "system, user, assistant, tool"),
         ([Message("user", ("hi",)), Message("", ("hi",))], "messages[1].role", "got ''"),
         ([Message("user", ())], "messages[0].parts", "no parts"),
         ([Message("user", (image(),) * 6)], "messages", "5 images, got 6"),

@@ -97,7 +97,7 @@ def _structured(wanted: Structure) -> StructuredOutputsParams:
     return StructuredOutputsParams(**{_NAMES[wanted.kind]: wanted.source})
 
 
-_NAMES = {Kind.JSON_SCHEMA: "json", Kind.REGEX: "regex", Kind.GRAMMAR: "grammar"}
+_NAMES = {Kind.JSON_SCHEMA: "json", Kind.REGEX: "regex", Kind.GRAMMAR: "grammar", Kind.TOOLS: "grammar"}
 
 
 def score_params(tokens: Sequence[int]) -> SamplingParams:

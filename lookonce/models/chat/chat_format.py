@@ -7,6 +7,7 @@ rendering a probe for each role: a text is never given to a template in a form t
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -29,6 +30,12 @@ _ROLES = ("user", "system", "assistant")  # in the order in which they are probe
 _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 _DEFAULT = "default"
 _PROBE = "lookonce"
+TOOL = "tool"  # the role of what a call returned
+CALL_BEGIN, CALL_END = "<tool_call>\n", "\n</tool_call>"
+_TOOLS_TOLD = (
+    "Functions can be called. To call one, write <tool_call>, then on a line of its own a JSON object with its name "
+    'and its arguments, as in {"name": "function", "arguments": {"argument": "value"}}, then </tool_call>. They are:'
+)
 _ABSENT = {"tools": None, "documents": None, "add_generation_prompt": True}  # what templates may ask after
 
 
@@ -38,13 +45,38 @@ class TemplateRefusal(Exception):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; None stands for an image."""
+    """One message; None stands for an image. `calls`, of an earlier answer: JSON objects of `name` and `arguments`."""
 
     role: str
     parts: tuple[str | None, ...]
+    calls: tuple[str, ...] = ()
 
 
 _NEIGHBOUR = Turn("user", ("Hm?",))
+
+
+def tools_as_text(turns: Sequence[Turn], tools: Sequence[Any]) -> list[Turn]:
+    """The same conversation for a template without tools: functions are told of in the instructions, calls are text of
+    the answer that made them, and what they returned is the user's. The tags are Qwen's."""
+    told, found = [], list[Turn]()
+    if tools:
+        listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        told = [f"{_TOOLS_TOLD}\n<tools>\n{listed}\n</tools>"]
+    for turn in turns:
+        if turn.role == TOOL:
+            said = ("<tool_response>\n", *turn.parts, "\n</tool_response>")
+            if found and found[-1].role == TOOL:
+                found[-1] = Turn(TOOL, (*found[-1].parts, "\n", *said))
+            else:
+                found.append(Turn(TOOL, said))
+        else:
+            calls = "\n".join(f"{CALL_BEGIN}{call}{CALL_END}" for call in turn.calls)
+            between = "\n" if calls and any(turn.parts) else ""
+            found.append(Turn(turn.role, (*turn.parts, *filter(None, [between, calls]))))
+    found = [Turn("user", turn.parts) if turn.role == TOOL else turn for turn in found]
+    if told and found and found[0].role == "system":
+        return [Turn("system", (*found[0].parts, "\n\n", *told)), *found[1:]]
+    return [Turn("system", tuple(told)), *found] if told else found
 
 
 class ChatFormat:
@@ -81,10 +113,32 @@ class ChatFormat:
             if self._takes_only_strings(role):
                 self._takes_strings.add(role)
 
-    def render(self, turns: Sequence[Turn]) -> str:
-        """The prompt's text, up to and with the header of the answer. Raises TemplateRefusal."""
-        text = self._render([{"role": turn.role, "content": self._content(turn)} for turn in turns])
+    def render(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> str:
+        """The prompt's text, up to and with the header of the answer. `tools` are functions as objects of `name`,
+        `description` and `parameters`. Raises TemplateRefusal."""
+        if (tools or any(turn.calls or turn.role == TOOL for turn in turns)) and not self.writes_tools:
+            turns, tools = tools_as_text(turns, tools), ()
+        text = self._render([self._message(turn) for turn in turns], tools)
         return text.replace(self._image, self._image.join(self._around)) if any(self._around) else text
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template itself tells of functions, and writes calls and what they return, in the form that an
+        answer's calls are read in."""
+        call = json.dumps({"name": _PROBE, "arguments": {"a": 1}})
+        turns = [_NEIGHBOUR, Turn("assistant", ("",), (call,)), Turn(TOOL, ("seven",))]
+        try:
+            text = self._render([self._message(turn) for turn in turns], [{"name": "tell", "parameters": {}}])
+        except TemplateRefusal:
+            return False
+        return '"tell"' in text and f'{CALL_BEGIN}{{"name": "{_PROBE}"' in text and "seven" in text
+
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        message = {"role": turn.role, "content": self._content(turn)}
+        if turn.calls:
+            calls = [json.loads(call) for call in turn.calls]
+            message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        return message
 
     @cached_property
     def structure(self) -> frozenset[str]:
@@ -117,15 +171,16 @@ class ChatFormat:
         return begin is not None and (text.replace(self._image, "") if self._image else text).startswith(begin)
 
     def _content(self, turn: Turn) -> Any:
-        if turn.role in self._takes_strings:
+        if turn.role in self._takes_strings or (turn.role == TOOL and None not in turn.parts):
             return "".join(self._image if part is None else part for part in turn.parts)
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
-    def _render(self, messages: list[dict[str, Any]]) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
+        given = {**_ABSENT, "tools": [{"type": "function", "function": tool} for tool in tools] or None}
         try:
             if self._template is None:
                 self._template = compiled(self._source)
-            return self._template.render(messages=messages, **_ABSENT, **self._names)
+            return self._template.render(messages=messages, **given, **self._names)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal from error
 
