@@ -1,4 +1,4 @@
-"""Many questions on one image: asked concurrently, those with choices in one call, each with its own outcome."""
+"""Many questions on one image: asked concurrently, those of closed types in one call, each with its own outcome."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import orjson
 import structlog
 
-from gateway.answers import Answers, finish_reason, receipt, usage
-from gateway.conversation import Caller, ChoiceQuestion, Turn
+from gateway.answers import Answers, Completion, finish_reason, receipt, usage
+from gateway.conversation import Caller, Turn
 from gateway.routing.retries import LATER, Together
 from gateway.routing.variants import ServedModel
+from gateway.typed_questions import ClosedQuestion
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.tasks import end_tasks, start_task
 from protos.lookonce.v1 import language_pb2
@@ -29,9 +31,10 @@ class OpenQuestion:
     id: str
     turns: tuple[Turn, ...]
     sampling: language_pb2.SamplingParameters
+    is_json: bool = False  # and its value is told beside the text
 
 
-AnyQuestion = OpenQuestion | ChoiceQuestion
+AnyQuestion = OpenQuestion | ClosedQuestion
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class Questions:
             for position, question in enumerate(questions)
             if isinstance(question, OpenQuestion)
         ]
-        choices = [(position, item) for position, item in enumerate(questions) if isinstance(item, ChoiceQuestion)]
-        if choices:
-            tasks.append(start_task(_outcomes(choices, partial(self._answer_choices, choices, caller))))
+        closed = [(position, item) for position, item in enumerate(questions) if isinstance(item, ClosedQuestion)]
+        if closed:
+            tasks.append(start_task(_outcomes(closed, partial(self._answer_closed, closed, caller))))
         try:
             for done in asyncio.as_completed(tasks):
                 for outcome in await done:
@@ -89,23 +92,37 @@ class Questions:
         async with gate:
             call = partial(self._answers.complete, question.turns, question.sampling, caller)
             (completion,), resolved = await together.run(call)
+        value = {"type": "extract", "value": _parsed(completion)} if question.is_json else {}
         fields = {
             "text": completion.text,
+            **value,
             "finish_reason": finish_reason(completion.finish.reason),
             "usage": usage([completion.finish.usage]),
             "receipt": receipt(resolved, completion.finish.receipt, self._model.name),
         }
         return [Outcome(position, question.id, fields)]
 
-    async def _answer_choices(self, items: list[tuple[int, ChoiceQuestion]], caller: Caller) -> list[Outcome]:
-        scores, cost, resolved = await self._answers.score([item for _, item in items], caller)
+    async def _answer_closed(self, questions: list[tuple[int, ClosedQuestion]], caller: Caller) -> list[Outcome]:
+        """All in one call: what their prompts have in common is computed once."""
+        items = [item for _, question in questions for item in question.items]
+        scores, cost, resolved = await self._answers.score(items, caller)
         bill = receipt(resolved, cost, self._model.name)
-        return [
-            Outcome(position, item.id, error=found)
-            if isinstance(found, LookonceError)
-            else Outcome(position, item.id, _choice_fields(found) | {"receipt": bill})
-            for (position, item), found in zip(items, scores, strict=True)
-        ]
+        outcomes, each = [], iter(scores)
+        for position, question in questions:
+            own = [next(each) for _ in question.items]
+            failed = next((one for one in own if isinstance(one, LookonceError)), None)
+            found = [one for one in own if not isinstance(one, LookonceError)]
+            fields = None if failed is not None else question.fields(found) | {"receipt": bill}
+            outcomes.append(Outcome(position, question.id, fields, failed))
+        return outcomes
+
+
+def _parsed(completion: Completion) -> Any:
+    """The value of an answer in JSON; null of one that its length cut."""
+    try:
+        return orjson.loads(completion.text)
+    except orjson.JSONDecodeError:
+        return None
 
 
 async def _outcomes(
@@ -120,14 +137,3 @@ async def _outcomes(
         log.exception("a question failed", questions=len(items))
         failure = LookonceError(ErrorKind.INTERNAL, "internal error")
     return [Outcome(position, item.id, error=failure) for position, item in items]
-
-
-def _choice_fields(scores: language_pb2.ItemScores) -> dict[str, Any]:
-    best = max(scores.choices, key=lambda item: item.probability, default=None)
-    return {
-        "text": best.choice if best is not None else "",
-        "choices": {item.choice: item.probability for item in scores.choices},
-        "logprobs": {item.choice: item.logprob for item in scores.choices},
-        "finish_reason": "stop",
-        "usage": usage([scores.usage]),
-    }

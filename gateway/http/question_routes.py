@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.conversation import Caller, ChoiceQuestion, ImagePart, Turn
+from gateway.conversation import Caller, ImagePart, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.error_bodies import error_body
@@ -21,10 +21,11 @@ from gateway.http.route import Route, caller_of, gateway_of, json_response, unti
 from gateway.images.image_records import ImageRecord
 from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.body import PixelFields, special_tokens, stop_list, to_sampling
-from gateway.schemas.requests import Parameters, Question, QuestionsRequest
+from gateway.schemas.requests import Parameters, Question, QuestionsRequest, Scale
 from gateway.schemas.responses import Answer, Answers
 from gateway.schemas.structure import one_of, structure_of, wire
 from gateway.settings import GatewaySettings
+from gateway.typed_questions import MAX_ORDERS, MAX_PROMPTS, Asking, ClosedQuestion
 from lookonce.core.errors import LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
 
@@ -68,7 +69,14 @@ async def _questions(record: ImageRecord, body: QuestionsRequest, gateway: Gatew
         bounds = detail_bounds(body.detail, gateway.settings).joined(asked_bounds(body))
         image = ImagePart(record, bounds.joined(asked_bounds(body.mm_processor_kwargs, "mm_processor_kwargs.")))
         await gateway.images.check_bounds(record, image.bounds)
-    return [_question(position, item, body, image) for position, item in enumerate(body.questions)]
+    questions = [_question(position, item, body, image) for position, item in enumerate(body.questions)]
+    prompts = sum(len(question.items) for question in questions if isinstance(question, ClosedQuestion))
+    if prompts > MAX_PROMPTS:
+        text = (
+            f"the questions are {prompts} prompts, one for each label and order; the limit is {MAX_PROMPTS}: ask fewer"
+        )
+        raise invalid(text, param="questions")
+    return questions
 
 
 def answer_object(outcome: Outcome) -> dict[str, Any]:
@@ -94,6 +102,13 @@ async def _events(
             yield answer_object(outcome)
 
 
+def _chars(item: Question) -> int:
+    """Of all its prompts."""
+    options = [*(item.choices or ()), *(item.scale if isinstance(item.scale, list) else ())]
+    asked = len(item.labels or (None,)) if not item.debias else min(MAX_ORDERS, max(2, len(options)))
+    return asked * (len(item.text) + sum(map(len, options))) + sum(map(len, item.labels or ()))
+
+
 def _check(body: QuestionsRequest, settings: GatewaySettings) -> None:
     if len(body.questions) > settings.max_questions:
         raise invalid(
@@ -101,12 +116,9 @@ def _check(body: QuestionsRequest, settings: GatewaySettings) -> None:
         )
     chars = len(body.system or "") * len(body.questions)  # each is asked with it
     for position, item in enumerate(body.questions):
-        chars += len(item) if isinstance(item, str) else len(item.text) + sum(map(len, item.choices or ()))
-        if isinstance(item, Question) and item.choices is not None:
-            if item.schema_ is not None or item.regex is not None:
-                text = "has 'choices', so that no text is written: leave out 'schema' and 'regex'"
-                raise invalid(f"'questions.{position}' {text}", param=f"questions.{position}")
-            _check_choices(item.choices, f"questions.{position}.choices", settings.max_choices)
+        chars += len(item) if isinstance(item, str) else _chars(item)
+        if isinstance(item, Question):
+            _check_type(item, f"questions.{position}", settings.max_choices)
     if chars > settings.max_text_chars:
         raise invalid(
             f"the questions, each with 'system', have {chars} characters, the limit is {settings.max_text_chars}: "
@@ -118,23 +130,84 @@ def _check(body: QuestionsRequest, settings: GatewaySettings) -> None:
         raise invalid("the ids of the questions must differ", param="questions")
 
 
-def _check_choices(choices: Sequence[str], param: str, limit: int) -> None:
-    if len(choices) > limit:
-        raise invalid(f"'{param}' has {len(choices)} items, the limit is {limit}", param=param)
-    if len(set(choices)) != len(choices):
-        raise invalid(f"'{param}' must not repeat a choice", param=param)
+_NEEDS = {"choice": "choices", "rating": "scale", "many_of": "labels", "extract": "schema"}
+"""What a question of a type is asked with."""
+
+
+def _check_type(item: Question, param: str, limit: int) -> None:
+    """Raise unless a question is of one type."""
+    form = {
+        "choices": item.choices,
+        "scale": item.scale,
+        "labels": item.labels,
+        "schema": item.schema_,
+        "regex": item.regex,
+    }
+    given = [name for name, value in form.items() if value is not None]
+    if len(given) > 1:
+        text = f"'{param}' has '{given[0]}' and '{given[1]}': it can be answered in one of these ways"
+        raise invalid(text, param=f"{param}.{given[1]}")
+    kind = _kind(item)
+    needed = _NEEDS.get(kind)
+    if needed is not None and form[needed] is None:
+        raise invalid(f"'{param}.{needed}' is required for a question of type '{kind}'", param=f"{param}.{needed}")
+    if given and needed != given[0] and not (kind in ("text", "extract") and given[0] in ("schema", "regex")):
+        field = f"{param}.{given[0]}"
+        raise invalid(f"'{field}' does not belong to a question of type '{kind}'", param=field)
+    for name in ("choices", "labels", "scale"):
+        if isinstance(options := form[name], list):
+            _check_options(options, f"{param}.{name}", limit)
+    for name in ("tell_options", "debias"):
+        if getattr(item, name) is not None and kind not in ("choice", "yes_no", "rating"):
+            raise invalid(f"'{param}.{name}' has no meaning for a question of type '{kind}'", param=f"{param}.{name}")
+
+
+def _check_options(options: Sequence[str], param: str, limit: int) -> None:
+    if len(options) > limit:
+        raise invalid(f"'{param}' has {len(options)} items, the limit is {limit}", param=param)
+    if len(set(options)) != len(options):
+        raise invalid(f"'{param}' must not repeat an item", param=param)
+
+
+def _kind(item: Question) -> str:
+    if item.type is not None:
+        return item.type
+    form = {"choice": item.choices, "rating": item.scale, "many_of": item.labels}
+    return next((kind for kind, value in form.items() if value is not None), "text")
 
 
 def _question(position: int, item: str | Question, body: QuestionsRequest, image: ImagePart) -> AnyQuestion:
-    text = item if isinstance(item, str) else item.text
     system = (Turn("system", (body.system,)),) if body.system else ()
-    turns = (*system, Turn("user", (image, text)))
+
+    def prompt(text: str) -> tuple[Turn, ...]:
+        return (*system, Turn("user", (image, text)))
+
     if isinstance(item, str):
-        return OpenQuestion(str(position), turns, _sampling(body, body, structure_of(body)))
-    identifier = item.id if item.id is not None else str(position)
-    if item.choices is not None:
-        return ChoiceQuestion(identifier, turns, tuple(item.choices), special_tokens(item, body))
-    return OpenQuestion(identifier, turns, _sampling(item, body, _structure(position, item) or structure_of(body)))
+        return OpenQuestion(str(position), prompt(item), _sampling(body, body, structure_of(body)))
+    name = item.id if item.id is not None else str(position)
+    kind = _kind(item)
+    if kind in ("text", "extract"):
+        sampling = _sampling(item, body, _structure(position, item) or structure_of(body))
+        return OpenQuestion(name, prompt(item.text), sampling, is_json=item.schema_ is not None)
+    asking = Asking(prompt, special_tokens=special_tokens(item, body))
+    tell = item.tell_options
+    if kind == "many_of":
+        return asking.many_of(name, item.text, item.labels or [])
+    if kind == "yes_no":
+        return asking.yes_no(name, item.text, tell=bool(tell), orders=2 if item.debias else 1)
+    if kind == "rating":
+        return asking.rating(
+            name, item.text, _levels(item.scale), tell=tell is not False, orders=2 if item.debias else 1
+        )
+    orders = MAX_ORDERS if item.debias else 1
+    return asking.choice(name, item.text, item.choices or [], tell=bool(tell), orders=orders)
+
+
+def _levels(scale: Scale | None) -> list[tuple[str, float]]:
+    if isinstance(scale, list):
+        return [(label, float(place)) for place, label in enumerate(scale, 1)]
+    numbers = range(scale.min, scale.max + 1) if scale is not None else range(0)
+    return [(str(number), float(number)) for number in numbers]
 
 
 def _structure(position: int, item: Question) -> language_pb2.Structure | None:

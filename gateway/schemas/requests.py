@@ -55,15 +55,47 @@ class Parameters(Sampling):
     stop: Stop | None = None
 
 
+class NumberScale(Body):
+    """Whole numbers from one to another."""
+
+    min: Annotated[int, Field(ge=-1000, le=1000)]
+    max: Annotated[int, Field(ge=-1000, le=1000)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> NumberScale:
+        if not 1 <= self.max - self.min <= 100:
+            raise ValueError("'max' must be 1 to 100 more than 'min'")
+        return self
+
+
+def _labels_or_numbers(value: Any) -> str:
+    return "(list)" if isinstance(value, list) else "(object)"
+
+
+Scale = Annotated[
+    Annotated[list[Text], Field(min_length=2, max_length=101), Tag("(list)")] | Annotated[NumberScale, Tag("(object)")],
+    Discriminator(_labels_or_numbers),
+]
+QuestionType = Literal["text", "choice", "yes_no", "rating", "many_of", "extract"]
+
+
 class Question(Parameters):
-    """One question. With `choices` each choice gets a probability, and no text is written; with `schema` or `regex` the
-    text is of that form."""
+    """One question. Its `type` says how it is answered, or else the field that it has: `choices`, `scale` and `labels`
+    get probabilities, and no text is written; with `schema` or `regex` the text is of that form."""
 
     id: Identifier | None = None
     text: Text
     choices: Annotated[list[Text], Field(min_length=1)] | None = None
     schema_: Annotated[JsonSchema | None, Field(alias="schema", description="the answer is JSON of this schema")] = None
     regex: Annotated[Source | None, Field(description="the answer is a text of this regular expression")] = None
+    type: Annotated[QuestionType | None, Field(description="yes_no: the probability of yes")] = None
+    scale: Annotated[Scale | None, Field(description="labels from low to high (1, 2, ...), or numbers")] = None
+    labels: Annotated[
+        list[Text] | None,
+        Field(min_length=1, description="each gets a probability of its own; {label} in the text is where it goes"),
+    ] = None
+    tell_options: Annotated[bool | None, Field(description="write the options below the question")] = None
+    debias: Annotated[bool | None, Field(description="ask in several orders of the options; average")] = None
 
 
 class QuestionsRequest(Parameters, StructureFields, RequestFields, PixelFields):

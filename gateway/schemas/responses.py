@@ -116,8 +116,17 @@ class Answer(Answered):
     """The answer to one question, or its error."""
 
     id: str = Field(description="the question's own, or its position")
-    text: str | None = Field(None, description="the answer; with choices the likeliest one")
-    choices: dict[str, float] | None = Field(None, description="probability of each choice")
+    text: str | None = Field(None, description="the answer; of a closed type the likeliest one")
+    type: str | None = Field(None, description="of the question, unless that is text")
+    value: Any = Field(
+        None, description="of JSON; yes or no as a boolean; the expected value on a scale; labels that hold"
+    )
+    probability: float | None = Field(None, description="of yes")
+    choices: dict[str, float] | None = Field(
+        None, description="probability of each choice, or of each place on a scale"
+    )
+    labels: dict[str, float] | None = Field(None, description="probability of each label, by itself")
+    prompts: int | None = Field(None, description="that were scored for it, if more than one")
     logprobs: dict[str, float] | None = Field(None, description="log-probability of each choice's tokens")
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     usage: Usage | None = None

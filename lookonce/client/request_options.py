@@ -127,11 +127,15 @@ class QuestionOptions(ChatOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One of many questions, with its own sampling; with `choices` it is answered by their probabilities, with `schema`
-    (a JSON Schema) or `regex` by text of that form.
+    """One of many questions, with its own sampling. `type` says how it is answered, or else the field that it has: by
+    the probabilities of `choices`, of places on a `scale` (labels, or {"min", "max"}) or of `labels`; or by text, of a
+    `schema` (a JSON Schema) or `regex`.
 
     >>> Question("What does the sign say?", id="sign", sampling={"max_tokens": 20})
     >>> Question("Is it day?", choices=["yes", "no"])
+    >>> Question("Is it day?", type="yes_no")
+    >>> Question("How sharp is it?", scale=["blurred", "fair", "sharp"], debias=True)
+    >>> Question("Is there a {label}?", labels=["cat", "dog"])
     >>> Question("Which price?", regex="[0-9]+ EUR")
     """
 
@@ -140,13 +144,21 @@ class Question:
     choices: Sequence[str] | None = None
     schema: Mapping[str, Any] | None = None
     regex: str | None = None
+    type: Literal["text", "choice", "yes_no", "rating", "many_of", "extract"] | None = None
+    scale: Sequence[str] | Mapping[str, int] | None = None
+    labels: Sequence[str] | None = None
+    tell_options: bool | None = None
+    debias: bool | None = None
     sampling: SamplingOptions = field(default_factory=lambda: SamplingOptions())
 
     def to_json(self, identifier: str | None = None) -> dict[str, Any]:
         """As the API takes it, under an id of the client's own."""
-        choices = None if self.choices is None else list(self.choices)
-        form = {"choices": choices, "schema": self.schema, "regex": self.regex}
+        form = {name: getattr(self, name) for name in _FORM}
+        form |= {name: list(value) for name, value in form.items() if isinstance(value, tuple)}
         return without_none({"id": identifier, "text": self.text, **self.sampling, **form})
+
+
+_FORM = ("type", "choices", "scale", "labels", "schema", "regex", "tell_options", "debias")
 
 
 def as_question(question: str | Question) -> Question:

@@ -58,7 +58,9 @@ class Answer:
     """An answer; `str(answer)` is its text.
 
     With choices, `choices` are their probabilities (they sum to 1), `logprobs` the logarithms of what each has under
-    the model, and `text` is the likeliest. Of `ask_many`, one that failed has `error`, an empty text and nothing else.
+    the model, and `text` is the likeliest. Of other types of questions `value` is whether it is so, the expected value
+    on a scale, the labels that hold, or what JSON says; `probability` that of yes, `labels` those of labels. Of
+    `ask_many`, one that failed has `error`, an empty text and nothing else.
     """
 
     text: str
@@ -68,6 +70,11 @@ class Answer:
     choices: dict[str, float] | None = None
     logprobs: dict[str, float] | None = None
     id: str | None = None
+    type: str | None = None
+    value: Any = None
+    probability: float | None = None
+    labels: dict[str, float] | None = None
+    prompts: int | None = None
     error: ApiError | None = field(default=None, compare=False)
 
     def __str__(self) -> str:

@@ -129,4 +129,4 @@ def test_questions_have_forms_of_their_own(http: httpx2.Client, services: Servic
     assert other["text"] == "by default" and services.encodes() <= before + 1
     both = {"questions": [{"text": "Which?", "choices": ["a"], "schema": SCHEMA}]}
     error = http.post(f"/v1/images/{image}/questions", json=both).json()["error"]
-    assert error["param"] == "questions.0" and "choices" in error["message"]
+    assert error["param"] == "questions.0.schema" and "choices" in error["message"]
