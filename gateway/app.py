@@ -53,7 +53,7 @@ def build(settings: GatewaySettings) -> Gateway:
     spare = open_store("memory://", namespace="images-spare", max_bytes=SPARE_BYTES, ttl=ttl)
     kept = StoreWithSpare(_open_image_store(settings), spare)
     encoder = Encoder(timeout=settings.encode_timeout, reconnect_wait=settings.reconnect_wait)
-    images = ImageLibrary(kept, variants, encoder, ttl=ttl)
+    images = ImageLibrary(kept, variants, encoder, ttl=ttl, response_ttl=settings.response_ttl)
     answers = Answers(images, variants, reconnect_wait=settings.reconnect_wait)
     model = ServedModel(variants, names=distinct(settings.model_name))
     embedding_model = ServedModel(variants, names=distinct(settings.embed_model_name), task=EMBED)

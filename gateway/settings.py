@@ -65,6 +65,7 @@ class GatewaySettings(Settings):
     store_bytes: Bytes = Field(1 << 30, description="budget of kept image files")
     pinned_bytes: Bytes = Field(1 << 30, description="budget of pinned image files, beside the other; not for Redis")
     image_ttl: Seconds = Field(7 * 86400.0, description="how long an image is kept after its last upload")
+    response_ttl: Seconds = Field(86400.0, description="how long a response is kept for a next turn (`store`)")
     max_image_ttl: Seconds = Field(366 * 86400.0, description="longest time that a client may have an image kept for")
     pinning: bool = Field(True, description="let clients pin images: kept until erased")
     share_embeddings: bool = Field(False, description="let tenants share embeddings of equal files")

@@ -19,6 +19,7 @@ from gateway.http import (
     openapi,
     playground,
     question_routes,
+    responses_routes,
     status_routes,
 )
 from gateway.http.error_bodies import on_client_gone, on_http_exception, on_lookonce_error, on_unforeseen
@@ -32,6 +33,7 @@ ROUTERS = (
     image_routes.router,
     question_routes.router,
     chat_routes.router,
+    responses_routes.router,
     moderation_routes.router,
     batch_routes.files,
     batch_routes.batches,

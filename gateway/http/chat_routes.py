@@ -48,30 +48,30 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     caller = caller_of(request, body.user or body.safety_identifier)
     if not body.stream:
         return json_response(await until_disconnect(request, complete(body, gateway, caller)))
-    turns = await until_disconnect(request, _turns(body, gateway, caller.tenant))
-    sampling = _sampling(body)
+    turns = await until_disconnect(request, turns_of(body, gateway, caller.tenant))
+    sampling = sampling_of(body)
     answering = gateway.answers.generate(turns, sampling, caller, tools := tools_of(body))
     options = body.stream_options or StreamOptions()
-    stream = chunks(answering, _envelope(body, gateway), max(1, sampling.n), options, calls=tools is not None)
-    return EventStream(await until_disconnect(request, _begun(stream)), heartbeat=gateway.settings.heartbeat)
+    stream = chunks(answering, envelope_of(body, gateway), max(1, sampling.n), options, calls=tools is not None)
+    return EventStream(await until_disconnect(request, begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
 async def complete(body: ChatRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
     """The whole completion object. Raises what is wrong with the request, naming the field."""
-    turns = await _turns(body, gateway, caller.tenant)
-    envelope = _envelope(body, gateway)
+    turns = await turns_of(body, gateway, caller.tenant)
+    envelope = envelope_of(body, gateway)
     tools = tools_of(body)
-    completions, resolved = await gateway.answers.complete(turns, _sampling(body), caller, tools)
+    completions, resolved = await gateway.answers.complete(turns, sampling_of(body), caller, tools)
     logprobs = bool(body.logprobs)
     return completion_object(completions, resolved, envelope, with_logprobs=logprobs, calls=tools is not None)
 
 
-def _envelope(body: ChatRequest, gateway: Gateway) -> Envelope:
+def envelope_of(body: ChatRequest, gateway: Gateway) -> Envelope:
     served = gateway.model.name
     return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), body.model or served, served)
 
 
-async def _begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
+async def begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
     """The same stream, its first item ready: what fails before it still gets its HTTP status."""
     first = await anext(stream)
 
@@ -131,7 +131,7 @@ def _calls(message: AnyMessage) -> Sequence[CalledTool]:
     return (message.tool_calls or ()) if isinstance(message, AssistantMessage) else ()
 
 
-async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[Turn, ...]:
+async def turns_of(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[Turn, ...]:
     """Check the request, then fetch and keep its images."""
     remote = _check(body, gateway.settings)
     await gateway.model.check(body.model)
@@ -153,7 +153,7 @@ async def _turns(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple[T
     return tuple(turns)
 
 
-def _sampling(body: ChatRequest) -> language_pb2.SamplingParameters:
+def sampling_of(body: ChatRequest) -> language_pb2.SamplingParameters:
     return to_sampling(
         body,
         max_tokens=body.max_completion_tokens or body.max_tokens,

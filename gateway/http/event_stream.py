@@ -32,15 +32,18 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 class EventStream(Response):
     """Sends events as they come, a comment when there was none for `heartbeat` seconds; a failure becomes an error
-    event; ends with [DONE]. Closes `events` in any case."""
+    event; ends with [DONE]. Closes `events` in any case. `named` events are called by their `type`, and
+    no [DONE] ends them."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[Mapping[str, Any], None], *, heartbeat: float = 15.0) -> None:
+    def __init__(
+        self, events: AsyncGenerator[Mapping[str, Any], None], *, heartbeat: float = 15.0, named: bool = False
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._heartbeat = heartbeat
+        self._heartbeat, self._named = heartbeat, named
         self._sent = 0.0  # when the last event went out, on the monotonic clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,19 +57,24 @@ class EventStream(Response):
             await self._send_events(send)
         finally:
             await end_tasks(beating)
-        await _write(send, DONE, more=False)
+        await _write(send, b"" if self._named else DONE, more=False)
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             try:
                 async for data in events:
                     self._sent = time.monotonic()
-                    await _write(send, event(data))
+                    name = f"event: {data['type']}\n".encode() if self._named else b""
+                    await _write(send, name + event(data))
             except LookonceError as error:
-                await _write(send, event(error_body(error)))
+                await _write(send, self._failure(error))
             except Exception:
                 log.exception("stream failed")
-                await _write(send, event(error_body(LookonceError(ErrorKind.INTERNAL, "internal error"))))
+                await _write(send, self._failure(LookonceError(ErrorKind.INTERNAL, "internal error")))
+
+    def _failure(self, error: LookonceError) -> bytes:
+        body = error_body(error)
+        return b"event: error\n" + event({**body["error"], "type": "error"}) if self._named else event(body)
 
     async def _beat(self, send: Send) -> None:
         self._sent = time.monotonic()

@@ -238,11 +238,68 @@ BATCH: dict[str, Any] = {
         "total_tokens": 24310,
     },
 }
+RESPONSE: dict[str, Any] = {
+    "id": "resp_1c2e6d",
+    "object": "response",
+    "created_at": 1790000000,
+    "status": "completed",
+    "error": None,
+    "incomplete_details": None,
+    "instructions": "Be brief.",
+    "max_output_tokens": 32,
+    "metadata": {},
+    "model": "qwen2-vl-2b-instruct",
+    "output": [
+        {
+            "type": "message",
+            "id": "msg_7a90c1",
+            "status": "completed",
+            "role": "assistant",
+            "content": [{"type": "output_text", "text": "A red door.", "annotations": [], "logprobs": []}],
+        }
+    ],
+    "parallel_tool_calls": True,
+    "previous_response_id": None,
+    "reasoning": {"effort": None, "summary": None},
+    "store": True,
+    "temperature": None,
+    "text": {"format": {"type": "text"}},
+    "tool_choice": "auto",
+    "tools": [],
+    "top_p": None,
+    "truncation": "disabled",
+    "usage": {
+        "input_tokens": 412,
+        "input_tokens_details": {"cached_tokens": 400},
+        "output_tokens": 3,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 415,
+    },
+    "user": None,
+    "receipt": RECEIPT,
+}
+RESPONSES: dict[str, dict[str, Any]] = {
+    "an image": {
+        "instructions": "Be brief.",
+        "input": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_image", "image_url": f"lookonce:{IMAGE_ID}"},
+                    {"type": "input_text", "text": "What is this?"},
+                ],
+            }
+        ],
+        "max_output_tokens": 32,
+    },
+    "a next turn": {"previous_response_id": "resp_1c2e6d", "input": "What colour is it?"},
+}
 BODIES: dict[str, dict[str, Any]] = {
     "uploadImage": UPLOADS,
     "changeImage": CHANGES,
     "askQuestions": QUESTIONS,
     "createChatCompletion": CHATS,
+    "createResponse": RESPONSES,
     "createEmbeddings": INPUTS,
     "rerank": RERANKS,
     "searchImages": SEARCHES,
@@ -259,6 +316,9 @@ ANSWERS: dict[str, Any] = {
     "dropAlias": IMAGE | {"aliases": []},
     "askQuestions": ASKED,
     "createChatCompletion": COMPLETION,
+    "createResponse": RESPONSE,
+    "getResponse": RESPONSE,
+    "deleteResponse": {"id": RESPONSE["id"], "object": "response", "deleted": True},
     "createEmbeddings": EMBEDDINGS,
     "rerank": RERANKED,
     "searchImages": FOUND,
@@ -281,6 +341,8 @@ ANSWERS: dict[str, Any] = {
 """Of answers in JSON, by the id of the operation."""
 
 
-def events(*items: dict[str, Any]) -> str:
+def events(*items: dict[str, Any], named: bool = False) -> str:
     """The items as a stream of server-sent events."""
+    if named:
+        return b"".join(f"event: {item['type']}\n".encode() + event(item) for item in items).decode()
     return b"".join([*map(event, items), DONE]).decode()

@@ -17,7 +17,7 @@ from gateway.http.error_bodies import HttpRefusal, error_body
 from gateway.http.middleware import OPEN_PATHS
 from gateway.schemas.body import Body
 from gateway.schemas.requests import ImageUpload
-from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody
+from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody, ResponseEvent
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
 
@@ -52,7 +52,12 @@ _ERRORS: dict[int, LookonceError] = {
     503: LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached"),
     504: LookonceError(ErrorKind.DEADLINE_EXCEEDED, "the deadline passed"),
 }
-_UNREFERENCED = (ErrorBody, ImageUpload, ChatCompletionChunk)  # models that no route takes or returns as such
+_UNREFERENCED = (
+    ErrorBody,
+    ImageUpload,
+    ChatCompletionChunk,
+    ResponseEvent,
+)  # models that no route takes or returns as such
 
 
 def operation_id(route: APIRoute) -> str:
@@ -80,12 +85,15 @@ def upload_body(fields: Mapping[str, Any], *required: str, model: type[BaseModel
     return {"requestBody": {"required": True, "content": content}}
 
 
-def or_events(event: type[BaseModel], *items: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+def or_events(event: type[BaseModel], *items: dict[str, Any], named: bool = False) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that may answer with server-sent events, each an `event`, such as `items`."""
-    text = f"Server-sent events, each the JSON of a {event.__name__}; the last is `data: [DONE]`."
+    ending = "each is named by its type" if named else "the last is `data: [DONE]`"
+    text = f"Server-sent events, each the JSON of a {event.__name__}; {ending}."
     # No type: some readers hold the schema against the whole text, others against each event taken apart.
     stream = {"description": text, "x-event": reference(event)}
-    return {200: {"content": {"text/event-stream": {"schema": stream, "example": examples.events(*items)}}}}
+    return {
+        200: {"content": {"text/event-stream": {"schema": stream, "example": examples.events(*items, named=named)}}}
+    }
 
 
 def complete(app: FastAPI, *, with_keys: bool) -> None:

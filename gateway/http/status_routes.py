@@ -21,7 +21,6 @@ operation = APIRouter(tags=["operation"])
 unserved = APIRouter(include_in_schema=False)
 CHAT = "/v1/chat/completions"
 INSTEAD = {
-    "/v1/responses": CHAT,
     "/v1/responses/{rest:path}": CHAT,
     "/v1/completions": CHAT,
     "/v1/messages": CHAT,

@@ -17,6 +17,7 @@ import structlog
 from gateway.images.image_records import ImageRecord, ImageRecords, file_key
 from gateway.images.image_store import StoreWithSpare
 from gateway.images.index import Aliases, Listing
+from gateway.images.kept_responses import KeptResponses
 from gateway.images.vector_cache import vectors_key
 from gateway.routing.retries import pause
 from gateway.routing.variants import Variants
@@ -78,12 +79,13 @@ class Eraser:
 
 @dataclass(frozen=True)
 class Traces:
-    """What the gateway itself keeps of an image: file, vectors, record, names, a place in the list."""
+    """What the gateway itself keeps of an image: file, vectors, record, names, a place in the list, responses."""
 
     kept: StoreWithSpare
     records: ImageRecords
     aliases: Aliases
     listing: Listing
+    responses: KeptResponses
 
     async def remove(self, record: ImageRecord, asked: float) -> bool:
         """Leave a tombstone and nothing else; whether that is confirmed. Call with the record's lease held."""
@@ -91,7 +93,8 @@ class Traces:
         unnamed = [await self.aliases.drop(record, alias) for alias in record.aliases]
         await self.listing.remove(record.tenant, [record.digest.hex()])
         gone = [await self.kept.delete(key) for key in (file_key(record.digest), vectors_key(record.digest))]
-        return all([*gone, buried, *unnamed])
+        forgotten = await self.responses.drop_of(record.digest)
+        return all([*gone, buried, *unnamed, forgotten])
 
 
 class Erasure:

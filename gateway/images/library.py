@@ -19,6 +19,7 @@ from gateway.images.erasure import Eraser, Erasure, Traces
 from gateway.images.image_records import Change, ImageRecord, ImageRecords, file_key, resize_key
 from gateway.images.image_store import PINNED_SECONDS, StoreOutage, StoreWithSpare
 from gateway.images.index import MAX_ALIASES, Aliases, Listing, Page, is_alias
+from gateway.images.kept_responses import KeptResponses
 from gateway.images.pixel_bounds import AS_SERVED, PixelBounds
 from gateway.images.vector_cache import VectorCache
 from gateway.routing.retries import by_first_reachable
@@ -49,14 +50,17 @@ AS_IT_IS = Retention()
 class ImageLibrary:
     """The images of all tenants."""
 
-    def __init__(self, kept: StoreWithSpare, variants: Variants, encoder: Encoder, *, ttl: float) -> None:
+    def __init__(
+        self, kept: StoreWithSpare, variants: Variants, encoder: Encoder, *, ttl: float, response_ttl: float
+    ) -> None:
         self._kept, self._variants, self._encoder = kept, variants, encoder
         self._ttl = ttl  # seconds
         self._records = ImageRecords(kept)
         self._aliases = Aliases(kept)
         self._listing = Listing(kept, self._records)
         self.vectors = VectorCache(kept, self._records)
-        self._traces = Traces(kept, self._records, self._aliases, self._listing)
+        self.responses = KeptResponses(kept, self._records, ttl=response_ttl)
+        self._traces = Traces(kept, self._records, self._aliases, self._listing, self.responses)
         self._eraser = Eraser(variants)
         self._flights: Flights[Resolved] = Flights()
 

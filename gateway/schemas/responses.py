@@ -339,3 +339,58 @@ class Readiness(Answered):
 
     status: Literal["ready", "degraded", "unavailable"]
     parts: ReadinessParts
+
+
+class ResponseUsage(Answered):
+    """Of a response."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseObject(Answered):
+    """OpenAI's response; `output` has messages and calls of functions in order."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["completed", "incomplete", "in_progress"]
+    error: None
+    incomplete_details: dict[str, str] | None
+    instructions: str | None
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    model: str
+    output: list[dict[str, Any]]
+    parallel_tool_calls: bool
+    previous_response_id: str | None
+    reasoning: dict[str, str | None]
+    store: bool
+    temperature: float | None
+    text: dict[str, Any]
+    tool_choice: str | dict[str, str]
+    tools: list[dict[str, Any]]
+    top_p: float | None
+    truncation: str
+    usage: ResponseUsage | None
+    user: str | None
+    receipt: Receipt | None = None
+
+
+class ResponseEvent(Answered):
+    """An event of a streamed response: what it holds follows from its type, as in OpenAI's API."""
+
+    type: str
+    sequence_number: int | None = None
+    response: ResponseObject | None = None
+
+
+class ErasedResponse(Answered):
+    """A response that was erased."""
+
+    id: str
+    object: Literal["response"]
+    deleted: bool

@@ -35,6 +35,13 @@ def refused(what: str, error: BaseException, *words: str) -> None:
     print(f"{what}: refused, {type(error).__name__}")
 
 
+def held(what: str, value: object, kind: type) -> None:
+    """Print a value that is of its type, or end."""
+    if not isinstance(value, kind):
+        raise SystemExit(f"{what}: {value!r} is no {kind.__name__}")
+    print(f"{what}: {value!r}")
+
+
 def content(form: str) -> list[dict[str, object]]:
     """The user's message in OpenAI's parts."""
     return [

@@ -27,6 +27,7 @@ OTHERS = (
     "autogen",
     "pydantic_ai",
     "instructor",
+    "openai_agents",
     "haystack",
     "llm",
     "aiperf",

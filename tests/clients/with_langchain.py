@@ -2,11 +2,10 @@
 
 import base64
 
-import openai
 from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
-from scene import BASE_URL, FILE, IMAGES, KEY, MODEL, QUESTION, check, content, refused
+from scene import BASE_URL, FILE, IMAGES, KEY, MODEL, QUESTION, check, content, held, refused
 
 model = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key=KEY)
 for form in IMAGES:
@@ -25,15 +24,20 @@ class Shape(BaseModel):
     """A shape."""
 
     kind: str
+    sides: int
 
 
-for what, call, words in (
-    ("structured output", model.with_structured_output(Shape), "structured output is not supported"),
-    ("tools", model.bind_tools([Shape]), "tools are not supported"),
-):
+for method in ("json_schema", "function_calling", "json_mode"):
     try:
-        call.invoke([asked])
-    except openai.BadRequestError as error:
-        refused(what, error, words)
-    else:
-        raise SystemExit(f"{what} was not refused")
+        found = model.with_structured_output(Shape, method=method).invoke([asked])
+    except Exception as error:
+        if method != "json_mode":  # any object is JSON: which fields it has is the model's to know
+            raise
+        refused(method, error, "Shape")
+        continue
+    held(method, found, Shape)
+called = model.bind_tools([Shape], tool_choice="any").invoke([asked])
+held("bind_tools", Shape(**called.tool_calls[0]["args"]), Shape)
+check("bind_tools, left to the model", model.bind_tools([Shape]).invoke([asked]).content)
+own = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key=KEY, use_responses_api=True)
+check("responses", own.invoke([asked]).text)

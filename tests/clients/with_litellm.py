@@ -1,7 +1,9 @@
 """LiteLLM: as an OpenAI server and as a vLLM server."""
 
+import json
+
 import litellm
-from scene import BASE_URL, IMAGES, KEY, MODEL, check, content, refused
+from scene import BASE_URL, IMAGES, KEY, MODEL, check, content
 
 for provider in ("openai", "hosted_vllm"):
     common = {"model": f"{provider}/{MODEL}", "api_base": BASE_URL, "api_key": KEY}
@@ -24,14 +26,10 @@ for provider in ("openai", "hosted_vllm"):
         )
         check(f"{provider}, {form}, streamed", "".join(c.choices[0].delta.content or "" for c in chunks if c.choices))
         assert any(getattr(chunk, "usage", None) for chunk in chunks)
-    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
-    for fields, words in (
-        ({"tools": [tool]}, "tools are not supported"),
-        ({"response_format": {"type": "json_object"}}, "structured output is not supported"),
-    ):
-        try:
-            litellm.completion(messages=messages[:1], **common, **fields)
-        except litellm.BadRequestError as error:
-            refused(f"{provider}, {next(iter(fields))}", error, words)
-        else:
-            raise SystemExit(f"{fields} was not refused")
+    parameters = {"type": "object", "properties": {"kind": {"type": "string"}}, "required": ["kind"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    called = litellm.completion(messages=messages[:1], **common, tools=[tool], tool_choice="required")
+    print(f"{provider}, tools: {json.loads(called.choices[0].message.tool_calls[0].function.arguments)['kind']}")
+    form = {"type": "json_schema", "json_schema": {"name": "f", "schema": parameters, "strict": True}}
+    found = litellm.completion(messages=messages[:1], **common, response_format=form).choices[0].message.content
+    print(f"{provider}, structured output: {json.loads(found)['kind']}")

@@ -32,7 +32,7 @@ CHECKS = [
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 MOST_TOKENS = 4  # of an answer: this is no test of the model
 SECONDS = 60.0  # a case that takes longer has failed
-_LENGTHS = ("max_tokens", "max_completion_tokens")
+_LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 _LINE = {"method": "POST", "url": "/v1/chat/completions"}
 
 
@@ -77,6 +77,10 @@ class Sweep:
             nonlocal sent
             assume(_can_be_sent(case))
             _tame(case.body)
+            if operation.path == "/v1/responses" and isinstance(case.body, dict):
+                case.body.setdefault("max_output_tokens", MOST_TOKENS)
+                if case.body["max_output_tokens"] is None:
+                    case.body["max_output_tokens"] = MOST_TOKENS
             if known:
                 self._make_known(case, mode)
             sent += 1
@@ -91,6 +95,7 @@ class Sweep:
     def _make_known(self, case: Any, mode: GenerationMode) -> None:
         """Put in the place of made-up names and images ones that exist."""
         makers = {"image_id": self._image, "file_id": self._file, "batch_id": self._batch, "alias": self._alias}
+        makers["response_id"] = self._response
         for name in makers.keys() & (case.path_parameters or {}).keys():
             case.path_parameters[name] = makers[name]()
         if mode is not GenerationMode.POSITIVE or not isinstance(case.body, dict):
@@ -115,6 +120,9 @@ class Sweep:
     def _batch(self) -> str:
         wanted = {"input_file_id": self._file(), "endpoint": "/v1/chat/completions", "completion_window": "24h"}
         return self._keep("batch", "/v1/batches", json=wanted)
+
+    def _response(self) -> str:
+        return self._keep("response", "/v1/responses", json={"input": "Hi", "max_output_tokens": 1})
 
     def _keep(self, kind: str, path: str, **body: Any) -> str:
         if kind not in self._known:

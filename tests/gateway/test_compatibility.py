@@ -192,7 +192,7 @@ def test_what_others_ask_for_before_they_begin(http: httpx2.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/responses", "/v1/responses/r1/cancel", "/v1/completions", "/v1/messages", "/tokenize", "/v2/rerank"]
+    "path", ["/v1/responses/r1/cancel", "/v1/completions", "/v1/messages", "/tokenize", "/v2/rerank"]
 )
 def test_routes_of_others_are_not_found_and_say_what_there_is(http: httpx2.Client, path: str) -> None:
     answer = http.post(path, json={"model": MODEL, "input": "Hi"})

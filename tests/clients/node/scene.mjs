@@ -14,6 +14,11 @@ export function check(what, said) {
   console.log(`${what}: ${said.trim()}`);
 }
 
+export function held(what, value) {
+  if (typeof value?.kind !== "string" || !Number.isInteger(value?.sides)) throw new Error(`${what}: ${JSON.stringify(value)}`);
+  console.log(`${what}: ${JSON.stringify(value)}`);
+}
+
 export async function refused(what, call, ...words) {
   let error;
   try {
