@@ -21,6 +21,7 @@ from gateway.http import (
     question_routes,
     responses_routes,
     status_routes,
+    systemone_routes,
 )
 from gateway.http.error_bodies import on_client_gone, on_http_exception, on_lookonce_error, on_unforeseen
 from gateway.http.middleware import Authentication, Cors, Intake, OriginCheck, RequestScope
@@ -34,6 +35,7 @@ ROUTERS = (
     question_routes.router,
     chat_routes.router,
     responses_routes.router,
+    systemone_routes.router,
     moderation_routes.router,
     batch_routes.files,
     batch_routes.batches,

@@ -294,12 +294,46 @@ RESPONSES: dict[str, dict[str, Any]] = {
     },
     "a next turn": {"previous_response_id": "resp_1c2e6d", "input": "What colour is it?"},
 }
+STATES: dict[str, dict[str, Any]] = {
+    "an image": {
+        "model": "lookonce",
+        "state": "A photograph: door-1",
+        "assets": {"door-1": {"type": "image", "format": "png", "data_base64": "iVBORw0KGgoAAAANSUhEUgAA..."}},
+        "questions": {
+            "open": {"type": "noul", "instructions": "Is the door open?"},
+            "colour": {"type": "choice", "instructions": "Which colour?", "criteria": {"red": None, "green": None}},
+            "wear": {"type": "score", "instructions": "How worn is it?", "criteria": ["like new", "used", "worn"]},
+        },
+    }
+}
+DECIDED: dict[str, Any] = {
+    "model": "qwen2-vl-2b-instruct",
+    "answers": {
+        "open": {"type": "noul", "noul": 0.04},
+        "colour": {
+            "type": "choice",
+            "choice": "red",
+            "confidence": 0.97,
+            "probabilities": {"red": 0.97, "green": 0.03},
+        },
+        "wear": {
+            "type": "score",
+            "score": 0.6,
+            "confidence": 0.5,
+            "probabilities": {"0": 0.5, "1": 0.4, "2": 0.1},
+            "legend": {"0": "like new", "1": "used", "2": "worn"},
+        },
+    },
+    "usage": {"input_tokens": 1290, "output_tokens": 0},
+    "receipt": RECEIPT,
+}
 BODIES: dict[str, dict[str, Any]] = {
     "uploadImage": UPLOADS,
     "changeImage": CHANGES,
     "askQuestions": QUESTIONS,
     "createChatCompletion": CHATS,
     "createResponse": RESPONSES,
+    "answerSystemOne": STATES,
     "createEmbeddings": INPUTS,
     "rerank": RERANKS,
     "searchImages": SEARCHES,
@@ -317,6 +351,7 @@ ANSWERS: dict[str, Any] = {
     "askQuestions": ASKED,
     "createChatCompletion": COMPLETION,
     "createResponse": RESPONSE,
+    "answerSystemOne": DECIDED,
     "getResponse": RESPONSE,
     "deleteResponse": {"id": RESPONSE["id"], "object": "response", "deleted": True},
     "createEmbeddings": EMBEDDINGS,
@@ -336,7 +371,7 @@ ANSWERS: dict[str, Any] = {
     "health": {"status": "ok"},
     "readiness": READINESS,
     "healthOfAll": READINESS,
-    "version": {"version": "0.6.0"},
+    "version": {"version": "0.7.0"},
 }
 """Of answers in JSON, by the id of the operation."""
 

@@ -18,6 +18,7 @@ from gateway.http.middleware import OPEN_PATHS
 from gateway.schemas.body import Body
 from gateway.schemas.requests import ImageUpload
 from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody, ResponseEvent
+from gateway.schemas.systemone import SystemOneRequest
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
 
@@ -52,12 +53,8 @@ _ERRORS: dict[int, LookonceError] = {
     503: LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached"),
     504: LookonceError(ErrorKind.DEADLINE_EXCEEDED, "the deadline passed"),
 }
-_UNREFERENCED = (
-    ErrorBody,
-    ImageUpload,
-    ChatCompletionChunk,
-    ResponseEvent,
-)  # models that no route takes or returns as such
+_UNREFERENCED = (ErrorBody, ImageUpload, ChatCompletionChunk, ResponseEvent, SystemOneRequest)
+"""Models that no route takes or returns as such."""
 
 
 def operation_id(route: APIRoute) -> str:

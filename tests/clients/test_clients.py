@@ -28,6 +28,7 @@ OTHERS = (
     "pydantic_ai",
     "instructor",
     "openai_agents",
+    "typesafe",
     "haystack",
     "llm",
     "aiperf",

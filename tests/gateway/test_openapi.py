@@ -20,6 +20,7 @@ POLICY = ROOT / "examples" / "policies" / "shapes.yaml"
 WITH_BODIES = (
     "POST /v1/chat/completions",
     "POST /v1/responses",
+    "POST /v1/systemone",
     "POST /v1/images/{image_id}/questions",
     "POST /v1/moderations",
     "POST /v1/embeddings",
