@@ -106,6 +106,8 @@ class Questions:
         """All in one call: what their prompts have in common is computed once."""
         items = [item for _, question in questions for item in question.items]
         scores, cost, resolved = await self._answers.score(items, caller)
+        if len(scores) != len(items):
+            raise ValueError(f"{len(scores)} scores for {len(items)} prompts")
         bill = receipt(resolved, cost, self._model.name)
         outcomes, each = [], iter(scores)
         for position, question in questions:

@@ -12,8 +12,9 @@ from structlog.testing import capture_logs
 
 from gateway.answers import Completion
 from gateway.auth import Keyring
-from gateway.conversation import Caller, ChoiceQuestion, Turn
+from gateway.conversation import Caller, Turn
 from gateway.questions import OpenQuestion, Questions
+from gateway.typed_questions import Asking
 from lookonce.core import tasks
 from lookonce.core.backoff import Backoff
 from lookonce.core.errors import ErrorKind, LookonceError
@@ -106,8 +107,7 @@ def test_a_question_that_fails_as_nobody_foresaw_is_answered_and_the_others_go_o
     questions = [
         OpenQuestion("0", (Turn("user", ("broken",)),), sampling),
         OpenQuestion("1", (Turn("user", ("fine",)),), sampling),
-        ChoiceQuestion("2", (Turn("user", ("a",)),), ("yes", "no")),
-        ChoiceQuestion("3", (Turn("user", ("b",)),), ("yes", "no")),
+        *(Asking(lambda text: (Turn("user", (text,)),)).yes_no(name, "a", tell=False) for name in "23"),
     ]
     caller = Caller(Keyring([]).identify(None).tenant, "someone", 60.0)
 

@@ -294,6 +294,43 @@ RESPONSES: dict[str, dict[str, Any]] = {
     },
     "a next turn": {"previous_response_id": "resp_1c2e6d", "input": "What colour is it?"},
 }
+MESSAGE: dict[str, Any] = {
+    "id": "msg_9d1f42",
+    "type": "message",
+    "role": "assistant",
+    "model": "qwen2-vl-2b-instruct",
+    "content": [{"type": "text", "text": "A red door.", "citations": None}],
+    "stop_reason": "end_turn",
+    "stop_sequence": None,
+    "usage": {
+        "input_tokens": 12,
+        "output_tokens": 3,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 400,
+    },
+    "receipt": RECEIPT,
+}
+MESSAGE_EVENTS: list[dict[str, Any]] = [
+    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "A red door."}},
+    {"type": "content_block_stop", "index": 0},
+    {"type": "message_stop"},
+]
+MESSAGES: dict[str, dict[str, Any]] = {
+    "an image": {
+        "max_tokens": 32,
+        "system": "Be brief.",
+        "messages": [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "source": {"type": "url", "url": f"lookonce:{IMAGE_ID}"}},
+                    {"type": "text", "text": "What is this?"},
+                ],
+            }
+        ],
+    }
+}
 STATES: dict[str, dict[str, Any]] = {
     "an image": {
         "model": "lookonce",
@@ -334,6 +371,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "createChatCompletion": CHATS,
     "createResponse": RESPONSES,
     "answerSystemOne": STATES,
+    "createMessage": MESSAGES,
     "createEmbeddings": INPUTS,
     "rerank": RERANKS,
     "searchImages": SEARCHES,
@@ -352,6 +390,7 @@ ANSWERS: dict[str, Any] = {
     "createChatCompletion": COMPLETION,
     "createResponse": RESPONSE,
     "answerSystemOne": DECIDED,
+    "createMessage": MESSAGE,
     "getResponse": RESPONSE,
     "deleteResponse": {"id": RESPONSE["id"], "object": "response", "deleted": True},
     "createEmbeddings": EMBEDDINGS,

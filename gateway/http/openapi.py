@@ -17,7 +17,7 @@ from gateway.http.error_bodies import HttpRefusal, error_body
 from gateway.http.middleware import OPEN_PATHS
 from gateway.schemas.body import Body
 from gateway.schemas.requests import ImageUpload
-from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody, ResponseEvent
+from gateway.schemas.responses import Answered, ChatCompletionChunk, ErrorBody, MessageEvent, ResponseEvent
 from gateway.schemas.systemone import SystemOneRequest
 from lookonce.core.errors import ErrorKind, LookonceError
 from lookonce.core.version import __version__
@@ -53,7 +53,7 @@ _ERRORS: dict[int, LookonceError] = {
     503: LookonceError(ErrorKind.UNAVAILABLE, "no language service can be reached"),
     504: LookonceError(ErrorKind.DEADLINE_EXCEEDED, "the deadline passed"),
 }
-_UNREFERENCED = (ErrorBody, ImageUpload, ChatCompletionChunk, ResponseEvent, SystemOneRequest)
+_UNREFERENCED = (ErrorBody, ImageUpload, ChatCompletionChunk, ResponseEvent, MessageEvent, SystemOneRequest)
 """Models that no route takes or returns as such."""
 
 

@@ -23,8 +23,7 @@ CHAT = "/v1/chat/completions"
 INSTEAD = {
     "/v1/responses/{rest:path}": CHAT,
     "/v1/completions": CHAT,
-    "/v1/messages": CHAT,
-    "/v1/messages/{rest:path}": CHAT,
+    "/v1/messages/{rest:path}": "/v1/messages",
     "/v1/images/generations": "/v1/images, which takes images and makes none",
     "/v1/images/edits": "/v1/images, which takes images and makes none",
     "/v1/score": "/v1/images/{id}/questions with choices",

@@ -394,3 +394,38 @@ class ErasedResponse(Answered):
     id: str
     object: Literal["response"]
     deleted: bool
+
+
+class MessageUsage(Answered):
+    """Of a message; input that was read from a cache is counted apart."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+
+
+class MessageObject(Answered):
+    """Anthropic's message; `content` has text and calls of functions in order."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"] | None
+    stop_sequence: str | None
+    usage: MessageUsage
+    receipt: Receipt | None = None
+
+
+class MessageEvent(Answered):
+    """An event of a streamed message: what it holds follows from its type, as in Anthropic's API."""
+
+    type: str
+    message: MessageObject | None = None
+    index: int | None = None
+    content_block: dict[str, Any] | None = None
+    delta: dict[str, Any] | None = None
+    usage: MessageUsage | None = None
+    receipt: Receipt | None = None

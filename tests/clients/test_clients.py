@@ -15,6 +15,7 @@ import httpx2
 import pytest
 
 from tests.cli.commands import Up
+from tests.clients import page
 from tests.clients.environments import clean_environment, command_of
 from tests.fetching.servers import ImageServer, answer
 from tests.processes import ROOT
@@ -29,6 +30,7 @@ OTHERS = (
     "instructor",
     "openai_agents",
     "typesafe",
+    "anthropic",
     "haystack",
     "llm",
     "aiperf",
@@ -77,3 +79,4 @@ def test_a_client_with_its_defaults(client: str, scene: Path, tmp_path: Path) ->
     )
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    page.keep(client, done.stdout)

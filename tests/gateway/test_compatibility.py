@@ -192,14 +192,14 @@ def test_what_others_ask_for_before_they_begin(http: httpx2.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/responses/r1/cancel", "/v1/completions", "/v1/messages", "/tokenize", "/v2/rerank"]
+    "path", ["/v1/responses/r1/cancel", "/v1/completions", "/v1/messages/count_tokens", "/tokenize", "/v2/rerank"]
 )
 def test_routes_of_others_are_not_found_and_say_what_there_is(http: httpx2.Client, path: str) -> None:
     answer = http.post(path, json={"model": MODEL, "input": "Hi"})
     error = answer.json()["error"]
     assert answer.status_code == 404 and error["code"] == "not_found" and error["type"] == "invalid_request_error"
     assert f"no {path}: use " in error["message"]
-    assert ("/v1/chat/completions" in error["message"]) is (path != "/v2/rerank")
+    assert ("/v1/chat/completions" in error["message"]) is (path not in ("/v2/rerank", "/v1/messages/count_tokens"))
 
 
 def test_images_may_still_be_named_as_others_name_routes(http: httpx2.Client, image_file: ImageFile) -> None:

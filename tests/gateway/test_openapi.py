@@ -21,6 +21,7 @@ WITH_BODIES = (
     "POST /v1/chat/completions",
     "POST /v1/responses",
     "POST /v1/systemone",
+    "POST /v1/messages",
     "POST /v1/images/{image_id}/questions",
     "POST /v1/moderations",
     "POST /v1/embeddings",
@@ -135,7 +136,7 @@ def test_examples_are_what_the_schemas_say(document: dict[str, Any]) -> None:
                 seen += 1
                 if kind == "text/event-stream":
                     events = [line[6:] for line in example.splitlines() if line.startswith("data: ")]
-                    assert (name.endswith("/responses") or events.pop() == "[DONE]") and events
+                    assert (name.endswith(("/responses", "/messages")) or events.pop() == "[DONE]") and events
                     one = validator(document, body["schema"]["x-event"])
                     assert all(one.is_valid(json.loads(event)) for event in events), name
     assert seen > 40

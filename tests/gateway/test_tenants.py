@@ -24,6 +24,7 @@ MADE_UP = {
     "alias": "nobodys",
     "file_id": "file-" + "0" * 32,
     "batch_id": "batch_" + "0" * 32,
+    "response_id": "resp_" + "0" * 32,
 }
 OF_NOBODY = {"model"}  # names in paths that belong to no tenant
 TAKES_JSON = {  # how each operation that takes JSON names what is somebody's
@@ -37,6 +38,20 @@ TAKES_JSON = {  # how each operation that takes JSON names what is somebody's
         "endpoint": CHAT,
         "completion_window": "24h",
     },
+    "/v1/responses": lambda names: {
+        "input": [{"role": "user", "content": [{"type": "input_image", "image_url": f"lookonce:{names['image_id']}"}]}],
+        "max_output_tokens": 1,
+    },
+    "/v1/messages": lambda names: {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image", "source": {"type": "file", "file_id": names["image_id"]}}],
+            }
+        ],
+        "max_tokens": 1,
+    },
+    "/v1/systemone": lambda names: {"state": "names nobody", "questions": {"q": {"type": "noul"}}},
     "/v1/embeddings": lambda names: {"input": {"image": names["image_id"]}},
     "/v1/rerank": lambda names: {"query": {"image": names["image_id"]}, "documents": ["a"]},
     "/v1/images/search": lambda names: {"query": {"image": names["image_id"]}},
@@ -61,7 +76,8 @@ class World:
         """All that red can see, as red sees it."""
         paths = ("/v1/images", "/v1/files", "/v1/batches", *(f"/v1/images/{name}" for name in self.owned["image_id"]))
         contents = [self.red.get(f"/v1/files/{file}/content").content for file in self.owned["file_id"]]
-        return [*(self.red.get(path).json() for path in paths), *contents]
+        made = [self.red.get(f"/v1/responses/{name}").json() for name in self.owned["response_id"]]
+        return [*(self.red.get(path).json() for path in paths), *contents, *made]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +94,9 @@ def world(
         batch = ended(red, begin(red, jsonl(good, bad)))
         files = [batch[f"{kind}_file_id"] for kind in ("input", "output", "error")]
         assert all(files)
+        made = red.post("/v1/responses", json={"input": "What?", "max_output_tokens": 1}).json()
         owned = {
+            "response_id": [made["id"]],
             "image_id": [image["id"], "ours"],
             "alias": ["ours"],
             "file_id": files,
@@ -218,7 +236,8 @@ def test_no_body_uses_what_is_anothers(world: World) -> None:
         if "application/json" in operation.get("requestBody", {}).get("content", {})
     }
     assert taking == TAKES_JSON.keys(), "an operation with a body that this test doesn't know"
-    for path in ("/v1/chat/completions", "/v1/moderations", "/v1/batches", *NO_MODEL):
+    asking = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/moderations", "/v1/batches")
+    for path in (*asking, *NO_MODEL):
         made_up = world.blue.post(path, json=TAKES_JSON[path](MADE_UP))
         assert made_up.status_code == (400 if path in NO_MODEL else 404), made_up.text
         for image, file in product(world.owned["image_id"], world.owned["file_id"]):
