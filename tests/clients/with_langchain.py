@@ -38,6 +38,6 @@ for method in ("json_schema", "function_calling", "json_mode"):
     held(method, found, Shape)
 called = model.bind_tools([Shape], tool_choice="any").invoke([asked])
 held("bind_tools", Shape(**called.tool_calls[0]["args"]), Shape)
-check("bind_tools, left to the model", model.bind_tools([Shape]).invoke([asked]).content)
+held("bind_tools, left to the model", model.bind_tools([Shape]).invoke([asked]).text, str)
 own = ChatOpenAI(model=MODEL, base_url=BASE_URL, api_key=KEY, use_responses_api=True)
 check("responses", own.invoke([asked]).text)

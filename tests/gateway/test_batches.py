@@ -280,3 +280,22 @@ def test_too_many_batches_are_refused(blue: httpx2.Client) -> None:
     for batch in begun:
         blue.post(f"/v1/batches/{batch}/cancel")
         assert ended(blue, batch)["status"] == "cancelled"
+
+
+def test_lines_may_ask_for_a_form_and_for_calls(red: httpx2.Client) -> None:
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    form = {"type": "json_schema", "json_schema": {"name": "f", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "tell", "parameters": schema}}
+    lines = [
+        chat_line("form", response_format=form, max_tokens=40),
+        chat_line("call", tools=[tool], tool_choice="required", parallel_tool_calls=False, max_tokens=60),
+        chat_line(
+            "wrong", response_format={"type": "json_schema", "json_schema": {"name": "f", "schema": {"not": {}}}}
+        ),
+    ]
+    state = ended(red, begin(red, jsonl(*lines)))
+    good, bad = results(red, state, "output"), results(red, state, "error")
+    said = {name: line["response"]["body"]["choices"][0]["message"] for name, line in good.items()}
+    assert json.loads(said["form"]["content"])["sure"] in (True, False)
+    assert json.loads(said["call"]["tool_calls"][0]["function"]["arguments"])["sure"] in (True, False)
+    assert bad["wrong"]["response"]["body"]["error"]["param"] == "response_format.json_schema.schema"

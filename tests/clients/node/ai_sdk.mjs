@@ -6,7 +6,7 @@ import { z } from "zod";
 import { apiKey, baseURL, check, file, images, model, question, held } from "./scene.mjs";
 
 const openai = createOpenAI({ baseURL, apiKey });
-const compatible = createOpenAICompatible({ name: "lookonce", baseURL, apiKey }).chatModel(model);
+const compatible = createOpenAICompatible({ name: "lookonce", baseURL, apiKey, supportsStructuredOutputs: true }).chatModel(model);
 const sources = { bytes: file, data: images.data };
 for (const [name, chat] of [["compatible", compatible], ["openai chat", openai.chat(model)]]) {
   let messages;
