@@ -23,7 +23,7 @@ LONG = 1 << 16
 """Bytes from which a string is left where it lies."""
 CHUNK = 1 << 20
 """Bytes that are looked at in one call."""
-IMAGE_FIELDS = frozenset({"url", "data", "data_base64", "image", "image_url"})
+IMAGE_FIELDS = frozenset({"url", "data", "data_base64", "image", "image_url", "images"})
 """Fields that may hold an image; strings in all others are texts."""
 _GAP = 4096  # bytes between two marks that are looked at in one call
 _NAME = secrets.token_hex(16)  # begins the names of long strings: no client can know it

@@ -32,19 +32,25 @@ def event(data: Mapping[str, Any]) -> bytes:
 
 class EventStream(Response):
     """Sends events as they come, a comment when there was none for `heartbeat` seconds; a failure becomes an error
-    event; ends with [DONE]. Closes `events` in any case. `named` events are called by their `type`, and
-    no [DONE] ends them."""
+    event; ends with [DONE]. Closes `events` in any case."""
 
     media_type = "text/event-stream"
+    comment, last = HEARTBEAT, DONE
 
-    def __init__(
-        self, events: AsyncGenerator[Mapping[str, Any], None], *, heartbeat: float = 15.0, named: bool = False
-    ) -> None:
+    def __init__(self, events: AsyncGenerator[Mapping[str, Any], None], *, heartbeat: float = 15.0) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
-        self._heartbeat, self._named = heartbeat, named
+        self._heartbeat = heartbeat
         self._sent = 0.0  # when the last event went out, on the monotonic clock
+
+    def encoded(self, data: Mapping[str, Any]) -> bytes:
+        """One event."""
+        return event(data)
+
+    def failure(self, error: LookonceError) -> bytes:
+        """The error event."""
+        return event(error_body(error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with suppress(ClientGone):
@@ -57,24 +63,19 @@ class EventStream(Response):
             await self._send_events(send)
         finally:
             await end_tasks(beating)
-        await _write(send, b"" if self._named else DONE, more=False)
+        await _write(send, self.last, more=False)
 
     async def _send_events(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             try:
                 async for data in events:
                     self._sent = time.monotonic()
-                    name = f"event: {data['type']}\n".encode() if self._named else b""
-                    await _write(send, name + event(data))
+                    await _write(send, self.encoded(data))
             except LookonceError as error:
-                await _write(send, self._failure(error))
+                await _write(send, self.failure(error))
             except Exception:
                 log.exception("stream failed")
-                await _write(send, self._failure(LookonceError(ErrorKind.INTERNAL, "internal error")))
-
-    def _failure(self, error: LookonceError) -> bytes:
-        body = error_body(error)
-        return b"event: error\n" + event({**body["error"], "type": "error"}) if self._named else event(body)
+                await _write(send, self.failure(LookonceError(ErrorKind.INTERNAL, "internal error")))
 
     async def _beat(self, send: Send) -> None:
         self._sent = time.monotonic()
@@ -82,9 +83,38 @@ class EventStream(Response):
             quiet = time.monotonic() - self._sent
             if quiet >= self._heartbeat:
                 self._sent = time.monotonic()
-                await _write(send, HEARTBEAT)
+                await _write(send, self.comment)
             else:
                 await asyncio.sleep(self._heartbeat - quiet)
+
+
+class NamedEventStream(EventStream):
+    """The same with each event called by its `type`, and nothing behind the last."""
+
+    last = b""
+
+    def encoded(self, data: Mapping[str, Any]) -> bytes:
+        """See EventStream."""
+        return f"event: {data['type']}\n".encode() + event(data)
+
+    def failure(self, error: LookonceError) -> bytes:
+        """See EventStream."""
+        return b"event: error\n" + event({**error_body(error)["error"], "type": "error"})
+
+
+class LineStream(EventStream):
+    """Lines of JSON; an empty one, which readers skip, is the comment."""
+
+    media_type = "application/x-ndjson"
+    comment, last = b"\n", b""
+
+    def encoded(self, data: Mapping[str, Any]) -> bytes:
+        """See EventStream."""
+        return orjson.dumps(data) + b"\n"
+
+    def failure(self, error: LookonceError) -> bytes:
+        """See EventStream."""
+        return orjson.dumps({"error": error.message}) + b"\n"
 
 
 async def _write(send: Send, body: bytes, *, more: bool = True) -> None:

@@ -331,6 +331,35 @@ MESSAGES: dict[str, dict[str, Any]] = {
         ],
     }
 }
+OLLAMA_ANSWER: dict[str, Any] = {
+    "model": "lookonce",
+    "created_at": "2026-12-01T12:00:00+00:00",
+    "message": {"role": "assistant", "content": "A red door."},
+    "done": True,
+    "done_reason": "stop",
+    "total_duration": 21000000,
+    "load_duration": 0,
+    "prompt_eval_count": 412,
+    "prompt_eval_duration": 8700000,
+    "eval_count": 3,
+    "eval_duration": 12300000,
+    "receipt": RECEIPT,
+}
+OLLAMA_CHATS: dict[str, dict[str, Any]] = {
+    "an image": {
+        "model": "lookonce",
+        "messages": [{"role": "user", "content": "What is this?", "images": ["iVBORw0KGgoAAAANSUhEUgAA..."]}],
+        "stream": False,
+    }
+}
+OLLAMA_PROMPTS: dict[str, dict[str, Any]] = {
+    "an image": {
+        "model": "lookonce",
+        "prompt": "What is this?",
+        "images": ["iVBORw0KGgoAAAANSUhEUgAA..."],
+        "stream": False,
+    }
+}
 STATES: dict[str, dict[str, Any]] = {
     "an image": {
         "model": "lookonce",
@@ -372,6 +401,8 @@ BODIES: dict[str, dict[str, Any]] = {
     "createResponse": RESPONSES,
     "answerSystemOne": STATES,
     "createMessage": MESSAGES,
+    "ollamaChat": OLLAMA_CHATS,
+    "ollamaGenerate": OLLAMA_PROMPTS,
     "createEmbeddings": INPUTS,
     "rerank": RERANKS,
     "searchImages": SEARCHES,
@@ -391,6 +422,20 @@ ANSWERS: dict[str, Any] = {
     "createResponse": RESPONSE,
     "answerSystemOne": DECIDED,
     "createMessage": MESSAGE,
+    "ollamaChat": OLLAMA_ANSWER,
+    "ollamaGenerate": {**OLLAMA_ANSWER, "message": None, "response": "A red door."},
+    "ollamaTags": {
+        "models": [
+            {
+                "name": "lookonce",
+                "model": "lookonce",
+                "modified_at": "1970-01-01T00:00:00+00:00",
+                "size": 0,
+                "digest": "",
+                "details": {"family": "", "format": "safetensors", "parameter_size": "", "quantization_level": ""},
+            }
+        ]
+    },
     "getResponse": RESPONSE,
     "deleteResponse": {"id": RESPONSE["id"], "object": "response", "deleted": True},
     "createEmbeddings": EMBEDDINGS,

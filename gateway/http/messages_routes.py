@@ -17,7 +17,7 @@ from gateway.conversation import Caller
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.chat_routes import begun, chunks, envelope_of, sampling_of, turns_of
-from gateway.http.event_stream import EventStream
+from gateway.http.event_stream import NamedEventStream
 from gateway.http.openapi import or_events
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect, validate
 from gateway.schemas.messages_api import MessagesRequest, chat_of
@@ -47,7 +47,7 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     turns = await until_disconnect(request, turns_of(chat, gateway, caller.tenant))
     answering = gateway.answers.generate(turns, sampling_of(chat), caller, tools_of(chat))
     stream = await until_disconnect(request, begun(_events(chat, answering, gateway, name)))
-    return EventStream(stream, heartbeat=gateway.settings.heartbeat, named=True)
+    return NamedEventStream(stream, heartbeat=gateway.settings.heartbeat)
 
 
 def _message(name: str, **more: Any) -> dict[str, Any]:

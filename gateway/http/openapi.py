@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
+import orjson
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_fields_from_routes
 from fastapi.routing import APIRoute
@@ -91,6 +92,13 @@ def or_events(event: type[BaseModel], *items: dict[str, Any], named: bool = Fals
     return {
         200: {"content": {"text/event-stream": {"schema": stream, "example": examples.events(*items, named=named)}}}
     }
+
+
+def or_lines(line: type[BaseModel], *items: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route that may answer with lines of JSON, each a `line`, such as `items`."""
+    stream = {"description": f"Lines, each the JSON of a {line.__name__}.", "x-event": reference(line)}
+    example = b"\n".join(map(orjson.dumps, items)).decode()
+    return {200: {"content": {"application/x-ndjson": {"schema": stream, "example": example}}}}
 
 
 def complete(app: FastAPI, *, with_keys: bool) -> None:

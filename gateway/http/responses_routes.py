@@ -17,7 +17,7 @@ from gateway.conversation import Caller, ImagePart, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.chat_routes import begun, chunks, envelope_of, sampling_of, turns_of
-from gateway.http.event_stream import EventStream
+from gateway.http.event_stream import NamedEventStream
 from gateway.http.openapi import or_events
 from gateway.http.route import Route, caller_of, gateway_of, json_response, tenant_of, until_disconnect, validate
 from gateway.schemas.requests import REFERENCE, ChatRequest, StreamOptions
@@ -48,7 +48,7 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     if not body.stream:
         return json_response(await until_disconnect(request, _complete(making, gateway, caller)))
     stream = await until_disconnect(request, begun(_events(making, gateway, caller)))
-    return EventStream(stream, heartbeat=gateway.settings.heartbeat, named=True)
+    return NamedEventStream(stream, heartbeat=gateway.settings.heartbeat)
 
 
 @router.get("/v1/responses/{response_id}", summary="Look at a response", response_model=ResponseObject)

@@ -32,7 +32,8 @@ SkipSpecial = Annotated[
 ]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-Stops = Annotated[list[StopString], Field(max_length=16)]
+MAX_STOPS = 16
+Stops = Annotated[list[StopString], Field(max_length=MAX_STOPS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**32)]
 TokenIds = Annotated[list[TokenId], Field(max_length=4096)]
 AllowedIds = Annotated[list[TokenId], Field(min_length=1, max_length=4096, description="no other token is drawn")]

@@ -31,6 +31,7 @@ OTHERS = (
     "openai_agents",
     "typesafe",
     "anthropic",
+    "ollama",
     "haystack",
     "llm",
     "aiperf",

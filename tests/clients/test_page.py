@@ -7,7 +7,7 @@ import pytest
 from tests.clients.page import PAGE, version_of
 from tests.clients.test_clients import OFTEN
 
-TYPED = ("instructor", "pydantic_ai", "openai_agents", "llm", "typesafe", "anthropic")
+TYPED = ("instructor", "pydantic_ai", "openai_agents", "llm", "typesafe", "anthropic", "ollama")
 
 
 @pytest.mark.parametrize("client", [*OFTEN, *TYPED])

@@ -77,6 +77,9 @@ class Sweep:
             nonlocal sent
             assume(_can_be_sent(case))
             _tame(case.body)
+            if operation.path.startswith("/api/") and isinstance(case.body, dict):
+                options = case.body.get("options")
+                case.body["options"] = {**(options if isinstance(options, dict) else {}), "num_predict": MOST_TOKENS}
             if operation.path == "/v1/responses" and isinstance(case.body, dict):
                 case.body.setdefault("max_output_tokens", MOST_TOKENS)
                 if case.body["max_output_tokens"] is None:

@@ -51,6 +51,17 @@ TAKES_JSON = {  # how each operation that takes JSON names what is somebody's
         ],
         "max_tokens": 1,
     },
+    "/api/chat": lambda names: {
+        "model": "lookonce",
+        "messages": [{"role": "user", "content": "What?", "images": [f"lookonce:{names['image_id']}"]}],
+        "options": {"num_predict": 1},
+    },
+    "/api/generate": lambda names: {
+        "model": "lookonce",
+        "prompt": "What?",
+        "images": [f"lookonce:{names['image_id']}"],
+        "options": {"num_predict": 1},
+    },
     "/v1/systemone": lambda names: {"state": "names nobody", "questions": {"q": {"type": "noul"}}},
     "/v1/embeddings": lambda names: {"input": {"image": names["image_id"]}},
     "/v1/rerank": lambda names: {"query": {"image": names["image_id"]}, "documents": ["a"]},
@@ -236,7 +247,8 @@ def test_no_body_uses_what_is_anothers(world: World) -> None:
         if "application/json" in operation.get("requestBody", {}).get("content", {})
     }
     assert taking == TAKES_JSON.keys(), "an operation with a body that this test doesn't know"
-    asking = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/moderations", "/v1/batches")
+    asking = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/chat", "/api/generate")
+    asking += ("/v1/moderations", "/v1/batches")
     for path in (*asking, *NO_MODEL):
         made_up = world.blue.post(path, json=TAKES_JSON[path](MADE_UP))
         assert made_up.status_code == (400 if path in NO_MODEL else 404), made_up.text
