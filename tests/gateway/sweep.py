@@ -77,13 +77,7 @@ class Sweep:
             nonlocal sent
             assume(_can_be_sent(case))
             _tame(case.body)
-            if operation.path.startswith("/api/") and isinstance(case.body, dict):
-                options = case.body.get("options")
-                case.body["options"] = {**(options if isinstance(options, dict) else {}), "num_predict": MOST_TOKENS}
-            if operation.path == "/v1/responses" and isinstance(case.body, dict):
-                case.body.setdefault("max_output_tokens", MOST_TOKENS)
-                if case.body["max_output_tokens"] is None:
-                    case.body["max_output_tokens"] = MOST_TOKENS
+            _shorten(operation.path, case.body)
             if known:
                 self._make_known(case, mode)
             sent += 1
@@ -155,5 +149,22 @@ def _tame(body: Any) -> None:
     if isinstance(body.get("questions"), list):
         for item in body["questions"]:
             _tame(item)
-    if ("messages" in body or "questions" in body) and all(body.get(name) is None for name in _LENGTHS):
-        body["max_tokens"] = MOST_TOKENS  # null is no bound either
+
+
+def _shorten(path: str, body: Any) -> None:
+    """Bound answers that a valid body leaves open; null is no bound either."""
+    if not isinstance(body, dict):
+        return
+    if path.startswith("/api/"):
+        if body.get("options") is None:
+            body["options"] = {}
+        if isinstance(body["options"], dict) and body["options"].get("num_predict", -1) in (None, -1, -2, 0):
+            body["options"]["num_predict"] = MOST_TOKENS
+    elif path == "/v1/responses" and body.get("max_output_tokens") is None:
+        body["max_output_tokens"] = MOST_TOKENS
+    elif (
+        path != "/v1/messages"
+        and ("messages" in body or "questions" in body)
+        and all(body.get(name) is None for name in _LENGTHS)
+    ):
+        body["max_tokens"] = MOST_TOKENS
