@@ -26,19 +26,22 @@ class KeptResponses:
         self._kept, self._records, self._ttl = kept, records, ttl
 
     async def keep(self, tenant: Tenant, name: str, document: dict[str, Any], digests: Collection[bytes]) -> bool:
-        """Keep it, unless one of its images has gone meanwhile; whether it is kept."""
+        """Keep it, unless one of its images has gone meanwhile; whether it is kept. What is put before an image
+        remembers it can't outlive that image's erasure."""
         key = _key(tenant.name, name)
+        value = {**document, "digests": [digest.hex() for digest in digests]}
+        kept = await self._kept.put(key, orjson.dumps(value), ttl=self._ttl)
         for digest in digests:
             async with self._records.held(digest):
                 record = await self._records.load(digest, fresh=True, held=True)
                 if record is None or record.deleted:
+                    await self._kept.delete(key)
                     return False
                 names = [*await self._of(digest), key.hex()]
                 for old in names[:-MAX_OF_IMAGE]:
                     await self._kept.delete(bytes.fromhex(old))
                 await self._kept.put(_index(digest), orjson.dumps(names[-MAX_OF_IMAGE:]), ttl=self._ttl)
-        value = {**document, "digests": [digest.hex() for digest in digests]}
-        return await self._kept.put(key, orjson.dumps(value), ttl=self._ttl)
+        return kept
 
     async def find(self, tenant: Tenant, name: str) -> dict[str, Any]:
         """A kept one. Raises NOT_FOUND."""
