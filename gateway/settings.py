@@ -90,6 +90,9 @@ class GatewaySettings(Settings):
     max_json_items: int = Field(100_000, ge=1, description="most values in all lists and objects of a JSON body")
     max_json_keys: int = Field(256, ge=1, description="most fields of one object in a JSON body")
     max_json_number: int = Field(64, ge=20, description="most characters of a number in a JSON body")
+    image_first: bool = Field(
+        False, description="lay images of a chat's only user turn before its text, unless the request says otherwise"
+    )
     low_detail_pixels: int = Field(
         200_704, ge=3136, description='pixels an image of detail "low" is resized to at most'
     )

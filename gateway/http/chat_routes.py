@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from gateway.answers import Answering, Completion, finish_reason, receipt, usage
 from gateway.auth import Tenant
-from gateway.conversation import Caller, ToolCall, Turn
+from gateway.conversation import Caller, ImagePart, ToolCall, Turn
 from gateway.core import Gateway
 from gateway.http import examples
 from gateway.http.event_stream import EventStream
@@ -52,23 +52,25 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
     sampling = sampling_of(body)
     answering = gateway.answers.generate(turns, sampling, caller, tools := tools_of(body))
     options = body.stream_options or StreamOptions()
-    stream = chunks(answering, envelope_of(body, gateway), max(1, sampling.n), options, calls=tools is not None)
+    stream = chunks(answering, envelope_of(body, gateway, turns), max(1, sampling.n), options, calls=tools is not None)
     return EventStream(await until_disconnect(request, begun(stream)), heartbeat=gateway.settings.heartbeat)
 
 
 async def complete(body: ChatRequest, gateway: Gateway, caller: Caller) -> dict[str, Any]:
     """The whole completion object. Raises what is wrong with the request, naming the field."""
     turns = await turns_of(body, gateway, caller.tenant)
-    envelope = envelope_of(body, gateway)
+    envelope = envelope_of(body, gateway, turns)
     tools = tools_of(body)
     completions, resolved = await gateway.answers.complete(turns, sampling_of(body), caller, tools)
     logprobs = bool(body.logprobs)
     return completion_object(completions, resolved, envelope, with_logprobs=logprobs, calls=tools is not None)
 
 
-def envelope_of(body: ChatRequest, gateway: Gateway) -> Envelope:
+def envelope_of(body: ChatRequest, gateway: Gateway, turns: Sequence[Turn] = ()) -> Envelope:
+    """That of a chat's answer; `turns` are those that the model is shown."""
     served = gateway.model.name
-    return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), body.model or served, served)
+    name, text_first = body.model or served, _is_text_first(turns)
+    return Envelope("chatcmpl-" + uuid.uuid4().hex, int(time.time()), name, served, text_first=text_first)
 
 
 async def begun(stream: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[dict[str, Any], None]:
@@ -150,7 +152,26 @@ async def turns_of(body: ChatRequest, gateway: Gateway, tenant: Tenant) -> tuple
             for place, part in enumerate(message.content or ())
         )
         turns.append(Turn(role, tuple(parts), calls))
-    return tuple(turns)
+    wanted = gateway.settings.image_first if body.image_first is None else body.image_first
+    return tuple(map(_image_first, turns)) if wanted and _users(turns) == 1 else tuple(turns)
+
+
+def _users(turns: Sequence[Turn]) -> int:
+    return sum(turn.role == "user" for turn in turns)
+
+
+def _image_first(turn: Turn) -> Turn:
+    """The turn with its images before its text."""
+    if turn.role != "user":
+        return turn
+    return replace(turn, parts=tuple(sorted(turn.parts, key=lambda part: not isinstance(part, ImagePart))))
+
+
+def _is_text_first(turns: Sequence[Turn]) -> bool:
+    """Whether a question stands before the only user's image, whose KV no other question can then share."""
+    parts = next((turn.parts for turn in turns if turn.role == "user"), ())
+    images = [place for place, part in enumerate(parts) if isinstance(part, ImagePart)]
+    return _users(turns) == 1 and bool(images) and images[0] > 0
 
 
 def sampling_of(body: ChatRequest) -> language_pb2.SamplingParameters:
@@ -172,6 +193,12 @@ class Envelope:
     created: int  # Unix seconds
     model: str  # as the request names it: some clients compare
     served: str  # as the receipt names it
+    text_first: bool = False  # as the receipt tells
+
+    def receipt(self, resolved: Sequence[Resolved], cost: language_pb2.LanguageReceipt) -> dict[str, Any]:
+        """That of the answer."""
+        bill = receipt(resolved, cost, self.served)
+        return bill | {"text_first": True} if self.text_first else bill
 
     def wrap(self, kind: str, **fields: Any) -> dict[str, Any]:
         """The object of that kind with these fields."""
@@ -198,7 +225,7 @@ def completion_object(
             reason = "tool_calls" if found and reason == "stop" else reason
         logprobs = _logprobs(completion.logprobs) if with_logprobs else None
         choices.append({"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason})
-    bill = receipt(resolved, completions[0].finish.receipt, envelope.served)
+    bill = envelope.receipt(resolved, completions[0].finish.receipt)
     return envelope.wrap(
         "chat.completion",
         choices=choices,
@@ -271,7 +298,7 @@ async def chunks(
                 yield _chunk(envelope, index, _delta(piece), extra())
             finishes.append(event.finish)
             last = len(finishes) == n
-            bill = receipt(answering.resolved, event.finish.receipt, envelope.served) if last else None
+            bill = envelope.receipt(answering.resolved, event.finish.receipt) if last else None
             fields = extra() | ({"receipt": bill} if last and not options.include_usage else {})
             reason = finish_reason(event.finish.reason)
             if reader is not None and reader.calls and reason == "stop":

@@ -12,11 +12,13 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.conversation import ChoiceQuestion, ImagePart, Turn
 from gateway.http.error_bodies import HttpRefusal
 from gateway.http.openapi import upload_body
 from gateway.http.request_images import asked_bounds, base64_of, check_size, decode, decoded_size
 from gateway.http.route import (
     Route,
+    caller_of,
     gateway_of,
     json_response,
     list_object,
@@ -43,6 +45,11 @@ FORM_FIELDS: Mapping[str, Any] = {
     "ttl": {"type": "string", "pattern": _WHOLE, "description": "seconds to keep the image"},
     "pinned": {"type": "string", "enum": ["true", "false"], "description": "keep it until it is erased"},
     "alias": {"type": "string", "minLength": 1, "maxLength": 64, "description": "a name to use in place of the id"},
+    "prefill": {
+        "type": "string",
+        "enum": ["true", "false"],
+        "description": "also fill the prefix of questions to come",
+    },
     "min_pixels": {"type": "string", "pattern": _WHOLE, "description": "fewest pixels of the resized image"},
     "max_pixels": {"type": "string", "pattern": _WHOLE, "description": "most pixels of the resized image"},
 }
@@ -76,7 +83,20 @@ async def upload_image(request: Request) -> Response:
         if error.kind in (ErrorKind.IMAGE_INVALID, ErrorKind.IMAGE_TOO_LARGE):
             raise LookonceError(error.kind, error.message, param=upload.param) from error
         raise
-    return json_response(image_object(record, resolved))
+    shown = image_object(record, resolved)
+    if upload.prefill:
+        await until_disconnect(request, _prefill(ImagePart(record, upload.bounds, resolved), request))
+        shown["prefilled"] = True
+    return json_response(shown)
+
+
+async def _prefill(image: ImagePart, request: Request) -> None:
+    """Have the language service compute what every question about the image begins with. Raises its error."""
+    gateway = gateway_of(request)
+    question = ChoiceQuestion("prefill", (Turn("user", (image, "?")),), ("yes",))
+    (outcome,), _, _ = await gateway.answers.score([question], caller_of(request))
+    if isinstance(outcome, LookonceError):
+        raise outcome
 
 
 @router.get("/v1/images", summary="List images", response_model=ImageList, response_model_exclude_unset=True)
@@ -166,6 +186,7 @@ class _Upload:
     param: str
     retention: Retention
     bounds: PixelBounds
+    prefill: bool = False
 
 
 async def _from_json(request: Request) -> _Upload:
@@ -178,11 +199,11 @@ async def _from_json(request: Request) -> _Upload:
     if body.url is not None:
         tenant = tenant_of(request)
         fetched = gateway.fetcher.fetch(body.url, param="url", max_bytes=limit, owner=tenant.name)
-        return _Upload(await until_disconnect(request, fetched), "url", retention, bounds)
+        return _Upload(await until_disconnect(request, fetched), "url", retention, bounds, bool(body.prefill))
     data = body.data or ""
     payload = base64_of(data, "data") if data[:5].lower() == "data:" else data
     check_size(decoded_size(payload), limit, "data")
-    return _Upload(await decode(payload, "data"), "data", retention, bounds)
+    return _Upload(await decode(payload, "data"), "data", retention, bounds, bool(body.prefill))
 
 
 async def _from_form(request: Request) -> _Upload:
@@ -194,7 +215,7 @@ async def _from_form(request: Request) -> _Upload:
         if not isinstance(file, UploadFile):
             raise invalid("'file' is required, as a file", param="file")
         check_size(file.size or 0, settings.max_image_bytes, "file")
-        return _Upload(await file.read(), "file", retention, bounds)
+        return _Upload(await file.read(), "file", retention, bounds, bool(body.prefill))
 
 
 def _form_values(form: FormData) -> dict[str, Any]:
@@ -213,10 +234,11 @@ def _form_values(form: FormData) -> dict[str, Any]:
         if not (text.isascii() and text.isdigit() and len(text) <= 10):
             raise invalid(f"'{name}' must be a whole number of {_NUMBERS[name]}", param=name)
         values[name] = int(text)
-    if "pinned" in values:
-        if values["pinned"] not in _TRUTH:
-            raise invalid("'pinned' must be true or false", param="pinned")
-        values["pinned"] = _TRUTH[values["pinned"]]
+    for name in ("pinned", "prefill"):
+        if name in values:
+            if values[name] not in _TRUTH:
+                raise invalid(f"'{name}' must be true or false", param=name)
+            values[name] = _TRUTH[values[name]]
     return values
 
 

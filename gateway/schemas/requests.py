@@ -46,6 +46,7 @@ class ImageUpload(ImageChange, PixelFields):
 
     data: Text | None = None
     url: Text | None = None
+    prefill: Annotated[bool, Field(description="also fill the prefix of the questions to come")] | None = None
 
 
 class Parameters(Sampling):
@@ -249,6 +250,10 @@ class ChatRequest(Sampling, StructureFields, ToolFields, RequestFields):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    image_first: Annotated[
+        bool | None,
+        Field(description="lay the images of the only user's turn before its text: their KV is then shared"),
+    ] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

@@ -58,6 +58,7 @@ class ImageObject(Answered):
     aliases: list[str] = Field(description="names given to it")
     cached: bool | None = Field(None, description="only on upload: whether nothing had to be encoded")
     encode_ms: float | None = Field(None, description="only on upload: milliseconds of encoding")
+    prefilled: bool | None = Field(None, description="only on upload with `prefill`: the prefix of questions is filled")
     notice: str | None = Field(
         None, description="only on upload: why the image was made smaller, and the setting that changes that"
     )
@@ -109,6 +110,9 @@ class Receipt(Answered):
     ttft_ms: float = Field(description="milliseconds to the first token, in the language service")
     model: str
     fingerprint: str = Field(description="of the encoder")
+    text_first: bool | None = Field(
+        None, description="true: text before the image kept its KV from being shared (see `image_first`)"
+    )
     variant: str | None = Field(None, description="of the model, where several are served side by side")
 
 
