@@ -66,13 +66,14 @@ class Answers:
         sampling: language_pb2.SamplingParameters,
         caller: Caller,
         tools: language_pb2.Tools | None = None,
+        template: language_pb2.TemplateOptions | None = None,
     ) -> Answering:
         """Stream the events of an answer. Close the iterator to stop the work.
 
         A replica that fails before the first event is replaced in silence, as are lost embeddings; afterwards the
         failure is raised from the iterator."""
         asking = _Asking(self, _images_of(turns), turns, caller)
-        return Answering(asking.stream(partial(asking.generate, turns, sampling, tools)), asking.resolved)
+        return Answering(asking.stream(partial(asking.generate, turns, sampling, tools, template)), asking.resolved)
 
     async def complete(
         self,
@@ -80,12 +81,13 @@ class Answers:
         sampling: language_pb2.SamplingParameters,
         caller: Caller,
         tools: language_pb2.Tools | None = None,
+        template: language_pb2.TemplateOptions | None = None,
     ) -> tuple[list[Completion], list[Resolved]]:
         """The whole of an answer (or n)."""
         asking = _Asking(self, _images_of(turns), turns, caller)
 
         async def call(client: LanguageClient) -> list[Completion]:
-            async with aclosing(asking.generate(turns, sampling, tools, client, whole=True)) as events:
+            async with aclosing(asking.generate(turns, sampling, tools, template, client, whole=True)) as events:
                 return await collect(events, max(1, sampling.n))
 
         return await asking.run(call), asking.resolved
@@ -118,6 +120,7 @@ class _Asking(Attempts[LanguageClient]):
         turns: Sequence[Turn],
         sampling: language_pb2.SamplingParameters,
         tools: language_pb2.Tools | None,
+        template: language_pb2.TemplateOptions | None,
         client: LanguageClient,
         *,
         whole: bool = False,
@@ -133,6 +136,7 @@ class _Asking(Attempts[LanguageClient]):
             whole=whole,
             cache_salt=self._caller.tenant.cache_salt,
             tools=tools,
+            template=template,
         )
         return client.generate(request, timeout=left + GRACE_SECONDS)  # type: ignore[return-value]
 

@@ -154,6 +154,19 @@ class _Untold:
     derive: Callable[[str], tuple[str, ...]]  # fingerprints by the digest of the vision half's tensors
 
 
+@dataclass(frozen=True)
+class Rendering:
+    """How a conversation is rendered."""
+
+    functions: tuple[str, ...] = ()  # that the answer may want called, as JSON
+    arguments: str = ""  # further variables of the template, as JSON
+    header: bool = True  # of the answer
+    goes_on: bool = False  # the answer goes on within the last message
+
+
+PLAIN = Rendering()
+
+
 class PromptBuilder:
     """Builds the prompts of one model."""
 
@@ -190,23 +203,30 @@ class PromptBuilder:
         salt: bytes = b"",
         special_tokens: bool = False,
         ending: Sequence[int] = (),
-        functions: Sequence[str] = (),
+        rendering: Rendering = PLAIN,
     ) -> Prompt:
         """The prompt of a conversation, up to and with the header of the answer. Blocking: for a millisecond or so, if
         `is_short`; a text that fills the context takes some tenths of a second, and a longer one no more than that.
 
         `reserve` tokens must be left of the context; `salt`, `special_tokens`: see `ChatTemplate.ids`; `ending` are
-        tokens behind the header, `functions` those that the answer may want called, as JSON. Raises INVALID_ARGUMENT,
-        FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the field and the limit.
+        tokens behind the header. Raises INVALID_ARGUMENT, FINGERPRINT_MISMATCH or CONTEXT_LENGTH_EXCEEDED naming the
+        field and the limit.
         """
         images = self._check(messages)
         self._check_size(sum(image.tokens for image in images), reserve)
         texts = [part for message in messages for part in message.parts if isinstance(part, str)]
-        self.check_text([*texts, *functions, *(call for message in messages for call in message.calls)])
+        self.check_text(
+            [
+                *texts,
+                *rendering.functions,
+                rendering.arguments,
+                *(call for message in messages for call in message.calls),
+            ]
+        )
         turns = [
             Turn(m.role, tuple(part if isinstance(part, str) else None for part in m.parts), m.calls) for m in messages
         ]
-        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens, functions=functions)
+        token_ids = self.template.ids(turns, salt, special_tokens=special_tokens, rendering=rendering)
         prompt = self.laid_out([*token_ids, *ending], images, reserve)
         return replace(prompt, text=self.template.text(turns)) if self._reads_text else prompt
 
@@ -323,7 +343,7 @@ class ChatTemplate:
         salt: bytes = b"",
         *,
         special_tokens: bool = False,
-        functions: Sequence[str] = (),
+        rendering: Rendering = PLAIN,
     ) -> list[int]:
         """Token ids of the conversation and of the header of the answer; one placeholder token per image. What is
         remembered from an earlier call is so among callers of one salt: the time it takes tells others nothing.
@@ -331,9 +351,11 @@ class ChatTemplate:
 
         Raises INVALID_ARGUMENT when the checkpoint's template refuses the messages.
         """
-        texts = chain(functions, *((*filter(None, turn.parts), *turn.calls) for turn in turns))
+        texts = chain(
+            rendering.functions, (rendering.arguments,), *((*filter(None, turn.parts), *turn.calls) for turn in turns)
+        )
         ids = self._remembered if sum(map(len, texts)) <= _REMEMBERED_CHARACTERS else self._ids
-        return list(ids(tuple(turns), salt, special_tokens, tuple(functions)))
+        return list(ids(tuple(turns), salt, special_tokens, rendering))
 
     def text(self, turns: Sequence[Turn]) -> str:
         """The conversation's text without images and what else the template writes as special tokens. Raises as `ids`
@@ -356,12 +378,10 @@ class ChatTemplate:
                     return total
         return total
 
-    def _ids(
-        self, turns: Sequence[Turn], salt: bytes, special_tokens: bool, functions: Sequence[str]
-    ) -> tuple[int, ...]:
-        mark = self._mark(turns, functions)
+    def _ids(self, turns: Sequence[Turn], salt: bytes, special_tokens: bool, rendering: Rendering) -> tuple[int, ...]:
+        mark = self._mark(turns, (*rendering.functions, rendering.arguments))
         breaks = self._typed_or_starts if special_tokens else self._starts
-        rendered = self._rendered(turns, mark, breaks, functions)
+        rendered = self._rendered(turns, mark, breaks, rendering)
         lead = self.chat.lead if self.chat.lead and not self.chat.begins(rendered) else ()
         pieces = list(self.chat.pieces(rendered))
         begun = next((at for at, piece in enumerate(pieces) if isinstance(piece, str) and piece), 0)
@@ -369,9 +389,7 @@ class ChatTemplate:
         encoded = (self._encode(piece, mark, first=at == first) for at, piece in enumerate(pieces))
         return (*lead, *chain.from_iterable(encoded))
 
-    def _rendered(
-        self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str], functions: Sequence[str] = ()
-    ) -> str:
+    def _rendered(self, turns: Sequence[Turn], mark: str, breaks: re.Pattern[str], rendering: Rendering = PLAIN) -> str:
         """By the template; wherever a special token could begin, also one that goes on in the next part, the mark
         breaks it."""
         marked = [
@@ -383,11 +401,14 @@ class ChatTemplate:
             for turn in turns
         ]
         try:
-            return self.chat.render(marked, [_marked_json(function, breaks, mark) for function in functions])
+            functions = [_marked_json(function, breaks, mark) for function in rendering.functions]
+            arguments = _marked_json(rendering.arguments or "{}", breaks, mark)
+            text = self.chat.render(marked, functions, arguments, header=rendering.header and not rendering.goes_on)
         except TemplateRefusal as error:
             raise invalid(
                 "messages: the model's chat template refuses this order of roles", param="messages"
             ) from error
+        return _until_last(text, marked[-1]) if rendering.goes_on else text
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens spelt in it included as text. Other threads go on meanwhile, unless
@@ -430,6 +451,18 @@ class ChatTemplate:
             return [piece]
         text = piece.replace(mark, "")
         return self.text_ids(text) if first else self.continued_ids(text)
+
+
+def _until_last(text: str, last: Turn) -> str:
+    """A rendered conversation as far as the words of its last message. Raises INVALID_ARGUMENT where there are none."""
+    words = last.parts[-1] if last.role == "assistant" and last.parts else None
+    for said in (words, words and words.strip()):
+        if said and said in text:
+            return text[: text.rindex(said) + len(said)]
+    raise invalid(
+        "continue_final_message needs a last message of the assistant with text that the template keeps",
+        param="continue_final_message",
+    )
 
 
 def _marked(text: str, breaks: re.Pattern[str], mark: str) -> str:

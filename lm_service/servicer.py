@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from lm_service.embeddings import EmbeddingResolver
 from lm_service.engine.grammar import Grammars
 from lm_service.engine.types import Delta, Engine, Finish, Generation
 from lm_service.metrics import METRICS, TracePhases, counted, observe_answer
-from lm_service.prompt import AcceptedEncoders, PromptBuilder, PromptThread
+from lm_service.prompt import PLAIN, AcceptedEncoders, PromptBuilder, PromptThread
 from lm_service.scoring import Scorer
 from lm_service.tools import tools_of
 from lm_service.vectors import VectorMaker, no_embedding_model
@@ -24,6 +25,7 @@ from lm_service.wire import (
     check_forget,
     check_ids,
     messages_of,
+    rendering_of,
     sampling_of,
     structure_of,
     timeout_of,
@@ -138,10 +140,10 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
         await self._know_encoders(request.messages)
         words = self._builder.template.word_ids
         grammar, field = structure_of(request.sampling)
-        functions: tuple[str, ...] = ()
+        rendering = rendering_of(request.template)
         if request.HasField("tools"):
             tools = tools_of(request.tools, grammar)
-            functions = tools.functions
+            rendering = replace(rendering, functions=tools.functions)
             if tools.grammar is not None:
                 grammar, field = tools.grammar, "tools"
         sampling = sampling_of(
@@ -157,9 +159,9 @@ class LanguageServicer(language_pb2_grpc.LanguageModelServicer):
             messages,
             salt=request.cache_salt,
             special_tokens=sampling.special_tokens,
-            functions=functions,
+            rendering=rendering,
         )
-        is_short = self._builder.is_short(messages) and not functions
+        is_short = self._builder.is_short(messages) and rendering == PLAIN
         prompt = build() if is_short else await self._prompt_thread.run(build)
         name = request.request_id or uuid.uuid4().hex
         return Generation(

@@ -18,7 +18,7 @@ from lm_service.engine.types import (
     Timings,
     TokenLogprob,
 )
-from lm_service.prompt import Message
+from lm_service.prompt import Message, Rendering
 from lookonce.core.errors import ErrorKind, LookonceError, invalid
 from lookonce.core.identity import DIGEST_BYTES, EmbeddingReference
 from lookonce.models.chat.generation_config import GREEDY, SamplingDefaults
@@ -38,6 +38,8 @@ MAX_CHOICE_CHARACTERS = 1024
 MAX_ID_CHARACTERS = 256
 MAX_FORGOTTEN = 10_000
 SALT_BYTES = 32
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+"""Variables of a chat template that no request sets by name."""
 AnyRequest = language_pb2.GenerateRequest | language_pb2.ScoreRequest | language_pb2.EmbedRequest
 
 
@@ -160,6 +162,20 @@ def sampling_of(
         stop_ids=_token_ids(wanted.stop_token_ids, "stop_token_ids"),
         grammar=grammar,
     )
+
+
+def rendering_of(wanted: language_pb2.TemplateOptions) -> Rendering:
+    """How the prompt is rendered."""
+    arguments = wanted.arguments
+    if arguments:
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise invalid("chat_template_kwargs is not JSON", param="chat_template_kwargs") from error
+        if not isinstance(value, dict) or not RESERVED.isdisjoint(value):
+            text = f"chat_template_kwargs must be an object without {', '.join(sorted(RESERVED))}"
+            raise invalid(text, param="chat_template_kwargs")
+    return Rendering(arguments=arguments, header=not wanted.no_header, goes_on=wanted.continue_last_message)
 
 
 def structure_of(wanted: language_pb2.SamplingParameters) -> tuple[Structure | None, str]:

@@ -24,7 +24,7 @@ from gateway.http.request_images import RemoteImages, asked_bounds, check_images
 from gateway.http.route import Route, caller_of, gateway_of, json_response, until_disconnect
 from gateway.images.encoder import Resolved
 from gateway.schemas.body import stop_list, to_sampling
-from gateway.schemas.requests import AnyMessage, AssistantMessage, ChatRequest, ImageUrlPart, StreamOptions
+from gateway.schemas.requests import AnyMessage, AssistantMessage, ChatRequest, ImageUrlPart, StreamOptions, template_of
 from gateway.schemas.responses import ChatCompletion, ChatCompletionChunk
 from gateway.schemas.structure import structure_of
 from gateway.schemas.tools import CalledTool, tools_of
@@ -50,7 +50,7 @@ async def create_chat_completion(request: Request, body: ChatRequest) -> Respons
         return json_response(await until_disconnect(request, complete(body, gateway, caller)))
     turns = await until_disconnect(request, turns_of(body, gateway, caller.tenant))
     sampling = sampling_of(body)
-    answering = gateway.answers.generate(turns, sampling, caller, tools := tools_of(body))
+    answering = gateway.answers.generate(turns, sampling, caller, tools := tools_of(body), template_of(body))
     options = body.stream_options or StreamOptions()
     stream = chunks(answering, envelope_of(body, gateway, turns), max(1, sampling.n), options, calls=tools is not None)
     return EventStream(await until_disconnect(request, begun(stream)), heartbeat=gateway.settings.heartbeat)
@@ -61,7 +61,7 @@ async def complete(body: ChatRequest, gateway: Gateway, caller: Caller) -> dict[
     turns = await turns_of(body, gateway, caller.tenant)
     envelope = envelope_of(body, gateway, turns)
     tools = tools_of(body)
-    completions, resolved = await gateway.answers.complete(turns, sampling_of(body), caller, tools)
+    completions, resolved = await gateway.answers.complete(turns, sampling_of(body), caller, tools, template_of(body))
     logprobs = bool(body.logprobs)
     return completion_object(completions, resolved, envelope, with_logprobs=logprobs, calls=tools is not None)
 

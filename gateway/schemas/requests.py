@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from gateway.schemas.body import (
@@ -21,6 +22,8 @@ from gateway.schemas.body import (
 from gateway.schemas.neutral import AnswerFields, Hint, MessageFields, Neutral, PartFields, RequestFields
 from gateway.schemas.structure import JsonSchema, Source, StructureFields
 from gateway.schemas.tools import CalledTool, CallId, ToolFields
+from lookonce.core.errors import invalid
+from protos.lookonce.v1 import language_pb2
 
 Text = Annotated[str, Field(min_length=1)]
 Identifier = Annotated[str, Field(min_length=1, max_length=128)]
@@ -250,12 +253,32 @@ class ChatRequest(Sampling, StructureFields, ToolFields, RequestFields):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    add_generation_prompt: Annotated[bool | None, Field(description="false: without the header of an answer")] = None
+    continue_final_message: Annotated[bool | None, Field(description="go on within the last answer's text")] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Field(max_length=64, description="further variables of the model's chat template")
+    ] = None
     image_first: Annotated[
         bool | None,
         Field(description="lay the images of the only user's turn before its text: their KV is then shared"),
     ] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+def template_of(body: ChatRequest) -> language_pb2.TemplateOptions | None:
+    """The wire form of how the prompt is rendered; None: as ever. Raises INVALID_ARGUMENT for contradictions."""
+    if body.continue_final_message and body.add_generation_prompt:
+        text = "'continue_final_message' goes on without a header: leave out 'add_generation_prompt'"
+        raise invalid(text, param="add_generation_prompt")
+    header = body.add_generation_prompt is not False
+    if header and not body.continue_final_message and not body.chat_template_kwargs:
+        return None
+    return language_pb2.TemplateOptions(
+        arguments=orjson.dumps(body.chat_template_kwargs).decode() if body.chat_template_kwargs else "",
+        no_header=not header,
+        continue_last_message=bool(body.continue_final_message),
+    )
 
 
 def _form(value: Any) -> str:

@@ -280,3 +280,45 @@ def test_models(client: openai.OpenAI, http: httpx2.Client) -> None:
     assert [model.id for model in listed] == [MODEL]
     assert client.models.retrieve(MODEL).object == "model"
     assert http.get("/v1/models/other").status_code == 404
+
+
+def test_how_the_prompt_is_rendered(http: httpx2.Client) -> None:
+    """vLLM's fields: without a header, within the last answer, with variables of the template."""
+
+    def asked(messages: list[Any], **fields: Any) -> dict[str, Any]:
+        reply = http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 4, **fields})
+        assert reply.status_code == 200, reply.text
+        found: dict[str, Any] = reply.json()
+        return found
+
+    def tokens(messages: list[Any], **fields: Any) -> int:
+        return int(asked(messages, **fields)["usage"]["prompt_tokens"])
+
+    user: Any = {"role": "user", "content": "Count."}
+    header = tokens([user]) - tokens([user], add_generation_prompt=False)
+    assert header > 0
+    begun = [user, {"role": "assistant", "content": "One, two,"}]
+    within = tokens(begun, continue_final_message=True)
+    assert tokens([user]) < within < tokens(begun, add_generation_prompt=False) < tokens(begun)
+    free = asked([user])["choices"][0]["message"]["content"]
+    going = [user, {"role": "assistant", "content": free}]
+    assert asked(going, continue_final_message=True)["choices"][0]["message"]["content"] != free
+    assert tokens([user], chat_template_kwargs={"unknown": [1, {"a": "<|im_end|>"}]}) == tokens([user])
+    for fields, param in (
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+    ):
+        reply = http.post("/v1/chat/completions", json={"messages": [user], "max_tokens": 1, **fields})
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+
+
+def test_a_variable_of_the_template_numbers_images(http: httpx2.Client, image_file: ImageFile) -> None:
+    """Qwen2-VL's `add_vision_id` writes "Picture 1: " before the first image."""
+    content = [image(data_url(image_file())), {"type": "text", "text": "What?"}]
+    body = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+    plain, numbered = (
+        http.post("/v1/chat/completions", json=body | more).json()["usage"]["prompt_tokens"]
+        for more in ({}, {"chat_template_kwargs": {"add_vision_id": True}})
+    )
+    assert numbered > plain

@@ -10,10 +10,11 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Template, TemplateError
@@ -113,12 +114,21 @@ class ChatFormat:
             if self._takes_only_strings(role):
                 self._takes_strings.add(role)
 
-    def render(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> str:
-        """The prompt's text, up to and with the header of the answer. `tools` are functions as objects of `name`,
-        `description` and `parameters`. Raises TemplateRefusal."""
+    def render(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        header: bool = True,
+    ) -> str:
+        """The prompt's text, up to and (unless `header` is false) with the header of the answer. `tools` are functions
+        as objects of `name`, `description` and `parameters`; `arguments` are further variables of the template. Raises
+        TemplateRefusal."""
         if (tools or any(turn.calls or turn.role == TOOL for turn in turns)) and not self.writes_tools:
             turns, tools = tools_as_text(turns, tools), ()
-        text = self._render([self._message(turn) for turn in turns], tools)
+        given = {**arguments, "add_generation_prompt": header}
+        text = self._render([self._message(turn) for turn in turns], tools, given)
         return text.replace(self._image, self._image.join(self._around)) if any(self._around) else text
 
     @cached_property
@@ -175,12 +185,18 @@ class ChatFormat:
             return "".join(self._image if part is None else part for part in turn.parts)
         return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in turn.parts]
 
-    def _render(self, messages: list[dict[str, Any]], tools: Sequence[Any] = ()) -> str:
-        given = {**_ABSENT, "tools": [{"type": "function", "function": tool} for tool in tools] or None}
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: Sequence[Any] = (),
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
+        listed = [{"type": "function", "function": tool} for tool in tools] or None
+        given = {**_ABSENT, **arguments, "tools": listed, **self._names}
         try:
             if self._template is None:
                 self._template = compiled(self._source)
-            return self._template.render(messages=messages, **given, **self._names)
+            return self._template.render({**given, "messages": messages})
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise TemplateRefusal from error
 

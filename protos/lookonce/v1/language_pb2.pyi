@@ -148,8 +148,18 @@ class SamplingParameters(_message.Message):
     allowed_token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., ignore_eos: _Optional[bool] = ..., logprobs: _Optional[int] = ..., n: _Optional[int] = ..., min_tokens: _Optional[int] = ..., special_tokens: _Optional[bool] = ..., structure: _Optional[_Union[Structure, _Mapping]] = ..., logit_bias: _Optional[_Mapping[int, float]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., bad_words: _Optional[_Iterable[str]] = ..., allowed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class TemplateOptions(_message.Message):
+    __slots__ = ("arguments", "no_header", "continue_last_message")
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    NO_HEADER_FIELD_NUMBER: _ClassVar[int]
+    CONTINUE_LAST_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    arguments: str
+    no_header: bool
+    continue_last_message: bool
+    def __init__(self, arguments: _Optional[str] = ..., no_header: _Optional[bool] = ..., continue_last_message: _Optional[bool] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "messages", "sampling", "timeout", "client", "whole", "cache_salt", "tools")
+    __slots__ = ("request_id", "messages", "sampling", "timeout", "client", "whole", "cache_salt", "tools", "template")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +168,7 @@ class GenerateRequest(_message.Message):
     WHOLE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     TOOLS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     sampling: SamplingParameters
@@ -166,7 +177,8 @@ class GenerateRequest(_message.Message):
     whole: bool
     cache_salt: bytes
     tools: Tools
-    def __init__(self, request_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., whole: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ..., tools: _Optional[_Union[Tools, _Mapping]] = ...) -> None: ...
+    template: TemplateOptions
+    def __init__(self, request_id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParameters, _Mapping]] = ..., timeout: _Optional[float] = ..., client: _Optional[str] = ..., whole: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ..., tools: _Optional[_Union[Tools, _Mapping]] = ..., template: _Optional[_Union[TemplateOptions, _Mapping]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "token", "token_bytes", "logprob", "top")
