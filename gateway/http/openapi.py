@@ -124,7 +124,7 @@ def _complete(schema: dict[str, Any], models: Sequence[type[BaseModel]], *, with
     components = schema["components"]
     # Once more: FastAPI's have lost nulls, and large numbers their last digits.
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=_TEMPLATE)
-    components["schemas"] = dict(sorted(definitions["$defs"].items()))
+    components["schemas"] = {name: _overlapping(model) for name, model in sorted(definitions["$defs"].items())}
     components["responses"] = {_name(status): _error_response(status) for status in _ERRORS}
     for path, operations in schema["paths"].items():
         for item in operations.values():
@@ -132,6 +132,16 @@ def _complete(schema: dict[str, Any], models: Sequence[type[BaseModel]], *, with
     if with_keys:
         components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         schema["security"] = [{"key": []}]
+
+
+def _overlapping(schema: Any) -> Any:
+    """The schema with unions as they are: which form is meant is told by looking, and others may fit as well."""
+    if isinstance(schema, dict):
+        return {
+            "anyOf" if name == "oneOf" and isinstance(value, list) else name: _overlapping(value)
+            for name, value in schema.items()
+        }
+    return [_overlapping(item) for item in schema] if isinstance(schema, list) else schema
 
 
 def _complete_operation(path: str, item: dict[str, Any], *, with_keys: bool) -> None:

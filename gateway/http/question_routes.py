@@ -23,13 +23,14 @@ from gateway.questions import AnyQuestion, OpenQuestion, Outcome, Questions
 from gateway.schemas.body import PixelFields, special_tokens, stop_list, to_sampling
 from gateway.schemas.requests import Parameters, Question, QuestionsRequest, Scale
 from gateway.schemas.responses import Answer, Answers
-from gateway.schemas.structure import one_of, structure_of, wire
+from gateway.schemas.structure import StructureFields, one_of, structure_of, wire
 from gateway.settings import GatewaySettings
 from gateway.typed_questions import MAX_ORDERS, MAX_PROMPTS, Asking, ClosedQuestion
 from lookonce.core.errors import LookonceError, invalid
 from protos.lookonce.v1 import language_pb2
 
 router = APIRouter(tags=["images"], route_class=Route)
+_FORMS = tuple(StructureFields.model_fields)
 _BOUNDED_BY = ("detail", "mm_processor_kwargs", *PixelFields.model_fields)
 """Fields of a request that ask for other pixel bounds than the service's own."""
 
@@ -183,11 +184,11 @@ def _question(position: int, item: str | Question, body: QuestionsRequest, image
         return (*system, Turn("user", (image, text)))
 
     if isinstance(item, str):
-        return OpenQuestion(str(position), prompt(item), _sampling(body, body, structure_of(body)))
+        return OpenQuestion(str(position), prompt(item), _sampling(body, body, _form_of(body)))
     name = item.id if item.id is not None else str(position)
     kind = _kind(item)
     if kind in ("text", "extract"):
-        sampling = _sampling(item, body, _structure(position, item) or structure_of(body))
+        sampling = _sampling(item, body, _structure(position, item) or _form_of(body))
         return OpenQuestion(name, prompt(item.text), sampling, is_json=item.schema_ is not None)
     asking = Asking(prompt, special_tokens=special_tokens(item, body))
     tell = item.tell_options
@@ -208,6 +209,11 @@ def _levels(scale: Scale | None) -> list[tuple[str, float]]:
         return [(label, float(place)) for place, label in enumerate(scale, 1)]
     numbers = range(scale.min, scale.max + 1) if scale is not None else range(0)
     return [(str(number), float(number)) for number in numbers]
+
+
+def _form_of(body: QuestionsRequest) -> language_pb2.Structure | None:
+    """The form that the request gives all answers."""
+    return structure_of(body) if any(getattr(body, name) is not None for name in _FORMS) else None
 
 
 def _structure(position: int, item: Question) -> language_pb2.Structure | None:
