@@ -32,6 +32,7 @@ def test_all_stages_run_on_a_cpu(tmp_path: Path) -> None:
         assert found["figures"] or stage == "faults"
 
 
+@pytest.mark.slow
 def test_a_fault_or_a_missing_stage_fails_the_check(tmp_path: Path) -> None:
     for stage in STAGES:
         faults = ["attention is off by 3"] if stage == "kernels" else []

@@ -154,6 +154,7 @@ def test_an_upload_that_was_acknowledged_in_an_outage_outlives_the_deletion_befo
         assert client.exists(f"lookonce:images:{file_key(parse_id(image)).hex()}"), "the file, too, is in Redis again"
 
 
+@pytest.mark.slow
 def test_an_upload_in_an_outage_takes_nothing_from_the_image_it_is(scene: Scene, image_file: ImageFile) -> None:
     """A gateway that can't see that an image is pinned and named keeps it all the same, and joins both afterwards."""
     data = image_file()

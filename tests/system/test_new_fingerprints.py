@@ -96,6 +96,7 @@ async def test_an_old_record_under_a_new_key_is_a_miss(place, tmp_path):
         assert (await client.describe()).encodes == 1
 
 
+@pytest.mark.slow
 async def test_images_of_before_are_answered_after_the_update_by_one_encode_each(place, tmp_path):
     """In between, with one half of either version, there is no answer rather than a wrong one."""
     vision, language = place

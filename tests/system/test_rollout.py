@@ -153,6 +153,7 @@ async def halves(letter, folder):
         await server.grpc.stop(None)
 
 
+@pytest.mark.slow
 async def test_no_answer_mixes_two_models_while_their_weights_change(tmp_path):
     file, failed, answered = tmp_path / "variants", [], []
 
